@@ -1,0 +1,196 @@
+"""`BlockAdapter`: says which blocks of which transformers are cached, and what they look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dbcache.adapters.guards import parameter_names
+from dbcache.adapters.patterns import ForwardPattern
+from dbcache.adapters.stack import BlockList
+from dbcache.config import ParamsModifier, check_type
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """One block stack of one transformer: a chain of lists under one pattern."""
+
+    lists: tuple[BlockList, ...]
+    pattern: ForwardPattern
+    modifier: ParamsModifier | None = None
+
+
+@dataclass(frozen=True)
+class TransformerSpec:
+    """One transformer and its block stacks."""
+
+    transformer: torch.nn.Module
+    stacks: tuple[StackSpec, ...]
+    separate_cfg: bool = False
+
+
+@dataclass(kw_only=True)
+class BlockAdapter:
+    """Describes any model to `dbcache.enable`.
+
+    Each list of blocks is a stack with a decision of its own. For two transformers give lists of
+    lists, one per transformer.
+
+    Args:
+        pipe: the pipeline whose calls are requests; without it see `dbcache.refresh_context`.
+        transformer: the module, or a list of modules, whose forward runs the blocks.
+        blocks: an `nn.ModuleList` of the transformer, a list of them, or one list per transformer.
+        forward_pattern: the pattern of the blocks, in the same nesting as `blocks`; one alone
+            holds for all.
+        params_modifiers: what single stacks do differently, in the same nesting as `blocks`.
+        has_separate_cfg: calls alternate between two guidance branches, for loops that do not
+            name them with `cache_context`.
+
+    Raises:
+        ValueError, TypeError: from `dbcache.enable`, for what does not fit together.
+    """
+
+    pipe: Any = None
+    transformer: torch.nn.Module | Sequence[torch.nn.Module] | None = None
+    blocks: Any = None
+    forward_pattern: Any = None
+    params_modifiers: Any = None
+    has_separate_cfg: bool = False
+
+    def specs(self) -> list[TransformerSpec]:
+        """Return what is to be cached, checked and in one shape."""
+        transformers = self._transformers()
+        blocks = _per_transformer("blocks", self.blocks, transformers, torch.nn.ModuleList)
+        counts = [len(lists) for lists in blocks]
+        patterns = like_blocks(
+            "BlockAdapter.forward_pattern", self.forward_pattern, counts, ForwardPattern
+        )
+        modifiers = like_blocks(
+            "BlockAdapter.params_modifiers", self.params_modifiers, counts, ParamsModifier
+        )
+        return [
+            TransformerSpec(
+                transformer,
+                tuple(
+                    _stack_spec(transformer, *stack)
+                    for stack in zip(blocks[i], patterns[i], modifiers[i], strict=True)
+                ),
+                self.has_separate_cfg,
+            )
+            for i, transformer in enumerate(transformers)
+        ]
+
+    def _transformers(self) -> list[torch.nn.Module]:
+        given = self.transformer
+        if given is None:
+            given = getattr(self.pipe, "transformer", None)
+        transformers = list(given) if isinstance(given, list | tuple) else [given]
+        for transformer in transformers:
+            if not isinstance(transformer, torch.nn.Module):
+                raise TypeError(
+                    f"BlockAdapter.transformer must be an nn.Module or a list of them, got "
+                    f"{transformer!r}"
+                )
+        return [unwrap(transformer) for transformer in transformers]
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module that `torch.compile` wrapped."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _per_transformer(
+    name: str, given: Any, transformers: list[torch.nn.Module], kind: type
+) -> list[list[Any]]:
+    """Bring `given` (one, a list, a list of lists) into one list per transformer."""
+    if isinstance(given, kind):
+        given = [given]
+    if not isinstance(given, list | tuple) or not given:
+        raise TypeError(
+            f"BlockAdapter.{name} must be a {kind.__name__} of the transformer or a list of them, "
+            f"got {type(given).__name__}; pass the attribute itself, as in "
+            f"transformer.transformer_blocks"
+        )
+    if all(isinstance(entry, kind) for entry in given):
+        one_each = len(transformers) > 1 and len(given) == len(transformers)
+        nested = [[entry] for entry in given] if one_each else [list(given)]
+    else:
+        nested = [list(row) if isinstance(row, list | tuple) else [row] for row in given]
+    if len(nested) != len(transformers) or any(
+        not isinstance(entry, kind) for row in nested for entry in row
+    ):
+        raise ValueError(
+            f"BlockAdapter.{name} must hold one {kind.__name__} or one list of them per "
+            f"transformer, got {len(nested)} for {len(transformers)}"
+        )
+    return nested
+
+
+def like_blocks(who: str, given: Any, counts: list[int], kind: type) -> list[list[Any]]:
+    """Bring `given` into the nesting of the blocks; one alone (or none) holds for all."""
+    if given is None or isinstance(given, kind):
+        return [[given] * count for count in counts]
+    if not isinstance(given, list | tuple):
+        raise TypeError(f"{who} must be a {kind.__name__} or a list of them, got {given!r}")
+    if any(isinstance(row, list | tuple) for row in given):
+        nested = [list(row) if isinstance(row, list | tuple) else [row] for row in given]
+    elif len(given) == sum(counts):
+        flat = iter(given)
+        nested = [[next(flat) for _ in range(count)] for count in counts]
+    else:
+        nested = [list(given)]
+    if [len(row) for row in nested] != counts:
+        raise ValueError(
+            f"{who} must have one entry per block stack, got {[len(row) for row in nested]} for "
+            f"{counts} (stacks of each transformer)"
+        )
+    for row in nested:
+        for entry in row:
+            check_type(f"{who}: each entry", entry, kind)
+    return nested
+
+
+def _stack_spec(
+    transformer: torch.nn.Module,
+    blocks: torch.nn.ModuleList,
+    pattern: ForwardPattern | None,
+    modifier: ParamsModifier | None,
+) -> StackSpec:
+    """Find where the transformer holds `blocks` and check them against the pattern."""
+    if pattern is None:
+        raise TypeError(
+            f"BlockAdapter.forward_pattern must be one of {[p.name for p in ForwardPattern]}, "
+            f"got None"
+        )
+    block_list = find_list(transformer, blocks)
+    check_signatures(block_list, pattern)
+    return StackSpec((block_list,), pattern, modifier)
+
+
+def find_list(transformer: torch.nn.Module, blocks: torch.nn.ModuleList) -> BlockList:
+    """Return the place at which `transformer` holds `blocks`."""
+    for path, module in transformer.named_modules():
+        for name, child in module.named_children():
+            if child is blocks:
+                return BlockList(module, name, f"{path}.{name}" if path else name)
+    raise ValueError(
+        f"BlockAdapter.blocks must be lists of {type(transformer).__name__} itself, got a "
+        f"{type(blocks).__name__} of {len(blocks)} that is none of its modules; pass the "
+        f"attribute, not a copy or a slice"
+    )
+
+
+def check_signatures(block_list: BlockList, pattern: ForwardPattern) -> None:
+    """Raise if a block cannot be called with the streams that the pattern names."""
+    if not block_list.blocks:
+        raise ValueError(f"{block_list.path}: must hold at least one block, got none")
+    for index, block in enumerate(block_list.blocks):
+        names = parameter_names(block)
+        if len(names) < len(pattern.takes) and not {"args", "kwargs"} & set(names):
+            raise ValueError(
+                f"{block_list.path}[{index}] ({type(block).__name__}): a block of {pattern.name} "
+                f"must take ({', '.join(pattern.takes)}), got ({', '.join(names)})"
+            )

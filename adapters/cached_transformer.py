@@ -1,0 +1,249 @@
+"""A transformer with the cache on: its forward, its requests and its guidance branches.
+
+Only the instance is touched: `forward` and `cache_context` get an entry in its `__dict__`, and
+while a forward runs so do the lists of blocks, whose guards then shadow them.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dbcache.adapters.block_adapter import TransformerSpec
+from dbcache.adapters.stack import Stack
+from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.schedule import check_mask
+
+HANDLE = "_dbcache"
+"""Name of the attribute by which a transformer or pipeline knows its handle."""
+
+
+class InstanceMethod:
+    """Replaces a method of one module; copies and pickles as the method that it replaces."""
+
+    def __init__(self, module: torch.nn.Module, name: str, call: Callable[..., Any]) -> None:
+        self.module = module
+        self.name = name
+        self.had_own = name in module.__dict__
+        self.original: Callable[..., Any] = getattr(module, name)
+        self.call: Callable[..., Any] | None = call
+        functools.update_wrapper(self, self.original, updated=())
+        module.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.call or self.original)(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.had_own:
+            return _identity, (self.original,)
+        function = getattr(type(self.module), self.name)
+        return types.MethodType, (function, self.module)
+
+    def remove(self) -> None:
+        """Put back what was there. Where others wrapped this since, it passes through from now."""
+        self.call = None
+        own = self.module.__dict__
+        if own.get(self.name) is self:
+            if self.had_own:
+                own[self.name] = self.original
+            else:
+                del own[self.name]
+        elif own.get(f"_old_{self.name}") is self:  # accelerate's hooks keep it there
+            own[f"_old_{self.name}"] = self.original
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _without_steps(config: DBCacheConfig) -> dict[str, Any]:
+    """Return the fields of `config` but the number of steps, which no lane depends on."""
+    return {**config.as_dict(), "num_inference_steps": None}
+
+
+def _no_handle() -> None:
+    return None
+
+
+class CachedTransformer:
+    """Runs a transformer's forward with guards in place of its blocks.
+
+    Args:
+        spec: the transformer and its block stacks.
+        settings: what holds for all stacks.
+        modifiers: what each stack does differently; the first one's also counts for what concerns
+            the transformer as a whole (guidance, steps per request, refresh).
+        by_request: True where a pipeline opens and closes the requests; a call outside of one
+            then runs without the cache.
+    """
+
+    def __init__(
+        self,
+        spec: TransformerSpec,
+        settings: StackSettings,
+        modifiers: list[ParamsModifier | None],
+        *,
+        by_request: bool,
+    ) -> None:
+        self.spec = spec
+        self.settings = settings
+        self.modifiers = modifiers
+        self.by_request = by_request
+        self.module = spec.transformer
+        self.stacks = [
+            Stack(list(stack.lists), stack.pattern, settings.modified(modifier))
+            for stack, modifier in zip(spec.stacks, modifiers, strict=True)
+        ]
+        self.config = self.stacks[0].settings.cache
+        separate_cfg = self.config.enable_separate_cfg
+        self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
+        self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.planned_steps: Callable[[], int | None] | None = None
+        self.is_open = not by_request
+        self.branch: str | None = None
+        self.calls = 0
+        self.uncached_calls = 0
+        self._has_begun = False
+        self._refreshes = 0
+        self._steps: dict[str | None, int] = {}
+        self._patches: list[InstanceMethod] = []
+
+    def renewed(self, changes: ParamsModifier) -> CachedTransformer:
+        """Return one with the given fields of `changes` on top; itself if that needs no rebuild."""
+        settings = self.settings.modified(changes)
+        config = merge(self.config, changes.cache_config)
+        same_calibrator = settings.calibrator == self.settings.calibrator
+        if same_calibrator and _without_steps(config) == _without_steps(self.config):
+            self.settings, self.config = settings, config
+            return self
+        renewed = CachedTransformer(
+            self.spec, settings, self.modifiers, by_request=self.by_request
+        )
+        renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
+        return renewed
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_handle, ()  # a copy of the transformer has its cache off
+
+    def install(self) -> None:
+        """Switch the cache on."""
+        self.module.__dict__[HANDLE] = self
+        self._patches = [InstanceMethod(self.module, "forward", self.forward)]
+        if hasattr(self.module, "cache_context"):
+            self._patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
+
+    def remove(self) -> None:
+        """Switch the cache off and leave no trace."""
+        for patch in self._patches:
+            patch.remove()
+        self._patches = []
+        self.module.__dict__.pop(HANDLE, None)
+
+    @contextmanager
+    def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Take the name of the guidance branch from the pipeline's own context."""
+        outer, self.branch = self.branch, name
+        try:
+            with self._patches[1].original(name, *args, **kwargs):
+                yield
+        finally:
+            self.branch = outer
+
+    def start_request(self) -> None:
+        """Forget all steps; the next call is the first of a new image or video."""
+        self.calls = 0
+        self._has_begun = True
+        self._steps.clear()
+        for stack in self.stacks:
+            stack.start_request()
+
+    def refresh(self) -> None:
+        """Start a new request on the user's word."""
+        self._refreshes = 0
+        self.is_open = True
+        self.start_request()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward with guards in place of its blocks."""
+        run = self._patches[0].original
+        if not self.is_open:
+            self._note_uncached_call()
+            return run(*args, **kwargs)
+        self._start_step()
+        shadowed = []
+        try:
+            for stack in self.stacks:
+                for block_list, entries in zip(stack.lists, stack.entries, strict=False):
+                    block_list.own[block_list.name] = entries
+                    shadowed.append(block_list)
+            output = run(*args, **kwargs)
+            for stack in self.stacks:
+                stack.finish_forward()
+        except BaseException:
+            for stack in self.stacks:
+                stack.abort_forward()
+            raise
+        finally:
+            for block_list in shadowed:
+                del block_list.own[block_list.name]
+        self.calls += 1
+        self._steps[self._step_branch] = self._steps.get(self._step_branch, 0) + 1
+        return output
+
+    def _start_step(self) -> None:
+        """Begin a new request where one is due, and tell the stacks the branch."""
+        if self._is_over() or not self._has_begun:
+            self._refreshes = 0
+            self.start_request()
+        elif self.calls == self.config.force_refresh_step_hint:
+            if self.config.force_refresh_step_policy == "repeat" or self._refreshes == 0:
+                self._refreshes += 1
+                self.start_request()
+        if self.calls == 0:
+            self._check_mask()
+        self._step_branch = self._current_branch()
+        for stack in self.stacks:
+            stack.start_step(self._step_branch)
+
+    def _is_over(self) -> bool:
+        """Say whether the request has had all its steps, where it is this object that counts."""
+        steps = self.config.num_inference_steps
+        if self.by_request or steps is None:
+            return False
+        return self._steps.get(self._current_branch(), 0) >= steps
+
+    def _check_mask(self) -> None:
+        """Raise if the mask has another length than the request has steps."""
+        mask = self.config.steps_computation_mask
+        if mask is not None and self.planned_steps is not None:
+            static = self.config.steps_computation_policy == "static"
+            check_mask(mask, steps=self.planned_steps(), static=static)
+
+    def _current_branch(self) -> str | None:
+        """Return the pipeline's name for this call, or one by the parity of the calls."""
+        if self.branch is not None or not self.separate_cfg:
+            return self.branch
+        is_second = self.calls % 2 == 1
+        return "uncond" if is_second != self.config.cfg_compute_first else "cond"
+
+    def _note_uncached_call(self) -> None:
+        self.uncached_calls += 1
+        if self.uncached_calls == 1:
+            warnings.warn(
+                f"{type(self.module).__name__} was called outside of a call of the pipeline that "
+                f"dbcache was enabled on, and runs without the cache; enable the pipeline that "
+                f"calls it, or the transformer itself, or call dbcache.refresh_context first",
+                stacklevel=3,
+            )
+
+
+def handle_of(target: object) -> Any:
+    """Return the handle that `enable` left on a transformer or pipeline, None without."""
+    return getattr(target, "__dict__", {}).get(HANDLE)

@@ -1,0 +1,242 @@
+"""One block stack of a transformer: its guards, its lanes, and the step that is under way."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from dbcache.adapters.guards import (
+    CheckGuard,
+    FirstGuard,
+    Guard,
+    MiddleGuard,
+    ProbeEndGuard,
+)
+from dbcache.adapters.patterns import ENCODER, ForwardPattern
+from dbcache.config import StackSettings
+from dbcache.executors import eager
+from dbcache.kernels.lane_state import PlanCode
+from dbcache.lane import Lane, Layout
+
+Entry = Guard | torch.nn.Module
+
+
+class BlockList:
+    """One list of blocks and where the model's forward looks it up.
+
+    Attributes:
+        owner: the module that has the list as attribute `name`.
+        path: name of the list seen from the transformer, as in ``"transformer_blocks"``.
+    """
+
+    def __init__(self, owner: torch.nn.Module, name: str, path: str) -> None:
+        self.owner = owner
+        self.name = name
+        self.path = path
+        self.own = owner.__dict__
+        self.blocks = self.current()
+
+    def current(self) -> list[torch.nn.Module]:
+        """Return the blocks that the model has now."""
+        return list(getattr(self.owner, self.name)._modules.values())
+
+
+class Stack:
+    """Blocks that share one decision: one list, or a chain of lists that follow one another.
+
+    Args:
+        lists: the chain, in the order in which the forward runs it.
+        pattern: what the blocks take and return.
+        settings: checked settings; Fn and Bn are clamped to the number of blocks, with a warning.
+    """
+
+    def __init__(
+        self, lists: list[BlockList], pattern: ForwardPattern, settings: StackSettings
+    ) -> None:
+        self.lists = lists
+        self.pattern = pattern
+        self.settings = settings
+        self.name = "+".join(block_list.path for block_list in lists)
+        self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
+        self.fn, self.bn = self._clamp()
+        self.lanes: dict[str | None, Lane] = {}
+        self.entries = self._make_entries()
+        self._learned = False
+        self._copies_probe = True
+        self._copies_middle = True
+        self._originals: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._shared: tuple[str | None, int, torch.Tensor] | None = None
+        self.forget_step()
+
+    def _clamp(self) -> tuple[int, int]:
+        """Return Fn and Bn as they can be run."""
+        cache, total = self.settings.cache, self.num_blocks
+        fn = min(cache.Fn_compute_blocks, total)
+        bn = min(cache.Bn_compute_blocks, total - fn)
+        if fn + bn == total:
+            wanted = f"Fn={cache.Fn_compute_blocks}, Bn={cache.Bn_compute_blocks}"
+            warnings.warn(
+                f"{self.name}: {wanted} leaves none of the {total} blocks to skip; runs Fn={fn}, "
+                f"Bn={bn}: every block on every step. Lower Fn_compute_blocks to cache here",
+                stacklevel=2,
+            )
+        return fn, bn
+
+    def _make_entries(self) -> list[list[Entry]]:
+        """Return what stands for each list, on the first forward."""
+        first_middle, last_middle = self.fn, self.num_blocks - self.bn - 1
+        if first_middle > last_middle:
+            return []
+        returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+        position, entries = 0, []
+        for block_list in self.lists:
+            row: list[Entry] = []
+            for index, block in enumerate(block_list.blocks):
+                who = f"{block_list.path}[{index}] ({type(block).__name__})"
+                if first_middle <= position <= last_middle:
+                    is_first, is_last = position == first_middle, position == last_middle
+                    row.append(MiddleGuard(self, block, who, is_first, is_last))
+                elif position == first_middle - 1 and returns_encoder_only:
+                    row.append(ProbeEndGuard(self, block, who, is_first=position == 0))
+                else:
+                    row.append((FirstGuard if position == 0 else CheckGuard)(self, block, who))
+                position += 1
+            entries.append(row)
+        return entries
+
+    def forget_step(self) -> None:
+        """Drop what belongs to the step under way."""
+        self.lane: Lane | None = None
+        self.branch: str | None = None
+        self.cached = False
+        self.is_open = False
+        self.h_in: torch.Tensor | None = None
+        self.h_fn: torch.Tensor | None = None
+        self.encoder_fn: torch.Tensor | None = None
+
+    def start_request(self) -> None:
+        """Forget the last request."""
+        self._shared = None
+        for lane in self.lanes.values():
+            lane.start_request()
+
+    def start_step(self, branch: str | None) -> None:
+        """Prepare for a forward; take up blocks that were exchanged since the last one."""
+        self.branch = branch
+        if any(block_list.current() != block_list.blocks for block_list in self.lists):
+            for block_list in self.lists:
+                block_list.blocks = block_list.current()
+            self.num_blocks = sum(len(block_list.blocks) for block_list in self.lists)
+            self.fn, self.bn = self._clamp()
+            self.entries = self._make_entries()
+            self._learned, self._copies_probe, self._copies_middle = False, True, True
+            for lane in self.lanes.values():
+                lane.forget_reference()
+
+    def begin(self, h_in: torch.Tensor) -> None:
+        """Take note of what the first block gets."""
+        self.h_in = h_in.clone() if self._copies_probe else h_in
+        if not self._learned:
+            self._originals = [(h_in, self.h_in)]
+
+    def decide(self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None) -> None:
+        """Take the step's decision. Called with what the first middle block gets."""
+        if self.h_in is None:
+            raise RuntimeError(f"{self.name}: the model ran its middle blocks without the first")
+        if self.pattern is ForwardPattern.Pattern_2:
+            encoder_in = None
+        elif ENCODER not in self.pattern.takes:
+            encoder_in = self.encoder_fn
+        if h_fn.shape != self.h_in.shape:
+            raise ValueError(
+                f"{self.name}: hidden_states must keep their shape through the probe blocks, got "
+                f"{tuple(self.h_in.shape)} before and {tuple(h_fn.shape)} after them; choose an "
+                f"Fn_compute_blocks within which the shape stays"
+            )
+        if not self._learned:
+            self._copies_probe = self._were_overwritten()
+        lane = self.lanes.get(self.branch)
+        if lane is None:
+            lane = self.lanes[self.branch] = Lane(self.settings, h_fn.device)
+        code = lane.start_step(layout_of(h_fn, encoder_in), h_fn.device)
+        partials = None
+        if code == PlanCode.DYNAMIC and lane.has_reference:
+            partials = self._measure(lane, h_fn)
+        self.cached = eager.take_decision(lane, code, partials)
+        self.lane = lane
+        self.is_open = True
+        copies = self._copies_middle and not self.cached
+        self.h_fn = h_fn.clone() if copies else h_fn
+        self.encoder_fn = encoder_in.clone() if copies and encoder_in is not None else encoder_in
+        if not self._learned:
+            self._originals = [(h_fn, self.h_fn)]
+            if encoder_in is not None and self.encoder_fn is not None:
+                self._originals.append((encoder_in, self.encoder_fn))
+
+    def _were_overwritten(self) -> bool:
+        """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
+        return not all(torch.equal(original, copy) for original, copy in self._originals)
+
+    def _measure(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
+        """Measure the probe's change, or take that of the step's other branch."""
+        shared = self._shared
+        separate = self.settings.cache.cfg_diff_compute_separate
+        if not separate and shared and shared[0] != self.branch and shared[1] == lane.step:
+            return shared[2]
+        assert self.h_in is not None
+        partials = eager.measure(lane, self.h_in, h_fn)
+        if not separate:
+            self._shared = (self.branch, lane.step, partials)
+        return partials
+
+    def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the predicted output of the middle blocks."""
+        assert self.lane is not None
+        assert self.h_fn is not None
+        self.is_open = False
+        return eager.forecast(self.lane, self.h_fn, self.encoder_fn)
+
+    def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
+        """Store what the middle blocks did."""
+        assert self.lane is not None
+        assert self.h_in is not None
+        assert self.h_fn is not None
+        if h_out.shape != self.h_fn.shape:
+            raise ValueError(
+                f"{who}: the middle blocks must keep the shape of hidden_states, got "
+                f"{tuple(self.h_fn.shape)} before and {tuple(h_out.shape)} after them; name the "
+                f"lists as separate stacks in a BlockAdapter"
+            )
+        if not self._learned:
+            self._copies_middle = self._were_overwritten()
+        eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
+        self.is_open = False
+
+    def finish_forward(self) -> None:
+        """Check that the step was carried through; after the first one, drop what it needed."""
+        if self.is_open:
+            raise RuntimeError(
+                f"{self.name}: the model did not run its last middle block, so that the step "
+                f"could not be {'predicted' if self.cached else 'stored'}; a forward that leaves "
+                f"blocks out needs the cache off (dbcache.disable)"
+            )
+        if not self._learned and self.lane is not None:
+            self._learned = True
+            self._originals = []
+            for row in self.entries:
+                row[:] = [e.block if type(e) is CheckGuard else e for e in row]
+        self.forget_step()
+
+    def abort_forward(self) -> None:
+        """Clean up after an exception: the step counts as never begun."""
+        if self.lane is not None:
+            self.lane.abort_step()
+        self.forget_step()
+
+
+def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
+    """Return what must stay the same for a lane's buffers to fit."""
+    if encoder is None:
+        return (h_fn.shape, h_fn.dtype, h_fn.device)
+    return (h_fn.shape, h_fn.dtype, h_fn.device, encoder.shape, encoder.dtype)

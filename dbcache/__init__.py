@@ -1,0 +1,47 @@
+"""dbcache: skip the middle blocks of diffusion transformers on steps where little changed.
+
+import dbcache
+
+dbcache.enable(pipe)            # any diffusers pipeline, a transformer, or a BlockAdapter
+image = pipe(prompt).images[0]
+print(dbcache.summary(pipe))
+dbcache.disable(pipe)           # the model is exactly as it was
+"""
+
+from pathlib import Path
+
+# A wheel carries kernels/, adapters/ and parallel/ inside this package (see setup.py).
+# In a source checkout they lie beside it, so look there too.
+_here = Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir():
+    __path__.append(str(_here.parent))
+
+__version__ = "0.1.0"
+
+from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
+from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
+from dbcache.api import disable, enable, refresh_context, summary  # noqa: E402
+from dbcache.config import (  # noqa: E402
+    CalibratorConfig,
+    DBCacheConfig,
+    ParamsModifier,
+    TaylorSeerCalibratorConfig,
+)
+
+enable_cache, disable_cache = enable, disable
+"""The names that cache-dit's users know."""
+
+__all__ = [
+    "BlockAdapter",
+    "CalibratorConfig",
+    "DBCacheConfig",
+    "ForwardPattern",
+    "ParamsModifier",
+    "TaylorSeerCalibratorConfig",
+    "disable",
+    "disable_cache",
+    "enable",
+    "enable_cache",
+    "refresh_context",
+    "summary",
+]

@@ -1,0 +1,210 @@
+"""The public functions: `enable`, `disable`, `summary`, `refresh_context`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_blocks, unwrap
+from dbcache.adapters.cached_pipeline import CachedPipeline
+from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
+from dbcache.adapters.registry import find_specs
+from dbcache.config import (
+    CalibratorConfig,
+    DBCacheConfig,
+    ParamsModifier,
+    StackSettings,
+    check_type,
+    merge,
+)
+from dbcache.summary import LaneSummary, Summary
+
+Target = TypeVar("Target")
+
+
+def enable(
+    target: Target,
+    cache_config: DBCacheConfig | None = None,
+    calibrator_config: CalibratorConfig | None = None,
+    params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None = None,
+    **options: Any,
+) -> Target:
+    """Switch the cache on; enabling again replaces the settings.
+
+    Args:
+        target: a diffusers pipeline, a transformer of a supported class, or a `BlockAdapter`.
+            With a pipeline, each call of it is a request; a transformer alone starts a new one
+            after `num_inference_steps` or at `refresh_context`.
+        cache_config: when to cache; defaults as in `DBCacheConfig`. It is copied.
+        calibrator_config: how to predict; None reuses the last residual.
+        params_modifiers: what single block stacks do differently, in the order of the stacks (of
+            the first transformer, then the second); one alone holds for all.
+        **options: fields of `DBCacheConfig`, on top of `cache_config`.
+
+    Returns:
+        `target`.
+
+    Raises:
+        TypeError: an unknown option or a wrong type; ValueError: a value that is not allowed, or
+            an unsupported model (the error lists what is supported). Nothing is changed then.
+    """
+    check_type("enable: cache_config", cache_config, DBCacheConfig)
+    check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
+    config = merge(cache_config or DBCacheConfig(), DBCacheConfig(**options))
+    settings = StackSettings(config, copy.copy(calibrator_config or CalibratorConfig()))
+    pipe, specs = _resolve(target)
+    transformers = [
+        CachedTransformer(spec, settings, modifiers, by_request=pipe is not None)
+        for spec, modifiers in zip(specs, _modifiers(specs, params_modifiers), strict=True)
+    ]
+    disable(pipe if pipe is not None else target)
+    for transformer in transformers:
+        _replace(handle_of(transformer.module), transformer)
+    if pipe is not None:
+        CachedPipeline(pipe, [spec.transformer for spec in specs]).install()
+    return target
+
+
+def disable(target: Target) -> Target:
+    """Switch the cache off: the model is exactly as it was. Does nothing where it is not on.
+
+    A transformer that another enabled pipeline shares stays enabled for that one.
+
+    Args:
+        target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
+    """
+    for part in _parts(target):
+        handle = handle_of(part)
+        if isinstance(handle, CachedPipeline):
+            transformers = handle.transformers
+            handle.remove()
+            for transformer in transformers:
+                transformer.pipelines.discard(handle)
+                if not transformer.pipelines:
+                    transformer.remove()
+        elif handle is not None:
+            handle.remove()
+            for pipeline in list(handle.pipelines):
+                if not pipeline.transformers:
+                    pipeline.remove()
+    return target
+
+
+def summary(target: object) -> Summary:
+    """Return what the last request did, per lane; reads it back from the device.
+
+    Args:
+        target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
+
+    Raises:
+        RuntimeError: the cache is not enabled on it.
+    """
+    lanes, notes = [], []
+    for transformer in _enabled(target, "summary"):
+        name = type(transformer.module).__name__
+        if transformer.uncached_calls:
+            notes.append(
+                f"{name}: {transformer.uncached_calls} calls came from outside of the pipeline "
+                f"that the cache is enabled on and ran without it"
+            )
+        for stack in transformer.stacks:
+            if not stack.entries:
+                notes.append(f"{stack.name}: all {stack.num_blocks} blocks run on every step")
+            for branch, lane in stack.lanes.items():
+                if lane.step:
+                    reasons, diffs = lane.trace()
+                    lanes.append(
+                        LaneSummary.from_trace(
+                            reasons,
+                            diffs,
+                            transformer=name,
+                            stack=stack.name,
+                            branch=branch,
+                            threshold=stack.settings.cache.residual_diff_threshold,
+                            megabytes=lane.nbytes() / 1e6,
+                        )
+                    )
+    return Summary(lanes, notes)
+
+
+def refresh_context(
+    target: object,
+    cache_config: DBCacheConfig | None = None,
+    calibrator_config: CalibratorConfig | None = None,
+    **options: Any,
+) -> None:
+    """Start a new request on a transformer that is called without its pipeline.
+
+    Args:
+        target: the enabled transformer (or `BlockAdapter`).
+        cache_config: fields that were given in it replace those in force.
+        calibrator_config: replaces the predictor.
+        **options: fields of `DBCacheConfig`, as in ``num_inference_steps=28``.
+
+    Raises:
+        RuntimeError: the cache is not enabled on it.
+        TypeError, ValueError: as `enable`; nothing is changed then.
+    """
+    check_type("refresh_context: cache_config", cache_config, DBCacheConfig)
+    check_type("refresh_context: calibrator_config", calibrator_config, CalibratorConfig)
+    options.pop("verbose", None)
+    partial = DBCacheConfig(**{**(cache_config.given if cache_config else {}), **options})
+    changes = ParamsModifier(cache_config=partial, calibrator_config=copy.copy(calibrator_config))
+    transformers = _enabled(target, "refresh_context")
+    renewed = [transformer.renewed(changes) for transformer in transformers]
+    for old, new in zip(transformers, renewed, strict=True):
+        if new is not old:
+            _replace(old, new)
+        new.refresh()
+
+
+def _resolve(target: object) -> tuple[Any, list[TransformerSpec]]:
+    """Return (pipeline or None, what to cache)."""
+    if isinstance(target, BlockAdapter):
+        return target.pipe, target.specs()
+    pipe = None if isinstance(target, torch.nn.Module) else target
+    return pipe, find_specs(target)
+
+
+def _modifiers(
+    specs: list[TransformerSpec], given: ParamsModifier | Sequence[Any] | None
+) -> list[list[ParamsModifier | None]]:
+    """Return one modifier per stack: those given to `enable`, else those of the adapter."""
+    if given is None:
+        return [[stack.modifier for stack in spec.stacks] for spec in specs]
+    counts = [len(spec.stacks) for spec in specs]
+    return like_blocks("enable: params_modifiers", given, counts, ParamsModifier)
+
+
+def _replace(old: CachedTransformer | None, new: CachedTransformer) -> None:
+    """Install `new` where `old` was; pipelines that share the transformer go on with it."""
+    if old is not None:
+        new.pipelines = old.pipelines
+        old.remove()
+    new.install()
+
+
+def _parts(target: object) -> list[object]:
+    """Return the objects that may carry a handle, pipeline first."""
+    if not isinstance(target, BlockAdapter):
+        return [unwrap(target)]
+    modules = [spec.transformer for spec in target.specs()]
+    return [part for part in (target.pipe, *modules) if part is not None]
+
+
+def _enabled(target: object, who: str) -> list[CachedTransformer]:
+    """Return the cached transformers of `target`."""
+    for part in _parts(target):
+        handle = handle_of(part)
+        if isinstance(handle, CachedPipeline):
+            return handle.transformers
+        if handle is not None:
+            found = [handle_of(module) for module in _parts(target)]
+            return [transformer for transformer in found if transformer is not None]
+    raise RuntimeError(
+        f"{who}: the cache must be enabled on it first, got {type(target).__name__}; call "
+        f"dbcache.enable"
+    )

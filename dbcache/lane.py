@@ -1,0 +1,145 @@
+"""One lane: the steps of one block stack under one guidance branch, and what they remember.
+
+Memory per lane: P_ref and K ring slots of the size of `hidden_states`, plus K slots of the size
+of `encoder_hidden_states` where the blocks return them; K is the predictor's order + 1.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dbcache.config import StackSettings
+from dbcache.kernels import lane_state
+from dbcache.kernels.lane_state import LaneState, PlanCode
+from dbcache.schedule import make_plan
+
+FIRST_CAPACITY = 64
+"""Steps that a lane has room for at first; it grows when a request is longer."""
+
+_STATE = "counters values limits thresholds plan trace_reason trace_diff".split()
+
+Layout = tuple[object, ...]
+"""Shapes, dtypes and device of a step's tensors; a change of it restarts the lane."""
+
+
+class Lane:
+    """Device state and buffers of one lane, and the host's view of where it stands."""
+
+    def __init__(self, settings: StackSettings, device: torch.device) -> None:
+        self.settings = settings
+        self.device = device
+        self.step = 0
+        self.has_reference = False
+        self.cached = False
+        self.layout: Layout | None = None
+        self.p_ref: torch.Tensor | None = None
+        self.ring: torch.Tensor | None = None
+        self.encoder_ring: torch.Tensor | None = None
+        self.state = LaneState.allocate(FIRST_CAPACITY, device)
+        self._flag: torch.Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+        self._load_settings()
+
+    def _load_settings(self) -> None:
+        """Write the parameters and the plan to the device."""
+        cache, state = self.settings.cache, self.state
+        order, encoder_order = self.settings.orders
+        limits = torch.zeros_like(state.limits, device="cpu")
+        limits[lane_state.MAX_CACHED] = cache.max_cached_steps
+        limits[lane_state.MAX_CONSECUTIVE] = cache.max_continuous_cached_steps
+        limits[lane_state.SLOTS] = self.settings.slots
+        limits[lane_state.ORDER] = order
+        limits[lane_state.ENCODER_ORDER] = encoder_order
+        state.limits.copy_(limits)
+        thresholds = torch.zeros_like(state.thresholds, device="cpu")
+        thresholds[lane_state.THRESHOLD] = cache.residual_diff_threshold
+        accumulated = cache.max_accumulated_residual_diff_threshold
+        thresholds[lane_state.MAX_ACCUMULATED] = accumulated or 0.0
+        state.thresholds.copy_(thresholds)
+        self._write_plan()
+
+    def _write_plan(self) -> None:
+        self.plan = make_plan(self.settings.cache, len(self.state.plan))
+        self.state.plan.copy_(torch.tensor(self.plan, dtype=torch.int32))
+
+    def start_request(self) -> None:
+        """Forget the last request; the buffers stay allocated."""
+        self.step = 0
+        self.has_reference = False
+        self.cached = False
+        self.state.reset()
+
+    def start_step(self, layout: Layout, device: torch.device) -> PlanCode:
+        """Make room for the step and return its plan code; restart if the `layout` changed."""
+        if layout != self.layout:
+            if device != self.device:
+                self._move(device)
+            if self.has_reference:
+                self.state.invalidate()
+                self.has_reference = False
+            self.p_ref = self.ring = self.encoder_ring = None
+            self.layout = layout
+        if self.step >= len(self.plan):
+            self.state.grow(2 * len(self.plan))
+            self._write_plan()
+        return PlanCode(self.plan[self.step])
+
+    def _move(self, device: torch.device) -> None:
+        """Take the scalar state along to another device."""
+        old, self.device = self.state, device
+        self.state = LaneState.allocate(len(old.plan), device)
+        for name in _STATE:
+            getattr(self.state, name).copy_(getattr(old, name))
+        self._flag = self._event = None
+
+    def buffers(
+        self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return (P_ref, ring, encoder ring), allocated at the first full step."""
+        slots = self.settings.slots
+        if self.p_ref is None or self.ring is None:
+            self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
+            self.ring = h_out.new_empty((slots, *h_out.shape), requires_grad=False)
+            if encoder_out is not None:
+                shape = (slots, *encoder_out.shape)
+                self.encoder_ring = encoder_out.new_empty(shape, requires_grad=False)
+        return self.p_ref, self.ring, self.encoder_ring
+
+    def read_decision(self) -> bool:
+        """Return whether the device decided to cache. The only host wait of a dynamic step."""
+        flag = self.state.counters[lane_state.CACHED : lane_state.CACHED + 1]
+        if not flag.is_cuda:
+            return bool(flag)
+        if self._flag is None or self._event is None:
+            self._flag = torch.empty(1, dtype=torch.int32, pin_memory=True)
+            self._event = torch.cuda.Event()
+        self._flag.copy_(flag, non_blocking=True)
+        self._event.record()
+        self._event.synchronize()
+        return bool(self._flag)
+
+    def forget_reference(self) -> None:
+        """Make the next step a full one: nothing that was stored holds any more."""
+        self.has_reference = False
+        self.state.invalidate()
+        self.state.counters[lane_state.REFERENCE] = 0
+
+    def abort_step(self) -> None:
+        """Undo a step that an exception cut short: it counts as never begun."""
+        self.step -= 1
+        self.forget_reference()
+        self.state.counters[lane_state.STEP] = self.step
+        if self.cached:
+            self.state.counters[lane_state.CACHED_STEPS] -= 1
+
+    def trace(self) -> tuple[list[int], list[float]]:
+        """Read back the reasons and the diffs (-1: not measured) of this request's steps."""
+        return (
+            self.state.trace_reason[: self.step].tolist(),
+            self.state.trace_diff[: self.step].tolist(),
+        )
+
+    def nbytes(self) -> int:
+        """Bytes of the lane's buffers."""
+        buffers = (self.p_ref, self.ring, self.encoder_ring)
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)

@@ -1,0 +1,201 @@
+"""What a request did: which steps were cached, how much changed, and why each step was decided."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dbcache.kernels.lane_state import Reason
+
+REASONS = {
+    Reason.WARMUP: "warm-up",
+    Reason.MASK: "mask",
+    Reason.COUNT_LIMIT: "count limit",
+    Reason.CONSECUTIVE_LIMIT: "consecutive limit",
+    Reason.ACCUMULATED_LIMIT: "accumulated limit",
+    Reason.NO_REFERENCE: "no reference",
+    Reason.SHAPE_CHANGED: "shape changed",
+    Reason.THRESHOLD_OFF: "threshold is 0",
+    Reason.NAN: "NaN diff",
+    Reason.ABOVE_THRESHOLD: "above threshold",
+    Reason.STATIC: "static",
+    Reason.BELOW_THRESHOLD: "below threshold",
+    Reason.THRESHOLD_ALWAYS: "threshold is 1 or more",
+}
+CACHED = frozenset(REASONS[r] for r in (Reason.STATIC, Reason.BELOW_THRESHOLD, Reason.THRESHOLD_ALWAYS))
+LIMITS = frozenset(
+    REASONS[r] for r in (Reason.COUNT_LIMIT, Reason.CONSECUTIVE_LIMIT, Reason.ACCUMULATED_LIMIT)
+)
+PERCENTILES = (("min", 0), ("P25", 25), ("P50", 50), ("P75", 75), ("P95", 95), ("max", 100))
+
+
+@dataclass(frozen=True)
+class LaneSummary:
+    """One lane's last request.
+
+    Attributes:
+        transformer: class name of the transformer.
+        stack: name of the block stack.
+        branch: guidance branch, None where there is only one.
+        threshold: the stack's `residual_diff_threshold`.
+        reasons: why each step was full or cached, by step.
+        diffs: relative L1 change by step, for the steps that measured it.
+        megabytes: size of the lane's buffers, 1e6 bytes.
+    """
+
+    transformer: str
+    stack: str
+    branch: str | None
+    threshold: float
+    reasons: list[str]
+    diffs: dict[int, float]
+    megabytes: float
+
+    @classmethod
+    def from_trace(
+        cls, reasons: list[int], diffs: list[float], **attributes: Any
+    ) -> LaneSummary:
+        """Build it from what the device recorded; a diff of -1 was not measured."""
+        return cls(
+            reasons=[REASONS[Reason(code)] for code in reasons],
+            diffs={step: diff for step, diff in enumerate(diffs) if not diff < 0},
+            **attributes,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.reasons)
+
+    @property
+    def cached_steps(self) -> list[int]:
+        """The steps that were cached."""
+        return [step for step, reason in enumerate(self.reasons) if reason in CACHED]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many steps each reason decided, most frequent first."""
+        return dict(Counter(self.reasons).most_common())
+
+    @property
+    def percentiles(self) -> dict[str, float]:
+        """Percentiles of the finite diffs, by linear interpolation; empty without any."""
+        values = sorted(diff for diff in self.diffs.values() if math.isfinite(diff))
+        return {name: _percentile(values, q) for name, q in PERCENTILES} if values else {}
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know, each with what to do."""
+        counts, who = self.counts, f"{self.stack}{f' ({self.branch})' if self.branch else ''}"
+        found = []
+        nan = counts.get(REASONS[Reason.NAN], 0)
+        if nan:
+            found.append(
+                f"{who}: {nan} diffs are NaN, those steps were computed; the probe residual or its "
+                f"reference is zero or not finite: try another Fn_compute_blocks"
+            )
+        asked = [step for step, reason in enumerate(self.reasons) if reason not in _PLANNED]
+        if asked and not self.cached_steps:
+            finite = [diff for diff in self.diffs.values() if math.isfinite(diff)]
+            least = f"the smallest diff was {min(finite):.3g}" if finite else "no diff was measured"
+            found.append(
+                f"{who}: the cache never hit; {least}, the threshold is {self.threshold:g}"
+            )
+        elif not asked and self.steps and not self.cached_steps:
+            found.append(
+                f"{who}: all {self.steps} steps were fixed as full by warm-up or mask; lower "
+                f"max_warmup_steps (or run more steps) to cache"
+            )
+        limited = sum(counts.get(reason, 0) for reason in LIMITS)
+        if limited and not counts.get(REASONS[Reason.ABOVE_THRESHOLD], 0):
+            found.append(
+                f"{who}: the threshold {self.threshold:g} never decided, the limits did "
+                f"({limited} steps); lower it to let the diffs decide, or keep it if the fixed "
+                f"rhythm is wanted"
+            )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything, as plain data."""
+        derived = ("steps", "cached_steps", "counts", "percentiles", "warnings")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+
+_PLANNED = frozenset((REASONS[Reason.WARMUP], REASONS[Reason.MASK]))
+
+
+def _percentile(values: list[float], q: float) -> float:
+    """Return the q-th percentile of sorted `values`."""
+    position = (len(values) - 1) * q / 100
+    low = math.floor(position)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (values[high] - values[low]) * (position - low)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All lanes of what the cache is enabled on; `print` shows it as a table.
+
+    Attributes:
+        lanes: those that ran in the last request.
+        notes: warnings that belong to no single lane.
+    """
+
+    lanes: list[LaneSummary] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def warnings(self) -> list[str]:
+        """All warnings."""
+        return self.notes + [warning for lane in self.lanes for warning in lane.warnings]
+
+    @property
+    def cached_fraction(self) -> float:
+        """Cached steps over steps, over all lanes; 0 without steps."""
+        steps = sum(lane.steps for lane in self.lanes)
+        return sum(len(lane.cached_steps) for lane in self.lanes) / steps if steps else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything, as plain data."""
+        return {
+            "lanes": [lane.to_dict() for lane in self.lanes],
+            "cached_fraction": self.cached_fraction,
+            "warnings": self.warnings,
+        }
+
+    def _rows(self) -> list[list[str]]:
+        header = ["stack", "branch", "steps", "cached", *(name for name, _ in PERCENTILES)]
+        rows = [[*header, "why (steps)"]]
+        for lane in self.lanes:
+            diffs = lane.percentiles
+            rows.append(
+                [
+                    lane.stack,
+                    lane.branch or "-",
+                    str(lane.steps),
+                    str(len(lane.cached_steps)),
+                    *(f"{diffs[name]:.3f}" if diffs else "-" for name, _ in PERCENTILES),
+                    ", ".join(f"{reason} {count}" for reason, count in lane.counts.items()),
+                ]
+            )
+        return rows
+
+    def to_markdown(self) -> str:
+        """Return a Markdown table, one row per lane, and the warnings as a list."""
+        rows = self._rows()
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "|" + "---|" * len(rows[0]))
+        return "\n".join(lines + [""] * bool(self.warnings) + [f"- {w}" for w in self.warnings])
+
+    def __str__(self) -> str:
+        if not self.lanes:
+            return "\n".join(["dbcache: no step was run yet", *self.notes])
+        rows = self._rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
