@@ -6,7 +6,6 @@ same name, that opens a request around the call. `remove` gives it its class bac
 
 from __future__ import annotations
 
-import copyreg
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +72,10 @@ class CachedPipeline:
                     transformer.is_open = not transformer.by_request
 
 
+def _blank(cls: type) -> Any:
+    return cls.__new__(cls)
+
+
 @functools.cache
 def request_class(cls: type) -> type:
     """Return a subclass of `cls`, of the same name, whose calls are requests."""
@@ -85,7 +88,7 @@ def request_class(cls: type) -> type:
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
         """Copy and pickle as a plain pipeline: a copy has its cache off."""
         state = {name: value for name, value in self.__dict__.items() if name != HANDLE}
-        return copyreg.__newobj__, (cls,), state  # type: ignore[attr-defined]
+        return _blank, (cls,), state
 
     namespace = {
         "__call__": __call__,

@@ -7,7 +7,6 @@ while a forward runs so do the lists of blocks, whose guards then shadow them.
 from __future__ import annotations
 
 import functools
-import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -43,8 +42,7 @@ class InstanceMethod:
     def __reduce__(self) -> tuple[Any, ...]:
         if self.had_own:
             return _identity, (self.original,)
-        function = getattr(type(self.module), self.name)
-        return types.MethodType, (function, self.module)
+        return _own_method, (self.module, self.name)
 
     def remove(self) -> None:
         """Put back what was there. Where others wrapped this since, it passes through from now."""
@@ -57,6 +55,10 @@ class InstanceMethod:
                 del own[self.name]
         elif own.get(f"_old_{self.name}") is self:  # accelerate's hooks keep it there
             own[f"_old_{self.name}"] = self.original
+
+
+def _own_method(module: torch.nn.Module, name: str) -> Any:
+    return getattr(type(module), name).__get__(module)
 
 
 def _identity(value: Any) -> Any:
@@ -123,9 +125,7 @@ class CachedTransformer:
         if same_calibrator and _without_steps(config) == _without_steps(self.config):
             self.settings, self.config = settings, config
             return self
-        renewed = CachedTransformer(
-            self.spec, settings, self.modifiers, by_request=self.by_request
-        )
+        renewed = CachedTransformer(self.spec, settings, self.modifiers, by_request=self.by_request)
         renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
         return renewed
 

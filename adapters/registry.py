@@ -83,9 +83,7 @@ def find_specs(target: Any) -> list[TransformerSpec]:
     else:
         parts = getattr(target, "__dict__", {}).values()
         candidates = [unwrap(part) for part in parts if isinstance(part, torch.nn.Module)]
-    specs = [
-        _spec(module, row) for module in candidates if (row := row_of(module)) is not None
-    ]
+    specs = [_spec(module, row) for module in candidates if (row := row_of(module)) is not None]
     if not specs:
         known = "\n".join(f"  {row.transformer}: {row.models}" for row in MODELS)
         raise ValueError(
@@ -103,7 +101,9 @@ def find_specs(target: Any) -> list[TransformerSpec]:
 def _spec(module: torch.nn.Module, row: ModelRow) -> TransformerSpec:
     stacks = []
     for stack in row.stacks:
-        lists = tuple(BlockList(module, name, name) for name in stack.lists if getattr(module, name))
+        lists = tuple(
+            BlockList(module, name, name) for name in stack.lists if getattr(module, name)
+        )
         for block_list in lists:
             check_signatures(block_list, stack.pattern)
         stacks.append(StackSpec(lists, stack.pattern))

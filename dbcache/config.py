@@ -275,7 +275,9 @@ class TaylorSeerCalibratorConfig(CalibratorConfig):
 
     def validate(self) -> None:
         super().validate()
-        check_int(f"{type(self).__name__}.taylorseer_order", self.taylorseer_order, 0, HIGHEST_ORDER)
+        check_int(
+            f"{type(self).__name__}.taylorseer_order", self.taylorseer_order, 0, HIGHEST_ORDER
+        )
 
     @property
     def order(self) -> int:

@@ -16,7 +16,7 @@ from dbcache.schedule import make_plan
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
 
-_STATE = "counters values limits thresholds plan trace_reason trace_diff".split()
+_STATE = ("counters", "values", "limits", "thresholds", "plan", "trace_reason", "trace_diff")
 
 Layout = tuple[object, ...]
 """Shapes, dtypes and device of a step's tensors; a change of it restarts the lane."""

@@ -24,7 +24,7 @@ REASONS = {
     Reason.BELOW_THRESHOLD: "below threshold",
     Reason.THRESHOLD_ALWAYS: "threshold is 1 or more",
 }
-CACHED = frozenset(REASONS[r] for r in (Reason.STATIC, Reason.BELOW_THRESHOLD, Reason.THRESHOLD_ALWAYS))
+CACHED = frozenset(text for reason, text in REASONS.items() if reason.cached)
 LIMITS = frozenset(
     REASONS[r] for r in (Reason.COUNT_LIMIT, Reason.CONSECUTIVE_LIMIT, Reason.ACCUMULATED_LIMIT)
 )
@@ -54,9 +54,7 @@ class LaneSummary:
     megabytes: float
 
     @classmethod
-    def from_trace(
-        cls, reasons: list[int], diffs: list[float], **attributes: Any
-    ) -> LaneSummary:
+    def from_trace(cls, reasons: list[int], diffs: list[float], **attributes: Any) -> LaneSummary:
         """Build it from what the device recorded; a diff of -1 was not measured."""
         return cls(
             reasons=[REASONS[Reason(code)] for code in reasons],

@@ -30,7 +30,10 @@ _PIXELS_PER_LATENT = 8  # what FluxPipeline assumes of a VAE when it is given no
 
 
 def load_pipeline(
-    path: str | Path = WEIGHTS, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path: str | Path = WEIGHTS,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> FluxPipeline:
     """Return the trained model as a `FluxPipeline` without VAE and text encoders."""
     transformer = FluxTransformer2DModel.from_pretrained(path, torch_dtype=dtype)

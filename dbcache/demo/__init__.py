@@ -1,0 +1,1 @@
+"""The demo: a small trained model, drawn with and without the cache."""

@@ -1,0 +1,105 @@
+"""Configs: defaults, partial configs, and bad input."""
+
+import pytest
+
+from dbcache import CalibratorConfig, DBCacheConfig, ParamsModifier, TaylorSeerCalibratorConfig
+from dbcache.config import StackSettings, merge
+
+
+def test_defaults_are_the_peers():
+    config = DBCacheConfig()
+    assert (config.Fn_compute_blocks, config.Bn_compute_blocks) == (8, 0)
+    assert (config.residual_diff_threshold, config.max_warmup_steps) == (0.08, 8)
+    assert (config.max_cached_steps, config.max_continuous_cached_steps) == (-1, -1)
+    assert config.as_dict()["steps_computation_policy"] == "dynamic"
+
+
+def test_names_the_nearest_option():
+    with pytest.raises(TypeError, match="did you mean 'residual_diff_threshold'"):
+        DBCacheConfig(residual_diff_treshold=0.1)
+    with pytest.raises(TypeError, match="did you mean 'taylorseer_order'"):
+        TaylorSeerCalibratorConfig(taylor_order=1)
+    with pytest.raises(TypeError, match="did you mean 'max_warmup_steps'"):
+        DBCacheConfig().update(warmup_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("Fn_compute_blocks", 0, ValueError),
+        ("Fn_compute_blocks", 1.0, TypeError),
+        ("Fn_compute_blocks", True, TypeError),
+        ("Bn_compute_blocks", -1, ValueError),
+        ("residual_diff_threshold", -0.1, ValueError),
+        ("residual_diff_threshold", float("nan"), ValueError),
+        ("residual_diff_threshold", "0.1", TypeError),
+        ("max_accumulated_residual_diff_threshold", 0, ValueError),
+        ("max_warmup_steps", -1, ValueError),
+        ("warmup_interval", 0, ValueError),
+        ("max_cached_steps", -2, ValueError),
+        ("max_continuous_cached_steps", "3", TypeError),
+        ("num_inference_steps", 0, ValueError),
+        ("enable_separate_cfg", 1, TypeError),
+        ("cfg_compute_first", None, TypeError),
+        ("steps_computation_policy", "fixed", ValueError),
+        ("steps_computation_mask", [1, 2], ValueError),
+        ("steps_computation_mask", [], ValueError),
+        ("force_refresh_step_policy", "always", ValueError),
+    ],
+)
+def test_rejects_bad_values_with_the_name_and_the_value(option, value, error):
+    with pytest.raises(error, match=option) as caught:
+        DBCacheConfig(**{option: value})
+    assert repr(value) in str(caught.value)
+
+
+def test_rejects_masks_that_cannot_be_run():
+    with pytest.raises(ValueError, match="4 for 5 steps"):
+        DBCacheConfig(steps_computation_mask=[1, 0, 0, 1], num_inference_steps=5)
+    with pytest.raises(ValueError, match="must begin with 1"):
+        DBCacheConfig(steps_computation_mask=[0, 1], steps_computation_policy="static")
+
+
+def test_rejects_bad_calibrators():
+    with pytest.raises(ValueError, match="taylorseer_order"):
+        TaylorSeerCalibratorConfig(taylorseer_order=5)
+    with pytest.raises(ValueError, match="calibrator_cache_type"):
+        TaylorSeerCalibratorConfig(calibrator_cache_type="hidden")
+    with pytest.raises(TypeError, match=r"ParamsModifier\.cache_config"):
+        ParamsModifier(cache_config={"Fn_compute_blocks": 1})
+
+
+def test_failed_update_changes_nothing():
+    config = DBCacheConfig(Fn_compute_blocks=2)
+    with pytest.raises(ValueError, match="warmup_interval"):
+        config.update(Fn_compute_blocks=3, warmup_interval=0)
+    assert config == DBCacheConfig(Fn_compute_blocks=2)
+
+
+def test_partial_configs_change_only_what_they_were_given():
+    base = DBCacheConfig(Fn_compute_blocks=2, max_warmup_steps=3, residual_diff_threshold=0.2)
+    for partial in (
+        DBCacheConfig(max_warmup_steps=8),
+        DBCacheConfig(Fn_compute_blocks=4).reset(max_warmup_steps=8),
+        DBCacheConfig().update(max_warmup_steps=8, Fn_compute_blocks=None),
+    ):
+        merged = merge(base, partial)
+        expected = (2, 8, 0.2)
+        got = merged.Fn_compute_blocks, merged.max_warmup_steps, merged.residual_diff_threshold
+        assert got == expected
+    assert base.max_warmup_steps == 3
+
+
+def test_modifier_with_a_calibrator_alone_counts():
+    settings = StackSettings(DBCacheConfig(), CalibratorConfig())
+    taylor = TaylorSeerCalibratorConfig(taylorseer_order=2)
+    assert settings.modified(ParamsModifier(calibrator_config=taylor)).orders == (2, 2)
+    assert settings.modified(None).orders == (0, 0)
+    assert settings.modified(ParamsModifier(calibrator_config=taylor)).slots == 3
+
+
+def test_strify_tells_settings_apart():
+    config = DBCacheConfig(Fn_compute_blocks=1, max_cached_steps=7, residual_diff_threshold=0.12)
+    assert config.strify() == "DBCache_F1B0_W8I1M7MC0_R0.12"
+    assert TaylorSeerCalibratorConfig(taylorseer_order=2).strify() == "T1O2"
+    assert TaylorSeerCalibratorConfig(taylorseer_order=0).strify() == "T0O0"
