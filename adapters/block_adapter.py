@@ -94,10 +94,10 @@ class BlockAdapter:
                     f"BlockAdapter.transformer must be an nn.Module or a list of them, got "
                     f"{transformer!r}"
                 )
-        return [unwrap(transformer) for transformer in transformers]
+        return list(map(unwrap, transformers))
 
 
-def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+def unwrap(module: Any) -> Any:
     """Return the module that `torch.compile` wrapped."""
     return getattr(module, "_orig_mod", module)
 

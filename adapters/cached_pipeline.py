@@ -72,12 +72,12 @@ class CachedPipeline:
                     transformer.is_open = not transformer.by_request
 
 
-def _blank(cls: type) -> Any:
+def _blank(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
 @functools.cache
-def request_class(cls: type) -> type:
+def request_class(cls: Any) -> Any:
     """Return a subclass of `cls`, of the same name, whose calls are requests."""
 
     @functools.wraps(cls.__call__)

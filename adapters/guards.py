@@ -64,13 +64,14 @@ def parameter_names(block: torch.nn.Module) -> list[str]:
 class Guard:
     """Stands for one block in the model's loop. Reads of attributes go to the block."""
 
-    __slots__ = ("block", "form", "inputs", "stack", "who")
+    __slots__ = ("block", "form", "inputs", "stack", "swaps_pair", "who")
 
     def __init__(self, stack: Stack, block: torch.nn.Module, who: str) -> None:
         self.stack = stack
         self.block = block
         self.who = who
         self.form: OutputForm | None = None
+        self.swaps_pair = False
         self.inputs = Inputs(block, stack.pattern, who)
 
     def __getattr__(self, name: str) -> Any:
@@ -81,6 +82,7 @@ class Guard:
         output = self.block(*args, **kwargs)
         if self.form is None:
             self.form = OutputForm(self.stack.pattern, output, self.who)
+            self.swaps_pair = self.form.encoder_at == 0 and self.inputs.takes_encoder
         return output
 
     def streams(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -131,7 +133,29 @@ class ProbeEndGuard(Guard):
 
 
 class MiddleGuard(Guard):
-    """A skippable block."""
+    """A skippable block between the first and the last one: the common case, kept short."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.stack.cached:
+            return self.run(args, kwargs)
+        if self.swaps_pair and not args:
+            return kwargs[ENCODER], kwargs[HIDDEN]
+        return self.pass_through(args, kwargs)
+
+    def pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the inputs as the block would return its outputs."""
+        hidden = self.inputs.hidden(args, kwargs)
+        if self.form is not None and self.form.is_tensor:
+            return hidden
+        if self.inputs.takes_encoder:
+            return self.pack(hidden, self.inputs.encoder(args, kwargs))
+        return self.pack(hidden, self.stack.encoder_fn)
+
+
+class MiddleEndGuard(MiddleGuard):
+    """The first middle block, which decides, or the last one, which predicts or stores; or both."""
 
     __slots__ = ("is_first", "is_last")
 
@@ -153,7 +177,4 @@ class MiddleGuard(Guard):
             return output
         if self.is_last:
             return self.pack(*stack.finish_cached())
-        hidden = self.inputs.hidden(args, kwargs)
-        if self.inputs.takes_encoder:
-            return self.pack(hidden, self.inputs.encoder(args, kwargs))
-        return self.pack(hidden, stack.encoder_fn)
+        return self.pass_through(args, kwargs)

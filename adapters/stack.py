@@ -10,6 +10,7 @@ from dbcache.adapters.guards import (
     CheckGuard,
     FirstGuard,
     Guard,
+    MiddleEndGuard,
     MiddleGuard,
     ProbeEndGuard,
 )
@@ -96,7 +97,10 @@ class Stack:
                 who = f"{block_list.path}[{index}] ({type(block).__name__})"
                 if first_middle <= position <= last_middle:
                     is_first, is_last = position == first_middle, position == last_middle
-                    row.append(MiddleGuard(self, block, who, is_first, is_last))
+                    if is_first or is_last:
+                        row.append(MiddleEndGuard(self, block, who, is_first, is_last))
+                    else:
+                        row.append(MiddleGuard(self, block, who))
                 elif position == first_middle - 1 and returns_encoder_only:
                     row.append(ProbeEndGuard(self, block, who, is_first=position == 0))
                 else:

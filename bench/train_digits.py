@@ -102,7 +102,9 @@ def evaluate(path: Path, *, per_class: int, steps: int, guidance: float, device:
     classifier = DigitClassifier()
     pipe = digits.load_pipeline(path, device=device)
     pipe.set_progress_bar_config(disable=True)
-    print(f"classifier on held-out real digits: {classifier.accuracy(*load_digits_split('test')):.1%}")
+    print(
+        f"classifier on held-out real digits: {classifier.accuracy(*load_digits_split('test')):.1%}"
+    )
     right = []
     for digit in range(digits.NUM_CLASSES):
         generator = torch.Generator("cpu").manual_seed(1000 + digit)

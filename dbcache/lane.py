@@ -107,9 +107,10 @@ class Lane:
 
     def read_decision(self) -> bool:
         """Return whether the device decided to cache. The only host wait of a dynamic step."""
-        flag = self.state.counters[lane_state.CACHED : lane_state.CACHED + 1]
-        if not flag.is_cuda:
-            return bool(flag)
+        counters = self.state.counters
+        if not counters.is_cuda:
+            return bool(counters.numpy()[lane_state.CACHED])
+        flag = counters[lane_state.CACHED : lane_state.CACHED + 1]
         if self._flag is None or self._event is None:
             self._flag = torch.empty(1, dtype=torch.int32, pin_memory=True)
             self._event = torch.cuda.Event()

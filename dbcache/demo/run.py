@@ -28,7 +28,7 @@ class Setting:
     cache: DBCacheConfig | None = None
     calibrator: CalibratorConfig | None = None
     seconds: list[float] = field(default_factory=list)
-    images: torch.Tensor | None = None
+    images: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     cached: int = 0
 
 
