@@ -37,7 +37,10 @@ class InstanceMethod:
         module.__dict__[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self.call or self.original)(*args, **kwargs)
+        call = self.call or self.original
+        if torch.compiler.is_compiling():
+            return _uncompiled(call, args, kwargs)
+        return call(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.had_own:
@@ -55,6 +58,12 @@ class InstanceMethod:
                 del own[self.name]
         elif own.get(f"_old_{self.name}") is self:  # accelerate's hooks keep it there
             own[f"_old_{self.name}"] = self.original
+
+
+@torch.compiler.disable
+def _uncompiled(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Keep Dynamo out: traced as a whole, the forward would run past the guards."""
+    return call(*args, **kwargs)
 
 
 def _own_method(module: torch.nn.Module, name: str) -> Any:
@@ -202,10 +211,9 @@ class CachedTransformer:
         if self._is_over() or not self._has_begun:
             self._refreshes = 0
             self.start_request()
-        elif self.calls == self.config.force_refresh_step_hint:
-            if self.config.force_refresh_step_policy == "repeat" or self._refreshes == 0:
-                self._refreshes += 1
-                self.start_request()
+        elif self._is_refresh_due():
+            self._refreshes += 1
+            self.start_request()
         if self.calls == 0:
             self._check_mask()
         self._step_branch = self._current_branch()
@@ -218,6 +226,13 @@ class CachedTransformer:
         if self.by_request or steps is None:
             return False
         return self._steps.get(self._current_branch(), 0) >= steps
+
+    def _is_refresh_due(self) -> bool:
+        """Say whether the calls so far have reached the hint."""
+        repeats = self.config.force_refresh_step_policy == "repeat"
+        return self.calls == self.config.force_refresh_step_hint and (
+            repeats or self._refreshes == 0
+        )
 
     def _check_mask(self) -> None:
         """Raise if the mask has another length than the request has steps."""

@@ -278,3 +278,22 @@ def test_memory_is_the_reference_and_the_ring():
     )
     model(*inputs(0))
     assert dbcache.summary(model).lanes[0].megabytes == (4 * hidden + 3 * encoder) / 1e6
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
+def test_compiled_models_take_the_same_decisions(whole):
+    model, twin = Model(ForwardPattern.Pattern_0), Model(ForwardPattern.Pattern_0)
+    run = model
+    if whole:
+        enable(model)
+        run = torch.compile(model, backend="eager")
+    else:
+        for block in model.blocks:
+            block.compile(backend="eager")
+        enable(model)
+    enable(twin)
+    for step in range(STEPS):
+        for a, b in zip(run(*inputs(step)), twin(*inputs(step)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert reasons(model) == reasons(twin)
+    assert dbcache.summary(run).lanes[0].cached_steps

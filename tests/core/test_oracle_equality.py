@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import OWN, SHARED, STEPS
+from cases import OWN, SHARED, STEPS, on_families
 from engines import Run, assert_same, dbcache_lanes, options, run_dbcache, run_oracle
 from oracle import Decider, Oracle, Rule, Series
 from tiny import BRANCHES, FAMILIES, denoise, flux, generate, noise, pipeline
@@ -93,12 +93,20 @@ def test_thresholds_of_the_cases_split_the_steps(family):
     assert min(lane.diffs.values()) < rule.residual_diff_threshold < max(lane.diffs.values())
 
 
-@families
-@pytest.mark.parametrize("case", ALL)
-def test_bare_transformer_equals_the_oracle(family, case):
+@pytest.mark.parametrize(("case", "name"), on_families(ALL))
+def test_bare_transformer_equals_the_oracle(case, name):
+    family = FAMILIES[name]
     rule = replace(ALL[case], enable_separate_cfg=False)
     mine = run_dbcache(family.build(), family, rule, STEPS)
     assert_same(mine, run_oracle(family.build(), family, rule, STEPS))
+
+
+def test_a_long_request_equals_the_oracle():
+    family = FAMILIES["flux"]
+    rule = Rule(residual_diff_threshold=0.08, order=1, max_continuous_cached_steps=6)
+    mine = run_dbcache(family.build(), family, rule, 150)
+    assert mine.lanes[0].cached_steps[-1] > 130
+    assert_same(mine, run_oracle(family.build(), family, rule, 150))
 
 
 @families

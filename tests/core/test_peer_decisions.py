@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from cases import SHARED, STEPS
+from cases import SHARED, STEPS, on_families
 from engines import Run, assert_same, dbcache_lanes, run_dbcache, run_oracle, run_peer
 from oracle import Rule
 from tiny import FAMILIES, Family, denoise, pipeline
@@ -48,11 +48,9 @@ def compare(engine, name: str, rule: Rule, steps: int = STEPS, **how) -> Run:
 
 
 @engines
-@families
-@pytest.mark.parametrize("case", SHARED)
-def test_bare_transformer_equals_cache_dit(engine, family, case):
-    rule = replace(SHARED[case], enable_separate_cfg=False)
-    compare(engine, family.name, rule)
+@pytest.mark.parametrize(("case", "name"), on_families(SHARED))
+def test_bare_transformer_equals_cache_dit(engine, case, name):
+    compare(engine, name, replace(SHARED[case], enable_separate_cfg=False))
 
 
 GUIDED = {

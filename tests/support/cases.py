@@ -86,3 +86,10 @@ OWN = {
     ),
 }
 """Options where cache-dit 1.5.3 differs: its accumulated diff never resets, its ladder is late."""
+
+
+def on_families(cases: dict[str, Rule]) -> list[tuple[str, str]]:
+    """Return (case, family) pairs: every case on FLUX and, in turn, on Qwen-Image or Wan."""
+    others = ("qwen", "wan")
+    pairs = [(case, ("flux", others[i % 2])) for i, case in enumerate(cases)]
+    return [(case, family) for case, families in pairs for family in families]

@@ -9,11 +9,12 @@ import torch
 
 @dataclass
 class Lane:
-    """What an engine says about one lane: cached steps, diffs it measured, reason per step."""
+    """What an engine says about one lane; cache-dit gives no reasons and no branch."""
 
     cached_steps: list[int]
     diffs: dict[int, float]
     reasons: list[str] | None = None
+    branch: str | None = None
 
 
 @dataclass
@@ -60,11 +61,11 @@ def run_oracle(target, family: tiny.Family, rule: oracle.Rule, steps: int, **how
     outputs = drive(target, family, rule, steps, **how)
     for each in oracles:
         each.__exit__()
-    traces = [trace for each in oracles for trace in each.lanes.values()]
-    for trace in traces:
+    traces = [item for each in oracles for item in each.lanes.items()]
+    for _, trace in traces:
         margins = [abs(d - rule.residual_diff_threshold) for d in trace.diffs.values()]
         assert min(margins, default=1) > 1e-6, "a diff on the threshold decides nothing: move it"
-    return Run(outputs, [Lane(t.cached_steps, t.diffs, t.reasons) for t in traces])
+    return Run(outputs, [Lane(t.cached_steps, t.diffs, t.reasons, branch) for branch, t in traces])
 
 
 def run_dbcache(target, family: tiny.Family, rule: oracle.Rule, steps: int, **how) -> Run:
@@ -87,8 +88,10 @@ def dbcache_lanes(target) -> list[Lane]:
     """Return what `dbcache.summary` reports of the newest request."""
     import dbcache
 
-    lanes = dbcache.summary(target).lanes
-    return [Lane(list(each.cached_steps), dict(each.diffs), list(each.reasons)) for each in lanes]
+    return [
+        Lane(list(lane.cached_steps), dict(lane.diffs), list(lane.reasons), lane.branch)
+        for lane in dbcache.summary(target).lanes
+    ]
 
 
 def run_peer(target, family: tiny.Family, rule: oracle.Rule, steps: int, **how) -> Run:
@@ -127,7 +130,8 @@ def assert_same(mine: Run, reference: Run, tolerance: float = 1e-5) -> None:
         lane.cached_steps for lane in reference.lanes
     ]
     for lane, expected in zip(mine.lanes, reference.lanes, strict=True):
-        assert lane.reasons is None or expected.reasons in (None, lane.reasons)
+        if expected.reasons is not None:
+            assert (lane.branch, lane.reasons) == (expected.branch, expected.reasons)
         assert expected.diffs.keys() <= lane.diffs.keys()
         for step, diff in expected.diffs.items():
             assert abs(lane.diffs[step] - diff) <= 1e-5 * diff + 1e-7, (step, diff)
