@@ -16,8 +16,6 @@ from dbcache.schedule import make_plan
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
 
-_STATE = ("counters", "values", "limits", "thresholds", "plan", "trace_reason", "trace_diff")
-
 Layout = tuple[object, ...]
 """Shapes, dtypes and device of a step's tensors; a change of it restarts the lane."""
 
@@ -88,8 +86,7 @@ class Lane:
         """Take the scalar state along to another device."""
         old, self.device = self.state, device
         self.state = LaneState.allocate(len(old.plan), device)
-        for name in _STATE:
-            getattr(self.state, name).copy_(getattr(old, name))
+        self.state.copy_(old)
         self._flag = self._event = None
 
     def buffers(

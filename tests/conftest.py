@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+if not torch.cuda.is_available():  # before any test module imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
 # test modules cannot import their siblings, and tests/ itself must not be on the path: its folders
 # are named like the parts of the package
@@ -15,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 @pytest.fixture(scope="module")
 def one_thread():
     """Run torch on one thread: faster for tiny tensors, and sums are the same everywhere."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,8 +26,6 @@ def one_thread():
 
 def pytest_collection_modifyitems(items):
     """Leave out what needs a GPU where there is none."""
-    import torch
-
     if torch.cuda.is_available():
         return
     for item in items:

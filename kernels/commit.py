@@ -1,0 +1,296 @@
+"""What a full step leaves behind: its probe residual and a snapshot of the block residual.
+
+    p_ref      := h_fn - h_in
+    ring[slot] := h_out - h_fn                 (replace: h_out)
+
+One launch for hidden and encoder states, in place. `slot` is read on the device, from the state
+that `decide` left, so the host need not know it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels._select import DTYPES, Impl, invalid, is_traced, select
+from dbcache.kernels.lane_state import MAX_SLOTS, NUM_COUNTERS, SLOT
+
+BLOCK = 2048
+
+
+def commit(
+    h_in: torch.Tensor,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor,
+    ring: torch.Tensor,
+    counters: torch.Tensor,
+    encoder_fn: torch.Tensor | None = None,
+    encoder_out: torch.Tensor | None = None,
+    encoder_ring: torch.Tensor | None = None,
+    *,
+    replace: bool = False,
+    impl: Impl = "auto",
+) -> None:
+    """Store ``h_fn - h_in`` in `p_ref` and ``h_out - h_fn`` in ``ring[slot]``.
+
+    Differences are taken in float32 and rounded once, to the dtype of `p_ref` and of `ring`.
+
+    Args:
+        h_in: activations before the probe blocks, any shape, float32, float16 or bfloat16. Any
+            strides; copied first where not contiguous.
+        h_fn: activations between the probe blocks and the skippable ones, same shape and dtype.
+        h_out: activations after the skippable blocks, same shape and dtype.
+        p_ref: written, same shape, contiguous, one of the dtypes.
+        ring: (K, *h_in.shape), contiguous, 1 <= K <= MAX_SLOTS, one of the dtypes; one slot is
+            written.
+        counters: int32 (NUM_COUNTERS,), of a `LaneState`; ``counters[SLOT]`` is below K.
+        encoder_fn: second stream, as `h_fn`, of any size of its own; the next two come with it.
+        encoder_out: as `h_out`.
+        encoder_ring: as `ring`, with the same K.
+        replace: store `h_out` itself, for rings that hold outputs rather than residuals.
+        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
+            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+
+    The reference reads the slot on the host, which synchronises if it is on a GPU; Triton does not.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check(h_in, h_fn, h_out, p_ref, counters)
+    _check_ring("h_out", h_out, ring)
+    if encoder_fn is not None:
+        if encoder_out is None or encoder_ring is None:
+            raise ValueError("commit: encoder_fn must come with its output and ring, got None")
+        _check_encoder(h_in, ring, encoder_fn, encoder_out, encoder_ring)
+    encoder = (encoder_fn, encoder_out, encoder_ring)
+    if is_traced(h_in):
+        with torch.no_grad():
+            _commit_op(h_in, h_fn, h_out, p_ref, ring, counters, *encoder, replace, impl)
+    elif select(impl, h_in) == "triton":
+        _commit_triton(h_in, h_fn, h_out, p_ref, ring, counters, *encoder, replace)
+    else:
+        commit_reference(h_in, h_fn, h_out, p_ref, ring, counters, *encoder, replace=replace)
+
+
+@torch.no_grad()
+def commit_reference(
+    h_in: torch.Tensor,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor,
+    ring: torch.Tensor,
+    counters: torch.Tensor,
+    encoder_fn: torch.Tensor | None = None,
+    encoder_out: torch.Tensor | None = None,
+    encoder_ring: torch.Tensor | None = None,
+    *,
+    replace: bool = False,
+) -> None:
+    """Plain PyTorch, the meaning of `commit`."""
+    slot = int(counters[SLOT])
+    _store_difference(h_fn, h_in, p_ref)
+    _store_difference(h_out, None if replace else h_fn, ring[slot])
+    if encoder_fn is not None and encoder_out is not None and encoder_ring is not None:
+        _store_difference(encoder_out, None if replace else encoder_fn, encoder_ring[slot])
+
+
+def _store_difference(a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> None:
+    if b is None:
+        out.copy_(a)
+    elif out.dtype == a.dtype:
+        torch.sub(a, b, out=out)  # PyTorch subtracts in float32 and rounds once
+    else:
+        out.copy_(a.float() - b.float())
+
+
+def _check(
+    h_in: torch.Tensor,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    if not (h_in.shape == h_fn.shape == h_out.shape == p_ref.shape):
+        shapes = (tuple(x.shape) for x in (h_in, h_fn, h_out, p_ref))
+        raise invalid("commit", "h_in, h_fn, h_out and p_ref must share a shape", *shapes)
+    if not (h_in.dtype == h_fn.dtype == h_out.dtype) or h_in.dtype not in DTYPES:
+        must = f"h_in, h_fn and h_out must share a dtype of {DTYPES}"
+        raise invalid("commit", must, h_in.dtype, h_fn.dtype, h_out.dtype)
+    if p_ref.dtype not in DTYPES or not p_ref.is_contiguous():
+        must = f"p_ref must be contiguous with a dtype of {DTYPES}"
+        raise invalid("commit", must, p_ref.dtype, p_ref.stride())
+    if counters.dtype != torch.int32 or counters.shape != (NUM_COUNTERS,):
+        must = f"counters must be int32 ({NUM_COUNTERS},)"
+        raise invalid("commit", must, counters.dtype, tuple(counters.shape))
+    devices = (h_in.device, h_fn.device, h_out.device, p_ref.device, counters.device)
+    if any(device != devices[0] for device in devices):
+        must = "h_in, h_fn, h_out, p_ref and counters must be on one device"
+        raise invalid("commit", must, *devices)
+
+
+def _check_ring(name: str, x: torch.Tensor, ring: torch.Tensor) -> None:
+    if ring.shape[1:] != x.shape or not 1 <= ring.shape[0] <= MAX_SLOTS:
+        must = f"the ring of {name} must be (K, *{name}.shape) with 1 <= K <= {MAX_SLOTS}"
+        raise invalid("commit", must, tuple(ring.shape), tuple(x.shape))
+    if ring.dtype not in DTYPES or not ring.is_contiguous() or ring.device != x.device:
+        must = f"the ring of {name} must be contiguous, on {x.device}, with a dtype of {DTYPES}"
+        raise invalid("commit", must, ring.dtype, ring.stride(), ring.device)
+
+
+def _check_encoder(
+    h_in: torch.Tensor,
+    ring: torch.Tensor,
+    encoder_fn: torch.Tensor,
+    encoder_out: torch.Tensor,
+    encoder_ring: torch.Tensor,
+) -> None:
+    if encoder_fn.shape != encoder_out.shape:
+        shapes = (tuple(encoder_fn.shape), tuple(encoder_out.shape))
+        raise invalid("commit", "encoder_fn and encoder_out must share a shape", *shapes)
+    if encoder_fn.dtype != encoder_out.dtype or encoder_fn.dtype not in DTYPES:
+        must = f"encoder_fn and encoder_out must share a dtype of {DTYPES}"
+        raise invalid("commit", must, encoder_fn.dtype, encoder_out.dtype)
+    _check_ring("encoder_out", encoder_out, encoder_ring)
+    slots, devices = (ring.shape[0], encoder_ring.shape[0]), (h_in.device, encoder_fn.device)
+    if slots[0] != slots[1] or any(
+        device != h_in.device for device in (*devices, encoder_out.device)
+    ):
+        must = "both streams must share the slots and the device"
+        raise invalid("commit", must, (slots[0], devices[0]), (slots[1], devices[1]))
+
+
+def _commit_triton(
+    h_in: torch.Tensor,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor,
+    ring: torch.Tensor,
+    counters: torch.Tensor,
+    encoder_fn: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+    encoder_ring: torch.Tensor | None,
+    replace: bool,
+) -> None:
+    h_in, h_fn, h_out = h_in.contiguous(), h_fn.contiguous(), h_out.contiguous()
+    blocks, encoder_blocks, encoder_size = triton.cdiv(h_in.numel(), BLOCK), 0, 0
+    if encoder_fn is not None and encoder_out is not None:
+        encoder_fn, encoder_out = encoder_fn.contiguous(), encoder_out.contiguous()
+        encoder_size = encoder_fn.numel()
+        encoder_blocks = triton.cdiv(encoder_size, BLOCK)
+    if blocks + encoder_blocks == 0:
+        return
+    with torch.cuda.device_of(h_in):
+        _commit_kernel[(blocks + encoder_blocks,)](
+            h_in, h_fn, h_out, p_ref, ring, counters, h_in.numel(), blocks,
+            encoder_fn, encoder_out, encoder_ring, encoder_size,
+            REPLACE=replace, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("dbcache::commit", mutates_args=("p_ref", "ring", "encoder_ring"))
+def _commit_op(
+    h_in: torch.Tensor,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor,
+    ring: torch.Tensor,
+    counters: torch.Tensor,
+    encoder_fn: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+    encoder_ring: torch.Tensor | None,
+    replace: bool,
+    impl: str,
+) -> None:
+    args = (h_in, h_fn, h_out, p_ref, ring, counters, encoder_fn, encoder_out, encoder_ring)
+    if select(impl, h_in) == "triton":
+        _commit_triton(*args, replace)
+    else:
+        commit_reference(*args, replace=replace)
+
+
+@_commit_op.register_fake
+def _(
+    h_in: torch.Tensor,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor,
+    ring: torch.Tensor,
+    counters: torch.Tensor,
+    encoder_fn: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+    encoder_ring: torch.Tensor | None,
+    replace: bool,
+    impl: str,
+) -> None:
+    return None
+
+
+_SLOT = tl.constexpr(SLOT)
+
+
+@triton.jit
+def _commit_kernel(
+    h_in_ptr,
+    h_fn_ptr,
+    h_out_ptr,
+    p_ref_ptr,
+    ring_ptr,
+    counters_ptr,
+    size,
+    blocks,
+    encoder_fn_ptr,
+    encoder_out_ptr,
+    encoder_ring_ptr,
+    encoder_size,
+    REPLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first `blocks` programs take the hidden states, the others the encoder states."""
+    block = tl.program_id(0)
+    slot = tl.load(counters_ptr + _SLOT).to(tl.int64)
+    if encoder_fn_ptr is None or block < blocks:
+        _commit_block(
+            h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr, slot, size, block, REPLACE, BLOCK
+        )
+    else:
+        _commit_block(
+            None,
+            encoder_fn_ptr,
+            encoder_out_ptr,
+            None,
+            encoder_ring_ptr,
+            slot,
+            encoder_size,
+            block - blocks,
+            REPLACE,
+            BLOCK,
+        )
+
+
+@triton.jit
+def _commit_block(
+    h_in_ptr,
+    h_fn_ptr,
+    h_out_ptr,
+    p_ref_ptr,
+    ring_ptr,
+    slot,
+    size,
+    block,
+    REPLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    h_out = tl.load(h_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    residual = h_out
+    if p_ref_ptr is not None:
+        h_in = tl.load(h_in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        h_fn = tl.load(h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(p_ref_ptr + offsets, (h_fn - h_in).to(p_ref_ptr.dtype.element_ty), mask=mask)
+        if not REPLACE:
+            residual = h_out - h_fn
+    elif not REPLACE:
+        residual = h_out - tl.load(h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    slot_ptr = ring_ptr + slot * size
+    tl.store(slot_ptr + offsets, residual.to(ring_ptr.dtype.element_ty), mask=mask)

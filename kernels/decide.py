@@ -1,0 +1,484 @@
+"""The decision of one step of one lane: run in full or cache, and with which weights.
+
+Scalar arithmetic on the few numbers of a `LaneState`, once in Python (the reference) and once as
+Triton device functions. The two agree bit for bit: each operation is float32, rounded once, in the
+same order. In this order, the first rule that applies decides:
+
+    plan says WARMUP or MASK                       full
+    plan says STATIC                               cached if there is a reference, else full
+    cached steps, cached steps in a row or the accumulated change at their limit        full
+    no reference, or one of another shape or dtype                                      full
+    threshold <= 0: full;  change is NaN: full;  threshold >= 1: cached
+    change < threshold: cached, else full
+
+The weights are those of TaylorSeer (arXiv:2503.06923) on the residuals, with backward differences
+taken over the distances of the snapshots, as cache-dit (github.com/vipshop/cache-dit) takes them.
+"""
+
+from collections.abc import Sequence
+from ctypes import c_float
+from functools import lru_cache
+from itertools import pairwise
+from math import inf, nan
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels import lane_state as ls
+from dbcache.kernels._select import Impl, invalid, is_traced, select
+from dbcache.kernels.lane_state import LaneState, PlanCode, Reason
+from dbcache.kernels.probe_diff import MAX_PARTIALS
+
+
+def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "auto") -> None:
+    """Decide the next step of `state`, compute its weights, and advance the state, in place.
+
+    ``counters[CACHED]`` then says 1 (replace the blocks by `predict` with ``state.weights``) or 0
+    (run them, then `commit` to ``counters[SLOT]``); ``counters[REASON]`` says why.
+
+    Args:
+        state: state of the lane, with ``counters[STEP] < state.capacity``.
+        partials: float32 (B, T, 2) from `probe_diff`, with T <= MAX_PARTIALS, on the state's
+            device; ``sum[..., 0] / sum[..., 1]`` is the change that is compared with the threshold.
+            None if it was not measured. It is looked at in DYNAMIC steps with a valid reference,
+            recorded there even if a limit decides, and without it those run in full.
+        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
+            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+
+    The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
+    not.
+
+    Raises:
+        ValueError: `partials` does not fit.
+        RuntimeError: the state has no room for the step (reference only; Triton decides it as
+            DYNAMIC and leaves it out of the traces).
+    """
+    counters = state.counters
+    if partials is not None:
+        if partials.ndim != 3 or partials.shape[2] != 2 or partials.shape[1] > MAX_PARTIALS:
+            must = f"partials must be (B, T, 2) with T <= {MAX_PARTIALS}"
+            raise invalid("decide", must, tuple(partials.shape))
+        if partials.dtype != torch.float32 or partials.device != counters.device:
+            must = f"partials must be float32 on {counters.device}"
+            raise invalid("decide", must, partials.dtype, partials.device)
+    if is_traced(counters):
+        tensors = (counters, state.values, state.limits, state.thresholds, state.plan)
+        _decide_op(*tensors, state.trace_reason, state.trace_diff, partials, impl)
+    elif select(impl, counters) == "triton":
+        _decide_triton(state, partials)
+    else:
+        decide_reference(state, partials)
+
+
+def decide_reference(state: LaneState, partials: torch.Tensor | None) -> None:
+    """Plain Python, the meaning of `decide`."""
+    if state.counters.device.type != "cpu":
+        host = state.clone("cpu")
+        decide_reference(host, partials)
+        state.copy_(host)
+        return
+    counters, values = state.counters.tolist(), state.values.tolist()
+    step = counters[ls.STEP]
+    if step >= state.capacity:
+        raise RuntimeError(
+            f"decide: the step must be below the capacity of the state, {state.capacity}, "
+            f"got {step}; call LaneState.grow"
+        )
+    code = int(state.plan.numpy()[step])
+    diff = None
+    if partials is not None and code == PlanCode.DYNAMIC and counters[ls.REFERENCE] == 1:
+        diff = relative_l1(partials.tolist())
+    advance(counters, values, state.limits.tolist(), state.thresholds.tolist(), code, diff)
+    # NumPy views share the memory and are written in a fraction of a tensor assignment's time
+    state.counters.numpy()[:] = counters
+    state.values.numpy()[:] = values
+    state.trace_reason.numpy()[step] = counters[ls.REASON]
+    state.trace_diff.numpy()[step] = values[ls.DIFF]
+
+
+def advance(
+    counters: list[int],
+    values: list[float],
+    limits: Sequence[int],
+    thresholds: Sequence[float],
+    code: int,
+    diff: float | None,
+) -> None:
+    """Advance `counters` and `values` by one step of plan code `code` whose change was `diff`."""
+    reason = choose(counters, values, limits, thresholds, code, diff)
+    step, slots, head = counters[ls.STEP], limits[ls.SLOTS], counters[ls.HEAD]
+    cached = reason >= Reason.STATIC
+    if cached:
+        counters[ls.CACHED_STEPS] += 1
+        counters[ls.CONSECUTIVE] += 1
+        if diff is not None:
+            values[ls.ACCUMULATED] = f32(values[ls.ACCUMULATED] + diff)
+        # ages of the snapshots, newest first; the newest is in the slot before the head
+        newest = ls.RING_STEPS + (head - 1) % slots
+        steps = counters[newest : ls.RING_STEPS - 1 : -1]
+        steps += counters[ls.RING_STEPS + slots - 1 : newest : -1]
+        ages = tuple([step - s for s in steps[: counters[ls.SNAPSHOTS]]])
+        for base, order in (
+            (ls.WEIGHTS, limits[ls.ORDER]),
+            (ls.ENCODER_WEIGHTS, limits[ls.ENCODER_ORDER]),
+        ):
+            values[base : base + ls.MAX_SLOTS] = _weights_by_slot(ages, order, head, slots)
+    else:
+        counters[ls.SLOT] = head
+        counters[ls.RING_STEPS + head] = step
+        counters[ls.HEAD] = (head + 1) % slots
+        counters[ls.SNAPSHOTS] = min(counters[ls.SNAPSHOTS] + 1, slots)
+        counters[ls.CONSECUTIVE] = 0
+        counters[ls.REFERENCE] = 1
+        values[ls.ACCUMULATED] = 0.0
+    counters[ls.CACHED] = int(cached)
+    counters[ls.REASON] = reason
+    values[ls.DIFF] = -1.0 if diff is None else diff
+    counters[ls.STEP] = step + 1
+
+
+def choose(
+    counters: Sequence[int],
+    values: Sequence[float],
+    limits: Sequence[int],
+    thresholds: Sequence[float],
+    code: int,
+    diff: float | None,
+) -> Reason:
+    """Return what decides a step of plan code `code` whose change was `diff`."""
+    if code == PlanCode.WARMUP:
+        return Reason.WARMUP
+    if code == PlanCode.MASK:
+        return Reason.MASK
+    reference, threshold = counters[ls.REFERENCE], thresholds[ls.THRESHOLD]
+    missing = Reason.SHAPE_CHANGED if reference == 2 else Reason.NO_REFERENCE
+    if code == PlanCode.STATIC:
+        return Reason.STATIC if reference == 1 else missing
+    if counters[ls.CACHED_STEPS] >= limits[ls.MAX_CACHED] >= 0:
+        return Reason.COUNT_LIMIT
+    if counters[ls.CONSECUTIVE] >= limits[ls.MAX_CONSECUTIVE] >= 0:
+        return Reason.CONSECUTIVE_LIMIT
+    if values[ls.ACCUMULATED] >= thresholds[ls.MAX_ACCUMULATED] > 0:
+        return Reason.ACCUMULATED_LIMIT
+    if reference != 1:
+        return missing
+    if threshold <= 0:
+        return Reason.THRESHOLD_OFF
+    if diff is None or diff != diff:
+        return Reason.NAN
+    if threshold >= 1:
+        return Reason.THRESHOLD_ALWAYS
+    return Reason.BELOW_THRESHOLD if diff < threshold else Reason.ABOVE_THRESHOLD
+
+
+def taylor_weights(ages: Sequence[int], order: int) -> list[float]:
+    """Return the weights that predict the current step from snapshots `ages` steps old.
+
+    With Y_m the snapshots, newest first, g_m = ages[m + 1] - ages[m] and k = ages[0]:
+
+        D(0)_m = Y_m,  D(i+1)_m = (D(i)_m - D(i)_{m+1}) / g_m
+        prediction = sum over i <= L of k^i / i! * D(i)_0,  L = min(order, len(ages) - 1)
+
+    which is linear in Y. The weights are its adjoint, taken from the highest difference down. There
+    are L + 1 of them; older snapshots have weight 0.
+    """
+    last = max(0, min(order, len(ages) - 1))
+    coefficients = [1.0]
+    for i in range(1, last + 1):
+        coefficients.append(f32(f32(coefficients[-1] * ages[0]) / i))
+    weights = [coefficients[last]]
+    for i in range(last - 1, -1, -1):
+        parts = [f32(w / (ages[m + 1] - ages[m])) for m, w in enumerate(weights)]
+        weights = [f32(parts[0] + coefficients[i])]
+        weights += [f32(after - before) for before, after in pairwise(parts)]
+        weights.append(-parts[-1])
+    return weights
+
+
+@lru_cache(maxsize=4096)
+def _weights_by_slot(ages: tuple[int, ...], order: int, head: int, slots: int) -> list[float]:
+    """Spread the weights over the ring. Requests repeat the same few patterns of ages."""
+    by_slot = [0.0] * ls.MAX_SLOTS
+    for m, weight in enumerate(taylor_weights(ages, order)):
+        by_slot[(head - 1 - m) % slots] = weight
+    return by_slot
+
+
+def relative_l1(partials: Sequence[Sequence[Sequence[float]]]) -> float:
+    """Return the summed ``[..., 0]`` over the summed ``[..., 1]`` of nested lists (B, T, 2)."""
+    num, den = 0.0, 0.0
+    for sample in partials:
+        num = f32(num + _tree_sum([pair[0] for pair in sample]))
+        den = f32(den + _tree_sum([pair[1] for pair in sample]))
+    if den == 0:
+        return nan if num == 0 or num != num else inf
+    return f32(num / den)
+
+
+def f32(x: float) -> float:
+    """Round to float32. One operation in float64, then this, is that operation in float32."""
+    return c_float(x).value
+
+
+def _tree_sum(x: list[float]) -> float:
+    """Add neighbours, then neighbouring sums, and so on."""
+    while len(x) > 1:
+        odd = x[-1:] if len(x) % 2 else []
+        x = [f32(a + b) for a, b in zip(x[::2], x[1::2], strict=False)] + odd
+    return x[0]
+
+
+def _decide_triton(state: LaneState, partials: torch.Tensor | None) -> None:
+    samples, programs = (0, 0) if partials is None else partials.shape[:2]
+    log_lanes = max(0, programs - 1).bit_length()
+    with torch.cuda.device_of(state.counters):
+        _decide_kernel[(1,)](
+            state.counters, state.values, state.limits, state.thresholds,
+            state.plan, state.trace_reason, state.trace_diff, state.capacity,
+            None if partials is None else partials.contiguous(), samples, programs,
+            LOG_LANES=log_lanes, num_warps=1 if log_lanes < 8 else 4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "dbcache::decide", mutates_args=("counters", "values", "trace_reason", "trace_diff")
+)
+def _decide_op(
+    counters: torch.Tensor,
+    values: torch.Tensor,
+    limits: torch.Tensor,
+    thresholds: torch.Tensor,
+    plan: torch.Tensor,
+    trace_reason: torch.Tensor,
+    trace_diff: torch.Tensor,
+    partials: torch.Tensor | None,
+    impl: str,
+) -> None:
+    state = LaneState(counters, values, limits, thresholds, plan, trace_reason, trace_diff)
+    if select(impl, counters) == "triton":
+        _decide_triton(state, partials)
+    else:
+        decide_reference(state, partials)
+
+
+@_decide_op.register_fake
+def _(
+    counters: torch.Tensor,
+    values: torch.Tensor,
+    limits: torch.Tensor,
+    thresholds: torch.Tensor,
+    plan: torch.Tensor,
+    trace_reason: torch.Tensor,
+    trace_diff: torch.Tensor,
+    partials: torch.Tensor | None,
+    impl: str,
+) -> None:
+    return None
+
+
+# Triton functions can read globals that are constexpr, and no others
+_STEP, _CACHED, _REASON = tl.constexpr(ls.STEP), tl.constexpr(ls.CACHED), tl.constexpr(ls.REASON)
+_CACHED_STEPS, _CONSECUTIVE = tl.constexpr(ls.CACHED_STEPS), tl.constexpr(ls.CONSECUTIVE)
+_REFERENCE, _SNAPSHOTS = tl.constexpr(ls.REFERENCE), tl.constexpr(ls.SNAPSHOTS)
+_HEAD, _SLOT = tl.constexpr(ls.HEAD), tl.constexpr(ls.SLOT)
+_RING_STEPS, _MAX_SLOTS = tl.constexpr(ls.RING_STEPS), tl.constexpr(ls.MAX_SLOTS)
+_DIFF, _ACCUMULATED = tl.constexpr(ls.DIFF), tl.constexpr(ls.ACCUMULATED)
+_WEIGHTS, _ENCODER_WEIGHTS = tl.constexpr(ls.WEIGHTS), tl.constexpr(ls.ENCODER_WEIGHTS)
+_MAX_CACHED, _MAX_CONSECUTIVE = tl.constexpr(ls.MAX_CACHED), tl.constexpr(ls.MAX_CONSECUTIVE)
+_SLOTS, _ORDER = tl.constexpr(ls.SLOTS), tl.constexpr(ls.ORDER)
+_ENCODER_ORDER = tl.constexpr(ls.ENCODER_ORDER)
+_THRESHOLD, _MAX_ACCUMULATED = tl.constexpr(ls.THRESHOLD), tl.constexpr(ls.MAX_ACCUMULATED)
+_PLAN_DYNAMIC = tl.constexpr(int(PlanCode.DYNAMIC))
+_PLAN_STATIC = tl.constexpr(int(PlanCode.STATIC))
+_PLAN_WARMUP = tl.constexpr(int(PlanCode.WARMUP))
+_PLAN_MASK = tl.constexpr(int(PlanCode.MASK))
+_FULL_WARMUP, _FULL_MASK = tl.constexpr(int(Reason.WARMUP)), tl.constexpr(int(Reason.MASK))
+_COUNT_LIMIT = tl.constexpr(int(Reason.COUNT_LIMIT))
+_CONSECUTIVE_LIMIT = tl.constexpr(int(Reason.CONSECUTIVE_LIMIT))
+_ACCUMULATED_LIMIT = tl.constexpr(int(Reason.ACCUMULATED_LIMIT))
+_NO_REFERENCE = tl.constexpr(int(Reason.NO_REFERENCE))
+_SHAPE_CHANGED = tl.constexpr(int(Reason.SHAPE_CHANGED))
+_THRESHOLD_OFF, _NAN = tl.constexpr(int(Reason.THRESHOLD_OFF)), tl.constexpr(int(Reason.NAN))
+_ABOVE_THRESHOLD = tl.constexpr(int(Reason.ABOVE_THRESHOLD))
+_CACHED_STATIC = tl.constexpr(int(Reason.STATIC))
+_BELOW_THRESHOLD = tl.constexpr(int(Reason.BELOW_THRESHOLD))
+_THRESHOLD_ALWAYS = tl.constexpr(int(Reason.THRESHOLD_ALWAYS))
+
+
+@triton.jit
+def _decide_kernel(
+    counters_ptr,
+    values_ptr,
+    limits_ptr,
+    thresholds_ptr,
+    plan_ptr,
+    trace_reason_ptr,
+    trace_diff_ptr,
+    capacity,
+    partials_ptr,
+    samples,
+    programs,
+    LOG_LANES: tl.constexpr,
+):
+    MEASURED: tl.constexpr = partials_ptr is not None
+    diff = tl.full((), -1.0, tl.float32)
+    if MEASURED:
+        diff = _relative_l1(partials_ptr, samples, programs, LOG_LANES)
+    _advance(
+        counters_ptr,
+        values_ptr,
+        limits_ptr,
+        thresholds_ptr,
+        plan_ptr,
+        trace_reason_ptr,
+        trace_diff_ptr,
+        capacity,
+        diff,
+        MEASURED,
+    )
+
+
+@triton.jit
+def _relative_l1(partials_ptr, samples, programs, LOG_LANES: tl.constexpr):
+    """The function `relative_l1` above, for at most 2**LOG_LANES programs."""
+    lane = tl.arange(0, 1 << LOG_LANES)
+    num = tl.full((), 0.0, tl.float32)
+    den = tl.full((), 0.0, tl.float32)
+    for sample in range(samples):
+        pair_ptr = partials_ptr + (sample * programs + lane) * 2
+        num += _tree_sum_lanes(tl.load(pair_ptr, mask=lane < programs, other=0.0), LOG_LANES)
+        den += _tree_sum_lanes(tl.load(pair_ptr + 1, mask=lane < programs, other=0.0), LOG_LANES)
+    return tl.div_rn(num, den)
+
+
+@triton.jit
+def _tree_sum_lanes(x, LOG_LANES: tl.constexpr):
+    """Add neighbours until one is left; tl.sum over all lanes would leave the order open."""
+    for level in tl.static_range(1, LOG_LANES + 1):
+        x = tl.sum(tl.reshape(x, ((1 << LOG_LANES) >> level, 2)), axis=1)
+    return tl.sum(x, axis=0)
+
+
+@triton.jit
+def _advance(
+    counters_ptr,
+    values_ptr,
+    limits_ptr,
+    thresholds_ptr,
+    plan_ptr,
+    trace_reason_ptr,
+    trace_diff_ptr,
+    capacity,
+    diff,
+    MEASURED: tl.constexpr,
+):
+    """The function `advance` above, on the state in memory. One program may run it."""
+    step = tl.load(counters_ptr + _STEP)
+    planned = step < capacity
+    code = tl.load(plan_ptr + step, mask=planned, other=_PLAN_DYNAMIC)
+    reference = tl.load(counters_ptr + _REFERENCE)
+    measured = MEASURED & (code == _PLAN_DYNAMIC) & (reference == 1)
+    cached_steps = tl.load(counters_ptr + _CACHED_STEPS)
+    consecutive = tl.load(counters_ptr + _CONSECUTIVE)
+    accumulated = tl.load(values_ptr + _ACCUMULATED)
+    reason = _choose(
+        limits_ptr, thresholds_ptr, code, reference, cached_steps, consecutive, accumulated,
+        diff, MEASURED,
+    )  # fmt: skip
+    cached = reason >= _CACHED_STATIC
+
+    slots = tl.load(limits_ptr + _SLOTS)
+    snapshots = tl.load(counters_ptr + _SNAPSHOTS)
+    head = tl.load(counters_ptr + _HEAD)
+    if cached:
+        order = tl.load(limits_ptr + _ORDER)
+        encoder_order = tl.load(limits_ptr + _ENCODER_ORDER)
+        ring_ptr = counters_ptr + _RING_STEPS
+        _store_weights(values_ptr + _WEIGHTS, ring_ptr, step, head, slots, snapshots, order)
+        _store_weights(
+            values_ptr + _ENCODER_WEIGHTS, ring_ptr, step, head, slots, snapshots, encoder_order
+        )
+        tl.store(counters_ptr + _CACHED_STEPS, cached_steps + 1)
+        tl.store(counters_ptr + _CONSECUTIVE, consecutive + 1)
+        tl.store(values_ptr + _ACCUMULATED, accumulated + diff, mask=measured)
+    else:
+        tl.store(counters_ptr + _SLOT, head)
+        tl.store(counters_ptr + _RING_STEPS + head, step)
+        tl.store(counters_ptr + _HEAD, (head + 1) % slots)
+        tl.store(counters_ptr + _SNAPSHOTS, tl.minimum(snapshots + 1, slots))
+        tl.store(counters_ptr + _CONSECUTIVE, 0)
+        tl.store(counters_ptr + _REFERENCE, 1)
+        tl.store(values_ptr + _ACCUMULATED, 0.0)
+    diff = tl.where(measured, diff, -1.0)
+    tl.store(counters_ptr + _CACHED, cached.to(tl.int32))
+    tl.store(counters_ptr + _REASON, reason)
+    tl.store(values_ptr + _DIFF, diff)
+    tl.store(trace_reason_ptr + step, reason, mask=planned)
+    tl.store(trace_diff_ptr + step, diff, mask=planned)
+    tl.store(counters_ptr + _STEP, step + 1)
+
+
+@triton.jit
+def _choose(
+    limits_ptr,
+    thresholds_ptr,
+    code,
+    reference,
+    cached_steps,
+    consecutive,
+    accumulated,
+    diff,
+    MEASURED: tl.constexpr,
+):
+    """The function `choose` above, from the last rule to the first: a later line overrides."""
+    max_cached = tl.load(limits_ptr + _MAX_CACHED)
+    max_consecutive = tl.load(limits_ptr + _MAX_CONSECUTIVE)
+    threshold = tl.load(thresholds_ptr + _THRESHOLD)
+    max_accumulated = tl.load(thresholds_ptr + _MAX_ACCUMULATED)
+    missing = tl.where(reference == 2, _SHAPE_CHANGED, _NO_REFERENCE)
+
+    reason = tl.where(diff < threshold, _BELOW_THRESHOLD, _ABOVE_THRESHOLD)
+    reason = tl.where(threshold >= 1.0, _THRESHOLD_ALWAYS, reason)
+    reason = tl.where((not MEASURED) | (diff != diff), _NAN, reason)
+    reason = tl.where(threshold <= 0.0, _THRESHOLD_OFF, reason)
+    reason = tl.where(reference == 1, reason, missing)
+    over = (max_accumulated > 0.0) & (accumulated >= max_accumulated)
+    reason = tl.where(over, _ACCUMULATED_LIMIT, reason)
+    over = (max_consecutive >= 0) & (consecutive >= max_consecutive)
+    reason = tl.where(over, _CONSECUTIVE_LIMIT, reason)
+    over = (max_cached >= 0) & (cached_steps >= max_cached)
+    reason = tl.where(over, _COUNT_LIMIT, reason)
+
+    static = tl.where(reference == 1, _CACHED_STATIC, missing)
+    reason = tl.where(code == _PLAN_STATIC, static, reason)
+    reason = tl.where(code == _PLAN_WARMUP, _FULL_WARMUP, reason)
+    return tl.where(code == _PLAN_MASK, _FULL_MASK, reason)
+
+
+@triton.jit
+def _store_weights(weights_ptr, ring_ptr, step, head, slots, snapshots, order):
+    """The function `taylor_weights` above, on vectors over m, stored by slot."""
+    m = tl.arange(0, _MAX_SLOTS)
+    slot = (head - 1 - m + _MAX_SLOTS * slots) % slots
+    older = (head - 2 - m + _MAX_SLOTS * slots + slots) % slots
+    steps = tl.load(ring_ptr + slot)
+    # 1 where there is no older snapshot, so that 0 / gap stays 0 there
+    gap = tl.where(m + 1 < snapshots, steps - tl.load(ring_ptr + older), 1).to(tl.float32)
+    distance = (step - tl.load(ring_ptr + (head - 1 + slots) % slots)).to(tl.float32)
+
+    last = tl.maximum(tl.minimum(order, snapshots - 1), 0)
+    coefficient = tl.full((), 1.0, tl.float32)
+    coefficients = tl.where(m == 0, coefficient, 0.0)
+    for i in range(1, last + 1):
+        coefficient = tl.div_rn(coefficient * distance, tl.cast(i, tl.float32))
+        coefficients = tl.where(m == i, coefficient, coefficients)
+
+    weights = tl.where(m == 0, coefficient, 0.0)
+    for i in range(last - 1, -1, -1):
+        part = tl.div_rn(weights, gap)
+        before = tl.sum(tl.where(m[None, :] + 1 == m[:, None], part[None, :], 0.0), axis=1)
+        coefficient = tl.sum(tl.where(m == i, coefficients, 0.0), axis=0)
+        weights = part - before
+        weights = tl.where(m == 0, weights + coefficient, weights)
+    tl.store(weights_ptr + tl.where(m < slots, slot, m), weights)

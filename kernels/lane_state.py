@@ -1,0 +1,184 @@
+"""The packed scalar state of one lane: a few tiny tensors on the lane's device.
+
+A lane is one stream of denoising steps with a cache of its own. All that `decide` knows about it
+is in four tensors (`counters`, `values`, `limits`, `thresholds`), the plan, and two traces that
+are read back once per request. The constants below name their entries.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+
+MAX_SLOTS = 8
+"""Largest number of snapshots a ring can hold."""
+
+# entries of LaneState.counters, int32
+STEP = 0  # index of the next step of this request
+CACHED = 1  # decision of the latest step: 1 cached, 0 full
+REASON = 2  # Reason of the latest step
+CACHED_STEPS = 3  # cached steps so far in this request
+CONSECUTIVE = 4  # cached steps since the last full one
+REFERENCE = 5  # 0 none, 1 valid, 2 lost because shape or dtype changed
+SNAPSHOTS = 6  # ring slots that hold a snapshot
+HEAD = 7  # ring slot that the next full step will write
+SLOT = 8  # ring slot that commit writes in this step
+RING_STEPS = 9  # MAX_SLOTS entries: the step at which each slot was written
+NUM_COUNTERS = RING_STEPS + MAX_SLOTS
+
+# entries of LaneState.values, float32
+DIFF = 0  # relative L1 of the latest step, -1 where it was not measured
+ACCUMULATED = 1  # sum of the diffs of cached dynamic steps since the last full step
+WEIGHTS = 2  # MAX_SLOTS entries, by ring slot, for hidden states
+ENCODER_WEIGHTS = WEIGHTS + MAX_SLOTS  # the same for encoder hidden states
+NUM_VALUES = ENCODER_WEIGHTS + MAX_SLOTS
+
+# entries of LaneState.limits, int32
+MAX_CACHED = 0  # most cached steps per request, -1 for no limit
+MAX_CONSECUTIVE = 1  # most cached steps in a row, -1 for no limit
+SLOTS = 2  # ring slots in use, 1 to MAX_SLOTS
+ORDER = 3  # order of the Taylor prediction of hidden states, 0 reuses the latest snapshot
+ENCODER_ORDER = 4  # the same for encoder hidden states
+NUM_LIMITS = 5
+
+# entries of LaneState.thresholds, float32
+THRESHOLD = 0  # cache below this relative L1; <= 0 never, >= 1 always
+MAX_ACCUMULATED = 1  # run in full once ACCUMULATED reaches this; <= 0 for no limit
+NUM_THRESHOLDS = 2
+
+
+class PlanCode(IntEnum):
+    """What is known about a step before the loop starts."""
+
+    DYNAMIC = 0
+    """Measure, then decide."""
+    STATIC = 1
+    """Cache without measuring."""
+    WARMUP = 2
+    """Run in full: the step belongs to the warm-up."""
+    MASK = 3
+    """Run in full: the step mask says so."""
+
+
+class Reason(IntEnum):
+    """Why a step ran in full or cached; those from `STATIC` on are cached steps."""
+
+    WARMUP = 0
+    MASK = 1
+    COUNT_LIMIT = 2
+    CONSECUTIVE_LIMIT = 3
+    ACCUMULATED_LIMIT = 4
+    NO_REFERENCE = 5
+    SHAPE_CHANGED = 6
+    THRESHOLD_OFF = 7
+    """The threshold is <= 0."""
+    NAN = 8
+    ABOVE_THRESHOLD = 9
+    STATIC = 10
+    BELOW_THRESHOLD = 11
+    THRESHOLD_ALWAYS = 12
+    """The threshold is >= 1."""
+
+    @property
+    def cached(self) -> bool:
+        """Whether a step with this reason is a cached one."""
+        return self >= Reason.STATIC
+
+
+@dataclass(slots=True, eq=False)
+class LaneState:
+    """The tensors of one lane, all on one device, contiguous. Make one with `allocate`."""
+
+    counters: torch.Tensor
+    """int32 (NUM_COUNTERS,)"""
+    values: torch.Tensor
+    """float32 (NUM_VALUES,)"""
+    limits: torch.Tensor
+    """int32 (NUM_LIMITS,), written by the host when the configuration changes"""
+    thresholds: torch.Tensor
+    """float32 (NUM_THRESHOLDS,), written by the host when the configuration changes"""
+    plan: torch.Tensor
+    """int32 (capacity,): a PlanCode per step"""
+    trace_reason: torch.Tensor
+    """int32 (capacity,): a Reason per step, -1 where the request has not come yet"""
+    trace_diff: torch.Tensor
+    """float32 (capacity,): relative L1 per step, -1 where it was not measured"""
+    weights: torch.Tensor = field(init=False)
+    """float32 (MAX_SLOTS,), a view of `values`: what `predict` takes for hidden states"""
+    encoder_weights: torch.Tensor = field(init=False)
+    """float32 (MAX_SLOTS,), a view of `values`: what `predict` takes for encoder states"""
+
+    def __post_init__(self) -> None:
+        self.weights = self.values[WEIGHTS : WEIGHTS + MAX_SLOTS]
+        self.encoder_weights = self.values[ENCODER_WEIGHTS : ENCODER_WEIGHTS + MAX_SLOTS]
+
+    @classmethod
+    def allocate(cls, capacity: int, device: torch.device | str) -> "LaneState":
+        """Return the state of a new request of at most `capacity` steps.
+
+        Until they are written, the limits are off, the ring has one slot, the orders are 0, the
+        threshold is 0 (never cache), and each step of the plan is `PlanCode.DYNAMIC`.
+        """
+        if capacity < 1:
+            raise ValueError(f"LaneState.allocate: capacity must be at least 1, got {capacity}")
+        state = cls(
+            counters=torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
+            values=torch.zeros(NUM_VALUES, dtype=torch.float32, device=device),
+            limits=torch.tensor([-1, -1, 1, 0, 0], dtype=torch.int32, device=device),
+            thresholds=torch.zeros(NUM_THRESHOLDS, dtype=torch.float32, device=device),
+            plan=torch.full((capacity,), PlanCode.DYNAMIC, dtype=torch.int32, device=device),
+            trace_reason=torch.full((capacity,), -1, dtype=torch.int32, device=device),
+            trace_diff=torch.full((capacity,), -1.0, dtype=torch.float32, device=device),
+        )
+        state.values[DIFF] = -1.0
+        return state
+
+    @property
+    def capacity(self) -> int:
+        """Number of steps that the plan and the traces can hold."""
+        return self.plan.shape[0]
+
+    def reset(self) -> None:
+        """Start a new request: forget all but the plan and the limits. Does not synchronise."""
+        self.counters.zero_()
+        self.values.zero_()
+        self.values[DIFF : DIFF + 1].fill_(-1.0)
+        self.trace_reason.fill_(-1)
+        self.trace_diff.fill_(-1.0)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` steps; what is there stays, new steps are DYNAMIC.
+
+        `plan`, `trace_reason` and `trace_diff` become new tensors. Does not synchronise.
+        """
+        extra = capacity - self.capacity
+        if extra <= 0:
+            return
+        pad = torch.nn.functional.pad
+        self.plan = pad(self.plan, (0, extra), value=int(PlanCode.DYNAMIC))
+        self.trace_reason = pad(self.trace_reason, (0, extra), value=-1)
+        self.trace_diff = pad(self.trace_diff, (0, extra), value=-1.0)
+
+    def invalidate(self) -> None:
+        """Forget the reference and the snapshots: their shape or dtype no longer fits.
+
+        The step, the counts, the plan and the traces stay. Does not synchronise.
+        """
+        self.counters[REFERENCE : REFERENCE + 1].fill_(2)
+        self.counters[SNAPSHOTS : HEAD + 1].zero_()
+
+    def clone(self, device: torch.device | str | None = None) -> "LaneState":
+        """Return a copy with tensors of its own, on `device` if one is given."""
+        tensors = (
+            tensor.to(device or tensor.device, copy=True)
+            for tensor in (getattr(self, name) for name in TENSORS)
+        )
+        return LaneState(*tensors)
+
+    def copy_(self, other: "LaneState") -> None:
+        """Copy the contents of a state of the same capacity."""
+        for name in TENSORS:
+            getattr(self, name).copy_(getattr(other, name))
+
+
+TENSORS = ("counters", "values", "limits", "thresholds", "plan", "trace_reason", "trace_diff")

@@ -1,0 +1,92 @@
+import copy
+
+import pytest
+import torch
+
+from dbcache.kernels import lane_state as ls
+from dbcache.kernels.lane_state import LaneState, PlanCode, Reason
+
+
+def test_entries_do_not_overlap():
+    assert ls.RING_STEPS == ls.SLOT + 1
+    assert (ls.WEIGHTS, ls.ENCODER_WEIGHTS, ls.NUM_VALUES) == (2, 10, 18)
+    assert ls.NUM_COUNTERS == 17
+
+
+def test_a_new_state_never_caches_and_has_no_reference(device):
+    state = LaneState.allocate(3, device)
+    assert state.capacity == 3
+    assert state.counters.tolist() == [0] * ls.NUM_COUNTERS
+    assert state.values.tolist() == [-1.0] + [0.0] * (ls.NUM_VALUES - 1)
+    assert state.limits.tolist() == [-1, -1, 1, 0, 0]
+    assert state.thresholds.tolist() == [0.0, 0.0]
+    assert state.plan.tolist() == [PlanCode.DYNAMIC] * 3
+    assert state.trace_reason.tolist() == [-1] * 3
+    assert state.trace_diff.tolist() == [-1.0] * 3
+
+
+def test_weights_are_views_of_values(device):
+    state = LaneState.allocate(1, device)
+    state.values.copy_(torch.arange(ls.NUM_VALUES))
+    assert state.weights.tolist() == list(range(2, 10))
+    assert state.encoder_weights.tolist() == list(range(10, 18))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, LaneState.clone])
+def test_a_copy_shares_nothing_and_keeps_its_views(device, copied):
+    state = LaneState.allocate(2, device)
+    other = copied(state)
+    other.values.fill_(5)
+    other.plan.fill_(PlanCode.MASK)
+    assert other.weights.tolist() == [5.0] * 8
+    assert state.weights.tolist() == [0.0] * 8
+    assert state.plan.tolist() == [0, 0]
+
+
+def test_reset_keeps_the_plan_and_the_configuration(device):
+    state = LaneState.allocate(3, device)
+    fresh = state.clone()
+    for own, value in ((state.plan, 2), (state.limits, 3), (state.thresholds, 0.5)):
+        own.fill_(value)
+    for name in ("counters", "values", "trace_reason", "trace_diff"):
+        getattr(state, name).fill_(7)
+    state.reset()
+    for name in ("counters", "values", "trace_reason", "trace_diff"):
+        assert torch.equal(getattr(state, name), getattr(fresh, name)), name
+    assert state.plan.tolist() == [2, 2, 2]
+    assert state.limits.tolist() == [3] * 5
+    assert state.thresholds.tolist() == [0.5] * 2
+
+
+def test_grow_keeps_the_contents_and_never_shrinks(device):
+    state = LaneState.allocate(2, device)
+    state.plan.fill_(PlanCode.MASK)
+    state.trace_reason.fill_(Reason.MASK)
+    state.trace_diff.fill_(0.5)
+    state.grow(4)
+    assert state.plan.tolist() == [3, 3, 0, 0]
+    assert state.trace_reason.tolist() == [1, 1, -1, -1]
+    assert state.trace_diff.tolist() == [0.5, 0.5, -1.0, -1.0]
+    assert state.plan.dtype == state.trace_reason.dtype == torch.int32
+    plan = state.plan
+    state.grow(3)
+    assert state.plan is plan
+
+
+def test_invalidate_forgets_the_reference_and_the_ring_only(device):
+    state = LaneState.allocate(2, device)
+    state.counters.copy_(torch.arange(20, 20 + ls.NUM_COUNTERS))
+    state.invalidate()
+    expected = list(range(20, 20 + ls.NUM_COUNTERS))
+    expected[ls.REFERENCE], expected[ls.SNAPSHOTS], expected[ls.HEAD] = 2, 0, 0
+    assert state.counters.tolist() == expected
+
+
+def test_rejects_no_capacity():
+    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+        LaneState.allocate(0, "cpu")
+
+
+def test_reasons_know_whether_the_step_was_cached():
+    cached = {reason.name for reason in Reason if reason.cached}
+    assert cached == {"STATIC", "BELOW_THRESHOLD", "THRESHOLD_ALWAYS"}

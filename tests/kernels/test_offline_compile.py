@@ -1,0 +1,66 @@
+"""Kernels compile for GPUs that are not there, to code that moves 16 bytes per instruction."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+SCRIPT = Path(__file__).with_name("compile_offline.py")
+ROOT = SCRIPT.parents[2]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Compile everything, in a process without the interpreter, and return a row per kernel."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    command = [sys.executable, str(SCRIPT), *TARGETS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def wide_kernels(compiled, target):
+    rows = {row["kernel"]: row for row in compiled if row["target"] == target}
+    return {name: row for name, row in rows.items() if not name.startswith("decide")}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_uses_local_memory(compiled, target):
+    rows = [row for row in compiled if row["target"] == target]
+    assert len(rows) >= 11
+    assert [row["kernel"] for row in rows if row["local"]] == []
+
+
+@pytest.mark.parametrize("target", TARGETS[:3])
+def test_each_tensor_is_moved_in_vectors_of_16_bytes(compiled, target):
+    for name, row in wide_kernels(compiled, target).items():
+        per_tensor = 4 if "fp32" in name else 2  # 2048 elements over 128 threads
+        streams = 2 if "encoder" in name else 1
+        replace = "replace" in name
+        if "probe_diff" in name:
+            loads, stores = 3, 0
+        elif "predict" in name:
+            slots = 5 if "k5" in name else 1
+            loads, stores = streams * (slots + (not replace)), streams
+        else:
+            loads, stores = 3 + (streams - 1) * (1 if replace else 2), 1 + streams
+        expected = (loads * per_tensor, stores * per_tensor)
+        assert (row["wide_loads"], row["wide_stores"]) == expected, name
+
+
+def test_amd_moves_vectors_of_16_bytes_too(compiled):
+    for name, row in wide_kernels(compiled, "hip:gfx942").items():
+        assert row["wide_loads"] >= 2, name
+        assert row["wide_stores"] >= ("probe_diff" not in name), name
+
+
+@pytest.mark.parametrize("target", TARGETS[:3])
+def test_decide_does_not_fuse_multiplications_and_additions(compiled, target):
+    rows = [row for row in compiled if row["target"] == target and "decide" in row["kernel"]]
+    assert len(rows) == 3
+    assert not any(row["fma"] for row in rows)
