@@ -80,7 +80,7 @@ class Lane:
         if self.step >= len(self.plan):
             self.state.grow(2 * len(self.plan))
             self._write_plan()
-        return PlanCode(self.plan[self.step])
+        return self.plan[self.step]
 
     def _move(self, device: torch.device) -> None:
         """Take the scalar state along to another device."""
@@ -104,10 +104,9 @@ class Lane:
 
     def read_decision(self) -> bool:
         """Return whether the device decided to cache. The only host wait of a dynamic step."""
-        counters = self.state.counters
-        if not counters.is_cuda:
-            return bool(counters.numpy()[lane_state.CACHED])
-        flag = counters[lane_state.CACHED : lane_state.CACHED + 1]
+        if self.state.host is not None:
+            return bool(self.state.host[0][lane_state.CACHED])
+        flag = self.state.counters[lane_state.CACHED : lane_state.CACHED + 1]
         if self._flag is None or self._event is None:
             self._flag = torch.empty(1, dtype=torch.int32, pin_memory=True)
             self._event = torch.cuda.Event()

@@ -34,7 +34,7 @@ def check_mask(mask: Sequence[int], *, steps: int | None, static: bool) -> list[
     return values
 
 
-def make_plan(config: DBCacheConfig, steps: int) -> list[int]:
+def make_plan(config: DBCacheConfig, steps: int) -> list[PlanCode]:
     """Return the `PlanCode` of each of `steps` steps.
 
     Warm-up first: steps ``0, i, 2i, ... < max_warmup_steps`` are full; with a mask the warm-up is
@@ -46,7 +46,7 @@ def make_plan(config: DBCacheConfig, steps: int) -> list[int]:
         leading_ones = mask.index(0) if 0 in mask else len(mask)
         warmup = min(warmup, leading_ones)
     skip = PlanCode.STATIC if config.steps_computation_policy == "static" else PlanCode.DYNAMIC
-    plan: list[int] = []
+    plan: list[PlanCode] = []
     for step in range(steps):
         if step < warmup and step % config.warmup_interval == 0:
             plan.append(PlanCode.WARMUP)

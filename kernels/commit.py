@@ -11,7 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels._select import DTYPES, Impl, invalid, is_traced, select
+from dbcache.kernels._select import (
+    DTYPES,
+    Impl,
+    invalid,
+    is_traced,
+    select,
+    without_gradient,
+)
 from dbcache.kernels.lane_state import MAX_SLOTS, NUM_COUNTERS, SLOT
 
 BLOCK = 2048
@@ -72,7 +79,7 @@ def commit(
         commit_reference(h_in, h_fn, h_out, p_ref, ring, counters, *encoder, replace=replace)
 
 
-@torch.no_grad()
+@without_gradient
 def commit_reference(
     h_in: torch.Tensor,
     h_fn: torch.Tensor,
@@ -87,7 +94,7 @@ def commit_reference(
     replace: bool = False,
 ) -> None:
     """Plain PyTorch, the meaning of `commit`."""
-    slot = int(counters[SLOT])
+    slot = counters.tolist()[SLOT]
     _store_difference(h_fn, h_in, p_ref)
     _store_difference(h_out, None if replace else h_fn, ring[slot])
     if encoder_fn is not None and encoder_out is not None and encoder_ring is not None:

@@ -73,28 +73,29 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
 
 def decide_reference(state: LaneState, partials: torch.Tensor | None) -> None:
     """Plain Python, the meaning of `decide`."""
-    if state.counters.device.type != "cpu":
-        host = state.clone("cpu")
-        decide_reference(host, partials)
-        state.copy_(host)
+    if state.host is None:
+        on_cpu = state.clone("cpu")
+        decide_reference(on_cpu, partials)
+        state.copy_(on_cpu)
         return
-    counters, values = state.counters.tolist(), state.values.tolist()
+    # NumPy views share the memory and are read and written in a fraction of a tensor's time
+    counters_view, values_view, limits, thresholds, plan, trace_reason, trace_diff = state.host
+    counters, values = counters_view.tolist(), values_view.tolist()
     step = counters[ls.STEP]
     if step >= state.capacity:
         raise RuntimeError(
             f"decide: the step must be below the capacity of the state, {state.capacity}, "
             f"got {step}; call LaneState.grow"
         )
-    code = int(state.plan.numpy()[step])
+    code = int(plan[step])
     diff = None
     if partials is not None and code == PlanCode.DYNAMIC and counters[ls.REFERENCE] == 1:
         diff = relative_l1(partials.tolist())
-    advance(counters, values, state.limits.tolist(), state.thresholds.tolist(), code, diff)
-    # NumPy views share the memory and are written in a fraction of a tensor assignment's time
-    state.counters.numpy()[:] = counters
-    state.values.numpy()[:] = values
-    state.trace_reason.numpy()[step] = counters[ls.REASON]
-    state.trace_diff.numpy()[step] = values[ls.DIFF]
+    advance(counters, values, limits.tolist(), thresholds.tolist(), code, diff)
+    counters_view[:] = counters
+    values_view[:] = values
+    trace_reason[step] = counters[ls.REASON]
+    trace_diff[step] = values[ls.DIFF]
 
 
 def advance(

@@ -7,6 +7,7 @@ are read back once per request. The constants below name their entries.
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -108,7 +109,16 @@ class LaneState:
     encoder_weights: torch.Tensor = field(init=False)
     """float32 (MAX_SLOTS,), a view of `values`: what `predict` takes for encoder states"""
 
+    host: tuple[Any, ...] | None = field(init=False)
+    """NumPy views of the seven tensors, in the order of TENSORS, on the CPU; None elsewhere"""
+
     def __post_init__(self) -> None:
+        self._make_views()
+
+    def _make_views(self) -> None:
+        # a fake tensor says that it is on the CPU, and has no memory there
+        on_cpu = self.counters.device.type == "cpu" and type(self.counters) is torch.Tensor
+        self.host = tuple(getattr(self, name).numpy() for name in TENSORS) if on_cpu else None
         self.weights = self.values[WEIGHTS : WEIGHTS + MAX_SLOTS]
         self.encoder_weights = self.values[ENCODER_WEIGHTS : ENCODER_WEIGHTS + MAX_SLOTS]
 
@@ -158,6 +168,7 @@ class LaneState:
         self.plan = pad(self.plan, (0, extra), value=int(PlanCode.DYNAMIC))
         self.trace_reason = pad(self.trace_reason, (0, extra), value=-1)
         self.trace_diff = pad(self.trace_diff, (0, extra), value=-1.0)
+        self._make_views()
 
     def invalidate(self) -> None:
         """Forget the reference and the snapshots: their shape or dtype no longer fits.

@@ -10,7 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels._select import DTYPES, Impl, invalid, is_traced, select
+from dbcache.kernels._select import (
+    DTYPES,
+    Impl,
+    invalid,
+    is_traced,
+    select,
+    without_gradient,
+)
 from dbcache.kernels.lane_state import MAX_SLOTS
 
 BLOCK = 2048
@@ -74,7 +81,7 @@ def predict(
     )
 
 
-@torch.no_grad()
+@without_gradient
 def predict_reference(
     h: torch.Tensor,
     ring: torch.Tensor,
@@ -95,18 +102,19 @@ def predict_reference(
 def _weighted_sum(
     h: torch.Tensor, ring: torch.Tensor, weights: torch.Tensor, replace: bool
 ) -> torch.Tensor:
-    used = [(w, ring[j]) for j, w in enumerate(weights.tolist()[: ring.shape[0]]) if w != 0]
-    out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    if len(used) == 1 and used[0][0] == 1:  # reuse of one slot, the common case, in one pass
-        residual = used[0][1]
-        if replace:
-            return out.copy_(residual)
-        if residual.dtype == h.dtype:
-            return torch.add(h, residual, out=out)
-    total = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
-    for weight, residual in used:
-        total.add_(residual, alpha=weight)
-    return out.copy_(total if replace else total.add_(h))
+    """Add up in float32, one op per slot that is used; h first, so that it needs no pass."""
+    total = None if replace else h.float()
+    for slot, weight in enumerate(weights.tolist()[: ring.shape[0]]):
+        if weight == 0:
+            continue
+        if total is None:
+            total = ring[slot].float() * weight
+        else:
+            total = torch.add(total, ring[slot], alpha=weight)
+    if total is None:
+        return torch.zeros(h.shape, dtype=h.dtype, device=h.device)
+    out = total.to(h.dtype)
+    return out.clone(memory_format=torch.contiguous_format) if total is h else out.contiguous()
 
 
 def _check(name: str, h: torch.Tensor, ring: torch.Tensor, weights: torch.Tensor) -> None:

@@ -12,7 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels._select import DTYPES, Impl, invalid, is_traced, select
+from dbcache.kernels._select import (
+    DTYPES,
+    Impl,
+    invalid,
+    is_traced,
+    select,
+    without_gradient,
+)
 
 BLOCK = 2048
 MAX_PARTIALS = 1024
@@ -53,19 +60,20 @@ def probe_diff(
     return probe_diff_reference(h_in, h_fn, p_ref)
 
 
-@torch.no_grad()
+@without_gradient
 def probe_diff_reference(
     h_in: torch.Tensor, h_fn: torch.Tensor, p_ref: torch.Tensor
 ) -> torch.Tensor:
     """Plain PyTorch, the meaning of `probe_diff`."""
-    batch = h_in.shape[0]
     if p_ref.dtype == h_in.dtype:
         p = torch.sub(h_fn, h_in).float()  # PyTorch subtracts in float32 and rounds once
     else:
         p = (h_fn.float() - h_in.float()).to(p_ref.dtype).float()
-    size = p.numel() // batch
-    num = (p - p_ref).abs_().reshape(batch, size).sum(1)
-    den = p_ref.abs().reshape(batch, size).sum(1, dtype=torch.float32)
+    if p.ndim == 1:
+        p, p_ref = p[:, None], p_ref[:, None]
+    features = tuple(range(1, p.ndim))
+    num = (p - p_ref).abs_().sum(features)
+    den = p_ref.abs().sum(features, dtype=torch.float32)
     return torch.stack((num, den), -1).unsqueeze_(1)
 
 

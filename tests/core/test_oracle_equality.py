@@ -101,9 +101,15 @@ def test_bare_transformer_equals_the_oracle(case, name):
     assert_same(mine, run_oracle(family.build(), family, rule, STEPS))
 
 
-def test_a_long_request_equals_the_oracle():
+@pytest.mark.parametrize("mask", [None, ((1,) * 5 + (0,) * 9 + (1,)) * 10], ids=["diff", "mask"])
+def test_a_long_request_equals_the_oracle(mask):
     family = FAMILIES["flux"]
-    rule = Rule(residual_diff_threshold=0.08, order=1, max_continuous_cached_steps=6)
+    rule = Rule(
+        residual_diff_threshold=0.08,
+        order=1,
+        max_continuous_cached_steps=6,
+        steps_computation_mask=mask,
+    )
     mine = run_dbcache(family.build(), family, rule, 150)
     assert mine.lanes[0].cached_steps[-1] > 130
     assert_same(mine, run_oracle(family.build(), family, rule, 150))
