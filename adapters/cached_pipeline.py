@@ -28,7 +28,7 @@ class CachedPipeline:
     def __init__(self, pipe: Any, modules: list[torch.nn.Module]) -> None:
         self.pipe = pipe
         self.modules = modules
-        self._class = type(pipe)
+        self._class: Any = type(pipe)
         self._depth = 0
 
     @property
