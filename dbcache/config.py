@@ -127,6 +127,7 @@ _LOWEST = {
 _CHOICES = {
     "steps_computation_policy": ("dynamic", "static"),
     "force_refresh_step_policy": ("once", "repeat"),
+    "cache_type": ("DBCache",),
 }
 
 
@@ -189,6 +190,9 @@ class DBCacheConfig(Options):
 
     force_refresh_step_policy: Literal["once", "repeat"] = "once"
     """Do so once per pipeline call or `refresh_context`, or each time."""
+
+    cache_type: Literal["DBCache"] = "DBCache"
+    """The method, as serving engines name it."""
 
     def validate(self) -> None:
         who = type(self).__name__
