@@ -58,9 +58,14 @@ def picture():
     return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
+SMALL = {"max_area": 32 * 32}  # Kontext scales every picture to this area
 PIPELINES = {
-    "Kontext": (FluxKontextPipeline, 4, lambda: {"image": picture(), "_auto_resize": False, "max_area": 1024}),
-    "Kontext without image": (FluxKontextPipeline, 4, lambda: {"max_area": 1024}),
+    "Kontext": (
+        FluxKontextPipeline,
+        4,
+        lambda: {"image": picture(), "_auto_resize": False, **SMALL},
+    ),
+    "Kontext without image": (FluxKontextPipeline, 4, lambda: SMALL),
     "Fill": (
         FluxFillPipeline,
         4 + 4 + 16,  # latents, masked image, 4x4 mask of a VAE of factor 2
