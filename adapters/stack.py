@@ -164,10 +164,12 @@ class Stack:
         if lane is None:
             lane = self.lanes[self.branch] = Lane(self.settings, h_fn.device)
         code = lane.start_step(layout_of(h_fn, encoder_in), h_fn.device)
-        partials = None
-        if code == PlanCode.DYNAMIC and lane.has_reference:
-            partials = self._measure(lane, h_fn)
-        self.cached = eager.take_decision(lane, code, partials)
+        if code != PlanCode.DYNAMIC or not lane.has_reference:
+            self.cached = eager.take_decision(lane, code, None)
+        elif self.settings.cache.cfg_diff_compute_separate:
+            self.cached = eager.measure_and_decide(lane, self.h_in, h_fn)
+        else:
+            self.cached = eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
         self.lane = lane
         self.is_open = True
         copies = self._copies_middle and not self.cached
@@ -182,16 +184,14 @@ class Stack:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
         return not all(torch.equal(original, copy) for original, copy in self._originals)
 
-    def _measure(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
+    def _shared_diff(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
         """Measure the probe's change, or take that of the step's other branch."""
         shared = self._shared
-        separate = self.settings.cache.cfg_diff_compute_separate
-        if not separate and shared and shared[0] != self.branch and shared[1] == lane.step:
+        if shared and shared[0] != self.branch and shared[1] == lane.step:
             return shared[2]
         assert self.h_in is not None
         partials = eager.measure(lane, self.h_in, h_fn)
-        if not separate:
-            self._shared = (self.branch, lane.step, partials)
+        self._shared = (self.branch, lane.step, partials)
         return partials
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,46 +1,96 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in one call: the kernel tests without the interpreter, the adapter and
-# core tests, host overhead on the device, and the demo on the trained model.
+# All that only a GPU can show, in one call of less than nine minutes: the kernel tests without the
+# interpreter, the runtime's tests, the kernels against PyTorch and the memory's speed, host overhead
+# on the device, and the demo on the trained model.
 #
 #   bench/gpu_suite.sh OUTDIR
 #
-# Needs torch, triton, diffusers, pytest, hypothesis and scikit-learn; cache-dit is compared with where
-# it is installed. Writes logs and JSON into OUTDIR, prints one table last, exits non-zero on a failure.
+#   WHEELS=dir         install the wheels in it first, into a temporary folder, without a network
+#   PYTHON=python3     the interpreter
+#   SHAPES="a b ..."   shapes of the kernel benchmark
+#   DEVICE=cpu         rehearse: every step runs on the CPU, to test this script; status 0 proves
+#                      nothing about the kernels
+#   PYTEST_ARGS="..."  words passed to both test steps, as in "-k fp8"
+#
+# Needs torch, triton, diffusers, pytest, pytest-timeout, hypothesis, scikit-learn and Pillow;
+# cache-dit is compared with where it is installed. Nothing is downloaded. OUTDIR gets summary.txt,
+# results.json, the plots and logs.tar.gz. Status: 0 all passed, 1 a check failed, 2 no GPU or no way
+# to run. A step that reaches its limit is ended and has failed; the limits add up to 8:35.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/gpu_suite.sh OUTDIR}")
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-mkdir -p "$out"
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-python3}
-engines=dbcache
-"$python" -c 'import cache_dit' 2>/dev/null && engines="dbcache cache-dit"
+device=${DEVICE:-cuda}
+logs=$out/logs
+rm -rf "$logs" && mkdir -p "$logs" || exit 2
+steps=$logs/steps.tsv
+: >"$steps"
+# the tests turn the interpreter on by themselves where there is no GPU
+unset TRITON_INTERPRET DBCACHE_KERNELS
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHONPATH=${PYTHONPATH:-}
 
-"$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU"' || exit 2
-declare -A result
-names=()
-step() { # name, seconds, command...
-    local name=$1 limit=$2 start=$SECONDS
+step() { # name, limit in seconds, command...
+    local name=$1 limit=$2 start=$SECONDS status
     shift 2
-    names+=("$name")
-    if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
-        result[$name]="passed  $((SECONDS - start)) s"
-    else
-        result[$name]="FAILED  $((SECONDS - start)) s  (see $name.log)"
-    fi
+    printf '== %s (at most %d s)\n' "$name" "$limit"
+    timeout --kill-after=5 "$limit" "$@" >"$logs/$name.log" 2>&1
+    status=$?
+    printf '%s\t%d\t%d\t%d\n' "$name" "$status" $((SECONDS - start)) "$limit" >>"$steps"
+    [ $status -eq 0 ] || tail -n 15 "$logs/$name.log"
+    return $status
 }
-step kernels 180 "$python" -m pytest -q tests/kernels
-step runtime 120 "$python" -m pytest -q tests/adapters tests/core
-# shellcheck disable=SC2086
-step overhead 90 "$python" -m bench.overhead --device cuda --engines $engines --json "$out/overhead.json"
-step demo 120 "$python" -m dbcache demo --device cuda --out "$out/demo"
 
-for name in overhead demo; do [ -f "$out/$name.log" ] && grep -v '^\[\|it/s\]' "$out/$name.log" | tail -25; done
-"$python" - <<'PY'
-import torch, triton
-print(f"{torch.cuda.get_device_name()} | torch {torch.__version__} | triton {triton.__version__}")
+if [ -n "${WHEELS:-}" ]; then
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    step wheels 30 "$python" -m pip install --quiet --no-index --no-deps --no-compile \
+        --no-cache-dir --target "$site" "$WHEELS"/*.whl || exit 2
+    PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+
+"$python" - "$device" <<'PY' || exit 2
+import importlib.util
+import sys
+
+needed = ("torch", "triton", "diffusers", "pytest", "hypothesis")
+missing = [name for name in needed if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"gpu_suite: {', '.join(missing)} not installed; hand wheels in as WHEELS=folder")
+import torch
+
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+    sys.exit("gpu_suite: there is no GPU here (torch.cuda.is_available() is False); nothing was run")
 PY
-failed=0
-for name in "${names[@]}"; do
-    printf '%-10s %s\n' "$name" "${result[$name]}"
-    [[ ${result[$name]} == passed* ]] || failed=1
-done
-exit $failed
+if [ "$device" = cuda ]; then
+    shapes=${SHAPES:-flux-1024 wan-720p few-step-512 flux-2048 hunyuanvideo-720p qwen-1328}
+    demo=()
+else
+    echo "gpu_suite: a rehearsal on the CPU: it tests this script, not the kernels"
+    shapes=${SHAPES:-256+32x384}
+    demo=(--steps 8 --per-digit 1 --repeats 1)
+fi
+parallel=()
+"$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) < 6 ? $(nproc) : 6))")
+engines=(dbcache)
+"$python" -c 'import cache_dit' 2>/dev/null && engines+=(cache-dit)
+requests=$([ "$device" = cuda ] && echo 10 || echo 2)
+
+# shellcheck disable=SC2086  # lists of words
+{
+    step kernel-tests 170 "$python" -m pytest -q "${parallel[@]}" --junitxml="$logs/kernel-tests.xml" \
+        --ignore-glob='*offline_compile*' ${PYTEST_ARGS:-} tests/kernels
+    step kernels 130 "$python" -m bench.run kernels --device "$device" --seconds 90 --shapes $shapes \
+        --json "$logs/kernels.json" --plot "$out/kernels.png"
+    step overhead 40 "$python" -m bench.run overhead --device "$device" --requests "$requests" \
+        --engines "${engines[@]}" --json "$logs/overhead.json"
+    step demo 65 "$python" -m dbcache demo --device "$device" --out "$logs/demo" "${demo[@]}"
+    step runtime-tests 80 "$python" -m pytest -q "${parallel[@]}" --junitxml="$logs/runtime-tests.xml" \
+        ${PYTEST_ARGS:-} tests/adapters tests/core
+}
+cp "$logs/demo/digits.png" "$out/demo.png" 2>/dev/null
+
+"$python" -m bench.suite_report "$logs" --device "$device" --json "$out/results.json" >"$out/summary.txt"
+status=$?
+tar -C "$out" -czf "$out/logs.tar.gz" logs && rm -rf "$logs"
+cat "$out/summary.txt"
+exit $status

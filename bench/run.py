@@ -1,39 +1,65 @@
 """One entry for all measurements.
 
-python -m bench.run                    # what this machine can measure, one after the other
-python -m bench.run overhead --help    # one of them, with its own options
+python -m bench.run                    # one after the other; a minute or two on a CPU
+python -m bench.run kernels --help     # one of them, with its own options
+python bench/run.py kernels            # the same, from anywhere
 """
 
 from __future__ import annotations
 
 import runpy
 import sys
+from pathlib import Path
 
 BENCHES = {
+    "kernels": ("bench.kernels", "the ops against PyTorch and against the memory's speed"),
     "overhead": ("bench.overhead", "host time per step that the cache adds, beside cache-dit"),
     "demo": ("dbcache", "speed-up and quality on the trained model"),
 }
 
 
-def run(name: str, arguments: list[str]) -> None:
-    """Run one measurement as if it had been called by itself."""
+def find_packages() -> None:
+    """Make `bench` and, where it is not installed, `dbcache` importable from a checkout."""
+    here = Path(__file__).resolve().parent
+    # called by its path, Python puts this folder first, where kernels.py would pass for a package
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+    if str(here.parent) not in sys.path:
+        sys.path.append(str(here.parent))
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Run one measurement as if it had been called by itself; return its exit status."""
     module, _ = BENCHES[name]
     sys.argv = [module, *(["demo"] if name == "demo" else []), *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
+        return end.code or 0
+    return 0
 
 
-def main() -> None:
+def main() -> int:
+    find_packages()
     if len(sys.argv) > 1:
         name = sys.argv[1]
         if name not in BENCHES:
             known = "\n".join(f"  {name}: {text}" for name, (_, text) in BENCHES.items())
             sys.exit(f"bench.run: the measurement must be one of\n{known}\ngot {name!r}")
-        run(name, sys.argv[2:])
-        return
+        return run(name, sys.argv[2:])
+    import torch
+
+    failed = 0
     for name, (_, text) in BENCHES.items():
+        if name == "demo" and not torch.cuda.is_available():
+            print("== demo: left out on a CPU; python -m bench.run demo")
+            continue
         print(f"== {name}: {text}", flush=True)
-        run(name, [])
+        failed |= run(name, [])
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -127,6 +127,8 @@ _LOWEST = {
 _CHOICES = {
     "steps_computation_policy": ("dynamic", "static"),
     "force_refresh_step_policy": ("once", "repeat"),
+    "batch_reduce": ("mean", "max"),
+    "cache_dtype": ("model", "float32", "fp8"),
     "cache_type": ("DBCache",),
 }
 
@@ -149,6 +151,13 @@ class DBCacheConfig(Options):
     residual_diff_threshold: float = 0.08
     """A step is cached if the relative L1 change of the probe residual is below this.
     0 never caches, 1 or more always (within the limits)."""
+
+    batch_reduce: Literal["mean", "max"] = "mean"
+    """The change of a batch: "mean" of the batch as a whole, or "max", that of its worst sample."""
+
+    important_condition_threshold: float = 0.0
+    """Above 0: compare only the tokens whose own relative L1 change is above this, if there are
+    any. 0: all tokens."""
 
     max_accumulated_residual_diff_threshold: float | None = None
     """A full step is due once the diffs since the last full step sum up to this. None: no limit."""
@@ -191,6 +200,10 @@ class DBCacheConfig(Options):
     force_refresh_step_policy: Literal["once", "repeat"] = "once"
     """Do so once per pipeline call or `refresh_context`, or each time."""
 
+    cache_dtype: Literal["model", "float32", "fp8"] = "model"
+    """How the ring stores residuals: in the model's dtype, in float32, or in fp8 (e4m3 with one
+    float32 scale per token), which halves the memory of bfloat16."""
+
     cache_type: Literal["DBCache"] = "DBCache"
     """The method, as serving engines name it."""
 
@@ -201,7 +214,8 @@ class DBCacheConfig(Options):
         for name in ("num_inference_steps", "force_refresh_step_hint"):
             if getattr(self, name) is not None:
                 check_int(f"{who}.{name}", getattr(self, name), 1)
-        check_number(f"{who}.residual_diff_threshold", self.residual_diff_threshold)
+        for name in ("residual_diff_threshold", "important_condition_threshold"):
+            check_number(f"{who}.{name}", getattr(self, name))
         name = "max_accumulated_residual_diff_threshold"
         if getattr(self, name) is not None:
             check_number(f"{who}.{name}", getattr(self, name), positive=True)
@@ -233,6 +247,12 @@ class DBCacheConfig(Options):
             parts.append(f"N{self.num_inference_steps}")
         if self.force_refresh_step_hint is not None:
             parts.append(f"FR{self.force_refresh_step_hint}_{self.force_refresh_step_policy}")
+        if self.batch_reduce != "mean":
+            parts.append(f"BR{self.batch_reduce}")
+        if self.important_condition_threshold > 0:
+            parts.append(f"IC{self.important_condition_threshold:g}")
+        if self.cache_dtype != "model":
+            parts.append(f"D{self.cache_dtype}")
         if self.enable_separate_cfg is not None:
             parts.append(f"CFG{int(self.enable_separate_cfg)}")
         return "_".join(parts)

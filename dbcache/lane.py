@@ -1,7 +1,8 @@
 """One lane: the steps of one block stack under one guidance branch, and what they remember.
 
 Memory per lane: P_ref and K ring slots of the size of `hidden_states`, plus K slots of the size
-of `encoder_hidden_states` where the blocks return them; K is the predictor's order + 1.
+of `encoder_hidden_states` where the blocks return them; K is the predictor's order + 1. P_ref has
+the model's dtype, the ring that of `cache_dtype`; with fp8 a float32 scale per token is added.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 
 from dbcache.config import StackSettings
 from dbcache.kernels import lane_state
-from dbcache.kernels.lane_state import LaneState, PlanCode
+from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode
 from dbcache.schedule import make_plan
 
 FIRST_CAPACITY = 64
@@ -25,6 +26,7 @@ class Lane:
 
     def __init__(self, settings: StackSettings, device: torch.device) -> None:
         self.settings = settings
+        self.by_token = settings.cache.important_condition_threshold > 0
         self.device = device
         self.step = 0
         self.has_reference = False
@@ -33,6 +35,8 @@ class Lane:
         self.p_ref: torch.Tensor | None = None
         self.ring: torch.Tensor | None = None
         self.encoder_ring: torch.Tensor | None = None
+        self.scales: torch.Tensor | None = None
+        self.encoder_scales: torch.Tensor | None = None
         self.state = LaneState.allocate(FIRST_CAPACITY, device)
         self._flag: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
@@ -48,11 +52,13 @@ class Lane:
         limits[lane_state.SLOTS] = self.settings.slots
         limits[lane_state.ORDER] = order
         limits[lane_state.ENCODER_ORDER] = encoder_order
+        limits[lane_state.BATCH_REDUCE] = BatchReduce[cache.batch_reduce.upper()]
         state.limits.copy_(limits)
         thresholds = torch.zeros_like(state.thresholds, device="cpu")
         thresholds[lane_state.THRESHOLD] = cache.residual_diff_threshold
         accumulated = cache.max_accumulated_residual_diff_threshold
         thresholds[lane_state.MAX_ACCUMULATED] = accumulated or 0.0
+        thresholds[lane_state.IMPORTANT] = cache.important_condition_threshold
         state.thresholds.copy_(thresholds)
         self._write_plan()
 
@@ -76,6 +82,7 @@ class Lane:
                 self.state.invalidate()
                 self.has_reference = False
             self.p_ref = self.ring = self.encoder_ring = None
+            self.scales = self.encoder_scales = None
             self.layout = layout
         if self.step >= len(self.plan):
             self.state.grow(2 * len(self.plan))
@@ -92,15 +99,23 @@ class Lane:
     def buffers(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return (P_ref, ring, encoder ring), allocated at the first full step."""
-        slots = self.settings.slots
+        """Return (P_ref, ring, encoder ring), allocated at the first full step, with the scales."""
         if self.p_ref is None or self.ring is None:
             self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
-            self.ring = h_out.new_empty((slots, *h_out.shape), requires_grad=False)
+            self.ring, self.scales = self._allocate_ring(h_out)
             if encoder_out is not None:
-                shape = (slots, *encoder_out.shape)
-                self.encoder_ring = encoder_out.new_empty(shape, requires_grad=False)
+                self.encoder_ring, self.encoder_scales = self._allocate_ring(encoder_out)
         return self.p_ref, self.ring, self.encoder_ring
+
+    def _allocate_ring(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a ring for residuals like `x`, and its scales if it is fp8."""
+        shape = (self.settings.slots, *x.shape)
+        dtypes = {"model": x.dtype, "float32": torch.float32, "fp8": torch.uint8}
+        dtype = dtypes[self.settings.cache.cache_dtype]
+        ring = torch.empty(shape, dtype=dtype, device=x.device)
+        if dtype != torch.uint8:
+            return ring, None
+        return ring, torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
 
     def read_decision(self) -> bool:
         """Return whether the device decided to cache. The only host wait of a dynamic step."""
@@ -138,5 +153,5 @@ class Lane:
 
     def nbytes(self) -> int:
         """Bytes of the lane's buffers."""
-        buffers = (self.p_ref, self.ring, self.encoder_ring)
+        buffers = (self.p_ref, self.ring, self.encoder_ring, self.scales, self.encoder_scales)
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)

@@ -4,13 +4,15 @@
     ring[slot] := h_out - h_fn                 (replace: h_out)
 
 One launch for hidden and encoder states, in place. `slot` is read on the device, from the state
-that `decide` left, so the host need not know it.
+that `decide` left, so the host need not know it. With scales, the ring holds fp8 (`e4m3`): half
+the bytes of bfloat16. Then a program takes whole tokens, as it needs their largest element first.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from dbcache.kernels import e4m3
 from dbcache.kernels._select import (
     DTYPES,
     Impl,
@@ -19,6 +21,7 @@ from dbcache.kernels._select import (
     select,
     without_gradient,
 )
+from dbcache.kernels.e4m3 import quantize_rows
 from dbcache.kernels.lane_state import MAX_SLOTS, NUM_COUNTERS, SLOT
 
 BLOCK = 2048
@@ -34,6 +37,8 @@ def commit(
     encoder_fn: torch.Tensor | None = None,
     encoder_out: torch.Tensor | None = None,
     encoder_ring: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    encoder_scales: torch.Tensor | None = None,
     *,
     replace: bool = False,
     impl: Impl = "auto",
@@ -48,12 +53,15 @@ def commit(
         h_fn: activations between the probe blocks and the skippable ones, same shape and dtype.
         h_out: activations after the skippable blocks, same shape and dtype.
         p_ref: written, same shape, contiguous, one of the dtypes.
-        ring: (K, *h_in.shape), contiguous, 1 <= K <= MAX_SLOTS, one of the dtypes; one slot is
-            written.
+        ring: (K, *h_in.shape), contiguous, 1 <= K <= MAX_SLOTS, one of the dtypes, or uint8 for
+            fp8; one slot is written.
         counters: int32 (NUM_COUNTERS,), of a `LaneState`; ``counters[SLOT]`` is below K.
         encoder_fn: second stream, as `h_fn`, of any size of its own; the next two come with it.
         encoder_out: as `h_out`.
         encoder_ring: as `ring`, with the same K.
+        scales: the fp8 ring's, float32 (K, *h_in.shape[:-1]), contiguous; one slot is written. It
+            comes with a uint8 ring, whose tokens are at most `e4m3.MAX_WIDTH` long.
+        encoder_scales: as `scales`, for `encoder_ring`: both rings are fp8, or none.
         replace: store `h_out` itself, for rings that hold outputs rather than residuals.
         impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
             Triton for tensors on a GPU. An implementation asked for by name never falls back.
@@ -64,19 +72,20 @@ def commit(
         ValueError: shapes, dtypes or devices do not fit.
     """
     _check(h_in, h_fn, h_out, p_ref, counters)
-    _check_ring("h_out", h_out, ring)
+    _check_ring("h_out", h_out, ring, scales)
     if encoder_fn is not None:
         if encoder_out is None or encoder_ring is None:
             raise ValueError("commit: encoder_fn must come with its output and ring, got None")
-        _check_encoder(h_in, ring, encoder_fn, encoder_out, encoder_ring)
+        _check_encoder(h_in, ring, encoder_fn, encoder_out, encoder_ring, encoder_scales)
     encoder = (encoder_fn, encoder_out, encoder_ring)
+    args = (h_in, h_fn, h_out, p_ref, ring, counters, *encoder, scales, encoder_scales)
     if is_traced(h_in):
         with torch.no_grad():
-            _commit_op(h_in, h_fn, h_out, p_ref, ring, counters, *encoder, replace, impl)
+            _commit_op(*args, replace, impl)
     elif select(impl, h_in) == "triton":
-        _commit_triton(h_in, h_fn, h_out, p_ref, ring, counters, *encoder, replace)
+        _commit_triton(*args, replace)
     else:
-        commit_reference(h_in, h_fn, h_out, p_ref, ring, counters, *encoder, replace=replace)
+        commit_reference(*args, replace=replace)
 
 
 @without_gradient
@@ -90,15 +99,26 @@ def commit_reference(
     encoder_fn: torch.Tensor | None = None,
     encoder_out: torch.Tensor | None = None,
     encoder_ring: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    encoder_scales: torch.Tensor | None = None,
     *,
     replace: bool = False,
 ) -> None:
     """Plain PyTorch, the meaning of `commit`."""
     slot = counters.tolist()[SLOT]
     _store_difference(h_fn, h_in, p_ref)
-    _store_difference(h_out, None if replace else h_fn, ring[slot])
+    streams = [(h_fn, h_out, ring, scales)]
     if encoder_fn is not None and encoder_out is not None and encoder_ring is not None:
-        _store_difference(encoder_out, None if replace else encoder_fn, encoder_ring[slot])
+        streams.append((encoder_fn, encoder_out, encoder_ring, encoder_scales))
+    for before, after, stored, its_scales in streams:
+        base = None if replace else before
+        if its_scales is None:
+            _store_difference(after, base, stored[slot])
+        else:
+            residual = after.float() if base is None else after.float() - base.float()
+            codes, token_scales = e4m3.quantize(residual)
+            stored[slot].copy_(codes)
+            its_scales[slot].copy_(token_scales)
 
 
 def _store_difference(a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -135,13 +155,19 @@ def _check(
         raise invalid("commit", must, *devices)
 
 
-def _check_ring(name: str, x: torch.Tensor, ring: torch.Tensor) -> None:
+def _check_ring(
+    name: str, x: torch.Tensor, ring: torch.Tensor, scales: torch.Tensor | None
+) -> None:
     if ring.shape[1:] != x.shape or not 1 <= ring.shape[0] <= MAX_SLOTS:
         must = f"the ring of {name} must be (K, *{name}.shape) with 1 <= K <= {MAX_SLOTS}"
         raise invalid("commit", must, tuple(ring.shape), tuple(x.shape))
-    if ring.dtype not in DTYPES or not ring.is_contiguous() or ring.device != x.device:
-        must = f"the ring of {name} must be contiguous, on {x.device}, with a dtype of {DTYPES}"
+    dtypes = DTYPES if scales is None else (torch.uint8,)
+    if ring.dtype not in dtypes or not ring.is_contiguous() or ring.device != x.device:
+        which = f"the ring of {name}{' with scales' * (scales is not None)}"
+        must = f"{which} must be contiguous, on {x.device}, with a dtype of {dtypes}"
         raise invalid("commit", must, ring.dtype, ring.stride(), ring.device)
+    if scales is not None:
+        e4m3.check_scales("commit", name, ring, scales)
 
 
 def _check_encoder(
@@ -150,6 +176,7 @@ def _check_encoder(
     encoder_fn: torch.Tensor,
     encoder_out: torch.Tensor,
     encoder_ring: torch.Tensor,
+    encoder_scales: torch.Tensor | None,
 ) -> None:
     if encoder_fn.shape != encoder_out.shape:
         shapes = (tuple(encoder_fn.shape), tuple(encoder_out.shape))
@@ -157,7 +184,10 @@ def _check_encoder(
     if encoder_fn.dtype != encoder_out.dtype or encoder_fn.dtype not in DTYPES:
         must = f"encoder_fn and encoder_out must share a dtype of {DTYPES}"
         raise invalid("commit", must, encoder_fn.dtype, encoder_out.dtype)
-    _check_ring("encoder_out", encoder_out, encoder_ring)
+    _check_ring("encoder_out", encoder_out, encoder_ring, encoder_scales)
+    if (ring.dtype == torch.uint8) != (encoder_scales is not None):
+        must = "both rings must be fp8 or none"
+        raise invalid("commit", must, ring.dtype, encoder_ring.dtype)
     slots, devices = (ring.shape[0], encoder_ring.shape[0]), (h_in.device, encoder_fn.device)
     if slots[0] != slots[1] or any(
         device != h_in.device for device in (*devices, encoder_out.device)
@@ -176,14 +206,21 @@ def _commit_triton(
     encoder_fn: torch.Tensor | None,
     encoder_out: torch.Tensor | None,
     encoder_ring: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    encoder_scales: torch.Tensor | None,
     replace: bool,
 ) -> None:
     h_in, h_fn, h_out = h_in.contiguous(), h_fn.contiguous(), h_out.contiguous()
-    blocks, encoder_blocks, encoder_size = triton.cdiv(h_in.numel(), BLOCK), 0, 0
     if encoder_fn is not None and encoder_out is not None:
         encoder_fn, encoder_out = encoder_fn.contiguous(), encoder_out.contiguous()
-        encoder_size = encoder_fn.numel()
-        encoder_blocks = triton.cdiv(encoder_size, BLOCK)
+    if scales is not None:
+        _launch_fp8(
+            h_in, h_fn, h_out, p_ref, ring, counters,
+            encoder_fn, encoder_out, encoder_ring, scales, encoder_scales, replace,
+        )  # fmt: skip
+        return
+    encoder_size = 0 if encoder_fn is None else encoder_fn.numel()
+    blocks, encoder_blocks = triton.cdiv(h_in.numel(), BLOCK), triton.cdiv(encoder_size, BLOCK)
     if blocks + encoder_blocks == 0:
         return
     with torch.cuda.device_of(h_in):
@@ -194,7 +231,47 @@ def _commit_triton(
         )  # fmt: skip
 
 
-@torch.library.custom_op("dbcache::commit", mutates_args=("p_ref", "ring", "encoder_ring"))
+def fp8_tile(width: int) -> tuple[int, int, int]:
+    """Return rows and columns of a program's tile of whole tokens, and its warps."""
+    columns = triton.next_power_of_2(max(width, 16))
+    rows = max(1, BLOCK // columns)
+    # 16 elements per thread: a load of 16 bytes where they are codes
+    return rows, columns, min(max(rows * columns // 512, 4), 16)
+
+
+def _launch_fp8(
+    h_in: torch.Tensor,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor,
+    ring: torch.Tensor,
+    counters: torch.Tensor,
+    encoder_fn: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+    encoder_ring: torch.Tensor | None,
+    scales: torch.Tensor,
+    encoder_scales: torch.Tensor | None,
+    replace: bool,
+) -> None:
+    tokens, width = e4m3.tokens_and_width(h_in)
+    encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
+    rows, columns, warps = fp8_tile(max(width, encoder_width))
+    blocks, encoder_blocks = triton.cdiv(tokens, rows), triton.cdiv(encoder_tokens, rows)
+    if blocks + encoder_blocks == 0:
+        return
+    with torch.cuda.device_of(h_in):
+        _commit_fp8_kernel[(blocks + encoder_blocks,)](
+            h_in, h_fn, h_out, p_ref, ring, scales, counters, tokens, width, blocks,
+            encoder_fn, encoder_out, encoder_ring, encoder_scales, encoder_tokens, encoder_width,
+            REPLACE=replace, ROWS=rows, COLUMNS=columns,
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "dbcache::commit",
+    mutates_args=("p_ref", "ring", "encoder_ring", "scales", "encoder_scales"),
+)
 def _commit_op(
     h_in: torch.Tensor,
     h_fn: torch.Tensor,
@@ -205,10 +282,13 @@ def _commit_op(
     encoder_fn: torch.Tensor | None,
     encoder_out: torch.Tensor | None,
     encoder_ring: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    encoder_scales: torch.Tensor | None,
     replace: bool,
     impl: str,
 ) -> None:
-    args = (h_in, h_fn, h_out, p_ref, ring, counters, encoder_fn, encoder_out, encoder_ring)
+    encoder = (encoder_fn, encoder_out, encoder_ring)
+    args = (h_in, h_fn, h_out, p_ref, ring, counters, *encoder, scales, encoder_scales)
     if select(impl, h_in) == "triton":
         _commit_triton(*args, replace)
     else:
@@ -226,6 +306,8 @@ def _(
     encoder_fn: torch.Tensor | None,
     encoder_out: torch.Tensor | None,
     encoder_ring: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    encoder_scales: torch.Tensor | None,
     replace: bool,
     impl: str,
 ) -> None:
@@ -289,6 +371,14 @@ def _commit_block(
 ):
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
+    residual = _residual(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, offsets, mask, REPLACE)
+    slot_ptr = ring_ptr + slot * size
+    tl.store(slot_ptr + offsets, residual.to(ring_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _residual(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, offsets, mask, REPLACE: tl.constexpr):
+    """Return what the ring is to hold, in float32, and store the probe residual on the way."""
     h_out = tl.load(h_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     residual = h_out
     if p_ref_ptr is not None:
@@ -299,5 +389,90 @@ def _commit_block(
             residual = h_out - h_fn
     elif not REPLACE:
         residual = h_out - tl.load(h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    slot_ptr = ring_ptr + slot * size
-    tl.store(slot_ptr + offsets, residual.to(ring_ptr.dtype.element_ty), mask=mask)
+    return residual
+
+
+@triton.jit
+def _commit_fp8_kernel(
+    h_in_ptr,
+    h_fn_ptr,
+    h_out_ptr,
+    p_ref_ptr,
+    ring_ptr,
+    scales_ptr,
+    counters_ptr,
+    tokens,
+    width,
+    blocks,
+    encoder_fn_ptr,
+    encoder_out_ptr,
+    encoder_ring_ptr,
+    encoder_scales_ptr,
+    encoder_tokens,
+    encoder_width,
+    REPLACE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """As `_commit_kernel`, with ROWS whole tokens per program."""
+    block = tl.program_id(0)
+    slot = tl.load(counters_ptr + _SLOT).to(tl.int64)
+    if encoder_fn_ptr is None or block < blocks:
+        _commit_tokens(
+            h_in_ptr,
+            h_fn_ptr,
+            h_out_ptr,
+            p_ref_ptr,
+            ring_ptr,
+            scales_ptr,
+            slot,
+            tokens,
+            width,
+            block,
+            REPLACE,
+            ROWS,
+            COLUMNS,
+        )
+    else:
+        _commit_tokens(
+            None,
+            encoder_fn_ptr,
+            encoder_out_ptr,
+            None,
+            encoder_ring_ptr,
+            encoder_scales_ptr,
+            slot,
+            encoder_tokens,
+            encoder_width,
+            block - blocks,
+            REPLACE,
+            ROWS,
+            COLUMNS,
+        )
+
+
+@triton.jit
+def _commit_tokens(
+    h_in_ptr,
+    h_fn_ptr,
+    h_out_ptr,
+    p_ref_ptr,
+    ring_ptr,
+    scales_ptr,
+    slot,
+    tokens,
+    width,
+    block,
+    REPLACE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    offsets = rows[:, None] * width + columns[None, :]
+    mask = (rows < tokens)[:, None] & (columns < width)[None, :]
+    residual = _residual(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, offsets, mask, REPLACE)
+    codes, scales = quantize_rows(residual)
+    slot_ptr = ring_ptr + slot * tokens * width
+    tl.store(slot_ptr + offsets, codes, mask=mask)
+    tl.store(scales_ptr + slot * tokens + rows, scales, mask=rows < tokens)

@@ -11,15 +11,11 @@ same order. In this order, the first rule that applies decides:
     threshold <= 0: full;  change is NaN: full;  threshold >= 1: cached
     change < threshold: cached, else full
 
-The weights are those of TaylorSeer (arXiv:2503.06923) on the residuals, with backward differences
-taken over the distances of the snapshots, as cache-dit (github.com/vipshop/cache-dit) takes them.
+The change is the relative L1 of `probe_diff`, of the batch as a whole or of its worst sample
+(``limits[BATCH_REDUCE]``); the weights are those of `taylor`. Both are computed here, too.
 """
 
 from collections.abc import Sequence
-from ctypes import c_float
-from functools import lru_cache
-from itertools import pairwise
-from math import inf, nan
 
 import torch
 import triton
@@ -27,8 +23,10 @@ import triton.language as tl
 
 from dbcache.kernels import lane_state as ls
 from dbcache.kernels._select import Impl, invalid, is_traced, select
-from dbcache.kernels.lane_state import LaneState, PlanCode, Reason
+from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode, Reason
 from dbcache.kernels.probe_diff import MAX_PARTIALS
+from dbcache.kernels.sums import f32, relative_l1, relative_l1_of_partials
+from dbcache.kernels.taylor import store_weights, weights_by_slot
 
 
 def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "auto") -> None:
@@ -39,10 +37,12 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
 
     Args:
         state: state of the lane, with ``counters[STEP] < state.capacity``.
-        partials: float32 (B, T, 2) from `probe_diff`, with T <= MAX_PARTIALS, on the state's
-            device; ``sum[..., 0] / sum[..., 1]`` is the change that is compared with the threshold.
-            None if it was not measured. It is looked at in DYNAMIC steps with a valid reference,
-            recorded there even if a limit decides, and without it those run in full.
+        partials: float32 (B, T, 2 or 4) from `probe_diff`, with T <= MAX_PARTIALS, on the state's
+            device; ``sum[..., 0] / sum[..., 1]``, of the batch or the largest of a sample, is the
+            change that is compared with the threshold; ``sum[..., 2] / sum[..., 3]``, where there
+            are important tokens. None if it was not measured. It is looked at in DYNAMIC steps
+            with a valid reference, recorded there even if a limit decides, and without it those
+            run in full.
         impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
             takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
 
@@ -56,8 +56,12 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
     """
     counters = state.counters
     if partials is not None:
-        if partials.ndim != 3 or partials.shape[2] != 2 or partials.shape[1] > MAX_PARTIALS:
-            must = f"partials must be (B, T, 2) with T <= {MAX_PARTIALS}"
+        if (
+            partials.ndim != 3
+            or partials.shape[2] not in (2, 4)
+            or partials.shape[1] > MAX_PARTIALS
+        ):
+            must = f"partials must be (B, T, 2 or 4) with T <= {MAX_PARTIALS}"
             raise invalid("decide", must, tuple(partials.shape))
         if partials.dtype != torch.float32 or partials.device != counters.device:
             must = f"partials must be float32 on {counters.device}"
@@ -79,8 +83,8 @@ def decide_reference(state: LaneState, partials: torch.Tensor | None) -> None:
         state.copy_(on_cpu)
         return
     # NumPy views share the memory and are read and written in a fraction of a tensor's time
-    counters_view, values_view, limits, thresholds, plan, trace_reason, trace_diff = state.host
-    counters, values = counters_view.tolist(), values_view.tolist()
+    counters_view, values_view, limits_view, thresholds, plan, trace_reason, trace_diff = state.host
+    counters, values, limits = counters_view.tolist(), values_view.tolist(), limits_view.tolist()
     step = counters[ls.STEP]
     if step >= state.capacity:
         raise RuntimeError(
@@ -90,8 +94,8 @@ def decide_reference(state: LaneState, partials: torch.Tensor | None) -> None:
     code = int(plan[step])
     diff = None
     if partials is not None and code == PlanCode.DYNAMIC and counters[ls.REFERENCE] == 1:
-        diff = relative_l1(partials.tolist())
-    advance(counters, values, limits.tolist(), thresholds.tolist(), code, diff)
+        diff = relative_l1(partials.tolist(), limits[ls.BATCH_REDUCE] == BatchReduce.MAX)
+    advance(counters, values, limits, thresholds.tolist(), code, diff)
     counters_view[:] = counters
     values_view[:] = values
     trace_reason[step] = counters[ls.REASON]
@@ -124,7 +128,7 @@ def advance(
             (ls.WEIGHTS, limits[ls.ORDER]),
             (ls.ENCODER_WEIGHTS, limits[ls.ENCODER_ORDER]),
         ):
-            values[base : base + ls.MAX_SLOTS] = _weights_by_slot(ages, order, head, slots)
+            values[base : base + ls.MAX_SLOTS] = weights_by_slot(ages, order, head, slots)
     else:
         counters[ls.SLOT] = head
         counters[ls.RING_STEPS + head] = step
@@ -173,72 +177,16 @@ def choose(
     return Reason.BELOW_THRESHOLD if diff < threshold else Reason.ABOVE_THRESHOLD
 
 
-def taylor_weights(ages: Sequence[int], order: int) -> list[float]:
-    """Return the weights that predict the current step from snapshots `ages` steps old.
-
-    With Y_m the snapshots, newest first, g_m = ages[m + 1] - ages[m] and k = ages[0]:
-
-        D(0)_m = Y_m,  D(i+1)_m = (D(i)_m - D(i)_{m+1}) / g_m
-        prediction = sum over i <= L of k^i / i! * D(i)_0,  L = min(order, len(ages) - 1)
-
-    which is linear in Y. The weights are its adjoint, taken from the highest difference down. There
-    are L + 1 of them; older snapshots have weight 0.
-    """
-    last = max(0, min(order, len(ages) - 1))
-    coefficients = [1.0]
-    for i in range(1, last + 1):
-        coefficients.append(f32(f32(coefficients[-1] * ages[0]) / i))
-    weights = [coefficients[last]]
-    for i in range(last - 1, -1, -1):
-        parts = [f32(w / (ages[m + 1] - ages[m])) for m, w in enumerate(weights)]
-        weights = [f32(parts[0] + coefficients[i])]
-        weights += [f32(after - before) for before, after in pairwise(parts)]
-        weights.append(-parts[-1])
-    return weights
-
-
-@lru_cache(maxsize=4096)
-def _weights_by_slot(ages: tuple[int, ...], order: int, head: int, slots: int) -> list[float]:
-    """Spread the weights over the ring. Requests repeat the same few patterns of ages."""
-    by_slot = [0.0] * ls.MAX_SLOTS
-    for m, weight in enumerate(taylor_weights(ages, order)):
-        by_slot[(head - 1 - m) % slots] = weight
-    return by_slot
-
-
-def relative_l1(partials: Sequence[Sequence[Sequence[float]]]) -> float:
-    """Return the summed ``[..., 0]`` over the summed ``[..., 1]`` of nested lists (B, T, 2)."""
-    num, den = 0.0, 0.0
-    for sample in partials:
-        num = f32(num + _tree_sum([pair[0] for pair in sample]))
-        den = f32(den + _tree_sum([pair[1] for pair in sample]))
-    if den == 0:
-        return nan if num == 0 or num != num else inf
-    return f32(num / den)
-
-
-def f32(x: float) -> float:
-    """Round to float32. One operation in float64, then this, is that operation in float32."""
-    return c_float(x).value
-
-
-def _tree_sum(x: list[float]) -> float:
-    """Add neighbours, then neighbouring sums, and so on."""
-    while len(x) > 1:
-        odd = x[-1:] if len(x) % 2 else []
-        x = [f32(a + b) for a, b in zip(x[::2], x[1::2], strict=False)] + odd
-    return x[0]
-
-
 def _decide_triton(state: LaneState, partials: torch.Tensor | None) -> None:
-    samples, programs = (0, 0) if partials is None else partials.shape[:2]
+    samples, programs, width = (0, 0, 2) if partials is None else partials.shape
     log_lanes = max(0, programs - 1).bit_length()
     with torch.cuda.device_of(state.counters):
         _decide_kernel[(1,)](
             state.counters, state.values, state.limits, state.thresholds,
             state.plan, state.trace_reason, state.trace_diff, state.capacity,
             None if partials is None else partials.contiguous(), samples, programs,
-            LOG_LANES=log_lanes, num_warps=1 if log_lanes < 8 else 4, enable_fp_fusion=False,
+            LOG_LANES=log_lanes, WIDTH=width,
+            num_warps=1 if log_lanes < 8 else 4, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -283,13 +231,14 @@ _STEP, _CACHED, _REASON = tl.constexpr(ls.STEP), tl.constexpr(ls.CACHED), tl.con
 _CACHED_STEPS, _CONSECUTIVE = tl.constexpr(ls.CACHED_STEPS), tl.constexpr(ls.CONSECUTIVE)
 _REFERENCE, _SNAPSHOTS = tl.constexpr(ls.REFERENCE), tl.constexpr(ls.SNAPSHOTS)
 _HEAD, _SLOT = tl.constexpr(ls.HEAD), tl.constexpr(ls.SLOT)
-_RING_STEPS, _MAX_SLOTS = tl.constexpr(ls.RING_STEPS), tl.constexpr(ls.MAX_SLOTS)
+_RING_STEPS = tl.constexpr(ls.RING_STEPS)
 _DIFF, _ACCUMULATED = tl.constexpr(ls.DIFF), tl.constexpr(ls.ACCUMULATED)
 _WEIGHTS, _ENCODER_WEIGHTS = tl.constexpr(ls.WEIGHTS), tl.constexpr(ls.ENCODER_WEIGHTS)
 _MAX_CACHED, _MAX_CONSECUTIVE = tl.constexpr(ls.MAX_CACHED), tl.constexpr(ls.MAX_CONSECUTIVE)
 _SLOTS, _ORDER = tl.constexpr(ls.SLOTS), tl.constexpr(ls.ORDER)
 _ENCODER_ORDER = tl.constexpr(ls.ENCODER_ORDER)
 _THRESHOLD, _MAX_ACCUMULATED = tl.constexpr(ls.THRESHOLD), tl.constexpr(ls.MAX_ACCUMULATED)
+_BATCH_REDUCE, _BATCH_MAX = tl.constexpr(ls.BATCH_REDUCE), tl.constexpr(int(BatchReduce.MAX))
 _PLAN_DYNAMIC = tl.constexpr(int(PlanCode.DYNAMIC))
 _PLAN_STATIC = tl.constexpr(int(PlanCode.STATIC))
 _PLAN_WARMUP = tl.constexpr(int(PlanCode.WARMUP))
@@ -321,11 +270,39 @@ def _decide_kernel(
     samples,
     programs,
     LOG_LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
+    decide_once(
+        counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
+        trace_diff_ptr, capacity, partials_ptr, samples, programs, LOG_LANES, WIDTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def decide_once(
+    counters_ptr,
+    values_ptr,
+    limits_ptr,
+    thresholds_ptr,
+    plan_ptr,
+    trace_reason_ptr,
+    trace_diff_ptr,
+    capacity,
+    partials_ptr,
+    samples,
+    programs,
+    LOG_LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The function `decide_reference` above, for (samples, programs, WIDTH) partial sums.
+
+    One program of a launch may run it, with programs <= 2**LOG_LANES.
+    """
     MEASURED: tl.constexpr = partials_ptr is not None
     diff = tl.full((), -1.0, tl.float32)
     if MEASURED:
-        diff = _relative_l1(partials_ptr, samples, programs, LOG_LANES)
+        mean, largest = relative_l1_of_partials(partials_ptr, samples, programs, LOG_LANES, WIDTH)
+        diff = tl.where(tl.load(limits_ptr + _BATCH_REDUCE) == _BATCH_MAX, largest, mean)
     _advance(
         counters_ptr,
         values_ptr,
@@ -341,27 +318,6 @@ def _decide_kernel(
 
 
 @triton.jit
-def _relative_l1(partials_ptr, samples, programs, LOG_LANES: tl.constexpr):
-    """The function `relative_l1` above, for at most 2**LOG_LANES programs."""
-    lane = tl.arange(0, 1 << LOG_LANES)
-    num = tl.full((), 0.0, tl.float32)
-    den = tl.full((), 0.0, tl.float32)
-    for sample in range(samples):
-        pair_ptr = partials_ptr + (sample * programs + lane) * 2
-        num += _tree_sum_lanes(tl.load(pair_ptr, mask=lane < programs, other=0.0), LOG_LANES)
-        den += _tree_sum_lanes(tl.load(pair_ptr + 1, mask=lane < programs, other=0.0), LOG_LANES)
-    return tl.div_rn(num, den)
-
-
-@triton.jit
-def _tree_sum_lanes(x, LOG_LANES: tl.constexpr):
-    """Add neighbours until one is left; tl.sum over all lanes would leave the order open."""
-    for level in tl.static_range(1, LOG_LANES + 1):
-        x = tl.sum(tl.reshape(x, ((1 << LOG_LANES) >> level, 2)), axis=1)
-    return tl.sum(x, axis=0)
-
-
-@triton.jit
 def _advance(
     counters_ptr,
     values_ptr,
@@ -374,7 +330,7 @@ def _advance(
     diff,
     MEASURED: tl.constexpr,
 ):
-    """The function `advance` above, on the state in memory. One program may run it."""
+    """The function `advance` above, on the state in memory."""
     step = tl.load(counters_ptr + _STEP)
     planned = step < capacity
     code = tl.load(plan_ptr + step, mask=planned, other=_PLAN_DYNAMIC)
@@ -392,12 +348,14 @@ def _advance(
     slots = tl.load(limits_ptr + _SLOTS)
     snapshots = tl.load(counters_ptr + _SNAPSHOTS)
     head = tl.load(counters_ptr + _HEAD)
+    # every warp reads before the first one writes, or they would not take the same branch
+    tl.debug_barrier()
     if cached:
         order = tl.load(limits_ptr + _ORDER)
         encoder_order = tl.load(limits_ptr + _ENCODER_ORDER)
         ring_ptr = counters_ptr + _RING_STEPS
-        _store_weights(values_ptr + _WEIGHTS, ring_ptr, step, head, slots, snapshots, order)
-        _store_weights(
+        store_weights(values_ptr + _WEIGHTS, ring_ptr, step, head, slots, snapshots, order)
+        store_weights(
             values_ptr + _ENCODER_WEIGHTS, ring_ptr, step, head, slots, snapshots, encoder_order
         )
         tl.store(counters_ptr + _CACHED_STEPS, cached_steps + 1)
@@ -455,31 +413,3 @@ def _choose(
     reason = tl.where(code == _PLAN_STATIC, static, reason)
     reason = tl.where(code == _PLAN_WARMUP, _FULL_WARMUP, reason)
     return tl.where(code == _PLAN_MASK, _FULL_MASK, reason)
-
-
-@triton.jit
-def _store_weights(weights_ptr, ring_ptr, step, head, slots, snapshots, order):
-    """The function `taylor_weights` above, on vectors over m, stored by slot."""
-    m = tl.arange(0, _MAX_SLOTS)
-    slot = (head - 1 - m + _MAX_SLOTS * slots) % slots
-    older = (head - 2 - m + _MAX_SLOTS * slots + slots) % slots
-    steps = tl.load(ring_ptr + slot)
-    # 1 where there is no older snapshot, so that 0 / gap stays 0 there
-    gap = tl.where(m + 1 < snapshots, steps - tl.load(ring_ptr + older), 1).to(tl.float32)
-    distance = (step - tl.load(ring_ptr + (head - 1 + slots) % slots)).to(tl.float32)
-
-    last = tl.maximum(tl.minimum(order, snapshots - 1), 0)
-    coefficient = tl.full((), 1.0, tl.float32)
-    coefficients = tl.where(m == 0, coefficient, 0.0)
-    for i in range(1, last + 1):
-        coefficient = tl.div_rn(coefficient * distance, tl.cast(i, tl.float32))
-        coefficients = tl.where(m == i, coefficient, coefficients)
-
-    weights = tl.where(m == 0, coefficient, 0.0)
-    for i in range(last - 1, -1, -1):
-        part = tl.div_rn(weights, gap)
-        before = tl.sum(tl.where(m[None, :] + 1 == m[:, None], part[None, :], 0.0), axis=1)
-        coefficient = tl.sum(tl.where(m == i, coefficients, 0.0), axis=0)
-        weights = part - before
-        weights = tl.where(m == 0, weights + coefficient, weights)
-    tl.store(weights_ptr + tl.where(m < slots, slot, m), weights)

@@ -25,7 +25,10 @@ SNAPSHOTS = 6  # ring slots that hold a snapshot
 HEAD = 7  # ring slot that the next full step will write
 SLOT = 8  # ring slot that commit writes in this step
 RING_STEPS = 9  # MAX_SLOTS entries: the step at which each slot was written
-NUM_COUNTERS = RING_STEPS + MAX_SLOTS
+TICKET = (
+    RING_STEPS + MAX_SLOTS
+)  # programs of the launch under way that are done; 0 between launches
+NUM_COUNTERS = TICKET + 1
 
 # entries of LaneState.values, float32
 DIFF = 0  # relative L1 of the latest step, -1 where it was not measured
@@ -40,12 +43,14 @@ MAX_CONSECUTIVE = 1  # most cached steps in a row, -1 for no limit
 SLOTS = 2  # ring slots in use, 1 to MAX_SLOTS
 ORDER = 3  # order of the Taylor prediction of hidden states, 0 reuses the latest snapshot
 ENCODER_ORDER = 4  # the same for encoder hidden states
-NUM_LIMITS = 5
+BATCH_REDUCE = 5  # a BatchReduce
+NUM_LIMITS = 6
 
 # entries of LaneState.thresholds, float32
 THRESHOLD = 0  # cache below this relative L1; <= 0 never, >= 1 always
 MAX_ACCUMULATED = 1  # run in full once ACCUMULATED reaches this; <= 0 for no limit
-NUM_THRESHOLDS = 2
+IMPORTANT = 2  # relative L1 of a token above which it counts, where tokens are told apart
+NUM_THRESHOLDS = 3
 
 
 class PlanCode(IntEnum):
@@ -59,6 +64,15 @@ class PlanCode(IntEnum):
     """Run in full: the step belongs to the warm-up."""
     MASK = 3
     """Run in full: the step mask says so."""
+
+
+class BatchReduce(IntEnum):
+    """How the samples of a batch make one change, which is compared with the threshold."""
+
+    MEAN = 0
+    """Of the batch as a whole: the sums of all samples, divided."""
+    MAX = 1
+    """Of the sample that changed most."""
 
 
 class Reason(IntEnum):
@@ -127,14 +141,17 @@ class LaneState:
         """Return the state of a new request of at most `capacity` steps.
 
         Until they are written, the limits are off, the ring has one slot, the orders are 0, the
-        threshold is 0 (never cache), and each step of the plan is `PlanCode.DYNAMIC`.
+        batch counts as a whole, the threshold is 0 (never cache), and each step of the plan is
+        `PlanCode.DYNAMIC`.
         """
         if capacity < 1:
             raise ValueError(f"LaneState.allocate: capacity must be at least 1, got {capacity}")
         state = cls(
             counters=torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
             values=torch.zeros(NUM_VALUES, dtype=torch.float32, device=device),
-            limits=torch.tensor([-1, -1, 1, 0, 0], dtype=torch.int32, device=device),
+            limits=torch.tensor(
+                [-1, -1, 1, 0, 0, BatchReduce.MEAN], dtype=torch.int32, device=device
+            ),
             thresholds=torch.zeros(NUM_THRESHOLDS, dtype=torch.float32, device=device),
             plan=torch.full((capacity,), PlanCode.DYNAMIC, dtype=torch.int32, device=device),
             trace_reason=torch.full((capacity,), -1, dtype=torch.int32, device=device),

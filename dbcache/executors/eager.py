@@ -11,14 +11,27 @@ from dbcache.kernels.commit import commit
 from dbcache.kernels.decide import decide
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.kernels.predict import predict
+from dbcache.kernels.probe_and_decide import probe_and_decide
 from dbcache.kernels.probe_diff import probe_diff
 from dbcache.lane import Lane
+
+
+def measure_and_decide(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> bool:
+    """Measure and decide the lane's next step, a dynamic one with a reference; return the decision.
+
+    What `take_decision` does with what `measure` gives, in one launch.
+    """
+    assert lane.p_ref is not None
+    probe_and_decide(h_in, h_fn, lane.p_ref, lane.state, by_token=lane.by_token)
+    lane.step += 1
+    lane.cached = lane.read_decision()
+    return lane.cached
 
 
 def measure(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> torch.Tensor:
     """Return the partial sums of the probe's change since the lane's last full step."""
     assert lane.p_ref is not None
-    return probe_diff(h_in, h_fn, lane.p_ref)
+    return probe_diff(h_in, h_fn, lane.p_ref, lane.state.thresholds if lane.by_token else None)
 
 
 def take_decision(lane: Lane, code: PlanCode, partials: torch.Tensor | None) -> bool:
@@ -46,7 +59,13 @@ def forecast(
     """Return what the skipped blocks would have made of `h_fn` and `encoder_fn`."""
     assert lane.ring is not None
     if lane.encoder_ring is None:
-        h_out, _ = predict(h_fn, lane.ring, lane.state.weights, replace=lane.settings.replace)
+        h_out, _ = predict(
+            h_fn,
+            lane.ring,
+            lane.state.weights,
+            scales=lane.scales,
+            replace=lane.settings.replace,
+        )
         return h_out, encoder_fn
     return predict(
         h_fn,
@@ -55,6 +74,8 @@ def forecast(
         encoder_fn,
         lane.encoder_ring,
         lane.state.encoder_weights,
+        lane.scales,
+        lane.encoder_scales,
         replace=lane.settings.replace,
     )
 
@@ -81,6 +102,8 @@ def keep(
         encoder_fn,
         encoder_out,
         encoder_ring,
+        lane.scales,
+        lane.encoder_scales,
         replace=lane.settings.replace,
     )
     lane.has_reference = True

@@ -11,6 +11,8 @@ def test_defaults_are_the_peers():
     assert (config.Fn_compute_blocks, config.Bn_compute_blocks) == (8, 0)
     assert (config.residual_diff_threshold, config.max_warmup_steps) == (0.08, 8)
     assert (config.max_cached_steps, config.max_continuous_cached_steps) == (-1, -1)
+    assert config.important_condition_threshold == 0
+    assert (config.batch_reduce, config.cache_dtype) == ("mean", "model")
     assert config.as_dict()["steps_computation_policy"] == "dynamic"
 
 
@@ -34,6 +36,11 @@ def test_names_the_nearest_option():
         ("residual_diff_threshold", float("nan"), ValueError),
         ("residual_diff_threshold", "0.1", TypeError),
         ("max_accumulated_residual_diff_threshold", 0, ValueError),
+        ("batch_reduce", "sum", ValueError),
+        ("important_condition_threshold", -0.5, ValueError),
+        ("important_condition_threshold", "0.5", TypeError),
+        ("cache_dtype", "fp16", ValueError),
+        ("cache_dtype", None, ValueError),
         ("max_warmup_steps", -1, ValueError),
         ("warmup_interval", 0, ValueError),
         ("max_cached_steps", -2, ValueError),
@@ -101,5 +108,8 @@ def test_modifier_with_a_calibrator_alone_counts():
 def test_strify_tells_settings_apart():
     config = DBCacheConfig(Fn_compute_blocks=1, max_cached_steps=7, residual_diff_threshold=0.12)
     assert config.strify() == "DBCache_F1B0_W8I1M7MC0_R0.12"
+    other = DBCacheConfig(batch_reduce="max", important_condition_threshold=0.5)
+    assert other.strify().endswith("_R0.08_BRmax_IC0.5")
+    assert config.update(cache_dtype="fp8").strify() == "DBCache_F1B0_W8I1M7MC0_R0.12_Dfp8"
     assert TaylorSeerCalibratorConfig(taylorseer_order=2).strify() == "T1O2"
     assert TaylorSeerCalibratorConfig(taylorseer_order=0).strify() == "T0O0"

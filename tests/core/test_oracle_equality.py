@@ -101,6 +101,38 @@ def test_bare_transformer_equals_the_oracle(case, name):
     assert_same(mine, run_oracle(family.build(), family, rule, STEPS))
 
 
+@pytest.mark.parametrize(("name", "threshold"), [("flux", 0.14), ("qwen", 0.06), ("wan", 0.12)])
+def test_the_worst_sample_of_a_batch_decides_if_asked_to(name, threshold):
+    family, cached = FAMILIES[name], {}
+    for batch_reduce in ("mean", "max"):
+        rule = Rule(
+            residual_diff_threshold=threshold, batch_reduce=batch_reduce, enable_separate_cfg=False
+        )
+        mine = run_dbcache(family.build(), family, rule, STEPS, batch=3)
+        assert_same(mine, run_oracle(family.build(), family, rule, STEPS, batch=3))
+        cached[batch_reduce] = len(mine.lanes[0].cached_steps)
+    assert 0 < cached["max"] < cached["mean"]
+
+
+@families
+@pytest.mark.parametrize("how", ["one", "max", "shared"])
+def test_important_tokens_decide_alone(family, how):
+    """Of a batch, of its worst sample, and where a branch takes the other's diff."""
+    steps, batch = 16, 1 if how == "shared" else 3
+    rule = Rule(
+        residual_diff_threshold=0.13,
+        important_condition_threshold=0.08,
+        batch_reduce="max" if how == "max" else "mean",
+        enable_separate_cfg=how == "shared",
+        cfg_diff_compute_separate=how != "shared",
+    )
+    mine = run_dbcache(family.build(), family, rule, steps, batch=batch)
+    assert_same(mine, run_oracle(family.build(), family, rule, steps, batch=batch))
+    all_tokens = replace(rule, important_condition_threshold=0.0)
+    plain = run_dbcache(family.build(), family, all_tokens, steps, batch=batch)
+    assert mine.lanes[0].diffs != plain.lanes[0].diffs
+
+
 @pytest.mark.parametrize("mask", [None, ((1,) * 5 + (0,) * 9 + (1,)) * 10], ids=["diff", "mask"])
 def test_a_long_request_equals_the_oracle(mask):
     family = FAMILIES["flux"]

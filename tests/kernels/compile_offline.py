@@ -7,17 +7,26 @@ Run by test_offline_compile.py in a process of its own, without Triton's interpr
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from dbcache.kernels import commit, decide, predict, probe_diff
+from dbcache.kernels import commit, decide, e4m3, predict, probe_and_decide, probe_diff
 
 WIDE = re.compile(r"(ld|st)\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b32|v4\.b64)\b")
 WIDE_AMD = re.compile(r"(?:global|buffer)_(load|store)_(?:dwordx4|b128)\b")
 LOCAL = re.compile(r"\.local\b|scratch_(?:load|store)")
+SPILLED = re.compile(r"(\d+) bytes (?:stack frame|spill stores|spill loads)")
+SPILLED_AMD = re.compile(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size): *(\d+)")
+
+STATE = {"counters_ptr": "*i32", "values_ptr": "*fp32", "limits_ptr": "*i32"}
+STATE |= {"thresholds_ptr": "*fp32", "plan_ptr": "*i32", "trace_reason_ptr": "*i32"}
+STATE |= {"trace_diff_ptr": "*fp32", "capacity": "i32"}
 
 FULL = ("cuda:90",)
 """Targets of all variants; the others take those in bfloat16 only."""
@@ -27,14 +36,30 @@ def variants():
     """Yield name, kernel, arguments by name, constexprs and options of what is launched."""
     for dtype in ("bf16", "fp16", "fp32"):
         x = f"*{dtype}"
-        yield (
-            f"probe_diff-{dtype}",
-            probe_diff._probe_diff_kernel,
-            {"h_in_ptr": x, "h_fn_ptr": x, "p_ref_ptr": x, "partials_ptr": "*fp32"}
-            | {"size": "i64" if dtype == "fp16" else "i32", "per_program": "i32"},
-            {"BLOCK": probe_diff.BLOCK},
-            {"num_warps": 4, "enable_fp_fusion": False},
-        )
+        for start in ("h_in_ptr", None) if dtype == "bf16" else ("h_in_ptr",):
+            streams = dict.fromkeys(filter(None, (start, "h_fn_ptr", "p_ref_ptr")), x)
+            measured = streams | {"partials_ptr": "*fp32"}
+            measured |= {"size": "i64" if dtype == "fp16" else "i32", "per_program": "i32"}
+            form = f"{dtype}{'' if start else '-hidden'}"
+            measured |= {"width": "i32"}
+            constants = {"LOG_BLOCK": probe_diff.log2(probe_diff.BLOCK)}
+            for by_token in (False, True):
+                options = {"num_warps": 8 if by_token else 4, "enable_fp_fusion": False}
+                name = f"{form}{'-tokens' * by_token}"
+                yield (
+                    f"probe_diff-{name}",
+                    probe_diff._probe_diff_kernel,
+                    measured | ({"thresholds_ptr": "*fp32"} if by_token else {}),
+                    constants,
+                    options,
+                )
+                yield (
+                    f"probe_and_decide-{name}",
+                    probe_and_decide._probe_and_decide_kernel,
+                    measured | STATE,
+                    constants | {"LOG_LANES": 10, "WIDTH": 4 if by_token else 2},
+                    options,
+                )
         for slots, encoder, replace in ((1, False, False), (1, True, False), (5, True, True)):
             stream = {"h_ptr": x, "ring_ptr": x, "weights_ptr": "*fp32", "out_ptr": x}
             extra = {f"encoder_{name}": kind for name, kind in stream.items()}
@@ -61,17 +86,68 @@ def variants():
                     {"num_warps": 4, "enable_fp_fusion": False},
                 )  # fmt: skip
     for log_lanes in (None, 0, 10):
-        state = {"counters_ptr": "*i32", "values_ptr": "*fp32", "limits_ptr": "*i32"}
-        state |= {"thresholds_ptr": "*fp32", "plan_ptr": "*i32", "trace_reason_ptr": "*i32"}
-        state |= {"trace_diff_ptr": "*fp32", "capacity": "i32"}
         partials = {} if log_lanes is None else {"partials_ptr": "*fp32"}
         yield (
             f"decide-{'none' if log_lanes is None else 2**log_lanes}-bf16",
             decide._decide_kernel,
-            state | partials | {"samples": "i32", "programs": "i32"},
-            {"LOG_LANES": log_lanes or 0},
+            STATE | partials | {"samples": "i32", "programs": "i32"},
+            {"LOG_LANES": log_lanes or 0, "WIDTH": 4 if log_lanes == 10 else 2},
             {"num_warps": 4 if log_lanes == 10 else 1, "enable_fp_fusion": False},
         )
+    yield from fp8_variants()
+
+
+def fp8_variants():
+    """Yield the same of the kernels for rings in fp8."""
+    sizes = {"tokens": "i32", "width": "i32", "blocks": "i32"}
+    sizes |= {"encoder_tokens": "i32", "encoder_width": "i32"}
+    for dtype, width, encoder in (
+        ("bf16", 128, False), ("bf16", 3072, False), ("bf16", 5120, True),
+        ("bf16", e4m3.MAX_WIDTH, True), ("fp16", 3072, False), ("fp32", 3072, True),
+    ):  # fmt: skip
+        x, ring = f"*{dtype}", {"ring_ptr": "*u8", "scales_ptr": "*fp32"}
+        form = f"{dtype}-{width}{'-encoder' * encoder}"
+        rows, columns, warps = commit.fp8_tile(width)
+        stream = {f"{name}_ptr": x for name in ("h_in", "h_fn", "h_out", "p_ref")} | ring
+        extra = {f"encoder_{name}_ptr": x for name in ("fn", "out")}
+        extra |= {f"encoder_{name}": kind for name, kind in ring.items()}
+        for replace in (False, True):
+            yield (
+                f"fp8_commit-{form}{'-replace' * replace}",
+                commit._commit_fp8_kernel,
+                stream | {"counters_ptr": "*i32"} | sizes | (extra if encoder else {}),
+                {"REPLACE": replace, "ROWS": rows, "COLUMNS": columns},
+                {"num_warps": warps, "enable_fp_fusion": False},
+            )
+        rows, columns = predict.fp8_tile(width)
+        stream = {"h_ptr": x, "weights_ptr": "*fp32", "out_ptr": x} | ring
+        extra = {f"encoder_{name}": kind for name, kind in stream.items()}
+        extra["encoder_ptr"] = extra.pop("encoder_h_ptr")
+        for slots in (2, 8):
+            yield (
+                f"fp8_predict-{form}-k{slots}",
+                predict._predict_fp8_kernel,
+                stream | sizes | (extra if encoder else {}),
+                {"K": slots, "REPLACE": False, "ROWS": rows, "COLUMNS": columns},
+                {"num_warps": 4, "enable_fp_fusion": True},
+            )
+
+
+def spilled(target: GPUTarget, asm: str) -> int:
+    """Return the bytes (AMD: and registers) that are spilled to memory or kept on a stack."""
+    if target.backend != "cuda":
+        return sum(map(int, SPILLED_AMD.findall(asm)))
+    arch = re.search(r"\.target (\w+)", asm).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(asm)
+        ptx.flush()
+        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", ptx.name]
+        done = subprocess.run(
+            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True
+        )
+    found = SPILLED.findall(done.stderr)
+    assert len(found) == 3, done.stderr
+    return sum(map(int, found))
 
 
 def compile_for(target: GPUTarget, kernel, arguments, constexprs, options) -> str:
@@ -79,7 +155,7 @@ def compile_for(target: GPUTarget, kernel, arguments, constexprs, options) -> st
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = arguments.get(name, "constexpr")
-        if signature[name].startswith("*") or "size" in name:
+        if signature[name].startswith("*") or "size" in name or "width" in name:
             attrs[(i,)] = [["tt.divisibility", 16]]
         elif signature[name] == "constexpr":
             constexprs = {name: None} | constexprs
@@ -89,7 +165,7 @@ def compile_for(target: GPUTarget, kernel, arguments, constexprs, options) -> st
     return compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
 
 
-def main(targets: list[str]) -> None:
+def main(targets: list[str], variants=variants) -> None:
     rows = []
     for target in targets:
         backend, arch = target.split(":")
@@ -107,6 +183,7 @@ def main(targets: list[str]) -> None:
                     "wide_loads": sum(w in ("ld", "load") for w in wide),
                     "wide_stores": sum(w in ("st", "store") for w in wide),
                     "local": bool(LOCAL.search(asm)),
+                    "spilled": spilled(gpu, asm),
                     "fma": "fma.rn.f32" in asm,
                 }
             )

@@ -8,7 +8,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    for name in ("probe_diff", "decide", "predict", "commit"):
+    for name in ("probe_diff", "decide", "probe_and_decide", "predict", "commit"):
         module = sys.modules.get(f"dbcache.kernels.{name}")
         kernel = getattr(module, f"_{name}_kernel", None)
         if kernel is not None and type(kernel).__name__ != "InterpretedFunction":

@@ -128,6 +128,40 @@ def test_reuse_of_one_slot_rounds_once(random, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("encoder", [False, True])
+def test_the_output_may_be_given_and_may_be_the_input(integers, device, encoder, impl):
+    stream = (integers(2, 17, 5), integers(2, 2, 17, 5), weights_of(2, -1, device=device))
+    second = (integers(2, 3), integers(2, 2, 3), weights_of(0, 3, device=device)) * encoder
+    expected, encoder_expected = predict(*stream, *second, impl=impl)
+    out = poisoned(2, 17, 5, dtype=torch.float32, device=device)
+    got, encoder_got = predict(*stream, *second, out=out, impl=impl)
+    assert got is out
+    assert torch.equal(out, expected)
+    given = {"out": stream[0], "encoder_out": second[0] if encoder else None}
+    got, encoder_got = predict(*stream, *second, **given, impl=impl)
+    assert got is stream[0]
+    assert encoder_got is given["encoder_out"]
+    assert torch.equal(got, expected)
+    if encoder:
+        assert torch.equal(encoder_got, encoder_expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_compiled_prediction_in_place_is_one_graph(random, device, impl):
+    h, ring, weights = random(2, 3, 5), random(2, 2, 3, 5), random(8)
+
+    def step(h, ring, weights):
+        h = h + 1
+        predict(h, ring, weights, out=h, impl=impl)
+        return h * 2
+
+    expected = step(h, ring, weights)
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(h, ring, weights), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_an_empty_stream_is_allowed(integers, device, impl):
     weights = weights_of(1, device=device)
     h, ring = integers(1, 3, 5), integers(1, 1, 3, 5)
@@ -158,6 +192,10 @@ def test_rejects_what_does_not_fit():
         predict(h, ring, weights, h)
     with pytest.raises(ValueError, match="share the slots"):
         predict(h, ring, weights, h, ring[:1], weights)
+    with pytest.raises(ValueError, match=r"output for h must be contiguous .* got \(3, 2\)"):
+        predict(h, ring, weights, out=torch.zeros(3, 2))
+    with pytest.raises(ValueError, match=r"output for encoder must be torch.float32 .* got .*16"):
+        predict(h, ring, weights, h, ring, weights, encoder_out=h.half())
     with pytest.raises(ValueError, match=r"dtype of .* got .*float64"):
         predict(h.double(), ring, weights)
     with pytest.raises(ValueError, match="one device"):
@@ -170,4 +208,5 @@ def test_the_op_is_registered_as_it_behaves(random, encoder, impl):
     stream = (random(2, 3, 5), random(2, 2, 3, 5), random(8))
     second = (random(2, 2, 7), random(2, 2, 2, 7), random(8)) if encoder else (None,) * 3
     op = torch.ops.dbcache.predict.default
-    torch.library.opcheck(op, (*stream, *second, False, impl))
+    outputs = (torch.empty_like(stream[0]), None if second[0] is None else second[0].clone())
+    torch.library.opcheck(op, (*outputs, *stream, *second, None, None, False, impl))

@@ -26,7 +26,7 @@ class Run:
 
 
 def options(rule: oracle.Rule) -> dict:
-    """Return the keyword arguments of `DBCacheConfig`, which both caches share."""
+    """Return the keyword arguments of dbcache's `DBCacheConfig`."""
     values = asdict(rule)
     values.pop("order")
     if rule.steps_computation_mask is not None:
@@ -104,7 +104,10 @@ def run_peer(target, family: tiny.Family, rule: oracle.Rule, steps: int, **how) 
     calibrator = None
     if rule.order:
         calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=rule.order)
-    config = cache_dit.DBCacheConfig(**options(replace(rule, num_inference_steps=steps)))
+    values = options(replace(rule, num_inference_steps=steps))
+    for name in ("batch_reduce", "important_condition_threshold"):
+        values.pop(name)  # not in cache-dit's config; the defaults are what it does
+    config = cache_dit.DBCacheConfig(**values)
     cache_dit.enable_cache(target, cache_config=config, calibrator_config=calibrator)
     outputs = drive(target, family, rule, steps, **how)
     lanes = []

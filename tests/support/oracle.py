@@ -33,6 +33,8 @@ class Rule:
     enable_separate_cfg: bool | None = None
     cfg_compute_first: bool = False
     cfg_diff_compute_separate: bool = True
+    batch_reduce: str = "mean"
+    important_condition_threshold: float = 0.0
     order: int = 0
 
 
@@ -224,14 +226,25 @@ class Oracle:
                 first = next(iter(self.lanes.values()))
                 if first is not lane.decider.trace and self.step in first.diffs:
                     return first.diffs[self.step]
-            moved = (probe - lane.reference).abs().mean()
-            return (moved / lane.reference.abs().mean()).item()
+            if self.rule.batch_reduce == "max":
+                pairs = zip(probe, lane.reference, strict=True)
+                return max(self.relative_l1(now, before) for now, before in pairs)
+            return self.relative_l1(probe, lane.reference)
 
         self.full = lane.decider.decide(change)
         if self.full:
             if lane.shapes != shapes:
                 lane.hidden, lane.encoder = Series(self.rule.order), Series(self.rule.order)
             lane.reference, lane.shapes = probe, shapes
+
+    def relative_l1(self, now: torch.Tensor, before: torch.Tensor) -> float:
+        """Return mean|now - before| / mean|before|, over the important tokens if there are any."""
+        moved, size = (now - before).abs(), before.abs()
+        least = self.rule.important_condition_threshold
+        important = moved.mean(-1) / size.mean(-1) > least
+        if least > 0 and important.any():
+            moved, size = moved[important], size[important]
+        return (moved.mean() / size.mean()).item()
 
     def after_middle(self, hidden: torch.Tensor, encoder: torch.Tensor | None):
         """Store what the middle blocks added, or add the forecast of it."""

@@ -1,0 +1,142 @@
+"""One table and one JSON file of what `bench/gpu_suite.sh` left in its folder of logs.
+
+    python -m bench.suite_report LOGS --device cuda --json FILE
+
+Ends with status 1 if a step failed, left no result, or ran no test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.kernels import versions
+
+RESULTS = {"kernels": "kernels.json", "overhead": "overhead.json", "demo": "demo/digits.json"}
+"""What a step must leave besides its log."""
+TIMEOUT = 124, 137
+"""Exit statuses of a command that `timeout` ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """How one step of the suite went."""
+
+    name: str
+    status: int
+    seconds: int
+    limit: int
+    detail: str
+    """Counts of tests, or what is wrong."""
+    passed: bool
+
+
+def read_steps(logs: Path) -> list[Step]:
+    """Return the steps that were run."""
+    steps = []
+    for line in (logs / "steps.tsv").read_text(encoding="utf-8").splitlines():
+        name, status, seconds, limit = line.split("\t")
+        detail, complete = _what_it_left(logs, name)
+        if int(status) in TIMEOUT:
+            detail = f"ended at its limit; {detail}"
+        steps.append(
+            Step(
+                name=name,
+                status=int(status),
+                seconds=int(seconds),
+                limit=int(limit),
+                detail=detail,
+                passed=int(status) == 0 and complete,
+            )
+        )
+    return steps
+
+
+def _what_it_left(logs: Path, name: str) -> tuple[str, bool]:
+    """Return a description of a step's results and whether they are there."""
+    if name.endswith("-tests"):
+        counts = test_counts(logs / f"{name}.xml")
+        text = ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "no result"
+        return text, counts["passed"] > 0
+    if name not in RESULTS:
+        return "", True
+    found = (logs / RESULTS[name]).is_file()
+    if name != "kernels" or not found:
+        return "" if found else f"no {RESULTS[name]}", found
+    rows = read_json(logs / RESULTS[name])["rows"]
+    counts = {
+        "timed": sum(not row["refused"] for row in rows),
+        "refused": sum(row["refused"] is not None and row["error"] is not None for row in rows),
+        "left out": sum(row["refused"] is not None and row["error"] is None for row in rows),
+    }
+    return ", ".join(f"{n} {what}" for what, n in counts.items() if n), counts["timed"] > 0
+
+
+def test_counts(path: Path) -> dict[str, int]:
+    """Return the counts of a JUnit file, zeros if pytest did not get to write it."""
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    if path.is_file():
+        for suite in ET.parse(path).getroot().iter("testsuite"):
+            number = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
+            failed = number["failures"] + number["errors"]
+            counts["failed"] += failed
+            counts["skipped"] += number["skipped"]
+            counts["passed"] += number["tests"] - failed - number["skipped"]
+    return counts
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, None if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def about(device: str) -> dict[str, str]:
+    """Return what ran where."""
+    found = versions(torch.device(device))
+    for package in ("diffusers", "transformers", "cache-dit", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("logs", type=Path)
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    logs: Path = arguments.logs
+    steps, found = read_steps(logs), about(arguments.device)
+    results = {name: read_json(logs / file) for name, file in RESULTS.items()}
+    content = {"about": found, "steps": [asdict(step) for step in steps], **results}
+    arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    for name in ("demo", "overhead", "kernels"):
+        if (logs / f"{name}.log").is_file():
+            log = (logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+            # progress bars rewrite their line; only what they end with would be left of it
+            lines = [line for line in log.splitlines() if "%|" not in line]
+            print(f"-- {name}", *lines[-70:], "", sep="\n")
+    if arguments.device != "cuda":
+        print("-- a rehearsal on the CPU: it tests the script, not the kernels")
+    print(f"{'step':<15}{'result':<8}{'s':>5}{'limit':>7}  what")
+    for step in steps:
+        result = "passed" if step.passed else "FAILED"
+        print(f"{step.name:<15}{result:<8}{step.seconds:5}{step.limit:7}  {step.detail}")
+    print(" | ".join(f"{key} {value}" for key, value in found.items()))
+    return int(not steps or not all(step.passed for step in steps))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Sums in a fixed order, and the relative L1 made of them, in Python and as Triton functions.
+
+A sum in float32 depends on its order, and `tl.sum` takes the one that fits the layout of its
+registers: another number of warps, another result. Here neighbours are added until one is left,
+
+    ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7))
+
+so the result follows from the values alone: the same bits on every GPU, with every configuration,
+and on the host.
+"""
+
+from collections.abc import Sequence
+from ctypes import c_float
+from math import inf, nan
+
+import triton
+import triton.language as tl
+
+
+def relative_l1(partials: Sequence[Sequence[Sequence[float]]], worst: bool = False) -> float:
+    """Return the relative L1 of the batch from partial sums, nested lists (B, T, 2 or 4).
+
+    Args:
+        partials: T partial sums (num, den) for each of B samples, of all tokens and, where there
+            are four, of the important ones. Those alone count, if any changed.
+        worst: False: all num over all den, the samples one after another. True: the largest num /
+            den of a sample, NaN if one is NaN.
+    """
+    samples = [[tree_sum(column) for column in zip(*sample, strict=True)] for sample in partials]
+    if worst:
+        ratios = [_ratio(sums) for sums in samples]
+        return next((ratio for ratio in ratios if ratio != ratio), max(ratios))
+    total = samples[0]
+    for sums in samples[1:]:
+        total = [f32(a + b) for a, b in zip(total, sums, strict=True)]
+    return _ratio(total)
+
+
+def _ratio(sums: Sequence[float]) -> float:
+    num, den = sums[-2:] if sums[-2] != 0 else sums[:2]
+    return divide(num, den)
+
+
+def divide(num: float, den: float) -> float:
+    """Return the float32 quotient of numbers that are not negative."""
+    if den == 0:
+        return nan if num == 0 or num != num else inf
+    return f32(num / den)
+
+
+def f32(x: float) -> float:
+    """Round to float32. One operation in float64, then this, is that operation in float32."""
+    return c_float(x).value
+
+
+def tree_sum(x: Sequence[float]) -> float:
+    """Add neighbours, then neighbouring sums, and so on."""
+    while len(x) > 1:
+        odd = x[-1:] if len(x) % 2 else ()
+        x = [*(f32(a + b) for a, b in zip(x[::2], x[1::2], strict=False)), *odd]
+    return x[0]
+
+
+@triton.jit
+def relative_l1_of_partials(
+    partials_ptr, samples, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The function `relative_l1` above, for at most 2**LOG_LANES programs, of WIDTH sums each.
+
+    Returns it for the batch as a whole, and for the worst sample.
+    """
+    num = tl.full((), 0.0, tl.float32)
+    den, important_num, important_den, largest = num, num, num, num
+    for sample in range(samples):
+        sums_ptr = partials_ptr + sample * programs * WIDTH
+        sample_num = _sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
+        sample_den = _sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
+        num += sample_num
+        den += sample_den
+        if WIDTH == 4:
+            some_num = _sum_of_column(sums_ptr + 2, programs, LOG_LANES, WIDTH)
+            some_den = _sum_of_column(sums_ptr + 3, programs, LOG_LANES, WIDTH)
+            important_num += some_num
+            important_den += some_den
+            sample_den = tl.where(some_num != 0, some_den, sample_den)
+            sample_num = tl.where(some_num != 0, some_num, sample_num)
+        ratio = tl.div_rn(sample_num, sample_den)
+        # once NaN, always NaN: nothing is greater
+        largest = tl.where((ratio > largest) | (ratio != ratio), ratio, largest)
+    if WIDTH == 4:
+        den = tl.where(important_num != 0, important_den, den)
+        num = tl.where(important_num != 0, important_num, num)
+    return tl.div_rn(num, den), largest
+
+
+@triton.jit
+def _sum_of_column(column_ptr, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
+    lane = tl.arange(0, 1 << LOG_LANES)
+    x = tl.load(column_ptr + lane * WIDTH, mask=lane < programs, other=0.0)
+    return tree_sum_lanes(x, LOG_LANES)
+
+
+@triton.jit
+def tree_sum_lanes(x, LOG_LANES: tl.constexpr):
+    """The function `tree_sum` above, of 2**LOG_LANES lanes."""
+    for level in tl.static_range(1, LOG_LANES + 1):
+        x = tl.sum(tl.reshape(x, ((1 << LOG_LANES) >> level, 2)), axis=1)
+    return tl.sum(x, axis=0)

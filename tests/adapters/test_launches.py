@@ -1,0 +1,90 @@
+"""How many kernels a step launches, through the whole runtime, on a model with two streams."""
+
+import importlib
+import pkgutil
+from dataclasses import replace
+
+import pytest
+from engines import run_dbcache
+from oracle import CACHED, Rule
+from tiny import FAMILIES
+
+import dbcache.kernels
+from dbcache.kernels import _select
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 10
+MASK = (1, 0, 1, 0, 0, 1, 0, 0, 0, 1)
+RULES = {
+    "reuse": Rule(max_warmup_steps=2, residual_diff_threshold=0.25),
+    "order 1": Rule(max_warmup_steps=2, residual_diff_threshold=0.25, order=1),
+    "batch": Rule(max_warmup_steps=2, residual_diff_threshold=0.25, batch_reduce="max"),
+    "tokens": Rule(
+        max_warmup_steps=2, residual_diff_threshold=0.3, important_condition_threshold=0.1
+    ),
+    "limits": Rule(max_warmup_steps=2, residual_diff_threshold=1.0, max_cached_steps=4),
+    "static": Rule(steps_computation_mask=MASK, steps_computation_policy="static", order=1),
+}
+
+
+class Counted:
+    """A Triton kernel that writes down its launches."""
+
+    def __init__(self, kernel, name: str, launches: list[str]) -> None:
+        self.kernel, self.name, self.launches = kernel, name, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(self.name)
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Return the names of the package's kernels that are launched, in order. "auto" is Triton."""
+    monkeypatch.setenv("DBCACHE_KERNELS", "triton")
+    _select.reset_environment()
+    log: list[str] = []
+    for info in pkgutil.iter_modules(dbcache.kernels.__path__):
+        module = importlib.import_module(f"dbcache.kernels.{info.name}")
+        for attribute, kernel in list(vars(module).items()):
+            if attribute.endswith("_kernel"):
+                name = attribute.removeprefix("_").removesuffix("_kernel")
+                monkeypatch.setattr(module, attribute, Counted(kernel, name, log))
+    yield log
+    monkeypatch.undo()
+    _select.reset_environment()
+
+
+def launches_of(reason: str) -> list[str]:
+    """Return what a step of this reason launches: one kernel to decide, one for both streams."""
+    planned = reason in ("warm-up", "mask", "static", "no reference")
+    return [
+        "decide" if planned else "probe_and_decide",
+        "predict" if reason in CACHED else "commit",
+    ]
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_step_launches_two_kernels(launches, rule):
+    family, batch = FAMILIES["flux"], 2 if rule.batch_reduce == "max" else 1
+    (lane,) = run_dbcache(family.build(double=2, single=2), family, rule, STEPS, batch=batch).lanes
+    assert launches == [name for reason in lane.reasons for name in launches_of(reason)]
+    assert 0 < len(lane.cached_steps) < STEPS
+
+
+def test_a_cached_and_a_full_dynamic_step_both_occur(launches):
+    family, rule = FAMILIES["flux"], RULES["reuse"]
+    (lane,) = run_dbcache(family.build(double=2, single=2), family, rule, STEPS).lanes
+    assert {"above threshold", "below threshold"} <= set(lane.reasons)
+
+
+def test_the_branch_that_takes_the_others_diff_measures_nothing(launches):
+    family = FAMILIES["flux"]
+    rule = replace(RULES["reuse"], enable_separate_cfg=True, cfg_diff_compute_separate=False)
+    run_dbcache(family.build(double=2, single=2), family, rule, STEPS)
+    dynamic = STEPS - rule.max_warmup_steps
+    assert launches.count("probe_diff") == dynamic
+    assert launches.count("decide") == 2 * STEPS
+    assert launches.count("commit") + launches.count("predict") == 2 * STEPS
+    assert len(launches) == dynamic + 4 * STEPS

@@ -1,0 +1,61 @@
+"""As test_offline_compile.py, for the kernels that parallelism uses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NVIDIA = ("cuda:80", "cuda:90", "cuda:100")
+AMD = "hip:gfx942"
+SCRIPT = Path(__file__).with_name("compile_offline_parallel.py")
+ROOT = SCRIPT.parents[2]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Compile everything, in a process without the interpreter, and return a row per kernel."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    command = [sys.executable, str(SCRIPT), *NVIDIA, AMD]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def moved(name):
+    """Return the 16-byte loads and stores per thread of 128, of values and not of scales."""
+    op, width, *dtypes = name.removesuffix("-layout").split("-")
+    layout, width = name.endswith("-layout"), int(width)
+    sixteenths = {"bf16": 2, "fp16": 2, "fp32": 4}  # of a thread's block of 16 elements
+    if op == "merge_attention":  # 2048 elements
+        a, b = sixteenths[dtypes[0]], sixteenths[dtypes[-1]]
+        return a + b, a
+    plain = 2 * sixteenths[dtypes[0]]  # 4096 elements
+    # codes of 72 or 40 are in words of 8 bytes, as much as the rows are aligned to
+    codes = plain if layout else 2 if width % 16 == 0 else 0
+    return (plain, codes) if op == "fp8_pack" else (codes, plain)
+
+
+@pytest.mark.parametrize("target", [*NVIDIA, AMD])
+def test_no_kernel_spills_or_uses_local_memory(compiled, target):
+    rows = [row for row in compiled if row["target"] == target]
+    assert len(rows) >= 18
+    assert [row["kernel"] for row in rows if row["local"] or row["spilled"]] == []
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_each_tensor_is_moved_in_vectors_of_16_bytes(compiled, target):
+    for row in compiled:
+        if row["target"] == target:
+            assert (row["wide_loads"], row["wide_stores"]) == moved(row["kernel"]), row["kernel"]
+
+
+def test_amd_moves_vectors_of_16_bytes_too(compiled):
+    for row in compiled:
+        if row["target"] == AMD:
+            loads, stores = moved(row["kernel"])  # by twice as many threads
+            got = row["wide_loads"], row["wide_stores"]
+            assert got == (loads // 2, stores // 2), row["kernel"]
