@@ -19,10 +19,14 @@ FIRST_CAPACITY = 64
 Layout = tuple[object, ...]
 """Shapes, dtypes and device of a step's tensors; a change of it restarts the lane."""
 
+outside_inference_mode = torch.inference_mode(False)
+"""Lanes outlive a call: a tensor made in inference mode could not be written to outside of it."""
+
 
 class Lane:
     """Device state and buffers of one lane, and the host's view of where it stands."""
 
+    @outside_inference_mode
     def __init__(self, settings: StackSettings, device: torch.device) -> None:
         self.settings = settings
         self.device = device
@@ -78,10 +82,16 @@ class Lane:
             self.p_ref = self.ring = self.encoder_ring = None
             self.layout = layout
         if self.step >= len(self.plan):
-            self.state.grow(2 * len(self.plan))
-            self._write_plan()
+            self._grow()
         return self.plan[self.step]
 
+    @outside_inference_mode
+    def _grow(self) -> None:
+        """Make room for twice the steps."""
+        self.state.grow(2 * len(self.plan))
+        self._write_plan()
+
+    @outside_inference_mode
     def _move(self, device: torch.device) -> None:
         """Take the scalar state along to another device."""
         old, self.device = self.state, device
@@ -93,13 +103,19 @@ class Lane:
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return (P_ref, ring, encoder ring), allocated at the first full step."""
-        slots = self.settings.slots
         if self.p_ref is None or self.ring is None:
-            self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
-            self.ring = h_out.new_empty((slots, *h_out.shape), requires_grad=False)
-            if encoder_out is not None:
-                shape = (slots, *encoder_out.shape)
-                self.encoder_ring = encoder_out.new_empty(shape, requires_grad=False)
+            return self._allocate(h_fn, h_out, encoder_out)
+        return self.p_ref, self.ring, self.encoder_ring
+
+    @outside_inference_mode
+    def _allocate(
+        self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        slots = self.settings.slots
+        self.p_ref = h_fn.new_empty(h_fn.shape)
+        self.ring = h_out.new_empty((slots, *h_out.shape))
+        if encoder_out is not None:
+            self.encoder_ring = encoder_out.new_empty((slots, *encoder_out.shape))
         return self.p_ref, self.ring, self.encoder_ring
 
     def read_decision(self) -> bool:
@@ -111,7 +127,7 @@ class Lane:
             self._flag = torch.empty(1, dtype=torch.int32, pin_memory=True)
             self._event = torch.cuda.Event()
         self._flag.copy_(flag, non_blocking=True)
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(self.device))
         self._event.synchronize()
         return bool(self._flag)
 
