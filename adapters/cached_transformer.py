@@ -174,7 +174,7 @@ class CachedTransformer:
             stack.start_request()
 
     def refresh(self) -> None:
-        """Start a new request on the user's word."""
+        """Open a new request: a pipeline call begins, or the user says so."""
         self._refreshes = 0
         self.is_open = True
         self.start_request()
@@ -194,7 +194,7 @@ class CachedTransformer:
                     shadowed.append(block_list)
             output = run(*args, **kwargs)
             for stack in self.stacks:
-                stack.finish_forward()
+                stack.check_finished()
         except BaseException:
             for stack in self.stacks:
                 stack.abort_forward()
@@ -202,6 +202,8 @@ class CachedTransformer:
         finally:
             for block_list in shadowed:
                 del block_list.own[block_list.name]
+        for stack in self.stacks:
+            stack.finish_forward()
         self.calls += 1
         self._steps[self._step_branch] = self._steps.get(self._step_branch, 0) + 1
         return output

@@ -217,14 +217,17 @@ class Stack:
         eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
         self.is_open = False
 
-    def finish_forward(self) -> None:
-        """Check that the step was carried through; after the first one, drop what it needed."""
+    def check_finished(self) -> None:
+        """Raise if the step that was begun was not carried through."""
         if self.is_open:
             raise RuntimeError(
                 f"{self.name}: the model did not run its last middle block, so that the step "
                 f"could not be {'predicted' if self.cached else 'stored'}; a forward that leaves "
                 f"blocks out needs the cache off (dbcache.disable)"
             )
+
+    def finish_forward(self) -> None:
+        """End the step; after the first one, drop what only learning needed."""
         if not self._learned and self.lane is not None:
             self._learned = True
             self._originals = []

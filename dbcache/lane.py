@@ -20,10 +20,14 @@ FIRST_CAPACITY = 64
 Layout = tuple[object, ...]
 """Shapes, dtypes and device of a step's tensors; a change of it restarts the lane."""
 
+outside_inference_mode = torch.inference_mode(False)
+"""Lanes outlive a call: a tensor made in inference mode could not be written to outside of it."""
+
 
 class Lane:
     """Device state and buffers of one lane, and the host's view of where it stands."""
 
+    @outside_inference_mode
     def __init__(self, settings: StackSettings, device: torch.device) -> None:
         self.settings = settings
         self.by_token = settings.cache.important_condition_threshold > 0
@@ -85,10 +89,16 @@ class Lane:
             self.scales = self.encoder_scales = None
             self.layout = layout
         if self.step >= len(self.plan):
-            self.state.grow(2 * len(self.plan))
-            self._write_plan()
+            self._grow()
         return self.plan[self.step]
 
+    @outside_inference_mode
+    def _grow(self) -> None:
+        """Make room for twice the steps."""
+        self.state.grow(2 * len(self.plan))
+        self._write_plan()
+
+    @outside_inference_mode
     def _move(self, device: torch.device) -> None:
         """Take the scalar state along to another device."""
         old, self.device = self.state, device
@@ -101,10 +111,17 @@ class Lane:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Return (P_ref, ring, encoder ring), allocated at the first full step, with the scales."""
         if self.p_ref is None or self.ring is None:
-            self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
-            self.ring, self.scales = self._allocate_ring(h_out)
-            if encoder_out is not None:
-                self.encoder_ring, self.encoder_scales = self._allocate_ring(encoder_out)
+            return self._allocate(h_fn, h_out, encoder_out)
+        return self.p_ref, self.ring, self.encoder_ring
+
+    @outside_inference_mode
+    def _allocate(
+        self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
+        self.ring, self.scales = self._allocate_ring(h_out)
+        if encoder_out is not None:
+            self.encoder_ring, self.encoder_scales = self._allocate_ring(encoder_out)
         return self.p_ref, self.ring, self.encoder_ring
 
     def _allocate_ring(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -126,7 +143,7 @@ class Lane:
             self._flag = torch.empty(1, dtype=torch.int32, pin_memory=True)
             self._event = torch.cuda.Event()
         self._flag.copy_(flag, non_blocking=True)
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(self.device))
         self._event.synchronize()
         return bool(self._flag)
 

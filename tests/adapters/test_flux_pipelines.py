@@ -111,3 +111,24 @@ def test_pipeline_is_cached_and_given_back(name):
     dbcache.disable(pipe)
     assert type(pipe) is cls
     assert torch.equal(draw(pipe, more()), plain)
+
+
+def test_controlnet_residuals_are_right_on_full_and_on_cached_steps():
+    family, model = tiny.FAMILIES["flux"], tiny.flux()
+    x = tiny.noise(*family.latent_shape, seed=5)
+    control = {
+        "controlnet_block_samples": [tiny.noise(1, 16, 32, seed=20 + i) for i in range(2)],
+        "controlnet_single_block_samples": [tiny.noise(1, 16, 32, seed=30 + i) for i in range(3)],
+    }
+
+    def run():
+        with torch.no_grad():
+            return model(**family.arguments(x, 0.5, "cond"), **control)[0]
+
+    plain = run()
+    for bn in (0, 1, 7):  # the middle blocks end with the last one, before it, in the first list
+        dbcache.enable(model, Fn_compute_blocks=1, Bn_compute_blocks=bn, max_warmup_steps=1)
+        full, cached = run(), run()
+        assert dbcache.summary(model).lanes[0].cached_steps == [1]
+        assert torch.equal(full, plain)
+        torch.testing.assert_close(cached, plain, rtol=1e-5, atol=1e-5)

@@ -297,3 +297,18 @@ def test_compiled_models_take_the_same_decisions(whole):
             torch.testing.assert_close(a, b)
     assert reasons(model) == reasons(twin)
     assert dbcache.summary(run).lanes[0].cached_steps
+
+
+def test_lanes_outlive_inference_mode():
+    model, twin = Model(ForwardPattern.Pattern_0), Model(ForwardPattern.Pattern_0)
+    for m in (model, twin):
+        enable(m, num_inference_steps=70)
+    modes = [torch.inference_mode, torch.no_grad, torch.inference_mode, torch.enable_grad]
+    for step in range(140):
+        with modes[step // 35]():
+            mine = model(*inputs(step % 70))
+        with torch.no_grad():
+            theirs = twin(*inputs(step % 70))
+        assert torch.equal(mine[0], theirs[0])
+    assert reasons(model) == reasons(twin)
+    dbcache.refresh_context(model)
