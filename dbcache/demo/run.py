@@ -101,25 +101,32 @@ class Demo:
     def run(self, repeats: int) -> None:
         """Time every setting `repeats` times, one after the other in each round."""
         progress = tqdm(total=(repeats + 1) * (len(self.rows) + len(self.always_run)))
+        turns = [(row.name, lambda steps, row=row: self.time_row(row, steps)) for row in self.rows]
+        seconds = {row.name: row.seconds for row in self.rows}
+        for blocks, pipe in self.always_run.items():
+            name = f"cost of a cached step, F{blocks[0]}B{blocks[1]}"
+            turns.append((name, lambda steps, pipe=pipe: self.draw(pipe, steps)[1]))
+            seconds[name] = self.ends_seconds[blocks]
         for round_number in range(repeats + 1):
             is_timed = round_number > 0  # the first, short round warms up
-            steps = self.steps if is_timed else WARMUP_STEPS
-            for row in self.rows:
-                progress.set_description(row.name)
-                if row.cache is not None:
-                    dbcache.enable(self.pipe, row.cache, row.calibrator)
-                row.images, seconds = self.draw(self.pipe, steps)
-                if row.cache is not None:
-                    summary = dbcache.summary(self.pipe)
-                    row.cached = len(summary.lanes[0].cached_steps) if summary.lanes else 0
-                    dbcache.disable(self.pipe)
-                row.seconds += [seconds] * is_timed
-                progress.update()
-            for blocks, pipe in self.always_run.items():
-                progress.set_description("cost of a cached step")
-                self.ends_seconds[blocks] += [self.draw(pipe, steps)[1]] * is_timed
+            first = round_number % len(turns)  # so that no one always runs after the same other
+            for name, turn in turns[first:] + turns[:first]:
+                progress.set_description(name)
+                elapsed = turn(self.steps if is_timed else WARMUP_STEPS)
+                seconds[name] += [elapsed] * is_timed
                 progress.update()
         progress.close()
+
+    def time_row(self, row: Setting, steps: int) -> float:
+        """Draw under one setting; keep the images and the steps cached, return the seconds."""
+        if row.cache is not None:
+            dbcache.enable(self.pipe, row.cache, row.calibrator)
+        row.images, elapsed = self.draw(self.pipe, steps)
+        if row.cache is not None:
+            lanes = dbcache.summary(self.pipe).lanes
+            row.cached = len(lanes[0].cached_steps) if lanes else 0
+            dbcache.disable(self.pipe)
+        return elapsed
 
     def table(self) -> list[dict[str, Any]]:
         """Return one record per setting; PSNR, SSIM and speed-up are against the first."""
