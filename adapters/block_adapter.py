@@ -11,7 +11,8 @@ import torch
 from dbcache.adapters.guards import parameter_names
 from dbcache.adapters.patterns import ForwardPattern
 from dbcache.adapters.stack import BlockList
-from dbcache.config import ParamsModifier, check_type
+from dbcache.config import ParamsModifier
+from dbcache.options import check_type
 
 
 @dataclass(frozen=True)

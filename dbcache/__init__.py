@@ -21,12 +21,8 @@ __version__ = "0.1.0"
 from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import disable, enable, refresh_context, summary  # noqa: E402
-from dbcache.config import (  # noqa: E402
-    CalibratorConfig,
-    DBCacheConfig,
-    ParamsModifier,
-    TaylorSeerCalibratorConfig,
-)
+from dbcache.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig  # noqa: E402
+from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
 """The names that cache-dit's users know."""

@@ -12,14 +12,9 @@ from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_b
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
 from dbcache.adapters.registry import find_specs
-from dbcache.config import (
-    CalibratorConfig,
-    DBCacheConfig,
-    ParamsModifier,
-    StackSettings,
-    check_type,
-    merge,
-)
+from dbcache.calibrators import CalibratorConfig
+from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.options import check_type
 from dbcache.summary import LaneSummary, Summary
 
 Target = TypeVar("Target")
