@@ -23,6 +23,7 @@ from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import disable, enable, refresh_context, summary  # noqa: E402
 from dbcache.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig  # noqa: E402
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
+from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
 """The names that cache-dit's users know."""
@@ -39,5 +40,6 @@ __all__ = [
     "enable",
     "enable_cache",
     "refresh_context",
+    "steps_mask",
     "summary",
 ]

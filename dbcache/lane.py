@@ -70,6 +70,12 @@ class Lane:
         self.plan = make_plan(self.settings.cache, len(self.state.plan))
         self.state.plan.copy_(torch.tensor(self.plan, dtype=torch.int32))
 
+    @outside_inference_mode
+    def replan(self, settings: StackSettings) -> None:
+        """Take over settings that differ in the mask."""
+        self.settings = settings
+        self._write_plan()
+
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
         self.step = 0
