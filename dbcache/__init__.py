@@ -20,9 +20,16 @@ __version__ = "0.1.0"
 
 from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
-from dbcache.api import disable, enable, refresh_context, summary  # noqa: E402
+from dbcache.api import (  # noqa: E402
+    disable,
+    enable,
+    refresh_context,
+    summary,
+    supported_pipelines,
+)
 from dbcache.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig  # noqa: E402
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
+from dbcache.load_configs import load_configs  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
@@ -39,7 +46,9 @@ __all__ = [
     "disable_cache",
     "enable",
     "enable_cache",
+    "load_configs",
     "refresh_context",
     "steps_mask",
     "summary",
+    "supported_pipelines",
 ]

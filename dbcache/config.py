@@ -94,9 +94,10 @@ class DBCacheConfig(Options):
     """Steps per request. A transformer that is called without its pipeline starts a new request
     after so many; a pipeline call always starts one."""
 
-    steps_computation_mask: list[int] | Literal["slow", "medium", "fast", "ultra"] | None = None
-    """One entry per step: 1 full, 0 cached as `steps_computation_policy` says. A name stands for
-    `steps_mask` of that policy, made for the steps that a request has."""
+    steps_computation_mask: list[int] | str | None = None
+    """One entry per step: 1 full, 0 cached as `steps_computation_policy` says. A name ("slow",
+    "medium", "fast", "ultra") stands for `steps_mask` of that policy, made for the steps that a
+    request has."""
 
     steps_computation_policy: Literal["dynamic", "static"] = "dynamic"
     """What a 0 in the mask means: "dynamic" asks the diff, "static" caches without asking."""

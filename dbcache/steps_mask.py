@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Literal
 
 from dbcache.options import check_choice, check_int
 
@@ -45,7 +44,7 @@ def steps_mask(
     compute_bins: Sequence[int] | None = None,
     cache_bins: Sequence[int] | None = None,
     total_steps: int | None = None,
-    mask_policy: Literal["slow", "medium", "fast", "ultra"] = "medium",
+    mask_policy: str = "medium",
 ) -> list[int]:
     """Return one entry per step: 1 full, 0 cached, for `DBCacheConfig.steps_computation_mask`.
 
