@@ -19,6 +19,7 @@ if not (_here / "kernels").is_dir():
 __version__ = "0.1.0"
 
 from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
+from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import disable, enable, refresh_context, summary  # noqa: E402
 from dbcache.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig  # noqa: E402
@@ -29,6 +30,7 @@ enable_cache, disable_cache = enable, disable
 
 __all__ = [
     "BlockAdapter",
+    "BlockAdapterRegistry",
     "CalibratorConfig",
     "DBCacheConfig",
     "ForwardPattern",
