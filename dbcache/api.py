@@ -119,7 +119,7 @@ def summary(target: object) -> Summary:
                             transformer=name,
                             stack=stack.name,
                             branch=branch,
-                            threshold=stack.settings.cache.residual_diff_threshold,
+                            threshold=stack.settings.cache.threshold,
                             megabytes=lane.nbytes() / 1e6,
                         )
                     )
