@@ -157,7 +157,8 @@ class Stack:
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
-        self.h_in = h_in.clone() if self._copies_probe else h_in
+        copies = self._copies_probe and not self.settings.cache.compares_hidden_states
+        self.h_in = h_in.clone() if copies else h_in
         if not self._learned:
             self._originals = [(h_in, self.h_in)]
 

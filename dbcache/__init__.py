@@ -19,6 +19,7 @@ if not (_here / "kernels").is_dir():
 __version__ = "0.1.0"
 
 from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
+from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import (  # noqa: E402
     disable,
@@ -37,6 +38,7 @@ enable_cache, disable_cache = enable, disable
 
 __all__ = [
     "BlockAdapter",
+    "BlockAdapterRegistry",
     "CalibratorConfig",
     "DBCacheConfig",
     "ForwardPattern",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_blocks, unwrap
+from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
 from dbcache.adapters.registry import MODELS, find_specs
@@ -122,7 +123,7 @@ def summary(target: object) -> Summary:
                             transformer=name,
                             stack=stack.name,
                             branch=branch,
-                            threshold=stack.settings.cache.residual_diff_threshold,
+                            threshold=stack.settings.cache.threshold,
                             megabytes=lane.nbytes() / 1e6,
                         )
                     )
@@ -193,7 +194,8 @@ def _resolve(target: object) -> tuple[Any, list[TransformerSpec]]:
     if isinstance(target, BlockAdapter):
         return target.pipe, target.specs()
     pipe = None if isinstance(target, torch.nn.Module) else target
-    return pipe, find_specs(target)
+    adapter = BlockAdapterRegistry.adapter_of(unwrap(target))
+    return pipe, find_specs(target) if adapter is None else adapter.specs()
 
 
 def _modifiers(

@@ -30,6 +30,7 @@ class Lane:
     @outside_inference_mode
     def __init__(self, settings: StackSettings, device: torch.device) -> None:
         self.settings = settings
+        self.by_residual = not settings.cache.compares_hidden_states
         self.by_token = settings.cache.important_condition_threshold > 0
         self.device = device
         self.step = 0
@@ -59,7 +60,7 @@ class Lane:
         limits[lane_state.BATCH_REDUCE] = BatchReduce[cache.batch_reduce.upper()]
         state.limits.copy_(limits)
         thresholds = torch.zeros_like(state.thresholds, device="cpu")
-        thresholds[lane_state.THRESHOLD] = cache.residual_diff_threshold
+        thresholds[lane_state.THRESHOLD] = cache.threshold
         accumulated = cache.max_accumulated_residual_diff_threshold
         thresholds[lane_state.MAX_ACCUMULATED] = accumulated or 0.0
         thresholds[lane_state.IMPORTANT] = cache.important_condition_threshold

@@ -76,11 +76,13 @@ def variants():
                 continue
             stream = {f"{name}_ptr": x for name in ("h_in", "h_fn", "h_out", "p_ref", "ring")}
             extra = {f"encoder_{name}_ptr": x for name in ("fn", "out", "ring")}
-            for replace in (False, True):
+            for replace, start in ((False, "h_in"), (True, "h_in"), (False, None)):
+                given = stream if start else {k: v for k, v in stream.items() if k != "h_in_ptr"}
+                form = f"{'-encoder' * encoder}{'-replace' * replace}{'' if start else '-hidden'}"
                 yield (
-                    f"commit-{dtype}{'-encoder' * encoder}{'-replace' * replace}",
+                    f"commit-{dtype}{form}",
                     commit._commit_kernel,
-                    stream | {"counters_ptr": "*i32", "size": "i32", "blocks": "i32"}
+                    given | {"counters_ptr": "*i32", "size": "i32", "blocks": "i32"}
                     | (extra if encoder else {}) | {"encoder_size": "i32"},
                     {"REPLACE": replace, "BLOCK": commit.BLOCK},
                     {"num_warps": 4, "enable_fp_fusion": False},
@@ -111,11 +113,12 @@ def fp8_variants():
         stream = {f"{name}_ptr": x for name in ("h_in", "h_fn", "h_out", "p_ref")} | ring
         extra = {f"encoder_{name}_ptr": x for name in ("fn", "out")}
         extra |= {f"encoder_{name}": kind for name, kind in ring.items()}
-        for replace in (False, True):
+        for replace, start in ((False, "h_in"), (True, "h_in"), (False, None)):
+            given = stream if start else {k: v for k, v in stream.items() if k != "h_in_ptr"}
             yield (
-                f"fp8_commit-{form}{'-replace' * replace}",
+                f"fp8_commit-{form}{'-replace' * replace}{'' if start else '-hidden'}",
                 commit._commit_fp8_kernel,
-                stream | {"counters_ptr": "*i32"} | sizes | (extra if encoder else {}),
+                given | {"counters_ptr": "*i32"} | sizes | (extra if encoder else {}),
                 {"REPLACE": replace, "ROWS": rows, "COLUMNS": columns},
                 {"num_warps": warps, "enable_fp_fusion": False},
             )
