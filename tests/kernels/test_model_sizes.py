@@ -7,9 +7,8 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import commit as commit_module
 from dbcache.kernels import lane_state as ls
-from dbcache.kernels import predict as predict_module
+from dbcache.kernels import launches
 from dbcache.kernels import probe_diff as probe_module
 from dbcache.kernels.commit import _commit_block, commit
 from dbcache.kernels.predict import _predict_block, predict
@@ -122,7 +121,7 @@ class TestPast32Bits:
         return torch.empty(size, dtype=torch.float16)
 
     def test_commit(self):
-        block_size = commit_module.BLOCK
+        block_size = launches.BLOCK
         block = (SIZE - 1) // block_size
         x, ring = self.memory(SIZE), self.memory(2 * SIZE)
         x[-3:] = torch.tensor([1.0, 2.0, 3.0])
@@ -133,7 +132,7 @@ class TestPast32Bits:
         assert ring[-3:].tolist() == [0, 0, 0]
 
     def test_predict(self):
-        block_size = predict_module.BLOCK
+        block_size = launches.BLOCK
         block = (SIZE - 1) // block_size
         h, ring = self.memory(SIZE), self.memory(2 * SIZE)
         h[-3:] = torch.tensor([1.0, 2.0, 3.0])
@@ -146,13 +145,13 @@ class TestPast32Bits:
         size = 2**30 + 2**11
         h, p_ref = self.memory(3 * size), self.memory(3 * size)
         for sample in range(3):
-            block = slice(sample * size, sample * size + probe_module.BLOCK)
+            block = slice(sample * size, sample * size + launches.BLOCK)
             h[block] = sample
             p_ref[block] = 1
         partials = torch.empty(3, 1, 2)
         probe_module._probe_diff_kernel[(1, 3)](
             None, h, p_ref, partials, size, 1, None, size,
-            LOG_BLOCK=probe_module.log2(probe_module.BLOCK),
+            LOG_BLOCK=probe_module.log2(launches.BLOCK),
         )  # fmt: skip
         expected = [[abs(sample - 1.0), 1.0] for sample in range(3)]
-        assert (partials[:, 0] / probe_module.BLOCK).tolist() == expected
+        assert (partials[:, 0] / launches.BLOCK).tolist() == expected
