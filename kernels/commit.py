@@ -23,8 +23,7 @@ from dbcache.kernels._select import (
 )
 from dbcache.kernels.e4m3 import quantize_rows
 from dbcache.kernels.lane_state import MAX_SLOTS, NUM_COUNTERS, SLOT
-
-BLOCK = 2048
+from dbcache.kernels.launches import BLOCK, launch_of
 
 
 def commit(
@@ -224,14 +223,15 @@ def _commit_triton(
         )  # fmt: skip
         return
     encoder_size = 0 if encoder_fn is None else encoder_fn.numel()
-    blocks, encoder_blocks = triton.cdiv(h_fn.numel(), BLOCK), triton.cdiv(encoder_size, BLOCK)
+    block, num_warps = launch_of("commit", h_fn)
+    blocks, encoder_blocks = triton.cdiv(h_fn.numel(), block), triton.cdiv(encoder_size, block)
     if blocks + encoder_blocks == 0:
         return
     with torch.cuda.device_of(h_fn):
         _commit_kernel[(blocks + encoder_blocks,)](
             h_in, h_fn, h_out, p_ref, ring, counters, h_fn.numel(), blocks,
             encoder_fn, encoder_out, encoder_ring, encoder_size,
-            REPLACE=replace, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+            REPLACE=replace, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
