@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 Key = tuple[str, int, int, int]
 Table = dict[Key, Launch]
 
-_ELEMENTWISE = (Launch(BLOCK, 4), Launch(1024, 2), Launch(4096, 8), Launch(4096, 4))
+_ELEMENTWISE = (Launch(BLOCK, 4), Launch(BLOCK, 8), Launch(1024, 2), Launch(4096, 8))
 _SUMS = (Launch(BLOCK, 4), Launch(BLOCK, 2), Launch(BLOCK, 8))
 _BY_TOKEN = Launch(BLOCK, 8)  # 4 warps need more registers than there are for 7 programs per SM
 

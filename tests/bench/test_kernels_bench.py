@@ -255,7 +255,7 @@ def test_tune_chooses_once_per_op_slots_and_shape_while_there_is_time(monkeypatc
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(expected)
     assert sum("out of memory" in line for line in lines) == 2
-    assert lines[2].split()[2:] == ["predict", "K=1", "tiny", "1024", "2", "1.0000", "2.000"]
+    assert lines[2].split()[2:] == ["predict", "K=1", "tiny", "2048", "8", "1.0000", "2.000"]
 
     asked.clear()
     kernels.tune_all(rows, (TINY,), cpu, -1.0)

@@ -105,7 +105,6 @@ TUNED = {
     "probe_diff-bf16": "probe_diff",
     "probe_diff-bf16-tokens": "probe_diff tokens",
     "probe_and_decide-bf16": "probe_and_decide",
-    "predict-bf16-k1-encoder": "predict",
     "predict-bf16-k5-encoder-replace": "predict",
     "predict-fp32-k1-encoder": "predict",
     "commit-bf16-encoder": "commit",

@@ -51,7 +51,8 @@ class Stopwatch:
         self.seen = []
 
     def __call__(self, call):
-        call()  # it must run
+        if not self.seen:  # it must run; the interpreter takes its time
+            call()
         self.seen.append(launch_of(self.op, self.x, self.slots))
         return self.times.get(self.seen[-1], 9.0)
 
@@ -90,7 +91,7 @@ print(*launch_of("predict", torch.empty({SHAPE}, device={device.type!r}), 3))
 
 
 def test_choices_add_up_and_those_of_another_device_stay(may_tune, device, file):
-    other = {("commit", 20, 2, 1): Launch(4096, 4)}
+    other = {("commit", 20, 2, 1): Launch(BLOCK, 8)}
     launches.write(file, "another GPU, 9.0, triton 3.5.0", other)
     tuned("commit", device, Launch(1024, 2))
     tuned("commit", device, Launch(4096, 8), dtype=torch.bfloat16)
@@ -105,33 +106,33 @@ def test_choices_add_up_and_those_of_another_device_stay(may_tune, device, file)
 
 @pytest.mark.parametrize("op", CONFIGS)
 def test_what_was_never_tuned_takes_the_default(may_tune, device, op):
-    tuned("commit", device, Launch(4096, 4))
+    tuned("commit", device, Launch(BLOCK, 8))
     rows = {"fewer": SHAPE[1] // 2, "more": 2 * SHAPE[1], "tuned": SHAPE[1]}
     for name, tokens in rows.items():
         x = torch.empty(SHAPE[0], tokens, SHAPE[2], device=device)
         if (op, name) == ("commit", "tuned"):
-            assert launch_of(op, x) == Launch(4096, 4)
+            assert launch_of(op, x) == Launch(BLOCK, 8)
             assert launch_of(op, x.half()) == DEFAULTS[op]
         else:
             assert launch_of(op, x) == DEFAULTS[op] == CONFIGS[op][0]
 
 
 def test_the_default_stays_unless_another_is_faster_by_more_than_noise():
-    times = dict(zip(CONFIGS["predict"], (1.0, 0.995, 1.1, 1.0), strict=True))
+    times = dict(zip(CONFIGS["predict"], (1.0, 0.995, 1.1, 0.991), strict=True))
     assert tuning.fastest(times).launch == DEFAULTS["predict"]
     times[Launch(4096, 8)] = 0.98
     assert tuning.fastest(times).launch == Launch(4096, 8)
 
 
 def test_a_measurement_that_fails_leaves_the_choice_before(may_tune, device, file):
-    x, *_ = tuned("predict", device, Launch(4096, 4))
+    x, *_ = tuned("predict", device, Launch(BLOCK, 8))
 
     def fail(call):
         raise torch.OutOfMemoryError("no memory")
 
     with pytest.raises(torch.OutOfMemoryError):
         tuning.tune("predict", SHAPE, torch.float32, timer=fail)
-    assert launch_of("predict", x) == Launch(4096, 4)
+    assert launch_of("predict", x) == Launch(BLOCK, 8)
     with pytest.raises(torch.OutOfMemoryError):
         tuning.tune("commit", SHAPE, torch.float32, timer=fail)
     assert launch_of("commit", x) == DEFAULTS["commit"]
