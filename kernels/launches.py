@@ -51,6 +51,17 @@ CONFIGS: dict[str, tuple[Launch, ...]] = {
 """What may be chosen; the first of each is the default. Rings in fp8 have tiles of their own."""
 DEFAULTS = {op: configs[0] for op, configs in CONFIGS.items()}
 
+MANY_SLOTS = 6
+"""From so many ring slots on, 16 elements of each per thread need more registers than there are."""
+
+
+def configs_of(op: str, slots: int = 1) -> tuple[Launch, ...]:
+    """Return what may be chosen for `op` and a ring of `slots` slots; the first is the default."""
+    if slots < MANY_SLOTS:
+        return CONFIGS[op]
+    return tuple(launch for launch in CONFIGS[op] if launch.block // launch.num_warps <= 256)
+
+
 FORMAT = "dbcache tuning 1"
 _tables: dict[int, Table] = {}  # by index of the device
 _read: dict[str, Table] | None = None  # by description of the device
@@ -62,9 +73,10 @@ def launch_of(op: str, x: torch.Tensor, slots: int = 1) -> Launch:
     table = _tables.get(index)
     if table is None:
         table = table_of(index)
+    default = DEFAULTS[op] if slots < MANY_SLOTS else configs_of(op, slots)[0]
     if not table:
-        return DEFAULTS[op]
-    return table.get(key_of(op, x.numel(), x.itemsize, slots), DEFAULTS[op])
+        return default
+    return table.get(key_of(op, x.numel(), x.itemsize, slots), default)
 
 
 def key_of(op: str, numel: int, itemsize: int, slots: int) -> Key:
@@ -158,6 +170,6 @@ def write(path: Path, device: str, table: Table) -> None:
 def _entry(values: list[Any]) -> tuple[Key, Launch]:
     op, size, itemsize, slots, block, num_warps = values
     launch = Launch(block, num_warps)
-    if launch not in CONFIGS[op] or not all(type(n) is int for n in values[1:]):
+    if launch not in configs_of(op, slots) or not all(type(n) is int for n in values[1:]):
         raise ValueError(f"{values} is no choice")
     return (op, size, itemsize, slots), launch

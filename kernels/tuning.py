@@ -20,7 +20,7 @@ from dbcache.kernels import launches
 from dbcache.kernels._select import DTYPES, invalid
 from dbcache.kernels.commit import commit
 from dbcache.kernels.lane_state import MAX_SLOTS, NUM_COUNTERS, NUM_THRESHOLDS, LaneState
-from dbcache.kernels.launches import CONFIGS, Launch
+from dbcache.kernels.launches import CONFIGS, Launch, configs_of
 from dbcache.kernels.predict import predict
 from dbcache.kernels.probe_and_decide import probe_and_decide
 from dbcache.kernels.probe_diff import probe_diff
@@ -96,7 +96,7 @@ def tune(
     index = -1 if device.index is None else device.index
     table = launches.table_of(index)
     before = table.get(key)
-    samples: dict[Launch, list[float]] = {launch: [] for launch in CONFIGS[op]}
+    samples: dict[Launch, list[float]] = {launch: [] for launch in configs_of(op, slots)}
     try:
         for _ in range(ROUNDS):
             for launch, found in samples.items():

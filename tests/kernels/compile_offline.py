@@ -17,7 +17,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from dbcache.kernels import commit, decide, e4m3, predict, probe_and_decide, probe_diff
-from dbcache.kernels.launches import CONFIGS, DEFAULTS
+from dbcache.kernels.launches import CONFIGS, DEFAULTS, configs_of
 
 WIDE = re.compile(r"(ld|st)\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b32|v4\.b64)\b")
 WIDE_AMD = re.compile(r"(?:global|buffer)_(load|store)_(?:dwordx4|b128)\b")
@@ -62,7 +62,10 @@ def variants():
                     constants | {"LOG_LANES": 10, "WIDTH": 4 if by_token else 2},
                     options,
                 )
-        for slots, encoder, replace in ((1, False, False), (1, True, False), (5, True, True)):
+        for slots, encoder, replace in (
+            (1, False, False), (1, True, False), (5, True, True), (8, True, False), (8, True, True),
+        ):  # fmt: skip
+            launch = configs_of("predict", slots)[0]
             stream = {"h_ptr": x, "ring_ptr": x, "weights_ptr": "*fp32", "out_ptr": x}
             extra = {f"encoder_{name}": kind for name, kind in stream.items()}
             extra["encoder_ptr"] = extra.pop("encoder_h_ptr")
@@ -71,8 +74,8 @@ def variants():
                 predict._predict_kernel,
                 stream | {"size": "i32", "blocks": "i32"} | (extra if encoder else {})
                 | {"encoder_size": "i32"},
-                {"K": slots, "REPLACE": replace, "BLOCK": DEFAULTS["predict"].block},
-                {"num_warps": DEFAULTS["predict"].num_warps, "enable_fp_fusion": True},
+                {"K": slots, "REPLACE": replace, "BLOCK": launch.block},
+                {"num_warps": launch.num_warps, "enable_fp_fusion": True},
             )  # fmt: skip
             if slots > 1:
                 continue

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_each_tensor_is_moved_in_vectors_of_16_bytes(compiled, target):
         if name.startswith("probe"):
             loads, stores = 2 if "hidden" in name else 3, 0
         elif "predict" in name:
-            slots = 5 if "k5" in name else 1
+            slots = int(re.search(r"-k(\d)", name).group(1))
             loads, stores = streams * (slots + (not replace)), streams
         else:
             loads = (2 if "hidden" in name else 3) + (streams - 1) * (1 if replace else 2)
