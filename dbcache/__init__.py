@@ -21,7 +21,11 @@ __version__ = "0.1.0"
 from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import disable, enable, refresh_context, summary  # noqa: E402
-from dbcache.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig  # noqa: E402
+from dbcache.calibrators import (  # noqa: E402
+    CalibratorConfig,
+    HermiteCalibratorConfig,
+    TaylorSeerCalibratorConfig,
+)
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
@@ -32,6 +36,7 @@ __all__ = [
     "CalibratorConfig",
     "DBCacheConfig",
     "ForwardPattern",
+    "HermiteCalibratorConfig",
     "ParamsModifier",
     "TaylorSeerCalibratorConfig",
     "disable",
