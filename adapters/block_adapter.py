@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dbcache.adapters.auto import find_blocks, pattern_of
 from dbcache.adapters.guards import parameter_names
 from dbcache.adapters.patterns import ForwardPattern
 from dbcache.adapters.stack import BlockList
@@ -49,6 +50,9 @@ class BlockAdapter:
         params_modifiers: what single stacks do differently, in the same nesting as `blocks`.
         has_separate_cfg: calls alternate between two guidance branches, for loops that do not
             name them with `cache_context`.
+        auto: find what was not given: `blocks`, the lists of blocks of the transformer that hold
+            most of its parameters, each a stack of its own; `forward_pattern`, from the source
+            of the blocks.
 
     Raises:
         ValueError, TypeError: from `dbcache.enable`, for what does not fit together.
@@ -60,15 +64,22 @@ class BlockAdapter:
     forward_pattern: Any = None
     params_modifiers: Any = None
     has_separate_cfg: bool = False
+    auto: bool = False
 
     def specs(self) -> list[TransformerSpec]:
         """Return what is to be cached, checked and in one shape."""
         transformers = self._transformers()
-        blocks = _per_transformer("blocks", self.blocks, transformers, torch.nn.ModuleList)
+        given, pattern = self.blocks, self.forward_pattern
+        if self.auto and given is None:
+            check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
+            found = [find_blocks(transformer, pattern) for transformer in transformers]
+            given, pattern = [lists for lists, _ in found], [patterns for _, patterns in found]
+        blocks = _per_transformer("blocks", given, transformers, torch.nn.ModuleList)
         counts = [len(lists) for lists in blocks]
-        patterns = like_blocks(
-            "BlockAdapter.forward_pattern", self.forward_pattern, counts, ForwardPattern
-        )
+        if self.auto and pattern is None:
+            who = "BlockAdapter(auto=True)"
+            pattern = [[pattern_of(blocks_, who) for blocks_ in lists] for lists in blocks]
+        patterns = like_blocks("BlockAdapter.forward_pattern", pattern, counts, ForwardPattern)
         modifiers = like_blocks(
             "BlockAdapter.params_modifiers", self.params_modifiers, counts, ParamsModifier
         )
@@ -164,7 +175,7 @@ def _stack_spec(
     if pattern is None:
         raise TypeError(
             f"BlockAdapter.forward_pattern must be one of {[p.name for p in ForwardPattern]}, "
-            f"got None"
+            f"got None; give one, or auto=True"
         )
     block_list = find_list(transformer, blocks)
     check_signatures(block_list, pattern)

@@ -70,6 +70,7 @@ class CachedPipeline:
                     transformer.refresh()
                 else:
                     transformer.is_open = not transformer.by_request
+                    transformer.planned_steps = None
 
 
 def _blank(cls: Any) -> Any:

@@ -18,7 +18,6 @@ import torch
 from dbcache.adapters.block_adapter import TransformerSpec
 from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
-from dbcache.schedule import check_mask
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
@@ -217,7 +216,9 @@ class CachedTransformer:
             self._refreshes += 1
             self.start_request()
         if self.calls == 0:
-            self._check_mask()
+            steps = self._num_steps()
+            for stack in self.stacks:
+                stack.plan_request(steps)
         self._step_branch = self._current_branch()
         for stack in self.stacks:
             stack.start_step(self._step_branch)
@@ -236,12 +237,10 @@ class CachedTransformer:
             repeats or self._refreshes == 0
         )
 
-    def _check_mask(self) -> None:
-        """Raise if the mask has another length than the request has steps."""
-        mask = self.config.steps_computation_mask
-        if mask is not None and self.planned_steps is not None:
-            static = self.config.steps_computation_policy == "static"
-            check_mask(mask, steps=self.planned_steps(), static=static)
+    def _num_steps(self) -> int | None:
+        """Return the steps of this request: what the pipeline tells, else what was set."""
+        planned = self.planned_steps() if self.planned_steps is not None else None
+        return self.config.num_inference_steps if planned is None else planned
 
     def _current_branch(self) -> str | None:
         """Return the pipeline's name for this call, or one by the parity of the calls."""

@@ -15,10 +15,11 @@ from dbcache.adapters.guards import (
     ProbeEndGuard,
 )
 from dbcache.adapters.patterns import ENCODER, ForwardPattern
-from dbcache.config import StackSettings
+from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
+from dbcache.schedule import resolve_mask
 
 Entry = Guard | torch.nn.Module
 
@@ -58,6 +59,7 @@ class Stack:
         self.lists = lists
         self.pattern = pattern
         self.settings = settings
+        self._given = settings.cache
         self.name = "+".join(block_list.path for block_list in lists)
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
         self.fn, self.bn = self._clamp()
@@ -125,6 +127,21 @@ class Stack:
         for lane in self.lanes.values():
             lane.start_request()
 
+    def plan_request(self, steps: int | None) -> None:
+        """Fit the mask to a request of `steps` steps (None: unknown).
+
+        Raises:
+            ValueError: it does not fit, or it needs the number of steps.
+        """
+        mask = resolve_mask(self._given, steps, self.name)
+        if mask == self.settings.cache.steps_computation_mask:
+            return
+        # the number of steps has done its part: it must not be compared with the mask again
+        changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)
+        self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
+        for lane in self.lanes.values():
+            lane.replan(self.settings)
+
     def start_step(self, branch: str | None) -> None:
         """Prepare for a forward; take up blocks that were exchanged since the last one."""
         self.branch = branch
@@ -140,7 +157,8 @@ class Stack:
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
-        self.h_in = h_in.clone() if self._copies_probe else h_in
+        copies = self._copies_probe and not self.settings.cache.compares_hidden_states
+        self.h_in = h_in.clone() if copies else h_in
         if not self._learned:
             self._originals = [(h_in, self.h_in)]
 

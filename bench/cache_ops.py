@@ -360,6 +360,7 @@ CACHE_OPS = (
         eager=_probe_eager,
         results=_ratio,
         moved=_probe_bytes,
+        tuned=("probe_diff", 1),
     ),
     KernelOp(
         name="decide",
@@ -377,6 +378,7 @@ CACHE_OPS = (
         eager=_measure_eager,
         results=_decision,
         moved=_probe_bytes,
+        tuned=("probe_diff", 1),
         eager_waits=True,
     ),
     *(
@@ -386,6 +388,7 @@ CACHE_OPS = (
             call=_predict,
             eager=_predict_eager,
             moved=_predict_bytes(order),
+            tuned=("predict", order + 1),
         )
         for order in range(3)
     ),
@@ -397,6 +400,7 @@ CACHE_OPS = (
             eager=_commit_eager,
             results=_committed,
             moved=_commit_bytes,
+            tuned=("commit", 1),
         )
         for order in range(3)
     ),
@@ -426,6 +430,7 @@ CACHE_OPS = (
         eager=_measure_eager,
         results=_decision,
         moved=_probe_bytes,
+        tuned=("probe_and_decide", 1),
         eager_waits=True,
     ),
     KernelOp(
@@ -435,6 +440,7 @@ CACHE_OPS = (
         eager=_probe_tokens_eager,
         results=_ratio_of_important,
         moved=_probe_bytes,
+        tuned=("probe_diff tokens", 1),
         eager_waits=True,
     ),
     KernelOp(
@@ -445,5 +451,6 @@ CACHE_OPS = (
         results=_ratio,
         # the block's input now and at its last computed step
         moved=lambda shape: 2 * shape.hidden_bytes,
+        tuned=("probe_diff", 1),
     ),
 )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that only a GPU can show, in one call of less than nine minutes: the kernel tests without the
-# interpreter, the runtime's tests, the kernels against PyTorch and the memory's speed, host overhead
-# on the device, and the demo on the trained model.
+# interpreter, the runtime's tests, the kernels against PyTorch and the memory's speed (tuned first,
+# for at most 20 s of that step), host overhead on the device, and the demo on the trained model.
 #
 #   bench/gpu_suite.sh OUTDIR
 #
@@ -14,8 +14,9 @@
 #
 # Needs torch, triton, diffusers, pytest, pytest-timeout, hypothesis, scikit-learn and Pillow;
 # cache-dit is compared with where it is installed. Nothing is downloaded. OUTDIR gets summary.txt,
-# results.json, the plots and logs.tar.gz. Status: 0 all passed, 1 a check failed, 2 no GPU or no way
-# to run. A step that reaches its limit is ended and has failed; the limits add up to 8:35.
+# results.json, tuning.json, the plots and logs.tar.gz. Status: 0 all passed, 1 a check failed, 2 no
+# GPU or no way to run. A step that reaches its limit is ended and has failed; the limits add up to
+# 8:35.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/gpu_suite.sh OUTDIR}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -27,6 +28,9 @@ steps=$logs/steps.tsv
 : >"$steps"
 # the tests turn the interpreter on by themselves where there is no GPU
 unset TRITON_INTERPRET DBCACHE_KERNELS
+# choices are made anew, after the kernel tests, and the steps after the benchmark use them, too
+export DBCACHE_TUNING=$out/tuning.json
+rm -f "$DBCACHE_TUNING"
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHONPATH=${PYTHONPATH:-}
 
 step() { # name, limit in seconds, command...
@@ -64,9 +68,11 @@ PY
 if [ "$device" = cuda ]; then
     shapes=${SHAPES:-flux-1024 wan-720p few-step-512 flux-2048 hunyuanvideo-720p qwen-1328}
     demo=()
+    tune=(--tune 20)
 else
     echo "gpu_suite: a rehearsal on the CPU: it tests this script, not the kernels"
     shapes=${SHAPES:-256+32x384}
+    tune=()
     demo=(--steps 8 --per-digit 1 --repeats 1)
 fi
 parallel=()
@@ -79,8 +85,8 @@ requests=$([ "$device" = cuda ] && echo 10 || echo 2)
 {
     step kernel-tests 170 "$python" -m pytest -q "${parallel[@]}" --junitxml="$logs/kernel-tests.xml" \
         --ignore-glob='*offline_compile*' ${PYTEST_ARGS:-} tests/kernels
-    step kernels 130 "$python" -m bench.run kernels --device "$device" --seconds 90 --shapes $shapes \
-        --json "$logs/kernels.json" --plot "$out/kernels.png"
+    step kernels 130 "$python" -m bench.run kernels --device "$device" "${tune[@]}" --seconds 75 \
+        --shapes $shapes --json "$logs/kernels.json" --plot "$out/kernels.png"
     step overhead 40 "$python" -m bench.run overhead --device "$device" --requests "$requests" \
         --engines "${engines[@]}" --json "$logs/overhead.json"
     step demo 65 "$python" -m dbcache demo --device "$device" --out "$logs/demo" "${demo[@]}"

@@ -61,6 +61,9 @@ class KernelOp:
     """Largest relative difference of `eager`, which rounds more often."""
     eager_results: Callable[[Inputs, Outputs], Outputs] = lambda _, outputs: outputs
     """As `results`, for what `eager` returned."""
+    tuned: tuple[str, int] | None = None
+    """What `--tune` chooses a config for: an op of `launches.CONFIGS`, and the slots of the ring
+    where they matter."""
     eager_waits: bool = False
     """The peers' sequence reads a value on the host: it waits, and it can be neither compiled
     nor captured."""

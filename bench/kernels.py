@@ -14,7 +14,7 @@ with status 1. Then take turns, with buffers that rotate so that none is still i
 bytes over the bandwidth of a large copy on this device, read and write counted, measured first. An
 op that only reads can pass 100 %. `x eager` and `x compiled` say how many times as long those take;
 `graph` is the time in a captured CUDA graph, of ops below 0.1 ms; `host` is what a call costs the
-host.
+host. With `--tune`, a config is first chosen for each op and shape, and kept (`kernels/tuning.py`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from bench.kernel_ops import OPS
 from bench.shapes import DTYPES, SHAPES, Shape
 from bench.timing import Timing, Variant, copy_bandwidth, measure, sets_needed
 from dbcache.kernels._select import Backend
+from dbcache.kernels.tuning import check_device, tune
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}
 """Largest relative error against the reference: about a unit in the dtype's last place."""
@@ -199,6 +200,37 @@ def run(
     return rows
 
 
+def tune_all(
+    ops: Iterable[KernelOp], shapes: Iterable[Shape], device: torch.device, seconds: float
+) -> None:
+    """Choose a config for each op at each shape, beginning none after `seconds`; print each."""
+    wanted = dict.fromkeys(op.tuned for op in ops if op.tuned)
+    start = time.monotonic()
+    print(f"# tuning: {'op':<20}{'shape':<19}{'block':>6}{'warps':>6}{'ms':>9}{'x default':>11}")
+    for shape in shapes:
+        for op, slots in wanted:
+            if time.monotonic() - start > seconds:
+                print("# tuning: no time left", flush=True)
+                return
+            size, extra = (shape.batch, shape.hidden, shape.width), None
+            if shape.encoder:
+                extra = (shape.batch, shape.encoder, shape.width)
+            name = f"{op} K={slots}" if op == "predict" else op
+            start_of_line = f"# tuning: {name:<20}{shape.name:<19}"
+            try:
+                choice = tune(
+                    op, size, DTYPES[shape.dtype], slots=slots, encoder_shape=extra, device=device
+                )
+            except torch.OutOfMemoryError:
+                print(f"{start_of_line} left out: out of memory", flush=True)
+                continue
+            finally:
+                torch.cuda.empty_cache()
+            block, warps = choice.launch
+            took = choice.times[choice.launch]
+            print(f"{start_of_line}{block:6}{warps:6}{took:9.4f}{choice.gain:11.3f}", flush=True)
+
+
 def _left_out(op: KernelOp, shape: Shape, settings: Settings, why: str) -> Row:
     return Row(
         op=op.name,
@@ -309,15 +341,23 @@ def main(argv: list[str] | None = None) -> int:
     yes_no = argparse.BooleanOptionalAction
     parser.add_argument("--compile", action=yes_no, help="time torch.compile; yes on a GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no line after")
+    parser.add_argument(
+        "--tune", nargs="?", type=float, const=float("inf"), metavar="SECONDS",
+        help="choose configs first, on a GPU; begin none after",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw `of floor`, as PNG")
     arguments = parser.parse_args(argv)
     kind = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         ops = chosen(arguments.ops)
+        if arguments.tune is not None:
+            if kind != "cuda":
+                raise ValueError("--tune needs a GPU: a CPU runs the references, not the kernels")
+            check_device(kind)
         names = arguments.shapes or SHAPES_BY_DEFAULT[kind]
         shapes = [known_shapes.parse(name) for name in names]
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     shapes = [replace(x, batch=arguments.batch, dtype=arguments.dtype) for x in shapes]
     device = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
@@ -337,6 +377,8 @@ def main(argv: list[str] | None = None) -> int:
                 content = json.dumps(as_json(rows, about, bandwidth), indent=1)
                 arguments.json.write_text(content + "\n", encoding="utf-8")
 
+        if arguments.tune is not None:
+            tune_all(ops, shapes, device, arguments.tune)
         rows = run(ops, shapes, settings, bandwidth, save)
     if arguments.plot:
         from bench.plot import draw_floors

@@ -19,20 +19,30 @@ if not (_here / "kernels").is_dir():
 __version__ = "0.1.0"
 
 from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
+from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
-from dbcache.api import disable, enable, refresh_context, summary  # noqa: E402
+from dbcache.api import (  # noqa: E402
+    disable,
+    enable,
+    refresh_context,
+    summary,
+    supported_pipelines,
+)
 from dbcache.calibrators import (  # noqa: E402
     CalibratorConfig,
     HermiteCalibratorConfig,
     TaylorSeerCalibratorConfig,
 )
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
+from dbcache.load_configs import load_configs  # noqa: E402
+from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
 """The names that cache-dit's users know."""
 
 __all__ = [
     "BlockAdapter",
+    "BlockAdapterRegistry",
     "CalibratorConfig",
     "DBCacheConfig",
     "ForwardPattern",
@@ -43,6 +53,9 @@ __all__ = [
     "disable_cache",
     "enable",
     "enable_cache",
+    "load_configs",
     "refresh_context",
+    "steps_mask",
     "summary",
+    "supported_pipelines",
 ]

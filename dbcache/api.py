@@ -1,4 +1,4 @@
-"""The public functions: `enable`, `disable`, `summary`, `refresh_context`."""
+"""The public functions: `enable`, `disable`, `summary`, `refresh_context` and their like."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 import torch
 
 from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_blocks, unwrap
+from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
-from dbcache.adapters.registry import find_specs
+from dbcache.adapters.registry import MODELS, find_specs
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
-from dbcache.options import check_type
+from dbcache.load_configs import split_options
+from dbcache.options import check_flag, check_type
 from dbcache.summary import LaneSummary, Summary
 
 Target = TypeVar("Target")
@@ -37,7 +39,9 @@ def enable(
         calibrator_config: how to predict; None reuses the last residual.
         params_modifiers: what single block stacks do differently, in the order of the stacks (of
             the first transformer, then the second); one alone holds for all.
-        **options: fields of `DBCacheConfig`, on top of `cache_config`.
+        **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
+            `calibrator_config` also `enable_taylorseer`, `enable_encoder_taylorseer`,
+            `taylorseer_order` and `taylorseer_cache_type`. All that `load_configs` takes.
 
     Returns:
         `target`.
@@ -48,8 +52,9 @@ def enable(
     """
     check_type("enable: cache_config", cache_config, DBCacheConfig)
     check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
-    config = merge(cache_config or DBCacheConfig(), DBCacheConfig(**options))
-    settings = StackSettings(config, copy.copy(calibrator_config or CalibratorConfig()))
+    partial, calibrator = _from_options("enable", options, calibrator_config)
+    config = merge(cache_config or DBCacheConfig(), partial)
+    settings = StackSettings(config, calibrator or CalibratorConfig())
     pipe, specs = _resolve(target)
     transformers = [
         CachedTransformer(spec, settings, modifiers, by_request=pipe is not None)
@@ -118,7 +123,7 @@ def summary(target: object) -> Summary:
                             transformer=name,
                             stack=stack.name,
                             branch=branch,
-                            threshold=stack.settings.cache.residual_diff_threshold,
+                            threshold=stack.settings.cache.threshold,
                             megabytes=lane.nbytes() / 1e6,
                         )
                     )
@@ -129,6 +134,7 @@ def refresh_context(
     target: object,
     cache_config: DBCacheConfig | None = None,
     calibrator_config: CalibratorConfig | None = None,
+    verbose: bool = False,
     **options: Any,
 ) -> None:
     """Start a new request on a transformer that is called without its pipeline.
@@ -137,7 +143,8 @@ def refresh_context(
         target: the enabled transformer (or `BlockAdapter`).
         cache_config: fields that were given in it replace those in force.
         calibrator_config: replaces the predictor.
-        **options: fields of `DBCacheConfig`, as in ``num_inference_steps=28``.
+        verbose: print the settings that are now in force, one line per transformer.
+        **options: as in `enable`, for example ``num_inference_steps=28``.
 
     Raises:
         RuntimeError: the cache is not enabled on it.
@@ -145,15 +152,41 @@ def refresh_context(
     """
     check_type("refresh_context: cache_config", cache_config, DBCacheConfig)
     check_type("refresh_context: calibrator_config", calibrator_config, CalibratorConfig)
-    options.pop("verbose", None)
-    partial = DBCacheConfig(**{**(cache_config.given if cache_config else {}), **options})
-    changes = ParamsModifier(cache_config=partial, calibrator_config=copy.copy(calibrator_config))
+    check_flag("refresh_context: verbose", verbose)
+    partial, calibrator = _from_options("refresh_context", options, calibrator_config)
+    partial = DBCacheConfig(**{**(cache_config.given if cache_config else {}), **partial.given})
+    changes = ParamsModifier(cache_config=partial, calibrator_config=calibrator)
     transformers = _enabled(target, "refresh_context")
     renewed = [transformer.renewed(changes) for transformer in transformers]
     for old, new in zip(transformers, renewed, strict=True):
         if new is not old:
             _replace(old, new)
         new.refresh()
+        if verbose:
+            settings = f"{new.config.strify()}_{new.settings.calibrator.strify()}"
+            print(f"dbcache: {type(new.module).__name__} goes on with {settings}")
+
+
+def supported_pipelines() -> tuple[int, list[str]]:
+    """Return how many transformer classes are supported by name, and these with their models.
+
+    A pipeline is supported if one of its transformers is; others work through a `BlockAdapter`.
+    """
+    names = [f"{row.transformer}: {row.models}" for row in MODELS]
+    return len(names), names
+
+
+def _from_options(
+    who: str, options: dict[str, Any], calibrator_config: CalibratorConfig | None
+) -> tuple[DBCacheConfig, CalibratorConfig | None]:
+    """Return flat options as a partial config, and a copy of the predictor."""
+    fields, calibrator = split_options(who, options)
+    if calibrator is not None and calibrator_config is not None:
+        raise ValueError(
+            f"{who}: calibrator_config must not be given together with TaylorSeer's options, got "
+            f"both; set them in the config"
+        )
+    return DBCacheConfig(**fields), copy.copy(calibrator_config or calibrator)
 
 
 def _resolve(target: object) -> tuple[Any, list[TransformerSpec]]:
@@ -161,7 +194,8 @@ def _resolve(target: object) -> tuple[Any, list[TransformerSpec]]:
     if isinstance(target, BlockAdapter):
         return target.pipe, target.specs()
     pipe = None if isinstance(target, torch.nn.Module) else target
-    return pipe, find_specs(target)
+    adapter = BlockAdapterRegistry.adapter_of(unwrap(target))
+    return pipe, find_specs(target) if adapter is None else adapter.specs()
 
 
 def _modifiers(

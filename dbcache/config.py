@@ -65,6 +65,10 @@ class DBCacheConfig(Options):
     """Above 0: compare only the tokens whose own relative L1 change is above this, if there are
     any. 0: all tokens."""
 
+    l1_hidden_states_diff_threshold: float = 0.0
+    """Above 0: compare what comes out of the probe blocks rather than what they add, and take this
+    as the threshold. 0: compare the residuals, by `residual_diff_threshold`."""
+
     max_accumulated_residual_diff_threshold: float | None = None
     """A full step is due once the diffs since the last full step sum up to this. None: no limit."""
 
@@ -94,8 +98,10 @@ class DBCacheConfig(Options):
     """Steps per request. A transformer that is called without its pipeline starts a new request
     after so many; a pipeline call always starts one."""
 
-    steps_computation_mask: list[int] | None = None
-    """One entry per step: 1 full, 0 cached as `steps_computation_policy` says."""
+    steps_computation_mask: list[int] | str | None = None
+    """One entry per step: 1 full, 0 cached as `steps_computation_policy` says. A name ("slow",
+    "medium", "fast", "ultra") stands for `steps_mask` of that policy, made for the steps that a
+    request has."""
 
     steps_computation_policy: Literal["dynamic", "static"] = "dynamic"
     """What a 0 in the mask means: "dynamic" asks the diff, "static" caches without asking."""
@@ -120,7 +126,11 @@ class DBCacheConfig(Options):
         for name in ("num_inference_steps", "force_refresh_step_hint"):
             if getattr(self, name) is not None:
                 check_int(f"{who}.{name}", getattr(self, name), 1)
-        for name in ("residual_diff_threshold", "important_condition_threshold"):
+        for name in (
+            "residual_diff_threshold",
+            "important_condition_threshold",
+            "l1_hidden_states_diff_threshold",
+        ):
             check_number(f"{who}.{name}", getattr(self, name))
         name = "max_accumulated_residual_diff_threshold"
         if getattr(self, name) is not None:
@@ -137,6 +147,18 @@ class DBCacheConfig(Options):
                 steps=self.num_inference_steps,
                 static=self.steps_computation_policy == "static",
             )
+
+    @property
+    def compares_hidden_states(self) -> bool:
+        """Whether hidden states are compared rather than probe residuals."""
+        return self.l1_hidden_states_diff_threshold > 0
+
+    @property
+    def threshold(self) -> float:
+        """The threshold that the change is compared with."""
+        if self.compares_hidden_states:
+            return self.l1_hidden_states_diff_threshold
+        return self.residual_diff_threshold
 
     def strify(self) -> str:
         """Return a short name of these settings, for file names and tables."""
@@ -155,6 +177,8 @@ class DBCacheConfig(Options):
             parts.append(f"FR{self.force_refresh_step_hint}_{self.force_refresh_step_policy}")
         if self.batch_reduce != "mean":
             parts.append(f"BR{self.batch_reduce}")
+        if self.compares_hidden_states:
+            parts.append(f"HS{self.l1_hidden_states_diff_threshold:g}")
         if self.important_condition_threshold > 0:
             parts.append(f"IC{self.important_condition_threshold:g}")
         if self.cache_dtype != "model":

@@ -30,6 +30,7 @@ class Lane:
     @outside_inference_mode
     def __init__(self, settings: StackSettings, device: torch.device) -> None:
         self.settings = settings
+        self.by_residual = not settings.cache.compares_hidden_states
         self.by_token = settings.cache.important_condition_threshold > 0
         self.device = device
         self.step = 0
@@ -60,7 +61,7 @@ class Lane:
         limits[lane_state.PREDICTOR] = self.settings.calibrator.predictor
         state.limits.copy_(limits)
         thresholds = torch.zeros_like(state.thresholds, device="cpu")
-        thresholds[lane_state.THRESHOLD] = cache.residual_diff_threshold
+        thresholds[lane_state.THRESHOLD] = cache.threshold
         accumulated = cache.max_accumulated_residual_diff_threshold
         thresholds[lane_state.MAX_ACCUMULATED] = accumulated or 0.0
         thresholds[lane_state.IMPORTANT] = cache.important_condition_threshold
@@ -71,6 +72,12 @@ class Lane:
     def _write_plan(self) -> None:
         self.plan = make_plan(self.settings.cache, len(self.state.plan))
         self.state.plan.copy_(torch.tensor(self.plan, dtype=torch.int32))
+
+    @outside_inference_mode
+    def replan(self, settings: StackSettings) -> None:
+        """Take over settings that differ in the mask."""
+        self.settings = settings
+        self._write_plan()
 
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""

@@ -6,18 +6,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dbcache.kernels.lane_state import PlanCode
+from dbcache.options import check_choice
+from dbcache.steps_mask import POLICIES, steps_mask
 
 if TYPE_CHECKING:
     from dbcache.config import DBCacheConfig
 
 
-def check_mask(mask: Sequence[int], *, steps: int | None, static: bool) -> list[int]:
-    """Return `mask` as a list of 0 and 1.
+def check_mask(mask: Sequence[int] | str, *, steps: int | None, static: bool) -> list[int] | str:
+    """Return `mask` as a list of 0 and 1, or the name of a policy as it is.
 
     Raises:
         ValueError: it is empty, has other values, another length than `steps`, or would cache the
-            first step without anything to take it from (`static`).
+            first step without anything to take it from (`static`); an unknown name.
     """
+    if isinstance(mask, str):
+        check_choice("steps_computation_mask: a policy's name", mask, POLICIES)
+        return mask
     values = [int(entry) if entry in (0, 1) else entry for entry in mask]
     if not values or any(not isinstance(entry, int) or entry not in (0, 1) for entry in values):
         raise ValueError(f"steps_computation_mask must hold only 0 and 1, got {list(mask)!r}")
@@ -34,13 +39,44 @@ def check_mask(mask: Sequence[int], *, steps: int | None, static: bool) -> list[
     return values
 
 
+def resolve_mask(config: DBCacheConfig, steps: int | None, who: str) -> list[int] | None:
+    """Return the mask of `config` for a request of `steps` steps; None where there is none.
+
+    Args:
+        config: when to cache.
+        steps: steps of the request, None if nothing tells them.
+        who: whose request it is, for the error.
+
+    Raises:
+        ValueError: the mask has another length, or it is a policy's name and `steps` is None.
+    """
+    mask = config.steps_computation_mask
+    if mask is None:
+        return None
+    if not isinstance(mask, str):
+        static = config.steps_computation_policy == "static"
+        checked = check_mask(mask, steps=steps, static=static)
+        assert not isinstance(checked, str)
+        return checked
+    if steps is None:
+        raise ValueError(
+            f"{who}: the number of steps must be known for steps_computation_mask={mask!r}, got "
+            f"none: set num_inference_steps (in enable or refresh_context; for transformers that "
+            f"share a request's steps, the part of each, by its ParamsModifier), or give the "
+            f"mask as a list, as from dbcache.steps_mask"
+        )
+    return steps_mask(total_steps=steps, mask_policy=mask)
+
+
 def make_plan(config: DBCacheConfig, steps: int) -> list[PlanCode]:
     """Return the `PlanCode` of each of `steps` steps.
 
     Warm-up first: steps ``0, i, 2i, ... < max_warmup_steps`` are full; with a mask the warm-up is
-    capped at its leading ones. Then the mask. Steps beyond the mask are as a 0 in it.
+    capped at its leading ones. Then the mask, a list by now (`resolve_mask`). Steps beyond the
+    mask are as a 0 in it.
     """
     mask = config.steps_computation_mask
+    assert not isinstance(mask, str)
     warmup = config.max_warmup_steps
     if mask is not None:
         leading_ones = mask.index(0) if 0 in mask else len(mask)

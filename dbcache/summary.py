@@ -39,7 +39,7 @@ class LaneSummary:
         transformer: class name of the transformer.
         stack: name of the block stack.
         branch: guidance branch, None where there is only one.
-        threshold: the stack's `residual_diff_threshold`.
+        threshold: what the stack's changes are compared with.
         reasons: why each step was full or cached, by step.
         diffs: relative L1 change by step, for the steps that measured it.
         megabytes: size of the lane's buffers, 1e6 bytes.

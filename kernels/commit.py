@@ -1,6 +1,6 @@
 """What a full step leaves behind: its probe residual and a snapshot of the block residual.
 
-    p_ref      := h_fn - h_in
+    p_ref      := h_fn - h_in                  (h_in None: h_fn)
     ring[slot] := h_out - h_fn                 (replace: h_out)
 
 One launch for hidden and encoder states, in place. `slot` is read on the device, from the state
@@ -23,12 +23,11 @@ from dbcache.kernels._select import (
 )
 from dbcache.kernels.e4m3 import quantize_rows
 from dbcache.kernels.lane_state import MAX_SLOTS, NUM_COUNTERS, SLOT
-
-BLOCK = 2048
+from dbcache.kernels.launches import BLOCK, launch_of
 
 
 def commit(
-    h_in: torch.Tensor,
+    h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
     p_ref: torch.Tensor,
@@ -49,17 +48,18 @@ def commit(
 
     Args:
         h_in: activations before the probe blocks, any shape, float32, float16 or bfloat16. Any
-            strides; copied first where not contiguous.
+            strides; copied first where not contiguous. None stores `h_fn` itself in `p_ref`, for
+            `probe_diff` without `h_in`, which compares hidden states.
         h_fn: activations between the probe blocks and the skippable ones, same shape and dtype.
         h_out: activations after the skippable blocks, same shape and dtype.
         p_ref: written, same shape, contiguous, one of the dtypes.
-        ring: (K, *h_in.shape), contiguous, 1 <= K <= MAX_SLOTS, one of the dtypes, or uint8 for
+        ring: (K, *h_fn.shape), contiguous, 1 <= K <= MAX_SLOTS, one of the dtypes, or uint8 for
             fp8; one slot is written.
         counters: int32 (NUM_COUNTERS,), of a `LaneState`; ``counters[SLOT]`` is below K.
         encoder_fn: second stream, as `h_fn`, of any size of its own; the next two come with it.
         encoder_out: as `h_out`.
         encoder_ring: as `ring`, with the same K.
-        scales: the fp8 ring's, float32 (K, *h_in.shape[:-1]), contiguous; one slot is written. It
+        scales: the fp8 ring's, float32 (K, *h_fn.shape[:-1]), contiguous; one slot is written. It
             comes with a uint8 ring, whose tokens are at most `e4m3.MAX_WIDTH` long.
         encoder_scales: as `scales`, for `encoder_ring`: both rings are fp8, or none.
         replace: store `h_out` itself, for rings that hold outputs rather than residuals.
@@ -76,13 +76,13 @@ def commit(
     if encoder_fn is not None:
         if encoder_out is None or encoder_ring is None:
             raise ValueError("commit: encoder_fn must come with its output and ring, got None")
-        _check_encoder(h_in, ring, encoder_fn, encoder_out, encoder_ring, encoder_scales)
+        _check_encoder(h_fn, ring, encoder_fn, encoder_out, encoder_ring, encoder_scales)
     encoder = (encoder_fn, encoder_out, encoder_ring)
     args = (h_in, h_fn, h_out, p_ref, ring, counters, *encoder, scales, encoder_scales)
-    if is_traced(h_in):
+    if is_traced(h_fn):
         with torch.no_grad():
             _commit_op(*args, replace, impl)
-    elif select(impl, h_in) == "triton":
+    elif select(impl, h_fn) == "triton":
         _commit_triton(*args, replace)
     else:
         commit_reference(*args, replace=replace)
@@ -90,7 +90,7 @@ def commit(
 
 @without_gradient
 def commit_reference(
-    h_in: torch.Tensor,
+    h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
     p_ref: torch.Tensor,
@@ -131,25 +131,27 @@ def _store_difference(a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor
 
 
 def _check(
-    h_in: torch.Tensor,
+    h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
     p_ref: torch.Tensor,
     counters: torch.Tensor,
 ) -> None:
-    if not (h_in.shape == h_fn.shape == h_out.shape == p_ref.shape):
-        shapes = (tuple(x.shape) for x in (h_in, h_fn, h_out, p_ref))
+    inputs = [x for x in (h_in, h_fn, h_out) if x is not None]
+    if any(x.shape != p_ref.shape for x in inputs):
+        shapes = (tuple(x.shape) for x in (*inputs, p_ref))
         raise invalid("commit", "h_in, h_fn, h_out and p_ref must share a shape", *shapes)
-    if not (h_in.dtype == h_fn.dtype == h_out.dtype) or h_in.dtype not in DTYPES:
+    dtypes = [x.dtype for x in inputs]
+    if len(set(dtypes)) != 1 or h_fn.dtype not in DTYPES:
         must = f"h_in, h_fn and h_out must share a dtype of {DTYPES}"
-        raise invalid("commit", must, h_in.dtype, h_fn.dtype, h_out.dtype)
+        raise invalid("commit", must, *dtypes)
     if p_ref.dtype not in DTYPES or not p_ref.is_contiguous():
         must = f"p_ref must be contiguous with a dtype of {DTYPES}"
         raise invalid("commit", must, p_ref.dtype, p_ref.stride())
     if counters.dtype != torch.int32 or counters.shape != (NUM_COUNTERS,):
         must = f"counters must be int32 ({NUM_COUNTERS},)"
         raise invalid("commit", must, counters.dtype, tuple(counters.shape))
-    devices = (h_in.device, h_fn.device, h_out.device, p_ref.device, counters.device)
+    devices = [x.device for x in (*inputs, p_ref, counters)]
     if any(device != devices[0] for device in devices):
         must = "h_in, h_fn, h_out, p_ref and counters must be on one device"
         raise invalid("commit", must, *devices)
@@ -171,7 +173,7 @@ def _check_ring(
 
 
 def _check_encoder(
-    h_in: torch.Tensor,
+    h_fn: torch.Tensor,
     ring: torch.Tensor,
     encoder_fn: torch.Tensor,
     encoder_out: torch.Tensor,
@@ -188,16 +190,16 @@ def _check_encoder(
     if (ring.dtype == torch.uint8) != (encoder_scales is not None):
         must = "both rings must be fp8 or none"
         raise invalid("commit", must, ring.dtype, encoder_ring.dtype)
-    slots, devices = (ring.shape[0], encoder_ring.shape[0]), (h_in.device, encoder_fn.device)
+    slots, devices = (ring.shape[0], encoder_ring.shape[0]), (h_fn.device, encoder_fn.device)
     if slots[0] != slots[1] or any(
-        device != h_in.device for device in (*devices, encoder_out.device)
+        device != h_fn.device for device in (*devices, encoder_out.device)
     ):
         must = "both streams must share the slots and the device"
         raise invalid("commit", must, (slots[0], devices[0]), (slots[1], devices[1]))
 
 
 def _commit_triton(
-    h_in: torch.Tensor,
+    h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
     p_ref: torch.Tensor,
@@ -210,7 +212,8 @@ def _commit_triton(
     encoder_scales: torch.Tensor | None,
     replace: bool,
 ) -> None:
-    h_in, h_fn, h_out = h_in.contiguous(), h_fn.contiguous(), h_out.contiguous()
+    h_in = None if h_in is None else h_in.contiguous()
+    h_fn, h_out = h_fn.contiguous(), h_out.contiguous()
     if encoder_fn is not None and encoder_out is not None:
         encoder_fn, encoder_out = encoder_fn.contiguous(), encoder_out.contiguous()
     if scales is not None:
@@ -220,14 +223,15 @@ def _commit_triton(
         )  # fmt: skip
         return
     encoder_size = 0 if encoder_fn is None else encoder_fn.numel()
-    blocks, encoder_blocks = triton.cdiv(h_in.numel(), BLOCK), triton.cdiv(encoder_size, BLOCK)
+    block, num_warps = launch_of("commit", h_fn)
+    blocks, encoder_blocks = triton.cdiv(h_fn.numel(), block), triton.cdiv(encoder_size, block)
     if blocks + encoder_blocks == 0:
         return
-    with torch.cuda.device_of(h_in):
+    with torch.cuda.device_of(h_fn):
         _commit_kernel[(blocks + encoder_blocks,)](
-            h_in, h_fn, h_out, p_ref, ring, counters, h_in.numel(), blocks,
+            h_in, h_fn, h_out, p_ref, ring, counters, h_fn.numel(), blocks,
             encoder_fn, encoder_out, encoder_ring, encoder_size,
-            REPLACE=replace, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+            REPLACE=replace, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -240,7 +244,7 @@ def fp8_tile(width: int) -> tuple[int, int, int]:
 
 
 def _launch_fp8(
-    h_in: torch.Tensor,
+    h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
     p_ref: torch.Tensor,
@@ -253,13 +257,13 @@ def _launch_fp8(
     encoder_scales: torch.Tensor | None,
     replace: bool,
 ) -> None:
-    tokens, width = e4m3.tokens_and_width(h_in)
+    tokens, width = e4m3.tokens_and_width(h_fn)
     encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
     rows, columns, warps = fp8_tile(max(width, encoder_width))
     blocks, encoder_blocks = triton.cdiv(tokens, rows), triton.cdiv(encoder_tokens, rows)
     if blocks + encoder_blocks == 0:
         return
-    with torch.cuda.device_of(h_in):
+    with torch.cuda.device_of(h_fn):
         _commit_fp8_kernel[(blocks + encoder_blocks,)](
             h_in, h_fn, h_out, p_ref, ring, scales, counters, tokens, width, blocks,
             encoder_fn, encoder_out, encoder_ring, encoder_scales, encoder_tokens, encoder_width,
@@ -273,7 +277,7 @@ def _launch_fp8(
     mutates_args=("p_ref", "ring", "encoder_ring", "scales", "encoder_scales"),
 )
 def _commit_op(
-    h_in: torch.Tensor,
+    h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
     p_ref: torch.Tensor,
@@ -289,7 +293,7 @@ def _commit_op(
 ) -> None:
     encoder = (encoder_fn, encoder_out, encoder_ring)
     args = (h_in, h_fn, h_out, p_ref, ring, counters, *encoder, scales, encoder_scales)
-    if select(impl, h_in) == "triton":
+    if select(impl, h_fn) == "triton":
         _commit_triton(*args, replace)
     else:
         commit_reference(*args, replace=replace)
@@ -297,7 +301,7 @@ def _commit_op(
 
 @_commit_op.register_fake
 def _(
-    h_in: torch.Tensor,
+    h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
     p_ref: torch.Tensor,
@@ -382,9 +386,11 @@ def _residual(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, offsets, mask, REPLACE: 
     h_out = tl.load(h_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     residual = h_out
     if p_ref_ptr is not None:
-        h_in = tl.load(h_in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         h_fn = tl.load(h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(p_ref_ptr + offsets, (h_fn - h_in).to(p_ref_ptr.dtype.element_ty), mask=mask)
+        compared = h_fn
+        if h_in_ptr is not None:
+            compared -= tl.load(h_in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(p_ref_ptr + offsets, compared.to(p_ref_ptr.dtype.element_ty), mask=mask)
         if not REPLACE:
             residual = h_out - h_fn
     elif not REPLACE:

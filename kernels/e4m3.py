@@ -31,7 +31,8 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.to(torch.uint8), x.new_full(x.shape[:-1], SMALLEST_SCALE)
     lost = ~x.isfinite()
     largest = x.abs().masked_fill_(lost, 0.0).amax(-1)
-    scales = (largest / LARGEST).clamp_(min=SMALLEST_SCALE)
+    # by a tensor: on a GPU PyTorch divides by a number as a product with its rounded reciprocal
+    scales = (largest / torch.full_like(largest, LARGEST)).clamp_(min=SMALLEST_SCALE)
     codes = (x / scales[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
     return codes.masked_fill_(lost, NAN_CODE), scales
 

@@ -22,8 +22,8 @@ from dbcache.kernels._select import (
 )
 from dbcache.kernels.e4m3 import decode
 from dbcache.kernels.lane_state import MAX_SLOTS
+from dbcache.kernels.launches import BLOCK, launch_of
 
-BLOCK = 2048
 MAX_COLUMNS = 512
 """Widest tile of fp8 tokens; widths of models are multiples of it, or nearly."""
 
@@ -226,13 +226,15 @@ def _predict_triton(
         )  # fmt: skip
         return
     encoder_size = 0 if encoder is None else encoder.numel()
-    blocks, encoder_blocks = triton.cdiv(h.numel(), BLOCK), triton.cdiv(encoder_size, BLOCK)
+    slots = ring.shape[0]
+    block, num_warps = launch_of("predict", h, slots)
+    blocks, encoder_blocks = triton.cdiv(h.numel(), block), triton.cdiv(encoder_size, block)
     if blocks + encoder_blocks:
         with torch.cuda.device_of(h):
             _predict_kernel[(blocks + encoder_blocks,)](
                 h, ring, weights, out, h.numel(), blocks,
                 encoder, encoder_ring, encoder_weights, encoder_out, encoder_size,
-                K=ring.shape[0], REPLACE=replace, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
+                K=slots, REPLACE=replace, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
             )  # fmt: skip
 
 

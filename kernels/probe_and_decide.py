@@ -25,8 +25,8 @@ import triton.language as tl
 from dbcache.kernels._select import Impl, invalid, is_traced, select
 from dbcache.kernels.decide import decide_once, decide_reference
 from dbcache.kernels.lane_state import TENSORS, TICKET, LaneState
+from dbcache.kernels.launches import BLOCK, launch_of
 from dbcache.kernels.probe_diff import (
-    BLOCK,
     check_probe,
     log2,
     partition,
@@ -99,13 +99,14 @@ def _probe_and_decide_triton(
     batch, sums = h_fn.shape[0], 4 if by_token else 2
     per_program, programs = partition(h_fn.shape, by_token)
     partials = torch.empty(batch, programs, sums, device=h_fn.device, dtype=torch.float32)
+    launch = launch_of("probe_and_decide tokens" if by_token else "probe_and_decide", h_fn)
     with torch.cuda.device_of(h_fn):
         _probe_and_decide_kernel[(programs, batch)](
             h_in, h_fn, p_ref, partials, h_fn.numel() // batch, per_program, h_fn.shape[-1],
             state.counters, state.values, state.limits, state.thresholds,
             state.plan, state.trace_reason, state.trace_diff, state.capacity,
             LOG_BLOCK=log2(BLOCK), LOG_LANES=(programs - 1).bit_length(), WIDTH=sums,
-            num_warps=8 if by_token else 4, enable_fp_fusion=False,
+            num_warps=launch.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 

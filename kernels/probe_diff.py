@@ -31,9 +31,9 @@ from dbcache.kernels._select import (
     without_gradient,
 )
 from dbcache.kernels.lane_state import IMPORTANT
+from dbcache.kernels.launches import BLOCK, launch_of
 from dbcache.kernels.sums import tree_sum_lanes
 
-BLOCK = 2048
 MAX_PARTIALS = 1024
 """Most partial sums per sample, which is what one program of `decide` adds up."""
 
@@ -160,12 +160,12 @@ def _probe_diff_triton(
     per_program, programs = partition(h_fn.shape, by_token)
     sums = 4 if by_token else 2
     partials = torch.empty(batch, programs, sums, device=h_fn.device, dtype=torch.float32)
-    # by token, 4 warps would need more registers than there are for 7 programs per SM
+    launch = launch_of("probe_diff tokens" if by_token else "probe_diff", h_fn)
     with torch.cuda.device_of(h_fn):
         _probe_diff_kernel[(programs, batch)](
             h_in, h_fn, p_ref, partials, h_fn.numel() // batch, per_program,
             thresholds, h_fn.shape[-1],
-            LOG_BLOCK=log2(BLOCK), num_warps=8 if by_token else 4, enable_fp_fusion=False,
+            LOG_BLOCK=log2(BLOCK), num_warps=launch.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return partials
 

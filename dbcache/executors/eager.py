@@ -22,7 +22,8 @@ def measure_and_decide(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> bo
     What `take_decision` does with what `measure` gives, in one launch.
     """
     assert lane.p_ref is not None
-    probe_and_decide(h_in, h_fn, lane.p_ref, lane.state, by_token=lane.by_token)
+    before = h_in if lane.by_residual else None
+    probe_and_decide(before, h_fn, lane.p_ref, lane.state, by_token=lane.by_token)
     lane.step += 1
     lane.cached = lane.read_decision()
     return lane.cached
@@ -31,7 +32,8 @@ def measure_and_decide(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> bo
 def measure(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> torch.Tensor:
     """Return the partial sums of the probe's change since the lane's last full step."""
     assert lane.p_ref is not None
-    return probe_diff(h_in, h_fn, lane.p_ref, lane.state.thresholds if lane.by_token else None)
+    before = h_in if lane.by_residual else None
+    return probe_diff(before, h_fn, lane.p_ref, lane.state.thresholds if lane.by_token else None)
 
 
 def take_decision(lane: Lane, code: PlanCode, partials: torch.Tensor | None) -> bool:
@@ -88,12 +90,12 @@ def keep(
     encoder_fn: torch.Tensor | None,
     encoder_out: torch.Tensor | None,
 ) -> None:
-    """Store a full step's probe residual and block residual in the lane."""
+    """Store what later steps are compared with, and a full step's block residual, in the lane."""
     if encoder_fn is None or encoder_out is None:
         encoder_fn = encoder_out = None
     p_ref, ring, encoder_ring = lane.buffers(h_fn, h_out, encoder_out)
     commit(
-        h_in,
+        h_in if lane.by_residual else None,
         h_fn,
         h_out,
         p_ref,

@@ -20,6 +20,8 @@ from bench import kernels, timing  # noqa: E402
 from bench.kernel_op import Draw  # noqa: E402
 from bench.kernel_ops import OPS  # noqa: E402
 from bench.shapes import SHAPES, Shape, parse  # noqa: E402
+from dbcache.kernels.launches import CONFIGS  # noqa: E402
+from dbcache.kernels.tuning import Choice  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -220,3 +222,42 @@ def test_variants_take_turns_and_rotate_their_buffers(monkeypatch):
     turns = [name for name, _ in seen[12::2]]
     assert turns == list("abbaabba")
     assert [i for name, i in seen if name == "a"] == list(range(6 + 2 * 4))
+
+
+def test_tune_without_a_gpu_says_why_it_cannot(capsys):
+    with pytest.raises(SystemExit) as status:
+        kernels.main(["--device", "cpu", "--tune"])
+    assert status.value.code == 2
+    assert "--tune needs a GPU" in capsys.readouterr().err
+
+
+def test_tune_chooses_once_per_op_slots_and_shape_while_there_is_time(monkeypatch, capsys):
+    asked = []
+
+    def tune(op, size, dtype, *, slots, encoder_shape, device):
+        asked.append((op, slots, size, encoder_shape, dtype))
+        if op == "commit":
+            raise torch.OutOfMemoryError("no memory")
+        default, best = CONFIGS[op][:2]
+        return Choice(best, {default: 2.0, best: 1.0})
+
+    monkeypatch.setattr(kernels, "tune", tune)
+    plain = replace(TINY, name="plain", encoder=0)
+    cpu = torch.device("cpu")
+    rows = [op for op in OPS.values() if op.name.startswith(("predict", "commit", "probe_diff"))]
+    kernels.tune_all(rows, (TINY, plain), cpu, math.inf)
+    ops = [("probe_diff", 1), *(("predict", slots) for slots in (1, 2, 3)), ("commit", 1)]
+    ops.append(("probe_diff tokens", 1))
+    states, size = (2, 16, 64), (2, 48, 64)
+    expected = [(*op, size, extra, torch.bfloat16) for extra in (states, None) for op in ops]
+    assert asked == expected
+    assert all(op in CONFIGS for op, _ in ops)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(expected)
+    assert sum("out of memory" in line for line in lines) == 2
+    assert lines[2].split()[2:] == ["predict", "K=1", "tiny", "1024", "2", "1.0000", "2.000"]
+
+    asked.clear()
+    kernels.tune_all(rows, (TINY,), cpu, -1.0)
+    assert asked == []
+    assert "no time left" in capsys.readouterr().out

@@ -18,6 +18,7 @@ def test_defaults_are_the_peers():
     assert (config.residual_diff_threshold, config.max_warmup_steps) == (0.08, 8)
     assert (config.max_cached_steps, config.max_continuous_cached_steps) == (-1, -1)
     assert config.important_condition_threshold == 0
+    assert config.l1_hidden_states_diff_threshold == 0
     assert (config.batch_reduce, config.cache_dtype) == ("mean", "model")
     assert config.as_dict()["steps_computation_policy"] == "dynamic"
 

@@ -17,6 +17,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from dbcache.kernels import commit, decide, e4m3, predict, probe_and_decide, probe_diff
+from dbcache.kernels.launches import CONFIGS, DEFAULTS
 
 WIDE = re.compile(r"(ld|st)\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b32|v4\.b64)\b")
 WIDE_AMD = re.compile(r"(?:global|buffer)_(load|store)_(?:dwordx4|b128)\b")
@@ -44,7 +45,8 @@ def variants():
             measured |= {"width": "i32"}
             constants = {"LOG_BLOCK": probe_diff.log2(probe_diff.BLOCK)}
             for by_token in (False, True):
-                options = {"num_warps": 8 if by_token else 4, "enable_fp_fusion": False}
+                warps = DEFAULTS[f"probe_diff{' tokens' * by_token}"].num_warps
+                options = {"num_warps": warps, "enable_fp_fusion": False}
                 name = f"{form}{'-tokens' * by_token}"
                 yield (
                     f"probe_diff-{name}",
@@ -69,21 +71,23 @@ def variants():
                 predict._predict_kernel,
                 stream | {"size": "i32", "blocks": "i32"} | (extra if encoder else {})
                 | {"encoder_size": "i32"},
-                {"K": slots, "REPLACE": replace, "BLOCK": predict.BLOCK},
-                {"num_warps": 4, "enable_fp_fusion": True},
+                {"K": slots, "REPLACE": replace, "BLOCK": DEFAULTS["predict"].block},
+                {"num_warps": DEFAULTS["predict"].num_warps, "enable_fp_fusion": True},
             )  # fmt: skip
             if slots > 1:
                 continue
             stream = {f"{name}_ptr": x for name in ("h_in", "h_fn", "h_out", "p_ref", "ring")}
             extra = {f"encoder_{name}_ptr": x for name in ("fn", "out", "ring")}
-            for replace in (False, True):
+            for replace, start in ((False, "h_in"), (True, "h_in"), (False, None)):
+                given = stream if start else {k: v for k, v in stream.items() if k != "h_in_ptr"}
+                form = f"{'-encoder' * encoder}{'-replace' * replace}{'' if start else '-hidden'}"
                 yield (
-                    f"commit-{dtype}{'-encoder' * encoder}{'-replace' * replace}",
+                    f"commit-{dtype}{form}",
                     commit._commit_kernel,
-                    stream | {"counters_ptr": "*i32", "size": "i32", "blocks": "i32"}
+                    given | {"counters_ptr": "*i32", "size": "i32", "blocks": "i32"}
                     | (extra if encoder else {}) | {"encoder_size": "i32"},
-                    {"REPLACE": replace, "BLOCK": commit.BLOCK},
-                    {"num_warps": 4, "enable_fp_fusion": False},
+                    {"REPLACE": replace, "BLOCK": DEFAULTS["commit"].block},
+                    {"num_warps": DEFAULTS["commit"].num_warps, "enable_fp_fusion": False},
                 )  # fmt: skip
     for log_lanes in (None, 0, 10):
         partials = {} if log_lanes is None else {"partials_ptr": "*fp32"}
@@ -95,6 +99,38 @@ def variants():
             {"num_warps": 4 if log_lanes == 10 else 1, "enable_fp_fusion": False},
         )
     yield from fp8_variants()
+
+
+TUNED = {
+    "probe_diff-bf16": "probe_diff",
+    "probe_diff-bf16-tokens": "probe_diff tokens",
+    "probe_and_decide-bf16": "probe_and_decide",
+    "predict-bf16-k1-encoder": "predict",
+    "predict-bf16-k5-encoder-replace": "predict",
+    "predict-fp32-k1-encoder": "predict",
+    "commit-bf16-encoder": "commit",
+    "commit-fp32-encoder": "commit",
+}
+"""What is compiled with every config of an op, by the name of the variant."""
+
+
+def with_configs(variants):
+    """Yield the variants, and those of TUNED once more with each config but the default."""
+    for name, kernel, arguments, constexprs, options in variants:
+        yield name, kernel, arguments, constexprs, options
+        for block, warps in CONFIGS[TUNED[name]][1:] if name in TUNED else ():
+            blocks = {"BLOCK": block} if "BLOCK" in constexprs else {}
+            tuned = constexprs | blocks, options | {"num_warps": warps}
+            yield f"{name}-block{block}-warps{warps}", kernel, arguments, *tuned
+
+
+def elements_per_thread(constexprs, options, gpu: GPUTarget) -> int | None:
+    """Return how many elements of a tensor a thread holds, None for what has no block."""
+    if "LOG_BLOCK" in constexprs:
+        constexprs = {"BLOCK": 1 << constexprs["LOG_BLOCK"]}
+    if "BLOCK" not in constexprs:
+        return None
+    return constexprs["BLOCK"] // (options["num_warps"] * gpu.warp_size)
 
 
 def fp8_variants():
@@ -111,11 +147,12 @@ def fp8_variants():
         stream = {f"{name}_ptr": x for name in ("h_in", "h_fn", "h_out", "p_ref")} | ring
         extra = {f"encoder_{name}_ptr": x for name in ("fn", "out")}
         extra |= {f"encoder_{name}": kind for name, kind in ring.items()}
-        for replace in (False, True):
+        for replace, start in ((False, "h_in"), (True, "h_in"), (False, None)):
+            given = stream if start else {k: v for k, v in stream.items() if k != "h_in_ptr"}
             yield (
-                f"fp8_commit-{form}{'-replace' * replace}",
+                f"fp8_commit-{form}{'-replace' * replace}{'' if start else '-hidden'}",
                 commit._commit_fp8_kernel,
-                stream | {"counters_ptr": "*i32"} | sizes | (extra if encoder else {}),
+                given | {"counters_ptr": "*i32"} | sizes | (extra if encoder else {}),
                 {"REPLACE": replace, "ROWS": rows, "COLUMNS": columns},
                 {"num_warps": warps, "enable_fp_fusion": False},
             )
@@ -171,7 +208,7 @@ def main(targets: list[str], variants=variants) -> None:
         backend, arch = target.split(":")
         cuda = backend == "cuda"
         gpu = GPUTarget(backend, int(arch) if cuda else arch, 32 if cuda else 64)
-        for name, *variant in variants():
+        for name, *variant in with_configs(variants()):
             if target not in FULL and "bf16" not in name:
                 continue
             asm = compile_for(gpu, *variant)
@@ -180,6 +217,7 @@ def main(targets: list[str], variants=variants) -> None:
                 {
                     "target": target,
                     "kernel": name,
+                    "per_thread": elements_per_thread(*variant[2:], gpu),
                     "wide_loads": sum(w in ("ld", "load") for w in wide),
                     "wide_stores": sum(w in ("st", "store") for w in wide),
                     "local": bool(LOCAL.search(asm)),

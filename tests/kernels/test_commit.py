@@ -41,6 +41,21 @@ def test_stores_exact_differences_in_one_slot(integers, device, shape, dtype, re
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_without_h_in_the_hidden_states_are_what_is_compared(
+    integers, device, shape, dtype, replace, impl
+):
+    h_fn, h_out = (integers(*shape, dtype=dtype) for _ in range(2))
+    p_ref = poisoned(*shape, dtype=dtype, device=device)
+    ring = poisoned(3, *shape, dtype=dtype, device=device)
+    commit(None, h_fn, h_out, p_ref, ring, counters_at(1, device), replace=replace, impl=impl)
+    assert torch.equal(p_ref, h_fn)
+    assert_only_slot_written(ring, 1, h_out if replace else h_out - h_fn)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("slot", [0, 1, 2])
 @pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])
 @pytest.mark.parametrize("shapes", [((2, 17, 5), (2, 3, 96)), ((1, 1), (2, 40, 96))], ids=str)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dbcache.kernels.launches import CONFIGS
+
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 SCRIPT = Path(__file__).with_name("compile_offline.py")
 ROOT = SCRIPT.parents[2]
@@ -39,17 +41,18 @@ def test_no_kernel_uses_local_memory(compiled, target):
 @pytest.mark.parametrize("target", TARGETS[:3])
 def test_each_tensor_is_moved_in_vectors_of_16_bytes(compiled, target):
     for name, row in wide_kernels(compiled, target).items():
-        per_tensor = 4 if "fp32" in name else 2  # 2048 elements over 128 threads
+        per_tensor = row["per_thread"] * (4 if "fp32" in name else 2) // 16
+        assert per_tensor >= 1, name
         streams = 2 if "encoder" in name else 1
         replace = "replace" in name
         if name.startswith("probe"):
             loads, stores = 2 if "hidden" in name else 3, 0
-            per_tensor //= 2 if "tokens" in name else 1  # over 256 threads
         elif "predict" in name:
             slots = 5 if "k5" in name else 1
             loads, stores = streams * (slots + (not replace)), streams
         else:
-            loads, stores = 3 + (streams - 1) * (1 if replace else 2), 1 + streams
+            loads = (2 if "hidden" in name else 3) + (streams - 1) * (1 if replace else 2)
+            stores = 1 + streams
         expected = (loads * per_tensor, stores * per_tensor)
         assert (row["wide_loads"], row["wide_stores"]) == expected, name
 
@@ -66,14 +69,28 @@ def test_fp8_codes_and_what_they_stand_for_are_moved_in_vectors_of_16_bytes(comp
         if "predict" in name:
             loads, stores = streams * (values + codes * int(name[-1])), streams * values
         else:
-            loads = values * (3 + (streams - 1) * (1 if "replace" in name else 2))
+            hidden = 2 if "hidden" in name else 3
+            loads = values * (hidden + (streams - 1) * (1 if "replace" in name else 2))
             stores = values + codes * streams
         assert (row["wide_loads"], row["wide_stores"]) == (loads, stores), name
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_config_that_tuning_may_choose_is_compiled(compiled, target):
+    names = {row["kernel"].rpartition("-block")[::2] for row in compiled if row["target"] == target}
+    for op, configs in CONFIGS.items():
+        start, *tokens = op.split()
+        found = {
+            suffix
+            for name, suffix in names
+            if name.startswith(f"{start}-") and name.endswith("tokens") == bool(tokens)
+        }
+        assert {f"{block}-warps{warps}" for block, warps in configs[1:]} <= found, op
+
+
 def test_amd_moves_vectors_of_16_bytes_too(compiled):
     for name, row in wide_kernels(compiled, "hip:gfx942").items():
-        if "tokens" in name:  # 512 threads share 2048 elements: 8 bytes of bfloat16 each
+        if row["per_thread"] < 8:  # 512 threads share 2048 elements: 8 bytes of bfloat16 each
             continue
         assert row["wide_loads"] >= 2, name
         assert row["wide_stores"] >= (not name.startswith("probe")), name

@@ -77,6 +77,10 @@ OWN = {
         max_continuous_cached_steps=2,
         residual_diff_threshold=0.3,
     ),
+    "hidden states": Rule(l1_hidden_states_diff_threshold=0.1, residual_diff_threshold=0.0),
+    "hidden states, 2 in a row, order 1": Rule(
+        l1_hidden_states_diff_threshold=0.2, max_continuous_cached_steps=2, order=1
+    ),
     "order 1 after 2 steps": Rule(max_warmup_steps=2, residual_diff_threshold=0.16, order=1),
     "order 2 after 2 steps": Rule(max_warmup_steps=2, residual_diff_threshold=0.16, order=2),
     "order 2 after 1 step": Rule(max_warmup_steps=1, residual_diff_threshold=0.16, order=2),

@@ -110,7 +110,11 @@ def run_peer(target, family: tiny.Family, rule: oracle.Rule, steps: int, **how) 
     if rule.order:
         calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=rule.order)
     values = options(replace(rule, num_inference_steps=steps))
-    for name in ("batch_reduce", "important_condition_threshold"):
+    for name in (
+        "batch_reduce",
+        "important_condition_threshold",
+        "l1_hidden_states_diff_threshold",
+    ):
         values.pop(name)  # not in cache-dit's config; the defaults are what it does
     config = cache_dit.DBCacheConfig(**values)
     cache_dit.enable_cache(target, cache_config=config, calibrator_config=calibrator)

@@ -35,6 +35,7 @@ class Rule:
     cfg_diff_compute_separate: bool = True
     batch_reduce: str = "mean"
     important_condition_threshold: float = 0.0
+    l1_hidden_states_diff_threshold: float = 0.0
     order: int = 0
     exact: bool = False
     sigma: float | None = None  # Hermite polynomials instead of powers
@@ -97,7 +98,8 @@ class Decider:
         limit = rule.max_accumulated_residual_diff_threshold
         if limit is not None and limit > 0 and self.accumulated >= limit:
             return "accumulated limit", None
-        change, threshold = diff(), rule.residual_diff_threshold
+        change = diff()
+        threshold = rule.l1_hidden_states_diff_threshold or rule.residual_diff_threshold
         if isinstance(change, str):
             return change, None
         if threshold <= 0:
@@ -233,7 +235,9 @@ class Oracle:
     def after_probe(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Decide, knowing what the first blocks added."""
         lane, self.hidden, self.encoder = self.lane, hidden, encoder
-        probe = hidden.double() - self.input
+        probe = hidden.double()
+        if self.rule.l1_hidden_states_diff_threshold == 0:
+            probe = probe - self.input
 
         # what a skipped block would have added must fit both streams
         shapes = (hidden.shape, None if encoder is None else encoder.shape)

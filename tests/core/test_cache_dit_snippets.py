@@ -1,0 +1,228 @@
+"""What users of cache-dit wrote runs with `import dbcache as cache_dit`, on tiny models.
+
+One test per snippet of its user guide, for what exists here; thresholds that let tiny models cache.
+"""
+
+import pytest
+import tiny
+import torch
+
+import dbcache as cache_dit
+from dbcache import (
+    BlockAdapter,
+    DBCacheConfig,
+    ForwardPattern,
+    ParamsModifier,
+    TaylorSeerCalibratorConfig,
+)
+
+STEPS = 12
+
+
+def cached(target):
+    """Return the cached steps of each lane."""
+    return [lane.cached_steps for lane in cache_dit.summary(target).lanes]
+
+
+def run(target):
+    """Run one request and return the cached steps of each lane."""
+    tiny.generate(target, STEPS, guided=False)
+    return cached(target)
+
+
+def same(first, second):
+    """Whether two requests gave the same latents, to the bit."""
+    return all(map(torch.equal, first, second))
+
+
+def test_one_line_and_disable():
+    pipe = tiny.pipeline("flux")
+    plain = tiny.generate(pipe, STEPS, guided=False)
+    assert cache_dit.enable_cache(pipe) is pipe
+    tiny.generate(pipe, STEPS, guided=False)
+    stats = cache_dit.summary(pipe)
+    assert stats.lanes[0].counts["warm-up"] == 8
+    cache_dit.disable_cache(pipe)
+    assert same(tiny.generate(pipe, STEPS, guided=False), plain)
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_block_adapter_equals_the_pipeline_alone(auto):
+    config = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.3)
+    expected = cache_dit.enable_cache(tiny.pipeline("qwen"), cache_config=config)
+    latents = tiny.generate(expected, STEPS, guided=False)
+    pipe = tiny.pipeline("qwen")
+    where = {"transformer": pipe.transformer, "blocks": pipe.transformer.transformer_blocks}
+    adapter = BlockAdapter(
+        pipe=pipe,
+        forward_pattern=ForwardPattern.Pattern_1,
+        **({"auto": True} if auto else where),
+    )
+    assert cache_dit.enable_cache(adapter, cache_config=config) is adapter
+    assert same(tiny.generate(pipe, STEPS, guided=False), latents)
+    assert cached(adapter) == cached(expected) != [[]]
+
+
+def test_several_transformers_with_modifiers():
+    pipe = tiny.pipeline("wan2.2")
+    cache_dit.enable_cache(
+        BlockAdapter(
+            pipe=pipe,
+            transformer=[pipe.transformer, pipe.transformer_2],
+            blocks=[pipe.transformer.blocks, pipe.transformer_2.blocks],
+            forward_pattern=[ForwardPattern.Pattern_2, ForwardPattern.Pattern_2],
+            params_modifiers=[
+                ParamsModifier(cache_config=DBCacheConfig().reset(max_warmup_steps=4)),
+                ParamsModifier(
+                    cache_config=DBCacheConfig().reset(max_warmup_steps=2, max_cached_steps=1)
+                ),
+            ],
+            has_separate_cfg=True,
+        ),
+        cache_config=DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=1.0),
+    )
+    tiny.generate(pipe, STEPS)
+    first, _, second, _ = cache_dit.summary(pipe).lanes
+    assert first.cached_steps == list(range(4, first.steps))
+    assert second.cached_steps == [2]
+
+
+def test_two_stacks_of_one_transformer_with_modifiers():
+    pipe = tiny.pipeline("flux")
+    cache_dit.enable_cache(
+        BlockAdapter(
+            pipe=pipe,
+            transformer=pipe.transformer,
+            blocks=[
+                pipe.transformer.transformer_blocks,
+                pipe.transformer.single_transformer_blocks,
+            ],
+            forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_1],
+        ),
+        cache_config=DBCacheConfig(Fn_compute_blocks=1, residual_diff_threshold=1.0),
+        params_modifiers=[
+            ParamsModifier(cache_config=DBCacheConfig().reset(max_warmup_steps=10)),
+            ParamsModifier(cache_config=DBCacheConfig().reset(max_warmup_steps=9)),
+        ],
+    )
+    assert run(pipe) == [[10, 11], [9, 10, 11]]
+
+
+def test_transformer_only():
+    family = tiny.FAMILIES["qwen"]
+    transformer = family.build()
+    cache_dit.enable_cache(
+        BlockAdapter(
+            transformer=transformer,
+            blocks=transformer.transformer_blocks,
+            forward_pattern=ForwardPattern.Pattern_1,
+        ),
+        cache_config=DBCacheConfig(
+            num_inference_steps=STEPS, Fn_compute_blocks=1, residual_diff_threshold=1.0
+        ),
+    )
+    for _ in range(2):  # the second request begins anew by itself
+        tiny.denoise(transformer, family, STEPS)
+        assert cached(transformer) == [[8, 9, 10, 11]]
+
+
+def test_refresh_context_between_requests(capsys):
+    pipe, family = tiny.pipeline("qwen"), tiny.FAMILIES["qwen"]
+    transformer = cache_dit.enable_cache(
+        pipe.transformer,
+        cache_config=DBCacheConfig(
+            num_inference_steps=None,
+            Fn_compute_blocks=1,
+            residual_diff_threshold=1.0,
+            enable_separate_cfg=False,
+        ),
+    )
+    for steps in (10, 12):
+        cache_dit.refresh_context(pipe.transformer, num_inference_steps=steps, verbose=True)
+        tiny.denoise(transformer, family, steps)
+        assert cached(pipe.transformer) == [list(range(8, steps))]
+        assert f"_N{steps}_" in capsys.readouterr().out
+    cache_dit.refresh_context(
+        pipe.transformer,
+        cache_config=DBCacheConfig(
+            max_warmup_steps=3,
+            max_cached_steps=5,
+            max_continuous_cached_steps=2,
+            num_inference_steps=STEPS,
+        ),
+        calibrator_config=TaylorSeerCalibratorConfig(taylorseer_order=1),
+    )
+    tiny.denoise(transformer, family, STEPS)
+    assert cached(transformer) == [[3, 4, 6, 7, 9]]
+    assert not capsys.readouterr().out
+
+
+def test_masks_with_taylorseer():
+    mask = cache_dit.steps_mask(mask_policy="fast", total_steps=STEPS)
+    pipe = cache_dit.enable_cache(
+        tiny.pipeline("flux"),
+        cache_config=DBCacheConfig(
+            Fn_compute_blocks=8,
+            Bn_compute_blocks=0,
+            residual_diff_threshold=1.0,
+            steps_computation_mask=mask,
+            steps_computation_policy="dynamic",
+        ),
+        calibrator_config=TaylorSeerCalibratorConfig(taylorseer_order=1),
+    )
+    assert run(pipe) == [[step for step, full in enumerate(mask) if not full]]
+
+
+def test_taylorseer_by_shorthand_equals_the_config():
+    options = {
+        "Fn_compute_blocks": 1,
+        "max_warmup_steps": 3,
+        "max_continuous_cached_steps": 3,
+        "residual_diff_threshold": 1.0,
+    }
+    by_config = cache_dit.enable_cache(
+        tiny.pipeline("flux"),
+        cache_config=DBCacheConfig(**options),
+        calibrator_config=TaylorSeerCalibratorConfig(
+            taylorseer_order=2, calibrator_cache_type="hidden_states"
+        ),
+    )
+    by_name = cache_dit.enable_cache(
+        tiny.pipeline("flux"),
+        enable_taylorseer=True,
+        enable_encoder_taylorseer=True,
+        taylorseer_cache_type="hidden_states",
+        taylorseer_order=2,
+        **options,
+    )
+    expected = tiny.generate(by_config, STEPS, guided=False)
+    assert same(tiny.generate(by_name, STEPS, guided=False), expected)
+    reuse = cache_dit.enable_cache(tiny.pipeline("flux"), **options)
+    assert not same(tiny.generate(reuse, STEPS, guided=False), expected)
+
+
+def test_separate_guidance():
+    family = tiny.FAMILIES["wan"]
+    model = cache_dit.enable_cache(
+        family.build(),
+        cache_config=DBCacheConfig(
+            Fn_compute_blocks=1,
+            residual_diff_threshold=1.0,
+            enable_separate_cfg=True,
+            cfg_compute_first=False,
+            cfg_diff_compute_separate=True,
+        ),
+    )
+    tiny.denoise(model, family, STEPS, branches=tiny.BRANCHES)
+    lanes = cache_dit.summary(model).lanes
+    assert [(lane.branch, lane.cached_steps) for lane in lanes] == [
+        ("cond", [8, 9, 10, 11]),
+        ("uncond", [8, 9, 10, 11]),
+    ]
+
+
+def test_supported_pipelines_counts_and_names():
+    count, names = cache_dit.supported_pipelines()
+    assert count == len(names) == len(set(names)) > 0
+    for name in ("FluxTransformer2DModel", "QwenImageTransformer2DModel", "WanTransformer3DModel"):
+        assert sum(line.startswith(f"{name}:") for line in names) == 1

@@ -1,0 +1,155 @@
+"""Settings from files and dictionaries: what they give, and what is refused."""
+
+import builtins
+import json
+
+import pytest
+import tiny
+
+import dbcache
+from dbcache import CalibratorConfig, DBCacheConfig, TaylorSeerCalibratorConfig, load_configs
+
+YAML = """
+cache_config:
+  max_warmup_steps: 8
+  warmup_interval: 2
+  max_cached_steps: -1
+  max_continuous_cached_steps: 2
+  Fn_compute_blocks: 1
+  Bn_compute_blocks: 0
+  residual_diff_threshold: 0.12
+  enable_taylorseer: true
+  taylorseer_order: 2
+"""
+SERVING = {
+    "Fn_compute_blocks": 1,
+    "Bn_compute_blocks": 0,
+    "max_warmup_steps": 2,
+    "max_cached_steps": -1,
+    "max_continuous_cached_steps": 3,
+    "residual_diff_threshold": 0.24,
+    "num_inference_steps": None,
+    "enable_taylorseer": False,
+    "taylorseer_order": 1,
+    "scm_steps_mask_policy": "slow",
+    "scm_steps_policy": "static",
+}
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml", "json"])
+def test_files_give_the_arguments_of_enable(tmp_path, suffix):
+    import yaml
+
+    path = tmp_path / f"cache.{suffix}"
+    path.write_text(json.dumps(yaml.safe_load(YAML)) if suffix == "json" else YAML)
+    expected = {
+        "cache_config": DBCacheConfig(
+            warmup_interval=2,
+            max_continuous_cached_steps=2,
+            Fn_compute_blocks=1,
+            residual_diff_threshold=0.12,
+        ),
+        "calibrator_config": TaylorSeerCalibratorConfig(
+            taylorseer_order=2, enable_encoder_calibrator=False
+        ),
+    }
+    assert load_configs(path) == load_configs(str(path)) == expected
+
+
+def test_agrees_with_cache_dit_on_the_fields(tmp_path):
+    cache_dit = pytest.importorskip("cache_dit", minversion="1.5.3")
+    path = tmp_path / "cache.yaml"
+    path.write_text(YAML)
+    peer, mine = cache_dit.load_configs(str(path)), load_configs(path)
+    theirs = peer["cache_config"].as_dict()
+    for name in mine["cache_config"].given:
+        assert theirs[name] == getattr(mine["cache_config"], name), name
+    for name in ("enable_calibrator", "enable_encoder_calibrator", "taylorseer_order"):
+        got = getattr(mine["calibrator_config"], name)
+        assert got == getattr(peer["calibrator_config"], name), name
+
+
+def test_serving_engines_dictionary_runs():
+    pipe = tiny.pipeline("flux")
+    dbcache.enable(pipe, **load_configs(SERVING))
+    tiny.generate(pipe, 8, guided=False)
+    (lane,) = dbcache.summary(pipe).lanes
+    assert lane.cached_steps == [5]
+    dbcache.enable(pipe, **SERVING)
+    tiny.generate(pipe, 8, guided=False)
+    assert dbcache.summary(pipe).lanes[0].cached_steps == [5]
+
+
+def test_only_what_was_given_counts_and_switched_off_is_said():
+    loaded = load_configs(SERVING)
+    assert type(loaded["calibrator_config"]) is CalibratorConfig
+    assert loaded["cache_config"].steps_computation_policy == "static"
+    loaded = load_configs({"max_warmup_steps": 3})
+    assert loaded["cache_config"].given == {"max_warmup_steps": 3}
+    assert loaded["calibrator_config"] is None
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "match"),
+    [
+        ({"residual_diff_treshold": 0.1}, TypeError, "did you mean 'residual_diff_threshold'"),
+        ({"enable_sperate_cfg": True}, TypeError, "did you mean 'enable_separate_cfg'"),
+        ({"scm_step_policy": "static"}, TypeError, "did you mean 'scm_steps_policy'"),
+        ({"cache_config": {"enable_taylorser": True}}, TypeError, "'enable_taylorseer'"),
+        ({"cache_config": {}, "Fn_compute_blocks": 1}, TypeError, "unknown option 'Fn_comp"),
+        ({"cache_config": {}, "quantize_config": {}}, ValueError, "got 'quantize_config'"),
+        ({"parallelism_config": {"ulysses_size": 2}}, ValueError, "got 'parallelism_config'"),
+        ({"cache_config": [1]}, TypeError, r"must be a mapping of options, got \[1\]"),
+        ({"cache_type": "Cache"}, ValueError, "cache_type"),
+        ({"taylorseer_order": 2}, ValueError, "add enable_taylorseer=True"),
+        ({"enable_taylorseer": "yes"}, TypeError, "must be True or False, got 'yes'"),
+        ({"scm_steps_mask_policy": "quick"}, ValueError, "got 'quick'"),
+        (
+            {"scm_steps_policy": "static", "steps_computation_policy": "static"},
+            ValueError,
+            "must not both be given",
+        ),
+        (3, TypeError, "a path or a mapping must be given, got 3"),
+        ("cache.toml", ValueError, r"\.yaml, \.yml or \.json, got 'cache\.toml'"),
+        ("missing.json", FileNotFoundError, r"missing\.json"),
+    ],
+)
+def test_refuses_what_it_does_not_know(source, error, match):
+    with pytest.raises(error, match=match):
+        load_configs(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error", "match"),
+    [
+        ("a.json", "{", ValueError, "must be JSON"),
+        ("a.yaml", "a: [", ValueError, "must be YAML"),
+        ("a.yaml", "- 1", TypeError, r"a mapping of options must be given, got \[1\]"),
+        ("a.yaml", "", TypeError, "got None"),
+    ],
+)
+def test_refuses_files_that_hold_no_options(tmp_path, name, text, error, match):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=match):
+        load_configs(tmp_path / name)
+
+
+def test_without_pyyaml_names_the_extra(tmp_path, monkeypatch):
+    path, real = tmp_path / "cache.yaml", builtins.__import__
+    path.write_text(YAML)
+
+    def no_yaml(name, *args, **kwargs):
+        if name == "yaml":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_yaml)
+    with pytest.raises(ImportError, match=r"pip install 'dbcache\[yaml\]'"):
+        load_configs(path)
+
+
+def test_enable_refuses_two_predictors():
+    pipe = tiny.pipeline("flux")
+    with pytest.raises(ValueError, match="together with TaylorSeer's options"):
+        dbcache.enable(pipe, calibrator_config=TaylorSeerCalibratorConfig(), enable_taylorseer=True)
+    assert "_dbcache" not in pipe.__dict__

@@ -1,0 +1,203 @@
+"""What the kernels move: each element of each tensor at most once, and nothing that need not move.
+
+Triton's interpreter executes the loads and stores of a kernel on real addresses. They are written
+down and counted per element, so that a second pass over a tensor, an overlap of two programs or a
+read of a ring slot without weight shows.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from dbcache.kernels import lane_state as ls
+from dbcache.kernels.commit import commit
+from dbcache.kernels.lane_state import LaneState
+from dbcache.kernels.predict import predict
+from dbcache.kernels.probe_and_decide import probe_and_decide
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="counts in Triton's interpreter, which is off beside a GPU"
+)
+
+SHAPES = {"hidden": (2, 17, 160), "encoder": (2, 5, 96)}
+SLOTS, SLOT = 3, 1
+FORMS = {
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float32": (torch.float32, torch.float32),
+    "fp8 ring": (torch.bfloat16, torch.uint8),
+}
+
+
+class Traffic:
+    """Addresses that kernels load from and store to."""
+
+    def __init__(self, builder):
+        self.loads, self.stores = [], []
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def counted_load(ptrs, mask, *args, **kwargs):
+            self.loads.append(self._addresses(ptrs, mask))
+            return load(ptrs, mask, *args, **kwargs)
+
+        def counted_store(ptrs, value, mask, *args, **kwargs):
+            self.stores.append(self._addresses(ptrs, mask))
+            return store(ptrs, value, mask, *args, **kwargs)
+
+        self.load, self.store = counted_load, counted_store
+
+    @staticmethod
+    def _addresses(ptrs, mask):
+        pointers, active = np.broadcast_arrays(ptrs.data, mask.data)
+        return pointers[active.astype(bool)].astype(np.int64)
+
+    def counts(self, tensor, kind):
+        """Return how often each element of a contiguous `tensor` was loaded or stored."""
+        moved = getattr(self, kind)
+        addresses = np.concatenate(moved) if moved else np.zeros(0, np.int64)
+        index = (addresses - tensor.data_ptr()) // tensor.element_size()
+        index = index[(index >= 0) & (index < tensor.numel())]
+        return torch.from_numpy(np.bincount(index, minlength=tensor.numel())).view(tensor.shape)
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    log = Traffic(interpreter_builder)
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", log.load)
+    monkeypatch.setattr(interpreter_builder, "create_masked_store", log.store)
+    return log
+
+
+class Step:
+    """The tensors of one step with two streams."""
+
+    def __init__(self, random, form):
+        dtype, ring_dtype = FORMS[form]
+        hidden, encoder = SHAPES["hidden"], SHAPES["encoder"]
+        self.h_in, self.h_fn, self.h_out, self.p_ref = (
+            random(*hidden, dtype=dtype) for _ in range(4)
+        )
+        self.encoder_fn, self.encoder_out = (random(*encoder, dtype=dtype) for _ in range(2))
+        self.out, self.encoder_to = torch.empty_like(self.h_fn), torch.empty_like(self.encoder_fn)
+        self.ring, self.encoder_ring = (
+            torch.zeros(SLOTS, *shape, dtype=ring_dtype) for shape in (hidden, encoder)
+        )
+        self.scales = self.encoder_scales = None
+        if ring_dtype == torch.uint8:
+            self.scales, self.encoder_scales = (
+                torch.zeros(SLOTS, *shape[:-1]) for shape in (hidden, encoder)
+            )
+        self.state = LaneState.allocate(8, "cpu")
+        self.state.counters[ls.REFERENCE] = 1
+        self.state.counters[ls.SLOT] = SLOT
+
+    def decide(self):
+        probe_and_decide(self.h_in, self.h_fn, self.p_ref, self.state, impl="triton")
+
+    def commit(self, h_in):
+        commit(
+            h_in, self.h_fn, self.h_out, self.p_ref, self.ring, self.state.counters,
+            self.encoder_fn, self.encoder_out, self.encoder_ring,
+            self.scales, self.encoder_scales, impl="triton",
+        )  # fmt: skip
+
+    def predict(self, weights):
+        weights = torch.tensor([*weights, *[0.0] * (ls.MAX_SLOTS - len(weights))])
+        predict(
+            self.h_fn, self.ring, weights, self.encoder_fn, self.encoder_ring, weights,
+            self.scales, self.encoder_scales,
+            out=self.out, encoder_out=self.encoder_to, impl="triton",
+        )  # fmt: skip
+
+    def tensors(self):
+        """Return the tensors whose size is that of a stream, by name."""
+        named = {name: value for name, value in vars(self).items() if name != "state"}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+def assert_moves(step, traffic, *, loads, stores, slots=()):
+    """Check that whole tensors (of rings: whole slots) are moved once, and all others never."""
+    nbytes = 0
+    for name, tensor in step.tensors().items():
+        for kind, moved in (("loads", loads), ("stores", stores)):
+            expected = torch.zeros(tensor.shape, dtype=torch.int64)
+            if name in moved:
+                per_slot = "ring" in name or "scales" in name
+                expected[list(slots) if per_slot else slice(None)] = 1
+            assert torch.equal(traffic.counts(tensor, kind), expected), (name, kind)
+            nbytes += int(expected.sum()) * tensor.element_size()
+    return nbytes
+
+
+def bytes_of(form, hidden, encoder):
+    """Return the bytes of `hidden` and `encoder` passes, each (in the dtype, over a ring slot)."""
+    dtype, ring_dtype = FORMS[form]
+    total = 0.0
+    for shape, (plain, slots) in zip(SHAPES.values(), (hidden, encoder), strict=True):
+        per_slot = ring_dtype.itemsize + (4 / shape[-1] if ring_dtype == torch.uint8 else 0)
+        total += np.prod(shape) * (plain * dtype.itemsize + slots * per_slot)
+    return round(total)
+
+
+def with_scales(step, *rings):
+    names = {"ring": "scales", "encoder_ring": "encoder_scales"}
+    return [*rings, *(names[ring] for ring in rings if step.scales is not None)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_measurement_and_decision_read_three_tensors_once(random, traffic, form):
+    step = Step(random, form)
+    step.decide()
+    moved = assert_moves(step, traffic, loads=("h_in", "h_fn", "p_ref"), stores=())
+    assert moved == bytes_of(form, hidden=(3, 0), encoder=(0, 0))
+    assert step.state.counters[ls.STEP] == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_full_step_reads_its_inputs_once_and_writes_one_slot(random, traffic, form):
+    step = Step(random, form)
+    step.commit(step.h_in)
+    moved = assert_moves(
+        step,
+        traffic,
+        loads=("h_in", "h_fn", "h_out", "encoder_fn", "encoder_out"),
+        stores=("p_ref", *with_scales(step, "ring", "encoder_ring")),
+        slots=(SLOT,),
+    )
+    assert moved == bytes_of(form, hidden=(4, 1), encoder=(2, 1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_where_hidden_states_are_compared_a_full_step_reads_one_less(random, traffic, form):
+    step = Step(random, form)
+    step.commit(None)
+    moved = assert_moves(
+        step,
+        traffic,
+        loads=("h_fn", "h_out", "encoder_fn", "encoder_out"),
+        stores=("p_ref", *with_scales(step, "ring", "encoder_ring")),
+        slots=(SLOT,),
+    )
+    assert moved == bytes_of(form, hidden=(3, 1), encoder=(2, 1))
+
+
+@pytest.mark.parametrize("weights", [(0.0, 1.0, 0.0), (2.0, 0.0, -1.0), (3.0, -3.0, 1.0)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_cached_step_reads_the_slots_that_have_a_weight(random, traffic, form, weights):
+    step = Step(random, form)
+    used = [slot for slot, weight in enumerate(weights) if weight]
+    step.predict(weights)
+    rings = with_scales(step, "ring", "encoder_ring")
+    stores = ("out", "encoder_to")
+    loads = ("h_fn", "encoder_fn", *rings)
+    moved = assert_moves(step, traffic, loads=loads, stores=stores, slots=used)
+    assert moved == bytes_of(form, hidden=(2, len(used)), encoder=(2, len(used)))
+
+
+def test_a_second_pass_would_be_seen(random, traffic):
+    step = Step(random, "float32")
+    for _ in range(2):
+        step.decide()
+    with pytest.raises(AssertionError, match="h_in"):
+        assert_moves(step, traffic, loads=("h_in", "h_fn", "p_ref"), stores=())
