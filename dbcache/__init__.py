@@ -28,7 +28,11 @@ from dbcache.api import (  # noqa: E402
     summary,
     supported_pipelines,
 )
-from dbcache.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig  # noqa: E402
+from dbcache.calibrators import (  # noqa: E402
+    CalibratorConfig,
+    HermiteCalibratorConfig,
+    TaylorSeerCalibratorConfig,
+)
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
@@ -42,6 +46,7 @@ __all__ = [
     "CalibratorConfig",
     "DBCacheConfig",
     "ForwardPattern",
+    "HermiteCalibratorConfig",
     "ParamsModifier",
     "TaylorSeerCalibratorConfig",
     "disable",

@@ -58,12 +58,14 @@ class Lane:
         limits[lane_state.ORDER] = order
         limits[lane_state.ENCODER_ORDER] = encoder_order
         limits[lane_state.BATCH_REDUCE] = BatchReduce[cache.batch_reduce.upper()]
+        limits[lane_state.PREDICTOR] = self.settings.calibrator.predictor
         state.limits.copy_(limits)
         thresholds = torch.zeros_like(state.thresholds, device="cpu")
         thresholds[lane_state.THRESHOLD] = cache.threshold
         accumulated = cache.max_accumulated_residual_diff_threshold
         thresholds[lane_state.MAX_ACCUMULATED] = accumulated or 0.0
         thresholds[lane_state.IMPORTANT] = cache.important_condition_threshold
+        thresholds[lane_state.HERMITE_SCALE] = self.settings.calibrator.hermite_scale
         state.thresholds.copy_(thresholds)
         self._write_plan()
 

@@ -128,7 +128,9 @@ def advance(
             (ls.WEIGHTS, limits[ls.ORDER]),
             (ls.ENCODER_WEIGHTS, limits[ls.ENCODER_ORDER]),
         ):
-            values[base : base + ls.MAX_SLOTS] = weights_by_slot(ages, order, head, slots)
+            values[base : base + ls.MAX_SLOTS] = weights_by_slot(
+                ages, order, head, slots, limits[ls.PREDICTOR], thresholds[ls.HERMITE_SCALE]
+            )
     else:
         counters[ls.SLOT] = head
         counters[ls.RING_STEPS + head] = step
@@ -238,6 +240,7 @@ _MAX_CACHED, _MAX_CONSECUTIVE = tl.constexpr(ls.MAX_CACHED), tl.constexpr(ls.MAX
 _SLOTS, _ORDER = tl.constexpr(ls.SLOTS), tl.constexpr(ls.ORDER)
 _ENCODER_ORDER = tl.constexpr(ls.ENCODER_ORDER)
 _THRESHOLD, _MAX_ACCUMULATED = tl.constexpr(ls.THRESHOLD), tl.constexpr(ls.MAX_ACCUMULATED)
+_PREDICTOR, _HERMITE_SCALE = tl.constexpr(ls.PREDICTOR), tl.constexpr(ls.HERMITE_SCALE)
 _BATCH_REDUCE, _BATCH_MAX = tl.constexpr(ls.BATCH_REDUCE), tl.constexpr(int(BatchReduce.MAX))
 _PLAN_DYNAMIC = tl.constexpr(int(PlanCode.DYNAMIC))
 _PLAN_STATIC = tl.constexpr(int(PlanCode.STATIC))
@@ -354,10 +357,15 @@ def _advance(
         order = tl.load(limits_ptr + _ORDER)
         encoder_order = tl.load(limits_ptr + _ENCODER_ORDER)
         ring_ptr = counters_ptr + _RING_STEPS
-        store_weights(values_ptr + _WEIGHTS, ring_ptr, step, head, slots, snapshots, order)
+        predictor = tl.load(limits_ptr + _PREDICTOR)
+        scale = tl.load(thresholds_ptr + _HERMITE_SCALE)
         store_weights(
-            values_ptr + _ENCODER_WEIGHTS, ring_ptr, step, head, slots, snapshots, encoder_order
+            values_ptr + _WEIGHTS, ring_ptr, step, head, slots, snapshots, order, predictor, scale
         )
+        store_weights(
+            values_ptr + _ENCODER_WEIGHTS, ring_ptr, step, head, slots, snapshots, encoder_order,
+            predictor, scale,
+        )  # fmt: skip
         tl.store(counters_ptr + _CACHED_STEPS, cached_steps + 1)
         tl.store(counters_ptr + _CONSECUTIVE, consecutive + 1)
         tl.store(values_ptr + _ACCUMULATED, accumulated + diff, mask=measured)

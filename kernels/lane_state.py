@@ -41,16 +41,18 @@ NUM_VALUES = ENCODER_WEIGHTS + MAX_SLOTS
 MAX_CACHED = 0  # most cached steps per request, -1 for no limit
 MAX_CONSECUTIVE = 1  # most cached steps in a row, -1 for no limit
 SLOTS = 2  # ring slots in use, 1 to MAX_SLOTS
-ORDER = 3  # order of the Taylor prediction of hidden states, 0 reuses the latest snapshot
+ORDER = 3  # order of the prediction of hidden states, 0 reuses the latest snapshot
 ENCODER_ORDER = 4  # the same for encoder hidden states
 BATCH_REDUCE = 5  # a BatchReduce
-NUM_LIMITS = 6
+PREDICTOR = 6  # a Predictor
+NUM_LIMITS = 7
 
 # entries of LaneState.thresholds, float32
 THRESHOLD = 0  # cache below this relative L1; <= 0 never, >= 1 always
 MAX_ACCUMULATED = 1  # run in full once ACCUMULATED reaches this; <= 0 for no limit
 IMPORTANT = 2  # relative L1 of a token above which it counts, where tokens are told apart
-NUM_THRESHOLDS = 3
+HERMITE_SCALE = 3  # 2 * sigma**2 of Predictor.HERMITE
+NUM_THRESHOLDS = 4
 
 
 class PlanCode(IntEnum):
@@ -73,6 +75,14 @@ class BatchReduce(IntEnum):
     """Of the batch as a whole: the sums of all samples, divided."""
     MAX = 1
     """Of the sample that changed most."""
+
+
+class Predictor(IntEnum):
+    """How the weights follow from the steps in the ring; see `taylor`."""
+
+    TAYLOR = 0
+    NEWTON = 1
+    HERMITE = 2
 
 
 class Reason(IntEnum):
@@ -150,7 +160,9 @@ class LaneState:
             counters=torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
             values=torch.zeros(NUM_VALUES, dtype=torch.float32, device=device),
             limits=torch.tensor(
-                [-1, -1, 1, 0, 0, BatchReduce.MEAN], dtype=torch.int32, device=device
+                [-1, -1, 1, 0, 0, BatchReduce.MEAN, Predictor.TAYLOR],
+                dtype=torch.int32,
+                device=device,
             ),
             thresholds=torch.zeros(NUM_THRESHOLDS, dtype=torch.float32, device=device),
             plan=torch.full((capacity,), PlanCode.DYNAMIC, dtype=torch.int32, device=device),

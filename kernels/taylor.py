@@ -1,8 +1,8 @@
 """Weights that predict a step from the snapshots in the ring, in Python and as a Triton function.
 
-They are those of TaylorSeer (arXiv:2503.06923) on the residuals, with backward differences taken
-over the distances of the snapshots, as cache-dit (github.com/vipshop/cache-dit) takes them. The two
-agree bit for bit: each operation is float32, rounded once, in the same order.
+Each predictor is a series in backward differences; they differ in the coefficients and in the
+distances that the differences are divided by (`taylor_weights`). The two implementations agree
+bit for bit: each operation is float32, rounded once, in the same order.
 """
 
 from collections.abc import Sequence
@@ -12,30 +12,56 @@ from itertools import pairwise
 import triton
 import triton.language as tl
 
-from dbcache.kernels.lane_state import MAX_SLOTS
+from dbcache.kernels.lane_state import MAX_SLOTS, Predictor
 from dbcache.kernels.sums import f32
 
 _MAX_SLOTS = tl.constexpr(MAX_SLOTS)
+_NEWTON = tl.constexpr(int(Predictor.NEWTON))
+_HERMITE = tl.constexpr(int(Predictor.HERMITE))
 
 
-def taylor_weights(ages: Sequence[int], order: int) -> list[float]:
+def taylor_weights(
+    ages: Sequence[int],
+    order: int,
+    predictor: int = Predictor.TAYLOR,
+    scale: float = 0.0,
+) -> list[float]:
     """Return the weights that predict the current step from snapshots `ages` steps old.
 
-    With Y_m the snapshots, newest first, g_m = ages[m + 1] - ages[m] and k = ages[0]:
+    With Y_m the snapshots, newest first, a_m = ages[m], k = a_0 and L = min(order, len(ages) - 1):
 
-        D(0)_m = Y_m,  D(i+1)_m = (D(i)_m - D(i)_{m+1}) / g_m
-        prediction = sum over i <= L of k^i / i! * D(i)_0,  L = min(order, len(ages) - 1)
+        D(0)_m = Y_m,  D(i+1)_m = (D(i)_m - D(i)_{m+1}) / g
+        prediction = sum over i <= L of c_i * D(i)_0
+
+        TAYLOR   g = a_{m+1} - a_m    c_i = k^i / i!          TaylorSeer (arXiv:2503.06923), with
+                                                              distances as cache-dit takes them
+        NEWTON   g = a_{m+i+1} - a_m  c_i = a_0 ... a_{i-1}   the polynomial through the newest
+                                                              L + 1 snapshots
+        HERMITE  g = a_{m+1} - a_m    c_i = s^i H_i(s k) / i! HiCache, H_i the physicists' Hermite
+                                                              polynomials and `scale` = 2 s^2
 
     which is linear in Y. The weights are its adjoint, taken from the highest difference down. There
     are L + 1 of them; older snapshots have weight 0.
     """
     last = max(0, min(order, len(ages) - 1))
-    coefficients = [1.0]
+    newton = predictor == Predictor.NEWTON
+    coefficients, before = [1.0], 0.0
     for i in range(1, last + 1):
-        coefficients.append(f32(f32(coefficients[-1] * ages[0]) / i))
+        latest = coefficients[-1]
+        if newton:
+            following = f32(latest * ages[i - 1])
+        elif predictor == Predictor.HERMITE:
+            # H_{i+1}(x) = 2 x H_i(x) - 2 i H_{i-1}(x)
+            grown = f32(latest * f32(scale * ages[0]))
+            following = f32(f32(grown - f32(before * scale)) / i)
+        else:
+            following = f32(f32(latest * ages[0]) / i)
+        coefficients.append(following)
+        before = latest
     weights = [coefficients[last]]
     for i in range(last - 1, -1, -1):
-        parts = [f32(w / (ages[m + 1] - ages[m])) for m, w in enumerate(weights)]
+        reach = i + 1 if newton else 1
+        parts = [f32(w / (ages[m + reach] - ages[m])) for m, w in enumerate(weights)]
         weights = [f32(parts[0] + coefficients[i])]
         weights += [f32(after - before) for before, after in pairwise(parts)]
         weights.append(-parts[-1])
@@ -43,34 +69,46 @@ def taylor_weights(ages: Sequence[int], order: int) -> list[float]:
 
 
 @lru_cache(maxsize=4096)
-def weights_by_slot(ages: tuple[int, ...], order: int, head: int, slots: int) -> list[float]:
+def weights_by_slot(
+    ages: tuple[int, ...], order: int, head: int, slots: int, predictor: int, scale: float
+) -> list[float]:
     """Spread the weights over the ring. Requests repeat the same few patterns of ages."""
     by_slot = [0.0] * MAX_SLOTS
-    for m, weight in enumerate(taylor_weights(ages, order)):
+    for m, weight in enumerate(taylor_weights(ages, order, predictor, scale)):
         by_slot[(head - 1 - m) % slots] = weight
     return by_slot
 
 
 @triton.jit
-def store_weights(weights_ptr, ring_ptr, step, head, slots, snapshots, order):
+def store_weights(weights_ptr, ring_ptr, step, head, slots, snapshots, order, predictor, scale):
     """The function `taylor_weights` above, on vectors over m, stored by slot."""
     m = tl.arange(0, _MAX_SLOTS)
-    slot = (head - 1 - m + _MAX_SLOTS * slots) % slots
-    older = (head - 2 - m + _MAX_SLOTS * slots + slots) % slots
+    newest = head - 1 + 2 * _MAX_SLOTS * slots
+    slot = (newest - m) % slots
     steps = tl.load(ring_ptr + slot)
-    # 1 where there is no older snapshot, so that 0 / gap stays 0 there
-    gap = tl.where(m + 1 < snapshots, steps - tl.load(ring_ptr + older), 1).to(tl.float32)
-    distance = (step - tl.load(ring_ptr + (head - 1 + slots) % slots)).to(tl.float32)
+    distance = (step - tl.load(ring_ptr + newest % slots)).to(tl.float32)
 
     last = tl.maximum(tl.minimum(order, snapshots - 1), 0)
-    coefficient = tl.full((), 1.0, tl.float32)
-    coefficients = tl.where(m == 0, coefficient, 0.0)
+    latest = tl.full((), 1.0, tl.float32)
+    previous = tl.full((), 0.0, tl.float32)
+    coefficients = tl.where(m == 0, latest, 0.0)
     for i in range(1, last + 1):
-        coefficient = tl.div_rn(coefficient * distance, tl.cast(i, tl.float32))
-        coefficients = tl.where(m == i, coefficient, coefficients)
+        age = (step - tl.load(ring_ptr + (newest - i + 1) % slots)).to(tl.float32)
+        grown = latest * distance
+        grown = tl.where(predictor == _NEWTON, latest * age, grown)
+        hermite = latest * (scale * distance) - previous * scale
+        grown = tl.where(predictor == _HERMITE, hermite, grown)
+        divisor = tl.where(predictor == _NEWTON, 1, i).to(tl.float32)
+        previous = latest
+        latest = tl.div_rn(grown, divisor)
+        coefficients = tl.where(m == i, latest, coefficients)
 
-    weights = tl.where(m == 0, coefficient, 0.0)
+    weights = tl.where(m == 0, latest, 0.0)
     for i in range(last - 1, -1, -1):
+        reach = tl.where(predictor == _NEWTON, i + 1, 1)
+        older = tl.load(ring_ptr + (newest - m - reach) % slots)
+        # 1 where there is no older snapshot, so that 0 / gap stays 0 there
+        gap = tl.where(m + reach < snapshots, steps - older, 1).to(tl.float32)
         part = tl.div_rn(weights, gap)
         before = tl.sum(tl.where(m[None, :] + 1 == m[:, None], part[None, :], 0.0), axis=1)
         coefficient = tl.sum(tl.where(m == i, coefficients, 0.0), axis=0)

@@ -2,7 +2,13 @@
 
 import pytest
 
-from dbcache import CalibratorConfig, DBCacheConfig, ParamsModifier, TaylorSeerCalibratorConfig
+from dbcache import (
+    CalibratorConfig,
+    DBCacheConfig,
+    HermiteCalibratorConfig,
+    ParamsModifier,
+    TaylorSeerCalibratorConfig,
+)
 from dbcache.config import StackSettings, merge
 
 
@@ -71,6 +77,14 @@ def test_rejects_masks_that_cannot_be_run():
 def test_rejects_bad_calibrators():
     with pytest.raises(ValueError, match="taylorseer_order"):
         TaylorSeerCalibratorConfig(taylorseer_order=5)
+    with pytest.raises(ValueError, match="hermite_order must be an integer from 0 to 4, got 5"):
+        HermiteCalibratorConfig(hermite_order=5)
+    with pytest.raises(ValueError, match=r"sigma must be at most 1, got 1\.5"):
+        HermiteCalibratorConfig(sigma=1.5)
+    with pytest.raises(ValueError, match="sigma must be a number > 0, got 0"):
+        HermiteCalibratorConfig(sigma=0)
+    with pytest.raises(TypeError, match="exact must be True or False, got 1"):
+        TaylorSeerCalibratorConfig(exact=1)
     with pytest.raises(ValueError, match="calibrator_cache_type"):
         TaylorSeerCalibratorConfig(calibrator_cache_type="hidden")
     with pytest.raises(TypeError, match=r"ParamsModifier\.cache_config"):
@@ -114,3 +128,5 @@ def test_strify_tells_settings_apart():
     assert config.update(cache_dtype="fp8").strify() == "DBCache_F1B0_W8I1M7MC0_R0.12_Dfp8"
     assert TaylorSeerCalibratorConfig(taylorseer_order=2).strify() == "T1O2"
     assert TaylorSeerCalibratorConfig(taylorseer_order=0).strify() == "T0O0"
+    assert TaylorSeerCalibratorConfig(taylorseer_order=2, exact=True).strify() == "T1O2E"
+    assert HermiteCalibratorConfig(hermite_order=2).strify() == "H1O2S0.5"

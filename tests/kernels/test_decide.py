@@ -1,6 +1,6 @@
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import inf, isnan, nan
+from math import factorial, inf, isnan, nan, prod
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dbcache.kernels import decide as module
 from dbcache.kernels import lane_state as ls
 from dbcache.kernels.decide import decide
-from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode, Reason
+from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode, Predictor, Reason
 from dbcache.kernels.sums import f32, relative_l1
 from dbcache.kernels.taylor import taylor_weights
 
@@ -38,14 +38,18 @@ class Lane:
     order: int = 0
     encoder_order: int = 0
     batch_reduce: BatchReduce = BatchReduce.MEAN
+    predictor: Predictor = Predictor.TAYLOR
+    hermite_scale: float = 0.0
     state: LaneState = field(init=False)
 
     def __post_init__(self):
         self.state = LaneState.allocate(len(self.plan), self.device)
         orders = (self.order, self.encoder_order)
-        limits = (self.max_cached, self.max_consecutive, self.slots, *orders, self.batch_reduce)
+        limits = (self.max_cached, self.max_consecutive, self.slots, *orders)
+        limits += (self.batch_reduce, self.predictor)
         self.state.limits.copy_(torch.tensor(limits))
-        self.state.thresholds.copy_(torch.tensor([self.threshold, self.max_accumulated, 0.0]))
+        thresholds = (self.threshold, self.max_accumulated, 0.0, self.hermite_scale)
+        self.state.thresholds.copy_(torch.tensor(thresholds))
         self.state.plan.copy_(torch.tensor([PLAN[code] for code in self.plan]))
 
     def step(self, num=None, den=1.0):
@@ -318,6 +322,65 @@ def test_first_order_predicts_straight_lines_exactly():
     assert sum(w * (3 - 2 * age) for w, age in zip(weights, ages, strict=False)) == 3.0
 
 
+def lagrange(ages, order):
+    """Weights of the polynomial through the newest snapshots, in float64."""
+    nodes = ages[: order + 1]
+    return [
+        prod(other / (other - age) for m, other in enumerate(nodes) if m != j)
+        for j, age in enumerate(nodes)
+    ]
+
+
+@given(gaps=st.lists(st.integers(1, 9), min_size=1, max_size=8), order=st.integers(0, 4))
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+def test_newton_weights_are_lagranges_and_exact_on_polynomials(gaps, order):
+    ages = [sum(gaps[: i + 1]) for i in range(len(gaps))]
+    weights = taylor_weights(ages, order, Predictor.NEWTON)
+    scale = sum(abs(w) for w in weights)
+    assert weights == pytest.approx(lagrange(ages, order), abs=1e-5 * scale)
+    for degree in range(len(weights)):
+        values = [(1 - age / ages[-1]) ** degree for age in ages]  # 1 at age 0
+        total = sum(w * y for w, y in zip(weights, values, strict=False))
+        assert total == pytest.approx(1, abs=1e-5 * scale)
+
+
+@given(
+    gaps=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    order=st.integers(0, 4),
+    sigma=st.sampled_from([0.3, 0.5, 1.0]),
+    snapshots=st.lists(st.floats(-10, 10), min_size=8, max_size=8),
+)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+def test_hermite_weights_are_the_series_in_hermite_polynomials(gaps, order, sigma, snapshots):
+    ages = [sum(gaps[: i + 1]) for i in range(len(gaps))]
+    weights = taylor_weights(ages, order, Predictor.HERMITE, f32(2 * sigma**2))
+    row, expected, size = snapshots[: len(ages)], 0.0, 0.0
+    for i in range(len(weights)):
+        x = sigma * ages[0]
+        hermite = [1, 2 * x, 4 * x**2 - 2, 8 * x**3 - 12 * x, 16 * x**4 - 48 * x**2 + 12][i]
+        term = sigma**i * hermite / factorial(i)
+        expected, size = expected + term * row[0], size + abs(term) * 10 * 2**i
+        row = [(new - old) / (ages[m + 1] - ages[m]) for m, (new, old) in enumerate(pairwise(row))]
+    total = sum(w * y for w, y in zip(weights, snapshots, strict=False))
+    scale = size + sum(abs(w) for w in weights) * 10
+    assert total == pytest.approx(expected, abs=1e-5 * scale)
+
+
+def test_newton_weights_follow_the_ring_around(lane):
+    one = lane("wwswmsws", slots=3, order=2, predictor=Predictor.NEWTON)
+    full = []
+    for step, code in enumerate(one.plan):
+        one.step()
+        if code != "s":
+            full.append(step)
+            continue
+        expected = [0.0] * 8
+        newest_first = full[::-1][:3]
+        for j, weight in enumerate(lagrange([step - s for s in newest_first], 2)):
+            expected[(len(full) - 1 - j) % 3] = weight
+        assert one.state.weights.tolist() == pytest.approx(expected, abs=1e-5)
+
+
 # --- both implementations ---
 
 SPECIAL = {1: (nan, 1.0), 2: (inf, 1.0), 3: (0.0, 0.0), 4: (1.0, 0.0), 5: (inf, inf), 6: ()}
@@ -337,6 +400,8 @@ OPTIONS = st.fixed_dictionaries(
         "order": st.integers(0, 4),
         "encoder_order": st.integers(0, 4),
         "batch_reduce": st.sampled_from(BatchReduce),
+        "predictor": st.sampled_from(Predictor),
+        "hermite_scale": st.sampled_from([0.5, 0.18, 2.0]),
     }
 )
 

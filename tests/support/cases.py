@@ -85,6 +85,8 @@ OWN = {
     "order 2 after 2 steps": Rule(max_warmup_steps=2, residual_diff_threshold=0.16, order=2),
     "order 2 after 1 step": Rule(max_warmup_steps=1, residual_diff_threshold=0.16, order=2),
     "order 3": Rule(max_warmup_steps=4, residual_diff_threshold=0.16, order=3),
+    "order 2, exact": Rule(max_warmup_steps=4, residual_diff_threshold=0.16, order=2, exact=True),
+    "order 2, Hermite": Rule(max_warmup_steps=4, residual_diff_threshold=0.16, order=2, sigma=0.5),
     "order 2, interval 3": Rule(
         max_warmup_steps=7, warmup_interval=3, residual_diff_threshold=0.2, order=2
     ),

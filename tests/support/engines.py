@@ -28,7 +28,8 @@ class Run:
 def options(rule: oracle.Rule) -> dict:
     """Return the keyword arguments of dbcache's `DBCacheConfig`."""
     values = asdict(rule)
-    values.pop("order")
+    for name in ("order", "exact", "sigma"):
+        values.pop(name)  # of the calibrator
     if rule.steps_computation_mask is not None:
         values["steps_computation_mask"] = list(rule.steps_computation_mask)
     return values
@@ -73,8 +74,12 @@ def run_dbcache(target, family: tiny.Family, rule: oracle.Rule, steps: int, **ho
     import dbcache
 
     calibrator = None
-    if rule.order:
-        calibrator = dbcache.TaylorSeerCalibratorConfig(taylorseer_order=rule.order)
+    if rule.order and rule.sigma is not None:
+        calibrator = dbcache.HermiteCalibratorConfig(hermite_order=rule.order, sigma=rule.sigma)
+    elif rule.order:
+        calibrator = dbcache.TaylorSeerCalibratorConfig(
+            taylorseer_order=rule.order, exact=rule.exact
+        )
     dbcache.enable(
         target,
         cache_config=dbcache.DBCacheConfig(**options(rule)),

@@ -37,6 +37,8 @@ class Rule:
     important_condition_threshold: float = 0.0
     l1_hidden_states_diff_threshold: float = 0.0
     order: int = 0
+    exact: bool = False
+    sigma: float | None = None  # Hermite polynomials instead of powers
 
 
 @dataclass
@@ -112,8 +114,9 @@ class Decider:
 class Series:
     """The block residuals of a lane's full steps, and the forecast from them."""
 
-    def __init__(self, order: int):
-        self.order = order
+    def __init__(self, rule: Rule):
+        self.rule = rule
+        self.order = rule.order
         self.steps: list[int] = []
         self.values: list[torch.Tensor] = []
 
@@ -131,11 +134,29 @@ class Series:
         return (newer - self.derivative(degree - 1, index - 1)) / gap
 
     def forecast(self, step: int) -> torch.Tensor:
-        """Return sum_i k**i / i! * D(i) at `step`, k steps after the newest snapshot."""
+        """Return the prediction for `step`, k steps after the newest snapshot.
+
+        sum_i k**i / i! * D(i), with sigma**i * H_i(sigma * k) for k**i if there is a sigma;
+        or, if exact, the polynomial through the newest snapshots (Lagrange).
+        """
         newest = len(self.steps) - 1
+        if self.rule.exact:
+            nodes = self.steps[-self.order - 1 :]
+            pairs = zip(nodes, self.values[-self.order - 1 :], strict=True)
+            return sum(
+                math.prod((step - o) / (node - o) for o in nodes if o != node) * value
+                for node, value in pairs
+            )
         k = step - self.steps[newest]
         terms = range(min(self.order, newest) + 1)
-        return sum(k**i / math.factorial(i) * self.derivative(i, newest) for i in terms)
+        sigma = self.rule.sigma
+        if sigma is None:
+            powers = [k**i for i in terms]
+        else:
+            x = sigma * k
+            hermite = (1, 2 * x, 4 * x**2 - 2, 8 * x**3 - 12 * x)
+            powers = [sigma**i * hermite[i] for i in terms]
+        return sum(p / math.factorial(i) * self.derivative(i, newest) for i, p in enumerate(powers))
 
 
 class Lane:
@@ -145,8 +166,8 @@ class Lane:
         self.decider = Decider(rule)
         self.reference: torch.Tensor | None = None
         self.shapes: tuple | None = None
-        self.hidden = Series(rule.order)
-        self.encoder = Series(rule.order)
+        self.hidden = Series(rule)
+        self.encoder = Series(rule)
 
 
 class Oracle:
@@ -238,7 +259,7 @@ class Oracle:
         self.full = lane.decider.decide(change)
         if self.full:
             if lane.shapes != shapes:
-                lane.hidden, lane.encoder = Series(self.rule.order), Series(self.rule.order)
+                lane.hidden, lane.encoder = Series(self.rule), Series(self.rule)
             lane.reference, lane.shapes = probe, shapes
 
     def relative_l1(self, now: torch.Tensor, before: torch.Tensor) -> float:
