@@ -59,6 +59,64 @@ MODELS = (
         (StackRow(("blocks",), ForwardPattern.Pattern_2),),
         separate_cfg=True,
     ),
+    ModelRow(
+        "CogVideoXTransformer3DModel",
+        "CogVideoX, CogVideoX 1.5",
+        (StackRow(("transformer_blocks",), ForwardPattern.Pattern_0),),
+    ),
+    ModelRow(
+        "HunyuanVideoTransformer3DModel",
+        "HunyuanVideo",
+        (StackRow(("transformer_blocks", "single_transformer_blocks"), ForwardPattern.Pattern_0),),
+    ),
+    ModelRow(
+        "MochiTransformer3DModel",
+        "Mochi",
+        (StackRow(("transformer_blocks",), ForwardPattern.Pattern_0),),
+    ),
+    ModelRow(
+        "LTXVideoTransformer3DModel",
+        "LTX-Video",
+        (StackRow(("transformer_blocks",), ForwardPattern.Pattern_2),),
+    ),
+    ModelRow(
+        "CogView4Transformer2DModel",
+        "CogView4",
+        (StackRow(("transformer_blocks",), ForwardPattern.Pattern_0),),
+        separate_cfg=True,
+    ),
+    ModelRow(
+        "PixArtTransformer2DModel",
+        "PixArt-alpha, PixArt-sigma",
+        (StackRow(("transformer_blocks",), ForwardPattern.Pattern_3),),
+    ),
+    ModelRow(
+        "CogView3PlusTransformer2DModel",
+        "CogView3-Plus",
+        (StackRow(("transformer_blocks",), ForwardPattern.Pattern_0),),
+    ),
+    ModelRow(
+        "BriaTransformer2DModel",
+        "Bria 3.2",
+        (StackRow(("transformer_blocks", "single_transformer_blocks"), ForwardPattern.Pattern_1),),
+    ),
+    ModelRow(
+        "OvisImageTransformer2DModel",
+        "Ovis-Image",
+        (StackRow(("transformer_blocks", "single_transformer_blocks"), ForwardPattern.Pattern_1),),
+        separate_cfg=True,
+    ),
+    ModelRow(
+        "LongCatImageTransformer2DModel",
+        "LongCat-Image",
+        (StackRow(("transformer_blocks", "single_transformer_blocks"), ForwardPattern.Pattern_1),),
+        separate_cfg=True,
+    ),
+    ModelRow(
+        "SanaTransformer2DModel",
+        "Sana",
+        (StackRow(("transformer_blocks",), ForwardPattern.Pattern_3),),
+    ),
 )
 
 _ROWS = {row.transformer: row for row in MODELS}

@@ -18,8 +18,8 @@ def test_a_new_state_never_caches_and_has_no_reference(device):
     assert state.capacity == 3
     assert state.counters.tolist() == [0] * ls.NUM_COUNTERS
     assert state.values.tolist() == [-1.0] + [0.0] * (ls.NUM_VALUES - 1)
-    assert state.limits.tolist() == [-1, -1, 1, 0, 0, 0]
-    assert state.thresholds.tolist() == [0.0, 0.0, 0.0]
+    assert state.limits.tolist() == [-1, -1, 1] + [0] * (ls.NUM_LIMITS - 3)
+    assert state.thresholds.tolist() == [0.0] * ls.NUM_THRESHOLDS
     assert state.plan.tolist() == [PlanCode.DYNAMIC] * 3
     assert state.trace_reason.tolist() == [-1] * 3
     assert state.trace_diff.tolist() == [-1.0] * 3
@@ -54,8 +54,8 @@ def test_reset_keeps_the_plan_and_the_configuration(device):
     for name in ("counters", "values", "trace_reason", "trace_diff"):
         assert torch.equal(getattr(state, name), getattr(fresh, name)), name
     assert state.plan.tolist() == [2, 2, 2]
-    assert state.limits.tolist() == [3] * 6
-    assert state.thresholds.tolist() == [0.5] * 3
+    assert state.limits.tolist() == [3] * ls.NUM_LIMITS
+    assert state.thresholds.tolist() == [0.5] * ls.NUM_THRESHOLDS
 
 
 def test_grow_keeps_the_contents_and_never_shrinks(device):
