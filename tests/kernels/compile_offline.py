@@ -37,10 +37,11 @@ def variants():
     """Yield name, kernel, arguments by name, constexprs and options of what is launched."""
     for dtype in ("bf16", "fp16", "fp32"):
         x = f"*{dtype}"
+        size = "i64" if dtype == "fp16" else "i32"  # of more than 2**31 elements
         for start in ("h_in_ptr", None) if dtype == "bf16" else ("h_in_ptr",):
             streams = dict.fromkeys(filter(None, (start, "h_fn_ptr", "p_ref_ptr")), x)
             measured = streams | {"partials_ptr": "*fp32"}
-            measured |= {"size": "i64" if dtype == "fp16" else "i32", "per_program": "i32"}
+            measured |= {"size": size, "per_program": "i32"}
             form = f"{dtype}{'' if start else '-hidden'}"
             measured |= {"width": "i32"}
             constants = {"LOG_BLOCK": probe_diff.log2(probe_diff.BLOCK)}
@@ -72,7 +73,7 @@ def variants():
             yield (
                 f"predict-{dtype}-k{slots}{'-encoder' * encoder}{'-replace' * replace}",
                 predict._predict_kernel,
-                stream | {"size": "i32", "blocks": "i32"} | (extra if encoder else {})
+                stream | {"size": size, "blocks": "i32"} | (extra if encoder else {})
                 | {"encoder_size": "i32"},
                 {"K": slots, "REPLACE": replace, "BLOCK": launch.block},
                 {"num_warps": launch.num_warps, "enable_fp_fusion": True},
@@ -87,7 +88,7 @@ def variants():
                 yield (
                     f"commit-{dtype}{form}",
                     commit._commit_kernel,
-                    given | {"counters_ptr": "*i32", "size": "i32", "blocks": "i32"}
+                    given | {"counters_ptr": "*i32", "size": size, "blocks": "i32"}
                     | (extra if encoder else {}) | {"encoder_size": "i32"},
                     {"REPLACE": replace, "BLOCK": DEFAULTS["commit"].block},
                     {"num_warps": DEFAULTS["commit"].num_warps, "enable_fp_fusion": False},
