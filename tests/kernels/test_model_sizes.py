@@ -109,8 +109,10 @@ def _commit_last(x_ptr, p_ref_ptr, ring_ptr, slot, size, block, BLOCK: tl.conste
 
 
 @triton.jit
-def _predict_last(h_ptr, ring_ptr, weights_ptr, out_ptr, size, block, BLOCK: tl.constexpr):
-    _predict_block(h_ptr, ring_ptr, weights_ptr, out_ptr, size, block, 2, False, BLOCK)
+def _predict_last(
+    h_ptr, ring_ptr, weights_ptr, out_ptr, size, block, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    _predict_block(h_ptr, ring_ptr, weights_ptr, out_ptr, size, block, K, False, BLOCK)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_graph.py runs whole tensors on a GPU")
@@ -131,14 +133,17 @@ class TestPast32Bits:
         assert x[-3:].tolist() == [0, 0, 0]  # h_fn - h_in, in place of both
         assert ring[-3:].tolist() == [0, 0, 0]
 
-    def test_predict(self):
+    # the second: a size that fits into 32 bits, and a slot that begins beyond them
+    @pytest.mark.parametrize(("size", "slots"), [(SIZE, 2), (2**30 + 3, 3)])
+    def test_predict(self, size, slots):
         block_size = launches.BLOCK
-        block = (SIZE - 1) // block_size
-        h, ring = self.memory(SIZE), self.memory(2 * SIZE)
+        block = (size - 1) // block_size
+        h, ring = self.memory(size), self.memory(slots * size)
         h[-3:] = torch.tensor([1.0, 2.0, 3.0])
         ring[-3:] = torch.tensor([4.0, 5.0, 6.0])
-        weights = torch.tensor([0.0, 10.0] + [0.0] * 6)
-        _predict_last[(1,)](h, ring, weights, h, SIZE, block, BLOCK=block_size)
+        weights = torch.zeros(8)
+        weights[slots - 1] = 10
+        _predict_last[(1,)](h, ring, weights, h, size, block, K=slots, BLOCK=block_size)
         assert h[-3:].tolist() == [41, 52, 63]
 
     def test_probe_diff(self):
