@@ -19,9 +19,6 @@ from dbcache.adapters.patterns import ENCODER, HIDDEN, ForwardPattern
 SMALLEST_SHARE = 0.25
 """A list counts if it has this share of the parameters of the largest one: refiners do not."""
 
-SINGLE_STREAM = (HIDDEN, "x", "hidden")
-"""Names under which blocks take the stream that they return, first parameter or not."""
-
 
 def find_blocks(
     transformer: torch.nn.Module, pattern: ForwardPattern | None
@@ -109,7 +106,7 @@ def _are_blocks(modules: torch.nn.ModuleList) -> bool:
     if len(modules) < 2 or len({type(module) for module in modules}) != 1:
         return False
     names = parameter_names(modules[0])
-    return HIDDEN in names or names[:1] in ([name] for name in SINGLE_STREAM)
+    return HIDDEN in names or names[:1] == ["x"]
 
 
 def _returned_names(block: torch.nn.Module) -> list[str] | None:

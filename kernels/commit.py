@@ -42,7 +42,7 @@ def commit(
     replace: bool = False,
     impl: Impl = "auto",
 ) -> None:
-    """Store ``h_fn - h_in`` in `p_ref` and ``h_out - h_fn`` in ``ring[slot]``.
+    """Store ``h_fn - h_in`` (or `h_fn`) in `p_ref` and ``h_out - h_fn`` in ``ring[slot]``.
 
     Differences are taken in float32 and rounded once, to the dtype of `p_ref` and of `ring`.
 

@@ -55,11 +55,15 @@ MANY_SLOTS = 6
 """From so many ring slots on, 16 elements of each per thread need more registers than there are."""
 
 
+_FOR_MANY_SLOTS = {
+    op: tuple(launch for launch in configs if launch.block // launch.num_warps <= 256)
+    for op, configs in CONFIGS.items()
+}
+
+
 def configs_of(op: str, slots: int = 1) -> tuple[Launch, ...]:
     """Return what may be chosen for `op` and a ring of `slots` slots; the first is the default."""
-    if slots < MANY_SLOTS:
-        return CONFIGS[op]
-    return tuple(launch for launch in CONFIGS[op] if launch.block // launch.num_warps <= 256)
+    return (CONFIGS if slots < MANY_SLOTS else _FOR_MANY_SLOTS)[op]
 
 
 FORMAT = "dbcache tuning 1"
@@ -73,7 +77,7 @@ def launch_of(op: str, x: torch.Tensor, slots: int = 1) -> Launch:
     table = _tables.get(index)
     if table is None:
         table = table_of(index)
-    default = DEFAULTS[op] if slots < MANY_SLOTS else configs_of(op, slots)[0]
+    default = configs_of(op, slots)[0]
     if not table:
         return default
     return table.get(key_of(op, x.numel(), x.itemsize, slots), default)

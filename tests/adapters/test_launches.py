@@ -20,6 +20,7 @@ RULES = {
     "reuse": Rule(max_warmup_steps=2, residual_diff_threshold=0.25),
     "order 1": Rule(max_warmup_steps=2, residual_diff_threshold=0.25, order=1),
     "batch": Rule(max_warmup_steps=2, residual_diff_threshold=0.25, batch_reduce="max"),
+    "hidden states": Rule(max_warmup_steps=2, l1_hidden_states_diff_threshold=0.1),
     "tokens": Rule(
         max_warmup_steps=2, residual_diff_threshold=0.3, important_condition_threshold=0.1
     ),

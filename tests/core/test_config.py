@@ -45,6 +45,8 @@ def test_names_the_nearest_option():
         ("max_accumulated_residual_diff_threshold", 0, ValueError),
         ("batch_reduce", "sum", ValueError),
         ("important_condition_threshold", -0.5, ValueError),
+        ("l1_hidden_states_diff_threshold", -0.5, ValueError),
+        ("l1_hidden_states_diff_threshold", None, TypeError),
         ("important_condition_threshold", "0.5", TypeError),
         ("cache_dtype", "fp16", ValueError),
         ("cache_dtype", None, ValueError),
@@ -125,6 +127,8 @@ def test_strify_tells_settings_apart():
     assert config.strify() == "DBCache_F1B0_W8I1M7MC0_R0.12"
     other = DBCacheConfig(batch_reduce="max", important_condition_threshold=0.5)
     assert other.strify().endswith("_R0.08_BRmax_IC0.5")
+    hidden = DBCacheConfig(l1_hidden_states_diff_threshold=0.2)
+    assert hidden.strify().endswith("_R0.08_HS0.2")
     assert config.update(cache_dtype="fp8").strify() == "DBCache_F1B0_W8I1M7MC0_R0.12_Dfp8"
     assert TaylorSeerCalibratorConfig(taylorseer_order=2).strify() == "T1O2"
     assert TaylorSeerCalibratorConfig(taylorseer_order=0).strify() == "T0O0"

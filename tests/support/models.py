@@ -54,6 +54,22 @@ FLUX_IDS = {
     "txt_ids": torch.zeros(tiny.TEXT_TOKENS, 3),
 }
 
+COGVIEW = HEADS | {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": BLOCKS,
+    "text_embed_dim": tiny.TEXT_DIM,
+    "time_embed_dim": 8,
+    "condition_dim": 4,
+    "pos_embed_max_size": 8,
+    "sample_size": 8,
+}
+COGVIEW_INPUTS = {
+    "original_size": torch.tensor([[64.0, 64.0]]),
+    "target_size": torch.tensor([[64.0, 64.0]]),
+    "crop_coords": torch.zeros(1, 2),
+}
+
 CASES = {
     "FluxTransformer2DModel": Case(
         FLUX_LISTS,
@@ -152,24 +168,9 @@ CASES = {
     "CogView4Transformer2DModel": Case(
         ("transformer_blocks",),
         (1, 4, 8, 8),
-        HEADS
-        | {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": BLOCKS,
-            "text_embed_dim": tiny.TEXT_DIM,
-            "time_embed_dim": 8,
-            "condition_dim": 4,
-            "pos_embed_max_size": 8,
-            "sample_size": 8,
-            "rope_axes_dim": (8, 8),
-        },
+        COGVIEW | {"rope_axes_dim": (8, 8)},
         {"encoder_hidden_states": TEXT},
-        {
-            "original_size": torch.tensor([[64.0, 64.0]]),
-            "target_size": torch.tensor([[64.0, 64.0]]),
-            "crop_coords": torch.zeros(1, 2),
-        },
+        COGVIEW_INPUTS,
     ),
     "PixArtTransformer2DModel": Case(
         ("transformer_blocks",),
@@ -190,23 +191,9 @@ CASES = {
     "CogView3PlusTransformer2DModel": Case(
         ("transformer_blocks",),
         (1, 4, 8, 8),
-        HEADS
-        | {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": BLOCKS,
-            "text_embed_dim": tiny.TEXT_DIM,
-            "time_embed_dim": 8,
-            "condition_dim": 4,
-            "pos_embed_max_size": 8,
-            "sample_size": 8,
-        },
+        COGVIEW,
         {"encoder_hidden_states": TEXT},
-        {
-            "original_size": torch.tensor([[64.0, 64.0]]),
-            "target_size": torch.tensor([[64.0, 64.0]]),
-            "crop_coords": torch.zeros(1, 2),
-        },
+        COGVIEW_INPUTS,
     ),
     "BriaTransformer2DModel": Case(
         FLUX_LISTS,
