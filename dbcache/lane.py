@@ -65,7 +65,7 @@ class Lane:
         accumulated = cache.max_accumulated_residual_diff_threshold
         thresholds[lane_state.MAX_ACCUMULATED] = accumulated or 0.0
         thresholds[lane_state.IMPORTANT] = cache.important_condition_threshold
-        thresholds[lane_state.HERMITE_SCALE] = self.settings.calibrator.hermite_scale
+        thresholds[lane_state.SCALE] = self.settings.calibrator.scale
         state.thresholds.copy_(thresholds)
         self._write_plan()
 

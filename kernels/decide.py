@@ -129,7 +129,7 @@ def advance(
             (ls.ENCODER_WEIGHTS, limits[ls.ENCODER_ORDER]),
         ):
             values[base : base + ls.MAX_SLOTS] = weights_by_slot(
-                ages, order, head, slots, limits[ls.PREDICTOR], thresholds[ls.HERMITE_SCALE]
+                ages, order, head, slots, limits[ls.PREDICTOR], thresholds[ls.SCALE]
             )
     else:
         counters[ls.SLOT] = head
@@ -240,7 +240,7 @@ _MAX_CACHED, _MAX_CONSECUTIVE = tl.constexpr(ls.MAX_CACHED), tl.constexpr(ls.MAX
 _SLOTS, _ORDER = tl.constexpr(ls.SLOTS), tl.constexpr(ls.ORDER)
 _ENCODER_ORDER = tl.constexpr(ls.ENCODER_ORDER)
 _THRESHOLD, _MAX_ACCUMULATED = tl.constexpr(ls.THRESHOLD), tl.constexpr(ls.MAX_ACCUMULATED)
-_PREDICTOR, _HERMITE_SCALE = tl.constexpr(ls.PREDICTOR), tl.constexpr(ls.HERMITE_SCALE)
+_PREDICTOR, _SCALE = tl.constexpr(ls.PREDICTOR), tl.constexpr(ls.SCALE)
 _BATCH_REDUCE, _BATCH_MAX = tl.constexpr(ls.BATCH_REDUCE), tl.constexpr(int(BatchReduce.MAX))
 _PLAN_DYNAMIC = tl.constexpr(int(PlanCode.DYNAMIC))
 _PLAN_STATIC = tl.constexpr(int(PlanCode.STATIC))
@@ -358,7 +358,7 @@ def _advance(
         encoder_order = tl.load(limits_ptr + _ENCODER_ORDER)
         ring_ptr = counters_ptr + _RING_STEPS
         predictor = tl.load(limits_ptr + _PREDICTOR)
-        scale = tl.load(thresholds_ptr + _HERMITE_SCALE)
+        scale = tl.load(thresholds_ptr + _SCALE)
         store_weights(
             values_ptr + _WEIGHTS, ring_ptr, step, head, slots, snapshots, order, predictor, scale
         )

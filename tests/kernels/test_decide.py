@@ -37,7 +37,7 @@ class Lane:
     encoder_order: int = 0
     batch_reduce: BatchReduce = BatchReduce.MEAN
     predictor: Predictor = Predictor.TAYLOR
-    hermite_scale: float = 0.0
+    scale: float = 0.0
     state: LaneState = field(init=False)
 
     def __post_init__(self):
@@ -46,7 +46,7 @@ class Lane:
         limits = (self.max_cached, self.max_consecutive, self.slots, *orders)
         limits += (self.batch_reduce, self.predictor)
         self.state.limits.copy_(torch.tensor(limits))
-        thresholds = (self.threshold, self.max_accumulated, 0.0, self.hermite_scale)
+        thresholds = (self.threshold, self.max_accumulated, 0.0, self.scale)
         self.state.thresholds.copy_(torch.tensor(thresholds))
         self.state.plan.copy_(torch.tensor([PLAN[code] for code in self.plan]))
 
@@ -299,7 +299,7 @@ OPTIONS = st.fixed_dictionaries(
         "encoder_order": st.integers(0, 4),
         "batch_reduce": st.sampled_from(BatchReduce),
         "predictor": st.sampled_from(Predictor),
-        "hermite_scale": st.sampled_from([0.5, 0.18, 2.0]),
+        "scale": st.sampled_from([0.5, 0.18, 2.0]),
     }
 )
 
