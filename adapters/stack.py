@@ -64,6 +64,7 @@ class Stack:
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
         self.fn, self.bn = self._clamp()
         self.lanes: dict[str | None, Lane] = {}
+        self.request_steps: int | None = settings.cache.num_inference_steps
         self.entries = self._make_entries()
         self._learned = False
         self._copies_probe = True
@@ -128,11 +129,14 @@ class Stack:
             lane.start_request()
 
     def plan_request(self, steps: int | None) -> None:
-        """Fit the mask to a request of `steps` steps (None: unknown).
+        """Fit mask and predictor to a request of `steps` steps (None: unknown).
 
         Raises:
             ValueError: it does not fit, or it needs the number of steps.
         """
+        self.request_steps = steps or self._given.num_inference_steps
+        for lane in self.lanes.values():
+            lane.expect(self.request_steps, self.name)
         mask = resolve_mask(self._given, steps, self.name)
         if mask == self.settings.cache.steps_computation_mask:
             return
@@ -180,7 +184,9 @@ class Stack:
             self._copies_probe = self._were_overwritten()
         lane = self.lanes.get(self.branch)
         if lane is None:
-            lane = self.lanes[self.branch] = Lane(self.settings, h_fn.device)
+            lane = Lane(self.settings, h_fn.device)
+            lane.expect(self.request_steps, self.name)
+            self.lanes[self.branch] = lane
         code = lane.start_step(layout_of(h_fn, encoder_in), h_fn.device)
         if code != PlanCode.DYNAMIC or not lane.has_reference:
             self.cached = eager.take_decision(lane, code, None)

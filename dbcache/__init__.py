@@ -30,11 +30,16 @@ from dbcache.api import (  # noqa: E402
 )
 from dbcache.calibrators import (  # noqa: E402
     CalibratorConfig,
+    CustomCalibratorConfig,
+    DMDCalibratorConfig,
+    FoCaCalibratorConfig,
     HermiteCalibratorConfig,
+    SpectrumCalibratorConfig,
     TaylorSeerCalibratorConfig,
 )
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
+from dbcache.predictor_registry import register_predictor  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
@@ -44,10 +49,14 @@ __all__ = [
     "BlockAdapter",
     "BlockAdapterRegistry",
     "CalibratorConfig",
+    "CustomCalibratorConfig",
     "DBCacheConfig",
+    "DMDCalibratorConfig",
+    "FoCaCalibratorConfig",
     "ForwardPattern",
     "HermiteCalibratorConfig",
     "ParamsModifier",
+    "SpectrumCalibratorConfig",
     "TaylorSeerCalibratorConfig",
     "disable",
     "disable_cache",
@@ -55,6 +64,7 @@ __all__ = [
     "enable_cache",
     "load_configs",
     "refresh_context",
+    "register_predictor",
     "steps_mask",
     "summary",
     "supported_pipelines",

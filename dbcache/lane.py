@@ -1,7 +1,7 @@
 """One lane: the steps of one block stack under one guidance branch, and what they remember.
 
 Memory per lane: P_ref and K ring slots of the size of `hidden_states`, plus K slots of the size
-of `encoder_hidden_states` where the blocks return them; K is the predictor's order + 1. P_ref has
+of `encoder_hidden_states` where the blocks return them; K is the predictor's `slots`. P_ref has
 the model's dtype, the ring that of `cache_dtype`; with fp8 a float32 scale per token is added.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from dbcache.config import StackSettings
+from dbcache.forecasters import make_forecaster
 from dbcache.kernels import lane_state
 from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode
 from dbcache.schedule import make_plan
@@ -37,12 +38,14 @@ class Lane:
         self.has_reference = False
         self.cached = False
         self.layout: Layout | None = None
+        self._expected: tuple[int | None, str] = None, ""
         self.p_ref: torch.Tensor | None = None
         self.ring: torch.Tensor | None = None
         self.encoder_ring: torch.Tensor | None = None
         self.scales: torch.Tensor | None = None
         self.encoder_scales: torch.Tensor | None = None
         self.state = LaneState.allocate(FIRST_CAPACITY, device)
+        self.forecaster = make_forecaster(settings, device)
         self._flag: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
         self._load_settings()
@@ -79,6 +82,20 @@ class Lane:
         self.settings = settings
         self._write_plan()
 
+    @outside_inference_mode
+    def expect(self, steps: int | None, who: str) -> None:
+        """Take note of the number of steps of the request (None: unknown), on behalf of `who`.
+
+        Raises:
+            ValueError: the predictor needs it, and it is unknown.
+        """
+        self._expected = steps, who
+        self._expect()
+
+    def _expect(self) -> None:
+        if self.forecaster is not None:
+            self.forecaster.expect(*self._expected)
+
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
         self.step = 0
@@ -113,6 +130,8 @@ class Lane:
         old, self.device = self.state, device
         self.state = LaneState.allocate(len(old.plan), device)
         self.state.copy_(old)
+        self.forecaster = make_forecaster(self.settings, device)
+        self._expect()
         self._flag = self._event = None
 
     def buffers(

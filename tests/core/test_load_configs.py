@@ -150,6 +150,6 @@ def test_without_pyyaml_names_the_extra(tmp_path, monkeypatch):
 
 def test_enable_refuses_two_predictors():
     pipe = tiny.pipeline("flux")
-    with pytest.raises(ValueError, match="together with TaylorSeer's options"):
+    with pytest.raises(ValueError, match="together with a predictor's options"):
         dbcache.enable(pipe, calibrator_config=TaylorSeerCalibratorConfig(), enable_taylorseer=True)
     assert "_dbcache" not in pipe.__dict__

@@ -1,4 +1,4 @@
-"""Weights of the Chebyshev ridge regression against NumPy, and both implementations against each other."""
+"""Weights of the Chebyshev ridge regression against NumPy, and both implementations."""
 
 import numpy as np
 import pytest
