@@ -108,7 +108,7 @@ class CachedTransformer:
         self.by_request = by_request
         self.module = spec.transformer
         self.stacks = [
-            Stack(list(stack.lists), stack.pattern, settings.modified(modifier))
+            Stack(list(stack.lists), stack.pattern, settings.modified(modifier), stack.streams)
             for stack, modifier in zip(spec.stacks, modifiers, strict=True)
         ]
         self.config = self.stacks[0].settings.cache

@@ -10,6 +10,11 @@ import torch
 HIDDEN = "hidden_states"
 ENCODER = "encoder_hidden_states"
 
+Streams = tuple[str, str]
+"""Names of a block's parameters that take its hidden states and its encoder states."""
+
+STREAMS: Streams = (HIDDEN, ENCODER)
+
 
 class ForwardPattern(Enum):
     """Inputs and outputs of a block, as (takes, returns).

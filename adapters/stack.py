@@ -14,7 +14,7 @@ from dbcache.adapters.guards import (
     MiddleGuard,
     ProbeEndGuard,
 )
-from dbcache.adapters.patterns import ENCODER, ForwardPattern
+from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.kernels.lane_state import PlanCode
@@ -51,13 +51,19 @@ class Stack:
         lists: the chain, in the order in which the forward runs it.
         pattern: what the blocks take and return.
         settings: checked settings; Fn and Bn are clamped to the number of blocks, with a warning.
+        streams: names of the parameters that take hidden states and encoder states.
     """
 
     def __init__(
-        self, lists: list[BlockList], pattern: ForwardPattern, settings: StackSettings
+        self,
+        lists: list[BlockList],
+        pattern: ForwardPattern,
+        settings: StackSettings,
+        streams: Streams = STREAMS,
     ) -> None:
         self.lists = lists
         self.pattern = pattern
+        self.streams = streams
         self.settings = settings
         self._given = settings.cache
         self.name = "+".join(block_list.path for block_list in lists)
