@@ -48,3 +48,6 @@ VIDEO = (
 # fmt: on
 
 MODELS = (*IMAGE, *VIDEO)
+
+REFUSED: dict[str, str] = {}
+"""Classes that cannot be cached, each with the reason: the end of a sentence about the class."""
