@@ -72,11 +72,14 @@ def _spec(module: torch.nn.Module, row: ModelRow) -> TransformerSpec:
     for stack in row.stacks:
         lists = []
         for path in stack.lists:
-            owner, _, name = path.rpartition(".")
-            block_list = BlockList(module.get_submodule(owner), name, path)
+            block_list = BlockList(module, path)
             if block_list.blocks:
                 check_signatures(block_list, stack.pattern, stack.streams)
                 lists.append(block_list)
         if lists:
-            stacks.append(StackSpec(tuple(lists), stack.pattern, streams=stack.streams))
+            stacks.append(
+                StackSpec(
+                    tuple(lists), stack.pattern, streams=stack.streams, long_skips=row.long_skips
+                )
+            )
     return TransformerSpec(module, tuple(stacks), row.separate_cfg)
