@@ -17,39 +17,7 @@ import dbcache
 from dbcache.adapters import registry
 from dbcache.adapters.models import MODELS, REFUSED
 
-TODO_IMAGE = {
-    "AceStepTransformer1DModel",
-    "BriaFibo2Transformer2DModel",
-    "DiTTransformer2DModel",
-    "DreamLiteTransformer2DModel",
-    "ErnieImageTransformer2DModel",
-    "Flux3Transformer2DModel",
-    "GlmImageTransformer2DModel",
-    "HiDreamImageTransformer2DModel",
-    "HunyuanDiT2DModel",
-    "HunyuanImageTransformer2DModel",
-    "Ideogram4Transformer2DModel",
-    "JoyImageEditPlusTransformer3DModel",
-    "JoyImageEditTransformer3DModel",
-    "Kandinsky5Transformer3DModel",
-    "Krea2Transformer2DModel",
-    "LongCatAudioDiTTransformer",
-    "MiniMaxMusic3RVQDepthDecoder",
-    "MiniMaxMusic3Transformer1DModel",
-    "NucleusMoEImageTransformer2DModel",
-    "PRXTransformer2DModel",
-    "PriorTransformer",
-    "QwenImage21Transformer2DModel",
-    "RFD4ProteinaTransformer",
-    "StableAudio3DiTModel",
-    "StableAudioDiTModel",
-    "T5FilmDecoder",
-    "Transformer2DModel",
-    "TransformerTemporalModel",
-    "UVit2DModel",
-    "ZImageTransformer2DModel",
-}
-TODO_VIDEO = {
+TODO = {
     "AllegroTransformer3DModel",
     "AnyFlowFARTransformer3DModel",
     "AnyFlowTransformer3DModel",
@@ -75,7 +43,6 @@ TODO_VIDEO = {
     "WanAnimateTransformer3DModel",
     "WanVACETransformer3DModel",
 }
-TODO = TODO_IMAGE | TODO_VIDEO
 
 
 def transformer_classes():
