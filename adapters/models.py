@@ -102,3 +102,11 @@ AUDIO = (
 # fmt: on
 
 MODELS = (*IMAGE, *VIDEO, *AUDIO)
+
+REFUSED: dict[str, str] = {
+    "RFD4ProteinaTransformer": "updates its pair states from the hidden states between the blocks, "
+    "and runs the blocks several times per step",
+    "TransformerTemporalModel": "is a part of a UNet, of very few blocks",
+    "MiniMaxMusic3RVQDepthDecoder": "writes tokens one after the other; it has no denoising steps",
+}
+"""Classes that cannot be cached, each with the reason: the end of a sentence about the class."""

@@ -214,7 +214,8 @@ SEVERAL = [name for name in NAMES if len(models.CASES[name].stacks) > 1]
 @pytest.mark.parametrize("name", SEVERAL, indirect=True)
 def test_each_stack_decides_for_itself(name):
     model, stacks = models.model(name), models.stacks_of(name)
-    never = dbcache.ParamsModifier(dbcache.DBCacheConfig(residual_diff_threshold=0.0))
+    config = dbcache.DBCacheConfig(residual_diff_threshold=0.0)
+    never = dbcache.ParamsModifier(cache_config=config)
     changes = [None, *[never] * (len(stacks) - 1)]
     dbcache.enable(model, Fn_compute_blocks=1, params_modifiers=changes, **FORCED)
     with counted(name) as calls:
