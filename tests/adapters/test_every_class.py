@@ -18,14 +18,10 @@ from dbcache.adapters import registry
 from dbcache.adapters.models import MODELS, REFUSED
 
 TODO_IMAGE = {
-    "AuraFlowTransformer2DModel",
     "BriaFibo2Transformer2DModel",
-    "BriaFiboTransformer2DModel",
-    "ChromaTransformer2DModel",
     "DiTTransformer2DModel",
     "DreamLiteTransformer2DModel",
     "ErnieImageTransformer2DModel",
-    "Flux2Transformer2DModel",
     "Flux3Transformer2DModel",
     "GlmImageTransformer2DModel",
     "HiDreamImageTransformer2DModel",
@@ -35,27 +31,16 @@ TODO_IMAGE = {
     "JoyImageEditPlusTransformer3DModel",
     "JoyImageEditTransformer3DModel",
     "Krea2Transformer2DModel",
-    "Lumina2Transformer2DModel",
-    "LuminaNextDiT2DModel",
     "NucleusMoEImageTransformer2DModel",
-    "OmniGenTransformer2DModel",
     "PRXTransformer2DModel",
     "PriorTransformer",
     "QwenImage21Transformer2DModel",
-    "SD3Transformer2DModel",
     "StableAudioDiTModel",
     "Transformer2DModel",
     "UVit2DModel",
     "ZImageTransformer2DModel",
 }
-TODO_VIDEO = {
-    "AnyFlowFARTransformer3DModel",
-    "Kandinsky6SRTransformer3DModel",
-    "SanaWMLTX2RefinerTransformer3DModel",
-    "SanaWMTransformer3DModel",
-    "WanAnimate2Transformer3DModel",
-}
-TODO = TODO_IMAGE | TODO_VIDEO
+TODO = TODO_IMAGE
 
 
 def transformer_classes():
