@@ -17,33 +17,6 @@ import dbcache
 from dbcache.adapters import registry
 from dbcache.adapters.models import MODELS, REFUSED
 
-TODO = {
-    "AllegroTransformer3DModel",
-    "AnyFlowFARTransformer3DModel",
-    "AnyFlowTransformer3DModel",
-    "ChronoEditTransformer3DModel",
-    "ConsisIDTransformer3DModel",
-    "Cosmos3OmniTransformer",
-    "CosmosTransformer3DModel",
-    "EasyAnimateTransformer3DModel",
-    "HeliosTransformer3DModel",
-    "HunyuanVideo15Transformer3DModel",
-    "HunyuanVideoFramepackTransformer3DModel",
-    "Kandinsky6SRTransformer3DModel",
-    "Kandinsky6Transformer3DModel",
-    "LTX2VideoTransformer3DModel",
-    "LatteTransformer3DModel",
-    "MiniMaxH3Transformer3DModel",
-    "MotifVideoTransformer3DModel",
-    "SanaVideoTransformer3DModel",
-    "SanaWMLTX2RefinerTransformer3DModel",
-    "SanaWMTransformer3DModel",
-    "SkyReelsV2Transformer3DModel",
-    "WanAnimate2Transformer3DModel",
-    "WanAnimateTransformer3DModel",
-    "WanVACETransformer3DModel",
-}
-
 
 def transformer_classes():
     """Return the transformer classes with lists of blocks, by name.
@@ -88,7 +61,7 @@ def test_there_are_transformer_classes():
 
 
 def test_every_class_has_a_row_or_a_reason():
-    known = {row.transformer for row in MODELS} | REFUSED.keys() | TODO
+    known = {row.transformer for row in MODELS} | REFUSED.keys()
     missing = [
         name for name, cls in CLASSES.items() if not known & {base.__name__ for base in cls.__mro__}
     ]
@@ -97,7 +70,6 @@ def test_every_class_has_a_row_or_a_reason():
 
 def test_no_class_has_both_a_row_and_a_reason():
     assert not {row.transformer for row in MODELS} & REFUSED.keys()
-    assert not TODO & ({row.transformer for row in MODELS} | REFUSED.keys())
 
 
 @pytest.mark.parametrize("name", REFUSED)
