@@ -3,8 +3,7 @@
 A row is the class, what users call its models, and its block stacks in the notation of
 `dbcache.adapters.model_row.parse_stacks`: lists joined by + are a chain with one decision, stacks
 are separated by ;, and after the colon stands what a block takes and returns, h for hidden_states
-and e for encoder_hidden_states. separate_cfg: a loop that does not name its calls alternates
-between two guidance branches.
+and e for encoder_hidden_states. separate_cfg, fills and long_skips are told in `ModelRow`.
 """
 
 from __future__ import annotations
@@ -47,8 +46,9 @@ IMAGE = (
         "layers: h -> h", separate_cfg=True),
     Row("OmniGenTransformer2DModel", "OmniGen",
         "layers: h -> h"),
+    # its txt_mode_blocks do not know the time: their output is the same on every step
     Row("Flux3Transformer2DModel", "FLUX.3",
-        "txt_mode_blocks: h -> h; mode_blocks.image: h -> h; mode_blocks.image_cond: h -> h; "
+        "mode_blocks.image: h -> h; mode_blocks.image_cond: h -> h; "
         "single_transformer_blocks: h, e -> e, h"),
     Row("DiTTransformer2DModel", "DiT",
         "transformer_blocks: h -> h"),
