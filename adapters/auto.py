@@ -13,7 +13,7 @@ import textwrap
 
 import torch
 
-from dbcache.adapters.guards import parameter_names
+from dbcache.adapters.guards import forward_of, parameter_names
 from dbcache.adapters.patterns import ENCODER, HIDDEN, ForwardPattern
 
 SMALLEST_SHARE = 0.25
@@ -111,9 +111,8 @@ def _are_blocks(modules: torch.nn.ModuleList) -> bool:
 
 def _returned_names(block: torch.nn.Module) -> list[str] | None:
     """Return the names of what the forward returns last; None where they are not all names."""
-    block = getattr(block, "_orig_mod", block)
     try:
-        source = textwrap.dedent(inspect.getsource(type(block).forward))
+        source = textwrap.dedent(inspect.getsource(forward_of(block)))
     except (OSError, TypeError):  # no source at hand: made at run time, or compiled
         return None
     function = ast.parse(source).body[0]

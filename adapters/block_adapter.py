@@ -10,6 +10,7 @@ import torch
 
 from dbcache.adapters.auto import find_blocks, pattern_of
 from dbcache.adapters.guards import parameter_names
+from dbcache.adapters.patch_functor import Functor, check_functor
 from dbcache.adapters.patterns import ForwardPattern
 from dbcache.adapters.stack import BlockList
 from dbcache.config import ParamsModifier
@@ -50,6 +51,8 @@ class BlockAdapter:
         params_modifiers: what single stacks do differently, in the same nesting as `blocks`.
         has_separate_cfg: calls alternate between two guidance branches, for loops that do not
             name them with `cache_context`.
+        patch_functor: a `PatchFunctor`, or a function of the transformer, that rewrites parts of
+            the instance for as long as the cache is on, for blocks that follow no pattern.
         auto: find what was not given: `blocks`, the lists of blocks of the transformer that hold
             most of its parameters, each a stack of its own; `forward_pattern`, from the source
             of the blocks.
@@ -64,11 +67,12 @@ class BlockAdapter:
     forward_pattern: Any = None
     params_modifiers: Any = None
     has_separate_cfg: bool = False
+    patch_functor: Functor | None = None
     auto: bool = False
 
     def specs(self) -> list[TransformerSpec]:
         """Return what is to be cached, checked and in one shape."""
-        transformers = self._transformers()
+        transformers = self.transformers()
         given, pattern = self.blocks, self.forward_pattern
         if self.auto and given is None:
             check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
@@ -95,7 +99,8 @@ class BlockAdapter:
             for i, transformer in enumerate(transformers)
         ]
 
-    def _transformers(self) -> list[torch.nn.Module]:
+    def transformers(self) -> list[torch.nn.Module]:
+        """Return the transformers, without what `torch.compile` wrapped around them."""
         given = self.transformer
         if given is None:
             given = getattr(self.pipe, "transformer", None)
@@ -106,6 +111,7 @@ class BlockAdapter:
                     f"BlockAdapter.transformer must be an nn.Module or a list of them, got "
                     f"{transformer!r}"
                 )
+        check_functor(self.patch_functor)
         return list(map(unwrap, transformers))
 
 

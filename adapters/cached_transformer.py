@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dbcache.adapters.block_adapter import TransformerSpec
+from dbcache.adapters.patch_functor import Patches
 from dbcache.adapters.scope import make_stacks
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 
@@ -111,6 +112,7 @@ class CachedTransformer:
         self.config = self.stacks[0].settings.cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
+        self.patches: Patches | None = None
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.planned_steps: Callable[[], int | None] | None = None
         self.is_open = not by_request
@@ -132,6 +134,7 @@ class CachedTransformer:
             return self
         renewed = CachedTransformer(self.spec, settings, self.modifiers, by_request=self.by_request)
         renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
+        renewed.patches = self.patches
         return renewed
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -139,6 +142,8 @@ class CachedTransformer:
 
     def install(self) -> None:
         """Switch the cache on."""
+        if self.patches is not None:
+            self.patches.redo()
         self.module.__dict__[HANDLE] = self
         self._patches = [InstanceMethod(self.module, "forward", self.forward)]
         if hasattr(self.module, "cache_context"):
@@ -150,6 +155,8 @@ class CachedTransformer:
             patch.remove()
         self._patches = []
         self.module.__dict__.pop(HANDLE, None)
+        if self.patches is not None:
+            self.patches.undo()
 
     @contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -14,7 +14,7 @@ from dbcache.adapters.guards import (
     MiddleGuard,
     ProbeEndGuard,
 )
-from dbcache.adapters.patterns import ENCODER, ForwardPattern
+from dbcache.adapters.patterns import ENCODER, ForwardPattern, describe
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.following import FollowingLane
@@ -164,14 +164,24 @@ class Stack:
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
+        self._check_stream(h_in)
         copies = self._copies_probe and not self.settings.cache.compares_hidden_states
         self.h_in = h_in.clone() if copies else h_in
         if not self._learned:
             self._originals = [(h_in, self.h_in)]
 
+    def _check_stream(self, hidden: object) -> None:
+        """Raise if what the first block gets is no tensor."""
+        if not isinstance(hidden, torch.Tensor):
+            raise TypeError(
+                f"{self.name}: hidden_states must be a tensor, got {describe(hidden)}; blocks that "
+                f"take something else need a patch_functor, see BlockAdapter"
+            )
+
     def decide(self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None) -> None:
         """Take the step's decision. Called with what the first middle block gets."""
         if self.fn == 0:
+            self._check_stream(h_fn)
             self.h_in = h_fn
         if self.h_in is None:
             raise RuntimeError(f"{self.name}: the model ran its middle blocks without the first")
