@@ -188,12 +188,15 @@ class CachedTransformer:
         if not self.is_open:
             self._note_uncached_call()
             return run(*args, **kwargs)
+        if self.spec.fills is not None and self.spec.fills(kwargs):
+            self.start_request()
+            return run(*args, **kwargs)
         self._start_step()
         shadowed = []
         try:
             for stack in self.stacks:
                 for block_list, entries in zip(stack.lists, stack.entries, strict=False):
-                    block_list.own[block_list.name] = entries
+                    block_list.shadow(entries)
                     shadowed.append(block_list)
             output = run(*args, **kwargs)
             for stack in self.stacks:
@@ -204,7 +207,7 @@ class CachedTransformer:
             raise
         finally:
             for block_list in shadowed:
-                del block_list.own[block_list.name]
+                block_list.unshadow()
         for stack in self.stacks:
             stack.finish_forward()
         self.calls += 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dbcache.adapters.patterns import ENCODER, HIDDEN, ForwardPattern, OutputForm, describe
+from dbcache.adapters.patterns import ENCODER, ForwardPattern, OutputForm, Streams, describe
 
 if TYPE_CHECKING:
     from dbcache.adapters.stack import Stack
@@ -24,32 +24,37 @@ if TYPE_CHECKING:
 class Inputs:
     """Finds the streams among the arguments of a block; the signature is read once."""
 
-    __slots__ = ("encoder_at", "hidden_at", "takes_encoder", "who")
+    __slots__ = ("encoder_at", "encoder_name", "hidden_at", "hidden_name", "takes_encoder", "who")
 
-    def __init__(self, block: torch.nn.Module, pattern: ForwardPattern, who: str) -> None:
+    def __init__(
+        self, block: torch.nn.Module, pattern: ForwardPattern, streams: Streams, who: str
+    ) -> None:
         self.who = who
         self.takes_encoder = ENCODER in pattern.takes
+        self.hidden_name, self.encoder_name = streams
         names = parameter_names(block)
-        self.hidden_at = names.index(HIDDEN) if HIDDEN in names else 0
-        self.encoder_at = names.index(ENCODER) if ENCODER in names else 1
+        self.hidden_at, self.encoder_at = (
+            names.index(name) if name in names else position
+            for position, name in enumerate(streams)
+        )
 
     def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """Return `hidden_states`."""
-        if HIDDEN in kwargs:
-            return kwargs[HIDDEN]
+        if self.hidden_name in kwargs:
+            return kwargs[self.hidden_name]
         if self.hidden_at < len(args):
             return args[self.hidden_at]
-        return self._missing(HIDDEN, args, kwargs)
+        return self._missing(self.hidden_name, args, kwargs)
 
     def encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """Return `encoder_hidden_states`, None where the pattern has none as input."""
         if not self.takes_encoder:
             return None
-        if ENCODER in kwargs:
-            return kwargs[ENCODER]
+        if self.encoder_name in kwargs:
+            return kwargs[self.encoder_name]
         if self.encoder_at < len(args):
             return args[self.encoder_at]
-        return self._missing(ENCODER, args, kwargs)
+        return self._missing(self.encoder_name, args, kwargs)
 
     def _missing(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = [describe(value) for value in args] + sorted(kwargs)
@@ -86,7 +91,7 @@ class Guard:
         self.who = who
         self.form: OutputForm | None = None
         self.swaps_pair = False
-        self.inputs = Inputs(block, stack.pattern, who)
+        self.inputs = Inputs(block, stack.pattern, stack.streams, who)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
@@ -155,7 +160,7 @@ class MiddleGuard(Guard):
         if not self.stack.cached:
             return self.run(args, kwargs)
         if self.swaps_pair and not args:
-            return kwargs[ENCODER], kwargs[HIDDEN]
+            return kwargs[self.inputs.encoder_name], kwargs[self.inputs.hidden_name]
         return self.pass_through(args, kwargs)
 
     def pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

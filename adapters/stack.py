@@ -14,7 +14,7 @@ from dbcache.adapters.guards import (
     MiddleGuard,
     ProbeEndGuard,
 )
-from dbcache.adapters.patterns import ENCODER, ForwardPattern, describe
+from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.following import FollowingLane
@@ -23,26 +23,45 @@ from dbcache.lane import Lane, Layout
 from dbcache.schedule import resolve_mask
 
 Entry = Guard | torch.nn.Module
+WHOLE = slice(None)
 
 
 class BlockList:
-    """One list of blocks and where the model's forward looks it up.
+    """One list of blocks, or a part of one, and where the model's forward looks it up.
 
     Attributes:
         owner: the module that has the list as attribute `name`.
         path: name of the list seen from the transformer, as in ``"transformer_blocks"``.
+        part: which of its blocks these are.
     """
 
-    def __init__(self, owner: torch.nn.Module, name: str, path: str) -> None:
+    def __init__(self, owner: torch.nn.Module, name: str, path: str, part: slice = WHOLE) -> None:
         self.owner = owner
         self.name = name
         self.path = path
+        self.part = part
         self.own = owner.__dict__
         self.blocks = self.current()
 
+    def _all_blocks(self) -> list[torch.nn.Module]:
+        return list(getattr(self.owner, self.name)._modules.values())
+
     def current(self) -> list[torch.nn.Module]:
         """Return the blocks that the model has now."""
-        return list(getattr(self.owner, self.name)._modules.values())
+        return self._all_blocks()[self.part]
+
+    def shadow(self, entries: list[Entry]) -> None:
+        """Let the model's forward find `entries` in place of the blocks."""
+        if self.part is not WHOLE:
+            # another part of the list may be shadowed already
+            whole: list[Entry] = self.own.get(self.name) or [*self._all_blocks()]
+            whole[self.part] = entries
+            entries = whole
+        self.own[self.name] = entries
+
+    def unshadow(self) -> None:
+        """Let the model's forward find the blocks again."""
+        self.own.pop(self.name, None)
 
 
 class Stack:
@@ -52,6 +71,10 @@ class Stack:
         lists: the chain, in the order in which the forward runs it.
         pattern: what the blocks take and return.
         settings: checked settings; Fn and Bn are clamped to the number of blocks, with a warning.
+        streams: names of the parameters that take hidden states and encoder states.
+        interleaved: the forward runs a block of each list in turn, and rearranges the tokens in
+            between (Latte: spatial, temporal). Fn and Bn count rounds. The middle ends after the
+            first block of its last round: it gives back the arrangement that it got.
         leader: the stack whose decisions this one takes over, without a probe of its own: Fn is 0.
     """
 
@@ -60,10 +83,14 @@ class Stack:
         lists: list[BlockList],
         pattern: ForwardPattern,
         settings: StackSettings,
+        streams: Streams = STREAMS,
+        interleaved: bool = False,
         leader: Stack | None = None,
     ) -> None:
         self.lists = lists
+        self.round = len(lists) if interleaved else 1
         self.pattern = pattern
+        self.streams = streams
         self.settings = settings
         self.leader = leader
         self._given = settings.cache
@@ -82,8 +109,8 @@ class Stack:
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""
         cache, total = self.settings.cache, self.num_blocks
-        fn = 0 if self.leader is not None else min(cache.Fn_compute_blocks, total)
-        bn = min(cache.Bn_compute_blocks, total - fn)
+        fn = min(self.round * cache.Fn_compute_blocks, total) if self.leader is None else 0
+        bn = min(self.round * (cache.Bn_compute_blocks + 1) - 1, total - fn)
         if fn + bn == total:
             wanted = f"Fn={cache.Fn_compute_blocks}, Bn={cache.Bn_compute_blocks}"
             warnings.warn(
@@ -100,10 +127,12 @@ class Stack:
             return []
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
         position, entries = 0, []
-        for block_list in self.lists:
+        for turn, block_list in enumerate(self.lists):
             row: list[Entry] = []
             for index, block in enumerate(block_list.blocks):
                 who = f"{block_list.path}[{index}] ({type(block).__name__})"
+                if self.round > 1:
+                    position = index * self.round + turn
                 if first_middle <= position <= last_middle:
                     is_first, is_last = position == first_middle, position == last_middle
                     if is_first or is_last:

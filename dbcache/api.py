@@ -12,8 +12,9 @@ from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_b
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
+from dbcache.adapters.models import MODELS
 from dbcache.adapters.patch_functor import on_trial
-from dbcache.adapters.registry import MODELS, find_specs
+from dbcache.adapters.registry import find_specs
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.load_configs import split_options

@@ -1,0 +1,112 @@
+"""The table of models: one row per transformer class of diffusers says which blocks it has.
+
+A row is the class, what users call its models, and its block stacks in the notation of
+`dbcache.adapters.model_row.parse_stacks`: lists joined by + are a chain with one decision, stacks
+are separated by ;, and after the colon stands what a block takes and returns, h for hidden_states
+and e for encoder_hidden_states. separate_cfg: a loop that does not name its calls alternates
+between two guidance branches.
+"""
+
+from __future__ import annotations
+
+from dbcache.adapters.model_row import ModelRow as Row
+
+# fmt: off
+IMAGE = (
+    Row("FluxTransformer2DModel", "FLUX.1 (dev, schnell, Kontext, Fill)",
+        "transformer_blocks + single_transformer_blocks: h, e -> e, h"),
+    Row("QwenImageTransformer2DModel", "Qwen-Image",
+        "transformer_blocks: h, e -> e, h", separate_cfg=True),
+    Row("CogView3PlusTransformer2DModel", "CogView3-Plus",
+        "transformer_blocks: h, e -> h, e"),
+    Row("CogView4Transformer2DModel", "CogView4",
+        "transformer_blocks: h, e -> h, e", separate_cfg=True),
+    Row("PixArtTransformer2DModel", "PixArt-alpha, PixArt-sigma",
+        "transformer_blocks: h -> h"),
+    Row("SanaTransformer2DModel", "Sana",
+        "transformer_blocks: h -> h"),
+    Row("BriaTransformer2DModel", "Bria 3.2",
+        "transformer_blocks + single_transformer_blocks: h, e -> e, h"),
+    Row("OvisImageTransformer2DModel", "Ovis-Image",
+        "transformer_blocks + single_transformer_blocks: h, e -> e, h", separate_cfg=True),
+    Row("LongCatImageTransformer2DModel", "LongCat-Image",
+        "transformer_blocks + single_transformer_blocks: h, e -> e, h", separate_cfg=True),
+)
+
+VIDEO = (
+    Row("WanTransformer3DModel", "Wan 2.1, Wan 2.2",
+        "blocks: h, e -> h", separate_cfg=True),
+    Row("WanVACETransformer3DModel", "Wan-VACE",
+        "blocks: h, e -> h", separate_cfg=True),
+    Row("WanAnimateTransformer3DModel", "Wan-Animate",
+        "blocks: h, e -> h", separate_cfg=True),
+    Row("ChronoEditTransformer3DModel", "ChronoEdit",
+        "blocks: h, e -> h", separate_cfg=True),
+    Row("SkyReelsV2Transformer3DModel", "SkyReels-V2",
+        "blocks: h, e -> h", separate_cfg=True),
+    Row("HeliosTransformer3DModel", "Helios",
+        "blocks: h, e -> h", separate_cfg=True),
+    Row("AnyFlowTransformer3DModel", "AnyFlow",
+        "blocks: h, e -> h"),
+    Row("CogVideoXTransformer3DModel", "CogVideoX, CogVideoX 1.5",
+        "transformer_blocks: h, e -> h, e"),
+    Row("ConsisIDTransformer3DModel", "ConsisID",
+        "transformer_blocks: h, e -> h, e"),
+    Row("HunyuanVideoTransformer3DModel", "HunyuanVideo",
+        "transformer_blocks + single_transformer_blocks: h, e -> h, e"),
+    Row("HunyuanVideoFramepackTransformer3DModel", "HunyuanVideo Framepack",
+        "transformer_blocks + single_transformer_blocks: h, e -> h, e"),
+    Row("HunyuanVideo15Transformer3DModel", "HunyuanVideo 1.5",
+        "transformer_blocks: h, e -> h, e"),
+    Row("MochiTransformer3DModel", "Mochi",
+        "transformer_blocks: h, e -> h, e"),
+    Row("EasyAnimateTransformer3DModel", "EasyAnimate",
+        "transformer_blocks: h, e -> h, e"),
+    Row("AllegroTransformer3DModel", "Allegro",
+        "transformer_blocks: h, e -> h"),
+    Row("LatteTransformer3DModel", "Latte",
+        "transformer_blocks & temporal_transformer_blocks: h -> h"),
+    Row("LTXVideoTransformer3DModel", "LTX-Video",
+        "transformer_blocks: h, e -> h"),
+    Row("LTX2VideoTransformer3DModel", "LTX-2",
+        "transformer_blocks: h, audio_hidden_states -> h, audio_hidden_states"),
+    Row("CosmosTransformer3DModel", "Cosmos 1.0, 2.0, 2.5",
+        "transformer_blocks: h, e -> h", separate_cfg=True),
+    Row("Cosmos3OmniTransformer", "Cosmos 3 Omni",
+        "layers: gen_seq, und_seq -> und_seq, gen_seq", separate_cfg=True),
+    Row("SanaVideoTransformer3DModel", "Sana-Video",
+        "transformer_blocks: h, e -> h"),
+    Row("Kandinsky5Transformer3DModel", "Kandinsky 5",
+        "visual_transformer_blocks: visual_embed -> visual_embed", separate_cfg=True),
+    Row("Kandinsky6Transformer3DModel", "Kandinsky 6",
+        "visual_transformer_blocks: vis, aud -> vis, aud", separate_cfg=True),
+    Row("MotifVideoTransformer3DModel", "Motif-Video",
+        "transformer_blocks + single_transformer_blocks[:-num_decoder_layers]: h, e -> h, e;"
+        "single_transformer_blocks[-num_decoder_layers:]: h, e -> h, e"),
+    Row("MiniMaxH3Transformer3DModel", "MiniMax-H3",
+        "transformer_blocks: h -> h"),
+)
+
+AUDIO = (
+    Row("AceStepTransformer1DModel", "ACE-Step",
+        "layers: h, e -> h"),
+    Row("LongCatAudioDiTTransformer", "LongCat-AudioDiT",
+        "blocks: h -> h", separate_cfg=True),
+    Row("StableAudio3DiTModel", "Stable Audio 3",
+        "transformer_blocks: h -> h"),
+    Row("MiniMaxMusic3Transformer1DModel", "MiniMax Music 3",
+        "transformer_blocks: h -> h"),
+    Row("T5FilmDecoder", "Spectrogram Diffusion",
+        "decoders: h -> h"),
+)
+# fmt: on
+
+MODELS = (*IMAGE, *VIDEO, *AUDIO)
+
+REFUSED: dict[str, str] = {
+    "RFD4ProteinaTransformer": "updates its pair states from the hidden states between the blocks, "
+    "and runs the blocks several times per step",
+    "TransformerTemporalModel": "is a part of a UNet, of very few blocks",
+    "MiniMaxMusic3RVQDepthDecoder": "writes tokens one after the other; it has no denoising steps",
+}
+"""Classes that cannot be cached, each with the reason: the end of a sentence about the class."""
