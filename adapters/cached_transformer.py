@@ -6,6 +6,7 @@ while a forward runs so do the lists of blocks, whose guards then shadow them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from dbcache.adapters.block_adapter import TransformerSpec
+from dbcache.adapters.learning import learn
 from dbcache.adapters.patch_functor import Patches
 from dbcache.adapters.scope import make_stacks
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
@@ -109,7 +111,7 @@ class CachedTransformer:
         self.by_request = by_request
         self.module = spec.transformer
         self.stacks = make_stacks(spec.stacks, settings, modifiers)
-        self.config = self.stacks[0].settings.cache
+        self.config = settings.modified(modifiers[0]).cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
         self.patches: Patches | None = None
@@ -192,6 +194,8 @@ class CachedTransformer:
             self.start_request()
             return run(*args, **kwargs)
         self._start_step()
+        if not self.stacks:
+            return self._learn(run, args, kwargs)
         shadowed = []
         try:
             for stack in self.stacks:
@@ -210,6 +214,24 @@ class CachedTransformer:
                 block_list.unshadow()
         for stack in self.stacks:
             stack.finish_forward()
+        self.calls += 1
+        self._steps[self._step_branch] = self._steps.get(self._step_branch, 0) + 1
+        return output
+
+    def _learn(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run a forward that tells what the blocks take and return; it counts as a full step."""
+        output, stacks = learn(self.spec, run, args, kwargs)
+        pairs = zip(stacks, self.modifiers, strict=True)
+        self.modifiers = [modifier for stack, modifier in pairs if stack is not None]
+        kept = tuple(stack for stack in stacks if stack is not None)
+        self.spec = dataclasses.replace(self.spec, stacks=kept)
+        self.stacks = make_stacks(self.spec.stacks, self.settings, self.modifiers)
+        device = next(self.module.parameters(), torch.empty(0)).device
+        for stack in self.stacks:
+            stack.plan_request(self._num_steps())
+            stack.count_full_step(self._step_branch, device)
+        for stack in self.stacks:
+            stack.forget_step()
         self.calls += 1
         self._steps[self._step_branch] = self._steps.get(self._step_branch, 0) + 1
         return output

@@ -19,7 +19,7 @@ OF_EACH_STACK = ("Bn_compute_blocks", "cache_dtype")
 def make_stacks(
     specs: tuple[StackSpec, ...], settings: StackSettings, modifiers: list[ParamsModifier | None]
 ) -> list[Stack]:
-    """Return the stacks of one transformer.
+    """Return the stacks of one transformer; none as long as a pattern is open.
 
     Args:
         specs: in the order of the forward, if one is to decide for all.
@@ -30,6 +30,8 @@ def make_stacks(
         ValueError: with ``decision_scope="model"``, the first stack has no block to skip after its
             probe, or a later one has a rule of its own.
     """
+    if any(spec.pattern is None for spec in specs):
+        return []
     each = [settings.modified(modifier) for modifier in modifiers]
     if each[0].cache.decision_scope == "stack" or len(specs) == 1:
         return [_stack(spec, own) for spec, own in zip(specs, each, strict=True)]
@@ -42,6 +44,7 @@ def make_stacks(
 
 
 def _stack(spec: StackSpec, settings: StackSettings, leader: Stack | None = None) -> Stack:
+    assert spec.pattern is not None
     lists = list(spec.lists)
     return Stack(lists, spec.pattern, settings, spec.streams, spec.interleaved, leader)
 

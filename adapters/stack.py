@@ -328,6 +328,17 @@ class Stack:
                 row[:] = [e.block if type(e) is CheckGuard else e for e in row]
         self.forget_step()
 
+    def count_full_step(self, branch: str | None, device: torch.device) -> None:
+        """Count a step that ran without the guards: full, with nothing kept of it."""
+        self.branch = branch
+        lane = self.lanes[branch] = self._new_lane(device)
+        if isinstance(lane, FollowingLane):
+            lane.step = lane.leader.step
+        else:
+            eager.take_decision(lane, lane.plan[0], None)
+            lane.forget_reference()
+        self.lane = lane
+
     def abort_forward(self) -> None:
         """Clean up after an exception: the step counts as never begun."""
         if self.lane is not None:
