@@ -8,13 +8,20 @@ from typing import Any
 
 import models_audio
 import models_image
+import models_joint
 import models_streaming
 import models_video
 import tiny
 import torch
 from model_case import STREAMS, find_class
 
-CASES = models_image.CASES | models_video.CASES | models_audio.CASES | models_streaming.CASES
+CASES = (
+    models_image.CASES
+    | models_video.CASES
+    | models_joint.CASES
+    | models_streaming.CASES
+    | models_audio.CASES
+)
 """By the name of the class."""
 
 
