@@ -47,6 +47,62 @@ IMAGE = (
         "layers: h -> h", separate_cfg=True),
     Row("OmniGenTransformer2DModel", "OmniGen",
         "layers: h -> h"),
+    Row("Flux3Transformer2DModel", "FLUX.3",
+        "txt_mode_blocks: h -> h; mode_blocks.image: h -> h; mode_blocks.image_cond: h -> h; "
+        "single_transformer_blocks: h, e -> e, h"),
+    Row("DiTTransformer2DModel", "DiT",
+        "transformer_blocks: h -> h"),
+    Row("HiDreamImageTransformer2DModel", "HiDream-I1",
+        "double_stream_blocks: h, e -> h, e; single_stream_blocks: h -> h"),
+    Row("HunyuanDiT2DModel", "HunyuanDiT",
+        "blocks: h -> h", long_skips=True),
+    Row("UVit2DModel", "Amused",
+        "transformer_layers: h -> h"),
+    Row("GlmImageTransformer2DModel", "GLM-Image",
+        "transformer_blocks: h, e -> h, e", separate_cfg=True),
+    Row("ErnieImageTransformer2DModel", "ERNIE-Image",
+        "layers: x -> x"),
+    Row("Krea2Transformer2DModel", "Krea 2",
+        "transformer_blocks: h -> h", separate_cfg=True),
+    Row("JoyImageEditTransformer3DModel", "JoyImage-Edit",
+        "double_blocks: h, e -> h, e", separate_cfg=True),
+    Row("JoyImageEditPlusTransformer3DModel", "JoyImage-Edit-Plus",
+        "double_blocks: h, e -> h, e"),
+    Row("ZImageTransformer2DModel", "Z-Image (Turbo, Omni)",
+        "layers: x -> x"),
+    Row("PRXTransformer2DModel", "PRX",
+        "blocks: h -> h"),
+    Row("HunyuanImageTransformer2DModel", "HunyuanImage 2.1",
+        "transformer_blocks + single_transformer_blocks: h, e -> h, e", separate_cfg=True),
+    Row("Kandinsky5Transformer3DModel", "Kandinsky 5 (image and video)",
+        "visual_transformer_blocks: visual_embed -> visual_embed", separate_cfg=True),
+    Row("QwenImage21Transformer2DModel", "Qwen-Image 2.1",
+        "transformer_blocks: h -> h", separate_cfg=True),
+    Row("NucleusMoEImageTransformer2DModel", "Nucleus-MoE-Image",
+        "transformer_blocks: h -> h", separate_cfg=True),
+    Row("Ideogram4Transformer2DModel", "Ideogram 4",
+        "layers: h -> h"),
+    Row("BriaFibo2Transformer2DModel", "Bria FIBO 2",
+        "layers: x -> x", separate_cfg=True),
+)
+
+OTHER = (
+    Row("StableAudioDiTModel", "Stable Audio Open",
+        "transformer_blocks: h -> h"),
+    Row("StableAudio3DiTModel", "Stable Audio 3",
+        "transformer_blocks: h -> h"),
+    Row("AceStepTransformer1DModel", "ACE-Step",
+        "layers: h -> h"),
+    Row("LongCatAudioDiTTransformer", "LongCat-AudioDiT",
+        "blocks: h -> h", separate_cfg=True),
+    Row("MiniMaxMusic3Transformer1DModel", "MiniMax Music 3",
+        "transformer_blocks: h -> h"),
+    Row("T5FilmDecoder", "Spectrogram Diffusion",
+        "decoders: h -> h"),
+    Row("PriorTransformer", "Shap-E, Kandinsky 2 priors",
+        "transformer_blocks: h -> h"),
+    Row("Transformer2DModel", "VQ-Diffusion",
+        "transformer_blocks: h -> h"),
 )
 
 VIDEO = (
@@ -103,8 +159,6 @@ VIDEO = (
         "transformer_blocks: h, e -> h"),
     Row("SanaWMTransformer3DModel", "Sana-WM",
         "blocks: x -> x"),
-    Row("Kandinsky5Transformer3DModel", "Kandinsky 5",
-        "visual_transformer_blocks: visual_embed -> visual_embed", separate_cfg=True),
     Row("Kandinsky6Transformer3DModel", "Kandinsky 6",
         "visual_transformer_blocks: vis, aud -> vis, aud", separate_cfg=True),
     Row("Kandinsky6SRTransformer3DModel", "Kandinsky 6 SR",
@@ -115,27 +169,18 @@ VIDEO = (
     Row("MiniMaxH3Transformer3DModel", "MiniMax-H3",
         "transformer_blocks: h -> h"),
 )
-
-AUDIO = (
-    Row("AceStepTransformer1DModel", "ACE-Step",
-        "layers: h, e -> h"),
-    Row("LongCatAudioDiTTransformer", "LongCat-AudioDiT",
-        "blocks: h -> h", separate_cfg=True),
-    Row("StableAudio3DiTModel", "Stable Audio 3",
-        "transformer_blocks: h -> h"),
-    Row("MiniMaxMusic3Transformer1DModel", "MiniMax Music 3",
-        "transformer_blocks: h -> h"),
-    Row("T5FilmDecoder", "Spectrogram Diffusion",
-        "decoders: h -> h"),
-)
 # fmt: on
 
-MODELS = (*IMAGE, *VIDEO, *AUDIO)
+MODELS = (*IMAGE, *OTHER, *VIDEO)
 
 REFUSED: dict[str, str] = {
-    "RFD4ProteinaTransformer": "updates its pair states from the hidden states between the blocks, "
-    "and runs the blocks several times per step",
-    "TransformerTemporalModel": "is a part of a UNet, of very few blocks",
-    "MiniMaxMusic3RVQDepthDecoder": "writes tokens one after the other; it has no denoising steps",
+    "RFD4ProteinaTransformer": "updates pair features between its blocks, from the states of "
+    "blocks that a cached step skips, and runs its blocks several times in one forward",
+    "MiniMaxMusic3RVQDepthDecoder": "writes one codebook after the other: its calls are no "
+    "denoising steps whose residuals resemble each other",
+    "TransformerTemporalModel": "is a layer of a UNet, which calls many of them in each step; "
+    "a UNet has no list of blocks that could be skipped",
+    "DreamLiteTransformer2DModel": "is a layer of a UNet, which calls many of them in each step; "
+    "a UNet has no list of blocks that could be skipped",
 }
 """Classes that cannot be cached, each with the reason: the end of a sentence about the class."""
