@@ -111,6 +111,8 @@ class CachedTransformer:
         self.by_request = by_request
         self.module = spec.transformer
         self.stacks = make_stacks(spec.stacks, settings, modifiers)
+        if self.stacks:
+            self._check_long_skips()
         self.config = settings.modified(modifiers[0]).cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
@@ -125,6 +127,16 @@ class CachedTransformer:
         self._refreshes = 0
         self._steps: dict[str | None, int] = {}
         self._patches: list[InstanceMethod] = []
+
+    def _check_long_skips(self) -> None:
+        """Raise if a block that always runs takes what a block that may be skipped has to make."""
+        for spec, stack in zip(self.spec.stacks, self.stacks, strict=True):
+            if spec.long_skips and stack.bn > stack.fn:
+                raise ValueError(
+                    f"{type(self.module).__name__}.{stack.name}: Bn_compute_blocks must be at most "
+                    f"Fn_compute_blocks, got {stack.bn} and {stack.fn}: long skip connections feed "
+                    f"what the first blocks make to the last ones; raise Fn_compute_blocks"
+                )
 
     def renewed(self, changes: ParamsModifier) -> CachedTransformer:
         """Return one with the given fields of `changes` on top; itself if that needs no rebuild."""

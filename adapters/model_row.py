@@ -41,6 +41,7 @@ class ModelRow:
         separate_cfg: a loop that does not name its calls alternates between two guidance branches.
         fills: tells by the keyword arguments of a call that it is no denoising step: its blocks
             keep keys and values for the loop that follows.
+        long_skips: the last blocks take what the first ones made, the last of all from the first.
     """
 
     transformer: str
@@ -48,6 +49,7 @@ class ModelRow:
     blocks: str
     separate_cfg: bool = False
     fills: Callable[[dict[str, Any]], bool] | None = None
+    long_skips: bool = False
 
     @cached_property
     def stacks(self) -> tuple[StackRow, ...]:

@@ -72,26 +72,18 @@ def _spec(module: torch.nn.Module, row: ModelRow) -> TransformerSpec:
     for stack in row.stacks:
         lists = []
         for path in stack.lists:
-            block_list = _block_list(module, path)
+            block_list = BlockList(module, path)
             if block_list.blocks:
                 check_signatures(block_list, stack.pattern, stack.streams)
                 lists.append(block_list)
         if lists:
-            names, takes_turns = stack.streams, stack.interleaved
-            stacks.append(StackSpec(tuple(lists), stack.pattern, None, names, takes_turns))
+            stacks.append(
+                StackSpec(
+                    tuple(lists),
+                    stack.pattern,
+                    streams=stack.streams,
+                    interleaved=stack.interleaved,
+                    long_skips=row.long_skips,
+                )
+            )
     return TransformerSpec(module, tuple(stacks), row.separate_cfg, row.fills)
-
-
-def _block_list(module: torch.nn.Module, path: str) -> BlockList:
-    """Find a list, ``"blocks"``, or a part of one, ``"blocks[:-n]"`` or ``"blocks[-n:]"``."""
-    whole, _, part = path.partition("[")
-    owner, _, name = whole.rpartition(".")
-    if not part:
-        return BlockList(module.get_submodule(owner), name, path)
-    split = len(module.get_submodule(whole)) - getattr(module, part.strip(":-]"))
-    return BlockList(
-        module.get_submodule(owner),
-        name,
-        path,
-        slice(split) if part.startswith(":") else slice(split, None),
-    )

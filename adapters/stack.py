@@ -29,39 +29,57 @@ WHOLE = slice(None)
 class BlockList:
     """One list of blocks, or a part of one, and where the model's forward looks it up.
 
-    Attributes:
-        owner: the module that has the list as attribute `name`.
-        path: name of the list seen from the transformer, as in ``"transformer_blocks"``.
-        part: which of its blocks these are.
+    Args:
+        transformer: the model.
+        path: name of the list seen from the transformer, as in ``"transformer_blocks"``. It may end
+            in ``[:-n]`` or ``[-n:]``: all but the last n blocks, or these, n being an attribute of
+            the transformer.
+
+    Raises:
+        AttributeError: there is no such list.
     """
 
-    def __init__(self, owner: torch.nn.Module, name: str, path: str, part: slice = WHOLE) -> None:
-        self.owner = owner
-        self.name = name
+    def __init__(self, transformer: torch.nn.Module, path: str) -> None:
         self.path = path
-        self.part = part
-        self.own = owner.__dict__
+        whole, _, part = path.partition("[")
+        owner, _, self.name = whole.rpartition(".")
+        self.owner = transformer.get_submodule(owner)
+        blocks = transformer.get_submodule(whole)
+        self.part = WHOLE
+        if part:
+            split = len(blocks) - getattr(transformer, part.strip(":-]"))
+            self.part = slice(split) if part.startswith(":") else slice(split, None)
+        self._dict_owner: torch.nn.Module | None = None
+        if isinstance(self.owner, torch.nn.ModuleDict):
+            outer, _, self._dict_name = owner.rpartition(".")
+            self._dict_owner = transformer.get_submodule(outer)
         self.blocks = self.current()
-
-    def _all_blocks(self) -> list[torch.nn.Module]:
-        return list(getattr(self.owner, self.name)._modules.values())
 
     def current(self) -> list[torch.nn.Module]:
         """Return the blocks that the model has now."""
-        return self._all_blocks()[self.part]
+        blocks = self.owner._modules[self.name]
+        assert blocks is not None
+        return list(blocks._modules.values())[self.part]
 
     def shadow(self, entries: list[Entry]) -> None:
-        """Let the model's forward find `entries` in place of the blocks."""
-        if self.part is not WHOLE:
-            # another part of the list may be shadowed already
-            whole: list[Entry] = self.own.get(self.name) or [*self._all_blocks()]
-            whole[self.part] = entries
-            entries = whole
-        self.own[self.name] = entries
+        """Let the model see `entries` in place of its blocks."""
+        if self._dict_owner is None:
+            own = self.owner.__dict__
+            if self.part is not WHOLE:  # the other part may be shadowed already
+                whole: list[Entry] = own.get(self.name) or [*self.owner.get_submodule(self.name)]
+                whole[self.part] = entries
+                entries = whole
+            own[self.name] = entries
+        else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
+            own = self._dict_owner.__dict__
+            own.setdefault(self._dict_name, dict(self.owner._modules))[self.name] = entries
 
     def unshadow(self) -> None:
-        """Let the model's forward find the blocks again."""
-        self.own.pop(self.name, None)
+        """Let the model see its blocks again."""
+        if self._dict_owner is None:
+            self.owner.__dict__.pop(self.name, None)
+        else:
+            self._dict_owner.__dict__.pop(self._dict_name, None)
 
 
 class Stack:
@@ -153,6 +171,7 @@ class Stack:
         self.branch: str | None = None
         self.cached = False
         self.is_open = False
+        self.prediction: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
         self.encoder_fn: torch.Tensor | None = None
@@ -237,6 +256,9 @@ class Stack:
         copies = self._copies_middle and not self.cached
         self.h_fn = h_fn.clone() if copies else h_fn
         self.encoder_fn = encoder_in.clone() if copies and encoder_in is not None else encoder_in
+        if self.cached:
+            # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
+            self.prediction = eager.forecast(lane, self.h_fn, self.encoder_fn)
         if not self._learned:
             self._originals = [(h_fn, self.h_fn)]
             if encoder_in is not None and self.encoder_fn is not None:
@@ -287,10 +309,9 @@ class Stack:
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of the middle blocks."""
-        assert self.lane is not None
-        assert self.h_fn is not None
+        assert self.prediction is not None
         self.is_open = False
-        return eager.forecast(self.lane, self.h_fn, self.encoder_fn)
+        return self.prediction
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
         """Store what the middle blocks did."""

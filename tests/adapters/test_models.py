@@ -87,22 +87,24 @@ class Replay:
 
     def _by_stream(self, output):
         """Return (hidden states, encoder states or None) of what a block returned."""
-        if isinstance(output, torch.Tensor):
-            return output, None
-        if len(output) == 1:
-            return output[0], None
+        if isinstance(output, torch.Tensor) or len(output) == 1:
+            return (output if isinstance(output, torch.Tensor) else output[0]), None
         return output[::-1] if self._is_swapped(output) else output
 
     def _like(self, output, streams):
         """Return the two streams in the form of `output`."""
         if isinstance(output, torch.Tensor):
             return streams[0]
-        if len(output) == 1:
-            return (streams[0],)
         streams = tuple(
             None if o is None else s for o, s in zip(self._by_stream(output), streams, strict=True)
         )
-        return streams[::-1] if self._is_swapped(output) else streams
+        return streams[: len(output)] if not self._is_swapped(output) else streams[::-1]
+
+
+def always_run(name, setting):
+    """Return Fn and Bn of a setting, with as many first blocks as long skips need."""
+    fn, bn = SETTINGS[setting]
+    return (max(fn, bn) if models.CASES[name].long_skips else fn), bn
 
 
 @contextlib.contextmanager
@@ -171,7 +173,7 @@ def test_never_caching_is_bit_identical_and_disabling_leaves_no_trace(name):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_cached_steps_skip_the_middle_blocks_and_no_other(name, setting):
     model, stacks = models.model(name), models.stacks_of(name)
-    fn, bn = SETTINGS[setting]
+    fn, bn = always_run(name, setting)
     dbcache.enable(model, Fn_compute_blocks=fn, Bn_compute_blocks=bn, **FORCED)
     with counted(name) as calls:
         outputs = models.run(name, STEPS)
@@ -183,7 +185,7 @@ def test_cached_steps_skip_the_middle_blocks_and_no_other(name, setting):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_same_input_gives_the_same_output_full_and_cached(name, setting):
-    fn, bn = SETTINGS[setting]
+    fn, bn = always_run(name, setting)
     plain = models.run(name, 1, seeds=[7])[0]
     config = {"Fn_compute_blocks": fn, "Bn_compute_blocks": bn, **FORCED, "max_warmup_steps": 1}
     dbcache.enable(models.model(name), **config)
@@ -194,7 +196,7 @@ def test_the_same_input_gives_the_same_output_full_and_cached(name, setting):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_cached_outputs_are_those_of_a_replay_in_plain_torch(name, setting):
-    fn, bn = SETTINGS[setting]
+    fn, bn = always_run(name, setting)
     expected = []
     with replayed(name, fn, bn) as replays:
         for step, seed in enumerate((7, 8, 9)):
@@ -214,9 +216,8 @@ SEVERAL = [name for name in NAMES if len(models.CASES[name].stacks) > 1]
 @pytest.mark.parametrize("name", SEVERAL, indirect=True)
 def test_each_stack_decides_for_itself(name):
     model, stacks = models.model(name), models.stacks_of(name)
-    config = dbcache.DBCacheConfig(residual_diff_threshold=0.0)
-    never = dbcache.ParamsModifier(cache_config=config)
-    changes = [None, *[never] * (len(stacks) - 1)]
+    never = dbcache.DBCacheConfig(residual_diff_threshold=0.0)
+    changes = [None, *[dbcache.ParamsModifier(cache_config=never)] * (len(stacks) - 1)]
     dbcache.enable(model, Fn_compute_blocks=1, params_modifiers=changes, **FORCED)
     with counted(name) as calls:
         models.run(name, STEPS)
@@ -228,4 +229,16 @@ def test_a_model_is_supported_by_its_row_alone(name, monkeypatch):
     with pytest.raises(ValueError, match=name):
         dbcache.enable(models.model(name))
     monkeypatch.undo()
-    dbcache.enable(models.model(name))
+    dbcache.enable(models.model(name), Fn_compute_blocks=1)
+
+
+LONG_SKIPS = [name for name in NAMES if models.CASES[name].long_skips]
+
+
+@pytest.mark.parametrize("name", LONG_SKIPS, indirect=True)
+def test_long_skips_refuse_more_last_blocks_than_first_ones(name):
+    model = models.model(name)
+    before = dict(model.__dict__)
+    with pytest.raises(ValueError, match="at most Fn_compute_blocks, got 2 and 1: long skip"):
+        dbcache.enable(model, Fn_compute_blocks=1, Bn_compute_blocks=2)
+    assert model.__dict__ == before

@@ -6,14 +6,24 @@ Weights and inputs follow from seeds; float32 on the CPU, about ten blocks.
 from functools import cache
 from typing import Any
 
-import models_audio
+import models_flux
 import models_image
+import models_joint
+import models_other
+import models_streaming
 import models_video
 import tiny
 import torch
 from model_case import STREAMS, find_class
 
-CASES = models_image.CASES | models_video.CASES | models_audio.CASES
+CASES = (
+    models_flux.CASES
+    | models_image.CASES
+    | models_other.CASES
+    | models_video.CASES
+    | models_joint.CASES
+    | models_streaming.CASES
+)
 """By the name of the class."""
 
 
