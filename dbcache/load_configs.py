@@ -143,8 +143,12 @@ def _calibrator(who: str, given: dict[str, Any]) -> CalibratorConfig:
         )
     name = next(iter(on or named))
     config, fields = _CALIBRATORS[name]
-    stray = [flat for flat in given if flat not in (*fields, *switches, _CACHE_TYPE)]
-    if on and stray:
+    if not on and name == "custom":
+        return CalibratorConfig()
+    # engines pass on all fields of a predictor that is switched off
+    allowed = [flat for each in named for flat in _CALIBRATORS[each][1]]
+    stray = [flat for flat in given if flat not in (*allowed, *switches, _CACHE_TYPE)]
+    if stray:
         raise ValueError(f"{who}: {stray[0]} must not be given with enable_{name}, got both")
     values = {field: given[flat] for flat, field in fields.items() if flat in given}
     cache_type = given.get(_CACHE_TYPE, values.get(_CACHE_TYPE))
