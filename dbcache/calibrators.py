@@ -181,8 +181,9 @@ class DMDCalibratorConfig(CalibratorConfig):
     dmd_history: int = 4
     """Snapshots that are fitted, 3 to 8; the lane keeps as many."""
 
-    dmd_ridge: float = 1e-6
-    """Pull towards straight lines, above 0; relative to the sizes of what is fitted."""
+    dmd_ridge: float = 1.0
+    """Pull towards straight lines, above 0; 1 goes about half the way. What is small (1e-6) follows
+    exponentials exactly, and is misled by what changes at random."""
 
     dmd_rank: int = 0
     """0 or 2, which are the same: there are two exponentials."""
@@ -209,7 +210,7 @@ class DMDCalibratorConfig(CalibratorConfig):
         return self.dmd_history
 
     def strify(self) -> str:
-        ridge = "" if self.dmd_ridge == 1e-6 else f"R{self.dmd_ridge:g}"
+        ridge = "" if self.dmd_ridge == 1 else f"R{self.dmd_ridge:g}"
         return f"DMDH{self.dmd_history}{ridge}"
 
 

@@ -26,7 +26,7 @@ from dbcache.kernels._select import Impl, invalid, is_traced, select
 from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode, Reason
 from dbcache.kernels.probe_diff import MAX_PARTIALS
 from dbcache.kernels.sums import f32, relative_l1, relative_l1_of_partials
-from dbcache.kernels.taylor import store_weights, weights_by_slot
+from dbcache.kernels.taylor import reached, store_weights, weights_by_slot
 
 
 def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "auto") -> None:
@@ -123,13 +123,16 @@ def advance(
         newest = ls.RING_STEPS + (head - 1) % slots
         steps = counters[newest : ls.RING_STEPS - 1 : -1]
         steps += counters[ls.RING_STEPS + slots - 1 : newest : -1]
-        ages = tuple([step - s for s in steps[: counters[ls.SNAPSHOTS]]])
+        steps = steps[: counters[ls.SNAPSHOTS]]
+        ages = tuple([step - s for s in steps])
+        predictor, scale = limits[ls.PREDICTOR], thresholds[ls.SCALE]
         for base, order in (
             (ls.WEIGHTS, limits[ls.ORDER]),
             (ls.ENCODER_WEIGHTS, limits[ls.ENCODER_ORDER]),
         ):
+            order = reached(steps, order, predictor)
             values[base : base + ls.MAX_SLOTS] = weights_by_slot(
-                ages, order, head, slots, limits[ls.PREDICTOR], thresholds[ls.SCALE]
+                ages, order, head, slots, predictor, scale
             )
     else:
         counters[ls.SLOT] = head

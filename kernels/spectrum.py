@@ -6,8 +6,9 @@ Chebyshev polynomials and x(s) = 2 s / last - 1 with `last` the index of the req
     w = Phi (Phi^T Phi + ridge I)^-1 phi(x(t)),  Phi[m, j] = phi_j(x(s_m)) = T_j(x(s_m))
 
 Of this and of the straight line through the two newest snapshots, `blend` parts are the former.
-The idea, and M = 4 and half and half, are Spectrum's (arXiv:2603.01623), which fits all full steps
-of the request; here they are those in the ring.
+M is at most half the number of snapshots, so that there are two for each degree. The idea, and
+M = 4 and half and half, are Spectrum's (arXiv:2603.01623), which fits all full steps of the
+request; here they are those in the ring.
 
 The two implementations agree bit for bit: each operation is float64, rounded once, in the same
 order, and the weights are rounded to float32 at the end. The system is solved by Gauss-Jordan
@@ -91,7 +92,9 @@ def chebyshev_weights(
 
     Requests repeat the same few patterns of steps, so they are kept.
     """
-    size = order + 1
+    if len(steps) == 1:
+        return [1.0]
+    size = min(order, len(steps) // 2) + 1
     rows = [_polynomials(s, last, size) for s in steps]
     x = _polynomials(step, last, size)
     matrix = [[0.0] * size for _ in range(size)]
@@ -129,10 +132,8 @@ def _polynomials(step: int, last: float, size: int) -> list[float]:
 def _line(steps: Sequence[int], step: int) -> list[float]:
     """Return the weights of the straight line through the two newest snapshots."""
     weights = [0.0] * len(steps)
-    weights[0] = 1.0
-    if len(steps) > 1:
-        ahead = float(step - steps[0]) / float(steps[0] - steps[1])
-        weights[0], weights[1] = 1.0 + ahead, -ahead
+    ahead = float(step - steps[0]) / float(steps[0] - steps[1])
+    weights[0], weights[1] = 1.0 + ahead, -ahead
     return weights
 
 
@@ -196,7 +197,9 @@ def _store(counters_ptr, weights_ptr, limits_ptr, parameters_ptr, order):
     slots = tl.load(limits_ptr + _SLOTS)
     newest = tl.load(counters_ptr + _HEAD) - 1 + 2 * _MAX_SLOTS * slots
     slot = (newest - m) % slots
-    filled = m < tl.load(counters_ptr + _SNAPSHOTS)
+    snapshots = tl.load(counters_ptr + _SNAPSHOTS)
+    order = tl.minimum(order, snapshots // 2)
+    filled = m < snapshots
     steps = tl.load(counters_ptr + _RING_STEPS + slot)
     step = tl.load(counters_ptr + _STEP) - 1
     last = tl.load(parameters_ptr + _LAST_STEP)
@@ -228,10 +231,10 @@ def _store(counters_ptr, weights_ptr, limits_ptr, parameters_ptr, order):
     for p in tl.static_range(_SIZE):
         column = tl.sum(tl.where(j[None, :] == p, phi, 0.0), axis=1)
         weights += column * tl.sum(tl.where(j == p, x, 0.0), axis=0)
-    blend = tl.load(parameters_ptr + _BLEND)
     newest_step = tl.sum(tl.where(m == 0, steps, 0), axis=0)
     second = tl.sum(tl.where((m == 1) & filled, steps, 0), axis=0)
-    has_line = tl.sum(filled.to(tl.int32), axis=0) > 1
+    has_line = snapshots > 1
+    blend = tl.where(has_line, tl.load(parameters_ptr + _BLEND), 0.0)
     gap = tl.where(has_line, newest_step - second, 1).to(tl.float64)
     ahead = tl.where(has_line, (step - newest_step).to(tl.float64) / gap, 0.0)
     line = tl.where(m == 0, 1.0 + ahead, tl.where((m == 1) & filled, 0.0 - ahead, 0.0))

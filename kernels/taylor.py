@@ -19,6 +19,11 @@ _MAX_SLOTS = tl.constexpr(MAX_SLOTS)
 _NEWTON = tl.constexpr(int(Predictor.NEWTON))
 _HERMITE = tl.constexpr(int(Predictor.HERMITE))
 _FOCA = tl.constexpr(int(Predictor.FOCA))
+_TAYLOR = tl.constexpr(int(Predictor.TAYLOR))
+
+SETTLED = 3
+"""Index of the first full step from which TAYLOR takes a difference, as in cache-dit."""
+_SETTLED = tl.constexpr(SETTLED)
 
 
 def taylor_weights(
@@ -80,6 +85,15 @@ def taylor_weights(
     return weights
 
 
+def reached(steps: Sequence[int], order: int, predictor: int) -> int:
+    """Return the order that the snapshots at `steps` allow, besides their number.
+
+    TAYLOR has a difference of order i once the newest i full steps are at step 3 or later, as in
+    cache-dit: residuals change erratically at first, and what is made of that goes astray.
+    """
+    return min(order, sum(s >= SETTLED for s in steps)) if predictor == Predictor.TAYLOR else order
+
+
 @lru_cache(maxsize=4096)
 def weights_by_slot(
     ages: tuple[int, ...], order: int, head: int, slots: int, predictor: int, scale: float
@@ -90,7 +104,7 @@ def weights_by_slot(
 
 @triton.jit
 def store_weights(weights_ptr, ring_ptr, step, head, slots, snapshots, order, predictor, scale):
-    """The function `taylor_weights` above, on vectors over m, stored by slot."""
+    """`taylor_weights` of the order that is `reached`, on vectors over m, stored by slot."""
     m = tl.arange(0, _MAX_SLOTS)
     newest = head - 1 + 2 * _MAX_SLOTS * slots
     slot = (newest - m) % slots
@@ -101,6 +115,8 @@ def store_weights(weights_ptr, ring_ptr, step, head, slots, snapshots, order, pr
     newton = foca | (predictor == _NEWTON)
     last = tl.maximum(tl.minimum(order, snapshots - 1), 0)
     last = tl.where(foca, tl.minimum(last, 2), last)
+    settled = tl.sum(((steps >= _SETTLED) & (m < snapshots)).to(tl.int32), axis=0)
+    last = tl.where(predictor == _TAYLOR, tl.minimum(last, settled), last)
     latest = tl.full((), 1.0, tl.float32)
     previous = tl.full((), 0.0, tl.float32)
     coefficients = tl.where(m == 0, latest, 0.0)

@@ -228,13 +228,27 @@ def test_full_steps_fill_the_ring_in_turn(lane):
 
 
 def test_weights_are_those_of_the_steps_in_the_ring(lane):
-    one = lane("wwsws", slots=2, order=1, encoder_order=0)
+    one = lane("wwwwsws", slots=2, order=1, encoder_order=0)
     weights = []
     for _ in one.plan:
         one.step()
         weights.append((one.state.weights.tolist()[:2], one.state.encoder_weights.tolist()[:2]))
-    assert weights[2] == ([-1.0, 2.0], [0.0, 1.0])  # steps 0 and 1 predict step 2
-    assert weights[4] == ([1.5, -0.5], [1.0, 0.0])  # steps 3 (in slot 0) and 1 predict step 4
+    assert weights[4] == ([-1.0, 2.0], [0.0, 1.0])  # steps 2 and 3 predict step 4
+    assert weights[6] == ([1.5, -0.5], [1.0, 0.0])  # steps 5 (in slot 0) and 3 predict step 6
+
+
+@pytest.mark.parametrize("predictor", Predictor)
+def test_taylorseer_takes_differences_from_the_fourth_step_on_and_the_others_at_once(
+    lane, predictor
+):
+    one = lane("wwswswswsws", slots=4, order=3, predictor=predictor, scale=0.5)
+    used = []
+    for code in one.plan:
+        one.step()
+        if code == "s":
+            used.append(sum(w != 0 for w in one.state.weights.tolist()))
+    others = [2, 3, 3, 3, 3] if predictor is Predictor.FOCA else [2, 3, 4, 4, 4]
+    assert used == ([1, 2, 3, 4, 4] if predictor is Predictor.TAYLOR else others)
 
 
 def test_the_order_is_bounded_by_the_snapshots_there_are(lane):

@@ -24,12 +24,15 @@ def newest_first(gaps):
 
 def fitted(steps, step, order, ridge, blend):
     """Spectrum as it is told, with NumPy's polynomials and solver, in float64."""
+    if len(steps) == 1:
+        return np.ones(1)
+    order = min(order, len(steps) // 2)
     basis = np.polynomial.chebyshev.chebvander(2 * np.array(steps) / LAST - 1, order)
     at = np.polynomial.chebyshev.chebvander(np.array([2 * step / LAST - 1]), order)[0]
     gram = basis.T @ basis + ridge * np.eye(order + 1)
     weights = blend * basis @ np.linalg.solve(gram, at)
-    line = np.polyfit(steps[:2], np.eye(min(2, len(steps))), min(1, len(steps) - 1))
-    weights[: len(line[0])] += (1 - blend) * np.stack([np.polyval(c, step) for c in line.T])
+    line = np.polyfit(steps[:2], np.eye(2), 1)
+    weights[:2] += (1 - blend) * np.polyval(line, step)
     return weights
 
 
@@ -45,7 +48,7 @@ def test_weights_are_the_ridge_regression(gaps, order, ridge, blend):
 
 @pytest.mark.parametrize("order", range(1, MAX_ORDER + 1))
 def test_a_vanishing_ridge_is_exact_on_polynomials_at_uneven_gaps(order):
-    steps, step = newest_first([3, 5, 1, 4, 2, 1, 1, 6][: order + 3])
+    steps, step = newest_first([3, 5, 1, 4, 2, 1, 1, 6][: 2 * order])
     weights = chebyshev_weights(steps, step, order, 1e-13, 1.0, LAST)
     for degree in range(order + 1):
         values = [(s / step) ** degree for s in steps]
