@@ -16,7 +16,17 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from dbcache.kernels import commit, decide, e4m3, predict, probe_and_decide, probe_diff
+from dbcache.kernels import (
+    commit,
+    decide,
+    e4m3,
+    fit_recurrence,
+    predict,
+    probe_and_decide,
+    probe_diff,
+    recurrence,
+    spectrum,
+)
 from dbcache.kernels.launches import CONFIGS, DEFAULTS, configs_of
 
 WIDE = re.compile(r"(ld|st)\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b32|v4\.b64)\b")
@@ -103,6 +113,7 @@ def variants():
             {"num_warps": 4 if log_lanes == 10 else 1, "enable_fp_fusion": False},
         )
     yield from fp8_variants()
+    yield from predictor_variants()
 
 
 TUNED = {
@@ -173,6 +184,26 @@ def fp8_variants():
             )
 
 
+def predictor_variants():
+    """Yield the same of the kernels of predictors that `decide` does not weigh."""
+    scalars = {"counters_ptr": "*i32", "values_ptr": "*fp32", "limits_ptr": "*i32"}
+    options = {"num_warps": 1, "enable_fp_fusion": False}
+    fits = {"fit_ptr": "*fp64", "encoder_fit_ptr": "*fp64"}
+    yield "weights-bf16-recurrence", recurrence._recurrence_kernel, scalars | fits, {}, options
+    parameters = {"parameters_ptr": "*fp64"}
+    yield "weights-bf16-spectrum", spectrum._spectrum_kernel, scalars | parameters, {}, options
+    for dtype in ("bf16", "fp16", "fp32"):
+        yield (
+            f"fit_recurrence-{dtype}",
+            fit_recurrence._fit_recurrence_kernel,
+            {"ring_ptr": f"*{dtype}", "counters_ptr": "*i32", "partials_ptr": "*fp32"}
+            | {"fit_ptr": "*fp64", "size": "i64" if dtype == "fp16" else "i32"}
+            | {"per_program": "i32", "slots": "i32", "ridge": "fp32"},
+            {"LOG_BLOCK": probe_diff.log2(fit_recurrence.BLOCK), "LOG_LANES": 10},
+            {"num_warps": fit_recurrence._NUM_WARPS, "enable_fp_fusion": False},
+        )
+
+
 def spilled(target: GPUTarget, asm: str) -> int:
     """Return the bytes (AMD: and registers) that are spilled to memory or kept on a stack."""
     if target.backend != "cuda":
@@ -225,7 +256,7 @@ def main(targets: list[str], variants=variants) -> None:
                     "wide_stores": sum(w in ("st", "store") for w in wide),
                     "local": bool(LOCAL.search(asm)),
                     "spilled": spilled(gpu, asm),
-                    "fma": "fma.rn.f32" in asm,
+                    "fma": "fma.rn.f32" in asm or "fma.rn.f64" in asm,
                 }
             )
     print(json.dumps(rows))
