@@ -3,7 +3,7 @@
 import tiny
 import torch
 from model_case import BLOCKS, HEADS, TEXT, Case, text_mask
-from models_video import LATENT, PLACES, TEXT_INPUT
+from models_video import KANDINSKY, LATENT, PLACES, TEXT_INPUT
 
 LTX2 = HEADS | {
     "in_channels": 4,
@@ -78,16 +78,8 @@ CASES = {
     "Kandinsky6Transformer3DModel": Case(
         "visual_transformer_blocks",
         (1, 2, 4, 4, 4),
-        {
-            "in_visual_dim": 4,
-            "out_visual_dim": 4,
-            "in_text_dim": tiny.TEXT_DIM,
-            "in_text_dim2": 8,
-            "time_dim": 16,
-            "model_dim": 24,
-            "ff_dim": 32,
-            "num_visual_blocks": BLOCKS,
-            "axes_dims": (4, 4, 4),
+        KANDINSKY
+        | {
             "num_text_blocks": 1,
             "visual_cond": False,
             "in_audio_dim": 3,

@@ -49,6 +49,17 @@ COGVIDEO = (
         "max_text_seq_length": tiny.TEXT_TOKENS,
     }
 )
+KANDINSKY = {
+    "in_visual_dim": 4,
+    "out_visual_dim": 4,
+    "in_text_dim": tiny.TEXT_DIM,
+    "in_text_dim2": 8,
+    "time_dim": 16,
+    "model_dim": 24,
+    "ff_dim": 32,
+    "num_visual_blocks": BLOCKS,
+    "axes_dims": (4, 4, 4),
+}
 
 
 def turns(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -330,7 +341,7 @@ CASES = {
             "controlnet_block_every_n": 3,
         },
         TEXT_INPUT,
-        {"fps": 24, "block_controlnet_hidden_states": [*tiny.noise(4, 1, 8, 24, seed=21)]},
+        {"fps": 24},
     ),
     "SanaVideoTransformer3DModel": Case(
         "transformer_blocks",
@@ -347,9 +358,16 @@ CASES = {
             "rope_max_seq_len": 32,
         },
         TEXT_INPUT,
+        {"encoder_attention_mask": text_mask()},
+    ),
+    "Kandinsky5Transformer3DModel": Case(
+        "visual_transformer_blocks",
+        (1, 2, 4, 4, 4),
+        KANDINSKY | {"num_text_blocks": 1},
+        TEXT_INPUT | {"pooled_projections": (1, 8)},
         {
-            "encoder_attention_mask": text_mask(),
-            "controlnet_block_samples": tuple(tiny.noise(5, 1, 8, 24, seed=21)),
+            "visual_rope_pos": [torch.arange(2)] * 3,
+            "text_rope_pos": torch.arange(tiny.TEXT_TOKENS),
         },
     ),
     "MotifVideoTransformer3DModel": Case(
