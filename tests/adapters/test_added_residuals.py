@@ -51,6 +51,12 @@ CONTROLS = {
     "SanaTransformer2DModel": lambda step: {
         "controlnet_block_samples": tuple(residuals(5, 1, 16, 24, step=step))
     },
+    "SanaVideoTransformer3DModel": lambda step: {
+        "controlnet_block_samples": tuple(residuals(5, 1, 8, 24, step=step))
+    },
+    "CosmosTransformer3DModel": lambda step: {
+        "block_controlnet_hidden_states": residuals(4, 1, 8, 24, step=step)
+    },
 }
 """What a ControlNet hands to the transformer, by its class."""
 
