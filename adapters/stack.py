@@ -17,6 +17,7 @@ from dbcache.adapters.guards import (
 from dbcache.adapters.patterns import ENCODER, ForwardPattern
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
+from dbcache.executors.recording import Cutter
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
 from dbcache.schedule import resolve_mask
@@ -70,6 +71,7 @@ class Stack:
         self._copies_middle = True
         self._originals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._shared: tuple[str | None, int, torch.Tensor] | None = None
+        self.cutter: Cutter | None = None
         self.forget_step()
 
     def _clamp(self) -> tuple[int, int]:
@@ -117,6 +119,7 @@ class Stack:
         self.branch: str | None = None
         self.cached = False
         self.is_open = False
+        self.is_branch = False
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
         self.encoder_fn: torch.Tensor | None = None
@@ -182,7 +185,12 @@ class Stack:
         if lane is None:
             lane = self.lanes[self.branch] = Lane(self.settings, h_fn.device)
         code = lane.start_step(layout_of(h_fn, encoder_in), h_fn.device)
-        if code != PlanCode.DYNAMIC or not lane.has_reference:
+        is_open = code == PlanCode.DYNAMIC and lane.has_reference
+        if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
+            eager.enqueue_decision(lane, self.h_in, h_fn)
+            self.cutter.begin_full(eager.LaneDecision(lane), self.name)
+            self.is_branch = True
+        elif not is_open:
             self.cached = eager.take_decision(lane, code, None)
         elif self.settings.cache.cfg_diff_compute_separate:
             self.cached = eager.measure_and_decide(lane, self.h_in, h_fn)
@@ -233,6 +241,11 @@ class Stack:
         if not self._learned:
             self._copies_middle = self._were_overwritten()
         eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
+        if self.is_branch:
+            assert self.cutter is not None
+            self.cutter.begin_cached()
+            eager.forecast_into(self.lane, self.h_fn, self.encoder_fn, h_out, encoder)
+            self.cutter.end_branch()
         self.is_open = False
 
     def check_finished(self) -> None:
@@ -255,7 +268,7 @@ class Stack:
 
     def abort_forward(self) -> None:
         """Clean up after an exception: the step counts as never begun."""
-        if self.lane is not None:
+        if self.lane is not None and self.cutter is None:
             self.lane.abort_step()
         self.forget_step()
 
