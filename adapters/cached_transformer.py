@@ -143,9 +143,23 @@ class CachedTransformer:
         if same_calibrator and _without_steps(config) == _without_steps(self.config):
             self.settings, self.config = settings, config
             return self
-        renewed = CachedTransformer(self.spec, settings, self.modifiers, by_request=self.by_request)
+        options = None if self.graphs is None else self.graphs.options
+        renewed = CachedTransformer(
+            self.spec, settings, self.modifiers, by_request=self.by_request, graph_options=options
+        )
         renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
         return renewed
+
+    def inherit(self, old: CachedTransformer) -> None:
+        """Take over recorded graphs, where what changed lies on the device."""
+        if self.graphs is None or old.graphs is None or self.graphs.options != old.graphs.options:
+            return
+        if [stack.recorded for stack in self.stacks] != [stack.recorded for stack in old.stacks]:
+            return
+        for stack, its_old in zip(self.stacks, old.stacks, strict=True):
+            stack.inherit(its_old)
+        self.graphs = old.graphs
+        self.graphs.serve(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_handle, ()  # a copy of the transformer has its cache off

@@ -145,6 +145,17 @@ class Stack:
         for lane in self.lanes.values():
             lane.replan(self.settings)
 
+    @property
+    def recorded(self) -> tuple[object, ...]:
+        """What recorded work depends on."""
+        return (self.name, self.pattern, self.fn, self.bn, *self.settings.recorded)
+
+    def inherit(self, old: Stack) -> None:
+        """Go on with the lanes of another stack, whose `recorded` is the same."""
+        self.lanes = old.lanes
+        for lane in self.lanes.values():
+            lane.reload(self.settings)
+
     def start_step(self, branch: str | None) -> None:
         """Prepare for a forward; take up blocks that were exchanged since the last one."""
         self.branch = branch

@@ -82,6 +82,12 @@ class Lane:
         self.settings = settings
         self._write_plan()
 
+    @outside_inference_mode
+    def reload(self, settings: StackSettings) -> None:
+        """Take over settings that need no other buffers."""
+        self.settings = settings
+        self._load_settings()
+
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
         self.step = 0
@@ -195,9 +201,11 @@ class Lane:
 
     def trace(self) -> tuple[list[int], list[float]]:
         """Read back the reasons and the diffs (-1: not measured) of this request's steps."""
+        # a graph that the user captured takes steps that the host does not see
+        steps = int(self.state.counters[lane_state.STEP])
         return (
-            self.state.trace_reason[: self.step].tolist(),
-            self.state.trace_diff[: self.step].tolist(),
+            self.state.trace_reason[:steps].tolist(),
+            self.state.trace_diff[:steps].tolist(),
         )
 
     def nbytes(self) -> int:

@@ -152,7 +152,7 @@ class UserCapture:
         if self._stream is None:
             self._stream = self._make_stream()
         self._name = name
-        outer = torch.cuda.current_stream(self.device).cuda_stream
+        outer = self._outer_stream()
         full, cached = self.driver.branch_capture(outer, decision.flag.data_ptr())
         self._bodies = [cached]
         self._pools.append(self._make_pool())
@@ -186,6 +186,9 @@ class UserCapture:
         if self._entered is not None:
             with contextlib.suppress(RuntimeError):
                 self._leave()
+
+    def _outer_stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream
 
     def _make_stream(self) -> Any:
         assert self.driver is not None

@@ -25,6 +25,7 @@ from dbcache.executors.fingerprint import fingerprint, reason_against
 from dbcache.executors.recording import Cutter, DeviceReplay, HostReplay, SegmentCutter
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, LaneCopy, outside_inference_mode
+from dbcache.options import check_choice, check_flag, check_int, check_number
 
 MODES = ("device", "host")
 """From best to last resort."""
@@ -68,6 +69,23 @@ class GraphOptions:
     static_outputs: bool = False
     max_recordings: int = 16
     max_gigabytes: float = 16.0
+
+    def __post_init__(self) -> None:
+        check_choice("cuda_graph", self.mode, ("auto", *MODES))
+        check_flag("cuda_graph: static_outputs", self.static_outputs)
+        check_int("cuda_graph: max_recordings", self.max_recordings, 1)
+        check_number("cuda_graph: max_gigabytes", self.max_gigabytes, positive=True)
+
+    @classmethod
+    def of(cls, given: bool | str | GraphOptions) -> GraphOptions | None:
+        """Return what `enable` was given as options, None for no graphs.
+
+        Raises:
+            ValueError, TypeError: it is none of those.
+        """
+        if given is False or isinstance(given, cls):
+            return given or None
+        return cls("auto" if given is True else given)
 
 
 @dataclass(frozen=True)
@@ -149,6 +167,26 @@ class GraphExecutor:
         self._seen: set[Any] = set()
         self._recorder: Any = None
         self._fingerprint: int | None = None
+
+    def serve(self, transformer: Recordable) -> None:
+        """Go on for another transformer, which has the same lanes."""
+        self.transformer = transformer
+        self._seen.clear()  # it learns from an eager step before the next recording
+
+    def describe(self) -> list[str]:
+        """Return what was recorded, and why calls ran eagerly, a line each."""
+        lines = []
+        if self.recordings:
+            seconds = sum(recording.seconds for recording in self.recordings.values())
+            kinds = "; ".join(recording.name for recording in self.recordings.values())
+            lines.append(
+                f"cuda_graph: {self.replays} steps replayed, {len(self.recordings)} recordings "
+                f"({kinds}) in {seconds:.1f} s and {self._recorder.nbytes() / 1e9:.2f} GB"
+            )
+        if self.retired:
+            lines.append(f"cuda_graph: {self.retired} recordings were given up")
+        lines += [f"cuda_graph: {reason} ({n} times)" for reason, n in self.reasons.items()]
+        return lines
 
     def start_request(self) -> None:
         """Give recordings up that no longer hold for the weights."""

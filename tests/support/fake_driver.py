@@ -97,6 +97,7 @@ class FakeDriver:
         self.destroyed = []
         self.compiled = 0
         self.on_capture = lambda graph: None
+        self.on_launch = lambda: None
         self._next = 100
 
     def register(self, graph):
@@ -306,6 +307,7 @@ class FakeDriver:
 
     def do_cuLaunchKernel(self, kernel, *rest):  # noqa: N802
         stream, arguments, _ = rest[-3:]
+        self.on_launch()
         graph, after = self.captures[stream]
         node = Node(NODE["KERNEL"], after, self._setter(arguments))
         self._add(graph, after, len(after), node)

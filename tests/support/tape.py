@@ -6,13 +6,16 @@ a value on the host during a recording fails, as it does on a GPU.
 """
 
 import contextlib
+from types import SimpleNamespace
 
 import torch
-from fake_driver import Body
+from fake_driver import NODE, Body, Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from dbcache.executors import cuda_capture, graph
 from dbcache.executors.cuda_capture import UserCapture
+from dbcache.executors.cuda_driver import CudaDriver
 from dbcache.kernels import commit, decide, predict, probe_and_decide, probe_diff
 
 OPS = (commit, decide, predict, probe_and_decide, probe_diff)
@@ -139,3 +142,82 @@ class TapeRecorder:
 
     def nbytes(self):
         return 0
+
+
+class TapeCapture:
+    """What ``torch.cuda.graph`` is on a GPU: captures stream 0 of a fake driver."""
+
+    def __init__(self, driver):
+        self.driver = driver
+        self.graph = Graph()
+        self.address = driver.register(self.graph)
+
+    def __enter__(self):
+        self.mode = TapeMode()
+        self.mode.tape = Tape()
+        self.driver.captures[0] = (self.address, [])
+        self.driver.on_launch, self.driver.on_capture = self._flush, self._switch
+        self.open = contextlib.ExitStack()
+        self.open.enter_context(seen_ops())
+        self.open.enter_context(self.mode)
+        return self
+
+    def __exit__(self, *error):
+        self.open.close()
+        if error[0] is None:
+            self._flush()
+        self.mode.tape = None
+        for x, old in self.mode.undo.values():
+            x.copy_(old)
+        self.driver.captures.pop(0, None)
+
+    def _flush(self):
+        """Put what ran on the stream so far into the graph."""
+        tape, self.mode.tape = self.mode.tape, Tape()
+        graph, after = self.driver.captures[0]
+        if tape.entries:
+            node = Node(NODE["KERNEL"], after, tape.replay)
+            self.graph.nodes.append(node)
+            self.driver.captures[0] = (graph, [node])
+
+    def _switch(self, body):
+        """A body begins, or ends where it is None."""
+        if body is not None:
+            self.body = self.driver.graphs[body]
+        elif self.mode.tape.entries:
+            self.body.nodes.append(Node(NODE["KERNEL"], [], self.mode.tape.replay))
+        self.mode.tape = Tape()
+
+    def replay(self):
+        self.driver.conditions = dict(self.graph.handles)
+        self.driver.run(self.graph)
+
+
+class TapeUserCapture(UserCapture):
+    """`UserCapture` without streams and pools."""
+
+    def _outer_stream(self):
+        return 0
+
+    def _on_stream(self):
+        return contextlib.nullcontext()
+
+    def _from_pool(self, pool):
+        return contextlib.nullcontext()
+
+    def _make_pool(self):
+        return object()
+
+    def _make_stream(self):
+        return SimpleNamespace(cuda_stream=self.driver.create_stream())
+
+
+def use_driver(monkeypatch, fake):
+    """Record on the CPU with `fake`, or without a driver where it is None."""
+    if fake is None:
+        found = None, "the driver must support CUDA 12.6 or later, got 12040"
+    else:
+        found = CudaDriver(fake, fake.bindings), ""
+    monkeypatch.setitem(cuda_capture.RECORDERS, "cpu", TapeRecorder)
+    monkeypatch.setattr(graph, "find_driver", lambda: found)
+    monkeypatch.setattr(cuda_capture, "find_driver", lambda: found)
