@@ -160,9 +160,7 @@ class CudaDriver:
         context = self.call("cuCtxGetCurrent")
         return self.call("cuGraphConditionalHandleCreate", graph, context, 0, ASSIGN_DEFAULT)
 
-    def _add_setter(
-        self, graph: Any, after: list[Any], handle: Any, flag: int, equal: int
-    ) -> Any:
+    def _add_setter(self, graph: Any, after: list[Any], handle: Any, flag: int, equal: int) -> Any:
         arguments = _Arguments(handle, flag, equal)
         params = self.cu.CUDA_KERNEL_NODE_PARAMS()
         params.func = self.setter()

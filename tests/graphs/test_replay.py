@@ -110,6 +110,7 @@ def test_two_stacks_are_two_branches_of_one_graph(driver, mode):
         blocks=[model.transformer_blocks, model.single_transformer_blocks],
         forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_1],
     )
+
     def run(_):
         return denoise(model, family, STEPS)
 
@@ -119,9 +120,7 @@ def test_two_stacks_are_two_branches_of_one_graph(driver, mode):
     got = run(model)
     assert trace(model) == eager
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-    first, second = (
-        [Reason(code).cached for code in reasons] for reasons, _ in eager.values()
-    )
+    first, second = ([Reason(code).cached for code in reasons] for reasons, _ in eager.values())
     assert first != second, "the stacks must decide apart for this test to mean anything"
     (recording,) = handle_of(model).graphs.recordings.values()
     assert [type(item).__name__ for item in recording.replay.program] == [

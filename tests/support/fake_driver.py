@@ -108,22 +108,22 @@ class FakeDriver:
 
     # types
 
-    def CUgraph(self, address):  # noqa: N802
+    def CUgraph(self, address):
         return address
 
-    def CUstream(self, address):  # noqa: N802
+    def CUstream(self, address):
         return address
 
-    def CUstreamCaptureMode(self, value):  # noqa: N802
+    def CUstreamCaptureMode(self, value):
         return value
 
-    def CUDA_KERNEL_NODE_PARAMS(self):  # noqa: N802
+    def CUDA_KERNEL_NODE_PARAMS(self):
         return Fields()
 
-    def CUDA_GRAPH_INSTANTIATE_PARAMS(self):  # noqa: N802
+    def CUDA_GRAPH_INSTANTIATE_PARAMS(self):
         return Fields(flags=0)
 
-    def CUgraphNodeParams(self):  # noqa: N802
+    def CUgraphNodeParams(self):
         return Fields(type=None, conditional=Fields())
 
     def __getattr__(self, name):
@@ -145,25 +145,25 @@ class FakeDriver:
 
     # graphs
 
-    def do_cuDriverGetVersion(self):  # noqa: N802
+    def do_cuDriverGetVersion(self):
         return self.version
 
-    def do_cuCtxGetCurrent(self):  # noqa: N802
+    def do_cuCtxGetCurrent(self):
         return 7
 
-    def do_cuGraphCreate(self, flags):  # noqa: N802
+    def do_cuGraphCreate(self, flags):
         return self.register(Graph())
 
-    def do_cuGraphAddChildGraphNode(self, graph, after, count, child):  # noqa: N802
+    def do_cuGraphAddChildGraphNode(self, graph, after, count, child):
         child = self.graphs[child]
         if "CONDITIONAL" in child.types():
             return Result.CUDA_ERROR_NOT_SUPPORTED
         return self._add(graph, after, count, Node(NODE["GRAPH"], after, child=child))
 
-    def do_cuGraphAddEmptyNode(self, graph, after, count):  # noqa: N802
+    def do_cuGraphAddEmptyNode(self, graph, after, count):
         return self._add(graph, after, count, Node(NODE["EMPTY"], after, lambda: None))
 
-    def do_cuGraphAddKernelNode(self, graph, after, count, params):  # noqa: N802
+    def do_cuGraphAddKernelNode(self, graph, after, count, params):
         sizes = (params.gridDimX, params.gridDimY, params.gridDimZ,
                  params.blockDimX, params.blockDimY, params.blockDimZ)  # fmt: skip
         if sizes != (1,) * 6 or params.func != "set_condition":
@@ -171,14 +171,14 @@ class FakeDriver:
         run = self._setter(params.kernelParams)
         return self._add(graph, after, count, Node(NODE["KERNEL"], after, run))
 
-    def do_cuGraphConditionalHandleCreate(self, graph, context, default, flags):  # noqa: N802
+    def do_cuGraphConditionalHandleCreate(self, graph, context, default, flags):
         owner = self.graphs[graph].owner
         self._next += 1
         # without the flag the value is undefined at launch
         owner.handles[self._next] = default if flags == 1 else None
         return self._next
 
-    def do_cuGraphAddNode(self, graph, after, *rest):  # noqa: N802
+    def do_cuGraphAddNode(self, graph, after, *rest):
         edges, (count, params) = rest[:-2], rest[-2:]
         if len(edges) != (1 if self.bindings >= (13, 0) else 0):
             raise TypeError("cuGraphAddNode takes the data of edges from bindings 13 on")
@@ -204,17 +204,17 @@ class FakeDriver:
         graph.nodes.append(node)
         return node
 
-    def do_cuGraphGetNodes(self, graph, count):  # noqa: N802
+    def do_cuGraphGetNodes(self, graph, count):
         nodes = self.graphs[graph].nodes
         return (nodes[:count], len(nodes))
 
-    def do_cuGraphNodeGetType(self, node):  # noqa: N802
+    def do_cuGraphNodeGetType(self, node):
         return node.kind
 
-    def do_cuGraphChildGraphNodeGetGraph(self, node):  # noqa: N802
+    def do_cuGraphChildGraphNodeGetGraph(self, node):
         return self.register(node.child)
 
-    def do_cuGraphInstantiateWithParams(self, graph, params):  # noqa: N802
+    def do_cuGraphInstantiateWithParams(self, graph, params):
         graph = self.graphs[graph]
         handles = {n.handle for g in self._inside(graph) for n in g.nodes if n.handle}
         if graph.instantiated or handles != set(graph.handles):
@@ -234,14 +234,14 @@ class FakeDriver:
             for body in node.bodies:
                 yield from self._inside(body)
 
-    def do_cuGraphLaunch(self, executable, stream):  # noqa: N802
+    def do_cuGraphLaunch(self, executable, stream):
         self.launches += 1
         graph = self.graphs[executable].owner
         self.conditions = dict(graph.handles)
         self.run(graph)
         return ()
 
-    def do_cuGraphExecDestroy(self, executable):  # noqa: N802
+    def do_cuGraphExecDestroy(self, executable):
         self.destroyed.append(executable)
         return ()
 
@@ -267,12 +267,12 @@ class FakeDriver:
 
     # kernels
 
-    def do_cuModuleLoadData(self, address):  # noqa: N802
+    def do_cuModuleLoadData(self, address):
         self.compiled += 1
         assert b"cudaGraphSetConditional" in ctypes.string_at(address)
         return "module"
 
-    def do_cuModuleGetFunction(self, module, name):  # noqa: N802
+    def do_cuModuleGetFunction(self, module, name):
         return name.decode()
 
     def _setter(self, address):
@@ -290,22 +290,22 @@ class FakeDriver:
 
     # captures
 
-    def do_cuThreadExchangeStreamCaptureMode(self, mode):  # noqa: N802
+    def do_cuThreadExchangeStreamCaptureMode(self, mode):
         return 1 if mode == 2 else 2
 
-    def do_cuStreamCreate(self, flags):  # noqa: N802
+    def do_cuStreamCreate(self, flags):
         self._next += 1
         return self._next
 
-    def do_cuStreamGetCaptureInfo(self, stream):  # noqa: N802
+    def do_cuStreamGetCaptureInfo(self, stream):
         if stream not in self.captures:
             return (0, 0, None, [], [], 0)
         graph, after = self.captures[stream]
         return (1, 1, graph, after, [], len(after))
 
-    do_cuStreamGetCaptureInfo_v3 = do_cuStreamGetCaptureInfo  # noqa: N815
+    do_cuStreamGetCaptureInfo_v3 = do_cuStreamGetCaptureInfo
 
-    def do_cuLaunchKernel(self, kernel, *rest):  # noqa: N802
+    def do_cuLaunchKernel(self, kernel, *rest):
         stream, arguments, _ = rest[-3:]
         self.on_launch()
         graph, after = self.captures[stream]
@@ -314,21 +314,21 @@ class FakeDriver:
         self.captures[stream] = (graph, [node])
         return ()
 
-    def do_cuStreamUpdateCaptureDependencies(self, stream, nodes, edges, count, flag):  # noqa: N802
+    def do_cuStreamUpdateCaptureDependencies(self, stream, nodes, edges, count, flag):
         graph, _ = self.captures[stream]
         self.captures[stream] = (graph, list(nodes))
         return ()
 
-    do_cuStreamUpdateCaptureDependencies_v2 = do_cuStreamUpdateCaptureDependencies  # noqa: N815
+    do_cuStreamUpdateCaptureDependencies_v2 = do_cuStreamUpdateCaptureDependencies
 
-    def do_cuStreamBeginCaptureToGraph(self, stream, graph, after, edges, count, mode):  # noqa: N802
+    def do_cuStreamBeginCaptureToGraph(self, stream, graph, after, edges, count, mode):
         if stream in self.captures:
             return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         self.captures[stream] = (graph, [])
         self.on_capture(graph)
         return ()
 
-    def do_cuStreamEndCapture(self, stream):  # noqa: N802
+    def do_cuStreamEndCapture(self, stream):
         graph, _ = self.captures.pop(stream)
         self.on_capture(None)
         return graph

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from fake_driver import NODE, Body, Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from dbcache.executors import cuda_capture, graph
 from dbcache.executors.cuda_capture import UserCapture
@@ -72,8 +72,7 @@ class TapeMode(TorchDispatchMode):
         results = func(*args, **kwargs)
         outputs = tree_flatten(results)[0]
         fresh = [
-            x if isinstance(x, torch.Tensor) and not storages(x) & before else None
-            for x in outputs
+            x if isinstance(x, torch.Tensor) and not storages(x) & before else None for x in outputs
         ]
         self.made |= storages([x for x in fresh if x is not None])
         if func._schema.is_mutable or any(x is not None for x in fresh):
