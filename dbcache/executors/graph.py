@@ -278,7 +278,13 @@ class GraphExecutor:
         return self.transformer.lanes()
 
     def _give_up(self, reason: str) -> None:
-        """Run this call eagerly; say why, the first time."""
+        """Run this call eagerly and say why, the first time; unless a mode was asked for by name.
+
+        Raises:
+            RuntimeError: it was.
+        """
+        if self.options.mode != "auto":
+            raise RuntimeError(f"cuda_graph={self.options.mode!r} is impossible here: {reason}")
         if not self.reasons[reason]:
             warnings.warn(f"dbcache: cuda_graph: runs eagerly: {reason}", stacklevel=6)
         self.reasons[reason] += 1
@@ -287,8 +293,6 @@ class GraphExecutor:
         """Return a recording that was tried, None if none can be had."""
         reason = reason_against(self.transformer.module)
         if reason is not None:
-            if self.options.mode != "auto":
-                raise RuntimeError(f"cuda_graph={self.options.mode!r}: {reason}")
             self._give_up(reason)
             return None
         while self._modes:

@@ -143,6 +143,9 @@ def test_on_the_cpu_it_runs_eagerly_and_says_so(model):
         got = denoise(model, FLUX, 5)
     assert same(got, eager(5))
     assert any("(5 times)" in note for note in dbcache.summary(model).notes)
+    dbcache.enable(model, **OPTIONS, cuda_graph="host")
+    with pytest.raises(RuntimeError, match=r"cuda_graph='host' is impossible here: .*got cpu"):
+        denoise(model, FLUX, 1)
 
 
 def test_shared_diffs_run_eagerly_and_say_so(driver):
