@@ -6,6 +6,7 @@ while a forward runs so do the lists of blocks, whose guards then shadow them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 
 from dbcache.adapters.block_adapter import TransformerSpec
-from dbcache.adapters.stack import Stack
+from dbcache.adapters.learning import learn
+from dbcache.adapters.patch_functor import Patches
+from dbcache.adapters.scope import make_stacks
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.executors.cuda_capture import UserCapture, is_capturing, user_capture
 from dbcache.executors.graph import GraphExecutor, GraphOptions
@@ -113,13 +116,13 @@ class CachedTransformer:
         self.modifiers = modifiers
         self.by_request = by_request
         self.module = spec.transformer
-        self.stacks = [
-            Stack(list(stack.lists), stack.pattern, settings.modified(modifier))
-            for stack, modifier in zip(spec.stacks, modifiers, strict=True)
-        ]
-        self.config = self.stacks[0].settings.cache
+        self.stacks = make_stacks(spec.stacks, settings, modifiers)
+        if self.stacks:
+            self._check_long_skips()
+        self.config = settings.modified(modifiers[0]).cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
+        self.patches: Patches | None = None
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.planned_steps: Callable[[], int | None] | None = None
         self.is_open = not by_request
@@ -135,6 +138,16 @@ class CachedTransformer:
         self._began_in_capture = False
         self._capture: UserCapture | None = None
 
+    def _check_long_skips(self) -> None:
+        """Raise if a block that always runs takes what a block that may be skipped has to make."""
+        for spec, stack in zip(self.spec.stacks, self.stacks, strict=True):
+            if spec.long_skips and stack.bn > stack.fn:
+                raise ValueError(
+                    f"{type(self.module).__name__}.{stack.name}: Bn_compute_blocks must be at most "
+                    f"Fn_compute_blocks, got {stack.bn} and {stack.fn}: long skip connections feed "
+                    f"what the first blocks make to the last ones; raise Fn_compute_blocks"
+                )
+
     def renewed(self, changes: ParamsModifier) -> CachedTransformer:
         """Return one with the given fields of `changes` on top; itself if that needs no rebuild."""
         settings = self.settings.modified(changes)
@@ -148,6 +161,7 @@ class CachedTransformer:
             self.spec, settings, self.modifiers, by_request=self.by_request, graph_options=options
         )
         renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
+        renewed.patches = self.patches
         return renewed
 
     def inherit(self, old: CachedTransformer) -> None:
@@ -166,6 +180,8 @@ class CachedTransformer:
 
     def install(self) -> None:
         """Switch the cache on."""
+        if self.patches is not None:
+            self.patches.redo()
         self.module.__dict__[HANDLE] = self
         self._patches = [InstanceMethod(self.module, "forward", self.forward)]
         if hasattr(self.module, "cache_context"):
@@ -177,6 +193,8 @@ class CachedTransformer:
             patch.remove()
         self._patches = []
         self.module.__dict__.pop(HANDLE, None)
+        if self.patches is not None:
+            self.patches.undo()
 
     @contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -210,12 +228,18 @@ class CachedTransformer:
         if not self.is_open:
             self._note_uncached_call()
             return self._patches[0].original(*args, **kwargs)
+        if self.spec.fills is not None and self.spec.fills(kwargs):
+            self.start_request()
+            return self._patches[0].original(*args, **kwargs)
         self._start_step()
-        cutter = self._user_capture()
-        if self.graphs is not None and cutter is None:
-            output = self.graphs.step(args, kwargs)
+        if not self.stacks:
+            output = self._learn(args, kwargs)
         else:
-            output = self.run(args, kwargs, cutter)
+            cutter = self._user_capture()
+            if self.graphs is not None and cutter is None:
+                output = self.graphs.step(args, kwargs)
+            else:
+                output = self.run(args, kwargs, cutter)
         self.calls += 1
         self._steps[self.step_branch] = self._steps.get(self.step_branch, 0) + 1
         return output
@@ -230,7 +254,7 @@ class CachedTransformer:
                 stack.cutter = cutter
                 stack.start_step(self.step_branch)
                 for block_list, entries in zip(stack.lists, stack.entries, strict=False):
-                    block_list.own[block_list.name] = entries
+                    block_list.shadow(entries)
                     shadowed.append(block_list)
             output = self._patches[0].original(*args, **kwargs)
             for stack in self.stacks:
@@ -245,9 +269,25 @@ class CachedTransformer:
             for stack in self.stacks:
                 stack.cutter = None
             for block_list in shadowed:
-                del block_list.own[block_list.name]
+                block_list.unshadow()
         for stack in self.stacks:
             stack.finish_forward()
+        return output
+
+    def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a forward that tells what the blocks take and return; it counts as a full step."""
+        output, stacks = learn(self.spec, self._patches[0].original, args, kwargs)
+        pairs = zip(stacks, self.modifiers, strict=True)
+        self.modifiers = [modifier for stack, modifier in pairs if stack is not None]
+        kept = tuple(stack for stack in stacks if stack is not None)
+        self.spec = dataclasses.replace(self.spec, stacks=kept)
+        self.stacks = make_stacks(self.spec.stacks, self.settings, self.modifiers)
+        device = next(self.module.parameters(), torch.empty(0)).device
+        for stack in self.stacks:
+            stack.plan_request(self._num_steps())
+            stack.count_full_step(self.step_branch, device)
+        for stack in self.stacks:
+            stack.forget_step()
         return output
 
     def lanes(self) -> list[Lane]:

@@ -30,8 +30,13 @@ outside_inference_mode = torch.inference_mode(False)
 class Lane:
     """Device state and buffers of one lane, and the host's view of where it stands."""
 
+    compares = True
+    """Whether the lane keeps P_ref; without it another lane takes the decisions."""
+
     @outside_inference_mode
-    def __init__(self, settings: StackSettings, device: torch.device) -> None:
+    def __init__(
+        self, settings: StackSettings, device: torch.device, state: LaneState | None = None
+    ) -> None:
         self.settings = settings
         self.by_residual = not settings.cache.compares_hidden_states
         self.by_token = settings.cache.important_condition_threshold > 0
@@ -45,10 +50,11 @@ class Lane:
         self.encoder_ring: torch.Tensor | None = None
         self.scales: torch.Tensor | None = None
         self.encoder_scales: torch.Tensor | None = None
-        self.state = LaneState.allocate(FIRST_CAPACITY, device)
+        self.state = LaneState.allocate(FIRST_CAPACITY, device) if state is None else state
         self._flag: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
-        self._load_settings()
+        if state is None:
+            self._load_settings()
 
     def _load_settings(self) -> None:
         """Write the parameters and the plan to the device."""
@@ -73,7 +79,7 @@ class Lane:
         self._write_plan()
 
     def _write_plan(self) -> None:
-        self.plan = make_plan(self.settings.cache, len(self.state.plan))
+        self.plan: list[PlanCode] = make_plan(self.settings.cache, len(self.state.plan))
         self.state.plan.copy_(torch.tensor(self.plan, dtype=torch.int32))
 
     @outside_inference_mode
@@ -120,19 +126,25 @@ class Lane:
         self.state.copy_(old)
         self._flag = self._event = None
 
+    def drop_buffers(self) -> None:
+        """Let go of what no longer fits; the next full step allocates anew."""
+        for name in BUFFERS:
+            setattr(self, name, None)
+
     def buffers(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """Return (P_ref, ring, encoder ring), allocated at the first full step, with the scales."""
-        if self.p_ref is None or self.ring is None:
+        if self.ring is None:
             return self._allocate(h_fn, h_out, encoder_out)
         return self.p_ref, self.ring, self.encoder_ring
 
     @outside_inference_mode
     def _allocate(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        if self.compares:
+            self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
         self.ring, self.scales = self._allocate_ring(h_out)
         if encoder_out is not None:
             self.encoder_ring, self.encoder_scales = self._allocate_ring(encoder_out)
@@ -220,7 +232,8 @@ class LaneCopy:
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
         self.state = lane.state.clone()
-        self.host = (lane.step, lane.has_reference, lane.cached, list(lane.plan))
+        self.host = (lane.step, lane.has_reference, lane.cached)
+        self.plan = list(lane.plan)
         self.buffers = {k: x.clone() for k, x in lane.buffers_by_name().items() if x is not None}
 
     @outside_inference_mode
@@ -228,7 +241,7 @@ class LaneCopy:
         """Put everything back."""
         lane = self.lane
         lane.state.copy_(self.state)
-        lane.step, lane.has_reference, lane.cached, plan = self.host
-        lane.plan = list(plan)
+        lane.step, lane.has_reference, lane.cached = self.host
+        lane.plan[:] = self.plan
         for name, buffer in self.buffers.items():
             getattr(lane, name).copy_(buffer)

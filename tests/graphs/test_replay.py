@@ -129,6 +129,27 @@ def test_two_stacks_are_two_branches_of_one_graph(driver, mode):
     assert recording.replay.mode == mode
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_stacks_that_follow_the_first_one_are_branches_on_its_decision(driver, mode):
+    family = FAMILIES["flux"]
+    model = family.build()
+    adapter = BlockAdapter(
+        transformer=model,
+        blocks=[model.transformer_blocks, model.single_transformer_blocks],
+        forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_1],
+    )
+    options = {"decision_scope": "model", "residual_diff_threshold": 0.15}
+    dbcache.enable(adapter, SETTINGS["reuse"], TAYLOR, **options)
+    expected, eager = denoise(model, family, STEPS), trace(model)
+    dbcache.enable(adapter, SETTINGS["reuse"], TAYLOR, **options, cuda_graph=mode)
+    got = denoise(model, family, STEPS)
+    assert trace(model) == eager
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    assert 10 < sum(Reason(code).cached for code in next(iter(eager.values()))[0]) < 45
+    (recording,) = handle_of(model).graphs.recordings.values()
+    assert sum(type(item).__name__ == "Branch" for item in recording.replay.program) == 2
+
+
 def hunyuan_dit():
     """Return a HunyuanDiT of six blocks, whose later half takes long skips from the first."""
     model = diffusers.HunyuanDiT2DModel(
