@@ -27,6 +27,7 @@ from dbcache.api import (  # noqa: E402
     enable,
     refresh_context,
     summary,
+    supported_matrix,
     supported_pipelines,
 )
 from dbcache.calibrators import (  # noqa: E402
@@ -59,5 +60,6 @@ __all__ = [
     "refresh_context",
     "steps_mask",
     "summary",
+    "supported_matrix",
     "supported_pipelines",
 ]
