@@ -82,8 +82,17 @@ COVERED: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "ControlNet": (
-        "",
-        (),
+        "tests/adapters/test_added_residuals.py"
+        "::test_controlnet_residuals_are_right_on_full_and_on_cached_steps",
+        (
+            "ChromaTransformer2DModel",
+            "FluxTransformer2DModel",
+            "HunyuanDiT2DModel",
+            "QwenImageTransformer2DModel",
+            "SD3Transformer2DModel",
+            "SanaTransformer2DModel",
+            "ZImageTransformer2DModel",
+        ),
     ),
     "Context parallel": (
         "",

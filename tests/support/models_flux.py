@@ -112,7 +112,7 @@ CASES = {
         start=1.0,
     ),
     "Flux3Transformer2DModel": Case(
-        "txt_mode_blocks; mode_blocks.image; mode_blocks.image_cond; single_transformer_blocks",
+        "mode_blocks.image; mode_blocks.image_cond; single_transformer_blocks",
         (1, 16, 16),
         {
             "in_channels": 16,

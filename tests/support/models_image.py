@@ -364,26 +364,6 @@ CASES = {
             "encoder_attention_mask_2": torch.ones(1, 3, dtype=torch.bool),
         },
     ),
-    "Kandinsky5Transformer3DModel": Case(
-        "visual_transformer_blocks",
-        (1, 2, 4, 4, 4),
-        {
-            "in_text_dim": tiny.TEXT_DIM,
-            "in_text_dim2": 12,
-            "time_dim": 16,
-            "model_dim": 24,
-            "ff_dim": 32,
-            "num_text_blocks": 1,
-            "num_visual_blocks": BLOCKS,
-            "axes_dims": (4, 4, 4),
-        },
-        {"encoder_hidden_states": TEXT, "pooled_projections": (1, 12)},
-        {
-            "visual_rope_pos": [torch.arange(2), torch.arange(2), torch.arange(2)],
-            "text_rope_pos": torch.arange(tiny.TEXT_TOKENS),
-        },
-        streams={"visual_transformer_blocks": ("visual_embed",)},
-    ),
     "QwenImage21Transformer2DModel": Case(
         "transformer_blocks",
         (1, 16, 8),

@@ -1,7 +1,6 @@
-"""Tiny models of the audio families, of priors, and of what else is a transformer."""
+"""Tiny models of what is neither of the image, nor of the video, nor of the audio families."""
 
 import tiny
-import torch
 from model_case import BLOCKS, HEADS, TEXT, Case, text_mask
 
 CASES = {
@@ -53,114 +52,5 @@ CASES = {
         },
         {"encoder_hidden_states": TEXT},
         arguments=lambda x, t, tensors: {"hidden_states": x, **tensors},
-    ),
-    "StableAudioDiTModel": Case(
-        "transformer_blocks",
-        (1, 8, 16),
-        HEADS
-        | {
-            "sample_size": 16,
-            "in_channels": 8,
-            "out_channels": 8,
-            "num_layers": BLOCKS,
-            "num_key_value_attention_heads": 1,
-            "cross_attention_dim": 12,
-            "time_proj_dim": 8,
-            "global_states_input_dim": 12,
-            "cross_attention_input_dim": tiny.TEXT_DIM,
-        },
-        {"encoder_hidden_states": TEXT, "global_hidden_states": (1, 1, 12)},
-        {"rotary_embedding": (torch.ones(17, 6), torch.zeros(17, 6))},
-        start=1.0,
-    ),
-    "StableAudio3DiTModel": Case(
-        "transformer_blocks",
-        (1, 8, 16),
-        {
-            "io_channels": 8,
-            "embed_dim": 128,
-            "depth": BLOCKS,
-            "num_heads": 2,
-            "cond_token_dim": tiny.TEXT_DIM,
-            "global_cond_dim": 12,
-            "local_add_cond_dim": 3,
-            "timestep_features_dim": 8,
-            "ff_mult": 1.0,
-            "num_memory_tokens": 2,
-        },
-        {
-            "encoder_hidden_states": TEXT,
-            "global_hidden_states": (1, 12),
-            "local_add_cond": (1, 3, 16),
-        },
-        start=1.0,
-    ),
-    "AceStepTransformer1DModel": Case(
-        "layers",
-        (1, 16, 4),
-        {
-            "hidden_size": 24,
-            "intermediate_size": 32,
-            "num_hidden_layers": BLOCKS,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 12,
-            "in_channels": 12,
-            "audio_acoustic_hidden_dim": 4,
-            "sliding_window": 2,
-            "encoder_hidden_size": tiny.TEXT_DIM,
-        },
-        {"encoder_hidden_states": TEXT, "context_latents": (1, 16, 8)},
-        {"timestep_r": torch.zeros(1)},
-        start=1.0,
-    ),
-    "LongCatAudioDiTTransformer": Case(
-        "blocks",
-        (1, 16, 4),
-        {
-            "dit_dim": 32,
-            "dit_depth": BLOCKS,
-            "dit_heads": 2,
-            "dit_text_dim": tiny.TEXT_DIM,
-            "latent_dim": 4,
-            "ff_mult": 1.0,
-        },
-        {"encoder_hidden_states": TEXT, "latent_cond": (1, 16, 4)},
-        {"encoder_attention_mask": text_mask()},
-        start=1.0,
-    ),
-    "MiniMaxMusic3Transformer1DModel": Case(
-        "transformer_blocks",
-        (1, 4, 16),
-        HEADS
-        | {
-            "in_channels": 4,
-            "condition_dim": 8,
-            "num_layers": BLOCKS,
-            "ff_inner_dim": 32,
-            "rotary_dim": 4,
-            "fourier_embedding_dim": 8,
-        },
-        {"encoder_hidden_states": (1, 16, 8)},
-        start=1.0,
-    ),
-    "T5FilmDecoder": Case(
-        "decoders",
-        (1, 16, 4),
-        {
-            "input_dims": 4,
-            "targets_length": 16,
-            "d_model": 24,
-            "num_layers": BLOCKS,
-            "num_heads": 2,
-            "d_kv": 12,
-            "d_ff": 32,
-        },
-        inputs={
-            "encodings_and_masks": [(tiny.noise(*TEXT, seed=3), torch.ones(TEXT[:2]))],
-        },
-        hidden="decoder_input_tokens",
-        time="decoder_noise_time",
-        start=0.9,
     ),
 }

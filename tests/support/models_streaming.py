@@ -6,8 +6,7 @@ from unittest import mock
 import tiny
 import torch
 from model_case import BLOCKS, Case, text_mask
-from models_joint import LTX2
-from models_video import LATENT, TEXT_INPUT, WAN, turns
+from models_video import LATENT, LTX2, TEXT_INPUT, WAN, turns
 
 
 def module(name: str):

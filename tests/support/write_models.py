@@ -92,7 +92,9 @@ def module_text(covered: Covered) -> str:
         "COVERED: dict[str, tuple[str, tuple[str, ...]]] = {",
     ]
     for column, (test, classes) in covered.items():
-        lines += [f'    "{column}": (', f'        "{test}",']
+        path, _, function = test.partition("::")
+        lines += [f'    "{column}": (']
+        lines += [f'        "{path}"', f'        "::{function}",'] if test else ['        "",']
         if len(classes) == 1:
             lines += [f'        ("{classes[0]}",),']
         elif classes:
