@@ -92,9 +92,9 @@ def module_text(covered: Covered) -> str:
         "COVERED: dict[str, tuple[str, tuple[str, ...]]] = {",
     ]
     for column, (test, classes) in covered.items():
-        path, _, function = test.partition("::")
+        split = test.replace("::", '"\n        "::') if len(test) > 88 else test  # as ruff does
         lines += [f'    "{column}": (']
-        lines += [f'        "{path}"', f'        "::{function}",'] if test else ['        "",']
+        lines += [f'        "{split}",']
         if len(classes) == 1:
             lines += [f'        ("{classes[0]}",),']
         elif classes:
