@@ -44,10 +44,10 @@ class BlockList:
         whole, _, part = path.partition("[")
         owner, _, self.name = whole.rpartition(".")
         self.owner = transformer.get_submodule(owner)
-        blocks = transformer.get_submodule(whole)
+        transformer.get_submodule(whole)
         self.part = WHOLE
         if part:
-            split = len(blocks) - getattr(transformer, part.strip(":-]"))
+            split = len(self._all()) - getattr(transformer, part.strip(":-]"))
             self.part = slice(split) if part.startswith(":") else slice(split, None)
         self._dict_owner: torch.nn.Module | None = None
         if isinstance(self.owner, torch.nn.ModuleDict):
@@ -55,18 +55,22 @@ class BlockList:
             self._dict_owner = transformer.get_submodule(outer)
         self.blocks = self.current()
 
-    def current(self) -> list[torch.nn.Module]:
-        """Return the blocks that the model has now."""
+    def _all(self) -> list[torch.nn.Module]:
+        """Return what the whole list holds, past anything that shadows it."""
         blocks = self.owner._modules[self.name]
         assert blocks is not None
-        return list(blocks._modules.values())[self.part]
+        return [block for block in blocks._modules.values() if block is not None]
+
+    def current(self) -> list[torch.nn.Module]:
+        """Return the blocks that the model has now."""
+        return self._all()[self.part]
 
     def shadow(self, entries: list[Entry]) -> None:
         """Let the model see `entries` in place of its blocks."""
         if self._dict_owner is None:
             own = self.owner.__dict__
             if self.part is not WHOLE:  # the other part may be shadowed already
-                whole: list[Entry] = own.get(self.name) or [*self.owner.get_submodule(self.name)]
+                whole: list[Entry] = own.get(self.name) or [*self._all()]
                 whole[self.part] = entries
                 entries = whole
             own[self.name] = entries
