@@ -17,7 +17,8 @@ from dbcache.adapters.guards import (
 from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
-from dbcache.following import FollowingLane
+from dbcache.executors.recording import Cutter, Decision
+from dbcache.following import FollowedDecision, FollowingLane
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
 from dbcache.schedule import resolve_mask
@@ -126,6 +127,7 @@ class Stack:
         self._copies_middle = True
         self._originals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._shared: tuple[str | None, int, torch.Tensor] | None = None
+        self.cutter: Cutter | None = None
         self.forget_step()
 
     def _clamp(self) -> tuple[int, int]:
@@ -175,6 +177,7 @@ class Stack:
         self.branch: str | None = None
         self.cached = False
         self.is_open = False
+        self.is_branch = False
         self.prediction: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
@@ -200,6 +203,17 @@ class Stack:
         self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
         for lane in self.lanes.values():
             lane.replan(self.settings)
+
+    @property
+    def recorded(self) -> tuple[object, ...]:
+        """What recorded work depends on."""
+        return (self.name, self.pattern, self.fn, self.bn, *self.settings.recorded)
+
+    def inherit(self, old: Stack) -> None:
+        """Go on with the lanes of another stack, whose `recorded` is the same."""
+        self.lanes = old.lanes
+        for lane in self.lanes.values():
+            lane.reload(self.settings)
 
     def start_step(self, branch: str | None) -> None:
         """Prepare for a forward; take up blocks that were exchanged since the last one."""
@@ -287,15 +301,37 @@ class Stack:
     def _take_decision(self, lane: Lane, h_fn: torch.Tensor, layout: Layout) -> bool:
         """Decide the step of `lane`, or take over what the leader decided."""
         if isinstance(lane, FollowingLane):
-            lane.leader = self._leader_lane()
-            return lane.follow(layout, h_fn.device)
+            return self._follow(lane, layout, h_fn.device)
         assert self.h_in is not None
         code = lane.start_step(layout, h_fn.device)
-        if code != PlanCode.DYNAMIC or not lane.has_reference:
+        is_open = code == PlanCode.DYNAMIC and lane.has_reference
+        if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
+            eager.enqueue_decision(lane, self.h_in, h_fn)
+            self._begin_branch(eager.LaneDecision(lane))
+            return False
+        if not is_open:
             return eager.take_decision(lane, code, None)
         if self.settings.cache.cfg_diff_compute_separate:
             return eager.measure_and_decide(lane, self.h_in, h_fn)
         return eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
+
+    def _follow(self, lane: FollowingLane, layout: Layout, device: torch.device) -> bool:
+        """Take over what the leader decided; a branch, where that is one."""
+        lane.leader = self._leader_lane()
+        assert self.leader is not None
+        if not self.leader.is_branch:
+            return lane.follow(layout, device)
+        assert self.cutter is not None
+        if self.cutter.fixed_by_plan:
+            lane.follow(layout, device)
+        self._begin_branch(FollowedDecision(lane))
+        return False
+
+    def _begin_branch(self, decision: Decision) -> None:
+        """Let what follows be recorded as one of two ways."""
+        assert self.cutter is not None
+        self.is_branch = True
+        self.cutter.begin_full(decision, self.name)
 
     def _were_overwritten(self) -> bool:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
@@ -330,9 +366,17 @@ class Stack:
             )
         if not self._learned:
             self._copies_middle = self._were_overwritten()
-        if self.fn == 0 and self.encoder_fn is None and encoder is not None:
+        is_made = self.fn == 0 and self.encoder_fn is None
+        if is_made and encoder is not None:
             self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone
         eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
+        if self.is_branch:
+            assert self.cutter is not None
+            self.cutter.begin_cached()
+            if is_made and encoder is not None:
+                self.encoder_fn = torch.zeros_like(encoder)  # that of the full body is not made
+            eager.forecast_into(self.lane, self.h_fn, self.encoder_fn, h_out, encoder)
+            self.cutter.end_branch()
         self.is_open = False
 
     def check_finished(self) -> None:
@@ -366,7 +410,7 @@ class Stack:
 
     def abort_forward(self) -> None:
         """Clean up after an exception: the step counts as never begun."""
-        if self.lane is not None:
+        if self.lane is not None and self.cutter is None:
             self.lane.abort_step()
         self.forget_step()
 

@@ -23,6 +23,7 @@ from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa
 from dbcache.adapters.patch_functor import PatchFunctor  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import (  # noqa: E402
+    capture,
     disable,
     enable,
     refresh_context,
@@ -36,6 +37,7 @@ from dbcache.calibrators import (  # noqa: E402
     TaylorSeerCalibratorConfig,
 )
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
+from dbcache.executors.graph import GraphOptions  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
@@ -48,10 +50,12 @@ __all__ = [
     "CalibratorConfig",
     "DBCacheConfig",
     "ForwardPattern",
+    "GraphOptions",
     "HermiteCalibratorConfig",
     "ParamsModifier",
     "PatchFunctor",
     "TaylorSeerCalibratorConfig",
+    "capture",
     "disable",
     "disable_cache",
     "enable",

@@ -18,6 +18,7 @@ from dbcache.adapters.patch_functor import on_trial
 from dbcache.adapters.registry import find_specs
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.executors.graph import GraphOptions, Recording
 from dbcache.load_configs import split_options
 from dbcache.options import check_flag, check_type
 from dbcache.summary import LaneSummary, Summary
@@ -30,6 +31,8 @@ def enable(
     cache_config: DBCacheConfig | None = None,
     calibrator_config: CalibratorConfig | None = None,
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None = None,
+    *,
+    cuda_graph: bool | str | GraphOptions = False,
     **options: Any,
 ) -> Target:
     """Switch the cache on; enabling again replaces the settings.
@@ -42,6 +45,9 @@ def enable(
         calibrator_config: how to predict; None reuses the last residual.
         params_modifiers: what single block stacks do differently, in the order of the stacks (of
             the first transformer, then the second); one alone holds for all.
+        cuda_graph: record the forward as CUDA graphs, with the decision inside: "device" (one
+            graph, the branch is taken on the GPU), "host" (the host reads the decision between
+            graphs), "auto" or True (the best that works here), or `GraphOptions`; False: eager.
         **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
             `calibrator_config` also `enable_taylorseer`, `enable_encoder_taylorseer`,
             `taylorseer_order` and `taylorseer_cache_type`. All that `load_configs` takes.
@@ -58,6 +64,7 @@ def enable(
     partial, calibrator = _from_options("enable", options, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
+    graph_options = GraphOptions.of(cuda_graph)
     pipe, adapter = _resolve(target)
     functor = adapter.patch_functor if adapter is not None else None
     modules = adapter.transformers() if adapter is not None else []
@@ -65,7 +72,9 @@ def enable(
     with on_trial(functor, modules, handles) as patches:
         specs = adapter.specs() if adapter is not None else find_specs(target)
         transformers = [
-            CachedTransformer(spec, settings, modifiers, by_request=pipe is not None)
+            CachedTransformer(
+                spec, settings, modifiers, by_request=pipe is not None, graph_options=graph_options
+            )
             for spec, modifiers in zip(specs, _modifiers(specs, params_modifiers), strict=True)
         ]
     for transformer, patch in zip(transformers, patches, strict=False):
@@ -120,12 +129,14 @@ def summary(target: object) -> Summary:
                 f"{name}: {transformer.uncached_calls} calls came from outside of the pipeline "
                 f"that the cache is enabled on and ran without it"
             )
+        if transformer.graphs is not None:
+            notes += [f"{name}: {line}" for line in transformer.graphs.describe()]
         for stack in transformer.stacks:
             if not stack.entries:
                 notes.append(f"{stack.name}: all {stack.num_blocks} blocks run on every step")
             for branch, lane in stack.lanes.items():
-                if lane.step:
-                    reasons, diffs = lane.trace()
+                reasons, diffs = lane.trace()
+                if reasons:
                     lanes.append(
                         LaneSummary.from_trace(
                             reasons,
@@ -176,6 +187,49 @@ def refresh_context(
         if verbose:
             settings = f"{new.config.strify()}_{new.settings.calibrator.strify()}"
             print(f"dbcache: {type(new.module).__name__} goes on with {settings}")
+
+
+def capture(target: Any, **inputs: Any) -> list[Recording]:
+    """Record the CUDA graphs of a kind of request ahead of the first one, for serving.
+
+    Runs ``target(**inputs)``, as often as it takes for every kind of call to be recorded. Inputs
+    of other shapes are recorded when they come, or by another call of this.
+
+    Args:
+        target: an enabled pipeline or transformer, with ``cuda_graph`` set.
+        **inputs: what a request is called with; for a pipeline two steps are enough, as in
+            ``num_inference_steps=2``.
+
+    Returns:
+        The new recordings, with what each is for, the seconds that it took and, over all of them,
+        the bytes of device memory.
+
+    Raises:
+        RuntimeError: the cache or its graphs are not enabled, or nothing could be recorded; the
+            error gives the reason.
+    """
+    transformers = _enabled(target, "capture")
+    executors = [t.graphs for t in transformers if t.graphs is not None]
+    if not executors:
+        raise RuntimeError(
+            "capture: CUDA graphs must be enabled first, as in dbcache.enable(..., cuda_graph=True)"
+        )
+    before = [set(executor.recordings) for executor in executors]
+    for _ in range(2):
+        with torch.no_grad():
+            target(**inputs)
+    recorded = [
+        recording
+        for executor, known in zip(executors, before, strict=True)
+        for key, recording in executor.recordings.items()
+        if key not in known
+    ]
+    if not any(executor.recordings for executor in executors):
+        reasons = "; ".join(line for executor in executors for line in executor.describe())
+        raise RuntimeError(f"capture: the forward must be recordable, but is not: {reasons}")
+    for transformer in transformers:
+        transformer.start_request()
+    return recorded
 
 
 def supported_pipelines() -> tuple[int, list[str]]:
@@ -231,6 +285,7 @@ def _replace(old: CachedTransformer | None, new: CachedTransformer) -> None:
     """Install `new` where `old` was; pipelines that share the transformer go on with it."""
     if old is not None:
         new.pipelines = old.pipelines
+        new.inherit(old)
         old.remove()
     new.install()
 
