@@ -86,11 +86,13 @@ COVERED: dict[str, tuple[str, tuple[str, ...]]] = {
         "::test_controlnet_residuals_are_right_on_full_and_on_cached_steps",
         (
             "ChromaTransformer2DModel",
+            "CosmosTransformer3DModel",
             "FluxTransformer2DModel",
             "HunyuanDiT2DModel",
             "QwenImageTransformer2DModel",
             "SD3Transformer2DModel",
             "SanaTransformer2DModel",
+            "SanaVideoTransformer3DModel",
             "ZImageTransformer2DModel",
         ),
     ),
