@@ -42,10 +42,12 @@ from dbcache.load_configs import load_configs  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
+BlockAdapterRegister = BlockAdapterRegistry
 """The names that cache-dit's users know."""
 
 __all__ = [
     "BlockAdapter",
+    "BlockAdapterRegister",
     "BlockAdapterRegistry",
     "CalibratorConfig",
     "DBCacheConfig",
