@@ -28,6 +28,7 @@ from dbcache.api import (  # noqa: E402
     enable,
     refresh_context,
     summary,
+    supported_matrix,
     supported_pipelines,
 )
 from dbcache.calibrators import (  # noqa: E402
@@ -41,10 +42,12 @@ from dbcache.load_configs import load_configs  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
+BlockAdapterRegister = BlockAdapterRegistry
 """The names that cache-dit's users know."""
 
 __all__ = [
     "BlockAdapter",
+    "BlockAdapterRegister",
     "BlockAdapterRegistry",
     "CalibratorConfig",
     "DBCacheConfig",
@@ -63,5 +66,6 @@ __all__ = [
     "refresh_context",
     "steps_mask",
     "summary",
+    "supported_matrix",
     "supported_pipelines",
 ]

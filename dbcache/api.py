@@ -12,6 +12,7 @@ from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_b
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
+from dbcache.adapters.matrix import matrix
 from dbcache.adapters.models import MODELS
 from dbcache.adapters.patch_functor import on_trial
 from dbcache.adapters.registry import find_specs
@@ -238,6 +239,15 @@ def supported_pipelines() -> tuple[int, list[str]]:
     """
     names = [f"{row.transformer}: {row.models}" for row in MODELS]
     return len(names), names
+
+
+def supported_matrix() -> str:
+    """Return a Markdown table: for each transformer class, what tests cover.
+
+    The columns are the cache, ControlNet residuals, and the model spread over ranks along the
+    sequence or by its weights. docs/models.md names the tests.
+    """
+    return matrix()
 
 
 def _from_options(
