@@ -75,10 +75,10 @@ class Stack:
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""
         cache, total = self.settings.cache, self.num_blocks
-        fn = min(cache.Fn_compute_blocks, total)
+        fn = min(cache.probe_blocks, total)
         bn = min(cache.Bn_compute_blocks, total - fn)
         if fn + bn == total:
-            wanted = f"Fn={cache.Fn_compute_blocks}, Bn={cache.Bn_compute_blocks}"
+            wanted = f"Fn={cache.probe_blocks}, Bn={cache.Bn_compute_blocks}"
             warnings.warn(
                 f"{self.name}: {wanted} leaves none of the {total} blocks to skip; runs Fn={fn}, "
                 f"Bn={bn}: every block on every step. Lower Fn_compute_blocks to cache here",
@@ -92,6 +92,12 @@ class Stack:
         if first_middle > last_middle:
             return []
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+        if returns_encoder_only and self.fn == 0:
+            raise ValueError(
+                f"{self.name}: blocks that only return encoder_hidden_states ({self.pattern.name}) "
+                f"must run at least one, so that there are some on a cached step; keep the probe "
+                f"(policy='dbcache', static_skip_probe=False)"
+            )
         position, entries = 0, []
         for block_list in self.lists:
             row: list[Entry] = []
@@ -158,7 +164,7 @@ class Stack:
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
         copies = self._copies_probe and not self.settings.cache.compares_hidden_states
-        self.h_in = h_in.clone() if copies else h_in
+        self.h_in = h_in.clone() if copies and self.fn > 0 else h_in
         if not self._learned:
             self._originals = [(h_in, self.h_in)]
 
@@ -176,11 +182,12 @@ class Stack:
                 f"{tuple(self.h_in.shape)} before and {tuple(h_fn.shape)} after them; choose an "
                 f"Fn_compute_blocks within which the shape stays"
             )
-        if not self._learned:
+        if not self._learned and self.fn > 0:
             self._copies_probe = self._were_overwritten()
         lane = self.lanes.get(self.branch)
         if lane is None:
-            lane = self.lanes[self.branch] = Lane(self.settings, h_fn.device)
+            lane = Lane(self.settings, h_fn.device, probes=self.fn > 0)
+            self.lanes[self.branch] = lane
         code = lane.start_step(layout_of(h_fn, encoder_in), h_fn.device)
         if code != PlanCode.DYNAMIC or not lane.has_reference:
             self.cached = eager.take_decision(lane, code, None)

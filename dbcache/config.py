@@ -106,6 +106,10 @@ class DBCacheConfig(Options):
     steps_computation_policy: Literal["dynamic", "static"] = "dynamic"
     """What a 0 in the mask means: "dynamic" asks the diff, "static" caches without asking."""
 
+    static_skip_probe: bool = False
+    """With a mask and the policy "static": cached steps skip the first n blocks as well. No step of
+    such a request measures anything, so none is needed as a probe."""
+
     force_refresh_step_hint: int | None = None
     """Start a new request after this many calls of the transformer (several chunks per call)."""
 
@@ -135,7 +139,7 @@ class DBCacheConfig(Options):
         name = "max_accumulated_residual_diff_threshold"
         if getattr(self, name) is not None:
             check_number(f"{who}.{name}", getattr(self, name), positive=True)
-        for name in ("cfg_compute_first", "cfg_diff_compute_separate"):
+        for name in ("cfg_compute_first", "cfg_diff_compute_separate", "static_skip_probe"):
             check_flag(f"{who}.{name}", getattr(self, name))
         if self.enable_separate_cfg is not None:
             check_flag(f"{who}.enable_separate_cfg", self.enable_separate_cfg)
@@ -147,6 +151,11 @@ class DBCacheConfig(Options):
                 steps=self.num_inference_steps,
                 static=self.steps_computation_policy == "static",
             )
+
+    @property
+    def probe_blocks(self) -> int:
+        """Blocks that run before the step is decided; 0 decides before the first block."""
+        return 0 if self.static_skip_probe else self.Fn_compute_blocks
 
     @property
     def compares_hidden_states(self) -> bool:
@@ -163,7 +172,7 @@ class DBCacheConfig(Options):
     def strify(self) -> str:
         """Return a short name of these settings, for file names and tables."""
         parts = [
-            f"DBCache_F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}",
+            f"DBCache_F{self.probe_blocks}B{self.Bn_compute_blocks}",
             f"W{self.max_warmup_steps}I{self.warmup_interval}"
             f"M{max(0, self.max_cached_steps)}MC{max(0, self.max_continuous_cached_steps)}",
             f"R{self.residual_diff_threshold:g}",
@@ -211,6 +220,17 @@ class StackSettings:
 
     cache: DBCacheConfig
     calibrator: CalibratorConfig
+
+    def __post_init__(self) -> None:
+        # here, not in the config: a partial one may hold only some of what belongs together
+        cache = self.cache
+        is_static = cache.steps_computation_policy == "static" and cache.steps_computation_mask
+        if cache.static_skip_probe and not is_static:
+            raise ValueError(
+                f"DBCacheConfig.static_skip_probe must come with a steps_computation_mask and "
+                f"steps_computation_policy='static', got {cache.steps_computation_mask!r} and "
+                f"{cache.steps_computation_policy!r}: dynamic steps need the probe"
+            )
 
     @property
     def orders(self) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 Memory per lane: P_ref and K ring slots of the size of `hidden_states`, plus K slots of the size
 of `encoder_hidden_states` where the blocks return them; K is the predictor's order + 1. P_ref has
-the model's dtype, the ring that of `cache_dtype`; with fp8 a float32 scale per token is added.
+the model's dtype, the ring that of `cache_dtype`; with fp8 a float32 scale per token is added. A
+lane without a probe, whose steps are decided before the first block, has no P_ref.
 """
 
 from __future__ import annotations
@@ -25,12 +26,21 @@ outside_inference_mode = torch.inference_mode(False)
 
 
 class Lane:
-    """Device state and buffers of one lane, and the host's view of where it stands."""
+    """Device state and buffers of one lane, and the host's view of where it stands.
+
+    Args:
+        settings: those of the lane's stack.
+        device: where its blocks run.
+        probes: whether some blocks run before each decision, so that there is a P_ref to keep.
+    """
 
     @outside_inference_mode
-    def __init__(self, settings: StackSettings, device: torch.device) -> None:
+    def __init__(
+        self, settings: StackSettings, device: torch.device, *, probes: bool = True
+    ) -> None:
         self.settings = settings
-        self.by_residual = not settings.cache.compares_hidden_states
+        self.probes = probes
+        self.by_residual = probes and not settings.cache.compares_hidden_states
         self.by_token = settings.cache.important_condition_threshold > 0
         self.device = device
         self.step = 0
@@ -117,21 +127,25 @@ class Lane:
 
     def buffers(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return (P_ref, ring, encoder ring), allocated at the first full step, with the scales."""
-        if self.p_ref is None or self.ring is None:
-            return self._allocate(h_fn, h_out, encoder_out)
-        return self.p_ref, self.ring, self.encoder_ring
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """Return (P_ref, ring, encoder ring), allocated at the first full step, with the scales.
+
+        P_ref is None where there is no probe.
+        """
+        if self.ring is None:
+            self._allocate(h_fn, h_out, encoder_out)
+        assert self.ring is not None
+        return self.p_ref if self.probes else None, self.ring, self.encoder_ring
 
     @outside_inference_mode
     def _allocate(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
+    ) -> None:
+        if self.probes:
+            self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
         self.ring, self.scales = self._allocate_ring(h_out)
         if encoder_out is not None:
             self.encoder_ring, self.encoder_scales = self._allocate_ring(encoder_out)
-        return self.p_ref, self.ring, self.encoder_ring
 
     def _allocate_ring(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a ring for residuals like `x`, and its scales if it is fp8."""

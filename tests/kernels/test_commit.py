@@ -56,6 +56,31 @@ def test_without_h_in_the_hidden_states_are_what_is_compared(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_without_a_probe_the_ring_alone_is_written(integers, device, shape, dtype, replace, impl):
+    h_fn, h_out = (integers(*shape, dtype=dtype) for _ in range(2))
+    ring = poisoned(3, *shape, dtype=dtype, device=device)
+    commit(None, h_fn, h_out, None, ring, counters_at(1, device), replace=replace, impl=impl)
+    assert_only_slot_written(ring, 1, h_out if replace else h_out - h_fn)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_a_probe_fp8_rings_hold_the_same(random, device, impl):
+    h_fn, h_out = (random(2, 17, 96) for _ in range(2))
+    rings = []
+    for p_ref in (None, torch.empty_like(h_fn)):
+        codes = torch.zeros(3, 2, 17, 96, dtype=torch.uint8, device=device)
+        scales = torch.zeros(3, 2, 17, device=device)
+        args = (None, h_fn, h_out, p_ref, codes, counters_at(1, device))
+        commit(*args, scales=scales, impl=impl)
+        rings.append((codes, scales))
+    assert all(map(torch.equal, *rings))
+    assert rings[0][1][1].min() > 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("slot", [0, 1, 2])
 @pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])
 @pytest.mark.parametrize("shapes", [((2, 17, 5), (2, 3, 96)), ((1, 1), (2, 40, 96))], ids=str)
@@ -159,8 +184,11 @@ def test_rejects_what_does_not_fit():
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("encoder", [False, True])
-def test_the_op_is_registered_as_it_behaves(random, device, encoder, impl):
+@pytest.mark.parametrize("probes", [False, True])
+def test_the_op_is_registered_as_it_behaves(random, device, probes, encoder, impl):
     stream = [random(2, 3, 5) for _ in range(4)]
+    if not probes:
+        stream[0] = stream[3] = None
     second = (random(2, 7), random(2, 7), random(2, 2, 7)) if encoder else (None,) * 3
     op = torch.ops.dbcache.commit.default
     args = (*stream, random(2, 2, 3, 5), counters_at(1, device), *second, None, None, False, impl)

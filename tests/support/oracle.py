@@ -30,6 +30,7 @@ class Rule:
     num_inference_steps: int | None = None
     steps_computation_mask: tuple[int, ...] | None = None
     steps_computation_policy: str = "dynamic"
+    static_skip_probe: bool = False
     enable_separate_cfg: bool | None = None
     cfg_compute_first: bool = False
     cfg_diff_compute_separate: bool = True
@@ -300,10 +301,13 @@ class Segment(torch.nn.Module):
         returns_encoder = oracle.encoder_first is not None
         hidden, encoder = hidden_states, encoder_hidden_states if returns_encoder else None
         first_tail = count - rule.Bn_compute_blocks
+        probe = 0 if rule.static_skip_probe else rule.Fn_compute_blocks
         for i in range(self.start, self.stop):
             if i == 0:
                 oracle.begin(hidden)
-            if i < rule.Fn_compute_blocks or i >= first_tail or oracle.full:
+                if probe == 0:
+                    oracle.after_probe(hidden, encoder)
+            if i < probe or i >= first_tail or oracle.full:
                 text = encoder if returns_encoder else encoder_hidden_states
                 out = oracle.blocks[i](hidden, text, *args, **kwargs)
                 if not returns_encoder:
@@ -312,7 +316,7 @@ class Segment(torch.nn.Module):
                     encoder, hidden = out
                 else:
                     hidden, encoder = out
-            if i == rule.Fn_compute_blocks - 1:
+            if i == probe - 1:
                 oracle.after_probe(hidden, encoder)
             if i == first_tail - 1:
                 hidden, encoder = oracle.after_middle(hidden, encoder)
