@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dbcache.adapters.block_adapter import TransformerSpec
-from dbcache.adapters.stack import Stack
+from dbcache.adapters.scope import make_stacks
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 
 HANDLE = "_dbcache"
@@ -107,10 +107,7 @@ class CachedTransformer:
         self.modifiers = modifiers
         self.by_request = by_request
         self.module = spec.transformer
-        self.stacks = [
-            Stack(list(stack.lists), stack.pattern, settings.modified(modifier))
-            for stack, modifier in zip(spec.stacks, modifiers, strict=True)
-        ]
+        self.stacks = make_stacks(spec.stacks, settings, modifiers)
         self.config = self.stacks[0].settings.cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg

@@ -3,8 +3,7 @@
 There is one entry per block, in the same order and number. Probe (Fn) and tail (Bn) blocks stand
 for themselves; the others are guards: plain callables that call their block on a full step and
 pass their inputs through on a cached one. The decision is taken where the skipping begins, at the
-first middle guard, which is the first block where there is no probe; the last middle guard returns
-the prediction. So whatever the model does between its
+first middle guard; the last one returns the prediction. So whatever the model does between its
 blocks keeps working, and what it does to passed-through values is discarded.
 """
 
@@ -170,10 +169,7 @@ class MiddleEndGuard(MiddleGuard):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = self.stack
         if self.is_first:
-            hidden = self.inputs.hidden(args, kwargs)
-            if stack.fn == 0:
-                stack.begin(hidden)
-            stack.decide(hidden, self.inputs.encoder(args, kwargs))
+            stack.decide(self.inputs.hidden(args, kwargs), self.inputs.encoder(args, kwargs))
         if not stack.cached:
             output = self.run(args, kwargs)
             if self.is_last:

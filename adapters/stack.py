@@ -17,6 +17,7 @@ from dbcache.adapters.guards import (
 from dbcache.adapters.patterns import ENCODER, ForwardPattern
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
+from dbcache.following import FollowingLane
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
 from dbcache.schedule import resolve_mask
@@ -51,14 +52,20 @@ class Stack:
         lists: the chain, in the order in which the forward runs it.
         pattern: what the blocks take and return.
         settings: checked settings; Fn and Bn are clamped to the number of blocks, with a warning.
+        leader: the stack whose decisions this one takes over, without a probe of its own: Fn is 0.
     """
 
     def __init__(
-        self, lists: list[BlockList], pattern: ForwardPattern, settings: StackSettings
+        self,
+        lists: list[BlockList],
+        pattern: ForwardPattern,
+        settings: StackSettings,
+        leader: Stack | None = None,
     ) -> None:
         self.lists = lists
         self.pattern = pattern
         self.settings = settings
+        self.leader = leader
         self._given = settings.cache
         self.name = "+".join(block_list.path for block_list in lists)
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
@@ -75,7 +82,7 @@ class Stack:
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""
         cache, total = self.settings.cache, self.num_blocks
-        fn = min(cache.probe_blocks, total)
+        fn = 0 if self.leader is not None else min(cache.probe_blocks, total)
         bn = min(cache.Bn_compute_blocks, total - fn)
         if fn + bn == total:
             wanted = f"Fn={cache.probe_blocks}, Bn={cache.Bn_compute_blocks}"
@@ -92,12 +99,6 @@ class Stack:
         if first_middle > last_middle:
             return []
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
-        if returns_encoder_only and self.fn == 0:
-            raise ValueError(
-                f"{self.name}: blocks that only return encoder_hidden_states ({self.pattern.name}) "
-                f"must run at least one, so that there are some on a cached step; keep the probe "
-                f"(policy='dbcache', static_skip_probe=False)"
-            )
         position, entries = 0, []
         for block_list in self.lists:
             row: list[Entry] = []
@@ -164,12 +165,14 @@ class Stack:
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
         copies = self._copies_probe and not self.settings.cache.compares_hidden_states
-        self.h_in = h_in.clone() if copies and self.fn > 0 else h_in
+        self.h_in = h_in.clone() if copies else h_in
         if not self._learned:
             self._originals = [(h_in, self.h_in)]
 
     def decide(self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None) -> None:
         """Take the step's decision. Called with what the first middle block gets."""
+        if self.fn == 0:
+            self.h_in = h_fn
         if self.h_in is None:
             raise RuntimeError(f"{self.name}: the model ran its middle blocks without the first")
         if self.pattern is ForwardPattern.Pattern_2:
@@ -182,21 +185,16 @@ class Stack:
                 f"{tuple(self.h_in.shape)} before and {tuple(h_fn.shape)} after them; choose an "
                 f"Fn_compute_blocks within which the shape stays"
             )
-        if not self._learned and self.fn > 0:
+        if not self._learned:
             self._copies_probe = self._were_overwritten()
         lane = self.lanes.get(self.branch)
         if lane is None:
-            lane = Lane(self.settings, h_fn.device, probes=self.fn > 0)
-            self.lanes[self.branch] = lane
-        code = lane.start_step(layout_of(h_fn, encoder_in), h_fn.device)
-        if code != PlanCode.DYNAMIC or not lane.has_reference:
-            self.cached = eager.take_decision(lane, code, None)
-        elif self.settings.cache.cfg_diff_compute_separate:
-            self.cached = eager.measure_and_decide(lane, self.h_in, h_fn)
-        else:
-            self.cached = eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
+            lane = self.lanes[self.branch] = self._new_lane(h_fn.device)
+        self.cached = self._take_decision(lane, h_fn, layout_of(h_fn, encoder_in))
         self.lane = lane
         self.is_open = True
+        if self.cached and encoder_in is None and lane.encoder_ring is not None:
+            encoder_in = h_fn.new_zeros(lane.encoder_ring.shape[1:])  # made by the blocks alone
         copies = self._copies_middle and not self.cached
         self.h_fn = h_fn.clone() if copies else h_fn
         self.encoder_fn = encoder_in.clone() if copies and encoder_in is not None else encoder_in
@@ -204,6 +202,35 @@ class Stack:
             self._originals = [(h_fn, self.h_fn)]
             if encoder_in is not None and self.encoder_fn is not None:
                 self._originals.append((encoder_in, self.encoder_fn))
+
+    def _new_lane(self, device: torch.device) -> Lane:
+        if self.leader is None:
+            return Lane(self.settings, device)
+        return FollowingLane(self.settings, self._leader_lane())
+
+    def _leader_lane(self) -> Lane:
+        """Return the lane that has taken this step's decision."""
+        assert self.leader is not None
+        if self.leader.lane is None:
+            raise RuntimeError(
+                f"{self.name}: with decision_scope='model' the first stack must run before the "
+                f"others, got a forward in which {self.leader.name} has not; name the stacks in "
+                f"the order of the forward, or use decision_scope='stack'"
+            )
+        return self.leader.lane
+
+    def _take_decision(self, lane: Lane, h_fn: torch.Tensor, layout: Layout) -> bool:
+        """Decide the step of `lane`, or take over what the leader decided."""
+        if isinstance(lane, FollowingLane):
+            lane.leader = self._leader_lane()
+            return lane.follow(layout, h_fn.device)
+        assert self.h_in is not None
+        code = lane.start_step(layout, h_fn.device)
+        if code != PlanCode.DYNAMIC or not lane.has_reference:
+            return eager.take_decision(lane, code, None)
+        if self.settings.cache.cfg_diff_compute_separate:
+            return eager.measure_and_decide(lane, self.h_in, h_fn)
+        return eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
 
     def _were_overwritten(self) -> bool:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
@@ -239,6 +266,8 @@ class Stack:
             )
         if not self._learned:
             self._copies_middle = self._were_overwritten()
+        if self.fn == 0 and self.encoder_fn is None and encoder is not None:
+            self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone
         eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
         self.is_open = False
 

@@ -124,6 +124,7 @@ def summary(target: object) -> Summary:
                             stack=stack.name,
                             branch=branch,
                             threshold=stack.settings.cache.threshold,
+                            follows=stack.leader.name if stack.leader is not None else None,
                             megabytes=lane.nbytes() / 1e6,
                         )
                     )

@@ -3,7 +3,7 @@
 Memory per lane: P_ref and K ring slots of the size of `hidden_states`, plus K slots of the size
 of `encoder_hidden_states` where the blocks return them; K is the predictor's order + 1. P_ref has
 the model's dtype, the ring that of `cache_dtype`; with fp8 a float32 scale per token is added. A
-lane without a probe, whose steps are decided before the first block, has no P_ref.
+lane whose steps are decided before the first block has no P_ref.
 """
 
 from __future__ import annotations
@@ -26,21 +26,18 @@ outside_inference_mode = torch.inference_mode(False)
 
 
 class Lane:
-    """Device state and buffers of one lane, and the host's view of where it stands.
+    """Device state and buffers of one lane, and the host's view of where it stands."""
 
-    Args:
-        settings: those of the lane's stack.
-        device: where its blocks run.
-        probes: whether some blocks run before each decision, so that there is a P_ref to keep.
-    """
+    compares = True
+    """Whether the lane keeps P_ref: not where another lane decides, or where there is no probe."""
 
     @outside_inference_mode
     def __init__(
-        self, settings: StackSettings, device: torch.device, *, probes: bool = True
+        self, settings: StackSettings, device: torch.device, state: LaneState | None = None
     ) -> None:
         self.settings = settings
-        self.probes = probes
-        self.by_residual = probes and not settings.cache.compares_hidden_states
+        self.compares = self.compares and settings.cache.probe_blocks > 0
+        self.by_residual = self.compares and not settings.cache.compares_hidden_states
         self.by_token = settings.cache.important_condition_threshold > 0
         self.device = device
         self.step = 0
@@ -52,10 +49,11 @@ class Lane:
         self.encoder_ring: torch.Tensor | None = None
         self.scales: torch.Tensor | None = None
         self.encoder_scales: torch.Tensor | None = None
-        self.state = LaneState.allocate(FIRST_CAPACITY, device)
+        self.state = LaneState.allocate(FIRST_CAPACITY, device) if state is None else state
         self._flag: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
-        self._load_settings()
+        if state is None:
+            self._load_settings()
 
     def _load_settings(self) -> None:
         """Write the parameters and the plan to the device."""
@@ -104,8 +102,7 @@ class Lane:
             if self.has_reference:
                 self.state.invalidate()
                 self.has_reference = False
-            self.p_ref = self.ring = self.encoder_ring = None
-            self.scales = self.encoder_scales = None
+            self.drop_buffers()
             self.layout = layout
         if self.step >= len(self.plan):
             self._grow()
@@ -125,27 +122,29 @@ class Lane:
         self.state.copy_(old)
         self._flag = self._event = None
 
+    def drop_buffers(self) -> None:
+        """Let go of what no longer fits; the next full step allocates anew."""
+        self.p_ref = self.ring = self.encoder_ring = None
+        self.scales = self.encoder_scales = None
+
     def buffers(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-        """Return (P_ref, ring, encoder ring), allocated at the first full step, with the scales.
-
-        P_ref is None where there is no probe.
-        """
+        """Return (P_ref, ring, encoder ring), allocated at the first full step, with the scales."""
         if self.ring is None:
-            self._allocate(h_fn, h_out, encoder_out)
-        assert self.ring is not None
-        return self.p_ref if self.probes else None, self.ring, self.encoder_ring
+            return self._allocate(h_fn, h_out, encoder_out)
+        return self.p_ref, self.ring, self.encoder_ring
 
     @outside_inference_mode
     def _allocate(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
-    ) -> None:
-        if self.probes:
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        if self.compares:
             self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
         self.ring, self.scales = self._allocate_ring(h_out)
         if encoder_out is not None:
             self.encoder_ring, self.encoder_scales = self._allocate_ring(encoder_out)
+        return self.p_ref, self.ring, self.encoder_ring
 
     def _allocate_ring(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a ring for residuals like `x`, and its scales if it is fp8."""

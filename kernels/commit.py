@@ -1,6 +1,6 @@
 """What a full step leaves behind: its probe residual and a snapshot of the block residual.
 
-    p_ref      := h_fn - h_in                  (h_in None: h_fn)
+    p_ref      := h_fn - h_in                  (h_in None: h_fn; p_ref None: nothing)
     ring[slot] := h_out - h_fn                 (replace: h_out)
 
 One launch for hidden and encoder states, in place. `slot` is read on the device, from the state
@@ -52,7 +52,8 @@ def commit(
             `probe_diff` without `h_in`, which compares hidden states.
         h_fn: activations between the probe blocks and the skippable ones, same shape and dtype.
         h_out: activations after the skippable blocks, same shape and dtype.
-        p_ref: written, same shape, contiguous, one of the dtypes; None where no probe is measured.
+        p_ref: written, same shape, contiguous, one of the dtypes. None, with h_in None, stores
+            nothing: for blocks whose decision is taken elsewhere.
         ring: (K, *h_fn.shape), contiguous, 1 <= K <= MAX_SLOTS, one of the dtypes, or uint8 for
             fp8; one slot is written.
         counters: int32 (NUM_COUNTERS,), of a `LaneState`; ``counters[SLOT]`` is below K.
@@ -138,10 +139,12 @@ def _check(
     p_ref: torch.Tensor | None,
     counters: torch.Tensor,
 ) -> None:
+    if h_in is not None and p_ref is None:
+        raise invalid("commit", "h_in must come with p_ref", tuple(h_in.shape), None)
     inputs = [x for x in (h_in, h_fn, h_out) if x is not None]
-    tensors = inputs if p_ref is None else [*inputs, p_ref]
-    if any(x.shape != h_fn.shape for x in tensors):
-        shapes = (tuple(x.shape) for x in tensors)
+    written = [] if p_ref is None else [p_ref]
+    if any(x.shape != h_fn.shape for x in (*inputs, *written)):
+        shapes = (tuple(x.shape) for x in (*inputs, *written))
         raise invalid("commit", "h_in, h_fn, h_out and p_ref must share a shape", *shapes)
     dtypes = [x.dtype for x in inputs]
     if len(set(dtypes)) != 1 or h_fn.dtype not in DTYPES:
@@ -153,7 +156,7 @@ def _check(
     if counters.dtype != torch.int32 or counters.shape != (NUM_COUNTERS,):
         must = f"counters must be int32 ({NUM_COUNTERS},)"
         raise invalid("commit", must, counters.dtype, tuple(counters.shape))
-    devices = [x.device for x in (*tensors, counters)]
+    devices = [x.device for x in (*inputs, *written, counters)]
     if any(device != devices[0] for device in devices):
         must = "h_in, h_fn, h_out, p_ref and counters must be on one device"
         raise invalid("commit", must, *devices)

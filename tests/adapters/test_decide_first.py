@@ -70,24 +70,40 @@ def test_the_probe_is_skipped_only_where_nothing_is_measured():
         DBCacheConfig(static_skip_probe=1)
 
 
-class EncoderOnly(torch.nn.Module):
+class MakesText(torch.nn.Module):
     """A block that takes hidden states and returns encoder states, too."""
 
     def forward(self, hidden_states):
-        return hidden_states + 1, hidden_states * 2
+        return hidden_states + 1, hidden_states[:, :2] * 2
 
 
-def test_blocks_that_only_return_encoder_states_need_a_probe():
-    model = torch.nn.Module()
-    model.blocks = torch.nn.ModuleList([EncoderOnly() for _ in range(4)])
+class TextMaker(torch.nn.Module):
+    """A model of such blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([MakesText() for _ in range(4)])
+
+    def forward(self, hidden_states):
+        for block in self.blocks:
+            hidden_states, text = block(hidden_states)
+        return hidden_states, text
+
+
+def test_blocks_that_only_return_encoder_states_may_all_be_skipped():
+    model = TextMaker()
     adapter = dbcache.BlockAdapter(
         transformer=model,
         blocks=model.blocks,
         forward_pattern=dbcache.ForwardPattern.Pattern_4,
     )
-    with pytest.raises(ValueError, match=r"blocks: blocks that only return encoder_hidden_states"):
-        dbcache.enable(adapter, **STATIC)
-    assert "forward" not in vars(model)
+    dbcache.enable(adapter, **STATIC)
+    hidden, text = model(torch.ones(1, 3, 4))
+    for _ in range(3):
+        again, text_again = model(torch.ones(1, 3, 4))
+        assert torch.equal(again, hidden)
+        assert torch.equal(text_again, text)
+    assert dbcache.summary(model).lanes[0].cached_steps == [2, 3]
 
 
 @families
