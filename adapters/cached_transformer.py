@@ -188,9 +188,11 @@ class CachedTransformer:
                 for block_list, entries in zip(stack.lists, stack.entries, strict=False):
                     block_list.own[block_list.name] = entries
                     shadowed.append(block_list)
+                stack.notice_call(self.module, args, kwargs)
             output = run(*args, **kwargs)
             for stack in self.stacks:
                 stack.check_finished()
+                stack.notice_output(output)
         except BaseException:
             for stack in self.stacks:
                 stack.abort_forward()

@@ -48,7 +48,7 @@ def _with_a_middle(spec: StackSpec, settings: StackSettings) -> StackSettings:
     """Return settings whose probe leaves a block to skip: the decision is taken there."""
     name = _name(spec)
     blocks = sum(len(block_list.blocks) for block_list in spec.lists)
-    fn, bn = settings.cache.Fn_compute_blocks, settings.cache.Bn_compute_blocks
+    fn, bn = settings.cache.probe_blocks, settings.cache.Bn_compute_blocks
     most = blocks - bn - 1
     if fn <= most:
         return settings

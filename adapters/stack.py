@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,12 +17,17 @@ from dbcache.adapters.guards import (
     ProbeEndGuard,
 )
 from dbcache.adapters.patterns import ENCODER, ForwardPattern
+from dbcache.adapters.signals import Source, make_source
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.following import FollowingLane
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
-from dbcache.schedule import resolve_mask
+from dbcache.policies import prepare
+from dbcache.schedule import check_retention, resolve_mask
+
+if TYPE_CHECKING:
+    from dbcache.adapters.recorder import Recorder
 
 Entry = Guard | torch.nn.Module
 
@@ -64,14 +71,19 @@ class Stack:
     ) -> None:
         self.lists = lists
         self.pattern = pattern
-        self.settings = settings
         self.leader = leader
-        self._given = settings.cache
         self.name = "+".join(block_list.path for block_list in lists)
+        self.settings = prepare(settings, lists[0].owner, self.name)
+        self._given = settings.cache
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
         self.fn, self.bn = self._clamp()
         self.lanes: dict[str | None, Lane] = {}
         self.entries = self._make_entries()
+        self.recorder: Recorder | None = None
+        self.source: Source | None = None
+        if leader is None:
+            first = lists[0]
+            self.source = make_source(self.settings, self.name, first.owner, first.blocks[0])
         self._learned = False
         self._copies_probe = True
         self._copies_middle = True
@@ -135,17 +147,21 @@ class Stack:
             lane.start_request()
 
     def plan_request(self, steps: int | None) -> None:
-        """Fit the mask to a request of `steps` steps (None: unknown).
+        """Fit the plan to a request of `steps` steps (None: unknown).
 
         Raises:
             ValueError: it does not fit, or it needs the number of steps.
         """
         mask = resolve_mask(self._given, steps, self.name)
-        if mask == self.settings.cache.steps_computation_mask:
+        check_retention(self._given, steps, self.name)
+        is_new = mask != self.settings.cache.steps_computation_mask
+        if not is_new and steps == self.settings.steps:
             return
-        # the number of steps has done its part: it must not be compared with the mask again
-        changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)
-        self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
+        self.settings = replace(self.settings, steps=steps)
+        if is_new:
+            # the number of steps has done its part: it must not be compared with the mask again
+            changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)
+            self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
         for lane in self.lanes.values():
             lane.replan(self.settings)
 
@@ -161,6 +177,20 @@ class Stack:
             self._learned, self._copies_probe, self._copies_middle = False, True, True
             for lane in self.lanes.values():
                 lane.forget_reference()
+
+    def notice_call(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Take note of what the transformer is called with."""
+        if self.source is not None:
+            self.source.start(model, args, kwargs)
+
+    def notice_output(self, output: Any) -> None:
+        """Take note of what the transformer returns."""
+        if self.source is not None and self.lane is not None:
+            self.source.finish(self.lane, output)
+        if self.recorder is not None:
+            self.recorder.after_forward(output)
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
@@ -205,7 +235,7 @@ class Stack:
 
     def _new_lane(self, device: torch.device) -> Lane:
         if self.leader is None:
-            return Lane(self.settings, device)
+            return Lane(self.settings, device, branch=self.branch)
         return FollowingLane(self.settings, self._leader_lane())
 
     def _leader_lane(self) -> Lane:
@@ -225,24 +255,32 @@ class Stack:
             lane.leader = self._leader_lane()
             return lane.follow(layout, h_fn.device)
         assert self.h_in is not None
+        compared = h_fn
+        if self.source is not None:
+            compared = self.source.measured()
+            layout = (*layout, compared.shape, compared.dtype)
         code = lane.start_step(layout, h_fn.device)
-        if code != PlanCode.DYNAMIC or not lane.has_reference:
-            return eager.take_decision(lane, code, None)
-        if self.settings.cache.cfg_diff_compute_separate:
-            return eager.measure_and_decide(lane, self.h_in, h_fn)
-        return eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
+        if code != PlanCode.DYNAMIC or not lane.can_compare:
+            cached = eager.take_decision(lane, code, None)
+        elif self.settings.cache.cfg_diff_compute_separate:
+            cached = eager.measure_and_decide(lane, self.h_in, compared)
+        else:
+            cached = eager.take_decision(lane, code, self._shared_diff(lane, compared))
+        if self.source is not None:
+            lane.remember(compared)
+        return cached
 
     def _were_overwritten(self) -> bool:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
         return not all(torch.equal(original, copy) for original, copy in self._originals)
 
-    def _shared_diff(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
-        """Measure the probe's change, or take that of the step's other branch."""
+    def _shared_diff(self, lane: Lane, compared: torch.Tensor) -> torch.Tensor:
+        """Measure the change, or take that of the step's other branch."""
         shared = self._shared
         if shared and shared[0] != self.branch and shared[1] == lane.step:
             return shared[2]
         assert self.h_in is not None
-        partials = eager.measure(lane, self.h_in, h_fn)
+        partials = eager.measure(lane, self.h_in, compared)
         self._shared = (self.branch, lane.step, partials)
         return partials
 
@@ -266,6 +304,8 @@ class Stack:
             )
         if not self._learned:
             self._copies_middle = self._were_overwritten()
+        if self.recorder is not None:
+            self.recorder.after_blocks(h_out)
         if self.fn == 0 and self.encoder_fn is None and encoder is not None:
             self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone
         eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)

@@ -22,6 +22,7 @@ from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import (  # noqa: E402
+    calibrate,
     disable,
     enable,
     refresh_context,
@@ -49,6 +50,7 @@ __all__ = [
     "HermiteCalibratorConfig",
     "ParamsModifier",
     "TaylorSeerCalibratorConfig",
+    "calibrate",
     "disable",
     "disable_cache",
     "enable",

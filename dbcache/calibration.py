@@ -172,7 +172,7 @@ def _parse(policy: str, entry: Any, stack: str) -> Calibration:
     who = f"calibration of {stack!r}"
     if policy == "teacache":
         values = entry.get("coefficients") if isinstance(entry, Mapping) else None
-        if not _are_numbers(values) or len(values) != DEGREE + 1:
+        if values is None or not _are_numbers(values) or len(values) != DEGREE + 1:
             raise ValueError(f"{who}: coefficients must be {DEGREE + 1} numbers, got {values!r}")
         return Calibration(tuple(map(float, values)))
     ratios = entry.get("ratios") if isinstance(entry, Mapping) else None

@@ -12,7 +12,8 @@ import torch
 
 from dbcache.config import StackSettings
 from dbcache.kernels import lane_state
-from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode
+from dbcache.kernels.lane_state import BatchReduce, LaneState, Signal
+from dbcache.policies import POLICIES, coefficients, decide_ahead
 from dbcache.schedule import make_plan
 
 FIRST_CAPACITY = 64
@@ -33,9 +34,15 @@ class Lane:
 
     @outside_inference_mode
     def __init__(
-        self, settings: StackSettings, device: torch.device, state: LaneState | None = None
+        self,
+        settings: StackSettings,
+        device: torch.device,
+        state: LaneState | None = None,
+        branch: str | None = None,
     ) -> None:
         self.settings = settings
+        self.branch = branch
+        self.policy = POLICIES[settings.cache.policy]
         self.compares = self.compares and settings.cache.probe_blocks > 0
         self.by_residual = self.compares and not settings.cache.compares_hidden_states
         self.by_token = settings.cache.important_condition_threshold > 0
@@ -49,6 +56,9 @@ class Lane:
         self.encoder_ring: torch.Tensor | None = None
         self.scales: torch.Tensor | None = None
         self.encoder_scales: torch.Tensor | None = None
+        self.full_input: torch.Tensor | None = None
+        self.full_output: torch.Tensor | None = None
+        self.full_steps = 0
         self.state = LaneState.allocate(FIRST_CAPACITY, device) if state is None else state
         self._flag: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
@@ -67,6 +77,7 @@ class Lane:
         limits[lane_state.ENCODER_ORDER] = encoder_order
         limits[lane_state.BATCH_REDUCE] = BatchReduce[cache.batch_reduce.upper()]
         limits[lane_state.PREDICTOR] = self.settings.calibrator.predictor
+        limits[lane_state.SIGNAL] = self.policy.signal
         state.limits.copy_(limits)
         thresholds = torch.zeros_like(state.thresholds, device="cpu")
         thresholds[lane_state.THRESHOLD] = cache.threshold
@@ -74,27 +85,38 @@ class Lane:
         thresholds[lane_state.MAX_ACCUMULATED] = accumulated or 0.0
         thresholds[lane_state.IMPORTANT] = cache.important_condition_threshold
         thresholds[lane_state.HERMITE_SCALE] = self.settings.calibrator.hermite_scale
+        polynomial = coefficients(cache, self.settings.calibration)
+        thresholds[lane_state.POLYNOMIAL : lane_state.NUM_THRESHOLDS] = torch.tensor(
+            polynomial, dtype=torch.float32
+        )
         state.thresholds.copy_(thresholds)
+        self._rule = limits.tolist(), thresholds.tolist()
         self._write_plan()
 
     def _write_plan(self) -> None:
-        self.plan = make_plan(self.settings.cache, len(self.state.plan))
+        settings = self.settings
+        self.plan: list[int] = [*make_plan(settings.cache, len(self.state.plan), settings.steps)]
+        self._known_changes: dict[int, float] = {}
+        if self.policy.source == "calibration":
+            assert settings.calibration is not None
+            ratios = settings.calibration.ratios_for(self.branch, settings.steps)
+            self.plan, self._known_changes = decide_ahead(self.plan, ratios, *self._rule)
         self.state.plan.copy_(torch.tensor(self.plan, dtype=torch.int32))
 
     @outside_inference_mode
     def replan(self, settings: StackSettings) -> None:
-        """Take over settings that differ in the mask."""
+        """Take over settings that differ in the mask or the number of steps."""
         self.settings = settings
         self._write_plan()
 
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
-        self.step = 0
+        self.step = self.full_steps = 0
         self.has_reference = False
         self.cached = False
         self.state.reset()
 
-    def start_step(self, layout: Layout, device: torch.device) -> PlanCode:
+    def start_step(self, layout: Layout, device: torch.device) -> int:
         """Make room for the step and return its plan code; restart if the `layout` changed."""
         if layout != self.layout:
             if device != self.device:
@@ -102,6 +124,7 @@ class Lane:
             if self.has_reference:
                 self.state.invalidate()
                 self.has_reference = False
+                self.full_steps = 0
             self.drop_buffers()
             self.layout = layout
         if self.step >= len(self.plan):
@@ -126,6 +149,7 @@ class Lane:
         """Let go of what no longer fits; the next full step allocates anew."""
         self.p_ref = self.ring = self.encoder_ring = None
         self.scales = self.encoder_scales = None
+        self.full_input = self.full_output = None
 
     def buffers(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
@@ -133,7 +157,7 @@ class Lane:
         """Return (P_ref, ring, encoder ring), allocated at the first full step, with the scales."""
         if self.ring is None:
             return self._allocate(h_fn, h_out, encoder_out)
-        return self.p_ref, self.ring, self.encoder_ring
+        return self.p_ref if self.compares else None, self.ring, self.encoder_ring
 
     @outside_inference_mode
     def _allocate(
@@ -144,7 +168,7 @@ class Lane:
         self.ring, self.scales = self._allocate_ring(h_out)
         if encoder_out is not None:
             self.encoder_ring, self.encoder_scales = self._allocate_ring(encoder_out)
-        return self.p_ref, self.ring, self.encoder_ring
+        return self.p_ref if self.compares else None, self.ring, self.encoder_ring
 
     def _allocate_ring(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a ring for residuals like `x`, and its scales if it is fp8."""
@@ -155,6 +179,27 @@ class Lane:
         if dtype != torch.uint8:
             return ring, None
         return ring, torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
+
+    @property
+    def can_compare(self) -> bool:
+        """Whether there is something that a dynamic step can be compared with."""
+        is_ready = self.policy.signal != Signal.RATE or self.full_steps >= 2
+        return self.has_reference and is_ready
+
+    @outside_inference_mode
+    @torch.no_grad()
+    def remember(self, measured: torch.Tensor) -> None:
+        """Keep what this step measured, for the next one; for policies without a probe."""
+        self.p_ref = _copy(measured, self.p_ref)
+
+    @outside_inference_mode
+    @torch.no_grad()
+    def remember_full(self, output: torch.Tensor) -> None:
+        """Keep a full step's output and input, which `remember` was given."""
+        assert self.p_ref is not None
+        self.full_input = _copy(self.p_ref, self.full_input)
+        self.full_output = _copy(output, self.full_output)
+        self.full_steps += 1
 
     def read_decision(self) -> bool:
         """Return whether the device decided to cache. The only host wait of a dynamic step."""
@@ -172,6 +217,7 @@ class Lane:
     def forget_reference(self) -> None:
         """Make the next step a full one: nothing that was stored holds any more."""
         self.has_reference = False
+        self.full_steps = 0
         self.state.invalidate()
         self.state.counters[lane_state.REFERENCE] = 0
 
@@ -185,12 +231,21 @@ class Lane:
 
     def trace(self) -> tuple[list[int], list[float]]:
         """Read back the reasons and the diffs (-1: not measured) of this request's steps."""
-        return (
-            self.state.trace_reason[: self.step].tolist(),
-            self.state.trace_diff[: self.step].tolist(),
-        )
+        diffs = self.state.trace_diff[: self.step].tolist()
+        for step, change in self._known_changes.items():
+            if step < self.step:
+                diffs[step] = change
+        return self.state.trace_reason[: self.step].tolist(), diffs
 
     def nbytes(self) -> int:
         """Bytes of the lane's buffers."""
-        buffers = (self.p_ref, self.ring, self.encoder_ring, self.scales, self.encoder_scales)
+        rings = (self.ring, self.encoder_ring, self.scales, self.encoder_scales)
+        buffers = (self.p_ref, self.full_input, self.full_output, *rings)
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+
+
+def _copy(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    """Return `buffer` with the content of `x`; made where there is none."""
+    if buffer is None:
+        buffer = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return buffer.copy_(x)

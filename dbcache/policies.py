@@ -1,10 +1,10 @@
 """Who decides a step: the probe's change, or a signal that needs no block (`DBCacheConfig.policy`).
 
-    dbcache     change of the probe residual             FBCache (github.com/chengzeyi/ParaAttention)
-    easycache   movement of latents times a rate         EasyCache (arXiv:2507.02860)
-    teacache    polynomial of the first block's input    TeaCache (arXiv:2411.19108)
-    seacache    change of the spectrally filtered input  SeaCache (arXiv:2602.18993)
-    magcache    ratios of a calibration run              MagCache (arXiv:2506.09045)
+    dbcache     change of the probe residual            github.com/chengzeyi/ParaAttention (FBCache)
+    easycache   movement of the latents times a rate    arXiv:2507.02860
+    teacache    polynomial of the first block's input   arXiv:2411.19108
+    seacache    change of the latents, filtered         arXiv:2602.18993
+    magcache    ratios of a calibration run             arXiv:2506.09045
 
 All but the first decide before the first block: a cached step then runs none but the last Bn, and
 the residual that is kept and predicted spans all others. They add up what each step contributes

@@ -9,10 +9,11 @@ import torch
 
 from dbcache.kernels.commit import commit
 from dbcache.kernels.decide import decide
-from dbcache.kernels.lane_state import PlanCode
+from dbcache.kernels.lane_state import KNOWN, PlanCode, Reason
 from dbcache.kernels.predict import predict
 from dbcache.kernels.probe_and_decide import probe_and_decide
 from dbcache.kernels.probe_diff import probe_diff
+from dbcache.kernels.transformation_rate import transformation_rate
 from dbcache.lane import Lane
 
 
@@ -36,12 +37,12 @@ def measure(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> torch.Tensor:
     return probe_diff(before, h_fn, lane.p_ref, lane.state.thresholds if lane.by_token else None)
 
 
-def take_decision(lane: Lane, code: PlanCode, partials: torch.Tensor | None) -> bool:
+def take_decision(lane: Lane, code: int, partials: torch.Tensor | None) -> bool:
     """Decide the lane's next step on the device; return whether it is cached.
 
     Args:
         lane: its state is updated and its step counted.
-        code: the step's plan code.
+        code: the step's plan code, or `KNOWN` plus the reason.
         partials: what `measure` gave, None where nothing is to be compared.
     """
     decide(lane.state, partials)
@@ -50,9 +51,21 @@ def take_decision(lane: Lane, code: PlanCode, partials: torch.Tensor | None) -> 
         lane.cached = False
     elif code == PlanCode.STATIC:
         lane.cached = True
-    else:
-        lane.cached = lane.read_decision()
+    elif code >= KNOWN:
+        lane.cached = Reason(code - KNOWN).cached
+    else:  # what is dynamic and was not measured is full
+        lane.cached = partials is not None and lane.read_decision()
     return lane.cached
+
+
+def note_output(lane: Lane, output: torch.Tensor) -> None:
+    """Keep the output of a full step, and measure how it followed the input (EasyCache)."""
+    if lane.full_steps and lane.full_output is not None and lane.full_input is not None:
+        assert lane.p_ref is not None
+        moved_out = probe_diff(None, lane.full_output, output)
+        moved_in = probe_diff(None, lane.full_input, lane.p_ref)
+        transformation_rate(lane.state.values, moved_out, moved_in)
+    lane.remember_full(output)
 
 
 def forecast(

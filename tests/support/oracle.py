@@ -37,6 +37,8 @@ class Rule:
     batch_reduce: str = "mean"
     important_condition_threshold: float = 0.0
     l1_hidden_states_diff_threshold: float = 0.0
+    policy: str = "dbcache"
+    retention_ratio: float = 0.0
     order: int = 0
     exact: bool = False
     sigma: float | None = None  # Hermite polynomials instead of powers
@@ -107,6 +109,9 @@ class Decider:
             return "threshold is 0", None
         if math.isnan(change):
             return "NaN diff", None
+        if rule.policy != "dbcache":
+            is_below = self.accumulated + change < threshold
+            return ("below threshold" if is_below else "above threshold"), change
         if threshold >= 1:
             return "threshold is 1 or more", change
         return ("below threshold" if change < threshold else "above threshold"), change
@@ -327,9 +332,11 @@ class Segment(torch.nn.Module):
         returns_encoder = oracle.encoder_first is not None
         hidden, encoder = hidden_states, encoder_hidden_states if returns_encoder else None
         first_tail = count - rule.Bn_compute_blocks
-        probe = 0 if rule.static_skip_probe else rule.Fn_compute_blocks
+        has_probe = rule.policy == "dbcache" and not rule.static_skip_probe
+        probe = rule.Fn_compute_blocks if has_probe else 0
         for i in range(self.start, self.stop):
             if i == 0:
+                oracle.block_arguments = (args, kwargs)
                 oracle.begin(hidden)
                 if probe == 0:
                     oracle.after_probe(hidden, encoder)
