@@ -83,10 +83,11 @@ class Decider:
     def _why(self, step: int, diff: Callable[[], float | str]) -> tuple[str, float | None]:
         rule, mask = self.rule, self.rule.steps_computation_mask
         warmup = rule.max_warmup_steps
+        retained = int(rule.retention_ratio * (rule.num_inference_steps or 0) + 0.5)
         if mask is not None:
             leading_ones = (*mask, 0).index(0)
-            warmup = min(warmup, leading_ones)
-        if step < warmup and step % rule.warmup_interval == 0:
+            warmup, retained = min(warmup, leading_ones), min(retained, leading_ones)
+        if step < retained or (step < warmup and step % rule.warmup_interval == 0):
             return "warm-up", None
         if mask is not None:
             if step < len(mask) and mask[step] == 1:
