@@ -17,7 +17,7 @@ from dbcache.config import StackSettings
 from dbcache.executors import eager
 from dbcache.lane import Lane
 from dbcache.policies import POLICIES
-from dbcache.spectrum import sea_filter
+from dbcache.sea_filter import sea_filter
 
 FULL_NOISE = {
     "FluxTransformer2DModel": 1.0,
