@@ -133,19 +133,30 @@ class Changes(Recorder):
 RECORDERS: dict[str, type[Recorder]] = {"magcache": Magnitudes, "teacache": Changes}
 
 
-def record(transformer: CachedTransformer, policy: str) -> list[Recorder]:
-    """Make the stacks of an enabled transformer note their steps from now on."""
-    recorders = []
-    for stack in transformer.stacks:
-        if stack.entries:
-            stack.recorder = RECORDERS[policy](stack)
-            recorders.append(stack.recorder)
-    return recorders
+def record(transformers: list[CachedTransformer], policy: str) -> list[Recorder]:
+    """Make the stacks of an enabled transformer note their steps from now on.
+
+    Raises:
+        ValueError: there are several transformers, or it is not known yet what is cached.
+    """
+    if len(transformers) != 1:
+        raise ValueError(
+            f"calibrate: the target must have one transformer, got {len(transformers)}; calibrate "
+            f"each by itself (as in calibrate(pipe.transformer, ...)) and give each its file by a "
+            f"ParamsModifier"
+        )
+    stacks = [stack for stack in transformers[0].stacks if stack.entries]
+    if not stacks:
+        raise ValueError(
+            f"calibrate: {type(transformers[0].module).__name__} must have blocks to skip that are "
+            f"known before the first forward, got none; name forward_pattern in the BlockAdapter"
+        )
+    for stack in stacks:
+        stack.recorder = RECORDERS[policy](stack)
+    return [stack.recorder for stack in stacks if stack.recorder is not None]
 
 
-def calibration_of(
-    transformer: CachedTransformer, policy: str, recorders: list[Recorder]
-) -> dict[str, Any]:
+def calibration_of(policy: str, recorders: list[Recorder]) -> dict[str, Any]:
     """Return the content of the calibration; raises as `Recorder.rows` and `result`."""
     stacks = {recorder.stack.name: recorder.result() for recorder in recorders}
     runs = next(iter(recorders[0].runs.values()))

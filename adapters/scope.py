@@ -19,7 +19,7 @@ OF_EACH_STACK = ("Bn_compute_blocks", "cache_dtype")
 def make_stacks(
     specs: tuple[StackSpec, ...], settings: StackSettings, modifiers: list[ParamsModifier | None]
 ) -> list[Stack]:
-    """Return the stacks of one transformer.
+    """Return the stacks of one transformer; none as long as a pattern is open.
 
     Args:
         specs: in the order of the forward, if one is to decide for all.
@@ -30,24 +30,30 @@ def make_stacks(
         ValueError: with ``decision_scope="model"``, the first stack has no block to skip after its
             probe, or a later one has a rule of its own.
     """
+    if any(spec.pattern is None for spec in specs):
+        return []
     each = [settings.modified(modifier) for modifier in modifiers]
     if each[0].cache.decision_scope == "stack" or len(specs) == 1:
-        return [
-            Stack(list(spec.lists), spec.pattern, own)
-            for spec, own in zip(specs, each, strict=True)
-        ]
-    leader = Stack(list(specs[0].lists), specs[0].pattern, _with_a_middle(specs[0], each[0]))
+        return [_stack(spec, own) for spec, own in zip(specs, each, strict=True)]
+    leader = _stack(specs[0], _with_a_middle(specs[0], each[0]))
     stacks = [leader]
     for spec, own in zip(specs[1:], each[1:], strict=True):
         _check_rule(_name(spec), own, leader.name, each[0])
-        stacks.append(Stack(list(spec.lists), spec.pattern, own, leader))
+        stacks.append(_stack(spec, own, leader))
     return stacks
+
+
+def _stack(spec: StackSpec, settings: StackSettings, leader: Stack | None = None) -> Stack:
+    assert spec.pattern is not None
+    lists = list(spec.lists)
+    return Stack(lists, spec.pattern, settings, spec.streams, spec.interleaved, leader)
 
 
 def _with_a_middle(spec: StackSpec, settings: StackSettings) -> StackSettings:
     """Return settings whose probe leaves a block to skip: the decision is taken there."""
     name = _name(spec)
     blocks = sum(len(block_list.blocks) for block_list in spec.lists)
+    blocks //= len(spec.lists) if spec.interleaved else 1
     fn, bn = settings.cache.probe_blocks, settings.cache.Bn_compute_blocks
     most = blocks - bn - 1
     if fn <= most:

@@ -16,11 +16,12 @@ from dbcache.adapters.guards import (
     MiddleGuard,
     ProbeEndGuard,
 )
-from dbcache.adapters.patterns import ENCODER, ForwardPattern
+from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
 from dbcache.adapters.signals import Source, make_source
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
-from dbcache.following import FollowingLane
+from dbcache.executors.recording import Cutter, Decision
+from dbcache.following import FollowedDecision, FollowingLane
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
 from dbcache.policies import prepare
@@ -30,26 +31,63 @@ if TYPE_CHECKING:
     from dbcache.adapters.recorder import Recorder
 
 Entry = Guard | torch.nn.Module
+WHOLE = slice(None)
 
 
 class BlockList:
-    """One list of blocks and where the model's forward looks it up.
+    """One list of blocks, or a part of one, and where the model's forward looks it up.
 
-    Attributes:
-        owner: the module that has the list as attribute `name`.
-        path: name of the list seen from the transformer, as in ``"transformer_blocks"``.
+    Args:
+        transformer: the model.
+        path: name of the list seen from the transformer, as in ``"transformer_blocks"``. It may end
+            in ``[:-n]`` or ``[-n:]``: all but the last n blocks, or these, n being an attribute of
+            the transformer.
+
+    Raises:
+        AttributeError: there is no such list.
     """
 
-    def __init__(self, owner: torch.nn.Module, name: str, path: str) -> None:
-        self.owner = owner
-        self.name = name
+    def __init__(self, transformer: torch.nn.Module, path: str) -> None:
         self.path = path
-        self.own = owner.__dict__
+        whole, _, part = path.partition("[")
+        owner, _, self.name = whole.rpartition(".")
+        self.owner = transformer.get_submodule(owner)
+        blocks = transformer.get_submodule(whole)
+        self.part = WHOLE
+        if part:
+            split = len(blocks) - getattr(transformer, part.strip(":-]"))
+            self.part = slice(split) if part.startswith(":") else slice(split, None)
+        self._dict_owner: torch.nn.Module | None = None
+        if isinstance(self.owner, torch.nn.ModuleDict):
+            outer, _, self._dict_name = owner.rpartition(".")
+            self._dict_owner = transformer.get_submodule(outer)
         self.blocks = self.current()
 
     def current(self) -> list[torch.nn.Module]:
         """Return the blocks that the model has now."""
-        return list(getattr(self.owner, self.name)._modules.values())
+        blocks = self.owner._modules[self.name]
+        assert blocks is not None
+        return list(blocks._modules.values())[self.part]
+
+    def shadow(self, entries: list[Entry]) -> None:
+        """Let the model see `entries` in place of its blocks."""
+        if self._dict_owner is None:
+            own = self.owner.__dict__
+            if self.part is not WHOLE:  # the other part may be shadowed already
+                whole: list[Entry] = own.get(self.name) or [*self.owner.get_submodule(self.name)]
+                whole[self.part] = entries
+                entries = whole
+            own[self.name] = entries
+        else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
+            own = self._dict_owner.__dict__
+            own.setdefault(self._dict_name, dict(self.owner._modules))[self.name] = entries
+
+    def unshadow(self) -> None:
+        """Let the model see its blocks again."""
+        if self._dict_owner is None:
+            self.owner.__dict__.pop(self.name, None)
+        else:
+            self._dict_owner.__dict__.pop(self._dict_name, None)
 
 
 class Stack:
@@ -59,6 +97,10 @@ class Stack:
         lists: the chain, in the order in which the forward runs it.
         pattern: what the blocks take and return.
         settings: checked settings; Fn and Bn are clamped to the number of blocks, with a warning.
+        streams: names of the parameters that take hidden states and encoder states.
+        interleaved: the forward runs a block of each list in turn, and rearranges the tokens in
+            between (Latte: spatial, temporal). Fn and Bn count rounds. The middle ends after the
+            first block of its last round: it gives back the arrangement that it got.
         leader: the stack whose decisions this one takes over, without a probe of its own: Fn is 0.
     """
 
@@ -67,10 +109,14 @@ class Stack:
         lists: list[BlockList],
         pattern: ForwardPattern,
         settings: StackSettings,
+        streams: Streams = STREAMS,
+        interleaved: bool = False,
         leader: Stack | None = None,
     ) -> None:
         self.lists = lists
+        self.round = len(lists) if interleaved else 1
         self.pattern = pattern
+        self.streams = streams
         self.leader = leader
         self.name = "+".join(block_list.path for block_list in lists)
         self.settings = prepare(settings, lists[0].owner, self.name)
@@ -89,13 +135,14 @@ class Stack:
         self._copies_middle = True
         self._originals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._shared: tuple[str | None, int, torch.Tensor] | None = None
+        self.cutter: Cutter | None = None
         self.forget_step()
 
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""
         cache, total = self.settings.cache, self.num_blocks
-        fn = 0 if self.leader is not None else min(cache.probe_blocks, total)
-        bn = min(cache.Bn_compute_blocks, total - fn)
+        fn = min(self.round * cache.probe_blocks, total) if self.leader is None else 0
+        bn = min(self.round * (cache.Bn_compute_blocks + 1) - 1, total - fn)
         if fn + bn == total:
             wanted = f"Fn={cache.probe_blocks}, Bn={cache.Bn_compute_blocks}"
             warnings.warn(
@@ -112,10 +159,12 @@ class Stack:
             return []
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
         position, entries = 0, []
-        for block_list in self.lists:
+        for turn, block_list in enumerate(self.lists):
             row: list[Entry] = []
             for index, block in enumerate(block_list.blocks):
                 who = f"{block_list.path}[{index}] ({type(block).__name__})"
+                if self.round > 1:
+                    position = index * self.round + turn
                 if first_middle <= position <= last_middle:
                     is_first, is_last = position == first_middle, position == last_middle
                     if is_first or is_last:
@@ -136,6 +185,8 @@ class Stack:
         self.branch: str | None = None
         self.cached = False
         self.is_open = False
+        self.is_branch = False
+        self.prediction: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
         self.encoder_fn: torch.Tensor | None = None
@@ -165,6 +216,17 @@ class Stack:
         for lane in self.lanes.values():
             lane.replan(self.settings)
 
+    @property
+    def recorded(self) -> tuple[object, ...]:
+        """What recorded work depends on."""
+        return (self.name, self.pattern, self.fn, self.bn, *self.settings.recorded)
+
+    def inherit(self, old: Stack) -> None:
+        """Go on with the lanes of another stack, whose `recorded` is the same."""
+        self.lanes = old.lanes
+        for lane in self.lanes.values():
+            lane.reload(self.settings)
+
     def start_step(self, branch: str | None) -> None:
         """Prepare for a forward; take up blocks that were exchanged since the last one."""
         self.branch = branch
@@ -178,11 +240,22 @@ class Stack:
             for lane in self.lanes.values():
                 lane.forget_reference()
 
+    def check_recordable(self) -> None:
+        """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
+        if self.source is not None:
+            raise ValueError(
+                f"{self.name}: steps recorded as CUDA graphs must be decided by the probe or ahead "
+                f"('dbcache', 'magcache'), got policy={self.settings.cache.policy!r}, which "
+                f"follows what the transformer is called with; leave out cuda_graph"
+            )
+
     def notice_call(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Take note of what the transformer is called with."""
         if self.source is not None:
+            if self.cutter is not None:
+                self.check_recordable()
             self.source.start(model, args, kwargs)
 
     def notice_output(self, output: Any) -> None:
@@ -194,14 +267,24 @@ class Stack:
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
+        self._check_stream(h_in)
         copies = self._copies_probe and not self.settings.cache.compares_hidden_states
         self.h_in = h_in.clone() if copies else h_in
         if not self._learned:
             self._originals = [(h_in, self.h_in)]
 
+    def _check_stream(self, hidden: object) -> None:
+        """Raise if what the first block gets is no tensor."""
+        if not isinstance(hidden, torch.Tensor):
+            raise TypeError(
+                f"{self.name}: hidden_states must be a tensor, got {describe(hidden)}; blocks that "
+                f"take something else need a patch_functor, see BlockAdapter"
+            )
+
     def decide(self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None) -> None:
         """Take the step's decision. Called with what the first middle block gets."""
         if self.fn == 0:
+            self._check_stream(h_fn)
             self.h_in = h_fn
         if self.h_in is None:
             raise RuntimeError(f"{self.name}: the model ran its middle blocks without the first")
@@ -228,6 +311,9 @@ class Stack:
         copies = self._copies_middle and not self.cached
         self.h_fn = h_fn.clone() if copies else h_fn
         self.encoder_fn = encoder_in.clone() if copies and encoder_in is not None else encoder_in
+        if self.cached:
+            # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
+            self.prediction = eager.forecast(lane, self.h_fn, self.encoder_fn)
         if not self._learned:
             self._originals = [(h_fn, self.h_fn)]
             if encoder_in is not None and self.encoder_fn is not None:
@@ -252,15 +338,19 @@ class Stack:
     def _take_decision(self, lane: Lane, h_fn: torch.Tensor, layout: Layout) -> bool:
         """Decide the step of `lane`, or take over what the leader decided."""
         if isinstance(lane, FollowingLane):
-            lane.leader = self._leader_lane()
-            return lane.follow(layout, h_fn.device)
+            return self._follow(lane, layout, h_fn.device)
         assert self.h_in is not None
         compared = h_fn
         if self.source is not None:
             compared = self.source.measured()
             layout = (*layout, compared.shape, compared.dtype)
         code = lane.start_step(layout, h_fn.device)
-        if code != PlanCode.DYNAMIC or not lane.can_compare:
+        is_open = code == PlanCode.DYNAMIC and lane.can_compare
+        if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
+            eager.enqueue_decision(lane, self.h_in, compared)
+            self._begin_branch(eager.LaneDecision(lane))
+            return False
+        if not is_open:
             cached = eager.take_decision(lane, code, None)
         elif self.settings.cache.cfg_diff_compute_separate:
             cached = eager.measure_and_decide(lane, self.h_in, compared)
@@ -269,6 +359,24 @@ class Stack:
         if self.source is not None:
             lane.remember(compared)
         return cached
+
+    def _follow(self, lane: FollowingLane, layout: Layout, device: torch.device) -> bool:
+        """Take over what the leader decided; a branch, where that is one."""
+        lane.leader = self._leader_lane()
+        assert self.leader is not None
+        if not self.leader.is_branch:
+            return lane.follow(layout, device)
+        assert self.cutter is not None
+        if self.cutter.fixed_by_plan:
+            lane.follow(layout, device)
+        self._begin_branch(FollowedDecision(lane))
+        return False
+
+    def _begin_branch(self, decision: Decision) -> None:
+        """Let what follows be recorded as one of two ways."""
+        assert self.cutter is not None
+        self.is_branch = True
+        self.cutter.begin_full(decision, self.name)
 
     def _were_overwritten(self) -> bool:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
@@ -286,10 +394,9 @@ class Stack:
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of the middle blocks."""
-        assert self.lane is not None
-        assert self.h_fn is not None
+        assert self.prediction is not None
         self.is_open = False
-        return eager.forecast(self.lane, self.h_fn, self.encoder_fn)
+        return self.prediction
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
         """Store what the middle blocks did."""
@@ -306,9 +413,17 @@ class Stack:
             self._copies_middle = self._were_overwritten()
         if self.recorder is not None:
             self.recorder.after_blocks(h_out)
-        if self.fn == 0 and self.encoder_fn is None and encoder is not None:
+        is_made = self.fn == 0 and self.encoder_fn is None
+        if is_made and encoder is not None:
             self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone
         eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
+        if self.is_branch:
+            assert self.cutter is not None
+            self.cutter.begin_cached()
+            if is_made and encoder is not None:
+                self.encoder_fn = torch.zeros_like(encoder)  # that of the full body is not made
+            eager.forecast_into(self.lane, self.h_fn, self.encoder_fn, h_out, encoder)
+            self.cutter.end_branch()
         self.is_open = False
 
     def check_finished(self) -> None:
@@ -329,9 +444,20 @@ class Stack:
                 row[:] = [e.block if type(e) is CheckGuard else e for e in row]
         self.forget_step()
 
+    def count_full_step(self, branch: str | None, device: torch.device) -> None:
+        """Count a step that ran without the guards: full, with nothing kept of it."""
+        self.branch = branch
+        lane = self.lanes[branch] = self._new_lane(device)
+        if isinstance(lane, FollowingLane):
+            lane.step = lane.leader.step
+        else:
+            eager.take_decision(lane, lane.plan[0], None)
+            lane.forget_reference()
+        self.lane = lane
+
     def abort_forward(self) -> None:
         """Clean up after an exception: the step counts as never begun."""
-        if self.lane is not None:
+        if self.lane is not None and self.cutter is None:
             self.lane.abort_step()
         self.forget_step()
 

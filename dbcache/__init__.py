@@ -20,9 +20,11 @@ __version__ = "0.1.0"
 
 from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa: E402
+from dbcache.adapters.patch_functor import PatchFunctor  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import (  # noqa: E402
     calibrate,
+    capture,
     disable,
     enable,
     refresh_context,
@@ -35,6 +37,7 @@ from dbcache.calibrators import (  # noqa: E402
     TaylorSeerCalibratorConfig,
 )
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
+from dbcache.executors.graph import GraphOptions  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
@@ -47,10 +50,13 @@ __all__ = [
     "CalibratorConfig",
     "DBCacheConfig",
     "ForwardPattern",
+    "GraphOptions",
     "HermiteCalibratorConfig",
     "ParamsModifier",
+    "PatchFunctor",
     "TaylorSeerCalibratorConfig",
     "calibrate",
+    "capture",
     "disable",
     "disable_cache",
     "enable",

@@ -16,11 +16,14 @@ from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_b
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
+from dbcache.adapters.models import MODELS
+from dbcache.adapters.patch_functor import on_trial
 from dbcache.adapters.recorder import RECORDERS, calibration_of, record
-from dbcache.adapters.registry import MODELS, find_specs
+from dbcache.adapters.registry import find_specs
 from dbcache.calibration import OPEN
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.executors.graph import GraphOptions, Recording
 from dbcache.load_configs import split_options
 from dbcache.options import check_choice, check_flag, check_type, reject_unknown
 from dbcache.summary import LaneSummary, Summary
@@ -36,6 +39,8 @@ def enable(
     cache_config: DBCacheConfig | None = None,
     calibrator_config: CalibratorConfig | None = None,
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None = None,
+    *,
+    cuda_graph: bool | str | GraphOptions = False,
     **options: Any,
 ) -> Target:
     """Switch the cache on; enabling again replaces the settings.
@@ -48,6 +53,9 @@ def enable(
         calibrator_config: how to predict; None reuses the last residual.
         params_modifiers: what single block stacks do differently, in the order of the stacks (of
             the first transformer, then the second); one alone holds for all.
+        cuda_graph: record the forward as CUDA graphs, with the decision inside: "device" (one
+            graph, the branch is taken on the GPU), "host" (the host reads the decision between
+            graphs), "auto" or True (the best that works here), or `GraphOptions`; False: eager.
         **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
             `calibrator_config` also `enable_taylorseer`, `enable_encoder_taylorseer`,
             `taylorseer_order` and `taylorseer_cache_type`. All that `load_configs` takes.
@@ -64,11 +72,21 @@ def enable(
     partial, calibrator = _from_options("enable", options, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
-    pipe, specs = _resolve(target)
-    transformers = [
-        CachedTransformer(spec, settings, modifiers, by_request=pipe is not None)
-        for spec, modifiers in zip(specs, _modifiers(specs, params_modifiers), strict=True)
-    ]
+    graph_options = GraphOptions.of(cuda_graph)
+    pipe, adapter = _resolve(target)
+    functor = adapter.patch_functor if adapter is not None else None
+    modules = adapter.transformers() if adapter is not None else []
+    handles = [handle for module in modules if (handle := handle_of(module)) is not None]
+    with on_trial(functor, modules, handles) as patches:
+        specs = adapter.specs() if adapter is not None else find_specs(target)
+        transformers = [
+            CachedTransformer(
+                spec, settings, modifiers, by_request=pipe is not None, graph_options=graph_options
+            )
+            for spec, modifiers in zip(specs, _modifiers(specs, params_modifiers), strict=True)
+        ]
+    for transformer, patch in zip(transformers, patches, strict=False):
+        transformer.patches = patch
     disable(pipe if pipe is not None else target)
     for transformer in transformers:
         _replace(handle_of(transformer.module), transformer)
@@ -119,12 +137,14 @@ def summary(target: object) -> Summary:
                 f"{name}: {transformer.uncached_calls} calls came from outside of the pipeline "
                 f"that the cache is enabled on and ran without it"
             )
+        if transformer.graphs is not None:
+            notes += [f"{name}: {line}" for line in transformer.graphs.describe()]
         for stack in transformer.stacks:
             if not stack.entries:
                 notes.append(f"{stack.name}: all {stack.num_blocks} blocks run on every step")
             for branch, lane in stack.lanes.items():
-                if lane.step:
-                    reasons, diffs = lane.trace()
+                reasons, diffs = lane.trace()
+                if reasons:
                     lanes.append(
                         LaneSummary.from_trace(
                             reasons,
@@ -209,32 +229,67 @@ def calibrate(
 
     Raises:
         RuntimeError: the cache is on, or nothing ran. ValueError: another policy, several
-            transformers, or requests of different lengths. TypeError: another option. Nothing is
-            written then.
+            transformers or one whose blocks are not known yet, or requests of different lengths.
+            TypeError: another option. Nothing is written then.
     """
     check_choice("calibrate: policy", policy, tuple(RECORDERS))
     reject_unknown("calibrate", options, OF_REQUESTS)
     if any(handle_of(part) is not None for part in _parts(target)):
         raise RuntimeError("calibrate: the cache must be off, got an enabled one; disable it first")
-    _, specs = _resolve(target)
-    if len(specs) != 1:
-        raise ValueError(
-            f"calibrate: the target must have one transformer, got {len(specs)}; calibrate each "
-            f"by itself (as in calibrate(pipe.transformer, ...)) and give each its file by a "
-            f"ParamsModifier"
-        )
     all_full = {"max_warmup_steps": 10**9, "calibration": OPEN}
     enable(target, **{**options, **all_full, "policy": policy})
     content: dict[str, Any] = {}
     try:
-        transformer = _enabled(target, "calibrate")[0]
-        recorders = record(transformer, policy)
+        recorders = record(_enabled(target, "calibrate"), policy)
         yield content
-        content.update(calibration_of(transformer, policy, recorders))
+        content.update(calibration_of(policy, recorders))
     finally:
         disable(target)
     if path is not None:
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def capture(target: Any, **inputs: Any) -> list[Recording]:
+    """Record the CUDA graphs of a kind of request ahead of the first one, for serving.
+
+    Runs ``target(**inputs)``, as often as it takes for every kind of call to be recorded. Inputs
+    of other shapes are recorded when they come, or by another call of this.
+
+    Args:
+        target: an enabled pipeline or transformer, with ``cuda_graph`` set.
+        **inputs: what a request is called with; for a pipeline two steps are enough, as in
+            ``num_inference_steps=2``.
+
+    Returns:
+        The new recordings, with what each is for, the seconds that it took and, over all of them,
+        the bytes of device memory.
+
+    Raises:
+        RuntimeError: the cache or its graphs are not enabled, or nothing could be recorded; the
+            error gives the reason.
+    """
+    transformers = _enabled(target, "capture")
+    executors = [t.graphs for t in transformers if t.graphs is not None]
+    if not executors:
+        raise RuntimeError(
+            "capture: CUDA graphs must be enabled first, as in dbcache.enable(..., cuda_graph=True)"
+        )
+    before = [set(executor.recordings) for executor in executors]
+    for _ in range(2):
+        with torch.no_grad():
+            target(**inputs)
+    recorded = [
+        recording
+        for executor, known in zip(executors, before, strict=True)
+        for key, recording in executor.recordings.items()
+        if key not in known
+    ]
+    if not any(executor.recordings for executor in executors):
+        reasons = "; ".join(line for executor in executors for line in executor.describe())
+        raise RuntimeError(f"capture: the forward must be recordable, but is not: {reasons}")
+    for transformer in transformers:
+        transformer.start_request()
+    return recorded
 
 
 def supported_pipelines() -> tuple[int, list[str]]:
@@ -259,13 +314,12 @@ def _from_options(
     return DBCacheConfig(**fields), copy.copy(calibrator_config or calibrator)
 
 
-def _resolve(target: object) -> tuple[Any, list[TransformerSpec]]:
-    """Return (pipeline or None, what to cache)."""
+def _resolve(target: object) -> tuple[Any, BlockAdapter | None]:
+    """Return (pipeline or None, adapter or None: the table of models says what to cache)."""
     if isinstance(target, BlockAdapter):
-        return target.pipe, target.specs()
+        return target.pipe, target
     pipe = None if isinstance(target, torch.nn.Module) else target
-    adapter = BlockAdapterRegistry.adapter_of(unwrap(target))
-    return pipe, find_specs(target) if adapter is None else adapter.specs()
+    return pipe, BlockAdapterRegistry.adapter_of(unwrap(target))
 
 
 def _modifiers(
@@ -282,6 +336,7 @@ def _replace(old: CachedTransformer | None, new: CachedTransformer) -> None:
     """Install `new` where `old` was; pipelines that share the transformer go on with it."""
     if old is not None:
         new.pipelines = old.pipelines
+        new.inherit(old)
         old.remove()
     new.install()
 
@@ -290,8 +345,7 @@ def _parts(target: object) -> list[object]:
     """Return the objects that may carry a handle, pipeline first."""
     if not isinstance(target, BlockAdapter):
         return [unwrap(target)]
-    modules = [spec.transformer for spec in target.specs()]
-    return [part for part in (target.pipe, *modules) if part is not None]
+    return [part for part in (target.pipe, *target.transformers()) if part is not None]
 
 
 def _enabled(target: object, who: str) -> list[CachedTransformer]:

@@ -284,6 +284,19 @@ class StackSettings:
         enabled = calibrator.enable_calibrator or calibrator.enable_encoder_calibrator
         return enabled and calibrator.calibrator_cache_type == "hidden_states"
 
+    @property
+    def recorded(self) -> tuple[object, ...]:
+        """What recorded work depends on. The rest lies on the device and may change."""
+        cache = self.cache
+        return (
+            self.slots,
+            self.replace,
+            cache.cache_dtype,
+            cache.policy,
+            cache.compares_hidden_states,
+            cache.important_condition_threshold > 0,
+        )
+
     def modified(self, modifier: ParamsModifier | None) -> StackSettings:
         """Return these settings with the given fields of `modifier` on top."""
         if modifier is None:

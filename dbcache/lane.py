@@ -19,6 +19,11 @@ from dbcache.schedule import make_plan
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
 
+BUFFERS = (
+    "p_ref", "ring", "encoder_ring", "scales", "encoder_scales", "full_input", "full_output",
+)  # fmt: skip
+"""Attributes of a lane that hold its large tensors."""
+
 Layout = tuple[object, ...]
 """Shapes, dtypes and device of a step's tensors; a change of it restarts the lane."""
 
@@ -109,6 +114,12 @@ class Lane:
         self.settings = settings
         self._write_plan()
 
+    @outside_inference_mode
+    def reload(self, settings: StackSettings) -> None:
+        """Take over settings that need no other buffers."""
+        self.settings = settings
+        self._load_settings()
+
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
         self.step = self.full_steps = 0
@@ -121,21 +132,17 @@ class Lane:
         if layout != self.layout:
             if device != self.device:
                 self._move(device)
-            if self.has_reference:
-                self.state.invalidate()
-                self.has_reference = False
-                self.full_steps = 0
-            self.drop_buffers()
-            self.layout = layout
+            self.take_buffers(layout, dict.fromkeys(BUFFERS))
         if self.step >= len(self.plan):
-            self._grow()
+            self.reserve(2 * len(self.plan))
         return self.plan[self.step]
 
     @outside_inference_mode
-    def _grow(self) -> None:
-        """Make room for twice the steps."""
-        self.state.grow(2 * len(self.plan))
-        self._write_plan()
+    def reserve(self, steps: int) -> None:
+        """Make room for a request of `steps` steps."""
+        if steps > len(self.plan):
+            self.state.grow(steps)
+            self._write_plan()
 
     @outside_inference_mode
     def _move(self, device: torch.device) -> None:
@@ -147,9 +154,8 @@ class Lane:
 
     def drop_buffers(self) -> None:
         """Let go of what no longer fits; the next full step allocates anew."""
-        self.p_ref = self.ring = self.encoder_ring = None
-        self.scales = self.encoder_scales = None
-        self.full_input = self.full_output = None
+        for name in BUFFERS:
+            setattr(self, name, None)
 
     def buffers(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
@@ -169,6 +175,31 @@ class Lane:
         if encoder_out is not None:
             self.encoder_ring, self.encoder_scales = self._allocate_ring(encoder_out)
         return self.p_ref if self.compares else None, self.ring, self.encoder_ring
+
+    def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
+        """Return the large tensors."""
+        return {name: getattr(self, name) for name in BUFFERS}
+
+    def take_buffers(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
+        """Go on with the large tensors of another layout; what they hold is void."""
+        if self.has_reference:
+            self.state.invalidate()
+            self.has_reference = False
+            self.full_steps = 0
+        self.layout = layout
+        for name, buffer in buffers.items():
+            setattr(self, name, buffer)
+
+    def force(self, code: int) -> None:
+        """Fix what the next step will be."""
+        self.plan[self.step] = code
+        self.state.plan[self.step] = code
+
+    def rewind(self, step: int) -> None:
+        """Go back to `step` after an exception: what came since counts as never begun."""
+        self.step = step
+        self.forget_reference()
+        self.state.counters[lane_state.STEP] = step
 
     def _allocate_ring(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a ring for residuals like `x`, and its scales if it is fp8."""
@@ -231,17 +262,17 @@ class Lane:
 
     def trace(self) -> tuple[list[int], list[float]]:
         """Read back the reasons and the diffs (-1: not measured) of this request's steps."""
-        diffs = self.state.trace_diff[: self.step].tolist()
+        # a graph that the user captured takes steps that the host does not see
+        steps = int(self.state.counters[lane_state.STEP])
+        diffs = self.state.trace_diff[:steps].tolist()
         for step, change in self._known_changes.items():
-            if step < self.step:
+            if step < steps:
                 diffs[step] = change
-        return self.state.trace_reason[: self.step].tolist(), diffs
+        return self.state.trace_reason[:steps].tolist(), diffs
 
     def nbytes(self) -> int:
         """Bytes of the lane's buffers."""
-        rings = (self.ring, self.encoder_ring, self.scales, self.encoder_scales)
-        buffers = (self.p_ref, self.full_input, self.full_output, *rings)
-        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+        return sum(x.nbytes for x in self.buffers_by_name().values() if x is not None)
 
 
 def _copy(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
@@ -249,3 +280,25 @@ def _copy(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     if buffer is None:
         buffer = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return buffer.copy_(x)
+
+
+class LaneCopy:
+    """What a lane held at one moment, to be put back into the same tensors."""
+
+    @outside_inference_mode
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.state = lane.state.clone()
+        self.host = (lane.step, lane.has_reference, lane.cached)
+        self.plan = list(lane.plan)
+        self.buffers = {k: x.clone() for k, x in lane.buffers_by_name().items() if x is not None}
+
+    @outside_inference_mode
+    def restore(self) -> None:
+        """Put everything back."""
+        lane = self.lane
+        lane.state.copy_(self.state)
+        lane.step, lane.has_reference, lane.cached = self.host
+        lane.plan[:] = self.plan
+        for name, buffer in self.buffers.items():
+            getattr(lane, name).copy_(buffer)
