@@ -23,6 +23,7 @@ from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa
 from dbcache.adapters.patch_functor import PatchFunctor  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import (  # noqa: E402
+    calibrate,
     capture,
     disable,
     enable,
@@ -57,6 +58,7 @@ __all__ = [
     "ParamsModifier",
     "PatchFunctor",
     "TaylorSeerCalibratorConfig",
+    "calibrate",
     "capture",
     "disable",
     "disable_cache",

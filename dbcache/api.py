@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,15 +19,20 @@ from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
 from dbcache.adapters.matrix import matrix
 from dbcache.adapters.models import MODELS
 from dbcache.adapters.patch_functor import on_trial
+from dbcache.adapters.recorder import RECORDERS, calibration_of, record
 from dbcache.adapters.registry import find_specs
+from dbcache.calibration import OPEN
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.executors.graph import GraphOptions, Recording
 from dbcache.load_configs import split_options
-from dbcache.options import check_flag, check_type
+from dbcache.options import check_choice, check_flag, check_type, reject_unknown
 from dbcache.summary import LaneSummary, Summary
 
 Target = TypeVar("Target")
+
+OF_REQUESTS = ("num_inference_steps", "enable_separate_cfg", "cfg_compute_first")
+"""Options of `calibrate`."""
 
 
 def enable(
@@ -145,6 +154,7 @@ def summary(target: object) -> Summary:
                             stack=stack.name,
                             branch=branch,
                             threshold=stack.settings.cache.threshold,
+                            policy=stack.settings.cache.policy,
                             follows=stack.leader.name if stack.leader is not None else None,
                             megabytes=lane.nbytes() / 1e6,
                         )
@@ -187,6 +197,57 @@ def refresh_context(
         if verbose:
             settings = f"{new.config.strify()}_{new.settings.calibrator.strify()}"
             print(f"dbcache: {type(new.module).__name__} goes on with {settings}")
+
+
+@contextmanager
+def calibrate(
+    target: object,
+    *,
+    policy: str,
+    path: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Note what the policies "magcache" and "teacache" need to know beforehand.
+
+        with dbcache.calibrate(pipe, policy="magcache", path="flux.json"):
+            pipe("a prompt like those to come", num_inference_steps=28)
+        dbcache.enable(pipe, policy="magcache", calibration="flux.json")
+
+    All steps inside are full, with the outputs of the plain model. Several requests are averaged.
+
+    Args:
+        target: a pipeline, a transformer or a `BlockAdapter`, as for `enable`; the cache is off
+            before and after. Of several transformers each is calibrated by itself.
+        policy: "magcache" or "teacache".
+        path: the JSON file to write at the end.
+        **options: fields of `DBCacheConfig` that say what a request is, for a transformer that is
+            called without its pipeline: `num_inference_steps`, `enable_separate_cfg` and
+            `cfg_compute_first`.
+
+    Yields:
+        A dictionary that is empty inside and holds the content of the file afterwards; it may be
+        given as `calibration`, too.
+
+    Raises:
+        RuntimeError: the cache is on, or nothing ran. ValueError: another policy, several
+            transformers or one whose blocks are not known yet, or requests of different lengths.
+            TypeError: another option. Nothing is written then.
+    """
+    check_choice("calibrate: policy", policy, tuple(RECORDERS))
+    reject_unknown("calibrate", options, OF_REQUESTS)
+    if any(handle_of(part) is not None for part in _parts(target)):
+        raise RuntimeError("calibrate: the cache must be off, got an enabled one; disable it first")
+    all_full = {"max_warmup_steps": 10**9, "calibration": OPEN}
+    enable(target, **{**options, **all_full, "policy": policy})
+    content: dict[str, Any] = {}
+    try:
+        recorders = record(_enabled(target, "calibrate"), policy)
+        yield content
+        content.update(calibration_of(policy, recorders))
+    finally:
+        disable(target)
+    if path is not None:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def capture(target: Any, **inputs: Any) -> list[Recording]:
