@@ -18,6 +18,7 @@ import torch
 from dbcache.adapters.block_adapter import TransformerSpec
 from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.sharding import Sharding
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
@@ -92,6 +93,7 @@ class CachedTransformer:
             the transformer as a whole (guidance, steps per request, refresh).
         by_request: True where a pipeline opens and closes the requests; a call outside of one
             then runs without the cache.
+        sharding: how the transformer is spread over ranks; installed and removed with the cache.
     """
 
     def __init__(
@@ -101,8 +103,10 @@ class CachedTransformer:
         modifiers: list[ParamsModifier | None],
         *,
         by_request: bool,
+        sharding: Sharding | None = None,
     ) -> None:
         self.spec = spec
+        self.sharding = sharding
         self.settings = settings
         self.modifiers = modifiers
         self.by_request = by_request
@@ -111,6 +115,9 @@ class CachedTransformer:
             Stack(list(stack.lists), stack.pattern, settings.modified(modifier))
             for stack, modifier in zip(spec.stacks, modifiers, strict=True)
         ]
+        if sharding is not None and sharding.splits_sequence:
+            for one in self.stacks:
+                one.sharding = sharding
         self.config = self.stacks[0].settings.cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
@@ -133,7 +140,13 @@ class CachedTransformer:
         if same_calibrator and _without_steps(config) == _without_steps(self.config):
             self.settings, self.config = settings, config
             return self
-        renewed = CachedTransformer(self.spec, settings, self.modifiers, by_request=self.by_request)
+        renewed = CachedTransformer(
+            self.spec,
+            settings,
+            self.modifiers,
+            by_request=self.by_request,
+            sharding=self.sharding,
+        )
         renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
         return renewed
 
@@ -142,17 +155,21 @@ class CachedTransformer:
 
     def install(self) -> None:
         """Switch the cache on."""
+        if self.sharding is not None:
+            self.sharding.install()  # before the patches, which its hooks are to lie within
         self.module.__dict__[HANDLE] = self
         self._patches = [InstanceMethod(self.module, "forward", self.forward)]
         if hasattr(self.module, "cache_context"):
             self._patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
 
-    def remove(self) -> None:
+    def remove(self, *, keep_sharding: bool = False) -> None:
         """Switch the cache off and leave no trace."""
         for patch in self._patches:
             patch.remove()
         self._patches = []
         self.module.__dict__.pop(HANDLE, None)
+        if self.sharding is not None and not keep_sharding:
+            self.sharding.remove()
 
     @contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:

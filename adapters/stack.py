@@ -20,6 +20,7 @@ from dbcache.executors import eager
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
 from dbcache.schedule import resolve_mask
+from dbcache.sharding import Sharding
 
 Entry = Guard | torch.nn.Module
 
@@ -61,6 +62,7 @@ class Stack:
         self.settings = settings
         self._given = settings.cache
         self.name = "+".join(block_list.path for block_list in lists)
+        self.sharding: Sharding | None = None  # where the ranks each have a part of the tokens
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
         self.fn, self.bn = self._clamp()
         self.lanes: dict[str | None, Lane] = {}
@@ -157,6 +159,8 @@ class Stack:
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
+        if self.sharding is not None:
+            h_in = self.sharding.split_input(f"{self.lists[0].path}.0", h_in)
         copies = self._copies_probe and not self.settings.cache.compares_hidden_states
         self.h_in = h_in.clone() if copies else h_in
         if not self._learned:
@@ -184,10 +188,12 @@ class Stack:
         code = lane.start_step(layout_of(h_fn, encoder_in), h_fn.device)
         if code != PlanCode.DYNAMIC or not lane.has_reference:
             self.cached = eager.take_decision(lane, code, None)
-        elif self.settings.cache.cfg_diff_compute_separate:
+        elif not self.settings.cache.cfg_diff_compute_separate:
+            self.cached = eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
+        elif self.sharding is None:
             self.cached = eager.measure_and_decide(lane, self.h_in, h_fn)
         else:
-            self.cached = eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
+            self.cached = eager.take_decision(lane, code, self._measure(lane, h_fn))
         self.lane = lane
         self.is_open = True
         copies = self._copies_middle and not self.cached
@@ -207,10 +213,17 @@ class Stack:
         shared = self._shared
         if shared and shared[0] != self.branch and shared[1] == lane.step:
             return shared[2]
-        assert self.h_in is not None
-        partials = eager.measure(lane, self.h_in, h_fn)
+        partials = self._measure(lane, h_fn)
         self._shared = (self.branch, lane.step, partials)
         return partials
+
+    def _measure(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
+        """Measure the probe's change, of all ranks that share the sequence."""
+        assert self.h_in is not None
+        partials = eager.measure(lane, self.h_in, h_fn)
+        if self.sharding is None:
+            return partials
+        return self.sharding.vote(partials, per_sample=self.settings.cache.batch_reduce == "max")
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of the middle blocks."""

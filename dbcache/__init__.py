@@ -35,6 +35,7 @@ from dbcache.calibrators import (  # noqa: E402
 )
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
+from dbcache.parallelism_config import ParallelismBackend, ParallelismConfig  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
@@ -47,6 +48,8 @@ __all__ = [
     "DBCacheConfig",
     "ForwardPattern",
     "HermiteCalibratorConfig",
+    "ParallelismBackend",
+    "ParallelismConfig",
     "ParamsModifier",
     "TaylorSeerCalibratorConfig",
     "disable",

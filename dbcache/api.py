@@ -17,6 +17,8 @@ from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.load_configs import split_options
 from dbcache.options import check_flag, check_type
+from dbcache.parallelism_config import ParallelismConfig
+from dbcache.sharding import Sharding
 from dbcache.summary import LaneSummary, Summary
 
 Target = TypeVar("Target")
@@ -27,6 +29,7 @@ def enable(
     cache_config: DBCacheConfig | None = None,
     calibrator_config: CalibratorConfig | None = None,
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None = None,
+    parallelism_config: ParallelismConfig | None = None,
     **options: Any,
 ) -> Target:
     """Switch the cache on; enabling again replaces the settings.
@@ -39,6 +42,8 @@ def enable(
         calibrator_config: how to predict; None reuses the last residual.
         params_modifiers: what single block stacks do differently, in the order of the stacks (of
             the first transformer, then the second); one alone holds for all.
+        parallelism_config: spread the transformers over the ranks of `torch.distributed`, all of
+            which must call this alike; `disable` undoes it. None: each rank has all.
         **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
             `calibrator_config` also `enable_taylorseer`, `enable_encoder_taylorseer`,
             `taylorseer_order` and `taylorseer_cache_type`. All that `load_configs` takes.
@@ -49,18 +54,26 @@ def enable(
     Raises:
         TypeError: an unknown option or a wrong type; ValueError: a value that is not allowed, or
             an unsupported model (the error lists what is supported). Nothing is changed then.
+        RuntimeError: `torch.distributed` is not initialised, or failed.
     """
     check_type("enable: cache_config", cache_config, DBCacheConfig)
+    check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
     check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
     partial, calibrator = _from_options("enable", options, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
     pipe, specs = _resolve(target)
+    all_modifiers = _modifiers(specs, params_modifiers)
+    if any(getattr(handle_of(spec.transformer), "sharding", None) for spec in specs):
+        disable(pipe if pipe is not None else target)  # what is spread cannot be looked at
     transformers = [
-        CachedTransformer(spec, settings, modifiers, by_request=pipe is not None)
-        for spec, modifiers in zip(specs, _modifiers(specs, params_modifiers), strict=True)
+        CachedTransformer(spec, settings, modifiers, by_request=pipe is not None, sharding=sharding)
+        for spec, modifiers, sharding in zip(
+            specs, all_modifiers, _shardings(specs, parallelism_config), strict=True
+        )
     ]
     disable(pipe if pipe is not None else target)
+    _install_shardings(transformers)
     for transformer in transformers:
         _replace(handle_of(transformer.module), transformer)
     if pipe is not None:
@@ -208,11 +221,34 @@ def _modifiers(
     return like_blocks("enable: params_modifiers", given, counts, ParamsModifier)
 
 
+def _shardings(
+    specs: list[TransformerSpec], config: ParallelismConfig | None
+) -> Sequence[Sharding | None]:
+    """Return how each transformer is spread over ranks; checked, not yet done."""
+    if config is None:
+        return [None] * len(specs)
+    from dbcache.parallel.handle import prepare  # torch.distributed only where it is used
+
+    return prepare([spec.transformer for spec in specs], config)
+
+
+def _install_shardings(transformers: list[CachedTransformer]) -> None:
+    """Spread all transformers, or none."""
+    shardings = [t.sharding for t in transformers if t.sharding is not None]
+    try:
+        for sharding in shardings:
+            sharding.install()
+    except BaseException:
+        for sharding in shardings:
+            sharding.remove()
+        raise
+
+
 def _replace(old: CachedTransformer | None, new: CachedTransformer) -> None:
     """Install `new` where `old` was; pipelines that share the transformer go on with it."""
     if old is not None:
         new.pipelines = old.pipelines
-        old.remove()
+        old.remove(keep_sharding=old.sharding is new.sharding)
     new.install()
 
 

@@ -113,11 +113,10 @@ class ParallelismConfig(Options):
 
     def validate(self) -> None:
         who = type(self).__name__
-        if isinstance(self.backend, str) and not isinstance(self.backend, ParallelismBackend):
-            names = tuple(backend.value for backend in ParallelismBackend)
-            check_choice(f"{who}.backend", self.backend.lower(), names)
-            self.backend = ParallelismBackend(self.backend.lower())
-        check_type(f"{who}.backend", self.backend, ParallelismBackend)
+        names = tuple(backend.value for backend in ParallelismBackend)
+        name = getattr(self.backend, "value", self.backend)
+        check_choice(f"{who}.backend", name.lower() if isinstance(name, str) else name, names)
+        self.backend = ParallelismBackend(name.lower())
         sizes = {axis: getattr(self, f"{axis}_size") for axis in AXES}
         for axis, size in sizes.items():
             if size is not None and size != "auto":
@@ -134,20 +133,17 @@ class ParallelismConfig(Options):
         self._check_backend(sizes)
         check_number(f"{who}.timeout", self.timeout, positive=True)
         check_type(f"{who}.parallel_kwargs", self.parallel_kwargs, Mapping)
-        if self.parallel_kwargs is None:
-            self.parallel_kwargs = {}
+        self.parallel_kwargs = dict(self.parallel_kwargs or {})
         known = ContextOptions().as_dict()
         reject_unknown(f"{who}.parallel_kwargs", self.parallel_kwargs, known)
         self._check_options(sizes)
 
     def _check_backend(self, sizes: Mapping[str, Size]) -> None:
-        if self.backend is ParallelismBackend.NATIVE_DIFFUSER:
-            foreign = ("tp",)
-        elif self.backend is ParallelismBackend.NATIVE_PYTORCH:
-            foreign = ("ulysses", "ring")
-        else:
-            return
-        for axis in foreign:
+        foreign = {
+            ParallelismBackend.NATIVE_DIFFUSER: ("tp",),
+            ParallelismBackend.NATIVE_PYTORCH: ("ulysses", "ring"),
+        }
+        for axis in foreign.get(self.backend, ()):
             if sizes[axis] not in (None, 1):
                 raise ValueError(
                     f"ParallelismConfig.{axis}_size must be None or 1 with backend "

@@ -50,7 +50,7 @@ class Parallelized:
         self.layers = self._layers()
         self.splits_sequence = self.sizes["ulysses"] * self.sizes["ring"] > 1
         self.plan: dict[str, Any] = {}
-        self.attentions: list[tuple[torch.nn.Module, tuple[str, ...]]] = []
+        self.attentions: list[tuple[Any, tuple[str, ...]]] = []
         if self.splits_sequence:
             self.plan = self._plan()
             check_plan(module, self.plan, self.who)
@@ -59,7 +59,7 @@ class Parallelized:
         self.mesh: Mesh | None = None
         self._shards: Shards | None = None
         self._hooks: PlanHooks | None = None
-        self._processors: list[tuple[torch.nn.Module, Any]] = []
+        self._processors: list[tuple[Any, Any]] = []
 
     def _check_free(self) -> None:
         if getattr(self.module, "_parallel_config", None) is not None:
@@ -104,7 +104,7 @@ class Parallelized:
             f"cp_plan in parallel_kwargs; known: {', '.join(known)}, and classes with a _cp_plan"
         )
 
-    def _attentions(self) -> list[tuple[torch.nn.Module, tuple[str, ...]]]:
+    def _attentions(self) -> list[tuple[Any, tuple[str, ...]]]:
         """Return the attention modules that see the whole sequence, with their streams."""
         found = [
             (module, streams)
@@ -139,7 +139,9 @@ class Parallelized:
                 )
 
     def install(self) -> None:
-        """Spread the model; all ranks of the run must call this alike."""
+        """Spread the model, once; all ranks of the run must call this alike."""
+        if self.mesh is not None:
+            return
         try:
             self.mesh = make_mesh(self.config)
             if self.layers is not None:
@@ -175,6 +177,7 @@ class Parallelized:
         self._hooks, self._shards, self._processors = None, None, []
         if self.layers is not None:
             self.layers.remove()
+        self.mesh = None
 
     def split_input(self, path: str, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of what goes into the module `path`, where its input is split."""

@@ -157,7 +157,7 @@ PLANS = {
         ),
     ),
     "LTXVideoTransformer3DModel": PlanRow(
-        # diffusers' own plan also splits the text, of which a rank needs all: its mask is lost there
+        # diffusers' own plan splits the text, too, which a rank needs whole to attend to
         {"transformer_blocks.*.attn1": LATENT},
         {
             "": {

@@ -162,7 +162,7 @@ class SplitHook(ModelHook):
         self.names: list[str] = []
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
-        module_class = type(getattr(module, "_orig_mod", module))  # torch.compile's wrapper
+        module_class: Any = type(getattr(module, "_orig_mod", module))  # torch.compile's wrapper
         self.names = list(inspect.signature(module_class.forward).parameters)[1:]
         return module
 

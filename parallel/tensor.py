@@ -7,7 +7,7 @@ heads, or a part of the hidden width, and one all-reduce follows the pair (arXiv
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class SplitLayers:
         self.attentions = self._attentions()
         self._originals: list[tuple[torch.nn.Module, str, torch.nn.Parameter, int | None]] = []
         self._hooks: list[tuple[Any, Any]] = []
+        self._heads_are_split = False
         self._blocks_of: dict[torch.nn.Module, list[int]] = {}
 
     def _find(self, pattern: str) -> list[tuple[torch.nn.Module, torch.nn.Module]]:
@@ -80,9 +81,7 @@ class SplitLayers:
             found += [(parent, layer) for layer in matching(parent, tail if star else pattern)]
         return found
 
-    def _blocks(
-        self, parent: torch.nn.Module, layer: torch.nn.Module, style: Style, pattern: str
-    ) -> list[int]:
+    def _blocks(self, parent: torch.nn.Module, layer: Any, style: Style, pattern: str) -> list[int]:
         """Return the sizes of the blocks, each of which is split by itself."""
         if style == "outputs":
             sizes = []
@@ -95,7 +94,8 @@ class SplitLayers:
                 f"the model before it is quantised, and without adapters (LoRA)"
             )
         elif isinstance(style, Packed):
-            sizes = [matching(parent, part)[0].out_features for part in style.parts]
+            parts: list[Any] = [matching(parent, part)[0] for part in style.parts]
+            sizes = [part.out_features for part in parts]
             if sum(sizes) != layer.in_features:
                 raise ValueError(
                     f"{self.who}: the parts of {pattern} must make up its {layer.in_features} "
@@ -110,11 +110,12 @@ class SplitLayers:
                 )
         return sizes
 
-    def _attentions(self) -> list[torch.nn.Module]:
+    def _attentions(self) -> list[Any]:
         """Return the attention modules whose heads are split."""
         columns = {layer for layer, style, _ in self.layers if style == "colwise"}
-        found = []
-        for module in self.module.modules():
+        found: list[Any] = []
+        modules: Iterator[Any] = self.module.modules()
+        for module in modules:
             if hasattr(module, "heads") and getattr(module, "to_q", None) in columns:
                 if module.heads % self.size:
                     raise ValueError(
@@ -139,10 +140,18 @@ class SplitLayers:
                 dim = 0 if columns else 1 if name == "weight" else None
                 self._split(layer, name, parameter, dim, blocks, axis, mesh)
             self._add_hooks(layer, mesh, _Columns() if columns else _Rows())
-        for module in self.attentions:
-            for name in _SPLIT_ATTRIBUTES:
-                if isinstance(getattr(module, name, None), int):
-                    setattr(module, name, getattr(module, name) // self.size)
+        for module, name in self._noted():
+            setattr(module, name, getattr(module, name) // self.size)
+        self._heads_are_split = True
+
+    def _noted(self) -> list[tuple[Any, str]]:
+        """Return the attributes that depend on the number of heads."""
+        return [
+            (module, name)
+            for module in self.attentions
+            for name in _SPLIT_ATTRIBUTES
+            if isinstance(getattr(module, name, None), int)
+        ]
 
     def _split(
         self,
@@ -170,9 +179,9 @@ class SplitLayers:
 
     def _add_hooks(self, layer: torch.nn.Module, mesh: DeviceMesh, style: Any) -> None:
         """Let PyTorch add what turns inputs and outputs into DTensors and back."""
-        before = [set(layer._forward_pre_hooks), set(layer._forward_hooks)]
+        known = {*layer._forward_pre_hooks, *layer._forward_hooks}
         parallelize_module(layer, mesh, style, src_data_rank=None)
-        for hooks, known in zip((layer._forward_pre_hooks, layer._forward_hooks), before):
+        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
             self._hooks += [(hooks, key) for key in hooks if key not in known]
 
     def _split_outputs(self, layer: torch.nn.Module, axis: Axis) -> None:
@@ -184,13 +193,13 @@ class SplitLayers:
         handle = layer.register_forward_hook(part)
         self._hooks.append((layer._forward_hooks, handle.id))
 
-    def _split_norm(self, norm: torch.nn.Module, axis: Axis, mesh: DeviceMesh) -> None:
+    def _split_norm(self, norm: Any, axis: Axis, mesh: DeviceMesh) -> None:
         """An RMS norm over all heads: each rank has some, and the mean square is of all."""
         if norm.weight is not None:
             self._split(norm, "weight", norm.weight, 0, [norm.weight.shape[0]], axis, mesh)
         group, size = axis.group, axis.size
 
-        def forward(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        def forward(norm: Any, x: torch.Tensor) -> torch.Tensor:
             squares = x.float().square().sum(-1, keepdim=True)
             dist.all_reduce(squares, group=group)
             eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
@@ -202,20 +211,20 @@ class SplitLayers:
 
     def remove(self) -> None:
         """Gather the weights again; all ranks must call this alike."""
-        for module in self.attentions:
-            for name in _SPLIT_ATTRIBUTES:
-                if isinstance(getattr(module, name, None), int):
-                    setattr(module, name, getattr(module, name) * self.size)
+        if self._heads_are_split:
+            for module, name in self._noted():
+                setattr(module, name, getattr(module, name) * self.size)
+            self._heads_are_split = False
         for hooks, key in self._hooks:
             hooks.pop(key, None)
         for layer, name, parameter, dim in self._originals:
-            placed = getattr(layer, name)
+            placed: Any = getattr(layer, name)
             if dim is None:
                 parameter.data = placed.to_local().detach()
             else:
                 parameter.data = self._joined(placed, dim, self._blocks_of[layer])
             layer.register_parameter(name, parameter)
-        for layer, style, _ in self.layers:
+        for layer, style, _ in self.layers if self._originals else ():
             if style == "norm":
                 layer.__dict__.pop("forward", None)
         self._originals, self._hooks = [], []
