@@ -179,10 +179,12 @@ class SplitLayers:
 
     def _add_hooks(self, layer: torch.nn.Module, mesh: DeviceMesh, style: Any) -> None:
         """Let PyTorch add what turns inputs and outputs into DTensors and back."""
-        known = {*layer._forward_pre_hooks, *layer._forward_hooks}
+        known = {*layer._forward_pre_hooks, *layer._forward_hooks, *layer.__dict__}
         parallelize_module(layer, mesh, style, src_data_rank=None)
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
             self._hooks += [(hooks, key) for key in hooks if key not in known]
+        # a mark that it cannot be done again
+        self._hooks += [(layer.__dict__, key) for key in layer.__dict__ if key not in known]
 
     def _split_outputs(self, layer: torch.nn.Module, axis: Axis) -> None:
         """Of what a layer returns, each rank takes the part of the last dimension of its heads."""

@@ -1,0 +1,73 @@
+"""Checks that run in several processes: started by torchrun, gloo on the CPU.
+
+A file of checks is a script: its functions `check_*` run one after the other on every rank, and a
+name can be picked. Starting processes is slow, so one start runs many checks.
+"""
+
+import faulthandler
+import inspect
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+LIMIT = 120
+"""Seconds that a start may take on a busy machine."""
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a rank: one thread, kernels' references, the checkout's code."""
+    paths = (str(TESTS / "support"), str(ROOT), os.environ.get("PYTHONPATH", ""))
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONWARNINGS": "ignore",
+        "DIFFUSERS_VERBOSITY": "error",
+    }
+
+
+def run_checks(script: str, ranks: int) -> None:
+    """Run the checks of a file of tests/parallel on so many ranks; fail with what they print."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(f"--nproc-per-node={ranks}", str(TESTS / "parallel" / script)),
+    ]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+
+
+def main(checks: dict[str, object], timeout: float = 60.0) -> None:
+    """Run the checks of a script on this rank; the first that fails ends the process."""
+    import torch
+    import torch.distributed as dist
+
+    faulthandler.dump_traceback_later(LIMIT, exit=True)  # no rank outlives its start
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    for name, check in checks.items():
+        if name.startswith("check_") and inspect.isfunction(check):
+            run_check(name, check, dist.get_rank())
+            dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_check(name: str, check: Callable[[], None], rank: int) -> None:
+    """Run one check, and say how long it took or what went wrong."""
+    start = time.perf_counter()
+    try:
+        check()
+    except BaseException:
+        print(f"rank {rank}: {name} failed\n{traceback.format_exc()}", flush=True)
+        os._exit(1)
+    if rank == 0:
+        print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
