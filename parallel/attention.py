@@ -1,31 +1,38 @@
-"""Attention over a sequence that is split over ranks, and its place in diffusers' processors.
-
-Of each attention module that the model's row names, the processor is replaced by a copy whose
-`__call__` is the same code with two names of its module bound anew: `dispatch_attention_fn` and the
-`scaled_dot_product_attention` of `torch.nn.functional`. Nothing else of the processor changes, and
-no other model sees it.
-"""
+"""Attention over a sequence that is split over ranks: Ulysses, ring, or both."""
 
 from __future__ import annotations
 
-import copy
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 
 from dbcache.kernels._select import invalid
-from dbcache.parallel.exchange import to_heads, to_tokens
+from dbcache.parallel.exchange import Pending, to_heads, to_tokens
 from dbcache.parallel.local_attention import attend
 from dbcache.parallel.mesh import Mesh, all_gather_single
 from dbcache.parallel.ring import gathered_keys, ring_attention
 from dbcache.parallel.sequence import Shards, all_gather, part_sizes
 from dbcache.parallelism_config import ContextOptions
 
-_SDPA = "scaled_dot_product_attention"
+
+@dataclass(frozen=True)
+class Call:
+    """What all tensors of one attention have in common.
+
+    Attributes:
+        sizes: how many tokens each rank has.
+        heads: how many heads each rank of the Ulysses group gets.
+        mask: which keys count, of all that come to this rank, (B, T); None: all.
+        query_mask: which of this rank's queries see a key, (B, S); None: all.
+    """
+
+    sizes: list[int]
+    heads: list[int]
+    mask: torch.Tensor | None
+    query_mask: torch.Tensor | None
 
 
 class SequenceAttention:
@@ -68,26 +75,57 @@ class SequenceAttention:
         Raises:
             ValueError: shapes that differ, a mask of another form, or ranks that disagree.
         """
-        sizes = self.shards.sizes(streams)
-        key_mask, query_mask = self._masks(q, k, mask, sizes)
-        self._check_agreement(q, sizes, mask)
-        gathered = self._gather_mask(key_mask, sizes)
-        ulysses, heads = self.mesh.ulysses, q.shape[2]
-        if ulysses.size == 1:
-            out = self._over_ring(q, k, v, gathered, sizes, scale, backend)
-        else:
-            parts = self._head_parts(heads)
-            first = self.mesh.ring.rank * ulysses.size
-            tokens = sizes[first : first + ulysses.size]
-            float8 = self.options.experimental_ulysses_float8
-            pending = [to_heads(x, ulysses, tokens, parts, float8=float8) for x in (q, k, v)]
+        if k.shape != q.shape or v.shape != q.shape:
+            must = "queries, keys and values of a split sequence must have the same shape"
+            raise invalid(self.shards.who, must, *(tuple(x.shape) for x in (q, k, v)))
+        call = self.begin(q, mask, streams)
+        if self.mesh.ulysses.size > 1:
+            pending = [self.post(x, call) for x in (q, k, v)]
             q, k, v = (exchange.wait() for exchange in pending)
-            out = self._over_ring(q, k, v, gathered, sizes, scale, backend)
-            out = to_tokens(out, ulysses, tokens, parts, float8=float8).wait()
-        if query_mask is not None:
+        return self.finish(q, k, v, call, scale, backend)
+
+    def begin(self, x: torch.Tensor, mask: torch.Tensor | None, streams: Sequence[str]) -> Call:
+        """Check the shape of the queries, keys or values, and gather the mask.
+
+        Args:
+            x: one of them, (B, S, H, D).
+            mask: as of `__call__`.
+            streams: as of `__call__`.
+        """
+        sizes = self.shards.sizes(streams)
+        key_mask, query_mask = self._masks(x, mask, sizes)
+        heads = self._head_parts(x.shape[2])
+        self._check_agreement(x, sizes, mask)
+        return Call(sizes, heads, self._gather_mask(key_mask, sizes), query_mask)
+
+    def post(self, x: torch.Tensor, call: Call) -> Pending:
+        """Send queries, keys or values to where their heads are attended to."""
+        float8 = self.options.experimental_ulysses_float8
+        return to_heads(x, self.mesh.ulysses, self._tokens(call), call.heads, float8=float8)
+
+    def finish(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: Call,
+        scale: float | None,
+        backend: Any,
+    ) -> torch.Tensor:
+        """Attend, and bring the output back to this rank's tokens, (B, S, H, D)."""
+        out = self._over_ring(q, k, v, call.mask, call.sizes, scale, backend)
+        ulysses, float8 = self.mesh.ulysses, self.options.experimental_ulysses_float8
+        if ulysses.size > 1:
+            out = to_tokens(out, ulysses, self._tokens(call), call.heads, float8=float8).wait()
+        if call.query_mask is not None:
             # the plain processors give 0 where a query sees no key
-            out = out * query_mask[:, :, None, None]
+            out = out * call.query_mask[:, :, None, None]
         return out
+
+    def _tokens(self, call: Call) -> list[int]:
+        """Return how many tokens each rank of the Ulysses group has."""
+        first = self.mesh.ring.rank * self.mesh.ulysses.size
+        return call.sizes[first : first + self.mesh.ulysses.size]
 
     def _over_ring(
         self,
@@ -133,16 +171,16 @@ class SequenceAttention:
         return part_sizes(heads, size)
 
     def _masks(
-        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, sizes: Sequence[int]
+        self, x: torch.Tensor, mask: torch.Tensor | None, sizes: Sequence[int]
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return which of the rank's keys and of its queries count, (B, S) each, None for all."""
         who, own = self.shards.who, sizes[self.mesh.sequence.rank]
-        if q.shape != k.shape or q.shape[1] != own:
-            must = f"queries and keys of a split sequence must be this rank's {own} tokens"
-            raise invalid(who, must, tuple(q.shape), tuple(k.shape))
+        if x.shape[1] != own:
+            must = f"attention over a split sequence must be over this rank's {own} tokens"
+            raise invalid(who, must, x.shape[1])
         if mask is None:
             return None, None
-        batch = q.shape[0]
+        batch = x.shape[0]
         if mask.ndim == 4 and mask.shape[1:] == (1, 1, own):
             return mask[:, 0, 0].expand(batch, own), None
         if mask.ndim == 4 and mask.shape[1:] == (1, own, own) and mask.dtype == torch.bool:
@@ -198,118 +236,3 @@ def _backend_name(backend: Any) -> str:
     if backend is None:
         backend, _ = attention_dispatch._AttentionBackendRegistry.get_active_backend()
     return str(getattr(backend, "value", backend))
-
-
-class _Functional:
-    """`torch.nn.functional` with another `scaled_dot_product_attention`."""
-
-    def __init__(self, attention: Callable[..., torch.Tensor]) -> None:
-        self.scaled_dot_product_attention = attention
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(F, name)
-
-
-class Site:
-    """What the processors of one kind of attention module call in place of attention.
-
-    Args:
-        attention: of the model.
-        streams: what makes up the sequence there.
-    """
-
-    def __init__(self, attention: SequenceAttention, streams: Sequence[str]) -> None:
-        self.attention = attention
-        self.streams = tuple(streams)
-        self._classes: dict[type, type] = {}
-
-    def dispatch(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-        attention_kwargs: dict[str, Any] | None = None,
-        *,
-        backend: Any = None,
-        parallel_config: Any = None,
-    ) -> torch.Tensor:
-        """Stand in for `dispatch_attention_fn`; layout (B, S, H, D)."""
-        self._reject(dropout_p, is_causal, enable_gqa)
-        return self.attention(query, key, value, attn_mask, self.streams, scale, backend)
-
-    def functional(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> torch.Tensor:
-        """Stand in for PyTorch's `scaled_dot_product_attention`; layout (B, H, S, D)."""
-        self._reject(dropout_p, is_causal, enable_gqa)
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        backend = self.attention.options.attention_backend
-        out = self.attention(q, k, v, attn_mask, self.streams, scale, backend)
-        return out.transpose(1, 2)
-
-    def _reject(self, dropout_p: float, is_causal: bool, enable_gqa: bool) -> None:
-        if dropout_p or is_causal or enable_gqa:
-            must = (
-                "attention over a split sequence must have no dropout, causal mask or shared keys"
-            )
-            raise invalid(self.attention.shards.who, must, dropout_p, is_causal, enable_gqa)
-
-    def replacement(self, processor: Any) -> Any:
-        """Return a copy of a processor that calls the functions here.
-
-        Raises:
-            ValueError: its attention cannot be reached.
-        """
-        kind = type(processor)
-        if kind not in self._classes:
-            self._classes[kind] = self._rebound(kind)
-        new = copy.copy(processor)
-        new.__class__ = self._classes[kind]
-        return new
-
-    def _rebound(self, kind: type) -> type:
-        call = getattr(kind, "__call__", None)  # noqa: B004
-        names = set(_names(call.__code__)) if isinstance(call, types.FunctionType) else set()
-        bound: dict[str, Any] = {}
-        if isinstance(call, types.FunctionType) and not issubclass(kind, torch.nn.Module):
-            for name in names:
-                value = call.__globals__.get(name)
-                if value is attention_dispatch.dispatch_attention_fn:
-                    bound[name] = self.dispatch
-                elif value is F and _SDPA in names:
-                    bound[name] = _Functional(self.functional)
-        if not isinstance(call, types.FunctionType) or not bound:
-            raise ValueError(
-                f"{self.attention.shards.who}: an attention processor must call diffusers' "
-                f"dispatch_attention_fn or F.{_SDPA} itself, got {kind.__name__}; set the "
-                f"model's default processors"
-            )
-        new = types.FunctionType(
-            call.__code__,
-            {**call.__globals__, **bound},
-            call.__name__,
-            call.__defaults__,
-            call.__closure__,
-        )
-        new.__kwdefaults__ = call.__kwdefaults__
-        new.__annotations__ = call.__annotations__
-        return type(kind.__name__, (kind,), {"__call__": new, "__module__": kind.__module__})
-
-
-def _names(code: types.CodeType) -> list[str]:
-    """Return the names that a function's code looks up, those of its inner functions included."""
-    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return [*code.co_names, *(name for one in inner for name in _names(one))]

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from diffusers.models.attention_dispatch import AttentionBackendName
 
-from dbcache.parallel.attention import SequenceAttention, Site, must_divide_heads
+from dbcache.parallel.attention import SequenceAttention, must_divide_heads
 from dbcache.parallel.mesh import Mesh, check_world, make_mesh
 from dbcache.parallel.plans import PLANS, PlanRow
+from dbcache.parallel.processors import Site, reach
 from dbcache.parallel.sequence import PlanHooks, Shards, check_plan, input_entry, matching
 from dbcache.parallel.tensor import SplitLayers
 from dbcache.parallelism_config import ParallelismConfig
@@ -124,6 +125,12 @@ class Parallelized:
             heads = module.heads // self.sizes["tp"]
             if heads < size or (heads % size and not self.options.experimental_ulysses_anything):
                 raise ValueError(must_divide_heads(self.who, heads, size))
+            reach(type(module.processor), self.who)
+            if self.options.experimental_ulysses_async and getattr(module, "fused_projections", 0):
+                raise ValueError(
+                    f"{self.who}: experimental_ulysses_async needs projections of their own, got "
+                    f"fused ones; call unfuse_qkv_projections() first"
+                )
         if self.options.experimental_ulysses_async and self.row.projections is None:
             known = sorted(name for name, row in PLANS.items() if row.projections)
             raise ValueError(
@@ -158,8 +165,14 @@ class Parallelized:
         attention = SequenceAttention(mesh, self.options, shards)
         sites: dict[tuple[str, ...], Site] = {}
         for module, streams in self.attentions:
-            site = sites.setdefault(streams, Site(attention, streams))
-            new = site.replacement(module.processor)
+            new: Any
+            if self.options.experimental_ulysses_async:
+                new = self._async_processors()(attention, streams)
+                new._attention_backend = module.processor._attention_backend
+            else:
+                new = sites.setdefault(streams, Site(attention, streams)).replacement(
+                    module.processor
+                )
             if self.options.attention_backend is not None:
                 new._attention_backend = self.options.attention_backend
             self._processors.append((module, module.processor))
@@ -167,6 +180,12 @@ class Parallelized:
         self._hooks = PlanHooks(self.module, self.plan, shards)
         self._hooks.install()
         self._shards = shards
+
+    def _async_processors(self) -> type[Any]:
+        from dbcache.parallel.async_projections import PROJECTIONS
+
+        assert self.row.projections is not None
+        return PROJECTIONS[self.row.projections]
 
     def remove(self) -> None:
         """Undo all of it. With `tp_size` above 1, all ranks must call this alike."""

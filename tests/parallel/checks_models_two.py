@@ -6,6 +6,8 @@ import ranks
 import spread
 import torch
 
+from dbcache.parallel.plans import PLANS
+
 EXACT = 1e-5
 MODES: dict[str, dict[str, Any]] = {
     "ulysses": {"ulysses_size": 2},
@@ -62,6 +64,21 @@ def check_odd_lengths_are_equal() -> None:
                 out = spread.step(model, given)
             error = (out - whole).abs().max().item()
             assert error < EXACT, f"{name}, {mode}: off by {error}"
+
+
+def check_exchanges_behind_projections_are_equal() -> None:
+    for length, heads in (("even", 4), ("odd", 3)):
+        kwargs = {"experimental_ulysses_async": True, "experimental_ulysses_anything": True}
+        names = [name for name, row in PLANS.items() if row.projections]
+        assert len(names) == 3
+        for name in names:
+            model, given = spread.build(name, heads), spread.inputs(name, length)
+            whole, before = spread.step(model, given), traces(model)
+            with spread.spread(model, ulysses_size=2, parallel_kwargs=kwargs):
+                out = spread.step(model, given)
+            error = (out - whole).abs().max().item()
+            assert error < EXACT, f"{name}, {length}: off by {error}"
+            assert traces(model) == before, f"{name}: left a trace"
 
 
 def check_float8_is_close() -> None:

@@ -133,14 +133,13 @@ SUBJECTS = {
         more=models.COGVIEW_INPUTS,
     ),
     "CogView4Transformer2DModel": Subject(
-        models.COGVIEW
-        | {"num_layers": 4, "attention_head_dim": WIDTH, "rope_axes_dim": (8, 8)},
+        models.COGVIEW | {"num_layers": 4, "attention_head_dim": WIDTH, "rope_axes_dim": (8, 8)},
         {"even": (2, 4, 8, 8), "odd": (2, 4, 6, 10)},
         more=models.COGVIEW_INPUTS,
     ),
     "ChromaTransformer2DModel": Subject(
-        FLUX_LIKE | {"approximator_num_channels": 8, "approximator_hidden_dim": 16,
-                     "approximator_layers": 1},
+        FLUX_LIKE
+        | {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1},
         TOKENS,
         masked="attention_mask",
         ids=True,
