@@ -6,6 +6,7 @@ while a forward runs so do the lists of blocks, whose guards then shadow them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -16,8 +17,15 @@ from typing import Any
 import torch
 
 from dbcache.adapters.block_adapter import TransformerSpec
+from dbcache.adapters.learning import learn
+from dbcache.adapters.patch_functor import Patches
+from dbcache.adapters.scope import make_stacks
 from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.executors.cuda_capture import UserCapture, is_capturing, user_capture
+from dbcache.executors.graph import GraphExecutor, GraphOptions
+from dbcache.executors.recording import Cutter
+from dbcache.lane import Lane
 from dbcache.sharding import Sharding
 
 HANDLE = "_dbcache"
@@ -93,7 +101,9 @@ class CachedTransformer:
             the transformer as a whole (guidance, steps per request, refresh).
         by_request: True where a pipeline opens and closes the requests; a call outside of one
             then runs without the cache.
+        graph_options: how to record CUDA graphs; None runs eagerly.
         sharding: how the transformer is spread over ranks; installed and removed with the cache.
+            It then runs eagerly.
     """
 
     def __init__(
@@ -103,6 +113,7 @@ class CachedTransformer:
         modifiers: list[ParamsModifier | None],
         *,
         by_request: bool,
+        graph_options: GraphOptions | None = None,
         sharding: Sharding | None = None,
     ) -> None:
         self.spec = spec
@@ -111,16 +122,13 @@ class CachedTransformer:
         self.modifiers = modifiers
         self.by_request = by_request
         self.module = spec.transformer
-        self.stacks = [
-            Stack(list(stack.lists), stack.pattern, settings.modified(modifier))
-            for stack, modifier in zip(spec.stacks, modifiers, strict=True)
-        ]
-        if sharding is not None and sharding.splits_sequence:
-            for one in self.stacks:
-                one.sharding = sharding
-        self.config = self.stacks[0].settings.cache
+        self.stacks = self._make_stacks()
+        if self.stacks:
+            self._check_long_skips()
+        self.config = settings.modified(modifiers[0]).cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
+        self.patches: Patches | None = None
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.planned_steps: Callable[[], int | None] | None = None
         self.is_open = not by_request
@@ -131,6 +139,34 @@ class CachedTransformer:
         self._refreshes = 0
         self._steps: dict[str | None, int] = {}
         self._patches: list[InstanceMethod] = []
+        self.step_branch: str | None = None
+        if graph_options is not None and sharding is not None:
+            warnings.warn(
+                f"{type(self.module).__name__}: CUDA graphs are not recorded of a transformer that "
+                f"is spread over ranks; runs eagerly. Leave out cuda_graph or parallelism_config",
+                stacklevel=2,
+            )
+            graph_options = None
+        self.graphs = None if graph_options is None else GraphExecutor(self, graph_options)
+        self._began_in_capture = False
+        self._capture: UserCapture | None = None
+
+    def _make_stacks(self) -> list[Stack]:
+        stacks = make_stacks(self.spec.stacks, self.settings, self.modifiers)
+        if self.sharding is not None and self.sharding.splits_sequence:
+            for stack in stacks:
+                stack.sharding = self.sharding
+        return stacks
+
+    def _check_long_skips(self) -> None:
+        """Raise if a block that always runs takes what a block that may be skipped has to make."""
+        for spec, stack in zip(self.spec.stacks, self.stacks, strict=True):
+            if spec.long_skips and stack.bn > stack.fn:
+                raise ValueError(
+                    f"{type(self.module).__name__}.{stack.name}: Bn_compute_blocks must be at most "
+                    f"Fn_compute_blocks, got {stack.bn} and {stack.fn}: long skip connections feed "
+                    f"what the first blocks make to the last ones; raise Fn_compute_blocks"
+                )
 
     def renewed(self, changes: ParamsModifier) -> CachedTransformer:
         """Return one with the given fields of `changes` on top; itself if that needs no rebuild."""
@@ -140,15 +176,29 @@ class CachedTransformer:
         if same_calibrator and _without_steps(config) == _without_steps(self.config):
             self.settings, self.config = settings, config
             return self
+        options = None if self.graphs is None else self.graphs.options
         renewed = CachedTransformer(
             self.spec,
             settings,
             self.modifiers,
             by_request=self.by_request,
+            graph_options=options,
             sharding=self.sharding,
         )
         renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
+        renewed.patches = self.patches
         return renewed
+
+    def inherit(self, old: CachedTransformer) -> None:
+        """Take over recorded graphs, where what changed lies on the device."""
+        if self.graphs is None or old.graphs is None or self.graphs.options != old.graphs.options:
+            return
+        if [stack.recorded for stack in self.stacks] != [stack.recorded for stack in old.stacks]:
+            return
+        for stack, its_old in zip(self.stacks, old.stacks, strict=True):
+            stack.inherit(its_old)
+        self.graphs = old.graphs
+        self.graphs.serve(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_handle, ()  # a copy of the transformer has its cache off
@@ -156,7 +206,9 @@ class CachedTransformer:
     def install(self) -> None:
         """Switch the cache on."""
         if self.sharding is not None:
-            self.sharding.install()  # before the patches, which its hooks are to lie within
+            self.sharding.install()  # first: its hooks are to lie within the forward's patch
+        if self.patches is not None:
+            self.patches.redo()
         self.module.__dict__[HANDLE] = self
         self._patches = [InstanceMethod(self.module, "forward", self.forward)]
         if hasattr(self.module, "cache_context"):
@@ -168,6 +220,8 @@ class CachedTransformer:
             patch.remove()
         self._patches = []
         self.module.__dict__.pop(HANDLE, None)
+        if self.patches is not None:
+            self.patches.undo()
         if self.sharding is not None and not keep_sharding:
             self.sharding.remove()
 
@@ -185,9 +239,12 @@ class CachedTransformer:
         """Forget all steps; the next call is the first of a new image or video."""
         self.calls = 0
         self._has_begun = True
+        self._began_in_capture = is_capturing()
         self._steps.clear()
         for stack in self.stacks:
             stack.start_request()
+        if self.graphs is not None:
+            self.graphs.start_request()
 
     def refresh(self) -> None:
         """Open a new request: a pipeline call begins, or the user says so."""
@@ -197,32 +254,84 @@ class CachedTransformer:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward with guards in place of its blocks."""
-        run = self._patches[0].original
         if not self.is_open:
             self._note_uncached_call()
-            return run(*args, **kwargs)
+            return self._patches[0].original(*args, **kwargs)
+        if self.spec.fills is not None and self.spec.fills(kwargs):
+            self.start_request()
+            return self._patches[0].original(*args, **kwargs)
         self._start_step()
+        if not self.stacks:
+            output = self._learn(args, kwargs)
+        else:
+            cutter = self._user_capture()
+            if self.graphs is not None and cutter is None:
+                output = self.graphs.step(args, kwargs)
+            else:
+                output = self.run(args, kwargs, cutter)
+        self.calls += 1
+        self._steps[self.step_branch] = self._steps.get(self.step_branch, 0) + 1
+        return output
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cutter: Cutter | None = None
+    ) -> Any:
+        """Run one step eagerly, or while a `cutter` records it, with guards in place of blocks."""
         shadowed = []
         try:
             for stack in self.stacks:
+                stack.cutter = cutter
+                stack.start_step(self.step_branch)
                 for block_list, entries in zip(stack.lists, stack.entries, strict=False):
-                    block_list.own[block_list.name] = entries
+                    block_list.shadow(entries)
                     shadowed.append(block_list)
-            output = run(*args, **kwargs)
+            output = self._patches[0].original(*args, **kwargs)
             for stack in self.stacks:
                 stack.check_finished()
         except BaseException:
+            if cutter is not None:
+                cutter.abort()
             for stack in self.stacks:
                 stack.abort_forward()
             raise
         finally:
+            for stack in self.stacks:
+                stack.cutter = None
             for block_list in shadowed:
-                del block_list.own[block_list.name]
+                block_list.unshadow()
         for stack in self.stacks:
             stack.finish_forward()
-        self.calls += 1
-        self._steps[self._step_branch] = self._steps.get(self._step_branch, 0) + 1
         return output
+
+    def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a forward that tells what the blocks take and return; it counts as a full step."""
+        output, stacks = learn(self.spec, self._patches[0].original, args, kwargs)
+        pairs = zip(stacks, self.modifiers, strict=True)
+        self.modifiers = [modifier for stack, modifier in pairs if stack is not None]
+        kept = tuple(stack for stack in stacks if stack is not None)
+        self.spec = dataclasses.replace(self.spec, stacks=kept)
+        self.stacks = self._make_stacks()
+        device = next(self.module.parameters(), torch.empty(0)).device
+        for stack in self.stacks:
+            stack.plan_request(self._num_steps())
+            stack.count_full_step(self.step_branch, device)
+        for stack in self.stacks:
+            stack.forget_step()
+        return output
+
+    def lanes(self) -> list[Lane]:
+        """Return the lanes of the step under way."""
+        lanes = [stack.lanes.get(self.step_branch) for stack in self.stacks]
+        return [lane for lane in lanes if lane is not None]
+
+    def _user_capture(self) -> UserCapture | None:
+        """Return what records branches while the user captures a graph; None while not."""
+        if not is_capturing():
+            return None
+        if self._capture is None:
+            self._capture = user_capture(next(self.module.parameters()).device)
+        self._capture.fixed_by_plan = self._began_in_capture
+        return self._capture
 
     def _start_step(self) -> None:
         """Begin a new request where one is due, and tell the stacks the branch."""
@@ -236,9 +345,7 @@ class CachedTransformer:
             steps = self._num_steps()
             for stack in self.stacks:
                 stack.plan_request(steps)
-        self._step_branch = self._current_branch()
-        for stack in self.stacks:
-            stack.start_step(self._step_branch)
+        self.step_branch = self._current_branch()
 
     def _is_over(self) -> bool:
         """Say whether the request has had all its steps, where it is this object that counts."""

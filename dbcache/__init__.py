@@ -20,8 +20,10 @@ __version__ = "0.1.0"
 
 from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa: E402
+from dbcache.adapters.patch_functor import PatchFunctor  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import (  # noqa: E402
+    capture,
     disable,
     enable,
     refresh_context,
@@ -34,6 +36,7 @@ from dbcache.calibrators import (  # noqa: E402
     TaylorSeerCalibratorConfig,
 )
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
+from dbcache.executors.graph import GraphOptions  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
 from dbcache.parallelism_config import ParallelismBackend, ParallelismConfig  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
@@ -47,11 +50,14 @@ __all__ = [
     "CalibratorConfig",
     "DBCacheConfig",
     "ForwardPattern",
+    "GraphOptions",
     "HermiteCalibratorConfig",
     "ParallelismBackend",
     "ParallelismConfig",
     "ParamsModifier",
+    "PatchFunctor",
     "TaylorSeerCalibratorConfig",
+    "capture",
     "disable",
     "disable_cache",
     "enable",

@@ -12,9 +12,12 @@ from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_b
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
-from dbcache.adapters.registry import MODELS, find_specs
+from dbcache.adapters.models import MODELS
+from dbcache.adapters.patch_functor import on_trial
+from dbcache.adapters.registry import find_specs
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.executors.graph import GraphOptions, Recording
 from dbcache.load_configs import split_options
 from dbcache.options import check_flag, check_type
 from dbcache.parallelism_config import ParallelismConfig
@@ -30,6 +33,8 @@ def enable(
     calibrator_config: CalibratorConfig | None = None,
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None = None,
     parallelism_config: ParallelismConfig | None = None,
+    *,
+    cuda_graph: bool | str | GraphOptions = False,
     **options: Any,
 ) -> Target:
     """Switch the cache on; enabling again replaces the settings.
@@ -44,6 +49,9 @@ def enable(
             the first transformer, then the second); one alone holds for all.
         parallelism_config: spread the transformers over the ranks of `torch.distributed`, all of
             which must call this alike; `disable` undoes it. None: each rank has all.
+        cuda_graph: record the forward as CUDA graphs, with the decision inside: "device" (one
+            graph, the branch is taken on the GPU), "host" (the host reads the decision between
+            graphs), "auto" or True (the best that works here), or `GraphOptions`; False: eager.
         **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
             `calibrator_config` also `enable_taylorseer`, `enable_encoder_taylorseer`,
             `taylorseer_order` and `taylorseer_cache_type`. All that `load_configs` takes.
@@ -57,21 +65,36 @@ def enable(
         RuntimeError: `torch.distributed` is not initialised, or failed.
     """
     check_type("enable: cache_config", cache_config, DBCacheConfig)
-    check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
     check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
+    check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
     partial, calibrator = _from_options("enable", options, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
-    pipe, specs = _resolve(target)
-    all_modifiers = _modifiers(specs, params_modifiers)
-    if any(getattr(handle_of(spec.transformer), "sharding", None) for spec in specs):
-        disable(pipe if pipe is not None else target)  # what is spread cannot be looked at
-    transformers = [
-        CachedTransformer(spec, settings, modifiers, by_request=pipe is not None, sharding=sharding)
-        for spec, modifiers, sharding in zip(
-            specs, all_modifiers, _shardings(specs, parallelism_config), strict=True
-        )
-    ]
+    graph_options = GraphOptions.of(cuda_graph)
+    pipe, adapter = _resolve(target)
+    if any(transformer.sharding is not None for transformer in _enabled_or_none(target)):
+        disable(pipe if pipe is not None else target)  # what is spread cannot be checked
+    functor = adapter.patch_functor if adapter is not None else None
+    modules = adapter.transformers() if adapter is not None else []
+    handles = [handle for module in modules if (handle := handle_of(module)) is not None]
+    with on_trial(functor, modules, handles) as patches:
+        specs = adapter.specs() if adapter is not None else find_specs(target)
+        shardings = _shardings(specs, parallelism_config)
+        transformers = [
+            CachedTransformer(
+                spec,
+                settings,
+                modifiers,
+                by_request=pipe is not None,
+                graph_options=graph_options,
+                sharding=sharding,
+            )
+            for spec, modifiers, sharding in zip(
+                specs, _modifiers(specs, params_modifiers), shardings, strict=True
+            )
+        ]
+    for transformer, patch in zip(transformers, patches, strict=False):
+        transformer.patches = patch
     disable(pipe if pipe is not None else target)
     _install_shardings(transformers)
     for transformer in transformers:
@@ -123,12 +146,14 @@ def summary(target: object) -> Summary:
                 f"{name}: {transformer.uncached_calls} calls came from outside of the pipeline "
                 f"that the cache is enabled on and ran without it"
             )
+        if transformer.graphs is not None:
+            notes += [f"{name}: {line}" for line in transformer.graphs.describe()]
         for stack in transformer.stacks:
             if not stack.entries:
                 notes.append(f"{stack.name}: all {stack.num_blocks} blocks run on every step")
             for branch, lane in stack.lanes.items():
-                if lane.step:
-                    reasons, diffs = lane.trace()
+                reasons, diffs = lane.trace()
+                if reasons:
                     lanes.append(
                         LaneSummary.from_trace(
                             reasons,
@@ -137,6 +162,7 @@ def summary(target: object) -> Summary:
                             stack=stack.name,
                             branch=branch,
                             threshold=stack.settings.cache.threshold,
+                            follows=stack.leader.name if stack.leader is not None else None,
                             megabytes=lane.nbytes() / 1e6,
                         )
                     )
@@ -180,6 +206,49 @@ def refresh_context(
             print(f"dbcache: {type(new.module).__name__} goes on with {settings}")
 
 
+def capture(target: Any, **inputs: Any) -> list[Recording]:
+    """Record the CUDA graphs of a kind of request ahead of the first one, for serving.
+
+    Runs ``target(**inputs)``, as often as it takes for every kind of call to be recorded. Inputs
+    of other shapes are recorded when they come, or by another call of this.
+
+    Args:
+        target: an enabled pipeline or transformer, with ``cuda_graph`` set.
+        **inputs: what a request is called with; for a pipeline two steps are enough, as in
+            ``num_inference_steps=2``.
+
+    Returns:
+        The new recordings, with what each is for, the seconds that it took and, over all of them,
+        the bytes of device memory.
+
+    Raises:
+        RuntimeError: the cache or its graphs are not enabled, or nothing could be recorded; the
+            error gives the reason.
+    """
+    transformers = _enabled(target, "capture")
+    executors = [t.graphs for t in transformers if t.graphs is not None]
+    if not executors:
+        raise RuntimeError(
+            "capture: CUDA graphs must be enabled first, as in dbcache.enable(..., cuda_graph=True)"
+        )
+    before = [set(executor.recordings) for executor in executors]
+    for _ in range(2):
+        with torch.no_grad():
+            target(**inputs)
+    recorded = [
+        recording
+        for executor, known in zip(executors, before, strict=True)
+        for key, recording in executor.recordings.items()
+        if key not in known
+    ]
+    if not any(executor.recordings for executor in executors):
+        reasons = "; ".join(line for executor in executors for line in executor.describe())
+        raise RuntimeError(f"capture: the forward must be recordable, but is not: {reasons}")
+    for transformer in transformers:
+        transformer.start_request()
+    return recorded
+
+
 def supported_pipelines() -> tuple[int, list[str]]:
     """Return how many transformer classes are supported by name, and these with their models.
 
@@ -202,13 +271,12 @@ def _from_options(
     return DBCacheConfig(**fields), copy.copy(calibrator_config or calibrator)
 
 
-def _resolve(target: object) -> tuple[Any, list[TransformerSpec]]:
-    """Return (pipeline or None, what to cache)."""
+def _resolve(target: object) -> tuple[Any, BlockAdapter | None]:
+    """Return (pipeline or None, adapter or None: the table of models says what to cache)."""
     if isinstance(target, BlockAdapter):
-        return target.pipe, target.specs()
+        return target.pipe, target
     pipe = None if isinstance(target, torch.nn.Module) else target
-    adapter = BlockAdapterRegistry.adapter_of(unwrap(target))
-    return pipe, find_specs(target) if adapter is None else adapter.specs()
+    return pipe, BlockAdapterRegistry.adapter_of(unwrap(target))
 
 
 def _modifiers(
@@ -248,6 +316,7 @@ def _replace(old: CachedTransformer | None, new: CachedTransformer) -> None:
     """Install `new` where `old` was; pipelines that share the transformer go on with it."""
     if old is not None:
         new.pipelines = old.pipelines
+        new.inherit(old)
         old.remove(keep_sharding=old.sharding is new.sharding)
     new.install()
 
@@ -256,12 +325,22 @@ def _parts(target: object) -> list[object]:
     """Return the objects that may carry a handle, pipeline first."""
     if not isinstance(target, BlockAdapter):
         return [unwrap(target)]
-    modules = [spec.transformer for spec in target.specs()]
-    return [part for part in (target.pipe, *modules) if part is not None]
+    return [part for part in (target.pipe, *target.transformers()) if part is not None]
 
 
 def _enabled(target: object, who: str) -> list[CachedTransformer]:
     """Return the cached transformers of `target`."""
+    transformers = _enabled_or_none(target)
+    if not transformers:
+        raise RuntimeError(
+            f"{who}: the cache must be enabled on it first, got {type(target).__name__}; call "
+            f"dbcache.enable"
+        )
+    return transformers
+
+
+def _enabled_or_none(target: object) -> list[CachedTransformer]:
+    """Return the cached transformers of `target`, none where the cache is not on."""
     for part in _parts(target):
         handle = handle_of(part)
         if isinstance(handle, CachedPipeline):
@@ -269,7 +348,4 @@ def _enabled(target: object, who: str) -> list[CachedTransformer]:
         if handle is not None:
             found = [handle_of(module) for module in _parts(target)]
             return [transformer for transformer in found if transformer is not None]
-    raise RuntimeError(
-        f"{who}: the cache must be enabled on it first, got {type(target).__name__}; call "
-        f"dbcache.enable"
-    )
+    return []

@@ -17,6 +17,9 @@ from dbcache.schedule import make_plan
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
 
+BUFFERS = ("p_ref", "ring", "encoder_ring", "scales", "encoder_scales")
+"""Attributes of a lane that hold its large tensors."""
+
 Layout = tuple[object, ...]
 """Shapes, dtypes and device of a step's tensors; a change of it restarts the lane."""
 
@@ -27,8 +30,13 @@ outside_inference_mode = torch.inference_mode(False)
 class Lane:
     """Device state and buffers of one lane, and the host's view of where it stands."""
 
+    compares = True
+    """Whether the lane keeps P_ref; without it another lane takes the decisions."""
+
     @outside_inference_mode
-    def __init__(self, settings: StackSettings, device: torch.device) -> None:
+    def __init__(
+        self, settings: StackSettings, device: torch.device, state: LaneState | None = None
+    ) -> None:
         self.settings = settings
         self.by_residual = not settings.cache.compares_hidden_states
         self.by_token = settings.cache.important_condition_threshold > 0
@@ -42,10 +50,11 @@ class Lane:
         self.encoder_ring: torch.Tensor | None = None
         self.scales: torch.Tensor | None = None
         self.encoder_scales: torch.Tensor | None = None
-        self.state = LaneState.allocate(FIRST_CAPACITY, device)
+        self.state = LaneState.allocate(FIRST_CAPACITY, device) if state is None else state
         self._flag: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
-        self._load_settings()
+        if state is None:
+            self._load_settings()
 
     def _load_settings(self) -> None:
         """Write the parameters and the plan to the device."""
@@ -70,7 +79,7 @@ class Lane:
         self._write_plan()
 
     def _write_plan(self) -> None:
-        self.plan = make_plan(self.settings.cache, len(self.state.plan))
+        self.plan: list[PlanCode] = make_plan(self.settings.cache, len(self.state.plan))
         self.state.plan.copy_(torch.tensor(self.plan, dtype=torch.int32))
 
     @outside_inference_mode
@@ -78,6 +87,12 @@ class Lane:
         """Take over settings that differ in the mask."""
         self.settings = settings
         self._write_plan()
+
+    @outside_inference_mode
+    def reload(self, settings: StackSettings) -> None:
+        """Take over settings that need no other buffers."""
+        self.settings = settings
+        self._load_settings()
 
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
@@ -91,21 +106,17 @@ class Lane:
         if layout != self.layout:
             if device != self.device:
                 self._move(device)
-            if self.has_reference:
-                self.state.invalidate()
-                self.has_reference = False
-            self.p_ref = self.ring = self.encoder_ring = None
-            self.scales = self.encoder_scales = None
-            self.layout = layout
+            self.take_buffers(layout, dict.fromkeys(BUFFERS))
         if self.step >= len(self.plan):
-            self._grow()
+            self.reserve(2 * len(self.plan))
         return self.plan[self.step]
 
     @outside_inference_mode
-    def _grow(self) -> None:
-        """Make room for twice the steps."""
-        self.state.grow(2 * len(self.plan))
-        self._write_plan()
+    def reserve(self, steps: int) -> None:
+        """Make room for a request of `steps` steps."""
+        if steps > len(self.plan):
+            self.state.grow(steps)
+            self._write_plan()
 
     @outside_inference_mode
     def _move(self, device: torch.device) -> None:
@@ -115,23 +126,53 @@ class Lane:
         self.state.copy_(old)
         self._flag = self._event = None
 
+    def drop_buffers(self) -> None:
+        """Let go of what no longer fits; the next full step allocates anew."""
+        for name in BUFFERS:
+            setattr(self, name, None)
+
     def buffers(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """Return (P_ref, ring, encoder ring), allocated at the first full step, with the scales."""
-        if self.p_ref is None or self.ring is None:
+        if self.ring is None:
             return self._allocate(h_fn, h_out, encoder_out)
         return self.p_ref, self.ring, self.encoder_ring
 
     @outside_inference_mode
     def _allocate(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        if self.compares:
+            self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
         self.ring, self.scales = self._allocate_ring(h_out)
         if encoder_out is not None:
             self.encoder_ring, self.encoder_scales = self._allocate_ring(encoder_out)
         return self.p_ref, self.ring, self.encoder_ring
+
+    def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
+        """Return the large tensors."""
+        return {name: getattr(self, name) for name in BUFFERS}
+
+    def take_buffers(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
+        """Go on with the large tensors of another layout; what they hold is void."""
+        if self.has_reference:
+            self.state.invalidate()
+            self.has_reference = False
+        self.layout = layout
+        for name, buffer in buffers.items():
+            setattr(self, name, buffer)
+
+    def force(self, code: PlanCode) -> None:
+        """Fix what the next step will be."""
+        self.plan[self.step] = code
+        self.state.plan[self.step] = code
+
+    def rewind(self, step: int) -> None:
+        """Go back to `step` after an exception: what came since counts as never begun."""
+        self.step = step
+        self.forget_reference()
+        self.state.counters[lane_state.STEP] = step
 
     def _allocate_ring(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return a ring for residuals like `x`, and its scales if it is fp8."""
@@ -172,12 +213,35 @@ class Lane:
 
     def trace(self) -> tuple[list[int], list[float]]:
         """Read back the reasons and the diffs (-1: not measured) of this request's steps."""
+        # a graph that the user captured takes steps that the host does not see
+        steps = int(self.state.counters[lane_state.STEP])
         return (
-            self.state.trace_reason[: self.step].tolist(),
-            self.state.trace_diff[: self.step].tolist(),
+            self.state.trace_reason[:steps].tolist(),
+            self.state.trace_diff[:steps].tolist(),
         )
 
     def nbytes(self) -> int:
         """Bytes of the lane's buffers."""
-        buffers = (self.p_ref, self.ring, self.encoder_ring, self.scales, self.encoder_scales)
-        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+        return sum(x.nbytes for x in self.buffers_by_name().values() if x is not None)
+
+
+class LaneCopy:
+    """What a lane held at one moment, to be put back into the same tensors."""
+
+    @outside_inference_mode
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.state = lane.state.clone()
+        self.host = (lane.step, lane.has_reference, lane.cached)
+        self.plan = list(lane.plan)
+        self.buffers = {k: x.clone() for k, x in lane.buffers_by_name().items() if x is not None}
+
+    @outside_inference_mode
+    def restore(self) -> None:
+        """Put everything back."""
+        lane = self.lane
+        lane.state.copy_(self.state)
+        lane.step, lane.has_reference, lane.cached = self.host
+        lane.plan[:] = self.plan
+        for name, buffer in self.buffers.items():
+            getattr(lane, name).copy_(buffer)

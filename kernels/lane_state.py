@@ -177,6 +177,10 @@ class LaneState:
         """Number of steps that the plan and the traces can hold."""
         return self.plan.shape[0]
 
+    def addresses(self) -> tuple[int, ...]:
+        """Return where the tensors lie: recorded work holds while this stays the same."""
+        return tuple(getattr(self, name).data_ptr() for name in TENSORS)
+
     def reset(self) -> None:
         """Start a new request: forget all but the plan and the limits. Does not synchronise."""
         self.counters.zero_()

@@ -126,7 +126,9 @@ class Parallelized:
             if heads < size or (heads % size and not self.options.experimental_ulysses_anything):
                 raise ValueError(must_divide_heads(self.who, heads, size))
             reach(type(module.processor), self.who)
-            if self.options.experimental_ulysses_async and getattr(module, "fused_projections", 0):
+            if self.options.experimental_ulysses_async and getattr(
+                module, "fused_projections", False
+            ):
                 raise ValueError(
                     f"{self.who}: experimental_ulysses_async needs projections of their own, got "
                     f"fused ones; call unfuse_qkv_projections() first"

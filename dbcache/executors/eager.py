@@ -9,7 +9,7 @@ import torch
 
 from dbcache.kernels.commit import commit
 from dbcache.kernels.decide import decide
-from dbcache.kernels.lane_state import PlanCode
+from dbcache.kernels.lane_state import CACHED, PlanCode
 from dbcache.kernels.predict import predict
 from dbcache.kernels.probe_and_decide import probe_and_decide
 from dbcache.kernels.probe_diff import probe_diff
@@ -21,11 +21,31 @@ def measure_and_decide(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> bo
 
     What `take_decision` does with what `measure` gives, in one launch.
     """
+    enqueue_decision(lane, h_in, h_fn)
+    return settle(lane, PlanCode.DYNAMIC)
+
+
+def enqueue_decision(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> None:
+    """Measure and decide the lane's next step on the device, and leave it at that."""
     assert lane.p_ref is not None
     before = h_in if lane.by_residual else None
     probe_and_decide(before, h_fn, lane.p_ref, lane.state, by_token=lane.by_token)
+
+
+def settle(lane: Lane, code: PlanCode) -> bool:
+    """Count a step that the device decides; return the decision, which is only read if it is open.
+
+    Args:
+        lane: its step is counted.
+        code: the step's plan code.
+    """
     lane.step += 1
-    lane.cached = lane.read_decision()
+    if not lane.has_reference or code in (PlanCode.WARMUP, PlanCode.MASK):
+        lane.cached = False
+    elif code == PlanCode.STATIC:
+        lane.cached = True
+    else:
+        lane.cached = lane.read_decision()
     return lane.cached
 
 
@@ -45,14 +65,7 @@ def take_decision(lane: Lane, code: PlanCode, partials: torch.Tensor | None) -> 
         partials: what `measure` gave, None where nothing is to be compared.
     """
     decide(lane.state, partials)
-    lane.step += 1
-    if not lane.has_reference or code in (PlanCode.WARMUP, PlanCode.MASK):
-        lane.cached = False
-    elif code == PlanCode.STATIC:
-        lane.cached = True
-    else:
-        lane.cached = lane.read_decision()
-    return lane.cached
+    return settle(lane, code)
 
 
 def forecast(
@@ -68,7 +81,7 @@ def forecast(
             scales=lane.scales,
             replace=lane.settings.replace,
         )
-        return h_out, encoder_fn
+        return h_out, None
     return predict(
         h_fn,
         lane.ring,
@@ -80,6 +93,20 @@ def forecast(
         lane.encoder_scales,
         replace=lane.settings.replace,
     )
+
+
+def forecast_into(
+    lane: Lane,
+    h_fn: torch.Tensor,
+    encoder_fn: torch.Tensor | None,
+    h_out: torch.Tensor,
+    encoder_out: torch.Tensor | None,
+) -> None:
+    """Do as `forecast`, and write the result over what the blocks left."""
+    predicted, encoder = forecast(lane, h_fn, encoder_fn)
+    h_out.copy_(predicted)
+    if encoder_out is not None and encoder is not None:
+        encoder_out.copy_(encoder)
 
 
 def keep(
@@ -109,3 +136,26 @@ def keep(
         replace=lane.settings.replace,
     )
     lane.has_reference = True
+
+
+class LaneDecision:
+    """A lane's next decision, for recorded work; see `recording.Decision`."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.flag = lane.state.counters[CACHED : CACHED + 1]
+
+    def read(self) -> bool:
+        """Count the step and return how it was decided."""
+        return settle(self.lane, self.lane.plan[self.lane.step])
+
+    def has_run(self, cached: bool) -> None:
+        """A full step has left a reference."""
+        if not cached:
+            self.lane.has_reference = True
+
+    def count(self) -> None:
+        """Count the step; the host does not learn how it was decided."""
+        self.lane.step += 1
+        self.lane.has_reference = True
+        self.lane.cached = False

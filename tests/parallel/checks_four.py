@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import dbcache
-from dbcache.adapters.registry import MODELS
+from dbcache.adapters.models import MODELS
 from dbcache.executors import eager
 from dbcache.kernels import e4m3
 from dbcache.kernels.lane_state import Reason

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
-import models
+import models_image
 import tiny
 import torch
 
@@ -16,7 +16,12 @@ from dbcache.parallelism_config import ParallelismConfig
 WIDTH = 12
 """Of a head."""
 
-FROM_ONE = (*models.FROM_ONE, "ChromaTransformer2DModel")
+FROM_ONE = (
+    "FluxTransformer2DModel",
+    "ChromaTransformer2DModel",
+    "QwenImageTransformer2DModel",
+)
+"""Classes whose time runs from 1 to 0 rather than from 1000."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +133,15 @@ SUBJECTS = {
         masked="encoder_attention_mask",
     ),
     "CogView3PlusTransformer2DModel": Subject(
-        models.COGVIEW | {"num_layers": 4, "attention_head_dim": WIDTH, "sample_size": 16},
+        models_image.COGVIEW | {"num_layers": 4, "attention_head_dim": WIDTH, "sample_size": 16},
         {"even": (2, 4, 8, 8), "odd": (2, 4, 6, 10)},
-        more=models.COGVIEW_INPUTS,
+        more=models_image.COGVIEW_INPUTS,
     ),
     "CogView4Transformer2DModel": Subject(
-        models.COGVIEW | {"num_layers": 4, "attention_head_dim": WIDTH, "rope_axes_dim": (8, 8)},
+        models_image.COGVIEW
+        | {"num_layers": 4, "attention_head_dim": WIDTH, "rope_axes_dim": (8, 8)},
         {"even": (2, 4, 8, 8), "odd": (2, 4, 6, 10)},
-        more=models.COGVIEW_INPUTS,
+        more=models_image.COGVIEW_INPUTS,
     ),
     "ChromaTransformer2DModel": Subject(
         FLUX_LIKE
