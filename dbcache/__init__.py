@@ -40,6 +40,7 @@ from dbcache.calibrators import (  # noqa: E402
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 from dbcache.executors.graph import GraphOptions  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
+from dbcache.parallelism_config import ParallelismBackend, ParallelismConfig  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
@@ -55,6 +56,8 @@ __all__ = [
     "ForwardPattern",
     "GraphOptions",
     "HermiteCalibratorConfig",
+    "ParallelismBackend",
+    "ParallelismConfig",
     "ParamsModifier",
     "PatchFunctor",
     "TaylorSeerCalibratorConfig",
