@@ -15,11 +15,13 @@ BENCHES = {
     "kernels": ("bench.kernels", "the ops against PyTorch and against the memory's speed"),
     "overhead": ("bench.overhead", "host time per step that the cache adds, beside cache-dit"),
     "methods": ("bench.methods", "all methods: speed-up and quality on the trained model"),
+    "graphs": ("bench.graphs", "steps as CUDA graphs, eager, and of cache-dit; needs a GPU"),
+    "loop": ("bench.loop", "a whole denoising loop as one CUDA graph; needs a GPU"),
     "demo": ("dbcache", "speed-up and quality on the trained model"),
+    "policies": ("bench.policies", "which policy caches which steps, at what quality"),
 }
-
-SLOW = ("methods", "demo")
-"""Left out on a CPU, unless they are named."""
+SLOW = ("methods", "demo", "graphs", "loop", "policies")
+"""Left out on a CPU, unless named."""
 
 
 def find_packages() -> None:

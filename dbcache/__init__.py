@@ -23,10 +23,13 @@ from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa
 from dbcache.adapters.patch_functor import PatchFunctor  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import (  # noqa: E402
+    calibrate,
+    capture,
     disable,
     enable,
     refresh_context,
     summary,
+    supported_matrix,
     supported_pipelines,
 )
 from dbcache.calibrators import (  # noqa: E402
@@ -39,15 +42,19 @@ from dbcache.calibrators import (  # noqa: E402
     TaylorSeerCalibratorConfig,
 )
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
+from dbcache.executors.graph import GraphOptions  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
+from dbcache.parallelism_config import ParallelismBackend, ParallelismConfig  # noqa: E402
 from dbcache.predictor_registry import register_predictor  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
+BlockAdapterRegister = BlockAdapterRegistry
 """The names that cache-dit's users know."""
 
 __all__ = [
     "BlockAdapter",
+    "BlockAdapterRegister",
     "BlockAdapterRegistry",
     "CalibratorConfig",
     "CustomCalibratorConfig",
@@ -55,11 +62,16 @@ __all__ = [
     "DMDCalibratorConfig",
     "FoCaCalibratorConfig",
     "ForwardPattern",
+    "GraphOptions",
     "HermiteCalibratorConfig",
+    "ParallelismBackend",
+    "ParallelismConfig",
     "ParamsModifier",
     "PatchFunctor",
     "SpectrumCalibratorConfig",
     "TaylorSeerCalibratorConfig",
+    "calibrate",
+    "capture",
     "disable",
     "disable_cache",
     "enable",
@@ -69,5 +81,6 @@ __all__ = [
     "register_predictor",
     "steps_mask",
     "summary",
+    "supported_matrix",
     "supported_pipelines",
 ]

@@ -55,6 +55,11 @@ class CalibratorConfig(Options):
         """What `kernels.taylor` calls so; 0 where the predictor has none."""
         return 0.0
 
+    @property
+    def recorded(self) -> str:
+        """What recorded work depends on: "" where `decide` computes the weights."""
+        return ""
+
     def strify(self) -> str:
         """Return a short name of these settings."""
         return "T0O0"
@@ -209,6 +214,10 @@ class DMDCalibratorConfig(CalibratorConfig):
     def slots(self) -> int:
         return self.dmd_history
 
+    @property
+    def recorded(self) -> str:
+        return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
+
     def strify(self) -> str:
         ridge = "" if self.dmd_ridge == 1 else f"R{self.dmd_ridge:g}"
         return f"DMDH{self.dmd_history}{ridge}"
@@ -255,6 +264,10 @@ class SpectrumCalibratorConfig(CalibratorConfig):
     def slots(self) -> int:
         return self.spectrum_window
 
+    @property
+    def recorded(self) -> str:
+        return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
+
     def strify(self) -> str:
         return (
             f"SpectrumO{self.spectrum_order}W{self.spectrum_window}"
@@ -282,6 +295,10 @@ class CustomCalibratorConfig(CalibratorConfig):
     @property
     def slots(self) -> int:
         return registered(self.predictor_name).snapshots
+
+    @property
+    def recorded(self) -> str:
+        return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
 
     def strify(self) -> str:
         return f"Custom_{self.predictor_name}"

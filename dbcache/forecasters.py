@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from dbcache.calibrators import (
+    CalibratorConfig,
     CustomCalibratorConfig,
     DMDCalibratorConfig,
     SpectrumCalibratorConfig,
@@ -28,7 +29,7 @@ from dbcache.predictor_registry import registered
 class Forecaster(Protocol):
     """What a lane asks of its predictor."""
 
-    def expect(self, steps: int | None, who: str) -> None:
+    def replan(self, steps: int | None) -> None:
         """Take note of the number of steps of the request that begins, None if it is unknown."""
 
     def learn(
@@ -51,7 +52,7 @@ def make_forecaster(settings: StackSettings, device: torch.device) -> Forecaster
     if not any(used):
         return None
     if isinstance(calibrator, SpectrumCalibratorConfig):
-        return _Spectrum(calibrator, used, device)
+        return _Spectrum(calibrator, used, device, settings.steps)
     if isinstance(calibrator, DMDCalibratorConfig):
         return _Recurrence(calibrator, used, device)
     if isinstance(calibrator, CustomCalibratorConfig):
@@ -59,31 +60,45 @@ def make_forecaster(settings: StackSettings, device: torch.device) -> Forecaster
     return None
 
 
+def check_steps_are_known(calibrator: CalibratorConfig, steps: int | None, who: str) -> None:
+    """Raise a ValueError if a request of `who` needs to know its number of steps and does not."""
+    if steps is None and isinstance(calibrator, SpectrumCalibratorConfig):
+        raise ValueError(
+            f"{who}: SpectrumCalibratorConfig must know the number of steps, got none; set "
+            f"num_inference_steps, or call the pipeline that the cache is enabled on"
+        )
+
+
+def check_runs_on_device(calibrator: CalibratorConfig, who: str) -> None:
+    """Raise a ValueError if the weights of `who` are computed on the host."""
+    if isinstance(calibrator, CustomCalibratorConfig):
+        raise ValueError(
+            f"{who}: steps recorded as CUDA graphs must have a predictor that runs on the device, "
+            f"got {calibrator.strify()}, a function of the host; leave out cuda_graph"
+        )
+
+
 class _Spectrum:
     """A ridge regression on Chebyshev polynomials: needs to know how long a request is."""
 
     def __init__(
-        self, config: SpectrumCalibratorConfig, used: tuple[bool, bool], device: torch.device
+        self,
+        config: SpectrumCalibratorConfig,
+        used: tuple[bool, bool],
+        device: torch.device,
+        steps: int | None,
     ) -> None:
         parameters = torch.zeros(spectrum.NUM_PARAMETERS, dtype=torch.float64)
         parameters[spectrum.ORDER] = config.spectrum_order * used[0]
         parameters[spectrum.ENCODER_ORDER] = config.spectrum_order * used[1]
         parameters[spectrum.RIDGE] = config.spectrum_ridge
         parameters[spectrum.BLEND] = config.spectrum_blend
-        parameters[spectrum.LAST_STEP] = 1.0
         self._parameters = parameters.to(device)
-        self._steps: int | None = None
+        self.replan(steps)
 
-    def expect(self, steps: int | None, who: str) -> None:
-        if steps is None:
-            raise ValueError(
-                f"{who}: SpectrumCalibratorConfig must know the number of steps, got none; set "
-                f"num_inference_steps, or call the pipeline that the cache is enabled on"
-            )
-        if steps != self._steps:
-            last = spectrum.LAST_STEP
-            self._parameters[last : last + 1].fill_(float(max(1, steps - 1)))
-            self._steps = steps
+    def replan(self, steps: int | None) -> None:
+        last = spectrum.LAST_STEP
+        self._parameters[last : last + 1].fill_(float(max(1, (steps or 0) - 1)))
 
     def learn(
         self,
@@ -111,7 +126,7 @@ class _Recurrence:
             for is_used in used
         ]
 
-    def expect(self, steps: int | None, who: str) -> None:
+    def replan(self, steps: int | None) -> None:
         return None
 
     def learn(
@@ -138,7 +153,7 @@ class _OnHost:
         self._used = used
         self._full_steps: list[int] = []
 
-    def expect(self, steps: int | None, who: str) -> None:
+    def replan(self, steps: int | None) -> None:
         return None
 
     def learn(
