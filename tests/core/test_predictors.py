@@ -409,3 +409,15 @@ def test_only_predictors_that_need_it_are_asked_at_each_step():
         lane = model._dbcache.stacks[0].lanes[None]
         needs = case.make in (CustomCalibratorConfig, DMDCalibratorConfig, SpectrumCalibratorConfig)
         assert (lane.forecaster is not None) == needs
+
+
+def test_graphs_refuse_a_predictor_that_runs_on_the_host():
+    adapter = BlockAdapter(
+        transformer=(model := Model()),
+        blocks=model.blocks,
+        forward_pattern=ForwardPattern.Pattern_0,
+    )
+    calibrator = CustomCalibratorConfig(predictor_name="lagging line")
+    with pytest.raises(ValueError, match=r"blocks: steps recorded .* Custom_lagging line, a func"):
+        dbcache.enable(adapter, DBCacheConfig(Fn_compute_blocks=1), calibrator, cuda_graph=True)
+    assert "_dbcache" not in model.__dict__
