@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,13 +17,19 @@ from dbcache.adapters.guards import (
     ProbeEndGuard,
 )
 from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
+from dbcache.adapters.signals import Source, make_source
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
 from dbcache.following import FollowedDecision, FollowingLane
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
-from dbcache.schedule import resolve_mask
+from dbcache.policies import prepare
+from dbcache.schedule import check_retention, resolve_mask
+from dbcache.sharding import Sharding
+
+if TYPE_CHECKING:
+    from dbcache.adapters.recorder import Recorder
 
 Entry = Guard | torch.nn.Module
 WHOLE = slice(None)
@@ -114,29 +122,35 @@ class Stack:
         self.round = len(lists) if interleaved else 1
         self.pattern = pattern
         self.streams = streams
-        self.settings = settings
         self.leader = leader
-        self._given = settings.cache
         self.name = "+".join(block_list.path for block_list in lists)
+        self.settings = prepare(settings, lists[0].owner, self.name)
+        self._given = settings.cache
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
         self.fn, self.bn = self._clamp()
         self.lanes: dict[str | None, Lane] = {}
         self.entries = self._make_entries()
+        self.recorder: Recorder | None = None
+        self.source: Source | None = None
+        if leader is None:
+            first = lists[0]
+            self.source = make_source(self.settings, self.name, first.owner, first.blocks[0])
         self._learned = False
         self._copies_probe = True
         self._copies_middle = True
         self._originals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._shared: tuple[str | None, int, torch.Tensor] | None = None
         self.cutter: Cutter | None = None
+        self.sharding: Sharding | None = None  # where the ranks each have a part of the tokens
         self.forget_step()
 
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""
         cache, total = self.settings.cache, self.num_blocks
-        fn = min(self.round * cache.Fn_compute_blocks, total) if self.leader is None else 0
+        fn = min(self.round * cache.probe_blocks, total) if self.leader is None else 0
         bn = min(self.round * (cache.Bn_compute_blocks + 1) - 1, total - fn)
         if fn + bn == total:
-            wanted = f"Fn={cache.Fn_compute_blocks}, Bn={cache.Bn_compute_blocks}"
+            wanted = f"Fn={cache.probe_blocks}, Bn={cache.Bn_compute_blocks}"
             warnings.warn(
                 f"{self.name}: {wanted} leaves none of the {total} blocks to skip; runs Fn={fn}, "
                 f"Bn={bn}: every block on every step. Lower Fn_compute_blocks to cache here",
@@ -190,17 +204,21 @@ class Stack:
             lane.start_request()
 
     def plan_request(self, steps: int | None) -> None:
-        """Fit the mask to a request of `steps` steps (None: unknown).
+        """Fit the plan to a request of `steps` steps (None: unknown).
 
         Raises:
             ValueError: it does not fit, or it needs the number of steps.
         """
         mask = resolve_mask(self._given, steps, self.name)
-        if mask == self.settings.cache.steps_computation_mask:
+        check_retention(self._given, steps, self.name)
+        is_new = mask != self.settings.cache.steps_computation_mask
+        if not is_new and steps == self.settings.steps:
             return
-        # the number of steps has done its part: it must not be compared with the mask again
-        changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)
-        self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
+        self.settings = replace(self.settings, steps=steps)
+        if is_new:
+            # the number of steps has done its part: it must not be compared with the mask again
+            changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)
+            self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
         for lane in self.lanes.values():
             lane.replan(self.settings)
 
@@ -228,9 +246,36 @@ class Stack:
             for lane in self.lanes.values():
                 lane.forget_reference()
 
+    def check_recordable(self) -> None:
+        """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
+        if self.source is not None:
+            raise ValueError(
+                f"{self.name}: steps recorded as CUDA graphs must be decided by the probe or ahead "
+                f"('dbcache', 'magcache'), got policy={self.settings.cache.policy!r}, which "
+                f"follows what the transformer is called with; leave out cuda_graph"
+            )
+
+    def notice_call(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Take note of what the transformer is called with."""
+        if self.source is not None:
+            if self.cutter is not None:
+                self.check_recordable()
+            self.source.start(model, args, kwargs)
+
+    def notice_output(self, output: Any) -> None:
+        """Take note of what the transformer returns."""
+        if self.source is not None and self.lane is not None:
+            self.source.finish(self.lane, output)
+        if self.recorder is not None:
+            self.recorder.after_forward(output)
+
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
         self._check_stream(h_in)
+        if self.sharding is not None:
+            h_in = self.sharding.split_input(f"{self.lists[0].path}.0", h_in)
         copies = self._copies_probe and not self.settings.cache.compares_hidden_states
         self.h_in = h_in.clone() if copies else h_in
         if not self._learned:
@@ -284,7 +329,7 @@ class Stack:
 
     def _new_lane(self, device: torch.device) -> Lane:
         if self.leader is None:
-            return Lane(self.settings, device)
+            return Lane(self.settings, device, branch=self.branch)
         return FollowingLane(self.settings, self._leader_lane())
 
     def _leader_lane(self) -> Lane:
@@ -303,17 +348,36 @@ class Stack:
         if isinstance(lane, FollowingLane):
             return self._follow(lane, layout, h_fn.device)
         assert self.h_in is not None
+        compared = h_fn
+        if self.source is not None:
+            compared = self.source.measured()
+            layout = (*layout, compared.shape, compared.dtype)
         code = lane.start_step(layout, h_fn.device)
-        is_open = code == PlanCode.DYNAMIC and lane.has_reference
+        is_open = code == PlanCode.DYNAMIC and lane.can_compare
         if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
-            eager.enqueue_decision(lane, self.h_in, h_fn)
+            self._check_recordable()
+            eager.enqueue_decision(lane, self.h_in, compared)
             self._begin_branch(eager.LaneDecision(lane))
             return False
         if not is_open:
-            return eager.take_decision(lane, code, None)
-        if self.settings.cache.cfg_diff_compute_separate:
-            return eager.measure_and_decide(lane, self.h_in, h_fn)
-        return eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
+            cached = eager.take_decision(lane, code, None)
+        elif not self.settings.cache.cfg_diff_compute_separate:
+            cached = eager.take_decision(lane, code, self._shared_diff(lane, compared))
+        elif self.sharding is None:
+            cached = eager.measure_and_decide(lane, self.h_in, compared)
+        else:
+            cached = eager.take_decision(lane, code, self._measure(lane, compared))
+        if self.source is not None:
+            lane.remember(compared)
+        return cached
+
+    def _check_recordable(self) -> None:
+        """Raise if the decision needs a message, which a recording would not repeat in time."""
+        if self.sharding is not None:
+            raise RuntimeError(
+                f"{self.name}: a step whose decision the ranks of a sequence vote on cannot be "
+                f"captured, got one under capture; run it outside of the graph, or use tp_size"
+            )
 
     def _follow(self, lane: FollowingLane, layout: Layout, device: torch.device) -> bool:
         """Take over what the leader decided; a branch, where that is one."""
@@ -337,15 +401,22 @@ class Stack:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
         return not all(torch.equal(original, copy) for original, copy in self._originals)
 
-    def _shared_diff(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
-        """Measure the probe's change, or take that of the step's other branch."""
+    def _shared_diff(self, lane: Lane, compared: torch.Tensor) -> torch.Tensor:
+        """Measure the change, or take that of the step's other branch."""
         shared = self._shared
         if shared and shared[0] != self.branch and shared[1] == lane.step:
             return shared[2]
-        assert self.h_in is not None
-        partials = eager.measure(lane, self.h_in, h_fn)
+        partials = self._measure(lane, compared)
         self._shared = (self.branch, lane.step, partials)
         return partials
+
+    def _measure(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
+        """Measure the probe's change, of all ranks that share the sequence."""
+        assert self.h_in is not None
+        partials = eager.measure(lane, self.h_in, h_fn)
+        if self.sharding is None:
+            return partials
+        return self.sharding.vote(partials, per_sample=self.settings.cache.batch_reduce == "max")
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of the middle blocks."""
@@ -366,6 +437,8 @@ class Stack:
             )
         if not self._learned:
             self._copies_middle = self._were_overwritten()
+        if self.recorder is not None:
+            self.recorder.after_blocks(h_out)
         is_made = self.fn == 0 and self.encoder_fn is None
         if is_made and encoder is not None:
             self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone

@@ -23,6 +23,7 @@ from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa
 from dbcache.adapters.patch_functor import PatchFunctor  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import (  # noqa: E402
+    calibrate,
     capture,
     disable,
     enable,
@@ -39,6 +40,7 @@ from dbcache.calibrators import (  # noqa: E402
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 from dbcache.executors.graph import GraphOptions  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
+from dbcache.parallelism_config import ParallelismBackend, ParallelismConfig  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
@@ -54,9 +56,12 @@ __all__ = [
     "ForwardPattern",
     "GraphOptions",
     "HermiteCalibratorConfig",
+    "ParallelismBackend",
+    "ParallelismConfig",
     "ParamsModifier",
     "PatchFunctor",
     "TaylorSeerCalibratorConfig",
+    "calibrate",
     "capture",
     "disable",
     "disable_cache",

@@ -44,6 +44,8 @@ class LaneSummary:
         diffs: relative L1 change by step, for the steps that measured it.
         megabytes: size of the lane's buffers, 1e6 bytes.
         follows: the stack that decided for this one, None where it decides for itself.
+        policy: what decided; the diffs of others than "dbcache" are what each step contributed to
+            the sum that is compared.
     """
 
     transformer: str
@@ -54,6 +56,7 @@ class LaneSummary:
     diffs: dict[int, float]
     megabytes: float
     follows: str | None = None
+    policy: str = "dbcache"
 
     @classmethod
     def from_trace(cls, reasons: list[int], diffs: list[float], **attributes: Any) -> LaneSummary:
@@ -168,14 +171,15 @@ class Summary:
         }
 
     def _rows(self) -> list[list[str]]:
-        header = ["stack", "branch", "steps", "cached", *(name for name, _ in PERCENTILES)]
-        rows = [[*header, "why (steps)"]]
+        header = ["stack", "branch", "policy", "steps", "cached"]
+        rows = [[*header, *(name for name, _ in PERCENTILES), "why (steps)"]]
         for lane in self.lanes:
             diffs = lane.percentiles
             rows.append(
                 [
                     lane.stack,
                     lane.branch or "-",
+                    lane.policy,
                     str(lane.steps),
                     str(len(lane.cached_steps)),
                     *(f"{diffs[name]:.3f}" if diffs else "-" for name, _ in PERCENTILES),

@@ -17,6 +17,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from dbcache.kernels import commit, decide, e4m3, predict, probe_and_decide, probe_diff
+from dbcache.kernels import transformation_rate as rate
 from dbcache.kernels.launches import CONFIGS, DEFAULTS, configs_of
 
 WIDE = re.compile(r"(ld|st)\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b32|v4\.b64)\b")
@@ -102,8 +103,19 @@ def variants():
             {"LOG_LANES": log_lanes or 0, "WIDTH": 4 if log_lanes == 10 else 2},
             {"num_warps": 4 if log_lanes == 10 else 1, "enable_fp_fusion": False},
         )
+    sizes = [f"{stream}_{what}" for stream in ("output", "input") for what in SUMS]
+    yield (
+        "decide_rate-bf16",
+        rate._transformation_rate_kernel,
+        dict.fromkeys(("values_ptr", "output_ptr", "input_ptr"), "*fp32")
+        | dict.fromkeys(sizes, "i32"),
+        {"LOG_LANES": 10},
+        {"num_warps": 4, "enable_fp_fusion": False},
+    )
     yield from fp8_variants()
 
+
+SUMS = ("samples", "programs")
 
 TUNED = {
     "probe_diff-bf16": "probe_diff",
