@@ -5,7 +5,8 @@ Written by tests/support/write_models.py; a test compares it with the tests ther
 
 COVERED: dict[str, tuple[str, tuple[str, ...]]] = {
     "Cache": (
-        "tests/adapters/test_models.py::test_cached_outputs_are_those_of_a_replay_in_plain_torch",
+        "tests/adapters/test_model_variants.py"
+        "::test_cached_outputs_are_those_of_a_replay_in_plain_torch",
         (
             "AceStepTransformer1DModel",
             "AllegroTransformer3DModel",
@@ -97,11 +98,33 @@ COVERED: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "Context parallel": (
-        "",
-        (),
+        "tests/parallel/checks_models_two.py::check_models_are_equal_in_every_mode",
+        (
+            "ChromaTransformer2DModel",
+            "CogVideoXTransformer3DModel",
+            "CogView3PlusTransformer2DModel",
+            "CogView4Transformer2DModel",
+            "FluxTransformer2DModel",
+            "HunyuanImageTransformer2DModel",
+            "HunyuanVideoTransformer3DModel",
+            "LTXVideoTransformer3DModel",
+            "QwenImageTransformer2DModel",
+            "WanTransformer3DModel",
+        ),
     ),
     "Tensor parallel": (
-        "",
-        (),
+        "tests/parallel/checks_models_two.py::check_models_are_equal_in_every_mode",
+        (
+            "ChromaTransformer2DModel",
+            "CogVideoXTransformer3DModel",
+            "CogView3PlusTransformer2DModel",
+            "CogView4Transformer2DModel",
+            "FluxTransformer2DModel",
+            "HunyuanImageTransformer2DModel",
+            "HunyuanVideoTransformer3DModel",
+            "LTXVideoTransformer3DModel",
+            "QwenImageTransformer2DModel",
+            "WanTransformer3DModel",
+        ),
     ),
 }
