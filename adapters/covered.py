@@ -86,6 +86,7 @@ COVERED: dict[str, tuple[str, tuple[str, ...]]] = {
         "tests/adapters/test_added_residuals.py"
         "::test_controlnet_residuals_are_right_on_full_and_on_cached_steps",
         (
+            "BriaTransformer2DModel",
             "ChromaTransformer2DModel",
             "CosmosTransformer3DModel",
             "FluxTransformer2DModel",
