@@ -5,7 +5,8 @@ Written by tests/support/write_models.py; a test compares it with the tests ther
 
 COVERED: dict[str, tuple[str, tuple[str, ...]]] = {
     "Cache": (
-        "tests/adapters/test_models.py::test_cached_outputs_are_those_of_a_replay_in_plain_torch",
+        "tests/adapters/test_model_variants.py"
+        "::test_cached_outputs_are_those_of_a_replay_in_plain_torch",
         (
             "AceStepTransformer1DModel",
             "AllegroTransformer3DModel",
@@ -85,6 +86,7 @@ COVERED: dict[str, tuple[str, tuple[str, ...]]] = {
         "tests/adapters/test_added_residuals.py"
         "::test_controlnet_residuals_are_right_on_full_and_on_cached_steps",
         (
+            "BriaTransformer2DModel",
             "ChromaTransformer2DModel",
             "CosmosTransformer3DModel",
             "FluxTransformer2DModel",
