@@ -20,11 +20,13 @@ from dbcache.adapters.block_adapter import TransformerSpec
 from dbcache.adapters.learning import learn
 from dbcache.adapters.patch_functor import Patches
 from dbcache.adapters.scope import make_stacks
+from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.executors.cuda_capture import UserCapture, is_capturing, user_capture
 from dbcache.executors.graph import GraphExecutor, GraphOptions
 from dbcache.executors.recording import Cutter
 from dbcache.lane import Lane
+from dbcache.sharding import Sharding
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
@@ -100,6 +102,8 @@ class CachedTransformer:
         by_request: True where a pipeline opens and closes the requests; a call outside of one
             then runs without the cache.
         graph_options: how to record CUDA graphs; None runs eagerly.
+        sharding: how the transformer is spread over ranks; installed and removed with the cache.
+            It then runs eagerly.
     """
 
     def __init__(
@@ -110,13 +114,15 @@ class CachedTransformer:
         *,
         by_request: bool,
         graph_options: GraphOptions | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         self.spec = spec
+        self.sharding = sharding
         self.settings = settings
         self.modifiers = modifiers
         self.by_request = by_request
         self.module = spec.transformer
-        self.stacks = make_stacks(spec.stacks, settings, modifiers)
+        self.stacks = self._make_stacks()
         if self.stacks:
             self._check_long_skips()
         if graph_options is not None:
@@ -137,9 +143,23 @@ class CachedTransformer:
         self._steps: dict[str | None, int] = {}
         self._patches: list[InstanceMethod] = []
         self.step_branch: str | None = None
+        if graph_options is not None and sharding is not None:
+            warnings.warn(
+                f"{type(self.module).__name__}: CUDA graphs are not recorded of a transformer that "
+                f"is spread over ranks; runs eagerly. Leave out cuda_graph or parallelism_config",
+                stacklevel=2,
+            )
+            graph_options = None
         self.graphs = None if graph_options is None else GraphExecutor(self, graph_options)
         self._began_in_capture = False
         self._capture: UserCapture | None = None
+
+    def _make_stacks(self) -> list[Stack]:
+        stacks = make_stacks(self.spec.stacks, self.settings, self.modifiers)
+        if self.sharding is not None and self.sharding.splits_sequence:
+            for stack in stacks:
+                stack.sharding = self.sharding
+        return stacks
 
     def _check_long_skips(self) -> None:
         """Raise if a block that always runs takes what a block that may be skipped has to make."""
@@ -161,7 +181,12 @@ class CachedTransformer:
             return self
         options = None if self.graphs is None else self.graphs.options
         renewed = CachedTransformer(
-            self.spec, settings, self.modifiers, by_request=self.by_request, graph_options=options
+            self.spec,
+            settings,
+            self.modifiers,
+            by_request=self.by_request,
+            graph_options=options,
+            sharding=self.sharding,
         )
         renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
         renewed.patches = self.patches
@@ -183,6 +208,8 @@ class CachedTransformer:
 
     def install(self) -> None:
         """Switch the cache on."""
+        if self.sharding is not None:
+            self.sharding.install()  # first: its hooks are to lie within the forward's patch
         if self.patches is not None:
             self.patches.redo()
         self.module.__dict__[HANDLE] = self
@@ -190,7 +217,7 @@ class CachedTransformer:
         if hasattr(self.module, "cache_context"):
             self._patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
 
-    def remove(self) -> None:
+    def remove(self, *, keep_sharding: bool = False) -> None:
         """Switch the cache off and leave no trace."""
         for patch in self._patches:
             patch.remove()
@@ -198,6 +225,8 @@ class CachedTransformer:
         self.module.__dict__.pop(HANDLE, None)
         if self.patches is not None:
             self.patches.undo()
+        if self.sharding is not None and not keep_sharding:
+            self.sharding.remove()
 
     @contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -286,7 +315,7 @@ class CachedTransformer:
         self.modifiers = [modifier for stack, modifier in pairs if stack is not None]
         kept = tuple(stack for stack in stacks if stack is not None)
         self.spec = dataclasses.replace(self.spec, stacks=kept)
-        self.stacks = make_stacks(self.spec.stacks, self.settings, self.modifiers)
+        self.stacks = self._make_stacks()
         device = next(self.module.parameters(), torch.empty(0)).device
         for stack in self.stacks:
             stack.plan_request(self._num_steps())

@@ -26,6 +26,7 @@ from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
 from dbcache.policies import prepare
 from dbcache.schedule import check_retention, resolve_mask
+from dbcache.sharding import Sharding
 
 if TYPE_CHECKING:
     from dbcache.adapters.recorder import Recorder
@@ -52,10 +53,10 @@ class BlockList:
         whole, _, part = path.partition("[")
         owner, _, self.name = whole.rpartition(".")
         self.owner = transformer.get_submodule(owner)
-        blocks = transformer.get_submodule(whole)
+        transformer.get_submodule(whole)
         self.part = WHOLE
         if part:
-            split = len(blocks) - getattr(transformer, part.strip(":-]"))
+            split = len(self._all()) - getattr(transformer, part.strip(":-]"))
             self.part = slice(split) if part.startswith(":") else slice(split, None)
         self._dict_owner: torch.nn.Module | None = None
         if isinstance(self.owner, torch.nn.ModuleDict):
@@ -63,18 +64,22 @@ class BlockList:
             self._dict_owner = transformer.get_submodule(outer)
         self.blocks = self.current()
 
-    def current(self) -> list[torch.nn.Module]:
-        """Return the blocks that the model has now."""
+    def _all(self) -> list[torch.nn.Module]:
+        """Return what the whole list holds, past anything that shadows it."""
         blocks = self.owner._modules[self.name]
         assert blocks is not None
-        return list(blocks._modules.values())[self.part]
+        return [block for block in blocks._modules.values() if block is not None]
+
+    def current(self) -> list[torch.nn.Module]:
+        """Return the blocks that the model has now."""
+        return self._all()[self.part]
 
     def shadow(self, entries: list[Entry]) -> None:
         """Let the model see `entries` in place of its blocks."""
         if self._dict_owner is None:
             own = self.owner.__dict__
             if self.part is not WHOLE:  # the other part may be shadowed already
-                whole: list[Entry] = own.get(self.name) or [*self.owner.get_submodule(self.name)]
+                whole: list[Entry] = own.get(self.name) or [*self._all()]
                 whole[self.part] = entries
                 entries = whole
             own[self.name] = entries
@@ -136,6 +141,7 @@ class Stack:
         self._originals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._shared: tuple[str | None, int, torch.Tensor] | None = None
         self.cutter: Cutter | None = None
+        self.sharding: Sharding | None = None  # where the ranks each have a part of the tokens
         self.forget_step()
 
     def _clamp(self) -> tuple[int, int]:
@@ -268,6 +274,8 @@ class Stack:
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
         self._check_stream(h_in)
+        if self.sharding is not None:
+            h_in = self.sharding.split_input(f"{self.lists[0].path}.0", h_in)
         copies = self._copies_probe and not self.settings.cache.compares_hidden_states
         self.h_in = h_in.clone() if copies else h_in
         if not self._learned:
@@ -347,18 +355,29 @@ class Stack:
         code = lane.start_step(layout, h_fn.device)
         is_open = code == PlanCode.DYNAMIC and lane.can_compare
         if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
+            self._check_recordable()
             eager.enqueue_decision(lane, self.h_in, compared)
             self._begin_branch(eager.LaneDecision(lane))
             return False
         if not is_open:
             cached = eager.take_decision(lane, code, None)
-        elif self.settings.cache.cfg_diff_compute_separate:
+        elif not self.settings.cache.cfg_diff_compute_separate:
+            cached = eager.take_decision(lane, code, self._shared_diff(lane, compared))
+        elif self.sharding is None:
             cached = eager.measure_and_decide(lane, self.h_in, compared)
         else:
-            cached = eager.take_decision(lane, code, self._shared_diff(lane, compared))
+            cached = eager.take_decision(lane, code, self._measure(lane, compared))
         if self.source is not None:
             lane.remember(compared)
         return cached
+
+    def _check_recordable(self) -> None:
+        """Raise if the decision needs a message, which a recording would not repeat in time."""
+        if self.sharding is not None:
+            raise RuntimeError(
+                f"{self.name}: a step whose decision the ranks of a sequence vote on cannot be "
+                f"captured, got one under capture; run it outside of the graph, or use tp_size"
+            )
 
     def _follow(self, lane: FollowingLane, layout: Layout, device: torch.device) -> bool:
         """Take over what the leader decided; a branch, where that is one."""
@@ -387,10 +406,17 @@ class Stack:
         shared = self._shared
         if shared and shared[0] != self.branch and shared[1] == lane.step:
             return shared[2]
-        assert self.h_in is not None
-        partials = eager.measure(lane, self.h_in, compared)
+        partials = self._measure(lane, compared)
         self._shared = (self.branch, lane.step, partials)
         return partials
+
+    def _measure(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
+        """Measure the probe's change, of all ranks that share the sequence."""
+        assert self.h_in is not None
+        partials = eager.measure(lane, self.h_in, h_fn)
+        if self.sharding is None:
+            return partials
+        return self.sharding.vote(partials, per_sample=self.settings.cache.batch_reduce == "max")
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of the middle blocks."""

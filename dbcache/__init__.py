@@ -29,6 +29,7 @@ from dbcache.api import (  # noqa: E402
     enable,
     refresh_context,
     summary,
+    supported_matrix,
     supported_pipelines,
 )
 from dbcache.calibrators import (  # noqa: E402
@@ -39,19 +40,24 @@ from dbcache.calibrators import (  # noqa: E402
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 from dbcache.executors.graph import GraphOptions  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
+from dbcache.parallelism_config import ParallelismBackend, ParallelismConfig  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
+BlockAdapterRegister = BlockAdapterRegistry
 """The names that cache-dit's users know."""
 
 __all__ = [
     "BlockAdapter",
+    "BlockAdapterRegister",
     "BlockAdapterRegistry",
     "CalibratorConfig",
     "DBCacheConfig",
     "ForwardPattern",
     "GraphOptions",
     "HermiteCalibratorConfig",
+    "ParallelismBackend",
+    "ParallelismConfig",
     "ParamsModifier",
     "PatchFunctor",
     "TaylorSeerCalibratorConfig",
@@ -65,5 +71,6 @@ __all__ = [
     "refresh_context",
     "steps_mask",
     "summary",
+    "supported_matrix",
     "supported_pipelines",
 ]

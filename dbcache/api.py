@@ -16,6 +16,7 @@ from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_b
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
+from dbcache.adapters.matrix import matrix
 from dbcache.adapters.models import MODELS
 from dbcache.adapters.patch_functor import on_trial
 from dbcache.adapters.recorder import RECORDERS, calibration_of, record
@@ -26,6 +27,8 @@ from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.executors.graph import GraphOptions, Recording
 from dbcache.load_configs import split_options
 from dbcache.options import check_choice, check_flag, check_type, reject_unknown
+from dbcache.parallelism_config import ParallelismConfig
+from dbcache.sharding import Sharding
 from dbcache.summary import LaneSummary, Summary
 
 Target = TypeVar("Target")
@@ -39,6 +42,7 @@ def enable(
     cache_config: DBCacheConfig | None = None,
     calibrator_config: CalibratorConfig | None = None,
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None = None,
+    parallelism_config: ParallelismConfig | None = None,
     *,
     cuda_graph: bool | str | GraphOptions = False,
     **options: Any,
@@ -53,6 +57,8 @@ def enable(
         calibrator_config: how to predict; None reuses the last residual.
         params_modifiers: what single block stacks do differently, in the order of the stacks (of
             the first transformer, then the second); one alone holds for all.
+        parallelism_config: spread the transformers over the ranks of `torch.distributed`, all of
+            which must call this alike; `disable` undoes it. None: each rank has all.
         cuda_graph: record the forward as CUDA graphs, with the decision inside: "device" (one
             graph, the branch is taken on the GPU), "host" (the host reads the decision between
             graphs), "auto" or True (the best that works here), or `GraphOptions`; False: eager.
@@ -66,28 +72,41 @@ def enable(
     Raises:
         TypeError: an unknown option or a wrong type; ValueError: a value that is not allowed, or
             an unsupported model (the error lists what is supported). Nothing is changed then.
+        RuntimeError: `torch.distributed` is not initialised, or failed.
     """
     check_type("enable: cache_config", cache_config, DBCacheConfig)
     check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
+    check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
     partial, calibrator = _from_options("enable", options, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
     graph_options = GraphOptions.of(cuda_graph)
     pipe, adapter = _resolve(target)
+    if any(transformer.sharding is not None for transformer in _enabled_or_none(target)):
+        disable(pipe if pipe is not None else target)  # what is spread cannot be checked
     functor = adapter.patch_functor if adapter is not None else None
     modules = adapter.transformers() if adapter is not None else []
     handles = [handle for module in modules if (handle := handle_of(module)) is not None]
     with on_trial(functor, modules, handles) as patches:
         specs = adapter.specs() if adapter is not None else find_specs(target)
+        shardings = _shardings(specs, parallelism_config)
         transformers = [
             CachedTransformer(
-                spec, settings, modifiers, by_request=pipe is not None, graph_options=graph_options
+                spec,
+                settings,
+                modifiers,
+                by_request=pipe is not None,
+                graph_options=graph_options,
+                sharding=sharding,
             )
-            for spec, modifiers in zip(specs, _modifiers(specs, params_modifiers), strict=True)
+            for spec, modifiers, sharding in zip(
+                specs, _modifiers(specs, params_modifiers), shardings, strict=True
+            )
         ]
     for transformer, patch in zip(transformers, patches, strict=False):
         transformer.patches = patch
     disable(pipe if pipe is not None else target)
+    _install_shardings(transformers)
     for transformer in transformers:
         _replace(handle_of(transformer.module), transformer)
     if pipe is not None:
@@ -301,6 +320,15 @@ def supported_pipelines() -> tuple[int, list[str]]:
     return len(names), names
 
 
+def supported_matrix() -> str:
+    """Return a Markdown table: for each transformer class, what tests cover.
+
+    The columns are the cache, ControlNet residuals, and the model spread over ranks along the
+    sequence or by its weights. docs/models.md names the tests.
+    """
+    return matrix()
+
+
 def _from_options(
     who: str, options: dict[str, Any], calibrator_config: CalibratorConfig | None
 ) -> tuple[DBCacheConfig, CalibratorConfig | None]:
@@ -332,12 +360,35 @@ def _modifiers(
     return like_blocks("enable: params_modifiers", given, counts, ParamsModifier)
 
 
+def _shardings(
+    specs: list[TransformerSpec], config: ParallelismConfig | None
+) -> Sequence[Sharding | None]:
+    """Return how each transformer is spread over ranks; checked, not yet done."""
+    if config is None:
+        return [None] * len(specs)
+    from dbcache.parallel.handle import prepare  # torch.distributed only where it is used
+
+    return prepare([spec.transformer for spec in specs], config)
+
+
+def _install_shardings(transformers: list[CachedTransformer]) -> None:
+    """Spread all transformers, or none."""
+    shardings = [t.sharding for t in transformers if t.sharding is not None]
+    try:
+        for sharding in shardings:
+            sharding.install()
+    except BaseException:
+        for sharding in shardings:
+            sharding.remove()
+        raise
+
+
 def _replace(old: CachedTransformer | None, new: CachedTransformer) -> None:
     """Install `new` where `old` was; pipelines that share the transformer go on with it."""
     if old is not None:
         new.pipelines = old.pipelines
         new.inherit(old)
-        old.remove()
+        old.remove(keep_sharding=old.sharding is new.sharding)
     new.install()
 
 
@@ -350,6 +401,17 @@ def _parts(target: object) -> list[object]:
 
 def _enabled(target: object, who: str) -> list[CachedTransformer]:
     """Return the cached transformers of `target`."""
+    transformers = _enabled_or_none(target)
+    if not transformers:
+        raise RuntimeError(
+            f"{who}: the cache must be enabled on it first, got {type(target).__name__}; call "
+            f"dbcache.enable"
+        )
+    return transformers
+
+
+def _enabled_or_none(target: object) -> list[CachedTransformer]:
+    """Return the cached transformers of `target`, none where the cache is not on."""
     for part in _parts(target):
         handle = handle_of(part)
         if isinstance(handle, CachedPipeline):
@@ -357,7 +419,4 @@ def _enabled(target: object, who: str) -> list[CachedTransformer]:
         if handle is not None:
             found = [handle_of(module) for module in _parts(target)]
             return [transformer for transformer in found if transformer is not None]
-    raise RuntimeError(
-        f"{who}: the cache must be enabled on it first, got {type(target).__name__}; call "
-        f"dbcache.enable"
-    )
+    return []
