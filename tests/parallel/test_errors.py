@@ -117,6 +117,13 @@ def test_an_unknown_processor_is_an_error(four_ranks: None) -> None:
     assert model.transformer_blocks[1].attn.processor is own
 
 
+def test_guidance_over_ranks_needs_a_pipeline_that_calls_twice(four_ranks: None) -> None:
+    model = spread.build("WanTransformer3DModel", heads=4)
+    config = ParallelismConfig(cfg_size=2, ring_size=2)
+    with pytest.raises(ValueError, match=r"one of CogView4Pipeline, .*, got NoneType"):
+        dbcache.enable(model, parallelism_config=config)
+
+
 def test_quantised_layers_cannot_be_split(four_ranks: None) -> None:
     model = spread.build("FluxTransformer2DModel", heads=4)
     block = model.transformer_blocks[0]
