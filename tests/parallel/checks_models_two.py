@@ -1,7 +1,11 @@
 """Two ranks: every model in every mode gives what one process gives, and is restored."""
 
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import ranks
 import spread
 import tiny
@@ -148,6 +152,21 @@ def check_guidance_over_ranks() -> None:
             both = 2 * len(parts[: 1 + (name == "wan2.2")])
             expected = [32, 16 + both] if guided else [16, 16]
             assert calls == expected, f"{name}: {calls} calls instead of {expected}"
+
+
+def check_the_example_runs() -> None:
+    path = Path(__file__).resolve().parents[2] / "docs" / "examples" / "parallel.py"
+    example = SimpleNamespace(**runpy.run_path(str(path)))
+    options = example.parse(["flux", "--ulysses", "2", "--steps", "6", "--threshold", "0.5"])
+    text = {
+        "prompt_embeds": tiny.noise(1, tiny.TEXT_TOKENS, tiny.TEXT_DIM, seed=11),
+        "pooled_prompt_embeds": tiny.noise(1, 12, seed=12),
+    }
+    report = example.compare(tiny.pipeline("flux"), text | {"height": 64, "width": 64}, options)
+    assert report["parallelism"] == "Ulysses2"
+    assert 10 < float(report["PSNR of the latents"].removesuffix(" dB")) < 90
+    for model in example.MODELS.values():
+        assert hasattr(diffusers, model.pipeline)
 
 
 if __name__ == "__main__":
