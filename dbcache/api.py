@@ -89,7 +89,7 @@ def enable(
     handles = [handle for module in modules if (handle := handle_of(module)) is not None]
     with on_trial(functor, modules, handles) as patches:
         specs = adapter.specs() if adapter is not None else find_specs(target)
-        shardings = _shardings(specs, parallelism_config)
+        shardings = _shardings(specs, parallelism_config, pipe)
         transformers = [
             CachedTransformer(
                 spec,
@@ -361,14 +361,14 @@ def _modifiers(
 
 
 def _shardings(
-    specs: list[TransformerSpec], config: ParallelismConfig | None
+    specs: list[TransformerSpec], config: ParallelismConfig | None, pipe: Any
 ) -> Sequence[Sharding | None]:
     """Return how each transformer is spread over ranks; checked, not yet done."""
     if config is None:
         return [None] * len(specs)
     from dbcache.parallel.handle import prepare  # torch.distributed only where it is used
 
-    return prepare([spec.transformer for spec in specs], config)
+    return prepare([spec.transformer for spec in specs], config, pipe)
 
 
 def _install_shardings(transformers: list[CachedTransformer]) -> None:
