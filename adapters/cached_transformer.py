@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.block_adapter import TransformerSpec
+from dbcache.adapters.block_adapter import StackSpec, TransformerSpec
+from dbcache.adapters.pruned_stack import PrunedStack
 from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.prune_config import DBPruneConfig
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
@@ -82,6 +84,12 @@ def _no_handle() -> None:
     return None
 
 
+def make_stack(spec: StackSpec, settings: StackSettings) -> Stack:
+    """Return the stack that `settings` ask for: whole steps are cached, or single blocks pruned."""
+    kind = PrunedStack if isinstance(settings.cache, DBPruneConfig) else Stack
+    return kind(list(spec.lists), spec.pattern, settings)
+
+
 class CachedTransformer:
     """Runs a transformer's forward with guards in place of its blocks.
 
@@ -108,7 +116,7 @@ class CachedTransformer:
         self.by_request = by_request
         self.module = spec.transformer
         self.stacks = [
-            Stack(list(stack.lists), stack.pattern, settings.modified(modifier))
+            make_stack(stack, settings.modified(modifier))
             for stack, modifier in zip(spec.stacks, modifiers, strict=True)
         ]
         self.config = self.stacks[0].settings.cache

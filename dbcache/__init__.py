@@ -35,6 +35,7 @@ from dbcache.calibrators import (  # noqa: E402
 )
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
+from dbcache.prune_config import DBPruneConfig  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
@@ -45,6 +46,7 @@ __all__ = [
     "BlockAdapterRegistry",
     "CalibratorConfig",
     "DBCacheConfig",
+    "DBPruneConfig",
     "ForwardPattern",
     "HermiteCalibratorConfig",
     "ParamsModifier",

@@ -6,14 +6,15 @@ Names and defaults are cache-dit's, so that its users can switch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from dbcache.calibrators import CalibratorConfig
 from dbcache.options import (
     Options,
     check_choice,
     check_flag,
+    check_ids,
     check_int,
     check_number,
     check_type,
@@ -35,7 +36,6 @@ _CHOICES = {
     "force_refresh_step_policy": ("once", "repeat"),
     "batch_reduce": ("mean", "max"),
     "cache_dtype": ("model", "float32", "fp8"),
-    "cache_type": ("DBCache",),
 }
 
 
@@ -53,6 +53,13 @@ class DBCacheConfig(Options):
 
     Bn_compute_blocks: int = 0
     """Last n blocks, always run."""
+
+    Bn_compute_blocks_ids: list[int] = field(default_factory=list)
+    """Which of the last n blocks run on a cached step, 0 to n - 1; none given: all. The others add
+    what they added on the last full step, while `non_compute_blocks_diff_threshold` allows it."""
+
+    non_compute_blocks_diff_threshold: float = 0.08
+    """Such a block runs, too, if its input changed by this or more since the last full step."""
 
     residual_diff_threshold: float = 0.08
     """A step is cached if the relative L1 change of the probe residual is below this.
@@ -116,8 +123,11 @@ class DBCacheConfig(Options):
     """How the ring stores residuals: in the model's dtype, in float32, or in fp8 (e4m3 with one
     float32 scale per token), which halves the memory of bfloat16."""
 
-    cache_type: Literal["DBCache"] = "DBCache"
-    """The method, as serving engines name it."""
+    cache_type: Literal["DBCache", "DBPrune"] = "DBCache"
+    """The method, as serving engines name it; that of another config is an error."""
+
+    cache_types: ClassVar[tuple[str, ...]] = ("DBCache",)
+    """What `cache_type` may be."""
 
     def validate(self) -> None:
         who = type(self).__name__
@@ -128,6 +138,7 @@ class DBCacheConfig(Options):
                 check_int(f"{who}.{name}", getattr(self, name), 1)
         for name in (
             "residual_diff_threshold",
+            "non_compute_blocks_diff_threshold",
             "important_condition_threshold",
             "l1_hidden_states_diff_threshold",
         ):
@@ -141,6 +152,10 @@ class DBCacheConfig(Options):
             check_flag(f"{who}.enable_separate_cfg", self.enable_separate_cfg)
         for name, allowed in _CHOICES.items():
             check_choice(f"{who}.{name}", getattr(self, name), allowed)
+        check_choice(f"{who}.cache_type", self.cache_type, self.cache_types)
+        self.Bn_compute_blocks_ids = check_ids(
+            f"{who}.Bn_compute_blocks_ids", self.Bn_compute_blocks_ids, self.Bn_compute_blocks
+        )
         if self.steps_computation_mask is not None:
             self.steps_computation_mask = check_mask(
                 self.steps_computation_mask,
@@ -163,7 +178,7 @@ class DBCacheConfig(Options):
     def strify(self) -> str:
         """Return a short name of these settings, for file names and tables."""
         parts = [
-            f"DBCache_F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}",
+            f"{self.cache_type}_F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}",
             f"W{self.max_warmup_steps}I{self.warmup_interval}"
             f"M{max(0, self.max_cached_steps)}MC{max(0, self.max_continuous_cached_steps)}",
             f"R{self.residual_diff_threshold:g}",
@@ -175,6 +190,9 @@ class DBCacheConfig(Options):
             parts.append(f"N{self.num_inference_steps}")
         if self.force_refresh_step_hint is not None:
             parts.append(f"FR{self.force_refresh_step_hint}_{self.force_refresh_step_policy}")
+        if self.Bn_compute_blocks_ids:
+            ids = "-".join(map(str, self.Bn_compute_blocks_ids))
+            parts.append(f"BI{ids}R{self.non_compute_blocks_diff_threshold:g}")
         if self.batch_reduce != "mean":
             parts.append(f"BR{self.batch_reduce}")
         if self.compares_hidden_states:

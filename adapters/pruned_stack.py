@@ -1,0 +1,114 @@
+"""A block stack under DBPrune: its guards, its lanes, and the step that is under way."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from dbcache.adapters.block_run import BlockRun, EncoderGuard, PruneGuard
+from dbcache.adapters.guards import CheckGuard
+from dbcache.adapters.patterns import ENCODER, ForwardPattern
+from dbcache.adapters.stack import BlockList, Entry, Stack, layout_of
+from dbcache.config import StackSettings
+from dbcache.kernels.lane_state import Reason
+from dbcache.prune_config import DBPruneConfig
+from dbcache.pruned_lane import PrunedLane
+
+
+class PrunedStack(Stack):
+    """Blocks that are left out one by one.
+
+    Args:
+        lists, pattern: as for `Stack`.
+        settings: with a `DBPruneConfig`, and without a predictor.
+
+    Raises:
+        ValueError: there is a predictor.
+    """
+
+    lanes: dict[str | None, PrunedLane]  # type: ignore[assignment]
+    lane: PrunedLane | None  # type: ignore[assignment]
+
+    def __init__(
+        self, lists: list[BlockList], pattern: ForwardPattern, settings: StackSettings
+    ) -> None:
+        if settings.slots > 1 or settings.replace:
+            raise ValueError(
+                f"DBPruneConfig: a block that is left out must add what it last added, got the "
+                f"predictor {settings.calibrator.strify()}; leave the calibrator out, or use a "
+                f"DBCacheConfig"
+            )
+        super().__init__(lists, pattern, settings)
+
+    def _make_entries(self) -> list[list[Entry]]:
+        """Return what stands for each list; nothing where all blocks always run."""
+        config = self.settings.cache
+        assert isinstance(config, DBPruneConfig)
+        always = set(config.non_prune_block_ids)
+        middle = range(self.fn, self.num_blocks - self.bn)
+        prunable = [i not in always for i in middle]
+        if True not in prunable:
+            if len(middle):  # else `_clamp` has warned
+                warnings.warn(
+                    f"{self.name}: non_prune_block_ids={config.non_prune_block_ids} leaves none of "
+                    f"the {self.num_blocks} blocks to leave out: every block runs on every step",
+                    stacklevel=2,
+                )
+            return []
+        start = middle[prunable.index(True)]
+        stop = middle[-1] + 1 - prunable[::-1].index(True)
+        prunable = [i not in always for i in range(start, stop)]
+        if any(lane.cache.prunable != prunable for lane in self.lanes.values()):
+            self.lanes.clear()  # blocks were added or taken away
+        self.run = BlockRun(self.name, prunable, self.pattern, self._open, self._close)
+        returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+        position, entries = 0, []
+        for block_list in self.lists:
+            row: list[Entry] = []
+            for index, block in enumerate(block_list.blocks):
+                who = f"{block_list.path}[{index}] ({type(block).__name__})"
+                if start <= position < stop:
+                    row.append(PruneGuard(self, block, who, self.run, position - start))
+                elif position == start - 1 and returns_encoder_only:
+                    row.append(EncoderGuard(self, block, who, self.run))
+                else:
+                    row.append(CheckGuard(self, block, who))
+                position += 1
+            entries.append(row)
+        return entries
+
+    def forget_step(self) -> None:
+        super().forget_step()
+        if self.entries:
+            self.run.forget_step()
+
+    def _open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+        """Take the step's decisions. Called with what the first block gets that may be left out."""
+        lane = self.lanes.get(self.branch)
+        if lane is None:
+            lane = PrunedLane(self.settings, self.run.prunable, self.num_blocks)
+            self.lanes[self.branch] = lane
+        reason = lane.why(lane.start_step(layout_of(hidden, encoder)))
+        prunable, diffs = self.run.prunable, list[float]()
+        if reason is None:
+            skipped, diffs = lane.cache.decide(self._changes(lane, hidden))
+        else:
+            skipped = prunable if reason is Reason.STATIC else [False] * len(prunable)
+        lane.close(reason, skipped, diffs)
+        self.lane, self.cached, self.is_open = lane, lane.cached, True
+        self.run.start(lane.cache, skipped, stores=lane.stores(), step=lane.step - 1)
+
+    def _changes(self, lane: PrunedLane, hidden: torch.Tensor) -> torch.Tensor:
+        """Measure the changes of the block inputs, or take those of the step's other branch."""
+        if self.settings.cache.cfg_diff_compute_separate:
+            return lane.cache.measure(hidden)
+        shared = self._shared
+        if shared and shared[0] != self.branch and shared[1] == lane.step:
+            return shared[2]
+        partials = lane.cache.measure(hidden)
+        self._shared = (self.branch, lane.step, partials)
+        return partials
+
+    def _close(self) -> None:
+        self.is_open = False
