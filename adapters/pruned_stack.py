@@ -56,7 +56,7 @@ class PrunedStack(Stack):
                     stacklevel=2,
                 )
             return []
-        start = middle[prunable.index(True)]
+        self.start = start = middle[prunable.index(True)]
         stop = middle[-1] + 1 - prunable[::-1].index(True)
         prunable = [i not in always for i in range(start, stop)]
         if any(lane.cache.prunable != prunable for lane in self.lanes.values()):
@@ -109,6 +109,11 @@ class PrunedStack(Stack):
         partials = lane.cache.measure(hidden)
         self._shared = (self.branch, lane.step, partials)
         return partials
+
+    def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
+        """Return the numbers of the blocks that were left out on each step."""
+        steps = self.lanes[branch].skipped
+        return [[self.start + i for i, skips in enumerate(step) if skips] for step in steps]
 
     def _close(self) -> None:
         self.is_open = False

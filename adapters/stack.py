@@ -235,6 +235,10 @@ class Stack:
         eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
         self.is_open = False
 
+    def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
+        """Return the blocks that were left out on each step; None where whole steps are cached."""
+        return None
+
     def check_finished(self) -> None:
         """Raise if the step that was begun was not carried through."""
         if self.is_open:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging as log
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -15,11 +16,12 @@ from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
 from dbcache.adapters.registry import MODELS, find_specs
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
-from dbcache.load_configs import split_options
+from dbcache.load_configs import partial_config, split_options
 from dbcache.options import check_flag, check_type
 from dbcache.summary import LaneSummary, Summary
 
 Target = TypeVar("Target")
+LOGGER = log.getLogger("dbcache")
 
 
 def enable(
@@ -52,7 +54,7 @@ def enable(
     """
     check_type("enable: cache_config", cache_config, DBCacheConfig)
     check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
-    partial, calibrator = _from_options("enable", options, calibrator_config)
+    partial, calibrator = _from_options("enable", options, cache_config, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
     pipe, specs = _resolve(target)
@@ -93,15 +95,19 @@ def disable(target: Target) -> Target:
     return target
 
 
-def summary(target: object) -> Summary:
+def summary(target: object, details: bool = False, logging: bool = True) -> Summary:
     """Return what the last request did, per lane; reads it back from the device.
 
     Args:
         target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
+        details: let the text of the summary list each step.
+        logging: log the text, too, at level INFO of the logger "dbcache".
 
     Raises:
         RuntimeError: the cache is not enabled on it.
     """
+    check_flag("summary: details", details)
+    check_flag("summary: logging", logging)
     lanes, notes = [], []
     for transformer in _enabled(target, "summary"):
         name = type(transformer.module).__name__
@@ -125,9 +131,14 @@ def summary(target: object) -> Summary:
                             branch=branch,
                             threshold=stack.settings.cache.threshold,
                             megabytes=lane.nbytes() / 1e6,
+                            pruned=stack.pruned_blocks(branch),
+                            blocks=stack.num_blocks,
                         )
                     )
-    return Summary(lanes, notes)
+    found = Summary(lanes, notes, details)
+    if logging:
+        LOGGER.info("%s", found)
+    return found
 
 
 def refresh_context(
@@ -153,10 +164,12 @@ def refresh_context(
     check_type("refresh_context: cache_config", cache_config, DBCacheConfig)
     check_type("refresh_context: calibrator_config", calibrator_config, CalibratorConfig)
     check_flag("refresh_context: verbose", verbose)
-    partial, calibrator = _from_options("refresh_context", options, calibrator_config)
-    partial = DBCacheConfig(**{**(cache_config.given if cache_config else {}), **partial.given})
-    changes = ParamsModifier(cache_config=partial, calibrator_config=calibrator)
     transformers = _enabled(target, "refresh_context")
+    base = cache_config or transformers[0].config
+    partial, calibrator = _from_options("refresh_context", options, base, calibrator_config)
+    if cache_config is not None:
+        partial = type(cache_config)(**{**cache_config.given, **partial.given})
+    changes = ParamsModifier(cache_config=partial, calibrator_config=calibrator)
     renewed = [transformer.renewed(changes) for transformer in transformers]
     for old, new in zip(transformers, renewed, strict=True):
         if new is not old:
@@ -177,7 +190,10 @@ def supported_pipelines() -> tuple[int, list[str]]:
 
 
 def _from_options(
-    who: str, options: dict[str, Any], calibrator_config: CalibratorConfig | None
+    who: str,
+    options: dict[str, Any],
+    cache_config: DBCacheConfig | None,
+    calibrator_config: CalibratorConfig | None,
 ) -> tuple[DBCacheConfig, CalibratorConfig | None]:
     """Return flat options as a partial config, and a copy of the predictor."""
     fields, calibrator = split_options(who, options)
@@ -186,7 +202,7 @@ def _from_options(
             f"{who}: calibrator_config must not be given together with TaylorSeer's options, got "
             f"both; set them in the config"
         )
-    return DBCacheConfig(**fields), copy.copy(calibrator_config or calibrator)
+    return partial_config(who, fields, cache_config), copy.copy(calibrator_config or calibrator)
 
 
 def _resolve(target: object) -> tuple[Any, list[TransformerSpec]]:

@@ -260,6 +260,13 @@ class StackSettings:
 
 
 def merge(config: DBCacheConfig, partial: DBCacheConfig | None) -> DBCacheConfig:
-    """Return a checked copy of `config` with the given fields of `partial` on top."""
+    """Return a checked copy of `config` with the given fields of `partial` on top.
+
+    Where `partial` names another method by its `cache_type`, that one's config is returned, with
+    what was given in `config`.
+    """
     changes: Mapping[str, Any] = partial.given if partial is not None else {}
+    if partial is not None and changes.get("cache_type", config.cache_type) != config.cache_type:
+        kept = {name: value for name, value in config.given.items() if name != "cache_type"}
+        return type(partial)(**{**kept, **changes})
     return type(config)(**{**config.as_dict(), **changes})
