@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dbcache.adapters.auto import find_blocks, pattern_of
+from dbcache.adapters.auto import find_blocks, guess_pattern
 from dbcache.adapters.guards import parameter_names
-from dbcache.adapters.patterns import ForwardPattern
+from dbcache.adapters.patch_functor import Functor, check_functor
+from dbcache.adapters.patterns import STREAMS, ForwardPattern, Streams
 from dbcache.adapters.stack import BlockList
 from dbcache.config import ParamsModifier
 from dbcache.options import check_type
@@ -18,20 +19,33 @@ from dbcache.options import check_type
 
 @dataclass(frozen=True)
 class StackSpec:
-    """One block stack of one transformer: a chain of lists under one pattern."""
+    """One block stack of one transformer: a chain of lists under one pattern.
+
+    `pattern` is None where the first forward has to tell it (`learning`). With `interleaved` the
+    forward runs a block of each list in turn; with `long_skips` the j-th block from the end takes
+    what the j-th block made.
+    """
 
     lists: tuple[BlockList, ...]
-    pattern: ForwardPattern
+    pattern: ForwardPattern | None
     modifier: ParamsModifier | None = None
+    streams: Streams = STREAMS
+    interleaved: bool = False
+    long_skips: bool = False
 
 
 @dataclass(frozen=True)
 class TransformerSpec:
-    """One transformer and its block stacks."""
+    """One transformer and its block stacks.
+
+    `fills` tells by the keyword arguments of a call that it is no denoising step: its blocks keep
+    keys and values for the loop that follows, so all of them must run.
+    """
 
     transformer: torch.nn.Module
     stacks: tuple[StackSpec, ...]
     separate_cfg: bool = False
+    fills: Callable[[dict[str, Any]], bool] | None = None
 
 
 @dataclass(kw_only=True)
@@ -48,11 +62,15 @@ class BlockAdapter:
         forward_pattern: the pattern of the blocks, in the same nesting as `blocks`; one alone
             holds for all.
         params_modifiers: what single stacks do differently, in the same nesting as `blocks`.
+        streams: names of the parameters of the blocks that take the hidden states and, where they
+            take any, the encoder states.
         has_separate_cfg: calls alternate between two guidance branches, for loops that do not
             name them with `cache_context`.
+        patch_functor: a `PatchFunctor`, or a function of the transformer, that rewrites parts of
+            the instance for as long as the cache is on, for blocks that follow no pattern.
         auto: find what was not given: `blocks`, the lists of blocks of the transformer that hold
             most of its parameters, each a stack of its own; `forward_pattern`, from the source
-            of the blocks.
+            of the blocks or, where that leaves it open, from the first forward, which is full.
 
     Raises:
         ValueError, TypeError: from `dbcache.enable`, for what does not fit together.
@@ -63,12 +81,14 @@ class BlockAdapter:
     blocks: Any = None
     forward_pattern: Any = None
     params_modifiers: Any = None
+    streams: Sequence[str] = STREAMS
     has_separate_cfg: bool = False
+    patch_functor: Functor | None = None
     auto: bool = False
 
     def specs(self) -> list[TransformerSpec]:
         """Return what is to be cached, checked and in one shape."""
-        transformers = self._transformers()
+        transformers, streams = self.transformers(), _stream_names(self.streams)
         given, pattern = self.blocks, self.forward_pattern
         if self.auto and given is None:
             check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
@@ -77,8 +97,9 @@ class BlockAdapter:
         blocks = _per_transformer("blocks", given, transformers, torch.nn.ModuleList)
         counts = [len(lists) for lists in blocks]
         if self.auto and pattern is None:
-            who = "BlockAdapter(auto=True)"
-            pattern = [[pattern_of(blocks_, who) for blocks_ in lists] for lists in blocks]
+            pattern = [[guess_pattern(blocks_[0]) for blocks_ in lists] for lists in blocks]
+        if not self.auto:
+            _check_given(pattern)
         patterns = like_blocks("BlockAdapter.forward_pattern", pattern, counts, ForwardPattern)
         modifiers = like_blocks(
             "BlockAdapter.params_modifiers", self.params_modifiers, counts, ParamsModifier
@@ -87,7 +108,7 @@ class BlockAdapter:
             TransformerSpec(
                 transformer,
                 tuple(
-                    _stack_spec(transformer, *stack)
+                    _stack_spec(transformer, *stack, streams)
                     for stack in zip(blocks[i], patterns[i], modifiers[i], strict=True)
                 ),
                 self.has_separate_cfg,
@@ -95,7 +116,8 @@ class BlockAdapter:
             for i, transformer in enumerate(transformers)
         ]
 
-    def _transformers(self) -> list[torch.nn.Module]:
+    def transformers(self) -> list[torch.nn.Module]:
+        """Return the transformers, without what `torch.compile` wrapped around them."""
         given = self.transformer
         if given is None:
             given = getattr(self.pipe, "transformer", None)
@@ -106,6 +128,7 @@ class BlockAdapter:
                     f"BlockAdapter.transformer must be an nn.Module or a list of them, got "
                     f"{transformer!r}"
                 )
+        check_functor(self.patch_functor)
         return list(map(unwrap, transformers))
 
 
@@ -170,24 +193,42 @@ def _stack_spec(
     blocks: torch.nn.ModuleList,
     pattern: ForwardPattern | None,
     modifier: ParamsModifier | None,
+    streams: Streams,
 ) -> StackSpec:
     """Find where the transformer holds `blocks` and check them against the pattern."""
+    block_list = find_list(transformer, blocks)
+    if pattern is not None:
+        check_signatures(block_list, pattern, streams)
+    return StackSpec((block_list,), pattern, modifier, streams)
+
+
+def _check_given(pattern: Any) -> None:
+    """Raise if a pattern is missing where nothing finds it."""
     if pattern is None:
         raise TypeError(
             f"BlockAdapter.forward_pattern must be one of {[p.name for p in ForwardPattern]}, "
             f"got None; give one, or auto=True"
         )
-    block_list = find_list(transformer, blocks)
-    check_signatures(block_list, pattern)
-    return StackSpec((block_list,), pattern, modifier)
+    for entry in pattern if isinstance(pattern, list | tuple) else []:
+        _check_given(entry)
+
+
+def _stream_names(given: Any) -> Streams:
+    """Return the names of both streams; one alone leaves the other its usual name."""
+    names = list(given) if isinstance(given, list | tuple) else [given]
+    if not 1 <= len(names) <= 2 or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"BlockAdapter.streams must be the names of one or two parameters of the blocks, as in "
+            f'("hidden_states", "audio_hidden_states"), got {given!r}'
+        )
+    return names[0], names[1] if len(names) == 2 else STREAMS[1]
 
 
 def find_list(transformer: torch.nn.Module, blocks: torch.nn.ModuleList) -> BlockList:
     """Return the place at which `transformer` holds `blocks`."""
     for path, module in transformer.named_modules():
-        for name, child in module.named_children():
-            if child is blocks:
-                return BlockList(module, name, f"{path}.{name}" if path else name)
+        if module is blocks:
+            return BlockList(transformer, path)
     raise ValueError(
         f"BlockAdapter.blocks must be lists of {type(transformer).__name__} itself, got a "
         f"{type(blocks).__name__} of {len(blocks)} that is none of its modules; pass the "
@@ -195,14 +236,19 @@ def find_list(transformer: torch.nn.Module, blocks: torch.nn.ModuleList) -> Bloc
     )
 
 
-def check_signatures(block_list: BlockList, pattern: ForwardPattern) -> None:
+def check_signatures(
+    block_list: BlockList, pattern: ForwardPattern, streams: Streams = STREAMS
+) -> None:
     """Raise if a block cannot be called with the streams that the pattern names."""
     if not block_list.blocks:
         raise ValueError(f"{block_list.path}: must hold at least one block, got none")
     for index, block in enumerate(block_list.blocks):
         names = parameter_names(block)
-        if len(names) < len(pattern.takes) and not {"args", "kwargs"} & set(names):
+        taken = streams[: len(pattern.takes)]
+        # under the usual names the first two parameters count, whatever they are called
+        lacks = not set(taken) <= set(names) | set(STREAMS) or len(names) < len(taken)
+        if lacks and not {"args", "kwargs"} & set(names):
             raise ValueError(
                 f"{block_list.path}[{index}] ({type(block).__name__}): a block of {pattern.name} "
-                f"must take ({', '.join(pattern.takes)}), got ({', '.join(names)})"
+                f"must take ({', '.join(taken)}), got ({', '.join(names)})"
             )

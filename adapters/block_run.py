@@ -31,6 +31,9 @@ class BlockRun:
         pattern: what the blocks take and return.
         open_step: called with the streams that the first block gets; it calls `start`.
         close_step: called when the last block is done.
+
+    Attributes:
+        fuses: of neighbours that are left out only the last one returns what it would have.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class BlockRun:
         self.returns_encoder = len(pattern.returns) == 2
         self.open_step = open_step
         self.close_step = close_step
+        self.fuses = True
         self.forget_step()
 
     def forget_step(self) -> None:
@@ -63,9 +67,9 @@ class BlockRun:
 
     def ends_run(self, index: int) -> bool:
         """Whether block `index`, left out, is the last of its neighbours; note the first one."""
-        if index == 0 or not self.skipped[index - 1]:
+        if index == 0 or not self.skipped[index - 1] or not self.fuses:
             self.first_of_run = index
-        return index + 1 == len(self.skipped) or not self.skipped[index + 1]
+        return not self.fuses or index + 1 == len(self.skipped) or not self.skipped[index + 1]
 
     def replace(self, index: int, hidden: torch.Tensor, encoder: torch.Tensor | None) -> Streams:
         """Return what the blocks left out up to `index` would have made of the streams."""
@@ -91,7 +95,7 @@ class BlockRun:
         """Note that block `index` is done."""
         if index + 1 == len(self.prunable):
             assert self.cache is not None
-            self.cache.is_complete = True
+            self.cache.is_complete |= self.stores
             self.close_step()
 
 

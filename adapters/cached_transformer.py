@@ -6,6 +6,7 @@ while a forward runs so do the lists of blocks, whose guards then shadow them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.block_adapter import StackSpec, TransformerSpec
-from dbcache.adapters.pruned_stack import PrunedStack
-from dbcache.adapters.stack import Stack
+from dbcache.adapters.block_adapter import TransformerSpec
+from dbcache.adapters.learning import learn
+from dbcache.adapters.patch_functor import Patches
+from dbcache.adapters.scope import make_stacks
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
-from dbcache.prune_config import DBPruneConfig
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
@@ -84,12 +85,6 @@ def _no_handle() -> None:
     return None
 
 
-def make_stack(spec: StackSpec, settings: StackSettings) -> Stack:
-    """Return the stack that `settings` ask for: whole steps are cached, or single blocks pruned."""
-    kind = PrunedStack if isinstance(settings.cache, DBPruneConfig) else Stack
-    return kind(list(spec.lists), spec.pattern, settings)
-
-
 class CachedTransformer:
     """Runs a transformer's forward with guards in place of its blocks.
 
@@ -115,13 +110,13 @@ class CachedTransformer:
         self.modifiers = modifiers
         self.by_request = by_request
         self.module = spec.transformer
-        self.stacks = [
-            make_stack(stack, settings.modified(modifier))
-            for stack, modifier in zip(spec.stacks, modifiers, strict=True)
-        ]
-        self.config = self.stacks[0].settings.cache
+        self.stacks = make_stacks(spec.stacks, settings, modifiers)
+        if self.stacks:
+            self._check_long_skips()
+        self.config = settings.modified(modifiers[0]).cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
+        self.patches: Patches | None = None
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.planned_steps: Callable[[], int | None] | None = None
         self.is_open = not by_request
@@ -133,6 +128,16 @@ class CachedTransformer:
         self._steps: dict[str | None, int] = {}
         self._patches: list[InstanceMethod] = []
 
+    def _check_long_skips(self) -> None:
+        """Raise if a block that always runs takes what a block that may be skipped has to make."""
+        for spec, stack in zip(self.spec.stacks, self.stacks, strict=True):
+            if spec.long_skips and stack.bn > stack.fn:
+                raise ValueError(
+                    f"{type(self.module).__name__}.{stack.name}: Bn_compute_blocks must be at most "
+                    f"Fn_compute_blocks, got {stack.bn} and {stack.fn}: long skip connections feed "
+                    f"what the first blocks make to the last ones; raise Fn_compute_blocks"
+                )
+
     def renewed(self, changes: ParamsModifier) -> CachedTransformer:
         """Return one with the given fields of `changes` on top; itself if that needs no rebuild."""
         settings = self.settings.modified(changes)
@@ -143,6 +148,7 @@ class CachedTransformer:
             return self
         renewed = CachedTransformer(self.spec, settings, self.modifiers, by_request=self.by_request)
         renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
+        renewed.patches = self.patches
         return renewed
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -150,6 +156,8 @@ class CachedTransformer:
 
     def install(self) -> None:
         """Switch the cache on."""
+        if self.patches is not None:
+            self.patches.redo()
         self.module.__dict__[HANDLE] = self
         self._patches = [InstanceMethod(self.module, "forward", self.forward)]
         if hasattr(self.module, "cache_context"):
@@ -161,6 +169,8 @@ class CachedTransformer:
             patch.remove()
         self._patches = []
         self.module.__dict__.pop(HANDLE, None)
+        if self.patches is not None:
+            self.patches.undo()
 
     @contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -192,12 +202,17 @@ class CachedTransformer:
         if not self.is_open:
             self._note_uncached_call()
             return run(*args, **kwargs)
+        if self.spec.fills is not None and self.spec.fills(kwargs):
+            self.start_request()
+            return run(*args, **kwargs)
         self._start_step()
+        if not self.stacks:
+            return self._learn(run, args, kwargs)
         shadowed = []
         try:
             for stack in self.stacks:
                 for block_list, entries in zip(stack.lists, stack.entries, strict=False):
-                    block_list.own[block_list.name] = entries
+                    block_list.shadow(entries)
                     shadowed.append(block_list)
             output = run(*args, **kwargs)
             for stack in self.stacks:
@@ -208,9 +223,27 @@ class CachedTransformer:
             raise
         finally:
             for block_list in shadowed:
-                del block_list.own[block_list.name]
+                block_list.unshadow()
         for stack in self.stacks:
             stack.finish_forward()
+        self.calls += 1
+        self._steps[self._step_branch] = self._steps.get(self._step_branch, 0) + 1
+        return output
+
+    def _learn(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run a forward that tells what the blocks take and return; it counts as a full step."""
+        output, stacks = learn(self.spec, run, args, kwargs)
+        pairs = zip(stacks, self.modifiers, strict=True)
+        self.modifiers = [modifier for stack, modifier in pairs if stack is not None]
+        kept = tuple(stack for stack in stacks if stack is not None)
+        self.spec = dataclasses.replace(self.spec, stacks=kept)
+        self.stacks = make_stacks(self.spec.stacks, self.settings, self.modifiers)
+        device = next(self.module.parameters(), torch.empty(0)).device
+        for stack in self.stacks:
+            stack.plan_request(self._num_steps())
+            stack.count_full_step(self._step_branch, device)
+        for stack in self.stacks:
+            stack.forget_step()
         self.calls += 1
         self._steps[self._step_branch] = self._steps.get(self._step_branch, 0) + 1
         return output

@@ -10,11 +10,12 @@ blocks keeps working, and what it does to passed-through values is discarded.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dbcache.adapters.patterns import ENCODER, HIDDEN, ForwardPattern, OutputForm, describe
+from dbcache.adapters.patterns import ENCODER, ForwardPattern, OutputForm, Streams, describe
 
 if TYPE_CHECKING:
     from dbcache.adapters.stack import Stack
@@ -23,42 +24,60 @@ if TYPE_CHECKING:
 class Inputs:
     """Finds the streams among the arguments of a block; the signature is read once."""
 
-    __slots__ = ("encoder_at", "hidden_at", "takes_encoder", "who")
+    __slots__ = ("encoder_at", "encoder_name", "hidden_at", "hidden_name", "takes_encoder", "who")
 
-    def __init__(self, block: torch.nn.Module, pattern: ForwardPattern, who: str) -> None:
+    def __init__(
+        self, block: torch.nn.Module, pattern: ForwardPattern, streams: Streams, who: str
+    ) -> None:
         self.who = who
         self.takes_encoder = ENCODER in pattern.takes
+        self.hidden_name, self.encoder_name = streams
         names = parameter_names(block)
-        self.hidden_at = names.index(HIDDEN) if HIDDEN in names else 0
-        self.encoder_at = names.index(ENCODER) if ENCODER in names else 1
+        self.hidden_at, self.encoder_at = (
+            names.index(name) if name in names else position
+            for position, name in enumerate(streams)
+        )
 
     def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """Return `hidden_states`."""
-        if HIDDEN in kwargs:
-            return kwargs[HIDDEN]
+        if self.hidden_name in kwargs:
+            return kwargs[self.hidden_name]
         if self.hidden_at < len(args):
             return args[self.hidden_at]
-        return self._missing(HIDDEN, args, kwargs)
+        return self._missing(self.hidden_name, args, kwargs)
 
     def encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
         """Return `encoder_hidden_states`, None where the pattern has none as input."""
         if not self.takes_encoder:
             return None
-        if ENCODER in kwargs:
-            return kwargs[ENCODER]
+        if self.encoder_name in kwargs:
+            return kwargs[self.encoder_name]
         if self.encoder_at < len(args):
             return args[self.encoder_at]
-        return self._missing(ENCODER, args, kwargs)
+        return self._missing(self.encoder_name, args, kwargs)
 
     def _missing(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = [describe(value) for value in args] + sorted(kwargs)
         raise ValueError(f"{self.who}: must be called with {name}, got ({', '.join(given)})")
 
 
-def parameter_names(block: torch.nn.Module) -> list[str]:
-    """Return the names of the parameters of a block's own forward, without `self`."""
+def forward_of(block: torch.nn.Module) -> Callable[..., Any]:
+    """Return a block's forward: that of the instance if it names its parameters, else its class's.
+
+    Hooks put a wrapper there that takes anything; a patch puts a forward with names there.
+    """
     block = getattr(block, "_orig_mod", block)  # torch.compile's wrapper
-    return list(inspect.signature(type(block).forward).parameters)[1:]
+    own = block.__dict__.get("forward")
+    if own is not None:
+        kinds = {parameter.kind for parameter in inspect.signature(own).parameters.values()}
+        if inspect.Parameter.VAR_POSITIONAL not in kinds:
+            return inspect.unwrap(own)
+    return type(block).forward.__get__(block)
+
+
+def parameter_names(block: torch.nn.Module) -> list[str]:
+    """Return the names of the parameters of a block's forward, without `self`."""
+    return list(inspect.signature(forward_of(block)).parameters)
 
 
 class Guard:
@@ -72,7 +91,7 @@ class Guard:
         self.who = who
         self.form: OutputForm | None = None
         self.swaps_pair = False
-        self.inputs = Inputs(block, stack.pattern, who)
+        self.inputs = Inputs(block, stack.pattern, stack.streams, who)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
@@ -141,7 +160,7 @@ class MiddleGuard(Guard):
         if not self.stack.cached:
             return self.run(args, kwargs)
         if self.swaps_pair and not args:
-            return kwargs[ENCODER], kwargs[HIDDEN]
+            return kwargs[self.inputs.encoder_name], kwargs[self.inputs.hidden_name]
         return self.pass_through(args, kwargs)
 
     def pass_through(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,6 +10,11 @@ import torch
 HIDDEN = "hidden_states"
 ENCODER = "encoder_hidden_states"
 
+Streams = tuple[str, str]
+"""Names of a block's parameters that take its hidden states and its encoder states."""
+
+STREAMS: Streams = (HIDDEN, ENCODER)
+
 
 class ForwardPattern(Enum):
     """Inputs and outputs of a block, as (takes, returns).
@@ -48,7 +53,8 @@ class OutputForm:
     Attributes:
         is_tensor: the block returns `hidden_states` alone.
         hidden_at: position of `hidden_states` in the tuple.
-        encoder_at: position of `encoder_hidden_states`, None where there is none.
+        encoder_at: position of `encoder_hidden_states`, None where the pattern returns none. What
+            is there may be None: from the last block of a model, or without audio.
     """
 
     __slots__ = ("encoder_at", "hidden_at", "is_tensor", "rest", "sequence")
@@ -73,10 +79,8 @@ class OutputForm:
         """Find the streams in a tuple; say whether it fits the pattern."""
         if len(pattern.returns) == 2 and len(output) == 2:
             self.hidden_at = pattern.returns.index(HIDDEN)
-            encoder = output[1 - self.hidden_at]
-            if isinstance(encoder, torch.Tensor):
-                self.encoder_at = 1 - self.hidden_at
-            elif encoder is not None:
+            self.encoder_at = 1 - self.hidden_at
+            if not isinstance(output[self.encoder_at], torch.Tensor | None):
                 return False
         elif len(pattern.returns) == 2 or any(isinstance(x, torch.Tensor) for x in output[1:]):
             return False

@@ -6,10 +6,11 @@ import warnings
 
 import torch
 
+from dbcache.adapters.block_adapter import StackSpec
 from dbcache.adapters.block_run import BlockRun, EncoderGuard, PruneGuard
 from dbcache.adapters.guards import CheckGuard
-from dbcache.adapters.patterns import ENCODER, ForwardPattern
-from dbcache.adapters.stack import BlockList, Entry, Stack, layout_of
+from dbcache.adapters.patterns import ENCODER
+from dbcache.adapters.stack import Entry, Stack, layout_of
 from dbcache.config import StackSettings
 from dbcache.kernels.lane_state import Reason
 from dbcache.prune_config import DBPruneConfig
@@ -20,26 +21,32 @@ class PrunedStack(Stack):
     """Blocks that are left out one by one.
 
     Args:
-        lists, pattern: as for `Stack`.
+        spec: lists that run one after the other.
         settings: with a `DBPruneConfig`, and without a predictor.
 
     Raises:
-        ValueError: there is a predictor.
+        ValueError: there is a predictor, or the blocks of several lists take turns.
     """
 
     lanes: dict[str | None, PrunedLane]  # type: ignore[assignment]
     lane: PrunedLane | None  # type: ignore[assignment]
 
-    def __init__(
-        self, lists: list[BlockList], pattern: ForwardPattern, settings: StackSettings
-    ) -> None:
+    def __init__(self, spec: StackSpec, settings: StackSettings) -> None:
         if settings.slots > 1 or settings.replace:
             raise ValueError(
                 f"DBPruneConfig: a block that is left out must add what it last added, got the "
                 f"predictor {settings.calibrator.strify()}; leave the calibrator out, or use a "
                 f"DBCacheConfig"
             )
-        super().__init__(lists, pattern, settings)
+        if spec.interleaved:
+            names = ", ".join(block_list.path for block_list in spec.lists)
+            raise ValueError(
+                f"DBPruneConfig: blocks must run list by list, got {names}, which take turns and "
+                f"rearrange the tokens in between; use a DBCacheConfig"
+            )
+        assert spec.pattern is not None
+        self.has_long_skips = spec.long_skips
+        super().__init__(list(spec.lists), spec.pattern, settings, spec.streams)
 
     def _make_entries(self) -> list[list[Entry]]:
         """Return what stands for each list; nothing where all blocks always run."""
@@ -62,6 +69,8 @@ class PrunedStack(Stack):
         if any(lane.cache.prunable != prunable for lane in self.lanes.values()):
             self.lanes.clear()  # blocks were added or taken away
         self.run = BlockRun(self.name, prunable, self.pattern, self._open, self._close)
+        # the loop takes what a block returns on to a later one: it must be what it would return
+        self.run.fuses = not self.has_long_skips
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
         position, entries = 0, []
         for block_list in self.lists:
@@ -85,10 +94,8 @@ class PrunedStack(Stack):
 
     def _open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Take the step's decisions. Called with what the first block gets that may be left out."""
-        lane = self.lanes.get(self.branch)
-        if lane is None:
-            lane = PrunedLane(self.settings, self.run.prunable, self.num_blocks)
-            self.lanes[self.branch] = lane
+        self._check_stream(hidden)
+        lane = self.lanes.get(self.branch) or self._add_lane()
         reason = lane.why(lane.start_step(layout_of(hidden, encoder)))
         prunable, diffs = self.run.prunable, list[float]()
         if reason is None:
@@ -98,6 +105,19 @@ class PrunedStack(Stack):
         lane.close(reason, skipped, diffs)
         self.lane, self.cached, self.is_open = lane, lane.cached, True
         self.run.start(lane.cache, skipped, stores=lane.stores(), step=lane.step - 1)
+
+    def _add_lane(self) -> PrunedLane:
+        lane = PrunedLane(self.settings, self.run.prunable, self.num_blocks)
+        self.lanes[self.branch] = lane
+        return lane
+
+    def count_full_step(self, branch: str | None, device: torch.device) -> None:
+        """Count a step that ran without the guards: full, with nothing kept of it."""
+        self.branch = branch
+        if self.entries:
+            self.lane = lane = self._add_lane()
+            lane.close(lane.why(lane.plan[0]), [False] * len(self.run.prunable), [])
+            lane.forget_reference()
 
     def _changes(self, lane: PrunedLane, hidden: torch.Tensor) -> torch.Tensor:
         """Measure the changes of the block inputs, or take those of the step's other branch."""

@@ -14,34 +14,73 @@ from dbcache.adapters.guards import (
     MiddleGuard,
     ProbeEndGuard,
 )
-from dbcache.adapters.patterns import ENCODER, ForwardPattern
+from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
+from dbcache.adapters.tail import Tail
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
+from dbcache.following import FollowingLane
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
 from dbcache.schedule import resolve_mask
 
 Entry = Guard | torch.nn.Module
+WHOLE = slice(None)
 
 
 class BlockList:
-    """One list of blocks and where the model's forward looks it up.
+    """One list of blocks, or a part of one, and where the model's forward looks it up.
 
-    Attributes:
-        owner: the module that has the list as attribute `name`.
-        path: name of the list seen from the transformer, as in ``"transformer_blocks"``.
+    Args:
+        transformer: the model.
+        path: name of the list seen from the transformer, as in ``"transformer_blocks"``. It may end
+            in ``[:-n]`` or ``[-n:]``: all but the last n blocks, or these, n being an attribute of
+            the transformer.
+
+    Raises:
+        AttributeError: there is no such list.
     """
 
-    def __init__(self, owner: torch.nn.Module, name: str, path: str) -> None:
-        self.owner = owner
-        self.name = name
+    def __init__(self, transformer: torch.nn.Module, path: str) -> None:
         self.path = path
-        self.own = owner.__dict__
+        whole, _, part = path.partition("[")
+        owner, _, self.name = whole.rpartition(".")
+        self.owner = transformer.get_submodule(owner)
+        blocks = transformer.get_submodule(whole)
+        self.part = WHOLE
+        if part:
+            split = len(blocks) - getattr(transformer, part.strip(":-]"))
+            self.part = slice(split) if part.startswith(":") else slice(split, None)
+        self._dict_owner: torch.nn.Module | None = None
+        if isinstance(self.owner, torch.nn.ModuleDict):
+            outer, _, self._dict_name = owner.rpartition(".")
+            self._dict_owner = transformer.get_submodule(outer)
         self.blocks = self.current()
 
     def current(self) -> list[torch.nn.Module]:
         """Return the blocks that the model has now."""
-        return list(getattr(self.owner, self.name)._modules.values())
+        blocks = self.owner._modules[self.name]
+        assert blocks is not None
+        return list(blocks._modules.values())[self.part]
+
+    def shadow(self, entries: list[Entry]) -> None:
+        """Let the model see `entries` in place of its blocks."""
+        if self._dict_owner is None:
+            own = self.owner.__dict__
+            if self.part is not WHOLE:  # the other part may be shadowed already
+                whole: list[Entry] = own.get(self.name) or [*self.owner.get_submodule(self.name)]
+                whole[self.part] = entries
+                entries = whole
+            own[self.name] = entries
+        else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
+            own = self._dict_owner.__dict__
+            own.setdefault(self._dict_name, dict(self.owner._modules))[self.name] = entries
+
+    def unshadow(self) -> None:
+        """Let the model see its blocks again."""
+        if self._dict_owner is None:
+            self.owner.__dict__.pop(self.name, None)
+        else:
+            self._dict_owner.__dict__.pop(self._dict_name, None)
 
 
 class Stack:
@@ -51,19 +90,34 @@ class Stack:
         lists: the chain, in the order in which the forward runs it.
         pattern: what the blocks take and return.
         settings: checked settings; Fn and Bn are clamped to the number of blocks, with a warning.
+        streams: names of the parameters that take hidden states and encoder states.
+        interleaved: the forward runs a block of each list in turn, and rearranges the tokens in
+            between (Latte: spatial, temporal). Fn and Bn count rounds. The middle ends after the
+            first block of its last round: it gives back the arrangement that it got.
+        leader: the stack whose decisions this one takes over, without a probe of its own: Fn is 0.
     """
 
     def __init__(
-        self, lists: list[BlockList], pattern: ForwardPattern, settings: StackSettings
+        self,
+        lists: list[BlockList],
+        pattern: ForwardPattern,
+        settings: StackSettings,
+        streams: Streams = STREAMS,
+        interleaved: bool = False,
+        leader: Stack | None = None,
     ) -> None:
         self.lists = lists
+        self.round = len(lists) if interleaved else 1
         self.pattern = pattern
+        self.streams = streams
         self.settings = settings
+        self.leader = leader
         self._given = settings.cache
         self.name = "+".join(block_list.path for block_list in lists)
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
         self.fn, self.bn = self._clamp()
         self.lanes: dict[str | None, Lane] = {}
+        self.tail: Tail | None = None
         self.entries = self._make_entries()
         self._learned = False
         self._copies_probe = True
@@ -75,8 +129,8 @@ class Stack:
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""
         cache, total = self.settings.cache, self.num_blocks
-        fn = min(cache.Fn_compute_blocks, total)
-        bn = min(cache.Bn_compute_blocks, total - fn)
+        fn = min(self.round * cache.Fn_compute_blocks, total) if self.leader is None else 0
+        bn = min(self.round * (cache.Bn_compute_blocks + 1) - 1, total - fn)
         if fn + bn == total:
             wanted = f"Fn={cache.Fn_compute_blocks}, Bn={cache.Bn_compute_blocks}"
             warnings.warn(
@@ -92,17 +146,22 @@ class Stack:
         if first_middle > last_middle:
             return []
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+        self.tail = Tail.of(self)
         position, entries = 0, []
-        for block_list in self.lists:
+        for turn, block_list in enumerate(self.lists):
             row: list[Entry] = []
             for index, block in enumerate(block_list.blocks):
                 who = f"{block_list.path}[{index}] ({type(block).__name__})"
+                if self.round > 1:
+                    position = index * self.round + turn
                 if first_middle <= position <= last_middle:
                     is_first, is_last = position == first_middle, position == last_middle
                     if is_first or is_last:
                         row.append(MiddleEndGuard(self, block, who, is_first, is_last))
                     else:
                         row.append(MiddleGuard(self, block, who))
+                elif position > last_middle and self.tail is not None:
+                    row.append(self.tail.guard(position, block, who))
                 elif position == first_middle - 1 and returns_encoder_only:
                     row.append(ProbeEndGuard(self, block, who, is_first=position == 0))
                 else:
@@ -117,13 +176,18 @@ class Stack:
         self.branch: str | None = None
         self.cached = False
         self.is_open = False
+        self.prediction: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
         self.encoder_fn: torch.Tensor | None = None
+        if self.tail is not None:
+            self.tail.run.forget_step()
 
     def start_request(self) -> None:
         """Forget the last request."""
         self._shared = None
+        if self.tail is not None:
+            self.tail.start_request()
         for lane in self.lanes.values():
             lane.start_request()
 
@@ -157,13 +221,25 @@ class Stack:
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
+        self._check_stream(h_in)
         copies = self._copies_probe and not self.settings.cache.compares_hidden_states
         self.h_in = h_in.clone() if copies else h_in
         if not self._learned:
             self._originals = [(h_in, self.h_in)]
 
+    def _check_stream(self, hidden: object) -> None:
+        """Raise if what the first block gets is no tensor."""
+        if not isinstance(hidden, torch.Tensor):
+            raise TypeError(
+                f"{self.name}: hidden_states must be a tensor, got {describe(hidden)}; blocks that "
+                f"take something else need a patch_functor, see BlockAdapter"
+            )
+
     def decide(self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None) -> None:
         """Take the step's decision. Called with what the first middle block gets."""
+        if self.fn == 0:
+            self._check_stream(h_fn)
+            self.h_in = h_fn
         if self.h_in is None:
             raise RuntimeError(f"{self.name}: the model ran its middle blocks without the first")
         if self.pattern is ForwardPattern.Pattern_2:
@@ -180,23 +256,51 @@ class Stack:
             self._copies_probe = self._were_overwritten()
         lane = self.lanes.get(self.branch)
         if lane is None:
-            lane = self.lanes[self.branch] = Lane(self.settings, h_fn.device)
-        code = lane.start_step(layout_of(h_fn, encoder_in), h_fn.device)
-        if code != PlanCode.DYNAMIC or not lane.has_reference:
-            self.cached = eager.take_decision(lane, code, None)
-        elif self.settings.cache.cfg_diff_compute_separate:
-            self.cached = eager.measure_and_decide(lane, self.h_in, h_fn)
-        else:
-            self.cached = eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
+            lane = self.lanes[self.branch] = self._new_lane(h_fn.device)
+        self.cached = self._take_decision(lane, h_fn, layout_of(h_fn, encoder_in))
         self.lane = lane
         self.is_open = True
+        if self.cached and encoder_in is None and lane.encoder_ring is not None:
+            encoder_in = h_fn.new_zeros(lane.encoder_ring.shape[1:])  # made by the blocks alone
         copies = self._copies_middle and not self.cached
         self.h_fn = h_fn.clone() if copies else h_fn
         self.encoder_fn = encoder_in.clone() if copies and encoder_in is not None else encoder_in
+        if self.cached:
+            # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
+            self.prediction = eager.forecast(lane, self.h_fn, self.encoder_fn)
         if not self._learned:
             self._originals = [(h_fn, self.h_fn)]
             if encoder_in is not None and self.encoder_fn is not None:
                 self._originals.append((encoder_in, self.encoder_fn))
+
+    def _new_lane(self, device: torch.device) -> Lane:
+        if self.leader is None:
+            return Lane(self.settings, device)
+        return FollowingLane(self.settings, self._leader_lane())
+
+    def _leader_lane(self) -> Lane:
+        """Return the lane that has taken this step's decision."""
+        assert self.leader is not None
+        if self.leader.lane is None:
+            raise RuntimeError(
+                f"{self.name}: with decision_scope='model' the first stack must run before the "
+                f"others, got a forward in which {self.leader.name} has not; name the stacks in "
+                f"the order of the forward, or use decision_scope='stack'"
+            )
+        return self.leader.lane
+
+    def _take_decision(self, lane: Lane, h_fn: torch.Tensor, layout: Layout) -> bool:
+        """Decide the step of `lane`, or take over what the leader decided."""
+        if isinstance(lane, FollowingLane):
+            lane.leader = self._leader_lane()
+            return lane.follow(layout, h_fn.device)
+        assert self.h_in is not None
+        code = lane.start_step(layout, h_fn.device)
+        if code != PlanCode.DYNAMIC or not lane.has_reference:
+            return eager.take_decision(lane, code, None)
+        if self.settings.cache.cfg_diff_compute_separate:
+            return eager.measure_and_decide(lane, self.h_in, h_fn)
+        return eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
 
     def _were_overwritten(self) -> bool:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
@@ -214,10 +318,11 @@ class Stack:
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of the middle blocks."""
-        assert self.lane is not None
-        assert self.h_fn is not None
+        assert self.prediction is not None
         self.is_open = False
-        return eager.forecast(self.lane, self.h_fn, self.encoder_fn)
+        if self.tail is not None:
+            self.tail.run.encoder = self.prediction[1]
+        return self.prediction
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
         """Store what the middle blocks did."""
@@ -232,12 +337,20 @@ class Stack:
             )
         if not self._learned:
             self._copies_middle = self._were_overwritten()
+        if self.fn == 0 and self.encoder_fn is None and encoder is not None:
+            self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone
         eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
         self.is_open = False
+        if self.tail is not None:
+            self.tail.run.encoder = encoder
 
     def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
         """Return the blocks that were left out on each step; None where whole steps are cached."""
         return None
+
+    def tail_nbytes(self, branch: str | None) -> int:
+        """Bytes of what is stored of single blocks among the last ones."""
+        return 0 if self.tail is None else self.tail.nbytes(branch)
 
     def check_finished(self) -> None:
         """Raise if the step that was begun was not carried through."""
@@ -256,6 +369,17 @@ class Stack:
             for row in self.entries:
                 row[:] = [e.block if type(e) is CheckGuard else e for e in row]
         self.forget_step()
+
+    def count_full_step(self, branch: str | None, device: torch.device) -> None:
+        """Count a step that ran without the guards: full, with nothing kept of it."""
+        self.branch = branch
+        lane = self.lanes[branch] = self._new_lane(device)
+        if isinstance(lane, FollowingLane):
+            lane.step = lane.leader.step
+        else:
+            eager.take_decision(lane, lane.plan[0], None)
+            lane.forget_reference()
+        self.lane = lane
 
     def abort_forward(self) -> None:
         """Clean up after an exception: the step counts as never begun."""

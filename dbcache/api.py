@@ -13,7 +13,9 @@ from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_b
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
-from dbcache.adapters.registry import MODELS, find_specs
+from dbcache.adapters.models import MODELS
+from dbcache.adapters.patch_functor import on_trial
+from dbcache.adapters.registry import find_specs
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.load_configs import partial_config, split_options
@@ -57,11 +59,18 @@ def enable(
     partial, calibrator = _from_options("enable", options, cache_config, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
-    pipe, specs = _resolve(target)
-    transformers = [
-        CachedTransformer(spec, settings, modifiers, by_request=pipe is not None)
-        for spec, modifiers in zip(specs, _modifiers(specs, params_modifiers), strict=True)
-    ]
+    pipe, adapter = _resolve(target)
+    functor = adapter.patch_functor if adapter is not None else None
+    modules = adapter.transformers() if adapter is not None else []
+    handles = [handle for module in modules if (handle := handle_of(module)) is not None]
+    with on_trial(functor, modules, handles) as patches:
+        specs = adapter.specs() if adapter is not None else find_specs(target)
+        transformers = [
+            CachedTransformer(spec, settings, modifiers, by_request=pipe is not None)
+            for spec, modifiers in zip(specs, _modifiers(specs, params_modifiers), strict=True)
+        ]
+    for transformer, patch in zip(transformers, patches, strict=False):
+        transformer.patches = patch
     disable(pipe if pipe is not None else target)
     for transformer in transformers:
         _replace(handle_of(transformer.module), transformer)
@@ -130,7 +139,8 @@ def summary(target: object, details: bool = False, logging: bool = True) -> Summ
                             stack=stack.name,
                             branch=branch,
                             threshold=stack.settings.cache.threshold,
-                            megabytes=lane.nbytes() / 1e6,
+                            follows=stack.leader.name if stack.leader is not None else None,
+                            megabytes=(lane.nbytes() + stack.tail_nbytes(branch)) / 1e6,
                             pruned=stack.pruned_blocks(branch),
                             blocks=stack.num_blocks,
                         )
@@ -205,13 +215,12 @@ def _from_options(
     return partial_config(who, fields, cache_config), copy.copy(calibrator_config or calibrator)
 
 
-def _resolve(target: object) -> tuple[Any, list[TransformerSpec]]:
-    """Return (pipeline or None, what to cache)."""
+def _resolve(target: object) -> tuple[Any, BlockAdapter | None]:
+    """Return (pipeline or None, adapter or None: the table of models says what to cache)."""
     if isinstance(target, BlockAdapter):
-        return target.pipe, target.specs()
+        return target.pipe, target
     pipe = None if isinstance(target, torch.nn.Module) else target
-    adapter = BlockAdapterRegistry.adapter_of(unwrap(target))
-    return pipe, find_specs(target) if adapter is None else adapter.specs()
+    return pipe, BlockAdapterRegistry.adapter_of(unwrap(target))
 
 
 def _modifiers(
@@ -236,8 +245,7 @@ def _parts(target: object) -> list[object]:
     """Return the objects that may carry a handle, pipeline first."""
     if not isinstance(target, BlockAdapter):
         return [unwrap(target)]
-    modules = [spec.transformer for spec in target.specs()]
-    return [part for part in (target.pipe, *modules) if part is not None]
+    return [part for part in (target.pipe, *target.transformers()) if part is not None]
 
 
 def _enabled(target: object, who: str) -> list[CachedTransformer]:

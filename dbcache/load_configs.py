@@ -68,7 +68,10 @@ def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
         if not isinstance(given, Mapping):
             raise TypeError(f"load_configs: {SECTION} must be a mapping of options, got {given!r}")
     options, calibrator = split_options("load_configs", given)
-    return {"cache_config": partial_config("load_configs", options), "calibrator_config": calibrator}
+    return {
+        "cache_config": partial_config("load_configs", options),
+        "calibrator_config": calibrator,
+    }
 
 
 def partial_config(

@@ -18,6 +18,7 @@ _WITHOUT_MEANING = (
     "l1_hidden_states_diff_threshold",
     "max_accumulated_residual_diff_threshold",
     "cache_dtype",
+    "decision_scope",
 )
 
 
@@ -67,13 +68,9 @@ class DBPruneConfig(DBCacheConfig):
             check_number(f"{who}.{name}", self.max_dynamic_prune_threshold, positive=True)
         name = "dynamic_prune_threshold_relax_ratio"
         check_number(f"{who}.{name}", self.dynamic_prune_threshold_relax_ratio, positive=True)
-        self.non_prune_block_ids = check_ids(
-            f"{who}.non_prune_block_ids", self.non_prune_block_ids
-        )
+        self.non_prune_block_ids = check_ids(f"{who}.non_prune_block_ids", self.non_prune_block_ids)
         check_int(f"{who}.max_pruned_steps", self.max_pruned_steps, UNLIMITED)
-        check_int(
-            f"{who}.residual_cache_update_interval", self.residual_cache_update_interval, 1
-        )
+        check_int(f"{who}.residual_cache_update_interval", self.residual_cache_update_interval, 1)
         limits = (self.max_cached_steps, self.max_pruned_steps)
         if UNLIMITED not in limits and limits[0] != limits[1]:
             raise ValueError(

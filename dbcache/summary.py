@@ -46,6 +46,7 @@ class LaneSummary:
         pruned: numbers of the blocks that were left out, by step; None where whole steps are
             cached.
         blocks: blocks of the stack.
+        follows: the stack that decided for this one, None where it decides for itself.
     """
 
     transformer: str
@@ -57,6 +58,7 @@ class LaneSummary:
     megabytes: float
     pruned: list[list[int]] | None = None
     blocks: int = 0
+    follows: str | None = None
 
     @classmethod
     def from_trace(cls, reasons: list[int], diffs: list[float], **attributes: Any) -> LaneSummary:
@@ -102,6 +104,8 @@ class LaneSummary:
     @property
     def warnings(self) -> list[str]:
         """What the user should know, each with what to do."""
+        if self.follows:
+            return []  # those of the stack that decided say it all
         counts, who = self.counts, f"{self.stack}{f' ({self.branch})' if self.branch else ''}"
         found = []
         nan = counts.get(REASONS[Reason.NAN], 0)
@@ -207,7 +211,8 @@ class Summary:
                     str(len(lane.cached_steps)),
                     *[f"{lane.pruned_ratio:.0%}" if lane.pruned is not None else "-"] * prunes,
                     *(f"{diffs[name]:.3f}" if diffs else "-" for name, _ in PERCENTILES),
-                    ", ".join(f"{reason} {count}" for reason, count in lane.counts.items()),
+                    f"as {lane.follows}: " * bool(lane.follows)
+                    + ", ".join(f"{reason} {count}" for reason, count in lane.counts.items()),
                 ]
             )
         return rows
@@ -245,7 +250,9 @@ class Summary:
         for rows in self._tables():
             widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
             lines += [""] * bool(lines) + [
-                "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                "  ".join(
+                    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+                ).rstrip()
                 for row in rows
             ]
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])

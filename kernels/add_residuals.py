@@ -47,7 +47,7 @@ def add_residuals(
         ValueError: shapes, dtypes, devices or the run do not fit.
     """
     blocks = residuals.shape[0]
-    if not (0 <= first and 1 <= count and first + count <= blocks):
+    if not (first >= 0 and count >= 1 and first + count <= blocks):
         must = f"the run must have at least 1 of the {blocks} blocks"
         raise invalid("add_residuals", must, f"first = {first}", f"count = {count}")
     _check("h", h, residuals, blocks)

@@ -93,7 +93,9 @@ def _check(
             must = f"{name} must be ({blocks}, *{tuple(h.shape)}) and contiguous"
             raise invalid(who, must, tuple(stored.shape), stored.stride())
         if stored.dtype != h.dtype or h.dtype not in DTYPES:
-            raise invalid(who, f"h and {name} must share a dtype of {DTYPES}", h.dtype, stored.dtype)
+            raise invalid(
+                who, f"h and {name} must share a dtype of {DTYPES}", h.dtype, stored.dtype
+            )
     if stamps.dtype != torch.int32 or stamps.shape != (blocks,):
         raise invalid(who, f"stamps must be int32 ({blocks},)", stamps.dtype, tuple(stamps.shape))
     devices = [x.device for x in (h, inputs, residuals, stamps)]

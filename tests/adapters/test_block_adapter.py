@@ -7,7 +7,8 @@ from diffusers import FluxTransformer2DModel
 
 import dbcache
 from dbcache import BlockAdapter, DBCacheConfig, ForwardPattern, ParamsModifier
-from dbcache.adapters.registry import MODELS, row_of
+from dbcache.adapters.models import MODELS
+from dbcache.adapters.registry import row_of
 
 FLUX = tiny.FAMILIES["flux"]
 LISTS = FLUX.lists

@@ -34,7 +34,10 @@ def test_stores_exact_differences_of_one_block_and_its_growth(integers, shape, d
     assert torch.equal(state.residuals[1], newer[1] - newer[0])
     assert torch.equal(state.encoder_residuals[1], added[1] - encoder)
     assert state.stamps.tolist() == [-7, 6, -7]
-    grown = [(new.double() - old.double()).abs().sum().item() for old, new in zip(older, newer, strict=True)]
+    grown = [
+        (new.double() - old.double()).abs().sum().item()
+        for old, new in zip(older, newer, strict=True)
+    ]
     assert state.growth_sums[1].sum(0).tolist() == grown[::-1]
     for tensor in (state.inputs, state.residuals, state.growth_sums):
         assert tensor[[0, 2]].isnan().all()

@@ -1,275 +1,114 @@
-"""A tiny real model of each transformer class in the table, and the inputs of one of its steps.
+"""Tiny real models of all transformer classes in the table, and their denoising loops.
 
-A case is data: the class, its config, and the shapes of what its forward takes. Weights and inputs
-follow from seeds; float32 on the CPU, ten blocks.
+Weights and inputs follow from seeds; float32 on the CPU, about ten blocks.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import diffusers
+import models_audio
+import models_flux
+import models_image
+import models_other
+import models_streaming
+import models_video
 import tiny
 import torch
+from model_case import STREAMS, find_class
 
-BLOCKS = 10
-TEXT = (1, tiny.TEXT_TOKENS, tiny.TEXT_DIM)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One transformer class.
-
-    Attributes:
-        lists: the block lists that the forward runs, in order; each chain of them is a stack.
-        config: arguments of the class.
-        latent: shape of `hidden_states`.
-        tensors: shapes of the other float inputs.
-        inputs: what else the forward takes.
-        build: builds the model, where `config` does not.
-    """
-
-    lists: tuple[str, ...]
-    latent: tuple[int, ...]
-    config: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    inputs: dict[str, Any] = field(default_factory=dict)
-    build: Callable[[], torch.nn.Module] | None = None
-
-
-HEADS = {"num_attention_heads": 2, "attention_head_dim": 12}
-FLUX_LISTS = ("transformer_blocks", "single_transformer_blocks")
-FLUX_LIKE = {
-    "in_channels": 16,
-    "num_layers": 4,
-    "num_single_layers": BLOCKS - 4,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "joint_attention_dim": tiny.TEXT_DIM,
-    "axes_dims_rope": (4, 6, 6),
-}
-FLUX_IDS = {
-    "img_ids": torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
-    "txt_ids": torch.zeros(tiny.TEXT_TOKENS, 3),
-}
-
-COGVIEW = HEADS | {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_layers": BLOCKS,
-    "text_embed_dim": tiny.TEXT_DIM,
-    "time_embed_dim": 8,
-    "condition_dim": 4,
-    "pos_embed_max_size": 8,
-    "sample_size": 8,
-}
-COGVIEW_INPUTS = {
-    "original_size": torch.tensor([[64.0, 64.0]]),
-    "target_size": torch.tensor([[64.0, 64.0]]),
-    "crop_coords": torch.zeros(1, 2),
-}
-
-CASES = {
-    "FluxTransformer2DModel": Case(
-        FLUX_LISTS,
-        (1, 16, 16),
-        tensors={"encoder_hidden_states": TEXT, "pooled_projections": (1, 12)},
-        inputs=FLUX_IDS,
-        build=tiny.flux,
-    ),
-    "QwenImageTransformer2DModel": Case(
-        ("transformer_blocks",),
-        (1, 16, 16),
-        tensors={"encoder_hidden_states": TEXT},
-        inputs={
-            "img_shapes": [[(1, 4, 4)]],
-            "encoder_hidden_states_mask": torch.ones(1, tiny.TEXT_TOKENS, dtype=torch.bool),
-        },
-        build=lambda: tiny.qwen(layers=BLOCKS),
-    ),
-    "WanTransformer3DModel": Case(
-        ("blocks",),
-        (1, 4, 2, 4, 4),
-        tensors={"encoder_hidden_states": TEXT},
-        build=lambda: tiny.wan(layers=BLOCKS),
-    ),
-    "CogVideoXTransformer3DModel": Case(
-        ("transformer_blocks",),
-        (1, 2, 4, 8, 8),
-        HEADS
-        | {
-            "attention_head_dim": 16,
-            "in_channels": 4,
-            "out_channels": 4,
-            "time_embed_dim": 8,
-            "text_embed_dim": tiny.TEXT_DIM,
-            "num_layers": BLOCKS,
-            "sample_width": 8,
-            "sample_height": 8,
-            "sample_frames": 5,
-            "max_text_seq_length": tiny.TEXT_TOKENS,
-        },
-        {"encoder_hidden_states": TEXT},
-    ),
-    "HunyuanVideoTransformer3DModel": Case(
-        FLUX_LISTS,
-        (1, 4, 2, 4, 4),
-        HEADS
-        | {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": 4,
-            "num_single_layers": BLOCKS - 4,
-            "num_refiner_layers": 1,
-            "guidance_embeds": False,
-            "text_embed_dim": tiny.TEXT_DIM,
-            "pooled_projection_dim": 8,
-            "rope_axes_dim": (4, 4, 4),
-        },
-        {"encoder_hidden_states": TEXT, "pooled_projections": (1, 8)},
-        {"encoder_attention_mask": torch.ones(1, tiny.TEXT_TOKENS, dtype=torch.bool)},
-    ),
-    "MochiTransformer3DModel": Case(
-        ("transformer_blocks",),
-        (1, 4, 2, 4, 4),
-        HEADS
-        | {
-            "attention_head_dim": 8,
-            "num_layers": BLOCKS,
-            "pooled_projection_dim": 16,
-            "in_channels": 4,
-            "text_embed_dim": tiny.TEXT_DIM,
-            "time_embed_dim": 4,
-            "max_sequence_length": tiny.TEXT_TOKENS,
-        },
-        {"encoder_hidden_states": TEXT},
-        {"encoder_attention_mask": torch.ones(1, tiny.TEXT_TOKENS, dtype=torch.bool)},
-    ),
-    "LTXVideoTransformer3DModel": Case(
-        ("transformer_blocks",),
-        (1, 16, 4),
-        HEADS
-        | {
-            "in_channels": 4,
-            "out_channels": 4,
-            "cross_attention_dim": 24,
-            "num_layers": BLOCKS,
-            "caption_channels": tiny.TEXT_DIM,
-        },
-        {"encoder_hidden_states": TEXT},
-        {
-            "encoder_attention_mask": torch.ones(1, tiny.TEXT_TOKENS, dtype=torch.bool),
-            "num_frames": 1,
-            "height": 4,
-            "width": 4,
-        },
-    ),
-    "CogView4Transformer2DModel": Case(
-        ("transformer_blocks",),
-        (1, 4, 8, 8),
-        COGVIEW | {"rope_axes_dim": (8, 8)},
-        {"encoder_hidden_states": TEXT},
-        COGVIEW_INPUTS,
-    ),
-    "PixArtTransformer2DModel": Case(
-        ("transformer_blocks",),
-        (1, 4, 8, 8),
-        HEADS
-        | {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": BLOCKS,
-            "cross_attention_dim": 24,
-            "sample_size": 8,
-            "caption_channels": tiny.TEXT_DIM,
-            "use_additional_conditions": False,
-        },
-        {"encoder_hidden_states": TEXT},
-        {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
-    ),
-    "CogView3PlusTransformer2DModel": Case(
-        ("transformer_blocks",),
-        (1, 4, 8, 8),
-        COGVIEW,
-        {"encoder_hidden_states": TEXT},
-        COGVIEW_INPUTS,
-    ),
-    "BriaTransformer2DModel": Case(
-        FLUX_LISTS,
-        (1, 16, 16),
-        FLUX_LIKE | {"pooled_projection_dim": 12},
-        {"encoder_hidden_states": TEXT, "pooled_projections": (1, 12)},
-        FLUX_IDS,
-    ),
-    "OvisImageTransformer2DModel": Case(
-        FLUX_LISTS,
-        (1, 16, 16),
-        FLUX_LIKE | {"out_channels": 16},
-        {"encoder_hidden_states": TEXT},
-        FLUX_IDS,
-    ),
-    "LongCatImageTransformer2DModel": Case(
-        FLUX_LISTS,
-        (1, 16, 16),
-        FLUX_LIKE | {"pooled_projection_dim": 12},
-        {"encoder_hidden_states": TEXT},
-        FLUX_IDS,
-    ),
-    "SanaTransformer2DModel": Case(
-        ("transformer_blocks",),
-        (1, 4, 4, 4),
-        HEADS
-        | {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_layers": BLOCKS,
-            "num_cross_attention_heads": 2,
-            "cross_attention_head_dim": 12,
-            "cross_attention_dim": 24,
-            "caption_channels": tiny.TEXT_DIM,
-            "sample_size": 4,
-        },
-        {"encoder_hidden_states": TEXT},
-    ),
-}
-"""Of each class of the table, by name."""
-
-FROM_ONE = (
-    "FluxTransformer2DModel",
-    "QwenImageTransformer2DModel",
-    "OvisImageTransformer2DModel",
-    "LongCatImageTransformer2DModel",
+PARTS = (
+    models_flux,
+    models_image,
+    models_video,
+    models_streaming,
+    models_audio,
+    models_other,
 )
-"""Classes whose time runs from 1 to 0 rather than from 1000."""
+CASES = {name: case for part in PARTS for name, case in part.CASES.items()}
+"""By the name of the class."""
 
 
 @cache
 def model(name: str) -> torch.nn.Module:
     """Return the tiny model of a class; the same one each time."""
-    case = CASES[name]
+    case, cls = CASES[name], find_class(name)
     if case.build is not None:
         return case.build()
-    return tiny.fill(getattr(diffusers, name)(**case.config), seed=3)
+    return tiny.fill(cls(**case.config), seed=3)
 
 
-def run(name: str, steps: int, seeds: list[int] | None = None) -> list[torch.Tensor]:
+def stacks_of(name: str) -> list[list[torch.nn.Module]]:
+    """Return the blocks of each stack."""
+    transformer = model(name)
+    stacks = [[_list(transformer, path) for path in paths] for paths in CASES[name].stacks]
+    return [[block for blocks in lists for block in blocks] for lists in stacks]
+
+
+def _list(transformer: torch.nn.Module, path: str) -> list[torch.nn.Module]:
+    """Return the blocks of ``"list"``, ``"list[:-2]"``, ``"list[-2:]"`` or ``"list & list"``."""
+    if "&" in path:
+        lists = [_list(transformer, each.strip()) for each in path.split("&")]
+        return [block for turn in zip(*lists, strict=True) for block in turn]
+    whole, _, part = path.partition("[")
+    bounds = [int(n) if n else None for n in part.strip("]").split(":")]
+    return [*transformer.get_submodule(whole)][slice(*bounds)]
+
+
+def middles_of(name: str, fn: int, bn: int) -> list[range]:
+    """Return which blocks of each stack are the middle ones.
+
+    Of lists that take turns Fn and Bn are rounds, and the last round of the middle has its first
+    block only.
+    """
+    ranges = []
+    for paths, blocks in zip(CASES[name].stacks, stacks_of(name), strict=True):
+        turns = paths[0].count("&") + 1
+        ranges.append(range(turns * fn, len(blocks) - turns * (bn + 1) + 1))
+    return ranges
+
+
+def streams_of(name: str) -> list[tuple[str, ...]]:
+    """Return the names of the streams' parameters for each stack."""
+    case = CASES[name]
+    return [case.streams.get(paths[0], STREAMS) for paths in case.stacks]
+
+
+def run(
+    name: str,
+    steps: int,
+    seeds: list[int] | None = None,
+    more: Callable[[int], dict[str, Any]] = lambda step: {},
+) -> list[torch.Tensor]:
     """Return the outputs of `steps` steps on inputs that follow from `seeds`, one per step.
 
-    Without seeds the loop is closed: a part of each output goes into the next input.
+    Without seeds the loop is closed: a part of each output goes into the next input. Where a model
+    returns several tensors an output is all of them, one after the other. `more` returns further
+    arguments of a step.
     """
     case, transformer = CASES[name], model(name)
     x, outputs = tiny.noise(*case.latent, seed=5), []
-    tensors = {key: tiny.noise(*s, seed=i) for i, (key, s) in enumerate(case.tensors.items(), 11)}
     for step in range(steps):
         if seeds is not None:
             x = tiny.noise(*case.latent, seed=seeds[step])
-        t = 1 - (0 if seeds is not None else step / steps)
-        time = torch.tensor([t if name in FROM_ONE else 1000 * t])
+        time = torch.full((len(x),), case.start * (1 - (0 if seeds else step / steps)))
         with torch.no_grad():
-            (output,) = transformer(
-                hidden_states=x, timestep=time, return_dict=False, **tensors, **case.inputs
-            )
-        outputs.append(output)
-        x = x - output[tuple(slice(0, n) for n in x.shape)] / steps
+            tensors = _tensors(transformer(**case.call_arguments(x, time), **more(step)))
+        outputs.append(torch.cat([tensor.flatten() for tensor in tensors]))
+        x = x - _like(x, tensors[0]) / steps
     return outputs
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """Return the tensors in what a model returned, in order."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output
+    return [tensor for value in values if value is not None for tensor in _tensors(value)]
+
+
+def _like(x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Return the part of `output` that has the shape of `x`."""
+    if output.numel() == x.numel():
+        return output.reshape(x.shape)
+    return output[tuple(slice(0, n) for n in x.shape)]
