@@ -30,7 +30,7 @@ _TAYLORSEER = {
 }
 _SWITCHES = ("enable_taylorseer", "enable_encoder_taylorseer")
 _FLAT = (*(field.name for field in dataclasses.fields(DBPruneConfig)), *_ALIASES, *_TAYLORSEER)
-_METHODS = {config().cache_type: config for config in (DBCacheConfig, DBPruneConfig)}
+_METHODS: dict[str, type[DBCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
 
 
 def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -83,10 +83,10 @@ def partial_config(
         TypeError, ValueError: an option that the method does not have, or a value that is not
             allowed.
     """
-    method = options.get("cache_type", DBCacheConfig().cache_type if base is None else None)
-    if method is not None:
-        check_choice(f"{who}: cache_type", method, tuple(_METHODS))
-    config = type(base) if method is None else _METHODS[method]
+    base = DBCacheConfig() if base is None else base
+    method = options.get("cache_type", base.cache_type)
+    check_choice(f"{who}: cache_type", method, tuple(_METHODS))
+    config = _METHODS[method]
     known = [field.name for field in dataclasses.fields(config)]
     for name in options:
         if name not in known:

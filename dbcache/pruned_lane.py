@@ -1,8 +1,8 @@
 """One lane of DBPrune: what is stored of each block, and which blocks of a step are left out.
 
-The step's own rules (plan, limits) are arithmetic on counts that the host has anyway: it reads, once
-per undecided step, which blocks are left out. What is compared, and the decision on each block, are
-on the device.
+The step's own rules (plan, limits) are arithmetic on counts that the host has anyway: it reads
+once per undecided step which blocks are left out. What is compared, and the decision on each block,
+are on the device.
 
 Memory per lane: two tensors of the size of `hidden_states` per block between the first and the last
 one that may be left out, and one of the size of `encoder_hidden_states` where blocks return them.

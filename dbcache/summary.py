@@ -137,8 +137,8 @@ class LaneSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, as plain data."""
-        derived = ("steps", "cached_steps", "counts", "percentiles", "warnings")
-        derived += ("pruned_blocks", "pruned_ratio")
+        derived = ["steps", "cached_steps", "counts", "percentiles", "warnings"]
+        derived += ["pruned_blocks", "pruned_ratio"]
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
@@ -237,7 +237,7 @@ class Summary:
 
         With `details` a second table has one row per step.
         """
-        lines = []
+        lines: list[str] = []
         for rows in self._tables():
             lines += [""] * bool(lines) + ["| " + " | ".join(row) + " |" for row in rows]
             lines.insert(len(lines) - len(rows) + 1, "|" + "---|" * len(rows[0]))
@@ -246,7 +246,7 @@ class Summary:
     def __str__(self) -> str:
         if not self.lanes:
             return "\n".join(["dbcache: no step was run yet", *self.notes])
-        lines = []
+        lines: list[str] = []
         for rows in self._tables():
             widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
             lines += [""] * bool(lines) + [
