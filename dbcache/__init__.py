@@ -26,9 +26,11 @@ from dbcache.api import (  # noqa: E402
     disable,
     enable,
     refresh_context,
+    strify,
     summary,
     supported_pipelines,
 )
+from dbcache.cache_factory import CacheType, block_range, cache_type  # noqa: E402
 from dbcache.calibrators import (  # noqa: E402
     CalibratorConfig,
     HermiteCalibratorConfig,
@@ -45,6 +47,7 @@ enable_cache, disable_cache = enable, disable
 __all__ = [
     "BlockAdapter",
     "BlockAdapterRegistry",
+    "CacheType",
     "CalibratorConfig",
     "DBCacheConfig",
     "DBPruneConfig",
@@ -53,6 +56,8 @@ __all__ = [
     "ParamsModifier",
     "PatchFunctor",
     "TaylorSeerCalibratorConfig",
+    "block_range",
+    "cache_type",
     "disable",
     "disable_cache",
     "enable",
@@ -60,6 +65,7 @@ __all__ = [
     "load_configs",
     "refresh_context",
     "steps_mask",
+    "strify",
     "summary",
     "supported_pipelines",
 ]

@@ -151,6 +151,29 @@ def summary(target: object, details: bool = False, logging: bool = True) -> Summ
     return found
 
 
+def strify(target: object) -> str:
+    """Return a short name of what is enabled and of how much was cached, for files and tables.
+
+    The settings and the last request of the first block stack: ``DBCache_F8B0_W8I1M0MC0_R0.08``,
+    the predictor, ``S`` and the steps cached; under DBPrune also ``P`` and the percentage of the
+    blocks left out.
+
+    Args:
+        target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
+
+    Raises:
+        RuntimeError: the cache is not enabled on it.
+    """
+    transformer = _enabled(target, "strify")[0]
+    parts = [transformer.config.strify(), transformer.settings.calibrator.strify()]
+    lanes = summary(target, logging=False).lanes
+    if lanes:
+        parts.append(f"S{len(lanes[0].cached_steps)}")
+        if lanes[0].pruned is not None:
+            parts.append(f"P{100 * lanes[0].pruned_ratio:.1f}")
+    return "_".join(parts)
+
+
 def refresh_context(
     target: object,
     cache_config: DBCacheConfig | None = None,

@@ -191,7 +191,7 @@ class DBCacheConfig(Options):
         parts = [
             f"{self.cache_type}_F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}",
             f"W{self.max_warmup_steps}I{self.warmup_interval}"
-            f"M{max(0, self.max_cached_steps)}MC{max(0, self.max_continuous_cached_steps)}",
+            f"M{_limit(self.max_cached_steps)}MC{_limit(self.max_continuous_cached_steps)}",
             f"R{self.residual_diff_threshold:g}",
         ]
         if self.steps_computation_mask is not None:
@@ -217,6 +217,11 @@ class DBCacheConfig(Options):
         if self.enable_separate_cfg is not None:
             parts.append(f"CFG{int(self.enable_separate_cfg)}")
         return "_".join(parts)
+
+
+def _limit(steps: int) -> str:
+    """Return a limit for a name: 0 means none there, as in cache-dit."""
+    return "0" if steps == UNLIMITED else str(steps) if steps else "never"
 
 
 @dataclass(kw_only=True)
