@@ -2,7 +2,8 @@
 
 A guard whose block runs stores what it was given and what it added. Of neighbours that are left
 out, all but the last pass their inputs through, and the last one adds what all of them added when
-they were stored: whatever the model's loop adds between blocks (a ControlNet's residuals) is kept.
+they were stored. Where the model's loop works on what a block returns before the next one gets it
+(a ControlNet's residuals, an adapter of faces), a block returns what it would have: a run ends.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class BlockRun:
 
     Attributes:
         fuses: of neighbours that are left out only the last one returns what it would have.
+        breaks: blocks whose output is not what the next one gets; no run goes on behind them.
+        last: what the block before returned.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class BlockRun:
         self.open_step = open_step
         self.close_step = close_step
         self.fuses = True
+        self.breaks: set[int] = set()
         self.forget_step()
 
     def forget_step(self) -> None:
@@ -58,8 +62,9 @@ class BlockRun:
         self.skipped: list[bool] = []
         self.stores = False
         self.step = 0
-        self.first_of_run = 0
+        self._first: int | None = None
         self.encoder: torch.Tensor | None = None
+        self.last: torch.Tensor | None = None
 
     def start(self, cache: BlockCache, skipped: list[bool], *, stores: bool, step: int) -> None:
         """Begin the step: which blocks are left out, and whether those that run are stored."""
@@ -67,15 +72,17 @@ class BlockRun:
 
     def ends_run(self, index: int) -> bool:
         """Whether block `index`, left out, is the last of its neighbours; note the first one."""
-        if index == 0 or not self.skipped[index - 1] or not self.fuses:
-            self.first_of_run = index
-        return not self.fuses or index + 1 == len(self.skipped) or not self.skipped[index + 1]
+        if self._first is None:
+            self._first = index
+        is_last = index + 1 == len(self.skipped) or not self.skipped[index + 1]
+        return is_last or not self.fuses or index in self.breaks
 
     def replace(self, index: int, hidden: torch.Tensor, encoder: torch.Tensor | None) -> Streams:
         """Return what the blocks left out up to `index` would have made of the streams."""
         assert self.cache is not None
-        count = index + 1 - self.first_of_run
-        return self.cache.replace(self.first_of_run, count, hidden, encoder)
+        assert self._first is not None
+        first, self._first = self._first, None
+        return self.cache.replace(first, index + 1 - first, hidden, encoder)
 
     def store(self, index: int, before: Streams, after: Streams, who: str) -> None:
         """Store what a block that ran was given and added."""
@@ -137,13 +144,15 @@ class PruneGuard(Guard):
             run.open_step(hidden, encoder)
         elif run.cache is None:
             raise RuntimeError(f"{run.name}: the model ran {self.who} without the blocks before it")
+        elif hidden is not run.last:
+            run.breaks.add(index - 1)
         if not run.skipped[index]:
             output = self._run_and_store(args, kwargs, hidden, encoder)
         else:
             streams = hidden, encoder
             if run.ends_run(index):
                 streams = run.replace(index, *streams)
-            run.encoder = streams[1]
+            run.last, run.encoder = streams
             output = self.pack(*streams)
         run.finish(index)
         return output
@@ -170,5 +179,5 @@ class PruneGuard(Guard):
                     if given is not None and kept is not None
                 )
             run.store(self.index, before, after, self.who)
-        run.encoder = after[1]
+        run.last, run.encoder = after
         return output

@@ -269,6 +269,38 @@ def test_what_the_loop_adds_between_blocks_is_kept(pattern):
     torch.testing.assert_close(moved, torch.full_like(moved, 2.1), rtol=0, atol=1e-4)
 
 
+@patterns
+def test_what_the_loop_begins_to_add_between_blocks_is_kept(pattern):
+    """On the step on which it begins, when blocks are left out in one go, and on later ones."""
+    model = Model(pattern)
+    enable(model, PruneRule(residual_diff_threshold=1.0, max_warmup_steps=1))
+    expected = model(*inputs(0))[0]
+    model.controls = 0.1 * torch.arange(7)
+    for _ in range(3):
+        moved = model(*inputs(0))[0] - expected
+        torch.testing.assert_close(moved, torch.full_like(moved, 2.1), rtol=0, atol=1e-4)
+
+
+def test_runs_of_blocks_are_left_out_in_one_go(monkeypatch):
+    counts = []
+    plain = BlockCache.replace
+
+    def replace_(self, first, count, *streams):
+        counts.append(count)
+        return plain(self, first, count, *streams)
+
+    monkeypatch.setattr(BlockCache, "replace", replace_)
+    for controls, expected in ((None, [2, 3]), (torch.ones(7), [1] * 5)):
+        model = Model(PATTERNS[0])
+        model.controls = controls
+        rule = PruneRule(residual_diff_threshold=1.0, max_warmup_steps=1, non_prune_block_ids=(3,))
+        enable(model, rule)
+        counts.clear()
+        for step in range(2):
+            model(*inputs(step))
+        assert counts == expected
+
+
 @families
 @pytest.mark.parametrize("threshold", [0.055, 0.1, 0.15])
 def test_the_estimate_is_exact_up_to_the_first_block_that_runs_and_near_behind_it(
