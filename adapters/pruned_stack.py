@@ -99,7 +99,7 @@ class PrunedStack(Stack):
         reason = lane.why(lane.start_step(layout_of(hidden, encoder)))
         prunable, diffs = self.run.prunable, list[float]()
         if reason is None:
-            skipped, diffs = lane.cache.decide(self._changes(lane, hidden))
+            skipped, diffs = lane.cache.decide(self._changes(lane, hidden), self.sharding)
         else:
             skipped = prunable if reason is Reason.STATIC else [False] * len(prunable)
         lane.close(reason, skipped, diffs)
@@ -129,6 +129,13 @@ class PrunedStack(Stack):
         partials = lane.cache.measure(hidden)
         self._shared = (self.branch, lane.step, partials)
         return partials
+
+    def check_recordable(self) -> None:
+        """Raise a ValueError: which blocks run is known to the host alone."""
+        raise ValueError(
+            f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, got a "
+            f"DBPruneConfig, which leaves out single blocks; leave out cuda_graph"
+        )
 
     def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
         """Return the numbers of the blocks that were left out on each step."""

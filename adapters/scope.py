@@ -58,7 +58,7 @@ def _with_a_middle(spec: StackSpec, settings: StackSettings) -> StackSettings:
     name = _name(spec)
     blocks = sum(len(block_list.blocks) for block_list in spec.lists)
     blocks //= len(spec.lists) if spec.interleaved else 1
-    fn, bn = settings.cache.Fn_compute_blocks, settings.cache.Bn_compute_blocks
+    fn, bn = settings.cache.probe_blocks, settings.cache.Bn_compute_blocks
     most = blocks - bn - 1
     if fn <= most:
         return settings

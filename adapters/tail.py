@@ -80,7 +80,7 @@ class Tail:
         cache.fit(layout if encoder is None else (*layout, encoder.shape, encoder.dtype))
         skipped = [False] * len(self.run.prunable)
         if stack.cached and cache.is_complete:
-            skipped, _ = cache.decide(cache.measure(hidden))
+            skipped, _ = cache.decide(cache.measure(hidden), stack.sharding)
         step = stack.lane.step if stack.lane is not None else 0
         self.run.start(cache, skipped, stores=not stack.cached, step=step)
 

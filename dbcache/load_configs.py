@@ -14,10 +14,12 @@ from typing import Any
 from dbcache.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig
 from dbcache.config import DBCacheConfig
 from dbcache.options import check_choice, reject_unknown
+from dbcache.parallelism_config import ParallelismConfig
 from dbcache.prune_config import DBPruneConfig
 
 SECTION = "cache_config"
-_OTHER_SECTIONS = ("parallelism_config", "attention_backend", "quantize_config")
+PARALLELISM = "parallelism_config"
+_OTHER_SECTIONS = ("attention_backend", "quantize_config")
 _ALIASES = {
     "scm_steps_mask_policy": "steps_computation_mask",
     "scm_steps_policy": "steps_computation_policy",
@@ -41,11 +43,13 @@ def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
             `cache_config`, or directly in it: the fields of `DBCacheConfig` (with
             ``cache_type="DBPrune"`` those of `DBPruneConfig`), `enable_taylorseer`,
             `enable_encoder_taylorseer`, `taylorseer_order`, `taylorseer_cache_type`, and
-            `scm_steps_mask_policy` and `scm_steps_policy` for the mask and its policy.
+            `scm_steps_mask_policy` and `scm_steps_policy` for the mask and its policy. A section
+            `parallelism_config` beside it has the fields of `ParallelismConfig`, where `ulysses`,
+            `ring` and `tp` stand for the sizes, too.
 
     Returns:
         `cache_config`, which holds the options that were given, and `calibrator_config`, None
-        where nothing was said of it.
+        where nothing was said of it; `parallelism_config` where there is that section.
 
     Raises:
         TypeError: an unknown option (the error names the nearest one) or a wrong type.
@@ -59,14 +63,25 @@ def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
     unsupported = [name for name in _OTHER_SECTIONS if name in given]
     if unsupported:
         raise ValueError(
-            f"load_configs: the section must be {SECTION!r}, the only one supported, got "
+            f"load_configs: the section must be {SECTION!r} or {PARALLELISM!r}, got "
             f"{unsupported[0]!r}; remove it"
         )
-    if SECTION in given:
-        reject_unknown("load_configs", given, (SECTION,))
-        given = given[SECTION]
-        if not isinstance(given, Mapping):
-            raise TypeError(f"load_configs: {SECTION} must be a mapping of options, got {given!r}")
+    sections = [name for name in (SECTION, PARALLELISM) if name in given]
+    if not sections:
+        return _cache_options(given)
+    reject_unknown("load_configs", given, (SECTION, PARALLELISM))
+    for name in sections:
+        if not isinstance(given[name], Mapping):
+            raise TypeError(
+                f"load_configs: {name} must be a mapping of options, got {given[name]!r}"
+            )
+    configs = _cache_options(given.get(SECTION, {}))
+    if PARALLELISM in given:
+        configs[PARALLELISM] = _parallelism(given[PARALLELISM])
+    return configs
+
+
+def _cache_options(given: Mapping[str, Any]) -> dict[str, Any]:
     options, calibrator = split_options("load_configs", given)
     return {
         "cache_config": partial_config("load_configs", options),
@@ -95,6 +110,20 @@ def partial_config(
                 f"cache_type='DBPrune' or pass a DBPruneConfig"
             )
     return config(**options)
+
+
+def _parallelism(given: Mapping[str, Any]) -> ParallelismConfig:
+    """Return the config of a section, in which the sizes may have short names."""
+    options = dict(given)
+    for short in ("ulysses", "ring", "tp"):
+        if short in options:
+            name = f"{short}_size"
+            if name in options:
+                raise ValueError(
+                    f"load_configs: {short} and {name} must not both be given; remove one"
+                )
+            options[name] = options.pop(short)
+    return ParallelismConfig(**options)
 
 
 def split_options(

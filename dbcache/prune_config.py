@@ -19,6 +19,9 @@ _WITHOUT_MEANING = (
     "max_accumulated_residual_diff_threshold",
     "cache_dtype",
     "decision_scope",
+    "policy",
+    "calibration",
+    "static_skip_probe",
 )
 
 
@@ -101,6 +104,10 @@ class DBPruneConfig(DBCacheConfig):
             rule[bs.MAX_RELAXED] = 2 * self.threshold if most is None else most
         rule[bs.WORST_SAMPLE] = float(self.batch_reduce == "max")
         return rule
+
+    @property
+    def label(self) -> str:
+        return self.cache_type
 
     def strify(self) -> str:
         """Return a short name of these settings, for file names and tables."""

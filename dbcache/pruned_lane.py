@@ -10,6 +10,7 @@ one that may be left out, and one of the size of `encoder_hidden_states` where b
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ from dbcache.kernels.store_block import store_block
 from dbcache.lane import FIRST_CAPACITY, Layout, outside_inference_mode
 from dbcache.prune_config import DBPruneConfig
 from dbcache.schedule import make_plan
+from dbcache.sharding import Sharding
 
 
 class BlockCache:
@@ -59,11 +61,25 @@ class BlockCache:
         assert self.state is not None
         return block_changes(h, self.state.inputs, self.state.residuals, self.state.stamps)
 
-    def decide(self, partials: torch.Tensor) -> tuple[list[bool], list[float]]:
-        """Return which blocks are left out, and the changes. The only host wait of a step."""
+    def decide(
+        self, partials: torch.Tensor, sharding: Sharding | None = None
+    ) -> tuple[list[bool], list[float]]:
+        """Return which blocks are left out, and the changes. The only host wait of a step.
+
+        Args:
+            partials: what `measure` gave.
+            sharding: ranks that each have a part of the tokens decide alike, by one message.
+        """
         assert self.state is not None
-        decide_blocks(partials, self.state)
-        pairs = self._read(self.state.decisions).tolist()
+        state = self.state
+        if sharding is not None:
+            blocks, samples = partials.shape[:2]
+            sums = torch.cat([partials.sum(2).flatten(0, 1), state.growth_sums.sum(1)])
+            sums = sharding.vote(sums[:, None], per_sample=True)
+            partials = sums[: blocks * samples].unflatten(0, (blocks, samples))
+            state = dataclasses.replace(state, growth_sums=sums[blocks * samples :])
+        decide_blocks(partials, state)
+        pairs = self._read(state.decisions).tolist()
         return [bool(skipped) for _, skipped in pairs], [diff for diff, _ in pairs]
 
     def _read(self, decisions: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,8 @@ class LaneSummary:
             cached.
         blocks: blocks of the stack.
         follows: the stack that decided for this one, None where it decides for itself.
+        policy: what decided; the diffs of others than "dbcache" are what each step contributed to
+            the sum that is compared.
     """
 
     transformer: str
@@ -59,6 +61,7 @@ class LaneSummary:
     pruned: list[list[int]] | None = None
     blocks: int = 0
     follows: str | None = None
+    policy: str = "dbcache"
 
     @classmethod
     def from_trace(cls, reasons: list[int], diffs: list[float], **attributes: Any) -> LaneSummary:
@@ -199,7 +202,7 @@ class Summary:
 
     def _rows(self) -> list[list[str]]:
         prunes = any(lane.pruned is not None for lane in self.lanes)
-        header = ["stack", "branch", "steps", "cached", *["pruned"] * prunes]
+        header = ["stack", "branch", "policy", "steps", "cached", *["pruned"] * prunes]
         rows = [[*header, *(name for name, _ in PERCENTILES), "why (steps)"]]
         for lane in self.lanes:
             diffs = lane.percentiles
@@ -207,6 +210,7 @@ class Summary:
                 [
                     lane.stack,
                     lane.branch or "-",
+                    lane.policy,
                     str(lane.steps),
                     str(len(lane.cached_steps)),
                     *[f"{lane.pruned_ratio:.0%}" if lane.pruned is not None else "-"] * prunes,

@@ -26,14 +26,23 @@ def relative_l1(partials: Sequence[Sequence[Sequence[float]]], worst: bool = Fal
         worst: False: all num over all den, the samples one after another. True: the largest num /
             den of a sample, NaN if one is NaN.
     """
-    samples = [[tree_sum(column) for column in zip(*sample, strict=True)] for sample in partials]
     if worst:
-        ratios = [_ratio(sums) for sums in samples]
+        ratios = [_ratio(sums) for sums in _sums_of_samples(partials)]
         return next((ratio for ratio in ratios if ratio != ratio), max(ratios))
+    return _ratio(total_sums(partials))
+
+
+def total_sums(partials: Sequence[Sequence[Sequence[float]]]) -> list[float]:
+    """Return the sums of the batch, one sample after another, from nested lists (B, T, width)."""
+    samples = _sums_of_samples(partials)
     total = samples[0]
     for sums in samples[1:]:
         total = [f32(a + b) for a, b in zip(total, sums, strict=True)]
-    return _ratio(total)
+    return total
+
+
+def _sums_of_samples(partials: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    return [[tree_sum(column) for column in zip(*sample, strict=True)] for sample in partials]
 
 
 def _ratio(sums: Sequence[float]) -> float:
@@ -67,7 +76,7 @@ def relative_l1_of_partials(
 ):
     """The function `relative_l1` above, for at most 2**LOG_LANES programs, of WIDTH sums each.
 
-    Returns it for the batch as a whole, and for the worst sample.
+    Returns it for the batch as a whole and for the worst sample, and the batch's num of all tokens.
     """
     num = tl.full((), 0.0, tl.float32)
     den, important_num, important_den, largest = num, num, num, num
@@ -87,10 +96,25 @@ def relative_l1_of_partials(
         ratio = tl.div_rn(sample_num, sample_den)
         # once NaN, always NaN: nothing is greater
         largest = tl.where((ratio > largest) | (ratio != ratio), ratio, largest)
+    moved = num
     if WIDTH == 4:
         den = tl.where(important_num != 0, important_den, den)
         num = tl.where(important_num != 0, important_num, num)
-    return tl.div_rn(num, den), largest
+    return tl.div_rn(num, den), largest, moved
+
+
+@triton.jit
+def total_of_partials(
+    partials_ptr, samples, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The first two of `total_sums` above, for at most 2**LOG_LANES programs."""
+    num = tl.full((), 0.0, tl.float32)
+    den = num
+    for sample in range(samples):
+        sums_ptr = partials_ptr + sample * programs * WIDTH
+        num += _sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
+        den += _sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
+    return num, den
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from prune_oracle import PruneOracle, PruneRule
 from tiny import BRANCHES, FAMILIES, denoise
 
 import dbcache
-from dbcache import BlockAdapter, DBPruneConfig, ForwardPattern
+from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern
 from dbcache.pruned_lane import BlockCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -527,3 +527,55 @@ def test_both_names_of_the_limit_mean_the_same():
         pruned.append(dbcache.summary(model).lanes[0].pruned)
     assert pruned[0] == pruned[1]
     assert sum(map(bool, pruned[0])) == 4
+
+
+class Vote:
+    """Stands for ranks that each have a part of the tokens: notes a message, or answers it."""
+
+    def __init__(self, answer=None):
+        self.answer, self.message = answer, None
+
+    def vote(self, sums, *, per_sample):
+        assert per_sample
+        self.message = sums.clone()
+        return sums if self.answer is None else self.answer
+
+
+def test_ranks_that_share_the_tokens_decide_as_one_that_has_them_all():
+    rule = [0.0] * 4
+    rule[0] = 0.1
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 8, generator=generator)
+    drift = 0.08 * torch.randn(3, 2, 6, 8, generator=generator)
+    caches = [BlockCache([True, False, True], rule) for _ in range(3)]
+    parts = [slice(None), slice(0, 2), slice(2, 6)]
+    for step in range(2):
+        for cache, part in zip(caches, parts, strict=True):
+            h = x[:, part] + step * drift[0][:, part]
+            for block in range(3):
+                out = h + (block + 1) * torch.tanh(h) + step * drift[block][:, part]
+                cache.store(block, step, h, out, None, None)
+                h = out
+            cache.is_complete = True
+    now = [x[:, part] + 2 * drift[0][:, part] for part in parts]
+    messages = [Vote(), Vote()]
+    for cache, h, vote in zip(caches[1:], now[1:], messages, strict=True):
+        cache.decide(cache.measure(h), vote)
+    total = messages[0].message + messages[1].message
+    whole = caches[0].decide(caches[0].measure(now[0]))
+    for cache, h in zip(caches[1:], now[1:], strict=True):
+        skipped, diffs = cache.decide(cache.measure(h), Vote(total))
+        assert skipped == whole[0]
+        assert diffs == pytest.approx(whole[1], rel=1e-5)
+    assert True in whole[0]
+
+
+def test_steps_that_leave_out_blocks_are_not_recorded():
+    for config in (
+        DBPruneConfig(),
+        DBCacheConfig(Bn_compute_blocks=2, Fn_compute_blocks=1, Bn_compute_blocks_ids=[0]),
+    ):
+        model = FAMILIES["wan"].build()
+        with pytest.raises(ValueError, match="leave out cuda_graph"):
+            dbcache.enable(model, config, cuda_graph=True)
+        assert "_dbcache" not in vars(model)

@@ -1,16 +1,14 @@
-"""What cache-dit 1.5.3 gets wrong is right here: one test per defect that has to do with decisions.
+"""What cache-dit 1.5.3 was seen to do wrong around adapters, requests and settings, done right.
 
-POINTERS names the tests, here or elsewhere, that fail on each defect; a test holds it to the files.
+Each test is a case in which it gives a wrong output, fails, or ignores what it was told.
 """
 
-import ast
-from pathlib import Path
-
+import models
 import pytest
 import tiny
 import torch
-from engines import run_dbcache
-from oracle import Rule
+from diffusers import Flux2Transformer2DModel
+from model_case import find_class
 
 import dbcache
 from dbcache import (
@@ -21,152 +19,18 @@ from dbcache import (
     TaylorSeerCalibratorConfig,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-TESTS = Path(__file__).resolve().parents[1]
-HERE = "core/test_cache_dit_defects.py"
-ORACLE = "core/test_oracle_equality.py"
-PRUNE = "adapters/test_dbprune.py"
-
-POINTERS = {
-    "a bare transformer's next request begins one call late": [
-        f"{ORACLE}::test_step_count_starts_the_next_request_before_its_first_step",
-        "adapters/test_requests.py::test_transformer_starts_anew_after_its_steps_not_one_call_later",
-    ],
-    "the guidance branches swap roles from the second request on": [
-        "adapters/test_requests.py::test_branches_keep_their_roles_over_requests",
-    ],
-    "DBPrune crashes on patterns 3, 4 and 5": [f"{PRUNE}::test_every_pattern_equals_the_oracle"],
-    "DBPrune: stacks of one length share the blocks that always run": [
-        f"{PRUNE}::test_two_stacks_with_options_of_their_own",
-    ],
-    "DBPrune waits for every block": [f"{PRUNE}::test_the_host_waits_once_per_undecided_step"],
-    "DBPrune: only one block is pruned on the step that reaches the limit": [
-        f"{PRUNE}::test_equals_the_oracle",
-        f"{HERE}::test_the_step_that_reaches_the_limit_prunes_all_its_blocks",
-    ],
-    "Fn + Bn beyond the stack runs blocks twice": [
-        f"{HERE}::test_no_block_runs_twice_where_fn_and_bn_overlap",
-        "adapters/test_guards.py::test_too_many_blocks_are_clamped_with_a_warning_that_says_what_runs",
-    ],
-    "the default F8 fails on a shorter list of blocks": [
-        f"{HERE}::test_the_default_runs_on_a_list_of_three_blocks",
-    ],
-    "patterns 4 and 5 lose the encoder states where Fn is the whole stack": [
-        f"{HERE}::test_encoder_states_survive_a_probe_of_the_whole_stack",
-    ],
-    "Bn blocks that take what middle blocks make compute nonsense": [
-        "adapters/test_models.py::test_long_skips_refuse_more_last_blocks_than_first_ones",
-    ],
-    "ControlNet residuals are added once, after the stack": [
-        "adapters/test_flux_pipelines.py"
-        "::test_controlnet_residuals_are_right_on_full_and_on_cached_steps",
-        "adapters/test_added_residuals.py"
-        "::test_controlnet_residuals_are_right_on_full_and_on_cached_steps",
-    ],
-    "cached hidden states replace the encoder states by their residual": [
-        f"{HERE}::test_cached_hidden_states_do_not_touch_the_encoder_states",
-    ],
-    "TaylorSeer is inert before the fourth full step": [
-        f"{HERE}::test_taylorseer_predicts_from_the_second_full_step_on",
-    ],
-    "TaylorSeer is biased from order 2 on": [
-        "kernels/test_taylor.py::test_newton_weights_are_lagranges_and_exact_on_polynomials",
-    ],
-    "the accumulated diff latches off for the rest of the request": [
-        f"{HERE}::test_the_accumulated_diff_starts_again_after_a_full_step",
-        "core/test_golden_traces.py::test_each_step_has_its_reason",
-    ],
-    "a limit of consecutive steps is exceeded": [
-        "core/test_golden_traces.py::test_each_step_has_its_reason"
-    ],
-    "the diff is a number in bfloat16": [
-        f"{ORACLE}::test_bfloat16_takes_the_same_decisions_from_a_float32_diff",
-    ],
-    "one decision for the batch, whatever its worst sample": [
-        f"{ORACLE}::test_the_worst_sample_of_a_batch_decides_if_asked_to",
-    ],
-    "a diff of 0 / 0 with a threshold of 1 is cached": [
-        f"{ORACLE}::test_a_probe_without_residual_is_never_cached_and_says_so",
-    ],
-    "two pipelines of one class share what was patched": [
-        f"{ORACLE}::test_two_pipelines_of_one_class_do_not_see_each_other",
-        "adapters/test_requests.py::test_two_pipelines_of_one_class_do_not_touch_each_other",
-    ],
-    "a second enable is ignored": [
-        "adapters/test_requests.py::test_enabling_twice_sets_anew_and_disabling_twice_is_fine",
-    ],
-    "the config that was passed in is changed": [
-        "adapters/test_requests.py::test_enable_does_not_change_the_config_object",
-    ],
-    "branches go by the class of the pipeline, not by its calls": [
-        f"{ORACLE}::test_names_win_over_parity",
-        "adapters/test_requests.py::test_guidance_switched_on_and_off_between_calls",
-    ],
-    "cfg_compute_first needs a shared diff": [
-        f"{HERE}::test_the_unconditional_branch_may_come_first_with_a_diff_of_its_own",
-    ],
-    "the shared diff needs the conditional branch first": [
-        f"{ORACLE}::test_alternating_calls_with_the_unconditional_first_equal_the_oracle",
-    ],
-    "a misspelt option does nothing": [
-        f"{HERE}::test_the_misspelt_option_of_the_guide_is_an_error",
-        "core/test_load_configs.py::test_refuses_what_it_does_not_know",
-    ],
-    "a modifier with a predictor alone is ignored": [
-        f"{HERE}::test_a_modifier_with_a_predictor_alone_counts",
-        "core/test_config.py::test_modifier_with_a_calibrator_alone_counts",
-    ],
-    "a modifier that was not reset forces every default": [
-        f"{HERE}::test_a_modifier_changes_only_what_it_was_given",
-    ],
-    "a static mask that begins with 0 fails at the first step": [
-        "core/test_config.py::test_rejects_masks_that_cannot_be_run",
-    ],
-    "no masks for 5 or 7 steps, nor for fewer than 4": [
-        "core/test_steps_mask.py::test_short_requests_begin_and_end_with_full_steps",
-    ],
-    "after a forced refresh the hint counts calls of another period": [
-        "adapters/test_requests.py::test_forced_refresh_counts_calls",
-    ],
-    "-1 and 0 have the same short name": [
-        f"{HERE}::test_no_limit_and_no_step_have_names_of_their_own"
-    ],
-    "the summary has an entry per module and sentinels among the diffs": [
-        f"{HERE}::test_the_summary_holds_only_what_was_measured",
-    ],
-    "a cache that never hits is not said": [
-        "core/test_summary.py::test_warns_of_a_cache_that_never_hits",
-    ],
-    "an unknown cache type is none, silently": [f"{HERE}::test_an_unknown_cache_type_is_an_error"],
-}
+FLUX, WAN = tiny.FAMILIES["flux"], tiny.FAMILIES["wan"]
+FORCED = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 1.0}
 
 
-@pytest.mark.parametrize("defect", POINTERS)
-def test_each_defect_has_tests_that_exist(defect):
-    for pointer in POINTERS[defect]:
-        path, _, name = pointer.partition("::")
-        tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
-        names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-        assert name in names, pointer
+def trace(target, lane=0):
+    """Return a letter per step, F or c."""
+    summary = dbcache.summary(target).lanes[lane]
+    return "".join("c" if step in summary.cached_steps else "F" for step in range(summary.steps))
 
 
-ALWAYS = {"max_warmup_steps": 2, "residual_diff_threshold": 1.0}
-
-
-def cached(model):
-    return [lane.cached_steps for lane in dbcache.summary(model).lanes]
-
-
-def test_the_step_that_reaches_the_limit_prunes_all_its_blocks():
-    family = tiny.FAMILIES["flux"]
-    config = dbcache.DBPruneConfig(Fn_compute_blocks=1, max_cached_steps=2, **ALWAYS)
-    model = dbcache.enable(family.build(), config)
-    tiny.denoise(model, family, 6)
-    assert dbcache.summary(model).lanes[0].pruned_blocks == [0, 0, 9, 9, 0, 0]
-
-
-def counted(model, blocks):
+def counted(blocks):
+    """Count the calls of blocks; return the list of counts."""
     calls = [0] * len(blocks)
 
     def count(i):
@@ -177,194 +41,347 @@ def counted(model, blocks):
     return calls
 
 
-@pytest.mark.parametrize(("fn", "bn"), [(8, 8), (6, 4), (5, 3), (8, 1)])
-def test_no_block_runs_twice_where_fn_and_bn_overlap(fn, bn):
-    family = tiny.FAMILIES["qwen"]
-    plain = tiny.denoise(family.build(), family, 4)
-    model = family.build()
-    with pytest.warns(UserWarning, match="leaves none"):
-        dbcache.enable(model, Fn_compute_blocks=fn, Bn_compute_blocks=bn, **ALWAYS)
-    calls = counted(model, model.transformer_blocks)
-    assert all(map(torch.equal, tiny.denoise(model, family, 4), plain))
-    assert calls == [4] * 8
+# requests of a transformer without its pipeline
 
 
-def test_the_default_runs_on_a_list_of_three_blocks():
-    family = tiny.FAMILIES["wan"]
-    plain = tiny.denoise(family.build(layers=3), family, 3)
-    model = family.build(layers=3)
-    with pytest.warns(UserWarning, match="leaves none"):
-        dbcache.enable(model)
-    assert all(map(torch.equal, tiny.denoise(model, family, 3), plain))
+def test_three_requests_in_a_row_do_not_drift():
+    """There the next request begins one call late, from the cache of the last, and drifts on."""
+    model = FLUX.build()
+    dbcache.enable(model, **{**FORCED, "max_warmup_steps": 4}, num_inference_steps=8)
+    outputs = []
+    for _ in range(3):
+        outputs.append(tiny.denoise(model, FLUX, 8))
+        assert trace(model) == "FFFFcccc"
+    assert all(map(torch.equal, outputs[0], outputs[1]))
+    assert all(map(torch.equal, outputs[0], outputs[2]))
 
 
-class EncoderMaker(torch.nn.Module):
-    """A model whose blocks take hidden states and return encoder states, too."""
+def test_branches_do_not_swap_at_the_second_request():
+    """There the roles of cond and uncond are exchanged from the second request on."""
+    model, steps = WAN.build(), 4
+    config = {**FORCED, "max_warmup_steps": 1, "num_inference_steps": steps}
+    dbcache.enable(model, **config, enable_separate_cfg=True)
+    both = [tiny.denoise(model, WAN, steps, branches=tiny.BRANCHES) for _ in range(3)]
+    assert all(map(torch.equal, both[0], both[1]))
+    assert all(map(torch.equal, both[0], both[2]))
+    assert [lane.branch for lane in dbcache.summary(model).lanes] == ["cond", "uncond"]
+    assert trace(model) == trace(model, 1) == "Fccc"
 
-    class Block(torch.nn.Module):
-        def __init__(self, pattern, seed):
-            super().__init__()
-            self.pattern = pattern
-            self.scale = 0.1 * (seed + 1)
 
-        def forward(self, hidden_states):
-            hidden = hidden_states + self.scale * torch.tanh(hidden_states)
-            streams = {"hidden_states": hidden, "encoder_hidden_states": 3 * hidden[:, :2] + 1}
-            return tuple(streams[name] for name in self.pattern.returns)
+def test_refreshing_with_a_config_keeps_what_it_does_not_name():
+    """There every default of the config replaces what was set: Fn is 8 again."""
+    model = FLUX.build()
+    dbcache.enable(model, **FORCED)
+    dbcache.refresh_context(model, cache_config=DBCacheConfig(num_inference_steps=6))
+    (stack,) = model._dbcache.stacks
+    assert (stack.fn, stack.settings.cache.residual_diff_threshold) == (1, 1.0)
+    assert stack.settings.cache.max_warmup_steps == 2
 
-    def __init__(self, pattern):
+
+# how many blocks run
+
+
+@pytest.mark.filterwarnings("ignore:.*leaves none of the")
+@pytest.mark.parametrize(("fn", "bn"), [(8, 8), (6, 5), (10, 1), (4, 10)])
+def test_more_probe_and_tail_blocks_than_there_are_run_each_once(fn, bn):
+    """There overlapping blocks run twice, and the output is wrong from the first step on."""
+    model = FLUX.build()
+    plain = tiny.denoise(model, FLUX, 3)
+    dbcache.enable(model, **{**FORCED, "Fn_compute_blocks": fn, "Bn_compute_blocks": bn})
+    calls = counted([*model.transformer_blocks, *model.single_transformer_blocks])
+    assert all(map(torch.equal, tiny.denoise(model, FLUX, 3), plain))
+    assert calls == [3] * 10
+
+
+def flux2(double):
+    model = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=double,
+        num_single_layers=9,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=tiny.TEXT_DIM,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    return tiny.fill(model, 3)
+
+
+@pytest.mark.parametrize("scope", ["stack", "model"])
+def test_a_list_shorter_than_the_default_probe_runs(scope):
+    """There the default of 8 fails on FLUX.2's short list at the first forward."""
+    model = flux2(double=3)
+    with pytest.warns(UserWarning, match="transformer_blocks: .*Fn.*8"):
+        dbcache.enable(model, max_warmup_steps=1, residual_diff_threshold=1, decision_scope=scope)
+    tokens = torch.cartesian_prod(*[torch.arange(n) for n in (1, 4, 4, 1)])
+    given = {
+        "hidden_states": tiny.noise(1, 16, 16, seed=1),
+        "encoder_hidden_states": tiny.noise(1, tiny.TEXT_TOKENS, tiny.TEXT_DIM, seed=2),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": tokens,
+        "txt_ids": torch.zeros(tiny.TEXT_TOKENS, 4),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        full, cached = model(**given)[0], model(**given)[0]
+    torch.testing.assert_close(cached, full, rtol=1e-4, atol=1e-5)
+    assert trace(model, -1) == "Fc"
+
+
+class Maker(torch.nn.Linear):
+    """A block that makes the text: it takes hidden states alone and returns both."""
+
+    def forward(self, hidden_states):
+        hidden_states = super().forward(hidden_states)
+        return hidden_states, hidden_states * 2
+
+
+class Makers(torch.nn.Module):
+    def __init__(self):
         super().__init__()
-        self.pattern = pattern
-        self.blocks = torch.nn.ModuleList([self.Block(pattern, seed) for seed in range(5)])
+        self.blocks = torch.nn.ModuleList([Maker(4, 4) for _ in range(4)])
+        tiny.fill(self, 0)
 
     def forward(self, x):
+        text = None
         for block in self.blocks:
-            streams = dict(zip(self.pattern.returns, block(x), strict=True))
-            x = streams["hidden_states"]
-        return x, streams["encoder_hidden_states"]
+            x, text = block(x)
+        return x, text
 
 
-makers = pytest.mark.parametrize(
-    "pattern", [ForwardPattern.Pattern_4, ForwardPattern.Pattern_5], ids=lambda p: p.name
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*leaves none of the 4 blocks")
+@pytest.mark.parametrize("fn", [4, 8])
+def test_text_that_blocks_only_return_is_kept_when_all_blocks_are_probe(fn):
+    """There the text is lost: None comes out."""
+    model, x = Makers(), torch.ones(1, 2, 4)
+    plain = model(x)
+    adapter = BlockAdapter(
+        transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_4
+    )
+    dbcache.enable(adapter, **{**FORCED, "Fn_compute_blocks": fn})
+    for _ in range(3):
+        assert all(map(torch.equal, model(x), plain))
+
+
+# blocks with long skips
+
+
+@pytest.mark.skipif(find_class("HunyuanDiT2DModel") is None, reason="absent in this diffusers")
+@pytest.mark.parametrize(("fn", "bn"), [(2, 2), (3, 1), (2, 1)])
+def test_long_skips_reach_the_right_tail_blocks(fn, bn):
+    """There tail blocks pop the skips of others: up to 40 % off, or an IndexError."""
+    name = "HunyuanDiT2DModel"
+    (plain,) = models.run(name, 1, seeds=[7])
+    settings = {**FORCED, "Fn_compute_blocks": fn, "Bn_compute_blocks": bn, "max_warmup_steps": 1}
+    dbcache.enable(models.model(name), **settings, enable_separate_cfg=False)
+    full, cached = models.run(name, 2, seeds=[7, 7])
+    dbcache.disable(models.model(name))
+    assert torch.equal(full, plain)
+    torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(find_class("HunyuanDiT2DModel") is None, reason="absent in this diffusers")
+def test_tail_blocks_whose_skips_would_be_missing_are_refused():
+    model = models.model("HunyuanDiT2DModel")
+    with pytest.raises(ValueError, match="Bn_compute_blocks must be at most Fn_compute_blocks"):
+        dbcache.enable(model, **FORCED, Bn_compute_blocks=3)
+    assert "_dbcache" not in model.__dict__
+
+
+# several models of one class
+
+
+def twins(name="qwen"):
+    """Return two pipelines of one class."""
+    first, second = tiny.pipeline(name), tiny.pipeline(name)
+    second.__class__ = type(first)
+    return first, second
+
+
+def test_disabling_one_pipeline_leaves_the_other_of_its_class_running():
+    """There the other one then fails with an AttributeError."""
+    first, second = twins()
+    plain_call = type(first).__call__
+    plain = tiny.generate(second, 4, guided=False)
+    for pipe in (first, second):
+        dbcache.enable(pipe, **FORCED)
+    assert type(first).__mro__[1].__call__ is plain_call
+    dbcache.disable(first)
+    outputs = tiny.generate(second, 4, guided=False)
+    assert trace(second) == "FFcc"
+    assert all(map(torch.equal, tiny.generate(first, 4, guided=False), plain))
+    dbcache.disable(second)
+    assert not all(map(torch.equal, outputs, plain))
+    assert all(map(torch.equal, tiny.generate(second, 4, guided=False), plain))
+
+
+def test_calling_one_pipeline_does_not_reset_the_other_of_its_class():
+    """There each call resets the contexts of all pipelines of the class."""
+    first, second = twins()
+    dbcache.enable(first, **FORCED)
+    dbcache.enable(second, **{**FORCED, "max_warmup_steps": 3})
+    tiny.generate(first, 6, guided=False)
+    tiny.generate(second, 5, guided=False)
+    assert (trace(first), trace(second)) == ("FFcccc", "FFFcc")
+
+
+def test_several_transformers_of_one_class_and_enabling_again_after_disabling():
+    """There the second transformer, and the first once more, die with an AssertionError."""
+    pair = [FLUX.build(), FLUX.build()]
+    for model in (*pair, pair[0]):
+        dbcache.disable(model)
+        dbcache.enable(model, **FORCED)
+        tiny.denoise(model, FLUX, 4)
+        assert trace(model) == "FFcc"
+    dbcache.disable(pair[0])
+    dbcache.refresh_context(pair[1])
+    tiny.denoise(pair[1], FLUX, 5)
+    assert trace(pair[1]) == "FFccc"
+
+
+# settings that are not ignored
+
+
+def test_enabling_again_takes_the_new_settings():
+    """There the second call returns silently and changes nothing."""
+    model = FLUX.build()
+    dbcache.enable(model, **FORCED)
+    dbcache.enable(model, **{**FORCED, "max_warmup_steps": 3})
+    tiny.denoise(model, FLUX, 5)
+    assert trace(model) == "FFFcc"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"enable_sperate_cfg": True}, {"max_warm_steps": 4}, {"Fn": 1}, {"taylorseer": True}]
 )
+def test_misspelt_options_are_errors_everywhere(wrong):
+    """There they are dropped, in `enable_cache`, in configs and in files alike."""
+    model, (name,) = FLUX.build(), wrong
+    for use in (
+        lambda: dbcache.enable(model, **wrong),
+        lambda: DBCacheConfig(**wrong),
+        lambda: DBCacheConfig().update(**wrong),
+        lambda: DBCacheConfig().reset(**wrong),
+        lambda: dbcache.load_configs({"cache_config": wrong}),
+        lambda: dbcache.load_configs(wrong),
+    ):
+        with pytest.raises(TypeError, match=f"unknown option '{name}'"):
+            use()
+    assert "_dbcache" not in model.__dict__
 
 
-def enabled(model, calibrator=None, **options):
-    adapter = BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=model.pattern)
-    dbcache.enable(adapter, DBCacheConfig(**options), calibrator)
-    return model
-
-
-def drifting(step):
-    x = tiny.noise(1, 4, 6, seed=1)
-    return x + 0.02 * step * tiny.noise(1, 4, 6, seed=2)
-
-
-@makers
-def test_encoder_states_survive_a_probe_of_the_whole_stack(pattern):
-    plain = EncoderMaker(pattern)(drifting(0))
-    with pytest.warns(UserWarning, match="leaves none"):
-        model = enabled(EncoderMaker(pattern), Fn_compute_blocks=5, **ALWAYS)
-    for _ in range(4):
-        assert all(map(torch.equal, model(drifting(0)), plain))
-
-
-@makers
-@pytest.mark.parametrize("order", [0, 1])
-def test_cached_hidden_states_do_not_touch_the_encoder_states(pattern, order):
-    calibrator = TaylorSeerCalibratorConfig(
-        taylorseer_order=order, calibrator_cache_type="hidden_states"
+def test_a_modifier_with_a_calibrator_alone_and_one_without_reset_count():
+    """There the first is ignored, and the second also forces all defaults."""
+    model = FLUX.build()
+    adapter = BlockAdapter(
+        transformer=model,
+        blocks=[model.transformer_blocks, model.single_transformer_blocks],
+        forward_pattern=ForwardPattern.Pattern_1,
+        params_modifiers=[
+            ParamsModifier(calibrator_config=TaylorSeerCalibratorConfig(taylorseer_order=2)),
+            ParamsModifier(cache_config=DBCacheConfig(max_warmup_steps=4)),
+        ],
     )
-    model = enabled(EncoderMaker(pattern), calibrator, Fn_compute_blocks=1, **ALWAYS)
-    plain = EncoderMaker(pattern)
-    for step in range(5):
-        for output, wanted in zip(model(drifting(step)), plain(drifting(step)), strict=True):
-            assert (output - wanted).abs().max() < 0.1 * wanted.abs().max()
-    assert cached(model) == [[2, 3, 4]]
+    dbcache.enable(adapter, **FORCED)
+    first, second = model._dbcache.stacks
+    assert (first.settings.slots, second.settings.slots) == (3, 1)
+    assert (second.fn, second.settings.cache.residual_diff_threshold) == (1, 1.0)
+    tiny.denoise(model, FLUX, 6)
+    assert (trace(model, 0), trace(model, 1)) == ("FFcccc", "FFFFcc")
 
 
-def test_taylorseer_predicts_from_the_second_full_step_on():
-    """Linear data: exact from the first cached step on, after two full ones."""
-    model = enabled(
-        EncoderMaker(ForwardPattern.Pattern_4),
-        TaylorSeerCalibratorConfig(taylorseer_order=1),
-        Fn_compute_blocks=1,
-        **ALWAYS,
+def test_more_modifiers_than_stacks_are_an_error():
+    """There extra ones are ignored, and stacks without one keep the base."""
+    for count in (2, 3):
+        with pytest.raises(ValueError, match="one entry per block stack"):
+            dbcache.enable(FLUX.build(), params_modifiers=[ParamsModifier()] * count)
+
+
+def test_the_automatic_adapter_keeps_what_else_it_was_given():
+    """There guidance, modifiers and the functor are dropped."""
+    model, patched = WAN.build(), []
+    adapter = BlockAdapter(
+        transformer=model,
+        auto=True,
+        has_separate_cfg=True,
+        params_modifiers=ParamsModifier(cache_config=DBCacheConfig(max_warmup_steps=3)),
+        patch_functor=patched.append,
     )
-    for block in model.blocks:  # residuals that are linear in the input, and so in the step
-        block.forward = lambda h, b=block: (h * (1 + b.scale), h[:, :2] * 3)
-    for step in range(5):
-        expected = drifting(step)
-        for block in model.blocks:
-            expected = expected * (1 + block.scale)
-        torch.testing.assert_close(model(drifting(step))[0], expected, rtol=1e-5, atol=1e-6)
-    assert cached(model) == [[2, 3, 4]]
+    dbcache.enable(adapter, **FORCED)
+    tiny.denoise(model, WAN, 5, branches=tiny.BRANCHES)
+    assert [lane.branch for lane in dbcache.summary(model).lanes] == ["cond", "uncond"]
+    assert (trace(model), patched) == ("FFFcc", [model])
 
 
-def test_the_accumulated_diff_starts_again_after_a_full_step():
-    family = tiny.FAMILIES["flux"]
-    rule = Rule(
-        max_accumulated_residual_diff_threshold=0.15,
-        residual_diff_threshold=0.5,
-        max_warmup_steps=2,
-        enable_separate_cfg=False,
+# which pipelines and transformers are found
+
+
+class Pipe:
+    """A pipeline of any kind: it has parts and can be called."""
+
+    def __init__(self, **parts):
+        self.__dict__.update(parts)
+
+    def __call__(self, name, steps):
+        return models.run(name, steps, seeds=list(range(steps)))
+
+
+def test_a_transformer_by_another_name_is_cached_summed_up_and_given_back():
+    """There `disable_cache` and `summary` do not find ShapE's, which is called prior."""
+    name = "PriorTransformer"
+    model = models.model(name)
+    pipe = Pipe(prior=model)
+    plain = pipe(name, 4)
+    dbcache.enable(pipe, **FORCED)
+    for _ in range(2):
+        pipe(name, 4)
+        assert trace(pipe) == "FFcc"
+    dbcache.disable(pipe)
+    assert type(pipe) is Pipe
+    assert "_dbcache" not in model.__dict__
+    assert all(map(torch.equal, pipe(name, 4), plain))
+
+
+def test_a_class_that_only_begins_like_a_supported_one_is_refused():
+    """There 50 of 182 pipelines whose names begin alike are accepted and fail later."""
+
+    class FluxPriorPipeline(Pipe):
+        pass
+
+    class FluxTransformerHead(torch.nn.Module):
+        pass
+
+    for target in (
+        FluxPriorPipeline(image_encoder=torch.nn.Linear(2, 2)),
+        FluxPriorPipeline(transformer=FluxTransformerHead()),
+        FluxTransformerHead(),
+    ):
+        with pytest.raises(ValueError, match="must be a supported one, got Flux"):
+            dbcache.enable(target)
+        assert type(target).__name__.startswith("Flux")
+        assert "_dbcache" not in target.__dict__
+
+
+def test_the_summary_is_in_the_order_in_which_the_stacks_run():
+    """There it is alphabetical: single blocks before double ones, the last one's twice."""
+    model = FLUX.build()
+    adapter = BlockAdapter(
+        transformer=model,
+        blocks=[model.transformer_blocks, model.single_transformer_blocks],
+        forward_pattern=ForwardPattern.Pattern_1,
     )
-    (lane,) = run_dbcache(family.build(), family, rule, 20).lanes
-    first = lane.reasons.index("accumulated limit")
-    assert any(step > first for step in lane.cached_steps)
-    assert lane.reasons.count("accumulated limit") > 1
-
-
-def test_the_unconditional_branch_may_come_first_with_a_diff_of_its_own():
-    family = tiny.FAMILIES["wan"]
-    model = dbcache.enable(
-        family.build(),
-        Fn_compute_blocks=1,
-        enable_separate_cfg=True,
-        cfg_compute_first=True,
-        cfg_diff_compute_separate=True,
-        **ALWAYS,
-    )
-    tiny.denoise(model, family, 4, branches=tiny.BRANCHES[::-1])
+    dbcache.enable(adapter, **FORCED)
+    tiny.denoise(model, FLUX, 4)
     lanes = dbcache.summary(model).lanes
-    assert [(lane.branch, lane.cached_steps) for lane in lanes] == [
-        ("uncond", [2, 3]),
-        ("cond", [2, 3]),
-    ]
-    assert lanes[0].diffs != lanes[1].diffs
+    assert [lane.stack for lane in lanes] == ["transformer_blocks", "single_transformer_blocks"]
+    assert all(sum(lane.counts.values()) == lane.steps == 4 for lane in lanes)
 
 
-def test_the_misspelt_option_of_the_guide_is_an_error():
-    for take in (lambda given: dbcache.load_configs({"cache_config": given}), dbcache.load_configs):
-        with pytest.raises(TypeError, match="enable_separate_cfg"):
-            take({"enable_sperate_cfg": True})
-    with pytest.raises(TypeError, match="enable_separate_cfg"):
-        DBCacheConfig(enable_sperate_cfg=True)
-
-
-def two_transformers(modifiers):
-    pipe = tiny.pipeline("wan2.2")
-    dbcache.enable(pipe, DBCacheConfig(Fn_compute_blocks=1, **ALWAYS), params_modifiers=modifiers)
-    return pipe, tiny.generate(pipe, 16, guided=False)
-
-
-def test_a_modifier_with_a_predictor_alone_counts():
-    predictor = ParamsModifier(calibrator_config=TaylorSeerCalibratorConfig())
-    _, plain = two_transformers(None)
-    pipe, second = two_transformers([ParamsModifier(), predictor])
-    _, both = two_transformers(predictor)
-    first, _ = dbcache.summary(pipe).lanes
-    # the first transformer's steps are those without the predictor, the last ones are not
-    assert all(map(torch.equal, second[: first.steps], plain[: first.steps]))
-    assert not torch.equal(second[-1], plain[-1])
-    assert not torch.equal(second[-1], both[-1])
-
-
-def test_a_modifier_changes_only_what_it_was_given():
-    modifier = ParamsModifier(cache_config=DBCacheConfig(max_warmup_steps=4))
-    pipe, _ = two_transformers([modifier, ParamsModifier()])
-    first, second = dbcache.summary(pipe).lanes
-    assert first.threshold == second.threshold == 1.0
-    assert first.cached_steps == list(range(4, first.steps))
-    assert second.cached_steps == list(range(2, second.steps))
-
-
-def test_no_limit_and_no_step_have_names_of_their_own():
-    for name in ("max_cached_steps", "max_continuous_cached_steps"):
-        none, never = (DBCacheConfig(**{name: limit}).strify() for limit in (-1, 0))
-        assert none != never
-
-
-def test_the_summary_holds_only_what_was_measured():
-    family = tiny.FAMILIES["flux"]
-    model = dbcache.enable(family.build(), Fn_compute_blocks=1, max_warmup_steps=3)
-    tiny.denoise(model, family, 8)
-    (lane,) = dbcache.summary(model)
-    assert set(lane.diffs) == {3, 4, 5, 6, 7}
-    assert all(diff > 0 for diff in lane.diffs.values())
-
-
-def test_an_unknown_cache_type_is_an_error():
-    for take in (dbcache.cache_type, lambda name: dbcache.load_configs({"cache_type": name})):
-        with pytest.raises(ValueError, match="DBPrune"):
-            take("DBCash")
+def test_a_config_object_is_left_as_it_was():
+    """There it is filled in with what the first model needs."""
+    config = DBCacheConfig(max_warmup_steps=2, Fn_compute_blocks=1)
+    before, given = config.as_dict(), config.given
+    for family in (WAN, FLUX):
+        dbcache.enable(family.build(), config)
+    assert (config.as_dict(), config.given) == (before, given)

@@ -28,6 +28,7 @@ from dbcache.kernels import (
     probe_diff,
     store_block,
 )
+from dbcache.kernels import transformation_rate as rate
 from dbcache.kernels.launches import CONFIGS, DEFAULTS, configs_of
 
 WIDE = re.compile(r"(ld|st)\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b32|v4\.b64)\b")
@@ -113,9 +114,20 @@ def variants():
             {"LOG_LANES": log_lanes or 0, "WIDTH": 4 if log_lanes == 10 else 2},
             {"num_warps": 4 if log_lanes == 10 else 1, "enable_fp_fusion": False},
         )
+    sizes = [f"{stream}_{what}" for stream in ("output", "input") for what in SUMS]
+    yield (
+        "decide_rate-bf16",
+        rate._transformation_rate_kernel,
+        dict.fromkeys(("values_ptr", "output_ptr", "input_ptr"), "*fp32")
+        | dict.fromkeys(sizes, "i32"),
+        {"LOG_LANES": 10},
+        {"num_warps": 4, "enable_fp_fusion": False},
+    )
     yield from fp8_variants()
     yield from block_variants()
 
+
+SUMS = ("samples", "programs")
 
 TUNED = {
     "probe_diff-bf16": "probe_diff",

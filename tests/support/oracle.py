@@ -32,12 +32,15 @@ class Rule:
     num_inference_steps: int | None = None
     steps_computation_mask: tuple[int, ...] | None = None
     steps_computation_policy: str = "dynamic"
+    static_skip_probe: bool = False
     enable_separate_cfg: bool | None = None
     cfg_compute_first: bool = False
     cfg_diff_compute_separate: bool = True
     batch_reduce: str = "mean"
     important_condition_threshold: float = 0.0
     l1_hidden_states_diff_threshold: float = 0.0
+    policy: str = "dbcache"
+    retention_ratio: float = 0.0
     order: int = 0
     exact: bool = False
     sigma: float | None = None  # Hermite polynomials instead of powers
@@ -82,10 +85,11 @@ class Decider:
     def _why(self, step: int, diff: Callable[[], float | str]) -> tuple[str, float | None]:
         rule, mask = self.rule, self.rule.steps_computation_mask
         warmup = rule.max_warmup_steps
+        retained = int(rule.retention_ratio * (rule.num_inference_steps or 0) + 0.5)
         if mask is not None:
             leading_ones = (*mask, 0).index(0)
-            warmup = min(warmup, leading_ones)
-        if step < warmup and step % rule.warmup_interval == 0:
+            warmup, retained = min(warmup, leading_ones), min(retained, leading_ones)
+        if step < retained or (step < warmup and step % rule.warmup_interval == 0):
             return "warm-up", None
         if mask is not None:
             if step < len(mask) and mask[step] == 1:
@@ -108,6 +112,9 @@ class Decider:
             return "threshold is 0", None
         if math.isnan(change):
             return "NaN diff", None
+        if rule.policy != "dbcache":
+            is_below = self.accumulated + change < threshold
+            return ("below threshold" if is_below else "above threshold"), change
         if threshold >= 1:
             return "threshold is 1 or more", change
         return ("below threshold" if change < threshold else "above threshold"), change
@@ -387,18 +394,21 @@ class Segment(torch.nn.Module):
         returns_encoder = oracle.encoder_first is not None
         hidden, encoder = hidden_states, encoder_hidden_states if returns_encoder else None
         first_tail = count - rule.Bn_compute_blocks
+        has_probe = rule.policy == "dbcache" and not rule.static_skip_probe
+        probe = rule.Fn_compute_blocks if has_probe else 0
         for i in range(self.start, self.stop):
             if i == 0:
+                oracle.block_arguments = (args, kwargs)
                 oracle.begin(hidden)
+                if probe == 0:
+                    oracle.after_probe(hidden, encoder)
             tail = i - first_tail
             if tail >= 0 and oracle.lane.tail.unlisted:
                 hidden, encoder = oracle.run_of_tail(
                     tail, hidden, encoder, encoder_hidden_states, args, kwargs
                 )
                 continue
-                if rule.Fn_compute_blocks == 0:
-                    oracle.after_probe(hidden, encoder)
-            if i < rule.Fn_compute_blocks or i >= first_tail or oracle.full:
+            if i < probe or i >= first_tail or oracle.full:
                 text = encoder if returns_encoder else encoder_hidden_states
                 out = oracle.blocks[i](hidden, text, *args, **kwargs)
                 if not returns_encoder:
@@ -407,7 +417,7 @@ class Segment(torch.nn.Module):
                     encoder, hidden = out
                 else:
                     hidden, encoder = out
-            if i == rule.Fn_compute_blocks - 1:
+            if i == probe - 1:
                 oracle.after_probe(hidden, encoder)
             if i == first_tail - 1:
                 hidden, encoder = oracle.after_middle(hidden, encoder)
