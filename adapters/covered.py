@@ -5,8 +5,7 @@ Written by tests/support/write_models.py; a test compares it with the tests ther
 
 COVERED: dict[str, tuple[str, tuple[str, ...]]] = {
     "Cache": (
-        "tests/adapters/test_model_variants.py"
-        "::test_cached_outputs_are_those_of_a_replay_in_plain_torch",
+        "tests/adapters/test_models.py::test_cached_outputs_are_those_of_a_replay_in_plain_torch",
         (
             "AceStepTransformer1DModel",
             "AllegroTransformer3DModel",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dbcache.adapters.modulated import check_block, modulated_input
+from dbcache.adapters.patterns import describe
 from dbcache.config import StackSettings
 from dbcache.executors import eager
 from dbcache.lane import Lane
@@ -170,26 +171,40 @@ def argument(
 def _latents(
     who: str, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    x = argument(model, "hidden_states", args, kwargs)
-    if not isinstance(x, torch.Tensor):
+    """Return what the transformer denoises: `hidden_states`, or its first parameter."""
+    cls: Any = type(model)
+    names = _names(cls)
+    name = "hidden_states" if "hidden_states" in names else names[0]
+    x = _one_tensor(argument(model, name, args, kwargs))
+    if x is None:
         raise ValueError(
-            f"{who}: the transformer must be called with its latents as a tensor hidden_states, "
-            f"got {type(x).__name__}; choose another policy"
+            f"{who}: the transformer must be called with its latents, tensors of one shape in "
+            f"floating point, as {name}; choose another policy"
         )
-    return x.detach()
+    return x
 
 
 def first_tensor(who: str, output: Any) -> torch.Tensor:
     """Return the prediction that a transformer returns, from a tuple or an output class."""
-    if isinstance(output, torch.Tensor):
-        return output.detach()
-    first = output[0] if isinstance(output, tuple | list | dict) and len(output) else None
-    if not isinstance(first, torch.Tensor):
+    first = output
+    if isinstance(output, tuple | list | dict) and len(output):
+        first = output[0]
+    prediction = _one_tensor(first)
+    if prediction is None:
         raise ValueError(
-            f"{who}: the transformer must return its prediction as a tensor, got "
-            f"{type(output).__name__}; choose another policy"
+            f"{who}: the transformer must return its prediction as tensors of one shape, got "
+            f"{describe(output)}; choose another policy"
         )
-    return first.detach()
+    return prediction
+
+
+def _one_tensor(value: Any) -> torch.Tensor | None:
+    """Return a tensor, or a list of them (one per sample) as one; None where there is neither."""
+    if isinstance(value, tuple | list) and value:
+        shapes = {x.shape if isinstance(x, torch.Tensor) else None for x in value}
+        value = torch.stack(list(value)) if len(shapes) == 1 and None not in shapes else None
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.detach() if is_float else None
 
 
 def _full_noise(model: torch.nn.Module) -> float | None:

@@ -18,6 +18,7 @@ from dbcache.adapters.guards import (
 )
 from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
 from dbcache.adapters.signals import Source, make_source
+from dbcache.adapters.tail import Tail
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
@@ -129,6 +130,7 @@ class Stack:
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
         self.fn, self.bn = self._clamp()
         self.lanes: dict[str | None, Lane] = {}
+        self.tail: Tail | None = None
         self.entries = self._make_entries()
         self.recorder: Recorder | None = None
         self.source: Source | None = None
@@ -164,6 +166,7 @@ class Stack:
         if first_middle > last_middle:
             return []
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+        self.tail = Tail.of(self)
         position, entries = 0, []
         for turn, block_list in enumerate(self.lists):
             row: list[Entry] = []
@@ -177,6 +180,8 @@ class Stack:
                         row.append(MiddleEndGuard(self, block, who, is_first, is_last))
                     else:
                         row.append(MiddleGuard(self, block, who))
+                elif position > last_middle and self.tail is not None:
+                    row.append(self.tail.guard(position, block, who))
                 elif position == first_middle - 1 and returns_encoder_only:
                     row.append(ProbeEndGuard(self, block, who, is_first=position == 0))
                 else:
@@ -196,10 +201,14 @@ class Stack:
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
         self.encoder_fn: torch.Tensor | None = None
+        if self.tail is not None:
+            self.tail.run.forget_step()
 
     def start_request(self) -> None:
         """Forget the last request."""
         self._shared = None
+        if self.tail is not None:
+            self.tail.start_request()
         for lane in self.lanes.values():
             lane.start_request()
 
@@ -248,6 +257,11 @@ class Stack:
 
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
+        if self.tail is not None:
+            raise ValueError(
+                f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
+                f"got Bn_compute_blocks_ids, which leave out single blocks; leave out cuda_graph"
+            )
         if self.source is not None:
             raise ValueError(
                 f"{self.name}: steps recorded as CUDA graphs must be decided by the probe or ahead "
@@ -422,6 +436,8 @@ class Stack:
         """Return the predicted output of the middle blocks."""
         assert self.prediction is not None
         self.is_open = False
+        if self.tail is not None:
+            self.tail.run.encoder = self.prediction[1]
         return self.prediction
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
@@ -451,6 +467,16 @@ class Stack:
             eager.forecast_into(self.lane, self.h_fn, self.encoder_fn, h_out, encoder)
             self.cutter.end_branch()
         self.is_open = False
+        if self.tail is not None:
+            self.tail.run.encoder = encoder
+
+    def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
+        """Return the blocks that were left out on each step; None where whole steps are cached."""
+        return None
+
+    def tail_nbytes(self, branch: str | None) -> int:
+        """Bytes of what is stored of single blocks among the last ones."""
+        return 0 if self.tail is None else self.tail.nbytes(branch)
 
     def check_finished(self) -> None:
         """Raise if the step that was begun was not carried through."""
