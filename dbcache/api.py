@@ -106,28 +106,24 @@ def summary(target: object) -> Summary:
     lanes, notes = [], []
     for transformer in _enabled(target, "summary"):
         name = type(transformer.module).__name__
-        if transformer.uncached_calls:
-            notes.append(
-                f"{name}: {transformer.uncached_calls} calls came from outside of the pipeline "
-                f"that the cache is enabled on and ran without it"
-            )
+        notes += transformer.notes()
         for stack in transformer.stacks:
             if not stack.entries:
                 notes.append(f"{stack.name}: all {stack.num_blocks} blocks run on every step")
-            for branch, lane in stack.lanes.items():
-                if lane.step:
-                    reasons, diffs = lane.trace()
-                    lanes.append(
-                        LaneSummary.from_trace(
-                            reasons,
-                            diffs,
-                            transformer=name,
-                            stack=stack.name,
-                            branch=branch,
-                            threshold=stack.settings.cache.threshold,
-                            megabytes=lane.nbytes() / 1e6,
-                        )
+            ran = {branch: lane for branch, lane in stack.lanes.items() if lane.step}
+            for branch, lane in ran.items():
+                reasons, diffs = lane.trace()
+                lanes.append(
+                    LaneSummary.from_trace(
+                        reasons,
+                        diffs,
+                        transformer=name,
+                        stack=stack.name,
+                        branch=transformer.branches.shown(branch, ran),
+                        threshold=stack.settings.cache.threshold,
+                        megabytes=lane.nbytes() / 1e6,
                     )
+                )
     return Summary(lanes, notes)
 
 
