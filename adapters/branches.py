@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class Branch:
         condition: the tensor that its last call was conditioned on, as long as that lives.
         step: the step of its last call.
         call: which of all calls that was.
-        distance: steps between its last two calls.
+        distance: steps from one of its calls to the next; 0 if that is open.
     """
 
     key: str | None
@@ -138,8 +138,9 @@ class Branches:
         distance, branch.step = self._step - branch.step, self._step
         if distance in (0, branch.distance):
             return False
-        branch.distance = distance
-        return True
+        is_open = branch.distance == 0
+        branch.distance = distance if is_open else 0
+        return not is_open
 
     def _is_free(self, branch: Branch) -> bool:
         """Say whether the branch can be that of the call: it comes once per step."""
@@ -180,18 +181,20 @@ class Branches:
     def _next_key(self) -> str | None:
         if not self._found:
             return None
-        return self.two_names[1] if len(self._found) == 1 else f"branch {len(self._found) + 1}"
+        if len(self._found) == 1 and self._place:
+            return self.two_names[1]
+        return f"branch {len(self._found) + 1}"
 
     @property
     def two_names(self) -> tuple[str, str]:
-        """Names of two branches that have none, in the order of their calls."""
+        """Names of two branches that have none, in the order of their calls within a step."""
         return ("uncond", "cond") if self.uncond_first else ("cond", "uncond")
 
-    def shown(self, key: str | None, keys: Iterable[str | None]) -> str | None:
-        """Return how the branch `key` is called beside `keys`, the others that ran."""
-        if key is None and self.two_names[1] in keys:
-            return self.two_names[0]
-        return key
+    def shown(self, key: str | None, keys: Collection[str | None]) -> str | None:
+        """Return how the branch `key` is called; `keys` are all that ran."""
+        if key is not None or len(keys) == 1:
+            return key
+        return self.two_names[0] if self.two_names[1] in keys else "branch 1"
 
 
 class ConditionFinder:
