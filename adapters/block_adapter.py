@@ -18,12 +18,16 @@ from dbcache.options import check_type
 
 @dataclass(frozen=True)
 class StackSpec:
-    """One block stack of one transformer: a chain of lists under one pattern."""
+    """One block stack of one transformer: a chain of lists under one pattern.
+
+    With `long_skips` the j-th block from the end takes what the j-th block made.
+    """
 
     lists: tuple[BlockList, ...]
     pattern: ForwardPattern
     modifier: ParamsModifier | None = None
     streams: Streams = STREAMS
+    long_skips: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,9 +205,8 @@ def _stream_names(given: Any) -> Streams:
 def find_list(transformer: torch.nn.Module, blocks: torch.nn.ModuleList) -> BlockList:
     """Return the place at which `transformer` holds `blocks`."""
     for path, module in transformer.named_modules():
-        for name, child in module.named_children():
-            if child is blocks:
-                return BlockList(module, name, f"{path}.{name}" if path else name)
+        if module is blocks:
+            return BlockList(transformer, path)
     raise ValueError(
         f"BlockAdapter.blocks must be lists of {type(transformer).__name__} itself, got a "
         f"{type(blocks).__name__} of {len(blocks)} that is none of its modules; pass the "

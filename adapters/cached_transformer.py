@@ -116,6 +116,7 @@ class CachedTransformer:
             Stack(list(stack.lists), stack.pattern, settings.modified(modifier), stack.streams)
             for stack, modifier in zip(spec.stacks, modifiers, strict=True)
         ]
+        self._check_long_skips()
         self.config = self.stacks[0].settings.cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
@@ -135,6 +136,16 @@ class CachedTransformer:
         self._forms: dict[str | None, Any] = {}
         self._condition_of = ConditionFinder(self.module)
         self._patches: list[InstanceMethod] = []
+
+    def _check_long_skips(self) -> None:
+        """Raise if a block that always runs takes what a block that may be skipped has to make."""
+        for spec, stack in zip(self.spec.stacks, self.stacks, strict=True):
+            if spec.long_skips and stack.bn > stack.fn:
+                raise ValueError(
+                    f"{type(self.module).__name__}.{stack.name}: Bn_compute_blocks must be at most "
+                    f"Fn_compute_blocks, got {stack.bn} and {stack.fn}: long skip connections feed "
+                    f"what the first blocks make to the last ones; raise Fn_compute_blocks"
+                )
 
     def renewed(self, changes: ParamsModifier) -> CachedTransformer:
         """Return one with the given fields of `changes` on top; itself if that needs no rebuild."""
@@ -221,7 +232,7 @@ class CachedTransformer:
         try:
             for stack in self.stacks:
                 for block_list, entries in zip(stack.lists, stack.entries, strict=False):
-                    block_list.own[block_list.name] = entries
+                    block_list.shadow(entries)
                     shadowed.append(block_list)
             output = run(*args, **kwargs)
             partial = [stack for stack in self.stacks if stack.left_blocks_out()]
@@ -231,7 +242,7 @@ class CachedTransformer:
             raise
         finally:
             for block_list in shadowed:
-                del block_list.own[block_list.name]
+                block_list.unshadow()
         for stack in self.stacks:
             stack.abort_forward() if stack in partial else stack.finish_forward()
         self.partial_calls += bool(partial)

@@ -35,12 +35,14 @@ class ModelRow:
         models: what users call the models that have it.
         blocks: its block stacks, in the notation of `parse_stacks`.
         separate_cfg: a loop that does not name its calls alternates between two guidance branches.
+        long_skips: the last blocks take what the first ones made, the last of all from the first.
     """
 
     transformer: str
     models: str
     blocks: str
     separate_cfg: bool = False
+    long_skips: bool = False
 
     @cached_property
     def stacks(self) -> tuple[StackRow, ...]:

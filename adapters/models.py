@@ -31,6 +31,22 @@ IMAGE = (
         "transformer_blocks + single_transformer_blocks: h, e -> e, h", separate_cfg=True),
     Row("LongCatImageTransformer2DModel", "LongCat-Image",
         "transformer_blocks + single_transformer_blocks: h, e -> e, h", separate_cfg=True),
+    Row("Flux2Transformer2DModel", "FLUX.2, FLUX.2 Klein",
+        "transformer_blocks: h, e -> e, h; single_transformer_blocks: h -> h"),
+    Row("SD3Transformer2DModel", "Stable Diffusion 3, 3.5",
+        "transformer_blocks: h, e -> e, h"),
+    Row("BriaFiboTransformer2DModel", "Bria FIBO",
+        "transformer_blocks: h, e -> e, h; single_transformer_blocks: h -> h"),
+    Row("AuraFlowTransformer2DModel", "AuraFlow",
+        "joint_transformer_blocks: h, e -> e, h; single_transformer_blocks: h -> h"),
+    Row("ChromaTransformer2DModel", "Chroma",
+        "transformer_blocks: h, e -> e, h; single_transformer_blocks: h -> h", separate_cfg=True),
+    Row("LuminaNextDiT2DModel", "Lumina-Next",
+        "layers: h -> h"),
+    Row("Lumina2Transformer2DModel", "Lumina 2",
+        "layers: h -> h", separate_cfg=True),
+    Row("OmniGenTransformer2DModel", "OmniGen",
+        "layers: h -> h"),
 )
 
 VIDEO = (
@@ -48,3 +64,6 @@ VIDEO = (
 # fmt: on
 
 MODELS = (*IMAGE, *VIDEO)
+
+REFUSED: dict[str, str] = {}
+"""Classes that cannot be cached, each with the reason: the end of a sentence about the class."""

@@ -12,25 +12,34 @@ import torch
 
 from dbcache.adapters.block_adapter import StackSpec, TransformerSpec, check_signatures, unwrap
 from dbcache.adapters.model_row import ModelRow
-from dbcache.adapters.models import MODELS
+from dbcache.adapters.models import MODELS, REFUSED
 from dbcache.adapters.stack import BlockList
 
 _ROWS = {row.transformer: row for row in MODELS}
 
 
+def _known(module: object) -> str | None:
+    """Return the name of the nearest class that has a row or a refusal, None without."""
+    names = (cls.__name__ for cls in type(module).__mro__)
+    return next((name for name in names if name in _ROWS or name in REFUSED), None)
+
+
 def row_of(module: object) -> ModelRow | None:
     """Return the row of a transformer's class or of the nearest base that has one."""
-    for cls in type(module).__mro__:
-        if cls.__name__ in _ROWS:
-            return _ROWS[cls.__name__]
-    return None
+    return _ROWS.get(_known(module) or "")
+
+
+def refusal_of(module: object) -> str | None:
+    """Return why a transformer's class cannot be cached, None where nothing speaks against it."""
+    name = _known(module)
+    return f"{name} {REFUSED[name]}" if name in REFUSED else None
 
 
 def find_specs(target: Any) -> list[TransformerSpec]:
     """Return what to cache of a transformer or of a pipeline's transformers.
 
     Raises:
-        ValueError: no row fits; the error lists those there are.
+        ValueError: no row fits; the error tells why, or lists the rows there are.
     """
     if isinstance(target, torch.nn.Module):
         candidates = [unwrap(target)]
@@ -38,6 +47,11 @@ def find_specs(target: Any) -> list[TransformerSpec]:
         parts = getattr(target, "__dict__", {}).values()
         candidates = [unwrap(part) for part in parts if isinstance(part, torch.nn.Module)]
     specs = [_spec(module, row) for module in candidates if (row := row_of(module)) is not None]
+    refusals = [reason for module in candidates if (reason := refusal_of(module)) is not None]
+    if not specs and refusals:
+        raise ValueError(
+            f"dbcache.enable: {type(target).__name__} cannot be cached: {'; '.join(refusals)}"
+        )
     if not specs:
         known = "\n".join(f"  {row.transformer}: {row.models}" for row in MODELS)
         raise ValueError(
@@ -58,11 +72,14 @@ def _spec(module: torch.nn.Module, row: ModelRow) -> TransformerSpec:
     for stack in row.stacks:
         lists = []
         for path in stack.lists:
-            owner, _, name = path.rpartition(".")
-            block_list = BlockList(module.get_submodule(owner), name, path)
+            block_list = BlockList(module, path)
             if block_list.blocks:
                 check_signatures(block_list, stack.pattern, stack.streams)
                 lists.append(block_list)
         if lists:
-            stacks.append(StackSpec(tuple(lists), stack.pattern, streams=stack.streams))
+            stacks.append(
+                StackSpec(
+                    tuple(lists), stack.pattern, streams=stack.streams, long_skips=row.long_skips
+                )
+            )
     return TransformerSpec(module, tuple(stacks), row.separate_cfg)

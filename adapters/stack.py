@@ -27,21 +27,45 @@ Entry = Guard | torch.nn.Module
 class BlockList:
     """One list of blocks and where the model's forward looks it up.
 
-    Attributes:
-        owner: the module that has the list as attribute `name`.
+    Args:
+        transformer: the model.
         path: name of the list seen from the transformer, as in ``"transformer_blocks"``.
+
+    Raises:
+        AttributeError: there is no such list.
     """
 
-    def __init__(self, owner: torch.nn.Module, name: str, path: str) -> None:
-        self.owner = owner
-        self.name = name
+    def __init__(self, transformer: torch.nn.Module, path: str) -> None:
         self.path = path
-        self.own = owner.__dict__
+        owner, _, self.name = path.rpartition(".")
+        self.owner = transformer.get_submodule(owner)
+        transformer.get_submodule(path)
+        self._dict_owner: torch.nn.Module | None = None
+        if isinstance(self.owner, torch.nn.ModuleDict):
+            outer, _, self._dict_name = owner.rpartition(".")
+            self._dict_owner = transformer.get_submodule(outer)
         self.blocks = self.current()
 
     def current(self) -> list[torch.nn.Module]:
         """Return the blocks that the model has now."""
-        return list(getattr(self.owner, self.name)._modules.values())
+        blocks = self.owner._modules[self.name]
+        assert blocks is not None
+        return list(blocks._modules.values())
+
+    def shadow(self, entries: list[Entry]) -> None:
+        """Let the model see `entries` in place of its blocks."""
+        if self._dict_owner is None:
+            self.owner.__dict__[self.name] = entries
+        else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
+            own = self._dict_owner.__dict__
+            own.setdefault(self._dict_name, dict(self.owner._modules))[self.name] = entries
+
+    def unshadow(self) -> None:
+        """Let the model see its blocks again."""
+        if self._dict_owner is None:
+            del self.owner.__dict__[self.name]
+        else:
+            self._dict_owner.__dict__.pop(self._dict_name, None)
 
 
 class Stack:
@@ -123,6 +147,7 @@ class Stack:
         self.branch: str | None = None
         self.cached = False
         self.is_open = False
+        self.prediction: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
         self.encoder_fn: torch.Tensor | None = None
@@ -207,6 +232,9 @@ class Stack:
         copies = self._copies_middle and not self.cached
         self.h_fn = h_fn.clone() if copies else h_fn
         self.encoder_fn = encoder_in.clone() if copies and encoder_in is not None else encoder_in
+        if self.cached:
+            # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
+            self.prediction = eager.forecast(lane, self.h_fn, self.encoder_fn)
         if not self._learned:
             self._originals = [(h_fn, self.h_fn)]
             if encoder_in is not None and self.encoder_fn is not None:
@@ -228,10 +256,9 @@ class Stack:
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of the middle blocks."""
-        assert self.lane is not None
-        assert self.h_fn is not None
+        assert self.prediction is not None
         self.is_open = False
-        return eager.forecast(self.lane, self.h_fn, self.encoder_fn)
+        return self.prediction
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
         """Store what the middle blocks did."""

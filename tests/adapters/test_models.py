@@ -201,8 +201,8 @@ SEVERAL = [name for name in NAMES if len(models.CASES[name].stacks) > 1]
 @pytest.mark.parametrize("name", SEVERAL, indirect=True)
 def test_each_stack_decides_for_itself(name):
     model, stacks = models.model(name), models.stacks_of(name)
-    never = dbcache.ParamsModifier(dbcache.DBCacheConfig(residual_diff_threshold=0.0))
-    changes = [None, *[never] * (len(stacks) - 1)]
+    never = dbcache.DBCacheConfig(residual_diff_threshold=0.0)
+    changes = [None, *[dbcache.ParamsModifier(cache_config=never)] * (len(stacks) - 1)]
     dbcache.enable(model, Fn_compute_blocks=1, params_modifiers=changes, **FORCED)
     with counted(name) as calls:
         models.run(name, STEPS)
@@ -215,4 +215,4 @@ def test_a_model_is_supported_by_its_row_alone(name, monkeypatch):
     with pytest.raises(ValueError, match=name):
         dbcache.enable(models.model(name))
     monkeypatch.undo()
-    dbcache.enable(models.model(name))
+    dbcache.enable(models.model(name), Fn_compute_blocks=1)
