@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +20,30 @@ from dbcache.options import check_type
 class StackSpec:
     """One block stack of one transformer: a chain of lists under one pattern.
 
-    With `long_skips` the j-th block from the end takes what the j-th block made.
+    With `interleaved` the forward runs a block of each list in turn; with `long_skips` the j-th
+    block from the end takes what the j-th block made.
     """
 
     lists: tuple[BlockList, ...]
     pattern: ForwardPattern
     modifier: ParamsModifier | None = None
     streams: Streams = STREAMS
+    interleaved: bool = False
     long_skips: bool = False
 
 
 @dataclass(frozen=True)
 class TransformerSpec:
-    """One transformer and its block stacks."""
+    """One transformer and its block stacks.
+
+    `fills` tells by the keyword arguments of a call that it is no denoising step: its blocks keep
+    keys and values for the loop that follows, so all of them must run.
+    """
 
     transformer: torch.nn.Module
     stacks: tuple[StackSpec, ...]
     separate_cfg: bool = False
+    fills: Callable[[dict[str, Any]], bool] | None = None
 
 
 @dataclass(kw_only=True)

@@ -113,7 +113,13 @@ class CachedTransformer:
         self.by_request = by_request
         self.module = spec.transformer
         self.stacks = [
-            Stack(list(stack.lists), stack.pattern, settings.modified(modifier), stack.streams)
+            Stack(
+                list(stack.lists),
+                stack.pattern,
+                settings.modified(modifier),
+                stack.streams,
+                stack.interleaved,
+            )
             for stack, modifier in zip(spec.stacks, modifiers, strict=True)
         ]
         self._check_long_skips()
@@ -226,6 +232,9 @@ class CachedTransformer:
         run = self._patches[0].original
         if not self.is_open:
             self._note_uncached_call()
+            return run(*args, **kwargs)
+        if self.spec.fills is not None and self.spec.fills(kwargs):
+            self.start_request()
             return run(*args, **kwargs)
         self._start_step(args, kwargs)
         shadowed = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from dbcache.adapters.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, Streams
 
@@ -19,11 +21,13 @@ class StackRow:
         lists: paths of the lists seen from the transformer, in the order of the forward.
         pattern: what the blocks take and return.
         streams: the names that their parameters have.
+        interleaved: the forward runs a block of each list in turn.
     """
 
     lists: tuple[str, ...]
     pattern: ForwardPattern
     streams: Streams = STREAMS
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class ModelRow:
         models: what users call the models that have it.
         blocks: its block stacks, in the notation of `parse_stacks`.
         separate_cfg: a loop that does not name its calls alternates between two guidance branches.
+        fills: tells by the keyword arguments of a call that it is no denoising step: its blocks
+            keep keys and values for the loop that follows.
         long_skips: the last blocks take what the first ones made, the last of all from the first.
     """
 
@@ -42,6 +48,7 @@ class ModelRow:
     models: str
     blocks: str
     separate_cfg: bool = False
+    fills: Callable[[dict[str, Any]], bool] | None = None
     long_skips: bool = False
 
     @cached_property
@@ -53,9 +60,11 @@ class ModelRow:
 def parse_stacks(text: str) -> tuple[StackRow, ...]:
     """Read ``"<list> + <list>: <takes> -> <returns>; <list>: <takes> -> <returns>"``.
 
-    Lists joined by ``+`` are a chain with one decision, ``;`` separates stacks. The streams go by
-    the names of the block's parameters, hidden states first in what it takes; ``h`` and ``e``
-    stand for `hidden_states` and `encoder_hidden_states`. For example
+    Lists joined by ``+`` are a chain with one decision, lists joined by ``&`` take turns in one,
+    ``;`` separates stacks. ``blocks[:-n]`` are all but the last n blocks and ``blocks[-n:]`` these,
+    n being an attribute of the transformer. The streams go by the names of the block's parameters,
+    hidden states first in what it takes; ``h`` and ``e`` stand for `hidden_states` and
+    `encoder_hidden_states`. For example
 
         double_blocks: h, e -> e, h; single_blocks: x -> x
 
@@ -66,7 +75,7 @@ def parse_stacks(text: str) -> tuple[StackRow, ...]:
 
 
 def _parse_stack(text: str) -> StackRow:
-    lists, _, signature = text.partition(":")
+    lists, _, signature = text.rpartition(":")
     taken, _, returned = signature.partition("->")
     takes, returns = _names(taken), _names(returned)
     names = list(dict.fromkeys(takes + returns))
@@ -77,13 +86,14 @@ def _parse_stack(text: str) -> StackRow:
         )
     except (KeyError, ValueError):
         pattern = None
-    chain = tuple(name.strip() for name in lists.split("+"))
+    interleaved = "&" in lists
+    chain = tuple(name.strip() for name in lists.split("&" if interleaved else "+"))
     if pattern is None or not all((*names, *chain)):
         raise ValueError(
             f"parse_stacks: each stack must read '<list>: <takes> -> <returns>' with one or two "
             f"streams, as in 'blocks: h, e -> e, h', got {text.strip()!r}"
         )
-    return StackRow(chain, pattern, (names[0], (*names, ENCODER)[1]))
+    return StackRow(chain, pattern, (names[0], (*names, ENCODER)[1]), interleaved)
 
 
 def _names(text: str) -> list[str]:

@@ -53,7 +53,8 @@ class OutputForm:
     Attributes:
         is_tensor: the block returns `hidden_states` alone.
         hidden_at: position of `hidden_states` in the tuple.
-        encoder_at: position of `encoder_hidden_states`, None where there is none.
+        encoder_at: position of `encoder_hidden_states`, None where the pattern returns none. What
+            is there may be None: from the last block of a model, or without audio.
     """
 
     __slots__ = ("encoder_at", "hidden_at", "is_tensor", "rest", "sequence")
@@ -78,10 +79,8 @@ class OutputForm:
         """Find the streams in a tuple; say whether it fits the pattern."""
         if len(pattern.returns) == 2 and len(output) == 2:
             self.hidden_at = pattern.returns.index(HIDDEN)
-            encoder = output[1 - self.hidden_at]
-            if isinstance(encoder, torch.Tensor):
-                self.encoder_at = 1 - self.hidden_at
-            elif encoder is not None:
+            self.encoder_at = 1 - self.hidden_at
+            if not isinstance(output[self.encoder_at], torch.Tensor | None):
                 return False
         elif len(pattern.returns) == 2 or any(isinstance(x, torch.Tensor) for x in output[1:]):
             return False

@@ -79,7 +79,11 @@ def _spec(module: torch.nn.Module, row: ModelRow) -> TransformerSpec:
         if lists:
             stacks.append(
                 StackSpec(
-                    tuple(lists), stack.pattern, streams=stack.streams, long_skips=row.long_skips
+                    tuple(lists),
+                    stack.pattern,
+                    streams=stack.streams,
+                    interleaved=stack.interleaved,
+                    long_skips=row.long_skips,
                 )
             )
-    return TransformerSpec(module, tuple(stacks), row.separate_cfg)
+    return TransformerSpec(module, tuple(stacks), row.separate_cfg, row.fills)

@@ -22,14 +22,17 @@ from dbcache.lane import Lane, Layout
 from dbcache.schedule import resolve_mask
 
 Entry = Guard | torch.nn.Module
+WHOLE = slice(None)
 
 
 class BlockList:
-    """One list of blocks and where the model's forward looks it up.
+    """One list of blocks, or a part of one, and where the model's forward looks it up.
 
     Args:
         transformer: the model.
-        path: name of the list seen from the transformer, as in ``"transformer_blocks"``.
+        path: name of the list seen from the transformer, as in ``"transformer_blocks"``. It may end
+            in ``[:-n]`` or ``[-n:]``: all but the last n blocks, or these, n being an attribute of
+            the transformer.
 
     Raises:
         AttributeError: there is no such list.
@@ -37,9 +40,14 @@ class BlockList:
 
     def __init__(self, transformer: torch.nn.Module, path: str) -> None:
         self.path = path
-        owner, _, self.name = path.rpartition(".")
+        whole, _, part = path.partition("[")
+        owner, _, self.name = whole.rpartition(".")
         self.owner = transformer.get_submodule(owner)
-        transformer.get_submodule(path)
+        blocks = transformer.get_submodule(whole)
+        self.part = WHOLE
+        if part:
+            split = len(blocks) - getattr(transformer, part.strip(":-]"))
+            self.part = slice(split) if part.startswith(":") else slice(split, None)
         self._dict_owner: torch.nn.Module | None = None
         if isinstance(self.owner, torch.nn.ModuleDict):
             outer, _, self._dict_name = owner.rpartition(".")
@@ -50,12 +58,17 @@ class BlockList:
         """Return the blocks that the model has now."""
         blocks = self.owner._modules[self.name]
         assert blocks is not None
-        return list(blocks._modules.values())
+        return list(blocks._modules.values())[self.part]
 
     def shadow(self, entries: list[Entry]) -> None:
         """Let the model see `entries` in place of its blocks."""
         if self._dict_owner is None:
-            self.owner.__dict__[self.name] = entries
+            own = self.owner.__dict__
+            if self.part is not WHOLE:  # the other part may be shadowed already
+                whole: list[Entry] = own.get(self.name) or [*self.owner.get_submodule(self.name)]
+                whole[self.part] = entries
+                entries = whole
+            own[self.name] = entries
         else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
             own = self._dict_owner.__dict__
             own.setdefault(self._dict_name, dict(self.owner._modules))[self.name] = entries
@@ -63,7 +76,7 @@ class BlockList:
     def unshadow(self) -> None:
         """Let the model see its blocks again."""
         if self._dict_owner is None:
-            del self.owner.__dict__[self.name]
+            self.owner.__dict__.pop(self.name, None)
         else:
             self._dict_owner.__dict__.pop(self._dict_name, None)
 
@@ -76,6 +89,9 @@ class Stack:
         pattern: what the blocks take and return.
         settings: checked settings; Fn and Bn are clamped to the number of blocks, with a warning.
         streams: names of the parameters that take hidden states and encoder states.
+        interleaved: the forward runs a block of each list in turn, and rearranges the tokens in
+            between (Latte: spatial, temporal). Fn and Bn count rounds. The middle ends after the
+            first block of its last round: it gives back the arrangement that it got.
     """
 
     def __init__(
@@ -84,8 +100,10 @@ class Stack:
         pattern: ForwardPattern,
         settings: StackSettings,
         streams: Streams = STREAMS,
+        interleaved: bool = False,
     ) -> None:
         self.lists = lists
+        self.round = len(lists) if interleaved else 1
         self.pattern = pattern
         self.streams = streams
         self.settings = settings
@@ -105,8 +123,8 @@ class Stack:
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""
         cache, total = self.settings.cache, self.num_blocks
-        fn = min(cache.Fn_compute_blocks, total)
-        bn = min(cache.Bn_compute_blocks, total - fn)
+        fn = min(self.round * cache.Fn_compute_blocks, total)
+        bn = min(self.round * (cache.Bn_compute_blocks + 1) - 1, total - fn)
         if fn + bn == total:
             wanted = f"Fn={cache.Fn_compute_blocks}, Bn={cache.Bn_compute_blocks}"
             warnings.warn(
@@ -123,10 +141,12 @@ class Stack:
             return []
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
         position, entries = 0, []
-        for block_list in self.lists:
+        for turn, block_list in enumerate(self.lists):
             row: list[Entry] = []
             for index, block in enumerate(block_list.blocks):
                 who = f"{block_list.path}[{index}] ({type(block).__name__})"
+                if self.round > 1:
+                    position = index * self.round + turn
                 if first_middle <= position <= last_middle:
                     is_first, is_last = position == first_middle, position == last_middle
                     if is_first or is_last:

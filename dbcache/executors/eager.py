@@ -68,7 +68,7 @@ def forecast(
             scales=lane.scales,
             replace=lane.settings.replace,
         )
-        return h_out, encoder_fn
+        return h_out, None
     return predict(
         h_fn,
         lane.ring,

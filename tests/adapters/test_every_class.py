@@ -18,7 +18,6 @@ from dbcache.adapters import registry
 from dbcache.adapters.models import MODELS, REFUSED
 
 TODO_IMAGE = {
-    "AceStepTransformer1DModel",
     "BriaFibo2Transformer2DModel",
     "DiTTransformer2DModel",
     "DreamLiteTransformer2DModel",
@@ -31,51 +30,17 @@ TODO_IMAGE = {
     "Ideogram4Transformer2DModel",
     "JoyImageEditPlusTransformer3DModel",
     "JoyImageEditTransformer3DModel",
-    "Kandinsky5Transformer3DModel",
     "Krea2Transformer2DModel",
-    "LongCatAudioDiTTransformer",
-    "MiniMaxMusic3RVQDepthDecoder",
-    "MiniMaxMusic3Transformer1DModel",
     "NucleusMoEImageTransformer2DModel",
     "PRXTransformer2DModel",
     "PriorTransformer",
     "QwenImage21Transformer2DModel",
-    "RFD4ProteinaTransformer",
-    "StableAudio3DiTModel",
     "StableAudioDiTModel",
-    "T5FilmDecoder",
     "Transformer2DModel",
-    "TransformerTemporalModel",
     "UVit2DModel",
     "ZImageTransformer2DModel",
 }
-TODO_VIDEO = {
-    "AllegroTransformer3DModel",
-    "AnyFlowFARTransformer3DModel",
-    "AnyFlowTransformer3DModel",
-    "ChronoEditTransformer3DModel",
-    "ConsisIDTransformer3DModel",
-    "Cosmos3OmniTransformer",
-    "CosmosTransformer3DModel",
-    "EasyAnimateTransformer3DModel",
-    "HeliosTransformer3DModel",
-    "HunyuanVideo15Transformer3DModel",
-    "HunyuanVideoFramepackTransformer3DModel",
-    "Kandinsky6SRTransformer3DModel",
-    "Kandinsky6Transformer3DModel",
-    "LTX2VideoTransformer3DModel",
-    "LatteTransformer3DModel",
-    "MiniMaxH3Transformer3DModel",
-    "MotifVideoTransformer3DModel",
-    "SanaVideoTransformer3DModel",
-    "SanaWMLTX2RefinerTransformer3DModel",
-    "SanaWMTransformer3DModel",
-    "SkyReelsV2Transformer3DModel",
-    "WanAnimate2Transformer3DModel",
-    "WanAnimateTransformer3DModel",
-    "WanVACETransformer3DModel",
-}
-TODO = TODO_IMAGE | TODO_VIDEO
+TODO = TODO_IMAGE
 
 
 def transformer_classes():

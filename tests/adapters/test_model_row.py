@@ -29,6 +29,11 @@ from dbcache.adapters.model_row import StackRow, parse_stacks
             [StackRow(("a",), ForwardPattern.Pattern_3, ("encoder_hidden_states",) * 2)],
         ),
         ("a: h -> h, e", [StackRow(("a",), ForwardPattern.Pattern_4)]),
+        ("a & b: h -> h", [StackRow(("a", "b"), ForwardPattern.Pattern_3, interleaved=True)]),
+        (
+            "a[:-n]: h -> h; a[-n:]: h -> h",
+            [StackRow((part,), ForwardPattern.Pattern_3) for part in ("a[:-n]", "a[-n:]")],
+        ),
     ],
 )
 def test_the_notation_reads_as_it_is_written(text, stacks):

@@ -89,12 +89,16 @@ class Replay:
         """Return (hidden states, encoder states or None) of what a block returned."""
         if isinstance(output, torch.Tensor):
             return output, None
+        if len(output) == 1:
+            return output[0], None
         return output[::-1] if self._is_swapped(output) else output
 
     def _like(self, output, streams):
         """Return the two streams in the form of `output`."""
         if isinstance(output, torch.Tensor):
             return streams[0]
+        if len(output) == 1:
+            return (streams[0],)
         streams = tuple(
             None if o is None else s for o, s in zip(self._by_stream(output), streams, strict=True)
         )
@@ -106,8 +110,13 @@ def replayed(name, fn, bn):
     """Replay the middle blocks of all stacks."""
     with contextlib.ExitStack() as context:
         yield [
-            context.enter_context(Replay(blocks[fn : len(blocks) - bn], names))
-            for blocks, names in zip(models.stacks_of(name), models.streams_of(name), strict=True)
+            context.enter_context(Replay(blocks[middle.start : middle.stop], names))
+            for blocks, names, middle in zip(
+                models.stacks_of(name),
+                models.streams_of(name),
+                models.middles_of(name, fn, bn),
+                strict=True,
+            )
         ]
 
 
@@ -130,10 +139,14 @@ def counted(name):
         hook.remove()
 
 
-def expected_calls(blocks, fn, bn, full_steps):
-    """Return the calls of each block of a stack in `STEPS` steps."""
-    middle = range(fn, len(blocks) - bn)
-    return [full_steps if i in middle else STEPS for i in range(len(blocks))]
+def expected_calls(name, fn, bn, full_steps):
+    """Return the calls of each block of each stack in `STEPS` steps."""
+    return [
+        [full if i in middle else STEPS for i in range(len(blocks))]
+        for blocks, middle, full in zip(
+            models.stacks_of(name), models.middles_of(name, fn, bn), full_steps, strict=True
+        )
+    ]
 
 
 def test_every_row_has_a_case_and_every_case_a_row():
@@ -162,7 +175,7 @@ def test_cached_steps_skip_the_middle_blocks_and_no_other(name, setting):
     dbcache.enable(model, Fn_compute_blocks=fn, Bn_compute_blocks=bn, **FORCED)
     with counted(name) as calls:
         outputs = models.run(name, STEPS)
-    assert calls == [expected_calls(blocks, fn, bn, full_steps=2) for blocks in stacks]
+    assert calls == expected_calls(name, fn, bn, full_steps=[2] * len(stacks))
     cached = [lane.cached_steps for lane in dbcache.summary(model).lanes]
     assert cached == [[2, 3, 4, 5]] * len(stacks)
     assert all(output.isfinite().all() for output in outputs)
@@ -206,8 +219,7 @@ def test_each_stack_decides_for_itself(name):
     dbcache.enable(model, Fn_compute_blocks=1, params_modifiers=changes, **FORCED)
     with counted(name) as calls:
         models.run(name, STEPS)
-    full = [2, *[STEPS] * (len(stacks) - 1)]
-    assert calls == [expected_calls(s, 1, 0, n) for s, n in zip(stacks, full, strict=True)]
+    assert calls == expected_calls(name, 1, 0, full_steps=[2, *[STEPS] * (len(stacks) - 1)])
 
 
 def test_a_model_is_supported_by_its_row_alone(name, monkeypatch):

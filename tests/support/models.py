@@ -6,13 +6,15 @@ Weights and inputs follow from seeds; float32 on the CPU, about ten blocks.
 from functools import cache
 from typing import Any
 
+import models_audio
 import models_image
+import models_streaming
 import models_video
 import tiny
 import torch
 from model_case import STREAMS, find_class
 
-CASES = models_image.CASES | models_video.CASES
+CASES = models_image.CASES | models_video.CASES | models_audio.CASES | models_streaming.CASES
 """By the name of the class."""
 
 
@@ -28,10 +30,31 @@ def model(name: str) -> torch.nn.Module:
 def stacks_of(name: str) -> list[list[torch.nn.Module]]:
     """Return the blocks of each stack."""
     transformer = model(name)
-    return [
-        [block for path in paths for block in transformer.get_submodule(path)]
-        for paths in CASES[name].stacks
-    ]
+    stacks = [[_list(transformer, path) for path in paths] for paths in CASES[name].stacks]
+    return [[block for blocks in lists for block in blocks] for lists in stacks]
+
+
+def _list(transformer: torch.nn.Module, path: str) -> list[torch.nn.Module]:
+    """Return the blocks of ``"list"``, ``"list[:-2]"``, ``"list[-2:]"`` or ``"list & list"``."""
+    if "&" in path:
+        lists = [_list(transformer, each.strip()) for each in path.split("&")]
+        return [block for turn in zip(*lists, strict=True) for block in turn]
+    whole, _, part = path.partition("[")
+    bounds = [int(n) if n else None for n in part.strip("]").split(":")]
+    return [*transformer.get_submodule(whole)][slice(*bounds)]
+
+
+def middles_of(name: str, fn: int, bn: int) -> list[range]:
+    """Return which blocks of each stack are the middle ones.
+
+    Of lists that take turns Fn and Bn are rounds, and the last round of the middle has its first
+    block only.
+    """
+    ranges = []
+    for paths, blocks in zip(CASES[name].stacks, stacks_of(name), strict=True):
+        turns = paths[0].count("&") + 1
+        ranges.append(range(turns * fn, len(blocks) - turns * (bn + 1) + 1))
+    return ranges
 
 
 def streams_of(name: str) -> list[tuple[str, ...]]:
