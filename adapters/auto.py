@@ -2,7 +2,7 @@
 
 A block's pattern is read from its forward: the names of the parameters say what it takes, the
 names in its last return statement what it returns, and in which order. Where the source leaves that
-open, the caller must name the pattern: a wrong guess would swap the two streams.
+open, the first forward of the model tells (`learning`): a wrong guess would swap the two streams.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import textwrap
 
 import torch
 
-from dbcache.adapters.guards import parameter_names
+from dbcache.adapters.guards import forward_of, parameter_names
 from dbcache.adapters.patterns import ENCODER, HIDDEN, ForwardPattern
 
 SMALLEST_SHARE = 0.25
@@ -22,12 +22,11 @@ SMALLEST_SHARE = 0.25
 
 def find_blocks(
     transformer: torch.nn.Module, pattern: ForwardPattern | None
-) -> tuple[list[torch.nn.ModuleList], list[ForwardPattern]]:
-    """Return the block lists of `transformer` and the pattern of each.
+) -> tuple[list[torch.nn.ModuleList], list[ForwardPattern | None]]:
+    """Return the block lists of `transformer` and the pattern of each, None where that is open.
 
-    A list of blocks is a `ModuleList` of at least two modules of one class whose forward takes
-    `hidden_states` (or `x`), that lies in no other such list and has at least a quarter of the
-    parameters of the largest one.
+    A list of blocks is a `ModuleList` of at least two modules of one class (not of PyTorch's own)
+    that lies in no other such list and has at least a quarter of the parameters of the largest.
 
     Args:
         transformer: the model.
@@ -35,42 +34,20 @@ def find_blocks(
             reads it from the source.
 
     Raises:
-        ValueError: there is no such list, or the source does not tell the pattern of one.
+        ValueError: there is no such list.
     """
     who = f"BlockAdapter(auto=True): {type(transformer).__name__}"
     found = _candidates(transformer)
     if pattern is not None:
-        found = {
-            path: blocks
-            for path, blocks in found.items()
-            if (guess := guess_pattern(blocks[0])) is None or guess.returns == pattern.returns
-        }
+        found = {path: blocks for path, blocks in found.items() if _may_follow(blocks[0], pattern)}
     if not found:
         fits = f" that fit {pattern.name}" if pattern is not None else ""
         raise ValueError(
-            f"{who}: must have a ModuleList of blocks{fits} whose forward takes hidden_states, "
-            f"found none; name the lists as BlockAdapter(blocks=..., forward_pattern=...)"
+            f"{who}: must have a ModuleList of blocks{fits}, found none; name the lists as "
+            f"BlockAdapter(blocks=..., forward_pattern=...)"
         )
-    if pattern is not None:
-        return list(found.values()), [pattern] * len(found)
-    return list(found.values()), [pattern_of(blocks, f"{who}.{p}") for p, blocks in found.items()]
-
-
-def pattern_of(blocks: torch.nn.ModuleList, who: str) -> ForwardPattern:
-    """Return the pattern that the source of the first block tells.
-
-    Raises:
-        ValueError: it does not tell one.
-    """
-    pattern = guess_pattern(blocks[0])
-    if pattern is None:
-        block = type(blocks[0]).__name__
-        raise ValueError(
-            f"{who}: the forward of {block} must name its streams hidden_states and "
-            f"encoder_hidden_states in its parameters and its last return, got parameters "
-            f"{parameter_names(blocks[0])}; pass forward_pattern=ForwardPattern.Pattern_0 ... 5"
-        )
-    return pattern
+    lists = list(found.values())
+    return lists, [pattern or guess_pattern(blocks[0]) for blocks in lists]
 
 
 def guess_pattern(block: torch.nn.Module) -> ForwardPattern | None:
@@ -78,16 +55,26 @@ def guess_pattern(block: torch.nn.Module) -> ForwardPattern | None:
 
     One returned stream is `HIDDEN_TO_HIDDEN`, whether or not the block also takes encoder states.
     """
-    returned = _returned_names(block)
-    if returned is None:
+    names, returned = parameter_names(block), _returned_names(block)
+    if returned is None or None in returned or not (HIDDEN in names or names[:1] == ["x"]):
         return None
     if len(returned) == 1:
-        return ForwardPattern.HIDDEN_TO_HIDDEN
+        return ForwardPattern.HIDDEN_TO_HIDDEN if returned[0] in names else None
     streams = (HIDDEN, ENCODER)
-    if len(returned) != 2 or sorted(returned) != sorted(streams):
+    if set(returned) != set(streams) or len(returned) != 2:
         return None
-    takes = streams if ENCODER in parameter_names(block) else (HIDDEN,)
-    return ForwardPattern((takes, tuple(returned)))
+    takes = streams if ENCODER in names else (HIDDEN,)
+    return ForwardPattern(
+        (takes, (HIDDEN, ENCODER) if returned[0] == HIDDEN else (ENCODER, HIDDEN))
+    )
+
+
+def _may_follow(block: torch.nn.Module, pattern: ForwardPattern) -> bool:
+    """Say whether the source of a block's forward leaves it open that it follows `pattern`."""
+    guess, returned = guess_pattern(block), _returned_names(block)
+    if guess is not None:
+        return guess.returns == pattern.returns
+    return returned is None or len(returned) in (1, len(pattern.returns))
 
 
 def _candidates(transformer: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
@@ -105,25 +92,23 @@ def _candidates(transformer: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
 def _are_blocks(modules: torch.nn.ModuleList) -> bool:
     if len(modules) < 2 or len({type(module) for module in modules}) != 1:
         return False
-    names = parameter_names(modules[0])
-    return HIDDEN in names or names[:1] == ["x"]
+    block = getattr(modules[0], "_orig_mod", modules[0])
+    return not type(block).__module__.startswith("torch.") and bool(parameter_names(block))
 
 
-def _returned_names(block: torch.nn.Module) -> list[str] | None:
-    """Return the names of what the forward returns last; None where they are not all names."""
-    block = getattr(block, "_orig_mod", block)
+def _returned_names(block: torch.nn.Module) -> list[str | None] | None:
+    """Return the names of what the forward returns last, None for what has none or is unknown."""
     try:
-        source = textwrap.dedent(inspect.getsource(type(block).forward))
-    except (OSError, TypeError):  # no source at hand: made at run time, or compiled
+        source = textwrap.dedent(inspect.getsource(forward_of(block)))
+        function = ast.parse(source).body[0]
+    except (OSError, TypeError, SyntaxError):  # no source of its own: made at run time, a lambda
         return None
-    function = ast.parse(source).body[0]
     returns = [node for node in _own_nodes(function) if isinstance(node, ast.Return)]
     if not returns:
         return None
     value = max(returns, key=lambda node: node.lineno).value
     elements = value.elts if isinstance(value, ast.Tuple) else [value]
-    names = [element.id for element in elements if isinstance(element, ast.Name)]
-    return names if len(names) == len(elements) else None
+    return [element.id if isinstance(element, ast.Name) else None for element in elements]
 
 
 def _own_nodes(function: ast.AST) -> list[ast.AST]:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.auto import find_blocks, pattern_of
+from dbcache.adapters.auto import find_blocks, guess_pattern
 from dbcache.adapters.guards import parameter_names
+from dbcache.adapters.patch_functor import Functor, check_functor
 from dbcache.adapters.patterns import STREAMS, ForwardPattern, Streams
 from dbcache.adapters.stack import BlockList
 from dbcache.config import ParamsModifier
@@ -20,12 +21,13 @@ from dbcache.options import check_type
 class StackSpec:
     """One block stack of one transformer: a chain of lists under one pattern.
 
-    With `interleaved` the forward runs a block of each list in turn; with `long_skips` the j-th
-    block from the end takes what the j-th block made.
+    `pattern` is None where the first forward has to tell it (`learning`). With `interleaved` the
+    forward runs a block of each list in turn; with `long_skips` the j-th block from the end takes
+    what the j-th block made.
     """
 
     lists: tuple[BlockList, ...]
-    pattern: ForwardPattern
+    pattern: ForwardPattern | None
     modifier: ParamsModifier | None = None
     streams: Streams = STREAMS
     interleaved: bool = False
@@ -64,9 +66,11 @@ class BlockAdapter:
             take any, the encoder states.
         has_separate_cfg: calls alternate between two guidance branches, for loops that do not
             name them with `cache_context`.
+        patch_functor: a `PatchFunctor`, or a function of the transformer, that rewrites parts of
+            the instance for as long as the cache is on, for blocks that follow no pattern.
         auto: find what was not given: `blocks`, the lists of blocks of the transformer that hold
             most of its parameters, each a stack of its own; `forward_pattern`, from the source
-            of the blocks.
+            of the blocks or, where that leaves it open, from the first forward, which is full.
 
     Raises:
         ValueError, TypeError: from `dbcache.enable`, for what does not fit together.
@@ -79,11 +83,12 @@ class BlockAdapter:
     params_modifiers: Any = None
     streams: Sequence[str] = STREAMS
     has_separate_cfg: bool = False
+    patch_functor: Functor | None = None
     auto: bool = False
 
     def specs(self) -> list[TransformerSpec]:
         """Return what is to be cached, checked and in one shape."""
-        transformers, streams = self._transformers(), _stream_names(self.streams)
+        transformers, streams = self.transformers(), _stream_names(self.streams)
         given, pattern = self.blocks, self.forward_pattern
         if self.auto and given is None:
             check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
@@ -92,8 +97,9 @@ class BlockAdapter:
         blocks = _per_transformer("blocks", given, transformers, torch.nn.ModuleList)
         counts = [len(lists) for lists in blocks]
         if self.auto and pattern is None:
-            who = "BlockAdapter(auto=True)"
-            pattern = [[pattern_of(blocks_, who) for blocks_ in lists] for lists in blocks]
+            pattern = [[guess_pattern(blocks_[0]) for blocks_ in lists] for lists in blocks]
+        if not self.auto:
+            _check_given(pattern)
         patterns = like_blocks("BlockAdapter.forward_pattern", pattern, counts, ForwardPattern)
         modifiers = like_blocks(
             "BlockAdapter.params_modifiers", self.params_modifiers, counts, ParamsModifier
@@ -110,7 +116,8 @@ class BlockAdapter:
             for i, transformer in enumerate(transformers)
         ]
 
-    def _transformers(self) -> list[torch.nn.Module]:
+    def transformers(self) -> list[torch.nn.Module]:
+        """Return the transformers, without what `torch.compile` wrapped around them."""
         given = self.transformer
         if given is None:
             given = getattr(self.pipe, "transformer", None)
@@ -121,6 +128,7 @@ class BlockAdapter:
                     f"BlockAdapter.transformer must be an nn.Module or a list of them, got "
                     f"{transformer!r}"
                 )
+        check_functor(self.patch_functor)
         return list(map(unwrap, transformers))
 
 
@@ -188,14 +196,21 @@ def _stack_spec(
     streams: Streams,
 ) -> StackSpec:
     """Find where the transformer holds `blocks` and check them against the pattern."""
+    block_list = find_list(transformer, blocks)
+    if pattern is not None:
+        check_signatures(block_list, pattern, streams)
+    return StackSpec((block_list,), pattern, modifier, streams)
+
+
+def _check_given(pattern: Any) -> None:
+    """Raise if a pattern is missing where nothing finds it."""
     if pattern is None:
         raise TypeError(
             f"BlockAdapter.forward_pattern must be one of {[p.name for p in ForwardPattern]}, "
             f"got None; give one, or auto=True"
         )
-    block_list = find_list(transformer, blocks)
-    check_signatures(block_list, pattern, streams)
-    return StackSpec((block_list,), pattern, modifier, streams)
+    for entry in pattern if isinstance(pattern, list | tuple) else []:
+        _check_given(entry)
 
 
 def _stream_names(given: Any) -> Streams:

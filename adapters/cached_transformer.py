@@ -6,6 +6,7 @@ while a forward runs so do the lists of blocks, whose guards then shadow them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 import weakref
@@ -18,7 +19,9 @@ import torch
 
 from dbcache.adapters.block_adapter import TransformerSpec
 from dbcache.adapters.branches import LEAVES_OUT, Branches, ConditionFinder, form_of
-from dbcache.adapters.stack import Stack
+from dbcache.adapters.learning import learn
+from dbcache.adapters.patch_functor import Patches
+from dbcache.adapters.scope import make_stacks
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 
 HANDLE = "_dbcache"
@@ -112,20 +115,13 @@ class CachedTransformer:
         self.modifiers = modifiers
         self.by_request = by_request
         self.module = spec.transformer
-        self.stacks = [
-            Stack(
-                list(stack.lists),
-                stack.pattern,
-                settings.modified(modifier),
-                stack.streams,
-                stack.interleaved,
-            )
-            for stack, modifier in zip(spec.stacks, modifiers, strict=True)
-        ]
-        self._check_long_skips()
-        self.config = self.stacks[0].settings.cache
+        self.stacks = make_stacks(spec.stacks, settings, modifiers)
+        if self.stacks:
+            self._check_long_skips()
+        self.config = settings.modified(modifiers[0]).cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
+        self.patches: Patches | None = None
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.planned_steps: Callable[[], int | None] | None = None
         self.is_open = not by_request
@@ -163,7 +159,7 @@ class CachedTransformer:
             return self
         renewed = CachedTransformer(self.spec, settings, self.modifiers, by_request=self.by_request)
         renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
-        renewed.branches = self.branches
+        renewed.branches, renewed.patches = self.branches, self.patches
         return renewed
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -171,6 +167,8 @@ class CachedTransformer:
 
     def install(self) -> None:
         """Switch the cache on."""
+        if self.patches is not None:
+            self.patches.redo()
         self.module.__dict__[HANDLE] = self
         self._patches = [InstanceMethod(self.module, "forward", self.forward)]
         if hasattr(self.module, "cache_context"):
@@ -182,6 +180,8 @@ class CachedTransformer:
             patch.remove()
         self._patches = []
         self.module.__dict__.pop(HANDLE, None)
+        if self.patches is not None:
+            self.patches.undo()
 
     @contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -237,6 +237,8 @@ class CachedTransformer:
             self.start_request()
             return run(*args, **kwargs)
         self._start_step(args, kwargs)
+        if not self.stacks:
+            return self._learn(run, args, kwargs)
         shadowed = []
         try:
             for stack in self.stacks:
@@ -255,6 +257,24 @@ class CachedTransformer:
         for stack in self.stacks:
             stack.abort_forward() if stack in partial else stack.finish_forward()
         self.partial_calls += bool(partial)
+        self.calls += 1
+        self._steps[self._step_branch] = self._steps.get(self._step_branch, 0) + 1
+        return output
+
+    def _learn(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run a forward that tells what the blocks take and return; it counts as a full step."""
+        output, stacks = learn(self.spec, run, args, kwargs)
+        pairs = zip(stacks, self.modifiers, strict=True)
+        self.modifiers = [modifier for stack, modifier in pairs if stack is not None]
+        kept = tuple(stack for stack in stacks if stack is not None)
+        self.spec = dataclasses.replace(self.spec, stacks=kept)
+        self.stacks = make_stacks(self.spec.stacks, self.settings, self.modifiers)
+        device = next(self.module.parameters(), torch.empty(0)).device
+        for stack in self.stacks:
+            stack.plan_request(self._num_steps())
+            stack.count_full_step(self._step_branch, device)
+        for stack in self.stacks:
+            stack.forget_step()
         self.calls += 1
         self._steps[self._step_branch] = self._steps.get(self._step_branch, 0) + 1
         return output

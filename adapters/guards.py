@@ -10,6 +10,7 @@ blocks keeps working, and what it does to passed-through values is discarded.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,10 +61,23 @@ class Inputs:
         raise ValueError(f"{self.who}: must be called with {name}, got ({', '.join(given)})")
 
 
-def parameter_names(block: torch.nn.Module) -> list[str]:
-    """Return the names of the parameters of a block's own forward, without `self`."""
+def forward_of(block: torch.nn.Module) -> Callable[..., Any]:
+    """Return a block's forward: that of the instance if it names its parameters, else its class's.
+
+    Hooks put a wrapper there that takes anything; a patch puts a forward with names there.
+    """
     block = getattr(block, "_orig_mod", block)  # torch.compile's wrapper
-    return list(inspect.signature(type(block).forward).parameters)[1:]
+    own = block.__dict__.get("forward")
+    if own is not None:
+        kinds = {parameter.kind for parameter in inspect.signature(own).parameters.values()}
+        if inspect.Parameter.VAR_POSITIONAL not in kinds:
+            return inspect.unwrap(own)
+    return type(block).forward.__get__(block)
+
+
+def parameter_names(block: torch.nn.Module) -> list[str]:
+    """Return the names of the parameters of a block's forward, without `self`."""
+    return list(inspect.signature(forward_of(block)).parameters)
 
 
 class Guard:

@@ -3,8 +3,7 @@
 A row is the class, what users call its models, and its block stacks in the notation of
 `dbcache.adapters.model_row.parse_stacks`: lists joined by + are a chain with one decision, stacks
 are separated by ;, and after the colon stands what a block takes and returns, h for hidden_states
-and e for encoder_hidden_states. separate_cfg: a loop that does not name its calls alternates
-between two guidance branches.
+and e for encoder_hidden_states. separate_cfg, fills and long_skips are told in `ModelRow`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dbcache.adapters.model_row import ModelRow as Row
 
 # fmt: off
 IMAGE = (
-    Row("FluxTransformer2DModel", "FLUX.1 (dev, schnell, Kontext, Fill)",
+    Row("FluxTransformer2DModel", "FLUX.1 (dev, schnell, Kontext, Fill, Control), VisualCloze",
         "transformer_blocks + single_transformer_blocks: h, e -> e, h"),
     Row("QwenImageTransformer2DModel", "Qwen-Image",
         "transformer_blocks: h, e -> e, h", separate_cfg=True),
@@ -47,6 +46,41 @@ IMAGE = (
         "layers: h -> h", separate_cfg=True),
     Row("OmniGenTransformer2DModel", "OmniGen",
         "layers: h -> h"),
+    # its txt_mode_blocks do not know the time: their output is the same on every step
+    Row("Flux3Transformer2DModel", "FLUX.3",
+        "mode_blocks.image: h -> h; mode_blocks.image_cond: h -> h; "
+        "single_transformer_blocks: h, e -> e, h"),
+    Row("DiTTransformer2DModel", "DiT",
+        "transformer_blocks: h -> h"),
+    Row("HiDreamImageTransformer2DModel", "HiDream-I1",
+        "double_stream_blocks: h, e -> h, e; single_stream_blocks: h -> h"),
+    Row("HunyuanDiT2DModel", "HunyuanDiT (also with PAG)",
+        "blocks: h -> h", long_skips=True),
+    Row("GlmImageTransformer2DModel", "GLM-Image",
+        "transformer_blocks: h, e -> h, e", separate_cfg=True,
+        fills=lambda call: "kv_caches" in call and call["kv_caches"][0].mode == "write"),
+    Row("ErnieImageTransformer2DModel", "ERNIE-Image",
+        "layers: x -> x"),
+    Row("Krea2Transformer2DModel", "Krea 2",
+        "transformer_blocks: h -> h", separate_cfg=True),
+    Row("JoyImageEditTransformer3DModel", "JoyImage-Edit",
+        "double_blocks: h, e -> h, e", separate_cfg=True),
+    Row("JoyImageEditPlusTransformer3DModel", "JoyImage-Edit-Plus",
+        "double_blocks: h, e -> h, e"),
+    Row("ZImageTransformer2DModel", "Z-Image (Turbo, Omni)",
+        "layers: x -> x"),
+    Row("PRXTransformer2DModel", "PRX",
+        "blocks: h -> h"),
+    Row("HunyuanImageTransformer2DModel", "HunyuanImage 2.1",
+        "transformer_blocks + single_transformer_blocks: h, e -> h, e", separate_cfg=True),
+    Row("QwenImage21Transformer2DModel", "Qwen-Image 2.1",
+        "transformer_blocks: h -> h", separate_cfg=True),
+    Row("NucleusMoEImageTransformer2DModel", "Nucleus-MoE-Image",
+        "transformer_blocks: h -> h", separate_cfg=True),
+    Row("Ideogram4Transformer2DModel", "Ideogram 4",
+        "layers: h -> h"),
+    Row("BriaFibo2Transformer2DModel", "Bria FIBO 2",
+        "layers: x -> x", separate_cfg=True),
 )
 
 VIDEO = (
@@ -103,7 +137,7 @@ VIDEO = (
         "transformer_blocks: h, e -> h"),
     Row("SanaWMTransformer3DModel", "Sana-WM",
         "blocks: x -> x"),
-    Row("Kandinsky5Transformer3DModel", "Kandinsky 5",
+    Row("Kandinsky5Transformer3DModel", "Kandinsky 5 (image and video)",
         "visual_transformer_blocks: visual_embed -> visual_embed", separate_cfg=True),
     Row("Kandinsky6Transformer3DModel", "Kandinsky 6",
         "visual_transformer_blocks: vis, aud -> vis, aud", separate_cfg=True),
@@ -117,6 +151,8 @@ VIDEO = (
 )
 
 AUDIO = (
+    Row("StableAudioDiTModel", "Stable Audio Open",
+        "transformer_blocks: h -> h"),
     Row("AceStepTransformer1DModel", "ACE-Step",
         "layers: h, e -> h"),
     Row("LongCatAudioDiTTransformer", "LongCat-AudioDiT",
@@ -128,14 +164,27 @@ AUDIO = (
     Row("T5FilmDecoder", "Spectrogram Diffusion",
         "decoders: h -> h"),
 )
+
+OTHER = (
+    Row("UVit2DModel", "Amused",
+        "transformer_layers: h -> h"),
+    Row("PriorTransformer", "Shap-E, Kandinsky 2 priors",
+        "transformer_blocks: h -> h"),
+    Row("Transformer2DModel", "VQ-Diffusion",
+        "transformer_blocks: h -> h"),
+)
 # fmt: on
 
-MODELS = (*IMAGE, *VIDEO, *AUDIO)
+MODELS = (*IMAGE, *VIDEO, *AUDIO, *OTHER)
 
 REFUSED: dict[str, str] = {
-    "RFD4ProteinaTransformer": "updates its pair states from the hidden states between the blocks, "
-    "and runs the blocks several times per step",
-    "TransformerTemporalModel": "is a part of a UNet, of very few blocks",
-    "MiniMaxMusic3RVQDepthDecoder": "writes tokens one after the other; it has no denoising steps",
+    "RFD4ProteinaTransformer": "updates pair features between its blocks, from the states of "
+    "blocks that a cached step skips, and runs its blocks several times in one forward",
+    "MiniMaxMusic3RVQDepthDecoder": "writes one codebook after the other: its calls are no "
+    "denoising steps whose residuals resemble each other",
+    "TransformerTemporalModel": "is a layer of a UNet, which calls many of them in each step; "
+    "a UNet has no list of blocks that could be skipped",
+    "DreamLiteTransformer2DModel": "is a layer of a UNet, which calls many of them in each step; "
+    "a UNet has no list of blocks that could be skipped",
 }
 """Classes that cannot be cached, each with the reason: the end of a sentence about the class."""

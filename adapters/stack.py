@@ -14,9 +14,10 @@ from dbcache.adapters.guards import (
     MiddleGuard,
     ProbeEndGuard,
 )
-from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams
+from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
+from dbcache.following import FollowingLane
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
 from dbcache.schedule import resolve_mask
@@ -92,6 +93,7 @@ class Stack:
         interleaved: the forward runs a block of each list in turn, and rearranges the tokens in
             between (Latte: spatial, temporal). Fn and Bn count rounds. The middle ends after the
             first block of its last round: it gives back the arrangement that it got.
+        leader: the stack whose decisions this one takes over, without a probe of its own: Fn is 0.
     """
 
     def __init__(
@@ -101,12 +103,14 @@ class Stack:
         settings: StackSettings,
         streams: Streams = STREAMS,
         interleaved: bool = False,
+        leader: Stack | None = None,
     ) -> None:
         self.lists = lists
         self.round = len(lists) if interleaved else 1
         self.pattern = pattern
         self.streams = streams
         self.settings = settings
+        self.leader = leader
         self._given = settings.cache
         self.name = "+".join(block_list.path for block_list in lists)
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
@@ -123,7 +127,7 @@ class Stack:
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""
         cache, total = self.settings.cache, self.num_blocks
-        fn = min(self.round * cache.Fn_compute_blocks, total)
+        fn = min(self.round * cache.Fn_compute_blocks, total) if self.leader is None else 0
         bn = min(self.round * (cache.Bn_compute_blocks + 1) - 1, total - fn)
         if fn + bn == total:
             wanted = f"Fn={cache.Fn_compute_blocks}, Bn={cache.Bn_compute_blocks}"
@@ -216,13 +220,25 @@ class Stack:
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
+        self._check_stream(h_in)
         copies = self._copies_probe and not self.settings.cache.compares_hidden_states
         self.h_in = h_in.clone() if copies else h_in
         if not self._learned:
             self._originals = [(h_in, self.h_in)]
 
+    def _check_stream(self, hidden: object) -> None:
+        """Raise if what the first block gets is no tensor."""
+        if not isinstance(hidden, torch.Tensor):
+            raise TypeError(
+                f"{self.name}: hidden_states must be a tensor, got {describe(hidden)}; blocks that "
+                f"take something else need a patch_functor, see BlockAdapter"
+            )
+
     def decide(self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None) -> None:
         """Take the step's decision. Called with what the first middle block gets."""
+        if self.fn == 0:
+            self._check_stream(h_fn)
+            self.h_in = h_fn
         if self.h_in is None:
             return  # the model left the first block out: all others run
         if self.pattern is ForwardPattern.Pattern_2:
@@ -239,16 +255,12 @@ class Stack:
             self._copies_probe = self._were_overwritten()
         lane = self.lanes.get(self.branch)
         if lane is None:
-            lane = self.lanes[self.branch] = Lane(self.settings, h_fn.device)
-        code = lane.start_step(layout_of(h_fn, encoder_in), h_fn.device)
-        if code != PlanCode.DYNAMIC or not lane.has_reference:
-            self.cached = eager.take_decision(lane, code, None)
-        elif self.settings.cache.cfg_diff_compute_separate:
-            self.cached = eager.measure_and_decide(lane, self.h_in, h_fn)
-        else:
-            self.cached = eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
+            lane = self.lanes[self.branch] = self._new_lane(h_fn.device)
+        self.cached = self._take_decision(lane, h_fn, layout_of(h_fn, encoder_in))
         self.lane = lane
         self.is_open = True
+        if self.cached and encoder_in is None and lane.encoder_ring is not None:
+            encoder_in = h_fn.new_zeros(lane.encoder_ring.shape[1:])  # made by the blocks alone
         copies = self._copies_middle and not self.cached
         self.h_fn = h_fn.clone() if copies else h_fn
         self.encoder_fn = encoder_in.clone() if copies and encoder_in is not None else encoder_in
@@ -259,6 +271,35 @@ class Stack:
             self._originals = [(h_fn, self.h_fn)]
             if encoder_in is not None and self.encoder_fn is not None:
                 self._originals.append((encoder_in, self.encoder_fn))
+
+    def _new_lane(self, device: torch.device) -> Lane:
+        if self.leader is None:
+            return Lane(self.settings, device)
+        return FollowingLane(self.settings, self._leader_lane())
+
+    def _leader_lane(self) -> Lane:
+        """Return the lane that has taken this step's decision."""
+        assert self.leader is not None
+        if self.leader.lane is None:
+            raise RuntimeError(
+                f"{self.name}: with decision_scope='model' the first stack must run before the "
+                f"others, got a forward in which {self.leader.name} has not; name the stacks in "
+                f"the order of the forward, or use decision_scope='stack'"
+            )
+        return self.leader.lane
+
+    def _take_decision(self, lane: Lane, h_fn: torch.Tensor, layout: Layout) -> bool:
+        """Decide the step of `lane`, or take over what the leader decided."""
+        if isinstance(lane, FollowingLane):
+            lane.leader = self._leader_lane()
+            return lane.follow(layout, h_fn.device)
+        assert self.h_in is not None
+        code = lane.start_step(layout, h_fn.device)
+        if code != PlanCode.DYNAMIC or not lane.has_reference:
+            return eager.take_decision(lane, code, None)
+        if self.settings.cache.cfg_diff_compute_separate:
+            return eager.measure_and_decide(lane, self.h_in, h_fn)
+        return eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
 
     def _were_overwritten(self) -> bool:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
@@ -294,6 +335,8 @@ class Stack:
             )
         if not self._learned:
             self._copies_middle = self._were_overwritten()
+        if self.fn == 0 and self.encoder_fn is None and encoder is not None:
+            self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone
         eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
         self.is_open = False
 
@@ -319,6 +362,17 @@ class Stack:
             for row in self.entries:
                 row[:] = [e.block if type(e) is CheckGuard else e for e in row]
         self.forget_step()
+
+    def count_full_step(self, branch: str | None, device: torch.device) -> None:
+        """Count a step that ran without the guards: full, with nothing kept of it."""
+        self.branch = branch
+        lane = self.lanes[branch] = self._new_lane(device)
+        if isinstance(lane, FollowingLane):
+            lane.step = lane.leader.step
+        else:
+            eager.take_decision(lane, lane.plan[0], None)
+            lane.forget_reference()
+        self.lane = lane
 
     def abort_forward(self) -> None:
         """Clean up after an exception: the step counts as never begun."""

@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa: E402
+from dbcache.adapters.patch_functor import PatchFunctor  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import (  # noqa: E402
     disable,
@@ -48,6 +49,7 @@ __all__ = [
     "ForwardPattern",
     "HermiteCalibratorConfig",
     "ParamsModifier",
+    "PatchFunctor",
     "TaylorSeerCalibratorConfig",
     "disable",
     "disable_cache",

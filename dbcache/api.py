@@ -13,6 +13,7 @@ from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
 from dbcache.adapters.models import MODELS
+from dbcache.adapters.patch_functor import on_trial
 from dbcache.adapters.registry import find_specs
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
@@ -56,11 +57,18 @@ def enable(
     partial, calibrator = _from_options("enable", options, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
-    pipe, specs = _resolve(target)
-    transformers = [
-        CachedTransformer(spec, settings, modifiers, by_request=pipe is not None)
-        for spec, modifiers in zip(specs, _modifiers(specs, params_modifiers), strict=True)
-    ]
+    pipe, adapter = _resolve(target)
+    functor = adapter.patch_functor if adapter is not None else None
+    modules = adapter.transformers() if adapter is not None else []
+    handles = [handle for module in modules if (handle := handle_of(module)) is not None]
+    with on_trial(functor, modules, handles) as patches:
+        specs = adapter.specs() if adapter is not None else find_specs(target)
+        transformers = [
+            CachedTransformer(spec, settings, modifiers, by_request=pipe is not None)
+            for spec, modifiers in zip(specs, _modifiers(specs, params_modifiers), strict=True)
+        ]
+    for transformer, patch in zip(transformers, patches, strict=False):
+        transformer.patches = patch
     disable(pipe if pipe is not None else target)
     for transformer in transformers:
         _replace(handle_of(transformer.module), transformer)
@@ -121,6 +129,7 @@ def summary(target: object) -> Summary:
                         stack=stack.name,
                         branch=transformer.branches.shown(branch, ran),
                         threshold=stack.settings.cache.threshold,
+                        follows=stack.leader.name if stack.leader is not None else None,
                         megabytes=lane.nbytes() / 1e6,
                     )
                 )
@@ -186,13 +195,12 @@ def _from_options(
     return DBCacheConfig(**fields), copy.copy(calibrator_config or calibrator)
 
 
-def _resolve(target: object) -> tuple[Any, list[TransformerSpec]]:
-    """Return (pipeline or None, what to cache)."""
+def _resolve(target: object) -> tuple[Any, BlockAdapter | None]:
+    """Return (pipeline or None, adapter or None: the table of models says what to cache)."""
     if isinstance(target, BlockAdapter):
-        return target.pipe, target.specs()
+        return target.pipe, target
     pipe = None if isinstance(target, torch.nn.Module) else target
-    adapter = BlockAdapterRegistry.adapter_of(unwrap(target))
-    return pipe, find_specs(target) if adapter is None else adapter.specs()
+    return pipe, BlockAdapterRegistry.adapter_of(unwrap(target))
 
 
 def _modifiers(
@@ -217,8 +225,7 @@ def _parts(target: object) -> list[object]:
     """Return the objects that may carry a handle, pipeline first."""
     if not isinstance(target, BlockAdapter):
         return [unwrap(target)]
-    modules = [spec.transformer for spec in target.specs()]
-    return [part for part in (target.pipe, *modules) if part is not None]
+    return [part for part in (target.pipe, *target.transformers()) if part is not None]
 
 
 def _enabled(target: object, who: str) -> list[CachedTransformer]:

@@ -35,6 +35,7 @@ _CHOICES = {
     "force_refresh_step_policy": ("once", "repeat"),
     "batch_reduce": ("mean", "max"),
     "cache_dtype": ("model", "float32", "fp8"),
+    "decision_scope": ("stack", "model"),
     "cache_type": ("DBCache",),
 }
 
@@ -116,6 +117,11 @@ class DBCacheConfig(Options):
     """How the ring stores residuals: in the model's dtype, in float32, or in fp8 (e4m3 with one
     float32 scale per token), which halves the memory of bfloat16."""
 
+    decision_scope: Literal["stack", "model"] = "stack"
+    """In models with several block stacks: "stack", each decides for itself; "model", the probe
+    of the first one decides for all, and all blocks of the later ones (but their Bn) can be
+    skipped."""
+
     cache_type: Literal["DBCache"] = "DBCache"
     """The method, as serving engines name it."""
 
@@ -183,6 +189,8 @@ class DBCacheConfig(Options):
             parts.append(f"IC{self.important_condition_threshold:g}")
         if self.cache_dtype != "model":
             parts.append(f"D{self.cache_dtype}")
+        if self.decision_scope != "stack":
+            parts.append(f"DS{self.decision_scope}")
         if self.enable_separate_cfg is not None:
             parts.append(f"CFG{int(self.enable_separate_cfg)}")
         return "_".join(parts)

@@ -27,8 +27,13 @@ outside_inference_mode = torch.inference_mode(False)
 class Lane:
     """Device state and buffers of one lane, and the host's view of where it stands."""
 
+    compares = True
+    """Whether the lane keeps P_ref; without it another lane takes the decisions."""
+
     @outside_inference_mode
-    def __init__(self, settings: StackSettings, device: torch.device) -> None:
+    def __init__(
+        self, settings: StackSettings, device: torch.device, state: LaneState | None = None
+    ) -> None:
         self.settings = settings
         self.by_residual = not settings.cache.compares_hidden_states
         self.by_token = settings.cache.important_condition_threshold > 0
@@ -42,10 +47,11 @@ class Lane:
         self.encoder_ring: torch.Tensor | None = None
         self.scales: torch.Tensor | None = None
         self.encoder_scales: torch.Tensor | None = None
-        self.state = LaneState.allocate(FIRST_CAPACITY, device)
+        self.state = LaneState.allocate(FIRST_CAPACITY, device) if state is None else state
         self._flag: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
-        self._load_settings()
+        if state is None:
+            self._load_settings()
 
     def _load_settings(self) -> None:
         """Write the parameters and the plan to the device."""
@@ -94,8 +100,7 @@ class Lane:
             if self.has_reference:
                 self.state.invalidate()
                 self.has_reference = False
-            self.p_ref = self.ring = self.encoder_ring = None
-            self.scales = self.encoder_scales = None
+            self.drop_buffers()
             self.layout = layout
         if self.step >= len(self.plan):
             self._grow()
@@ -115,19 +120,25 @@ class Lane:
         self.state.copy_(old)
         self._flag = self._event = None
 
+    def drop_buffers(self) -> None:
+        """Let go of what no longer fits; the next full step allocates anew."""
+        self.p_ref = self.ring = self.encoder_ring = None
+        self.scales = self.encoder_scales = None
+
     def buffers(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """Return (P_ref, ring, encoder ring), allocated at the first full step, with the scales."""
-        if self.p_ref is None or self.ring is None:
+        if self.ring is None:
             return self._allocate(h_fn, h_out, encoder_out)
         return self.p_ref, self.ring, self.encoder_ring
 
     @outside_inference_mode
     def _allocate(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        if self.compares:
+            self.p_ref = torch.empty(h_fn.shape, dtype=h_fn.dtype, device=h_fn.device)
         self.ring, self.scales = self._allocate_ring(h_out)
         if encoder_out is not None:
             self.encoder_ring, self.encoder_scales = self._allocate_ring(encoder_out)

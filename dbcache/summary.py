@@ -43,6 +43,7 @@ class LaneSummary:
         reasons: why each step was full or cached, by step.
         diffs: relative L1 change by step, for the steps that measured it.
         megabytes: size of the lane's buffers, 1e6 bytes.
+        follows: the stack that decided for this one, None where it decides for itself.
     """
 
     transformer: str
@@ -52,6 +53,7 @@ class LaneSummary:
     reasons: list[str]
     diffs: dict[int, float]
     megabytes: float
+    follows: str | None = None
 
     @classmethod
     def from_trace(cls, reasons: list[int], diffs: list[float], **attributes: Any) -> LaneSummary:
@@ -86,6 +88,8 @@ class LaneSummary:
     @property
     def warnings(self) -> list[str]:
         """What the user should know, each with what to do."""
+        if self.follows:
+            return []  # those of the stack that decided say it all
         counts, who = self.counts, f"{self.stack}{f' ({self.branch})' if self.branch else ''}"
         found = []
         nan = counts.get(REASONS[Reason.NAN], 0)
@@ -175,7 +179,8 @@ class Summary:
                     str(lane.steps),
                     str(len(lane.cached_steps)),
                     *(f"{diffs[name]:.3f}" if diffs else "-" for name, _ in PERCENTILES),
-                    ", ".join(f"{reason} {count}" for reason, count in lane.counts.items()),
+                    f"as {lane.follows}: " * bool(lane.follows)
+                    + ", ".join(f"{reason} {count}" for reason, count in lane.counts.items()),
                 ]
             )
         return rows

@@ -1,6 +1,6 @@
 """What a full step leaves behind: its probe residual and a snapshot of the block residual.
 
-    p_ref      := h_fn - h_in                  (h_in None: h_fn)
+    p_ref      := h_fn - h_in                  (h_in None: h_fn; p_ref None: nothing)
     ring[slot] := h_out - h_fn                 (replace: h_out)
 
 One launch for hidden and encoder states, in place. `slot` is read on the device, from the state
@@ -30,7 +30,7 @@ def commit(
     h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
-    p_ref: torch.Tensor,
+    p_ref: torch.Tensor | None,
     ring: torch.Tensor,
     counters: torch.Tensor,
     encoder_fn: torch.Tensor | None = None,
@@ -52,7 +52,8 @@ def commit(
             `probe_diff` without `h_in`, which compares hidden states.
         h_fn: activations between the probe blocks and the skippable ones, same shape and dtype.
         h_out: activations after the skippable blocks, same shape and dtype.
-        p_ref: written, same shape, contiguous, one of the dtypes.
+        p_ref: written, same shape, contiguous, one of the dtypes. None, with h_in None, stores
+            nothing: for blocks whose decision is taken elsewhere.
         ring: (K, *h_fn.shape), contiguous, 1 <= K <= MAX_SLOTS, one of the dtypes, or uint8 for
             fp8; one slot is written.
         counters: int32 (NUM_COUNTERS,), of a `LaneState`; ``counters[SLOT]`` is below K.
@@ -93,7 +94,7 @@ def commit_reference(
     h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
-    p_ref: torch.Tensor,
+    p_ref: torch.Tensor | None,
     ring: torch.Tensor,
     counters: torch.Tensor,
     encoder_fn: torch.Tensor | None = None,
@@ -106,7 +107,8 @@ def commit_reference(
 ) -> None:
     """Plain PyTorch, the meaning of `commit`."""
     slot = counters.tolist()[SLOT]
-    _store_difference(h_fn, h_in, p_ref)
+    if p_ref is not None:
+        _store_difference(h_fn, h_in, p_ref)
     streams = [(h_fn, h_out, ring, scales)]
     if encoder_fn is not None and encoder_out is not None and encoder_ring is not None:
         streams.append((encoder_fn, encoder_out, encoder_ring, encoder_scales))
@@ -134,24 +136,27 @@ def _check(
     h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
-    p_ref: torch.Tensor,
+    p_ref: torch.Tensor | None,
     counters: torch.Tensor,
 ) -> None:
+    if h_in is not None and p_ref is None:
+        raise invalid("commit", "h_in must come with p_ref", tuple(h_in.shape), None)
     inputs = [x for x in (h_in, h_fn, h_out) if x is not None]
-    if any(x.shape != p_ref.shape for x in inputs):
-        shapes = (tuple(x.shape) for x in (*inputs, p_ref))
+    written = [] if p_ref is None else [p_ref]
+    if any(x.shape != h_fn.shape for x in (*inputs, *written)):
+        shapes = (tuple(x.shape) for x in (*inputs, *written))
         raise invalid("commit", "h_in, h_fn, h_out and p_ref must share a shape", *shapes)
     dtypes = [x.dtype for x in inputs]
     if len(set(dtypes)) != 1 or h_fn.dtype not in DTYPES:
         must = f"h_in, h_fn and h_out must share a dtype of {DTYPES}"
         raise invalid("commit", must, *dtypes)
-    if p_ref.dtype not in DTYPES or not p_ref.is_contiguous():
+    if p_ref is not None and (p_ref.dtype not in DTYPES or not p_ref.is_contiguous()):
         must = f"p_ref must be contiguous with a dtype of {DTYPES}"
         raise invalid("commit", must, p_ref.dtype, p_ref.stride())
     if counters.dtype != torch.int32 or counters.shape != (NUM_COUNTERS,):
         must = f"counters must be int32 ({NUM_COUNTERS},)"
         raise invalid("commit", must, counters.dtype, tuple(counters.shape))
-    devices = [x.device for x in (*inputs, p_ref, counters)]
+    devices = [x.device for x in (*inputs, *written, counters)]
     if any(device != devices[0] for device in devices):
         must = "h_in, h_fn, h_out, p_ref and counters must be on one device"
         raise invalid("commit", must, *devices)
@@ -202,7 +207,7 @@ def _commit_triton(
     h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
-    p_ref: torch.Tensor,
+    p_ref: torch.Tensor | None,
     ring: torch.Tensor,
     counters: torch.Tensor,
     encoder_fn: torch.Tensor | None,
@@ -247,7 +252,7 @@ def _launch_fp8(
     h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
-    p_ref: torch.Tensor,
+    p_ref: torch.Tensor | None,
     ring: torch.Tensor,
     counters: torch.Tensor,
     encoder_fn: torch.Tensor | None,
@@ -280,7 +285,7 @@ def _commit_op(
     h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
-    p_ref: torch.Tensor,
+    p_ref: torch.Tensor | None,
     ring: torch.Tensor,
     counters: torch.Tensor,
     encoder_fn: torch.Tensor | None,
@@ -304,7 +309,7 @@ def _(
     h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     h_out: torch.Tensor,
-    p_ref: torch.Tensor,
+    p_ref: torch.Tensor | None,
     ring: torch.Tensor,
     counters: torch.Tensor,
     encoder_fn: torch.Tensor | None,

@@ -1,5 +1,6 @@
 """BlockAdapter(auto=True): lists and patterns of models that nobody described."""
 
+import models
 import pytest
 import tiny
 import torch
@@ -10,6 +11,7 @@ from diffusers.models.transformers import (
     transformer_hunyuan_video,
     transformer_wan,
 )
+from model_case import find_class
 
 import dbcache
 from dbcache import BlockAdapter, DBCacheConfig, ForwardPattern, ParamsModifier
@@ -102,14 +104,12 @@ def test_small_lists_are_left_alone():
     assert [stack.lists[0].path for stack in spec.stacks] == ["trunk"]
 
 
-def test_open_order_of_the_streams_must_be_named():
+def test_pattern_that_is_named_counts_where_the_source_leaves_it_open():
     model = Model(Unclear)
-    with pytest.raises(ValueError, match="pass forward_pattern"):
-        dbcache.enable(BlockAdapter(transformer=model, auto=True))
+    assert guess_pattern(model.trunk[0]) is None
     adapter = BlockAdapter(transformer=model, auto=True, forward_pattern=ForwardPattern.Pattern_0)
     (spec,) = adapter.specs()
     assert [stack.pattern for stack in spec.stacks] == [ForwardPattern.Pattern_0]
-    assert "_dbcache" not in model.__dict__
 
 
 def test_model_without_blocks_is_refused():
@@ -124,3 +124,63 @@ def test_lists_that_do_not_fit_the_named_pattern_are_left_out():
                 transformer=Model(Block), auto=True, forward_pattern=ForwardPattern.Pattern_0
             )
         )
+
+
+NAMES = (
+    "AceStepTransformer1DModel",
+    "AllegroTransformer3DModel",
+    "BriaTransformer2DModel",
+    "CogVideoXTransformer3DModel",
+    "CogView4Transformer2DModel",
+    "Cosmos3OmniTransformer",
+    "CosmosTransformer3DModel",
+    "EasyAnimateTransformer3DModel",
+    "FluxTransformer2DModel",
+    "HunyuanVideo15Transformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "Kandinsky5Transformer3DModel",
+    "Kandinsky6Transformer3DModel",
+    "LTX2VideoTransformer3DModel",
+    "LTXVideoTransformer3DModel",
+    "LongCatAudioDiTTransformer",
+    "MochiTransformer3DModel",
+    "OvisImageTransformer2DModel",
+    "PixArtTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "SanaTransformer2DModel",
+    "WanTransformer3DModel",
+    "WanVACETransformer3DModel",
+)
+"""Classes of diffusers for which the automatic adapter must say what the table of models says."""
+
+
+def described(target):
+    """Return (list, what a block returns, names of the streams that it does) of each list."""
+    return [
+        (block_list.path, stack.pattern.returns, stack.streams[: len(stack.pattern.returns)])
+        for stack in target._dbcache.stacks
+        for block_list in stack.lists
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*vace_blocks is not cached")
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_found_is_what_the_table_says(name):
+    if find_class(name) is None:
+        pytest.skip("absent in this diffusers")
+    model = models.model(name)
+    forced = {**FORCED, "enable_separate_cfg": False}
+    dbcache.enable(model, **forced)
+    expected, outputs = described(model), models.run(name, 4)
+    one_list_each = all(len(stack.lists) == 1 for stack in model._dbcache.stacks)
+    dbcache.enable(BlockAdapter(transformer=model, auto=True), **forced)
+    found = models.run(name, 4)
+    assert described(model) == expected
+    assert all(lane.cached_steps == [2, 3] for lane in dbcache.summary(model).lanes)
+    if one_list_each:  # a chain has one probe, its lists as stacks have two
+        assert all(map(torch.equal, found, outputs))
+    dbcache.disable(model)
+
+
+def test_the_list_of_classes_is_long_enough():
+    assert sum(find_class(name) is not None for name in NAMES) >= 15

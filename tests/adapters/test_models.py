@@ -1,13 +1,13 @@
 """Every row of the table of models, on a tiny real model of its class."""
 
 import contextlib
-import inspect
 
 import diffusers
 import models
 import pytest
 import torch
 from model_case import find_class
+from replay import replayed
 
 import dbcache
 from dbcache.adapters import registry
@@ -28,96 +28,10 @@ def name(request):
     dbcache.disable(models.model(request.param))
 
 
-class Replay:
-    """Middle blocks of a stack that add what they added on the last full step, in plain PyTorch.
-
-    It wraps the forwards of the blocks. Which of two outputs is the hidden states' is told by the
-    shape; the shapes of the two streams differ in all cases.
-    """
-
-    def __init__(self, blocks, names):
-        self.blocks = blocks
-        self.names = names
-        self.forwards = [block.forward for block in blocks]
-        self.signatures = [inspect.signature(forward) for forward in self.forwards]
-        self.outputs = [None] * len(blocks)
-        self.cached = False
-
-    def __enter__(self):
-        for i, block in enumerate(self.blocks):
-            block.forward = lambda *args, i=i, **kwargs: self._forward(i, args, kwargs)
-        return self
-
-    def __exit__(self, *_):
-        for block in self.blocks:
-            del block.forward
-
-    def _streams(self, i, args, kwargs):
-        """Return hidden states and encoder states of a call (None where it has none)."""
-        bound = self.signatures[i].bind(*args, **kwargs).arguments
-        hidden, encoder = (*self.names, None)[:2]
-        first = next(iter(bound.values()))
-        return bound.get(hidden, first), bound.get(encoder)
-
-    def _forward(self, i, args, kwargs):
-        streams = self._streams(i, args, kwargs)
-        if i == 0:
-            self.start = streams
-        is_last = i == len(self.blocks) - 1
-        if not self.cached:
-            self.outputs[i] = self.forwards[i](*args, **kwargs)
-            if is_last:
-                self.full_start = self.start
-            return self.outputs[i]
-        if not is_last:
-            return self._like(self.outputs[i], streams)
-        # what goes in now, plus what came out on the full step less what went in then
-        moved = [
-            None if x is None or y is None else x - y
-            for x, y in zip(self.start, self.full_start, strict=True)
-        ]
-        kept = self._by_stream(self.outputs[i])
-        return self._like(
-            self.outputs[i],
-            [None if x is None else x + m for x, m in zip(kept, moved, strict=True)],
-        )
-
-    def _is_swapped(self, output):
-        return output[0] is None or output[0].shape != self.full_start[0].shape
-
-    def _by_stream(self, output):
-        """Return (hidden states, encoder states or None) of what a block returned."""
-        if isinstance(output, torch.Tensor):
-            return output, None
-        if len(output) == 1:
-            return output[0], None
-        return output[::-1] if self._is_swapped(output) else output
-
-    def _like(self, output, streams):
-        """Return the two streams in the form of `output`."""
-        if isinstance(output, torch.Tensor):
-            return streams[0]
-        if len(output) == 1:
-            return (streams[0],)
-        streams = tuple(
-            None if o is None else s for o, s in zip(self._by_stream(output), streams, strict=True)
-        )
-        return streams[::-1] if self._is_swapped(output) else streams
-
-
-@contextlib.contextmanager
-def replayed(name, fn, bn):
-    """Replay the middle blocks of all stacks."""
-    with contextlib.ExitStack() as context:
-        yield [
-            context.enter_context(Replay(blocks[middle.start : middle.stop], names))
-            for blocks, names, middle in zip(
-                models.stacks_of(name),
-                models.streams_of(name),
-                models.middles_of(name, fn, bn),
-                strict=True,
-            )
-        ]
+def always_run(name, setting):
+    """Return Fn and Bn of a setting, with as many first blocks as long skips need."""
+    fn, bn = SETTINGS[setting]
+    return (max(fn, bn) if models.CASES[name].long_skips else fn), bn
 
 
 @contextlib.contextmanager
@@ -171,7 +85,7 @@ def test_never_caching_is_bit_identical_and_disabling_leaves_no_trace(name):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_cached_steps_skip_the_middle_blocks_and_no_other(name, setting):
     model, stacks = models.model(name), models.stacks_of(name)
-    fn, bn = SETTINGS[setting]
+    fn, bn = always_run(name, setting)
     dbcache.enable(model, Fn_compute_blocks=fn, Bn_compute_blocks=bn, **FORCED)
     with counted(name) as calls:
         outputs = models.run(name, STEPS)
@@ -183,7 +97,7 @@ def test_cached_steps_skip_the_middle_blocks_and_no_other(name, setting):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_same_input_gives_the_same_output_full_and_cached(name, setting):
-    fn, bn = SETTINGS[setting]
+    fn, bn = always_run(name, setting)
     plain = models.run(name, 1, seeds=[7])[0]
     config = {"Fn_compute_blocks": fn, "Bn_compute_blocks": bn, **FORCED, "max_warmup_steps": 1}
     dbcache.enable(models.model(name), **config)
@@ -194,7 +108,7 @@ def test_the_same_input_gives_the_same_output_full_and_cached(name, setting):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_cached_outputs_are_those_of_a_replay_in_plain_torch(name, setting):
-    fn, bn = SETTINGS[setting]
+    fn, bn = always_run(name, setting)
     expected = []
     with replayed(name, fn, bn) as replays:
         for step, seed in enumerate((7, 8, 9)):
@@ -228,3 +142,15 @@ def test_a_model_is_supported_by_its_row_alone(name, monkeypatch):
         dbcache.enable(models.model(name))
     monkeypatch.undo()
     dbcache.enable(models.model(name), Fn_compute_blocks=1)
+
+
+LONG_SKIPS = [name for name in NAMES if models.CASES[name].long_skips]
+
+
+@pytest.mark.parametrize("name", LONG_SKIPS, indirect=True)
+def test_long_skips_refuse_more_last_blocks_than_first_ones(name):
+    model = models.model(name)
+    before = dict(model.__dict__)
+    with pytest.raises(ValueError, match="at most Fn_compute_blocks, got 2 and 1: long skip"):
+        dbcache.enable(model, Fn_compute_blocks=1, Bn_compute_blocks=2)
+    assert model.__dict__ == before

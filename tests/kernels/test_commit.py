@@ -56,6 +56,29 @@ def test_without_h_in_the_hidden_states_are_what_is_compared(
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fp8", [False, True], ids=["model", "fp8"])
+def test_without_p_ref_only_the_rings_are_written(random, device, fp8, dtype, replace, impl):
+    streams = [random(2, 17, 5, dtype=dtype) for _ in range(2)]
+    second = [random(2, 3, 96, dtype=dtype) for _ in range(2)]
+    stored = []
+    for p_ref in (torch.empty_like(streams[0]), None):
+        shapes = (streams[0].shape, second[0].shape)
+        kind = torch.uint8 if fp8 else dtype
+        rings = [torch.full((3, *shape), 77, dtype=kind, device=device) for shape in shapes]
+        scales = [torch.zeros(3, *shape[:-1], device=device) if fp8 else None for shape in shapes]
+        commit(
+            None, *streams, p_ref, rings[0], counters_at(1, device), *second, rings[1], *scales,
+            replace=replace, impl=impl,
+        )  # fmt: skip
+        stored.append([*rings, *(scales if fp8 else [])])
+    assert all(map(torch.equal, *stored))
+    assert (stored[1][0][[0, 2]] == 77).all()
+    assert (stored[1][0][1] != 77).any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("slot", [0, 1, 2])
 @pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])
 @pytest.mark.parametrize("shapes", [((2, 17, 5), (2, 3, 96)), ((1, 1), (2, 40, 96))], ids=str)
@@ -137,6 +160,8 @@ def test_rejects_what_does_not_fit():
     x, ring, counters = torch.zeros(2, 3), torch.zeros(1, 2, 3), counters_at(0, "cpu")
     with pytest.raises(ValueError, match=r"must share a shape, got .*\(3,\)"):
         commit(x, x, x, torch.zeros(3), ring, counters)
+    with pytest.raises(ValueError, match=r"h_in must come with p_ref, got \(2, 3\) and None"):
+        commit(x, x, x, None, ring, counters)
     with pytest.raises(ValueError, match=r"share a dtype .* got .*float16"):
         commit(x, x.half(), x, x, ring, counters)
     with pytest.raises(ValueError, match=r"p_ref must be contiguous .*\(1, 2\)"):
@@ -159,8 +184,11 @@ def test_rejects_what_does_not_fit():
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("encoder", [False, True])
-def test_the_op_is_registered_as_it_behaves(random, device, encoder, impl):
+@pytest.mark.parametrize("with_p_ref", [True, False])
+def test_the_op_is_registered_as_it_behaves(random, device, with_p_ref, encoder, impl):
     stream = [random(2, 3, 5) for _ in range(4)]
+    if not with_p_ref:
+        stream[0] = stream[3] = None
     second = (random(2, 7), random(2, 7), random(2, 2, 7)) if encoder else (None,) * 3
     op = torch.ops.dbcache.commit.default
     args = (*stream, random(2, 2, 3, 5), counters_at(1, device), *second, None, None, False, impl)

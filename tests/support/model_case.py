@@ -33,6 +33,8 @@ class Case:
             `inputs`, where it is not the latent, the time and the tensors under their names.
         streams: names of the streams' parameters of the blocks of a list, where they are not
             hidden_states and encoder_hidden_states.
+        long_skips: the last blocks take what the first ones made, so that no more of them can be
+            kept running than of the first.
     """
 
     blocks: str
@@ -46,6 +48,7 @@ class Case:
     start: float = 1000.0
     arguments: Callable[..., dict[str, Any]] | None = None
     streams: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    long_skips: bool = False
 
     @property
     def stacks(self) -> list[list[str]]:

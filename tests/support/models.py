@@ -3,18 +3,29 @@
 Weights and inputs follow from seeds; float32 on the CPU, about ten blocks.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import models_audio
+import models_flux
 import models_image
+import models_other
 import models_streaming
 import models_video
 import tiny
 import torch
 from model_case import STREAMS, find_class
 
-CASES = models_image.CASES | models_video.CASES | models_audio.CASES | models_streaming.CASES
+PARTS = (
+    models_flux,
+    models_image,
+    models_video,
+    models_streaming,
+    models_audio,
+    models_other,
+)
+CASES = {name: case for part in PARTS for name, case in part.CASES.items()}
 """By the name of the class."""
 
 
@@ -63,11 +74,17 @@ def streams_of(name: str) -> list[tuple[str, ...]]:
     return [case.streams.get(paths[0], STREAMS) for paths in case.stacks]
 
 
-def run(name: str, steps: int, seeds: list[int] | None = None) -> list[torch.Tensor]:
+def run(
+    name: str,
+    steps: int,
+    seeds: list[int] | None = None,
+    more: Callable[[int], dict[str, Any]] = lambda step: {},
+) -> list[torch.Tensor]:
     """Return the outputs of `steps` steps on inputs that follow from `seeds`, one per step.
 
     Without seeds the loop is closed: a part of each output goes into the next input. Where a model
-    returns several tensors an output is all of them, one after the other.
+    returns several tensors an output is all of them, one after the other. `more` returns further
+    arguments of a step.
     """
     case, transformer = CASES[name], model(name)
     x, outputs = tiny.noise(*case.latent, seed=5), []
@@ -76,7 +93,7 @@ def run(name: str, steps: int, seeds: list[int] | None = None) -> list[torch.Ten
             x = tiny.noise(*case.latent, seed=seeds[step])
         time = torch.full((len(x),), case.start * (1 - (0 if seeds else step / steps)))
         with torch.no_grad():
-            tensors = _tensors(transformer(**case.call_arguments(x, time)))
+            tensors = _tensors(transformer(**case.call_arguments(x, time), **more(step)))
         outputs.append(torch.cat([tensor.flatten() for tensor in tensors]))
         x = x - _like(x, tensors[0]) / steps
     return outputs

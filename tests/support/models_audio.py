@@ -7,6 +7,25 @@ from model_case import BLOCKS, HEADS, TEXT, Case, text_mask
 TEXT_INPUT = {"encoder_hidden_states": TEXT}
 
 CASES = {
+    "StableAudioDiTModel": Case(
+        "transformer_blocks",
+        (1, 8, 16),
+        HEADS
+        | {
+            "sample_size": 16,
+            "in_channels": 8,
+            "out_channels": 8,
+            "num_layers": BLOCKS,
+            "num_key_value_attention_heads": 1,
+            "cross_attention_dim": 12,
+            "time_proj_dim": 8,
+            "global_states_input_dim": 12,
+            "cross_attention_input_dim": tiny.TEXT_DIM,
+        },
+        {"encoder_hidden_states": TEXT, "global_hidden_states": (1, 1, 12)},
+        {"rotary_embedding": (torch.ones(17, 6), torch.zeros(17, 6))},
+        start=1.0,
+    ),
     "AceStepTransformer1DModel": Case(
         "layers",
         (1, 8, 3),

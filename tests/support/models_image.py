@@ -2,31 +2,8 @@
 
 import tiny
 import torch
-from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
 from model_case import BLOCKS, HEADS, TEXT, Case, text_mask
-
-FLUX_BLOCKS = "transformer_blocks + single_transformer_blocks"
-FLUX_LIKE = {
-    "in_channels": 16,
-    "num_layers": 4,
-    "num_single_layers": BLOCKS - 4,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "joint_attention_dim": tiny.TEXT_DIM,
-    "axes_dims_rope": (4, 6, 6),
-}
-
-
-def ids(axes: int) -> torch.Tensor:
-    """Return the positions of 4 x 4 image tokens; axes other than the second and third are 0."""
-    grid = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0))
-    return torch.nn.functional.pad(grid, (1, axes - 3))
-
-
-FLUX_IDS = {
-    "img_ids": ids(3),
-    "txt_ids": torch.zeros(tiny.TEXT_TOKENS, 3),
-}
 
 COGVIEW = HEADS | {
     "in_channels": 4,
@@ -44,26 +21,16 @@ COGVIEW_INPUTS = {
     "crop_coords": torch.zeros(1, 2),
 }
 
+JOY = {
+    "in_channels": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "text_dim": tiny.TEXT_DIM,
+    "num_layers": BLOCKS,
+    "rope_dim_list": [4, 6, 6],
+}
+
 CASES = {
-    "FluxTransformer2DModel": Case(
-        FLUX_BLOCKS,
-        (1, 16, 16),
-        tensors={"encoder_hidden_states": TEXT, "pooled_projections": (1, 12)},
-        inputs=FLUX_IDS,
-        build=tiny.flux,
-        start=1.0,
-    ),
-    "QwenImageTransformer2DModel": Case(
-        "transformer_blocks",
-        (1, 16, 16),
-        tensors={"encoder_hidden_states": TEXT},
-        inputs={
-            "img_shapes": [[(1, 4, 4)]],
-            "encoder_hidden_states_mask": text_mask(),
-        },
-        build=lambda: tiny.qwen(layers=BLOCKS),
-        start=1.0,
-    ),
     "CogView3PlusTransformer2DModel": Case(
         "transformer_blocks",
         (1, 4, 8, 8),
@@ -110,47 +77,6 @@ CASES = {
         },
         {"encoder_hidden_states": TEXT},
     ),
-    "BriaTransformer2DModel": Case(
-        FLUX_BLOCKS,
-        (1, 16, 16),
-        FLUX_LIKE | {"pooled_projection_dim": 12},
-        {"encoder_hidden_states": TEXT, "pooled_projections": (1, 12)},
-        FLUX_IDS,
-    ),
-    "OvisImageTransformer2DModel": Case(
-        FLUX_BLOCKS,
-        (1, 16, 16),
-        FLUX_LIKE | {"out_channels": 16},
-        {"encoder_hidden_states": TEXT},
-        FLUX_IDS,
-        start=1.0,
-    ),
-    "LongCatImageTransformer2DModel": Case(
-        FLUX_BLOCKS,
-        (1, 16, 16),
-        FLUX_LIKE | {"pooled_projection_dim": 12},
-        {"encoder_hidden_states": TEXT},
-        FLUX_IDS,
-        start=1.0,
-    ),
-    "Flux2Transformer2DModel": Case(
-        "transformer_blocks; single_transformer_blocks",
-        (1, 16, 16),
-        {
-            "in_channels": 16,
-            "num_layers": 5,
-            "num_single_layers": 5,
-            "num_attention_heads": 2,
-            "attention_head_dim": 16,
-            "joint_attention_dim": tiny.TEXT_DIM,
-            "timestep_guidance_channels": 8,
-            "axes_dims_rope": (4, 4, 4, 4),
-            "guidance_embeds": False,
-        },
-        {"encoder_hidden_states": TEXT},
-        {"img_ids": ids(4), "txt_ids": torch.zeros(tiny.TEXT_TOKENS, 4)},
-        start=1.0,
-    ),
     "SD3Transformer2DModel": Case(
         "transformer_blocks",
         (1, 4, 8, 8),
@@ -167,14 +93,6 @@ CASES = {
         },
         {"encoder_hidden_states": TEXT, "pooled_projections": (1, 12)},
     ),
-    "BriaFiboTransformer2DModel": Case(
-        "transformer_blocks; single_transformer_blocks",
-        (1, 16, 16),
-        FLUX_LIKE | {"num_layers": 5, "num_single_layers": 5, "text_encoder_dim": 8},
-        {"encoder_hidden_states": TEXT},
-        FLUX_IDS
-        | {"text_encoder_layers": [tiny.noise(*TEXT[:2], 8, seed=i) for i in range(BLOCKS)]},
-    ),
     "AuraFlowTransformer2DModel": Case(
         "joint_transformer_blocks; single_transformer_blocks",
         (1, 4, 8, 8),
@@ -188,21 +106,6 @@ CASES = {
             "pos_embed_max_size": 16,
         },
         {"encoder_hidden_states": TEXT},
-        start=1.0,
-    ),
-    "ChromaTransformer2DModel": Case(
-        "transformer_blocks; single_transformer_blocks",
-        (1, 16, 16),
-        FLUX_LIKE
-        | {
-            "num_layers": 5,
-            "num_single_layers": 5,
-            "approximator_num_channels": 8,
-            "approximator_hidden_dim": 16,
-            "approximator_layers": 2,
-        },
-        {"encoder_hidden_states": TEXT},
-        FLUX_IDS,
         start=1.0,
     ),
     "LuminaNextDiT2DModel": Case(
@@ -270,5 +173,276 @@ CASES = {
             "position_ids": torch.arange(6 + 1 + 16)[None],
         },
         start=1.0,
+    ),
+    "DiTTransformer2DModel": Case(
+        "transformer_blocks",
+        (1, 4, 8, 8),
+        HEADS | {"out_channels": 8, "num_layers": BLOCKS, "sample_size": 8, "norm_num_groups": 4},
+        inputs={"class_labels": torch.tensor([3])},
+    ),
+    "HiDreamImageTransformer2DModel": Case(
+        "double_stream_blocks; single_stream_blocks",
+        (1, 4, 8, 8),
+        HEADS
+        | {
+            "attention_head_dim": 16,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 5,
+            "num_single_layers": 5,
+            "caption_channels": [tiny.TEXT_DIM, 20],
+            "text_emb_dim": 12,
+            "axes_dims_rope": (8, 4, 4),
+            "max_resolution": (8, 8),
+            "llama_layers": list(range(BLOCKS)),
+        },
+        {
+            "encoder_hidden_states_t5": TEXT,
+            "encoder_hidden_states_llama3": (BLOCKS, 1, 5, 20),
+            "pooled_embeds": (1, 12),
+        },
+        time="timesteps",
+    ),
+    "HunyuanDiT2DModel": Case(
+        "blocks",
+        (1, 4, 8, 8),
+        HEADS
+        | {
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "patch_size": 2,
+            "sample_size": 8,
+            "hidden_size": 32,
+            "num_layers": BLOCKS,
+            "cross_attention_dim": tiny.TEXT_DIM,
+            "cross_attention_dim_t5": 16,
+            "pooled_projection_dim": 8,
+            "text_len": tiny.TEXT_TOKENS,
+            "text_len_t5": 4,
+        },
+        {
+            "encoder_hidden_states": TEXT,
+            "encoder_hidden_states_t5": (1, 4, 16),
+            "image_meta_size": (1, 6),
+        },
+        {
+            "text_embedding_mask": text_mask(),
+            "text_embedding_mask_t5": torch.ones(1, 4, dtype=torch.bool),
+            "style": torch.tensor([0]),
+            "image_rotary_emb": get_2d_rotary_pos_embed(
+                16, ((0, 0), (4, 4)), (4, 4), output_type="pt"
+            ),
+        },
+        long_skips=True,
+    ),
+    "GlmImageTransformer2DModel": Case(
+        "transformer_blocks",
+        (1, 4, 8, 8),
+        HEADS
+        | {
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": BLOCKS,
+            "text_embed_dim": tiny.TEXT_DIM,
+            "time_embed_dim": 8,
+            "condition_dim": 4,
+            "prior_vq_quantizer_codebook_size": 16,
+        },
+        {"encoder_hidden_states": TEXT},
+        {
+            "prior_token_id": torch.arange(16)[None],
+            "prior_token_drop": torch.zeros(1, 16, dtype=torch.bool),
+            "target_size": torch.tensor([[64.0, 64.0]]),
+            "crop_coords": torch.zeros(1, 2),
+        },
+    ),
+    "ErnieImageTransformer2DModel": Case(
+        "layers",
+        (1, 4, 4, 4),
+        {
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "num_layers": BLOCKS,
+            "ffn_hidden_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "text_in_dim": tiny.TEXT_DIM,
+            "rope_axes_dim": (4, 4, 4),
+        },
+        {"text_bth": TEXT},
+        {"text_lens": torch.tensor([tiny.TEXT_TOKENS])},
+        streams={"layers": ("x",)},
+    ),
+    "Krea2Transformer2DModel": Case(
+        "transformer_blocks",
+        (1, 16, 8),
+        HEADS
+        | {
+            "in_channels": 8,
+            "num_layers": BLOCKS,
+            "num_key_value_heads": 1,
+            "intermediate_size": 32,
+            "timestep_embed_dim": 8,
+            "text_hidden_dim": tiny.TEXT_DIM,
+            "num_text_layers": 3,
+            "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 2,
+            "text_intermediate_size": 32,
+            "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (4, 4, 4),
+        },
+        {"encoder_hidden_states": (1, tiny.TEXT_TOKENS, 3, tiny.TEXT_DIM)},
+        {"position_ids": torch.arange(3.0 * (tiny.TEXT_TOKENS + 16)).view(-1, 3)},
+        start=1.0,
+    ),
+    "JoyImageEditTransformer3DModel": Case(
+        "double_blocks",
+        (1, 4, 1, 8, 8),
+        JOY,
+        {"encoder_hidden_states": TEXT},
+    ),
+    "JoyImageEditPlusTransformer3DModel": Case(
+        "double_blocks",
+        (1, 16, 4, 1, 2, 2),
+        JOY,
+        {"encoder_hidden_states": TEXT},
+        {"shape_list": [[(1, 4, 4)]], "encoder_hidden_states_mask": text_mask(torch.float)},
+    ),
+    "ZImageTransformer2DModel": Case(
+        "layers",
+        (4, 1, 8, 8),
+        {
+            "in_channels": 4,
+            "dim": 24,
+            "n_layers": BLOCKS,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": tiny.TEXT_DIM,
+            "axes_dims": [4, 4, 4],
+            "axes_lens": [64, 16, 16],
+        },
+        {"cap_feats": TEXT[1:]},
+        arguments=lambda x, t, tensors: {"x": [x], "t": t[:1], "cap_feats": [tensors["cap_feats"]]},
+        start=1.0,
+        streams={"layers": ("x",)},
+    ),
+    "PRXTransformer2DModel": Case(
+        "blocks",
+        (1, 4, 8, 8),
+        {
+            "in_channels": 4,
+            "context_in_dim": tiny.TEXT_DIM,
+            "hidden_size": 24,
+            "mlp_ratio": 2.0,
+            "num_heads": 2,
+            "depth": BLOCKS,
+            "axes_dim": [6, 6],
+        },
+        {"encoder_hidden_states": TEXT},
+        start=1.0,
+    ),
+    "HunyuanImageTransformer2DModel": Case(
+        "transformer_blocks + single_transformer_blocks",
+        (1, 4, 4, 4),
+        HEADS
+        | {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 4,
+            "num_single_layers": BLOCKS - 4,
+            "num_refiner_layers": 1,
+            "text_embed_dim": tiny.TEXT_DIM,
+            "text_embed_2_dim": 8,
+            "rope_axes_dim": (4, 8),
+        },
+        {"encoder_hidden_states": TEXT, "encoder_hidden_states_2": (1, 3, 8)},
+        {
+            "encoder_attention_mask": text_mask(),
+            "encoder_attention_mask_2": torch.ones(1, 3, dtype=torch.bool),
+        },
+    ),
+    "QwenImage21Transformer2DModel": Case(
+        "transformer_blocks",
+        (1, 16, 8),
+        HEADS
+        | {
+            "in_channels": 8,
+            "out_channels": 8,
+            "num_layers": BLOCKS,
+            "context_in_dim": tiny.TEXT_DIM,
+            "axes_dims_rope": (4, 4, 4),
+        },
+        {"encoder_hidden_states": TEXT},
+        {
+            "img_shapes": [[(1, 4, 4)]],
+            "img_mask": torch.tensor([[False] * tiny.TEXT_TOKENS + [True] * 4]),
+        },
+        start=1.0,
+    ),
+    "NucleusMoEImageTransformer2DModel": Case(
+        "transformer_blocks",
+        (1, 16, 16),
+        HEADS
+        | {
+            "attention_head_dim": 24,
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": BLOCKS,
+            "joint_attention_dim": tiny.TEXT_DIM,
+            "axes_dims_rope": (8, 8, 8),
+            "num_experts": 4,
+            "moe_intermediate_dim": 16,
+            "capacity_factors": 2.0,
+        },
+        {"encoder_hidden_states": TEXT},
+        {"img_shapes": [(1, 4, 4)], "encoder_hidden_states_mask": text_mask()},
+        start=1.0,
+    ),
+    "Ideogram4Transformer2DModel": Case(
+        "layers",
+        (1, 22, 8),
+        HEADS
+        | {
+            "in_channels": 8,
+            "num_layers": BLOCKS,
+            "intermediate_size": 32,
+            "adaln_dim": 8,
+            "llm_features_dim": tiny.TEXT_DIM,
+            "mrope_section": (2, 2, 2),
+        },
+        {"encoder_hidden_states": (1, 22, tiny.TEXT_DIM)},
+        {
+            "position_ids": torch.arange(22)[None, :, None].repeat(1, 1, 3),
+            "segment_ids": torch.ones(1, 22, dtype=torch.long),
+            "indicator": torch.tensor([[3] * 6 + [2] * 16]),
+        },
+        start=1.0,
+    ),
+    "BriaFibo2Transformer2DModel": Case(
+        "layers",
+        (1, 4, 8, 8),
+        {
+            "in_channels": 4,
+            "dim": 24,
+            "n_layers": BLOCKS,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "cap_feat_dim": tiny.TEXT_DIM,
+            "injection_layer_ids": (0, 4, 9),
+            "perceiver_num_layers": 1,
+            "min_num_gist_tokens": 4,
+            "max_num_gist_tokens": 8,
+            "gist_step": 4,
+            "gist_min_text_len": 4,
+            "gist_max_text_len": 16,
+            "axes_dims": (4, 4, 4),
+            "axes_lens": (64, 16, 16),
+        },
+        {"encoder_hidden_states": (1, 4, tiny.TEXT_TOKENS, tiny.TEXT_DIM)},
+        start=1.0,
+        streams={"layers": ("x",)},
     ),
 }

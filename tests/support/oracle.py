@@ -7,7 +7,7 @@ list and loops over the blocks itself. Slow, synchronous, and meant to be read.
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -285,6 +285,32 @@ class Oracle:
         return hidden, encoder
 
 
+class FollowingOracle(Oracle):
+    """Blocks of a later stack, all skippable but the last Bn, when `leader` says so.
+
+    Enter it before its leader, and leave it after.
+    """
+
+    def __init__(self, leader: Oracle, lists: tuple[str, ...], encoder_first: bool | None):
+        super().__init__(
+            leader.model, lists, encoder_first, replace(leader.rule, Fn_compute_blocks=0)
+        )
+        self.leader = leader
+        self.own_lanes: dict[int, Lane] = {}
+
+    def __exit__(self, *_) -> None:
+        self.model._modules.update(self.originals)
+
+    def begin(self, hidden: torch.Tensor) -> None:
+        """Take the step and the decision from the leader."""
+        self.lane = self.own_lanes.setdefault(id(self.leader.lane), Lane(self.rule))
+        self.step, self.full = self.leader.step, self.leader.full
+
+    def after_probe(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+        """Note what goes into the blocks."""
+        self.hidden, self.encoder = hidden, encoder
+
+
 class Segment(torch.nn.Module):
     """Stands in for the blocks `start` to `stop` of the chain."""
 
@@ -303,6 +329,8 @@ class Segment(torch.nn.Module):
         for i in range(self.start, self.stop):
             if i == 0:
                 oracle.begin(hidden)
+                if rule.Fn_compute_blocks == 0:
+                    oracle.after_probe(hidden, encoder)
             if i < rule.Fn_compute_blocks or i >= first_tail or oracle.full:
                 text = encoder if returns_encoder else encoder_hidden_states
                 out = oracle.blocks[i](hidden, text, *args, **kwargs)

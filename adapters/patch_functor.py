@@ -1,0 +1,249 @@
+"""`PatchFunctor`: a change to a transformer instance that lasts as long as the cache is on.
+
+For models whose blocks follow none of the six patterns until their forward, or the model's, is
+rewritten. What the functor sets on the instances is recorded, so that it can be taken back as a
+whole: `disable` does so, and so does an `enable` that fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_ABSENT = object()
+_SPECIAL = ("__call__", "__getattr__", "__setattr__")
+
+
+class PatchFunctor:
+    """Base of patches; a subclass defines `apply`. Any function of a transformer will do, too.
+
+    class Mine(dbcache.PatchFunctor):
+        def apply(self, transformer):
+            for block in transformer.blocks:
+                block.forward = types.MethodType(my_forward, block)
+
+    dbcache.enable(dbcache.BlockAdapter(pipe=pipe, ..., patch_functor=Mine()))
+    """
+
+    def apply(self, transformer: torch.nn.Module) -> torch.nn.Module | None:
+        """Set attributes of `transformer` and of its modules; return it, or nothing.
+
+        Classes must stay as they are. What is inside of a value that was there before (an entry of
+        a list in a list, say) is not taken back: set a new value instead.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define apply(self, transformer)")
+
+
+Functor = PatchFunctor | Callable[[torch.nn.Module], torch.nn.Module | None]
+
+
+def check_functor(functor: Any) -> None:
+    """Raise a TypeError unless `functor` is None, a `PatchFunctor` or a function."""
+    is_class = isinstance(functor, type)
+    fits = functor is None or isinstance(functor, PatchFunctor) or callable(functor)
+    if is_class or not fits:
+        raise TypeError(
+            f"BlockAdapter.patch_functor must be a PatchFunctor or a function of the transformer, "
+            f"got {functor!r}{'; make an instance of it' if is_class else ''}"
+        )
+
+
+class Patches:
+    """What a functor changed on one transformer: put on by the constructor, `undo`, `redo`.
+
+    Where something else replaced a changed attribute in the meantime, that stays.
+
+    Raises:
+        TypeError: the functor changed a class or returned something else; nothing is changed then.
+    """
+
+    def __init__(self, functor: Functor, transformer: torch.nn.Module) -> None:
+        apply = functor.apply if isinstance(functor, PatchFunctor) else functor
+        who = f"patch_functor {getattr(apply, '__qualname__', type(apply).__name__)}"
+        modules = list(transformer.modules())
+        before = [_Snapshot(module) for module in modules]
+        classes = [_members(cls) for cls in _classes(modules)]
+        self._changes: list[_Change] = []
+        try:
+            returned = apply(transformer)
+        except BaseException:
+            _restore_classes(classes)
+            self._record(before)
+            self.undo()
+            raise
+        self._record(before)
+        changed = _restore_classes(classes)
+        if changed or (returned is not None and returned is not transformer):
+            self.undo()
+            got = f"changed {', '.join(changed)}" if changed else f"returned {returned!r}"
+            raise TypeError(
+                f"{who}: must set attributes of the transformer's own modules alone and return the "
+                f"transformer or None, {got}; set them on the instances, as in block.forward = "
+                f"types.MethodType(new_forward, block)"
+            )
+
+    def _record(self, before: list[_Snapshot]) -> None:
+        for snapshot in before:
+            self._changes += snapshot.changes()
+
+    def undo(self) -> None:
+        """Take the changes back."""
+        for change in reversed(self._changes):
+            change.undo()
+
+    def redo(self) -> None:
+        """Put the same changes on again."""
+        for change in self._changes:
+            change.redo()
+
+
+class _Change:
+    """Names of a mapping that have other values now, or the contents of a list or set."""
+
+    def __init__(self, module: torch.nn.Module, holder: Any, old: Any, new: Any) -> None:
+        self.module, self.holder = module, holder
+        if isinstance(holder, dict):
+            self.order = list(old)
+            names = [*old, *(name for name in new if name not in old)]
+            pairs = {name: (old.get(name, _ABSENT), new.get(name, _ABSENT)) for name in names}
+            self.pairs = {name: pair for name, pair in pairs.items() if pair[0] is not pair[1]}
+        else:
+            self.old, self.new = old, new
+
+    def undo(self) -> None:
+        if not isinstance(self.holder, dict):
+            _fill(self.holder, self.old, self.new)
+            return
+        for name, (old, new) in self.pairs.items():
+            self._exchange(name, new, old)
+        if list(self.holder) != self.order and set(self.holder) == set(self.order):
+            values = {name: self.holder[name] for name in self.order}
+            self.holder.clear()
+            self.holder.update(values)
+
+    def redo(self) -> None:
+        if not isinstance(self.holder, dict):
+            _fill(self.holder, self.new, self.old)
+            return
+        for name, (old, new) in self.pairs.items():
+            self._exchange(name, old, new)
+
+    def _exchange(self, name: str, there: Any, wanted: Any) -> None:
+        """Set `name` to `wanted` if `there` is what it is now."""
+        mapping = self.holder
+        if mapping.get(name, _ABSENT) is there:
+            if wanted is _ABSENT:
+                del mapping[name]
+            else:
+                mapping[name] = wanted
+        elif there is not _ABSENT and mapping.get(f"_old_{name}", _ABSENT) is there:
+            # accelerate's hooks keep there what they replace
+            own_method = wanted is _ABSENT and getattr(type(self.module), name).__get__(self.module)
+            mapping[f"_old_{name}"] = own_method or wanted
+
+
+class _ClassChange:
+    """A module that was given another class."""
+
+    def __init__(self, module: torch.nn.Module, old: type, new: type) -> None:
+        self.module, self.old, self.new = module, old, new
+
+    def undo(self) -> None:
+        if type(self.module) is self.new:
+            self.module.__class__ = self.old
+
+    def redo(self) -> None:
+        self.module.__class__ = self.new
+
+
+class _Snapshot:
+    """The attributes of one module, and what its containers of modules, hooks and so on hold."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.cls = type(module)
+        own = module.__dict__
+        inner = [value for value in own.values() if isinstance(value, dict | list | set)]
+        self.contents = [(holder, holder.copy()) for holder in (own, *inner)]
+
+    def changes(self) -> Iterator[Any]:
+        """Yield what has changed since."""
+        if type(self.module) is not self.cls:
+            yield _ClassChange(self.module, self.cls, type(self.module))
+        for holder, old in self.contents:
+            if not _same(holder, old):
+                yield _Change(self.module, holder, old, holder.copy())
+
+
+def _same(now: Any, old: Any) -> bool:
+    """Whether two containers hold the same objects."""
+    if isinstance(now, set):
+        return now == old
+    if len(now) != len(old):
+        return False
+    if isinstance(now, list):
+        return all(a is b for a, b in zip(now, old, strict=True))
+    return all(now.get(name, _ABSENT) is value for name, value in old.items())
+
+
+def _fill(holder: Any, wanted: Any, there: Any) -> None:
+    """Give a list or set the contents `wanted` if they are still `there`."""
+    if _same(holder, there):
+        holder.clear()
+        holder.extend(wanted) if isinstance(holder, list) else holder.update(wanted)
+
+
+def _classes(modules: list[torch.nn.Module]) -> list[type]:
+    found = {cls for module in modules for cls in type(module).__mro__ if cls is not object}
+    return sorted(found, key=lambda cls: cls.__qualname__)
+
+
+def _members(cls: type) -> tuple[type, dict[str, Any]]:
+    """Return a class and the attributes that a patch might set."""
+    own = vars(cls).items()
+    return cls, {n: v for n, v in own if not n.startswith("__") or n in _SPECIAL}
+
+
+def _restore_classes(classes: list[tuple[type, dict[str, Any]]]) -> list[str]:
+    """Give classes back what they had; return what had changed."""
+    changed = []
+    for cls, old in classes:
+        now = _members(cls)[1]
+        for name in [*old, *(name for name in now if name not in old)]:
+            if now.get(name, _ABSENT) is not old.get(name, _ABSENT):
+                changed.append(f"{cls.__name__}.{name}")
+                if name in old:
+                    setattr(cls, name, old[name])
+                else:
+                    delattr(cls, name)
+    return changed
+
+
+@contextmanager
+def on_trial(
+    functor: Functor | None, modules: list[torch.nn.Module], handles: list[Any]
+) -> Iterator[list[Patches | None]]:
+    """Apply `functor` to each of `modules`, for the duration; yield what it changed.
+
+    Afterwards the modules are as they were before, also after an exception; `Patches.redo` puts
+    the same changes on again. `handles`, those of modules whose cache is on, are off meanwhile.
+    """
+    if functor is None:
+        yield [None] * len(modules)
+        return
+    for handle in handles:
+        handle.remove()
+    patches: list[Patches | None] = []
+    try:
+        for module in modules:
+            patches.append(Patches(functor, module))
+        yield patches
+    finally:
+        for patch in reversed(patches):
+            if patch is not None:
+                patch.undo()
+        for handle in handles:
+            handle.install()

@@ -1,0 +1,89 @@
+"""A lane that takes the decisions of another one: later block stacks of a model may have no probe.
+
+It has rings of its own and shares the other lane's state on the device: the decision, the weights
+and the slot to write are those of the leader, without a launch and without waiting.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dbcache.config import StackSettings
+from dbcache.kernels.lane_state import Reason
+from dbcache.lane import Lane, Layout
+
+
+class FollowingLane(Lane):
+    """Rings of one lane under the decisions of `leader`, the lane of another block stack.
+
+    A step that the leader caches is full here where nothing was stored that fits: the shapes
+    changed, or this stack was left out of the step before. The leader then starts anew at the next
+    step, so that all rings hold the same steps again.
+    """
+
+    compares = False
+
+    def __init__(self, settings: StackSettings, leader: Lane) -> None:
+        super().__init__(settings, leader.device, leader.state)
+        self.by_residual = False
+        self.leader = leader
+        self._leader_layout: Layout | None = None
+        self._overruled: dict[int, Reason] = {}
+
+    def start_request(self) -> None:
+        """Forget the last request; the leader resets the state."""
+        self.step = 0
+        self.has_reference = self.cached = False
+        self._overruled.clear()
+
+    def follow(self, layout: Layout, device: torch.device) -> bool:
+        """Take over the decision that the leader took in this step; return it.
+
+        Raises:
+            ValueError: the blocks are on another device than the leader's state.
+        """
+        leader = self.leader
+        if device != leader.device:
+            raise ValueError(
+                f"decision_scope='model': all stacks must be on one device, got {device} and "
+                f"{leader.device}; use decision_scope='stack'"
+            )
+        self.device, self.state = leader.device, leader.state
+        missed = self.step != leader.step - 1
+        changed = layout != self.layout
+        if changed:
+            self.drop_buffers()
+            self.layout = layout
+        # a leader whose own layout changed in this step, or in its first one, starts anew already
+        is_alone = leader.step > 1 and (missed or leader.layout == self._leader_layout)
+        self._leader_layout = leader.layout
+        self.step = leader.step
+        self.cached = leader.cached
+        if missed or changed:
+            if leader.cached:
+                reason = Reason.SHAPE_CHANGED if changed else Reason.NO_REFERENCE
+                self._overruled[self.step - 1] = reason
+                self.cached = False
+            if is_alone or leader.cached:
+                leader.forget_reference()
+        return self.cached
+
+    def replan(self, settings: StackSettings) -> None:
+        """Take over settings that differ in the mask; the plan is the leader's."""
+        self.settings = settings
+
+    def forget_reference(self) -> None:
+        """Make the leader's next step a full one: what is stored here does not hold any more."""
+        self.leader.forget_reference()
+
+    def abort_step(self) -> None:
+        """Undo a step that an exception cut short; the leader does the rest."""
+        self.step -= 1
+
+    def trace(self) -> tuple[list[int], list[float]]:
+        """Return the leader's reasons but for overruled steps; nothing is measured here."""
+        reasons, _ = self.leader.trace()
+        reasons = reasons[: self.step]
+        for step, reason in self._overruled.items():
+            reasons[step] = reason
+        return reasons, [-1.0] * len(reasons)
