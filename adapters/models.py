@@ -14,7 +14,7 @@ from dbcache.adapters.model_row import ModelRow as Row
 IMAGE = (
     Row("FluxTransformer2DModel", "FLUX.1 (dev, schnell, Kontext, Fill, Control), VisualCloze",
         "transformer_blocks + single_transformer_blocks: h, e -> e, h"),
-    Row("QwenImageTransformer2DModel", "Qwen-Image",
+    Row("QwenImageTransformer2DModel", "Qwen-Image (Edit, Layered, Lightning)",
         "transformer_blocks: h, e -> e, h", separate_cfg=True),
     Row("CogView3PlusTransformer2DModel", "CogView3-Plus",
         "transformer_blocks: h, e -> h, e"),
@@ -22,7 +22,7 @@ IMAGE = (
         "transformer_blocks: h, e -> h, e", separate_cfg=True),
     Row("PixArtTransformer2DModel", "PixArt-alpha, PixArt-sigma",
         "transformer_blocks: h -> h"),
-    Row("SanaTransformer2DModel", "Sana",
+    Row("SanaTransformer2DModel", "Sana, Sana-Sprint",
         "transformer_blocks: h -> h"),
     Row("BriaTransformer2DModel", "Bria 3.2",
         "transformer_blocks + single_transformer_blocks: h, e -> e, h"),

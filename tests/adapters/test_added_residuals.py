@@ -4,12 +4,14 @@ Never caching gives the plain model's output; cached steps give that of a replay
 in which the model's own loop adds the residuals.
 """
 
+import diffusers
 import models
 import pytest
 import tiny
 import torch
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from model_case import find_class
 from replay import replayed
 
 import dbcache
@@ -49,12 +51,20 @@ CONTROLS = {
     "SanaTransformer2DModel": lambda step: {
         "controlnet_block_samples": tuple(residuals(5, 1, 16, 24, step=step))
     },
+    "SanaVideoTransformer3DModel": lambda step: {
+        "controlnet_block_samples": tuple(residuals(5, 1, 8, 24, step=step))
+    },
+    "CosmosTransformer3DModel": lambda step: {
+        "block_controlnet_hidden_states": residuals(4, 1, 8, 24, step=step)
+    },
 }
 """What a ControlNet hands to the transformer, by its class."""
 
 
 @pytest.fixture(params=CONTROLS)
 def name(request):
+    if find_class(request.param) is None:
+        pytest.skip(f"absent in diffusers {diffusers.__version__}")
     yield request.param
     dbcache.disable(models.model(request.param))
 

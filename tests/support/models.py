@@ -10,6 +10,7 @@ from typing import Any
 import models_audio
 import models_flux
 import models_image
+import models_joint
 import models_other
 import models_streaming
 import models_video
@@ -21,6 +22,7 @@ PARTS = (
     models_flux,
     models_image,
     models_video,
+    models_joint,
     models_streaming,
     models_audio,
     models_other,

@@ -6,7 +6,12 @@ from unittest import mock
 import tiny
 import torch
 from model_case import BLOCKS, Case, text_mask
-from models_video import LATENT, LTX2, TEXT_INPUT, WAN, turns
+from models_joint import LTX2
+from models_video import LATENT, TEXT_INPUT, WAN, turns
+from torch.nn.attention import flex_attention
+
+# it is compiled else, for seconds, only to run eagerly on the CPU
+flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
 
 
 def module(name: str):
