@@ -93,15 +93,15 @@ class Replay:
 
 
 @contextlib.contextmanager
-def replayed(name, fn, bn):
-    """Replay the middle blocks of all stacks."""
+def replayed(name, fn, bn, transformer=None):
+    """Replay the middle blocks of all stacks, of `models.model(name)` or another transformer."""
     with contextlib.ExitStack() as context:
         yield [
             context.enter_context(Replay(blocks[middle.start : middle.stop], names))
             for blocks, names, middle in zip(
-                models.stacks_of(name),
+                models.stacks_of(name, transformer),
                 models.streams_of(name),
-                models.middles_of(name, fn, bn),
+                models.middles_of(name, fn, bn, transformer),
                 strict=True,
             )
         ]
