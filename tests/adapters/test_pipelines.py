@@ -8,8 +8,8 @@ import pipelines
 import pytest
 import torch
 from model_case import find_class
-from recipes import RECIPES
-from replay import replayed
+from pipelines import RECIPES, decisions
+from replay import replayed_calls
 
 import dbcache
 
@@ -25,12 +25,6 @@ RHYTHM = "FFccFc"
 pytestmark = pytest.mark.usefixtures("one_thread", "plain_kernels")
 
 
-@pytest.fixture
-def plain_kernels(monkeypatch):
-    """Run the references of the kernels, not Triton's interpreter: these tests are about calls."""
-    monkeypatch.setenv("DBCACHE_KERNELS", "reference")
-
-
 @pytest.fixture(params=RECIPES)
 def name(request):
     recipe = RECIPES[request.param]
@@ -44,52 +38,16 @@ def transformers_of(pipe):
     return [pipe.transformer, *filter(None, [getattr(pipe, "transformer_2", None)])]
 
 
-def decisions(pipe):
-    """Return (branch, F for full and c for cached) of each lane, those of a stack together."""
-    return [
-        (lane.branch, "".join("c" if s in lane.cached_steps else "F" for s in range(lane.steps)))
-        for lane in dbcache.summary(pipe).lanes
-    ]
-
-
-class Branched:
-    """Gives the replays of a transformer's stacks a memory for each branch.
-
-    Calls come in turn, one of each branch in a step.
-    """
-
-    def __init__(self, replays, branches):
-        self.replays = replays
-        self.memories = [[{} for _ in replays] for _ in range(branches)]
-        self.calls = 0
-
-    def __call__(self, *_):
-        step, branch = divmod(self.calls, len(self.memories))
-        self.calls += 1
-        for replay, memory in zip(self.replays, self.memories[branch], strict=True):
-            replay.outputs = memory.setdefault("outputs", [None] * len(replay.blocks))
-            replay.cached = RHYTHM[step] == "c"
-            replay.full_start = memory.get("start")
-
-    def after(self, *_):
-        """Keep what the last call left."""
-        branch = (self.calls - 1) % len(self.memories)
-        for replay, memory in zip(self.replays, self.memories[branch], strict=True):
-            memory["start"] = replay.full_start
-
-
-def replay(pipe, name, branches, guided):
-    """Return what a plain-PyTorch replay of cached steps draws."""
+def replay(pipe, name, branches):
+    """Return what a plain-PyTorch replay of cached steps draws with guidance."""
+    steps = [how == "c" for how in RHYTHM[: RECIPES[name].steps]]
+    plan = [(branch, cached) for cached in steps for branch in range(branches)]
     with contextlib.ExitStack() as context:
         for transformer in transformers_of(pipe):
-            stacks = context.enter_context(replayed(RECIPES[name].transformer, 1, 0, transformer))
-            branched = Branched(stacks, branches)
-            for hook in (
-                transformer.register_forward_pre_hook(branched),
-                transformer.register_forward_hook(branched.after),
-            ):
-                context.callback(hook.remove)
-        return pipelines.draw(pipe, name, guided=guided)
+            context.enter_context(
+                replayed_calls(RECIPES[name].transformer, 1, 0, transformer, plan)
+            )
+        return pipelines.draw(pipe, name, guided=True)
 
 
 @contextlib.contextmanager
@@ -123,7 +81,7 @@ def test_pipeline_is_cached_in_lanes_of_its_own(name, guided):
     recipe, pipe = RECIPES[name], pipelines.build(name)
     branches = recipe.branches if guided else recipe.alone
     plain = pipelines.draw(pipe, name, guided=guided)
-    expected = replay(pipe, name, len(branches), guided) if guided else None
+    expected = replay(pipe, name, len(branches)) if guided else None
 
     dbcache.enable(pipe, Fn_compute_blocks=1, residual_diff_threshold=0.0)
     assert torch.equal(pipelines.draw(pipe, name, guided=guided), plain)

@@ -5,12 +5,16 @@ from typing import Any
 
 import diffusers
 import models
+import recipes
+import recipes_control
 import tiny
 import torch
 from model_case import find_class
-from recipes import RECIPES
+
+import dbcache
 
 STEPS = 6
+RECIPES = recipes.RECIPES | recipes_control.RECIPES
 
 
 def build(name: str) -> Any:
@@ -64,5 +68,14 @@ def draw(
     prepare = RECIPES[name].prepare
     if prepare is not None:
         prepare(pipe, guided)
+    torch.manual_seed(seed)  # some pipelines sample what their VAE makes without the generator
     output = pipe(**options | arguments(pipe, name, guided=guided) | more)[0]
     return torch.as_tensor(output)
+
+
+def decisions(pipe: Any) -> list[tuple[str | None, str]]:
+    """Return (branch, F for full and c for cached by step) of each lane."""
+    return [
+        (lane.branch, "".join("c" if s in lane.cached_steps else "F" for s in range(lane.steps)))
+        for lane in dbcache.summary(pipe).lanes
+    ]

@@ -71,10 +71,10 @@ class Part(torch.nn.Module):
         self.__dict__.update(attributes)
 
 
-def vae(channels: int = 1, **config: Any) -> diffusers.AutoencoderKL:
-    """Return an autoencoder of pictures, at half the size."""
+def vae(channels: int = 1, levels: int = 2) -> diffusers.AutoencoderKL:
+    """Return an autoencoder of pictures, at half the size for each level but the first."""
     return diffusers.AutoencoderKL(
-        block_out_channels=(4, 4),
+        block_out_channels=(4,) * levels,
         layers_per_block=1,
         latent_channels=channels,
         norm_num_groups=1,
@@ -82,9 +82,8 @@ def vae(channels: int = 1, **config: Any) -> diffusers.AutoencoderKL:
         use_post_quant_conv=False,
         shift_factor=0.0,
         scaling_factor=1.0,
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        **config,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
     ).eval()
 
 

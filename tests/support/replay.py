@@ -105,3 +105,46 @@ def replayed(name, fn, bn, transformer=None):
                 strict=True,
             )
         ]
+
+
+class Branches:
+    """Gives the replays of a transformer a memory for each branch of guidance.
+
+    Args:
+        replays: of its stacks.
+        plan: (branch, whether cached) of each call.
+    """
+
+    def __init__(self, replays, plan):
+        self.replays = replays
+        self.plan = iter(plan)
+        self.memories = {}
+
+    def before(self, *_):
+        """Turn to the branch of the call that begins."""
+        self.branch, cached = next(self.plan)
+        for i, replay in enumerate(self.replays):
+            fresh = [None] * len(replay.blocks), None
+            replay.outputs, replay.full_start = self.memories.get((self.branch, i), fresh)
+            replay.cached = cached
+
+    def after(self, *_):
+        """Keep what the call left."""
+        for i, replay in enumerate(self.replays):
+            self.memories[self.branch, i] = replay.outputs, replay.full_start
+
+
+@contextlib.contextmanager
+def replayed_calls(name, fn, bn, transformer, plan):
+    """Replay the middle blocks of all stacks over calls of several branches; see `Branches`."""
+    with replayed(name, fn, bn, transformer) as replays:
+        for replay in replays:
+            replay.full_start = None
+        branches = Branches(replays, plan)
+        hooks = [
+            transformer.register_forward_pre_hook(branches.before),
+            transformer.register_forward_hook(branches.after),
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
