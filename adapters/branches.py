@@ -46,6 +46,7 @@ class Branch:
     Attributes:
         key: its name; None for the first one that has none.
         condition: the tensor that its last call was conditioned on, as long as that lives.
+        batch: the first dimension of that tensor.
         step: the step of its last call.
         call: which of all calls that was.
         distance: steps from one of its calls to the next; 0 if that is open.
@@ -54,6 +55,7 @@ class Branch:
     key: str | None
     step: int
     condition: weakref.ref[Any] | None = None
+    batch: int = 0
     call: int = 0
     distance: int = 1
 
@@ -63,10 +65,24 @@ class Branch:
             condition is not None and self.condition is not None and self.condition() is condition
         )
 
-    @property
-    def is_fleeting(self) -> bool:
-        """Say whether the tensor of its last call is gone, so that it cannot come again."""
-        return self.condition is None or self.condition() is None
+    def could_have(self, condition: torch.Tensor | None) -> bool:
+        """Say whether its next call may come with this tensor instead of that of the last one.
+
+        So it is if that is gone and cannot come again, or if guidance was switched in the batch.
+        """
+        if condition is None or self.condition is None or self.condition() is None:
+            return True
+        return batch_of(condition) != self.batch
+
+    def take(self, condition: torch.Tensor | None, call: int) -> None:
+        """Take note of a call."""
+        self.condition = None if condition is None else weakref.ref(condition)
+        self.batch, self.call = batch_of(condition), call
+
+
+def batch_of(condition: torch.Tensor | None) -> int:
+    """Return the first dimension, 0 where there is none."""
+    return condition.shape[0] if condition is not None and condition.ndim else 0
 
 
 class Branches:
@@ -126,11 +142,12 @@ class Branches:
         if name is not None:
             branch = self._named.setdefault(name, Branch(name, self._step))
             return name, self._is_late(branch)
-        branch, was_another = self._known(condition) or self._by_place() or self._new(condition)
+        branch, was_another = (
+            self._known(condition) or self._by_place(condition) or self._new(condition)
+        )
         self._place += 1
         self._calls += 1
-        branch.call = self._calls
-        branch.condition = None if condition is None else weakref.ref(condition)
+        branch.take(condition, self._calls)
         return branch.key, self._is_late(branch) or was_another
 
     def _is_late(self, branch: Branch) -> bool:
@@ -153,14 +170,14 @@ class Branches:
                 return branch, False
         return None
 
-    def _by_place(self) -> tuple[Branch, bool] | None:
+    def _by_place(self, condition: torch.Tensor | None) -> tuple[Branch, bool] | None:
         """Return the branch at the call's place in the step, unless it is known by a condition."""
         place = self._place
         if not self.tells_steps:
             place = self._calls % 2 if self.alternates else 0
         if place < len(self._found):
             branch = self._found[place]
-            if branch.is_fleeting and self._is_free(branch):
+            if branch.could_have(condition) and self._is_free(branch):
                 return branch, False
         return None
 
@@ -192,7 +209,7 @@ class Branches:
 
     def shown(self, key: str | None, keys: Collection[str | None]) -> str | None:
         """Return how the branch `key` is called; `keys` are all that ran."""
-        if key is not None or len(keys) == 1:
+        if key is not None or not any(other.key in keys for other in self._found[1:]):
             return key
         return self.two_names[0] if self.two_names[1] in keys else "branch 1"
 
