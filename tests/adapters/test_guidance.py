@@ -5,10 +5,13 @@ that the pipeline's own changes made necessary.
 """
 
 import diffusers
+import models
 import pipelines
 import pytest
 import torch
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (
+    StableDiffusion3AutoBlocks,
+)
 from pipelines import RECIPES, decisions
 from replay import replayed_calls
 
@@ -115,24 +118,21 @@ def test_the_step_on_which_the_scale_of_lora_changes_is_full():
     dbcache.disable(pipe)
 
 
-@pytest.fixture
-def blocks_that_guiders_may_skip():
-    """Tell diffusers' hooks what a block of HunyuanVideo 1.5 returns."""
-    block = type(pipelines.build("HunyuanVideo 1.5").transformer.transformer_blocks[0])
-    TransformerBlockRegistry.register(block, TransformerBlockMetadata(0, 1))
-    yield
-    del TransformerBlockRegistry._registry[block]
-
-
-@pytest.mark.usefixtures("blocks_that_guiders_may_skip")
-def test_a_guider_with_a_third_call_has_three_lanes():
-    pipe = pipelines.build("HunyuanVideo 1.5")
-    pipe.guider = diffusers.SkipLayerGuidance(
+def skip_layer_guidance():
+    """Return a guider that calls a third time on steps 2, 3 and 4 of 6."""
+    return diffusers.SkipLayerGuidance(
         guidance_scale=2.5,
-        skip_layer_config=diffusers.LayerSkipConfig(indices=[3], fqn="transformer_blocks"),
+        skip_layer_config=diffusers.LayerSkipConfig(
+            indices=[3], fqn="transformer_blocks", skip_attention=False
+        ),
         skip_layer_guidance_start=0.3,
         skip_layer_guidance_stop=0.9,
     )
+
+
+def test_a_guider_with_a_third_call_has_three_lanes():
+    pipe = pipelines.build("HunyuanVideo 1.5")
+    pipe.guider = skip_layer_guidance()
     run("HunyuanVideo 1.5", pipe=pipe)
     assert decisions(pipe) == [
         ("pred_cond", "FFcccc"),
@@ -140,6 +140,58 @@ def test_a_guider_with_a_third_call_has_three_lanes():
         ("pred_cond_skip", "FFc"),
     ]
     dbcache.disable(pipe)
+
+
+def modular_pipeline(guider):
+    """Return Stable Diffusion 3 as a modular pipeline, whose guider does not name its calls."""
+    blocks = StableDiffusion3AutoBlocks()
+    for name in ("text_encoder", "vae_encoder", "decode"):
+        blocks.sub_blocks.pop(name)
+    pipe = blocks.init_pipeline()
+    pipe.update_components(
+        transformer=models.model("SD3Transformer2DModel"),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        guider=guider,
+    )
+    return pipe
+
+
+@torch.no_grad()
+def draw_modular(pipe):
+    text = pipelines.arguments(pipe, "Stable Diffusion 3", guided=True, accepts_all=True)
+    generator = torch.Generator().manual_seed(5)
+    return pipe(**text, num_inference_steps=6, generator=generator, output="latents")
+
+
+@pytest.mark.parametrize(
+    ("make_guider", "wanted"),
+    [
+        (lambda: diffusers.ClassifierFreeGuidance(2.5), {"cond": "FFcccc", "uncond": "FFcccc"}),
+        (lambda: diffusers.ClassifierFreeGuidance(1.0), {None: "FFcccc"}),
+        (
+            lambda: diffusers.ClassifierFreeGuidance(2.5, start=0.4),
+            {"cond": "FFcccc", "uncond": "FFcc"},
+        ),
+        (
+            lambda: diffusers.ClassifierFreeGuidance(2.5, stop=0.5),
+            {"cond": "FFcccc", "uncond": "FFc"},
+        ),
+        (skip_layer_guidance, {"cond": "FFcccc", "uncond": "FFcccc", "branch 3": "FFc"}),
+    ],
+    ids=["on", "off", "late", "early", "skip-layer"],
+)
+def test_modular_pipelines_with_guiders_that_name_no_calls(make_guider, wanted):
+    pipe = modular_pipeline(make_guider())
+    plain = draw_modular(pipe)
+    dbcache.enable(pipe, Fn_compute_blocks=1, residual_diff_threshold=0.0)
+    assert torch.equal(draw_modular(pipe), plain)
+    dbcache.enable(pipe, **FORCED)
+    cached = draw_modular(pipe)
+    assert dict(decisions(pipe)) == wanted
+    assert notes(pipe) == ""
+    assert not torch.equal(cached, plain)
+    dbcache.disable(pipe)
+    assert torch.equal(draw_modular(pipe), plain)
 
 
 def test_videos_that_are_made_in_pieces_start_each_anew():

@@ -36,8 +36,8 @@ def build(name: str) -> Any:
     return pipe
 
 
-def arguments(pipe: Any, name: str, *, guided: bool) -> dict[str, Any]:
-    """Return what a tiny pipeline is called with."""
+def arguments(pipe: Any, name: str, *, guided: bool, accepts_all: bool = False) -> dict[str, Any]:
+    """Return what a tiny pipeline is called with; its signature tells some, or `accepts_all`."""
     recipe = RECIPES[name]
     tensors: dict[str, Any] = {}
     for sign in ("", "negative_")[: 1 + guided]:
@@ -48,10 +48,11 @@ def arguments(pipe: Any, name: str, *, guided: bool) -> dict[str, Any]:
     if recipe.as_lists:
         tensors = {key: list(value) for key, value in tensors.items()}
     accepted = inspect.signature(pipe.__call__).parameters
-    tensors = {key: value for key, value in tensors.items() if key in accepted}
+    tensors = {k: v for k, v in tensors.items() if accepts_all or k in accepted}
     if tensors and "negative_prompt" in accepted and accepted["negative_prompt"].default == "":
         tensors["negative_prompt"] = None
-    return recipe.call | (recipe.guided if guided else recipe.plain) | tensors
+    more = {} if accepts_all else recipe.guided if guided else recipe.plain
+    return recipe.call | more | tensors
 
 
 @torch.no_grad()
