@@ -22,7 +22,13 @@ from dbcache.adapters.branches import LEAVES_OUT, Branches, ConditionFinder, for
 from dbcache.adapters.learning import learn
 from dbcache.adapters.patch_functor import Patches
 from dbcache.adapters.scope import make_stacks
+from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.executors.cuda_capture import UserCapture, is_capturing, user_capture
+from dbcache.executors.graph import GraphExecutor, GraphOptions
+from dbcache.executors.recording import Cutter
+from dbcache.lane import Lane
+from dbcache.sharding import Sharding
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
@@ -100,6 +106,9 @@ class CachedTransformer:
             the transformer as a whole (guidance, steps per request, refresh).
         by_request: True where a pipeline opens and closes the requests; a call outside of one
             then runs without the cache.
+        graph_options: how to record CUDA graphs; None runs eagerly.
+        sharding: how the transformer is spread over ranks; installed and removed with the cache.
+            It then runs eagerly.
     """
 
     def __init__(
@@ -109,15 +118,21 @@ class CachedTransformer:
         modifiers: list[ParamsModifier | None],
         *,
         by_request: bool,
+        graph_options: GraphOptions | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         self.spec = spec
+        self.sharding = sharding
         self.settings = settings
         self.modifiers = modifiers
         self.by_request = by_request
         self.module = spec.transformer
-        self.stacks = make_stacks(spec.stacks, settings, modifiers)
+        self.stacks = self._make_stacks()
         if self.stacks:
             self._check_long_skips()
+        if graph_options is not None:
+            for stack in self.stacks:
+                stack.check_recordable()
         self.config = settings.modified(modifiers[0]).cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
@@ -138,6 +153,24 @@ class CachedTransformer:
         self._forms: dict[str | None, Any] = {}
         self._condition_of = ConditionFinder(self.module)
         self._patches: list[InstanceMethod] = []
+        self.step_branch: str | None = None
+        if graph_options is not None and sharding is not None:
+            warnings.warn(
+                f"{type(self.module).__name__}: CUDA graphs are not recorded of a transformer that "
+                f"is spread over ranks; runs eagerly. Leave out cuda_graph or parallelism_config",
+                stacklevel=2,
+            )
+            graph_options = None
+        self.graphs = None if graph_options is None else GraphExecutor(self, graph_options)
+        self._began_in_capture = False
+        self._capture: UserCapture | None = None
+
+    def _make_stacks(self) -> list[Stack]:
+        stacks = make_stacks(self.spec.stacks, self.settings, self.modifiers)
+        if self.sharding is not None and self.sharding.splits_sequence:
+            for stack in stacks:
+                stack.sharding = self.sharding
+        return stacks
 
     def _check_long_skips(self) -> None:
         """Raise if a block that always runs takes what a block that may be skipped has to make."""
@@ -157,16 +190,37 @@ class CachedTransformer:
         if same_calibrator and _without_steps(config) == _without_steps(self.config):
             self.settings, self.config = settings, config
             return self
-        renewed = CachedTransformer(self.spec, settings, self.modifiers, by_request=self.by_request)
+        options = None if self.graphs is None else self.graphs.options
+        renewed = CachedTransformer(
+            self.spec,
+            settings,
+            self.modifiers,
+            by_request=self.by_request,
+            graph_options=options,
+            sharding=self.sharding,
+        )
         renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
         renewed.branches, renewed.patches = self.branches, self.patches
         return renewed
+
+    def inherit(self, old: CachedTransformer) -> None:
+        """Take over recorded graphs, where what changed lies on the device."""
+        if self.graphs is None or old.graphs is None or self.graphs.options != old.graphs.options:
+            return
+        if [stack.recorded for stack in self.stacks] != [stack.recorded for stack in old.stacks]:
+            return
+        for stack, its_old in zip(self.stacks, old.stacks, strict=True):
+            stack.inherit(its_old)
+        self.graphs = old.graphs
+        self.graphs.serve(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_handle, ()  # a copy of the transformer has its cache off
 
     def install(self) -> None:
         """Switch the cache on."""
+        if self.sharding is not None:
+            self.sharding.install()  # first: its hooks are to lie within the forward's patch
         if self.patches is not None:
             self.patches.redo()
         self.module.__dict__[HANDLE] = self
@@ -174,7 +228,7 @@ class CachedTransformer:
         if hasattr(self.module, "cache_context"):
             self._patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
 
-    def remove(self) -> None:
+    def remove(self, *, keep_sharding: bool = False) -> None:
         """Switch the cache off and leave no trace."""
         for patch in self._patches:
             patch.remove()
@@ -182,6 +236,8 @@ class CachedTransformer:
         self.module.__dict__.pop(HANDLE, None)
         if self.patches is not None:
             self.patches.undo()
+        if self.sharding is not None and not keep_sharding:
+            self.sharding.remove()
 
     @contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -197,10 +253,15 @@ class CachedTransformer:
         """Forget all steps; the next call is the first of a new image or video."""
         self.calls = 0
         self._has_begun = True
+        self._began_in_capture = is_capturing()
         self._steps.clear()
         self._forms.clear()
         for stack in self.stacks:
             stack.start_request()
+        if self.graphs is not None:
+            self.graphs.start_request()
+        if self.sharding is not None:
+            self.sharding.start_request()
 
     def refresh(self) -> None:
         """Open a new request: a pipeline call begins, or the user says so."""
@@ -229,55 +290,91 @@ class CachedTransformer:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward with guards in place of its blocks."""
-        run = self._patches[0].original
         if not self.is_open:
             self._note_uncached_call()
-            return run(*args, **kwargs)
+            return self._patches[0].original(*args, **kwargs)
         if self.spec.fills is not None and self.spec.fills(kwargs):
             self.start_request()
-            return run(*args, **kwargs)
+            return self._patches[0].original(*args, **kwargs)
         self._start_step(args, kwargs)
+        if self.sharding is None:
+            output = self._step(args, kwargs)
+        else:
+            output = self.sharding.by_branch(self.branch, lambda: self._step(args, kwargs))
+        self.calls += 1
+        self._steps[self.step_branch] = self._steps.get(self.step_branch, 0) + 1
+        return output
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.stacks:
-            return self._learn(run, args, kwargs)
+            return self._learn(args, kwargs)
+        cutter = self._user_capture()
+        if self.graphs is not None and cutter is None:
+            return self.graphs.step(args, kwargs)
+        return self.run(args, kwargs, cutter)
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cutter: Cutter | None = None
+    ) -> Any:
+        """Run one step eagerly, or while a `cutter` records it, with guards in place of blocks."""
         shadowed = []
         try:
             for stack in self.stacks:
+                stack.cutter = cutter
+                stack.start_step(self.step_branch)
                 for block_list, entries in zip(stack.lists, stack.entries, strict=False):
                     block_list.shadow(entries)
                     shadowed.append(block_list)
-            output = run(*args, **kwargs)
+                stack.notice_call(self.module, args, kwargs)
+            output = self._patches[0].original(*args, **kwargs)
             partial = [stack for stack in self.stacks if stack.left_blocks_out()]
+            for stack in self.stacks:
+                stack.notice_output(output)
         except BaseException:
+            if cutter is not None:
+                cutter.abort()
             for stack in self.stacks:
                 stack.abort_forward()
             raise
         finally:
+            for stack in self.stacks:
+                stack.cutter = None
             for block_list in shadowed:
                 block_list.unshadow()
         for stack in self.stacks:
             stack.abort_forward() if stack in partial else stack.finish_forward()
         self.partial_calls += bool(partial)
-        self.calls += 1
-        self._steps[self._step_branch] = self._steps.get(self._step_branch, 0) + 1
         return output
 
-    def _learn(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward that tells what the blocks take and return; it counts as a full step."""
-        output, stacks = learn(self.spec, run, args, kwargs)
+        output, stacks = learn(self.spec, self._patches[0].original, args, kwargs)
         pairs = zip(stacks, self.modifiers, strict=True)
         self.modifiers = [modifier for stack, modifier in pairs if stack is not None]
         kept = tuple(stack for stack in stacks if stack is not None)
         self.spec = dataclasses.replace(self.spec, stacks=kept)
-        self.stacks = make_stacks(self.spec.stacks, self.settings, self.modifiers)
+        self.stacks = self._make_stacks()
         device = next(self.module.parameters(), torch.empty(0)).device
         for stack in self.stacks:
             stack.plan_request(self._num_steps())
-            stack.count_full_step(self._step_branch, device)
+            stack.count_full_step(self.step_branch, device)
         for stack in self.stacks:
             stack.forget_step()
-        self.calls += 1
-        self._steps[self._step_branch] = self._steps.get(self._step_branch, 0) + 1
         return output
+
+    def lanes(self) -> list[Lane]:
+        """Return the lanes of the step under way."""
+        lanes = [stack.lanes.get(self.step_branch) for stack in self.stacks]
+        return [lane for lane in lanes if lane is not None]
+
+    def _user_capture(self) -> UserCapture | None:
+        """Return what records branches while the user captures a graph; None while not."""
+        if not is_capturing():
+            return None
+        if self._capture is None:
+            self._capture = user_capture(next(self.module.parameters()).device)
+        self._capture.fixed_by_plan = self._began_in_capture
+        return self._capture
 
     def _start_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a new request where one is due, and tell the stacks the branch."""
@@ -291,9 +388,7 @@ class CachedTransformer:
             steps = self._num_steps()
             for stack in self.stacks:
                 stack.plan_request(steps)
-        self._step_branch = self._find_branch(args, kwargs)
-        for stack in self.stacks:
-            stack.start_step(self._step_branch)
+        self.step_branch = self._find_branch(args, kwargs)
 
     def _is_over(self) -> bool:
         """Say whether the request has had all its steps, where it is this object that counts."""
@@ -342,7 +437,7 @@ class CachedTransformer:
 
     def notes(self) -> list[str]:
         """Return what the summary should say beside the lanes."""
-        name, notes = type(self.module).__name__, []
+        notes = [] if self.graphs is None else self.graphs.describe()
         if self.uncached_calls:
             notes.append(
                 f"{self.uncached_calls} calls came from outside of the pipeline that the cache is "
@@ -355,7 +450,7 @@ class CachedTransformer:
         notes += [
             f"{count} steps were full since {why}" for why, count in self.forced.items() if count
         ]
-        return [f"{name}: {note}" for note in notes]
+        return [f"{type(self.module).__name__}: {note}" for note in notes]
 
     def _note_uncached_call(self) -> None:
         self.uncached_calls += 1

@@ -173,9 +173,16 @@ OTHER = (
     Row("Transformer2DModel", "VQ-Diffusion",
         "transformer_blocks: h -> h"),
 )
-# fmt: on
 
 MODELS = (*IMAGE, *VIDEO, *AUDIO, *OTHER)
+
+UNETS = (
+    "UNet1DModel", "UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel",
+    "UNetMotionModel", "UNetSpatioTemporalConditionModel", "UNetControlNetXSModel",
+    "I2VGenXLUNet", "AudioLDM2UNet2DConditionModel", "StableCascadeUNet", "Kandinsky3UNet",
+    "DreamLiteUNetModel",
+)
+# fmt: on
 
 REFUSED: dict[str, str] = {
     "RFD4ProteinaTransformer": "updates pair features between its blocks, from the states of "
@@ -186,5 +193,10 @@ REFUSED: dict[str, str] = {
     "a UNet has no list of blocks that could be skipped",
     "DreamLiteTransformer2DModel": "is a layer of a UNet, which calls many of them in each step; "
     "a UNet has no list of blocks that could be skipped",
+    **dict.fromkeys(
+        UNETS,
+        "is a UNet: its blocks work at several resolutions and feed each other across, so that "
+        "there is no list of them that could be skipped",
+    ),
 }
 """Classes that cannot be cached, each with the reason: the end of a sentence about the class."""

@@ -3,83 +3,34 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dbcache.adapters.block_list import BlockList, Entry
 from dbcache.adapters.guards import (
     CheckGuard,
     FirstGuard,
-    Guard,
     MiddleEndGuard,
     MiddleGuard,
     ProbeEndGuard,
 )
 from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
+from dbcache.adapters.signals import Source, make_source
+from dbcache.adapters.tail import Tail
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
-from dbcache.following import FollowingLane
+from dbcache.executors.recording import Cutter, Decision
+from dbcache.following import FollowedDecision, FollowingLane
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
-from dbcache.schedule import resolve_mask
+from dbcache.policies import prepare
+from dbcache.schedule import check_retention, resolve_mask
+from dbcache.sharding import Sharding
 
-Entry = Guard | torch.nn.Module
-WHOLE = slice(None)
-
-
-class BlockList:
-    """One list of blocks, or a part of one, and where the model's forward looks it up.
-
-    Args:
-        transformer: the model.
-        path: name of the list seen from the transformer, as in ``"transformer_blocks"``. It may end
-            in ``[:-n]`` or ``[-n:]``: all but the last n blocks, or these, n being an attribute of
-            the transformer.
-
-    Raises:
-        AttributeError: there is no such list.
-    """
-
-    def __init__(self, transformer: torch.nn.Module, path: str) -> None:
-        self.path = path
-        whole, _, part = path.partition("[")
-        owner, _, self.name = whole.rpartition(".")
-        self.owner = transformer.get_submodule(owner)
-        blocks = transformer.get_submodule(whole)
-        self.part = WHOLE
-        if part:
-            split = len(blocks) - getattr(transformer, part.strip(":-]"))
-            self.part = slice(split) if part.startswith(":") else slice(split, None)
-        self._dict_owner: torch.nn.Module | None = None
-        if isinstance(self.owner, torch.nn.ModuleDict):
-            outer, _, self._dict_name = owner.rpartition(".")
-            self._dict_owner = transformer.get_submodule(outer)
-        self.blocks = self.current()
-
-    def current(self) -> list[torch.nn.Module]:
-        """Return the blocks that the model has now."""
-        blocks = self.owner._modules[self.name]
-        assert blocks is not None
-        return list(blocks._modules.values())[self.part]
-
-    def shadow(self, entries: list[Entry]) -> None:
-        """Let the model see `entries` in place of its blocks."""
-        if self._dict_owner is None:
-            own = self.owner.__dict__
-            if self.part is not WHOLE:  # the other part may be shadowed already
-                whole: list[Entry] = own.get(self.name) or [*self.owner.get_submodule(self.name)]
-                whole[self.part] = entries
-                entries = whole
-            own[self.name] = entries
-        else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
-            own = self._dict_owner.__dict__
-            own.setdefault(self._dict_name, dict(self.owner._modules))[self.name] = entries
-
-    def unshadow(self) -> None:
-        """Let the model see its blocks again."""
-        if self._dict_owner is None:
-            self.owner.__dict__.pop(self.name, None)
-        else:
-            self._dict_owner.__dict__.pop(self._dict_name, None)
+if TYPE_CHECKING:
+    from dbcache.adapters.recorder import Recorder
 
 
 class Stack:
@@ -109,28 +60,36 @@ class Stack:
         self.round = len(lists) if interleaved else 1
         self.pattern = pattern
         self.streams = streams
-        self.settings = settings
         self.leader = leader
-        self._given = settings.cache
         self.name = "+".join(block_list.path for block_list in lists)
+        self.settings = prepare(settings, lists[0].owner, self.name)
+        self._given = settings.cache
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
         self.fn, self.bn = self._clamp()
         self.lanes: dict[str | None, Lane] = {}
+        self.tail: Tail | None = None
         self.entries = self._make_entries()
+        self.recorder: Recorder | None = None
+        self.source: Source | None = None
+        if leader is None:
+            first = lists[0]
+            self.source = make_source(self.settings, self.name, first.owner, first.blocks[0])
         self._learned = False
         self._copies_probe = True
         self._copies_middle = True
         self._originals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._shared: tuple[str | None, int, torch.Tensor] | None = None
+        self.cutter: Cutter | None = None
+        self.sharding: Sharding | None = None  # where the ranks each have a part of the tokens
         self.forget_step()
 
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""
         cache, total = self.settings.cache, self.num_blocks
-        fn = min(self.round * cache.Fn_compute_blocks, total) if self.leader is None else 0
+        fn = min(self.round * cache.probe_blocks, total) if self.leader is None else 0
         bn = min(self.round * (cache.Bn_compute_blocks + 1) - 1, total - fn)
         if fn + bn == total:
-            wanted = f"Fn={cache.Fn_compute_blocks}, Bn={cache.Bn_compute_blocks}"
+            wanted = f"Fn={cache.probe_blocks}, Bn={cache.Bn_compute_blocks}"
             warnings.warn(
                 f"{self.name}: {wanted} leaves none of the {total} blocks to skip; runs Fn={fn}, "
                 f"Bn={bn}: every block on every step. Lower Fn_compute_blocks to cache here",
@@ -144,6 +103,7 @@ class Stack:
         if first_middle > last_middle:
             return []
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+        self.tail = Tail.of(self)
         position, entries = 0, []
         for turn, block_list in enumerate(self.lists):
             row: list[Entry] = []
@@ -157,6 +117,8 @@ class Stack:
                         row.append(MiddleEndGuard(self, block, who, is_first, is_last))
                     else:
                         row.append(MiddleGuard(self, block, who))
+                elif position > last_middle and self.tail is not None:
+                    row.append(self.tail.guard(position, block, who))
                 elif position == first_middle - 1 and returns_encoder_only:
                     row.append(ProbeEndGuard(self, block, who, is_first=position == 0))
                 else:
@@ -171,29 +133,38 @@ class Stack:
         self.branch: str | None = None
         self.cached = False
         self.is_open = False
+        self.is_branch = False
         self.prediction: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
         self.encoder_fn: torch.Tensor | None = None
+        if self.tail is not None:
+            self.tail.run.forget_step()
 
     def start_request(self) -> None:
         """Forget the last request."""
         self._shared = None
+        if self.tail is not None:
+            self.tail.start_request()
         for lane in self.lanes.values():
             lane.start_request()
 
     def plan_request(self, steps: int | None) -> None:
-        """Fit the mask to a request of `steps` steps (None: unknown).
+        """Fit the plan to a request of `steps` steps (None: unknown).
 
         Raises:
             ValueError: it does not fit, or it needs the number of steps.
         """
         mask = resolve_mask(self._given, steps, self.name)
-        if mask == self.settings.cache.steps_computation_mask:
+        check_retention(self._given, steps, self.name)
+        is_new = mask != self.settings.cache.steps_computation_mask
+        if not is_new and steps == self.settings.steps:
             return
-        # the number of steps has done its part: it must not be compared with the mask again
-        changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)
-        self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
+        self.settings = replace(self.settings, steps=steps)
+        if is_new:
+            # the number of steps has done its part: it must not be compared with the mask again
+            changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)
+            self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
         for lane in self.lanes.values():
             lane.replan(self.settings)
 
@@ -204,6 +175,17 @@ class Stack:
             return False
         lane.forget_reference()
         return True
+
+    @property
+    def recorded(self) -> tuple[object, ...]:
+        """What recorded work depends on."""
+        return (self.name, self.pattern, self.fn, self.bn, *self.settings.recorded)
+
+    def inherit(self, old: Stack) -> None:
+        """Go on with the lanes of another stack, whose `recorded` is the same."""
+        self.lanes = old.lanes
+        for lane in self.lanes.values():
+            lane.reload(self.settings)
 
     def start_step(self, branch: str | None) -> None:
         """Prepare for a forward; take up blocks that were exchanged since the last one."""
@@ -218,9 +200,41 @@ class Stack:
             for lane in self.lanes.values():
                 lane.forget_reference()
 
+    def check_recordable(self) -> None:
+        """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
+        if self.tail is not None:
+            raise ValueError(
+                f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
+                f"got Bn_compute_blocks_ids, which leave out single blocks; leave out cuda_graph"
+            )
+        if self.source is not None:
+            raise ValueError(
+                f"{self.name}: steps recorded as CUDA graphs must be decided by the probe or ahead "
+                f"('dbcache', 'magcache'), got policy={self.settings.cache.policy!r}, which "
+                f"follows what the transformer is called with; leave out cuda_graph"
+            )
+
+    def notice_call(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Take note of what the transformer is called with."""
+        if self.source is not None:
+            if self.cutter is not None:
+                self.check_recordable()
+            self.source.start(model, args, kwargs)
+
+    def notice_output(self, output: Any) -> None:
+        """Take note of what the transformer returns."""
+        if self.source is not None and self.lane is not None:
+            self.source.finish(self.lane, output)
+        if self.recorder is not None:
+            self.recorder.after_forward(output)
+
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
         self._check_stream(h_in)
+        if self.sharding is not None:
+            h_in = self.sharding.split_input(f"{self.lists[0].path}.0", h_in)
         copies = self._copies_probe and not self.settings.cache.compares_hidden_states
         self.h_in = h_in.clone() if copies else h_in
         if not self._learned:
@@ -274,7 +288,7 @@ class Stack:
 
     def _new_lane(self, device: torch.device) -> Lane:
         if self.leader is None:
-            return Lane(self.settings, device)
+            return Lane(self.settings, device, branch=self.branch)
         return FollowingLane(self.settings, self._leader_lane())
 
     def _leader_lane(self) -> Lane:
@@ -291,34 +305,84 @@ class Stack:
     def _take_decision(self, lane: Lane, h_fn: torch.Tensor, layout: Layout) -> bool:
         """Decide the step of `lane`, or take over what the leader decided."""
         if isinstance(lane, FollowingLane):
-            lane.leader = self._leader_lane()
-            return lane.follow(layout, h_fn.device)
+            return self._follow(lane, layout, h_fn.device)
         assert self.h_in is not None
+        compared = h_fn
+        if self.source is not None:
+            compared = self.source.measured()
+            layout = (*layout, compared.shape, compared.dtype)
         code = lane.start_step(layout, h_fn.device)
-        if code != PlanCode.DYNAMIC or not lane.has_reference:
-            return eager.take_decision(lane, code, None)
-        if self.settings.cache.cfg_diff_compute_separate:
-            return eager.measure_and_decide(lane, self.h_in, h_fn)
-        return eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
+        is_open = code == PlanCode.DYNAMIC and lane.can_compare
+        if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
+            self._check_recordable()
+            eager.enqueue_decision(lane, self.h_in, compared)
+            self._begin_branch(eager.LaneDecision(lane))
+            return False
+        if not is_open:
+            cached = eager.take_decision(lane, code, None)
+        elif not self.settings.cache.cfg_diff_compute_separate:
+            cached = eager.take_decision(lane, code, self._shared_diff(lane, compared))
+        elif self.sharding is None:
+            cached = eager.measure_and_decide(lane, self.h_in, compared)
+        else:
+            cached = eager.take_decision(lane, code, self._measure(lane, compared))
+        if self.source is not None:
+            lane.remember(compared)
+        return cached
+
+    def _check_recordable(self) -> None:
+        """Raise if the decision needs a message, which a recording would not repeat in time."""
+        if self.sharding is not None:
+            raise RuntimeError(
+                f"{self.name}: a step whose decision the ranks of a sequence vote on cannot be "
+                f"captured, got one under capture; run it outside of the graph, or use tp_size"
+            )
+
+    def _follow(self, lane: FollowingLane, layout: Layout, device: torch.device) -> bool:
+        """Take over what the leader decided; a branch, where that is one."""
+        lane.leader = self._leader_lane()
+        assert self.leader is not None
+        if not self.leader.is_branch:
+            return lane.follow(layout, device)
+        assert self.cutter is not None
+        if self.cutter.fixed_by_plan:
+            lane.follow(layout, device)
+        self._begin_branch(FollowedDecision(lane))
+        return False
+
+    def _begin_branch(self, decision: Decision) -> None:
+        """Let what follows be recorded as one of two ways."""
+        assert self.cutter is not None
+        self.is_branch = True
+        self.cutter.begin_full(decision, self.name)
 
     def _were_overwritten(self) -> bool:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
         return not all(torch.equal(original, copy) for original, copy in self._originals)
 
-    def _shared_diff(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
-        """Measure the probe's change, or take that of the step's other branch."""
+    def _shared_diff(self, lane: Lane, compared: torch.Tensor) -> torch.Tensor:
+        """Measure the change, or take that of the step's other branch."""
         shared = self._shared
         if shared and shared[0] != self.branch and shared[1] == lane.step:
             return shared[2]
-        assert self.h_in is not None
-        partials = eager.measure(lane, self.h_in, h_fn)
+        partials = self._measure(lane, compared)
         self._shared = (self.branch, lane.step, partials)
         return partials
+
+    def _measure(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
+        """Measure the probe's change, of all ranks that share the sequence."""
+        assert self.h_in is not None
+        partials = eager.measure(lane, self.h_in, h_fn)
+        if self.sharding is None:
+            return partials
+        return self.sharding.vote(partials, per_sample=self.settings.cache.batch_reduce == "max")
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of the middle blocks."""
         assert self.prediction is not None
         self.is_open = False
+        if self.tail is not None:
+            self.tail.run.encoder = self.prediction[1]
         return self.prediction
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
@@ -335,10 +399,30 @@ class Stack:
             )
         if not self._learned:
             self._copies_middle = self._were_overwritten()
-        if self.fn == 0 and self.encoder_fn is None and encoder is not None:
+        if self.recorder is not None:
+            self.recorder.after_blocks(h_out)
+        is_made = self.fn == 0 and self.encoder_fn is None
+        if is_made and encoder is not None:
             self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone
         eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
+        if self.is_branch:
+            assert self.cutter is not None
+            self.cutter.begin_cached()
+            if is_made and encoder is not None:
+                self.encoder_fn = torch.zeros_like(encoder)  # that of the full body is not made
+            eager.forecast_into(self.lane, self.h_fn, self.encoder_fn, h_out, encoder)
+            self.cutter.end_branch()
         self.is_open = False
+        if self.tail is not None:
+            self.tail.run.encoder = encoder
+
+    def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
+        """Return the blocks that were left out on each step; None where whole steps are cached."""
+        return None
+
+    def tail_nbytes(self, branch: str | None) -> int:
+        """Bytes of what is stored of single blocks among the last ones."""
+        return 0 if self.tail is None else self.tail.nbytes(branch)
 
     def left_blocks_out(self) -> bool:
         """Say whether the model did not run the blocks at which a step is decided and stored.
@@ -346,7 +430,7 @@ class Stack:
         Raises:
             RuntimeError: it did not run the one at which a cached step is predicted.
         """
-        if self.is_open and self.cached:
+        if self.is_open and (self.cached or self.cutter is not None):
             raise RuntimeError(
                 f"{self.name}: the model did not run its last middle block, so that the step "
                 f"could not be predicted; forwards that leave blocks out on some steps only need "
@@ -376,7 +460,7 @@ class Stack:
 
     def abort_forward(self) -> None:
         """Clean up after an exception: the step counts as never begun."""
-        if self.lane is not None:
+        if self.lane is not None and self.cutter is None:
             self.lane.abort_step()
         self.forget_step()
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# All that only a GPU can show, in one call of less than nine minutes: the kernel tests without the
-# interpreter, the runtime's tests, the kernels against PyTorch and the memory's speed (tuned first,
-# for at most 20 s of that step), host overhead on the device, and the demo on the trained model.
+# All that only a GPU can show, in one call: the kernel tests without the interpreter, the runtime's
+# tests, the kernels against PyTorch and the memory's speed (tuned first, for at most 20 s of that
+# step), CUDA graphs (tests, latency of steps, a captured loop, compute-sanitizer where it is
+# installed), host overhead on the device, and the demo on the trained model.
 #
 #   bench/gpu_suite.sh OUTDIR
 #
@@ -10,13 +11,15 @@
 #   SHAPES="a b ..."   shapes of the kernel benchmark
 #   DEVICE=cpu         rehearse: every step runs on the CPU, to test this script; status 0 proves
 #                      nothing about the kernels
+#   STEPS="a b ..."    only these steps; where a call may take ten minutes, "kernel-tests kernels
+#                      overhead" in one and the others in a second
 #   PYTEST_ARGS="..."  words passed to both test steps, as in "-k fp8"
 #
 # Needs torch, triton, diffusers, pytest, pytest-timeout, hypothesis, scikit-learn and Pillow;
 # cache-dit is compared with where it is installed. Nothing is downloaded. OUTDIR gets summary.txt,
 # results.json, tuning.json, the plots and logs.tar.gz. Status: 0 all passed, 1 a check failed, 2 no
 # GPU or no way to run. A step that reaches its limit is ended and has failed; the limits add up to
-# 8:35.
+# 15:15.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/gpu_suite.sh OUTDIR}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -36,6 +39,7 @@ export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 PYTHONPATH=${PYTHONPATH:-}
 step() { # name, limit in seconds, command...
     local name=$1 limit=$2 start=$SECONDS status
     shift 2
+    case " ${STEPS:-$name} wheels " in *" $name "*) ;; *) return 0 ;; esac
     printf '== %s (at most %d s)\n' "$name" "$limit"
     timeout --kill-after=5 "$limit" "$@" >"$logs/$name.log" 2>&1
     status=$?
@@ -80,6 +84,7 @@ parallel=()
 engines=(dbcache)
 "$python" -c 'import cache_dit' 2>/dev/null && engines+=(cache-dit)
 requests=$([ "$device" = cuda ] && echo 10 || echo 2)
+rounds=$([ "$device" = cuda ] && echo 48 || echo 3)
 
 # shellcheck disable=SC2086  # lists of words
 {
@@ -90,6 +95,17 @@ requests=$([ "$device" = cuda ] && echo 10 || echo 2)
     step overhead 40 "$python" -m bench.run overhead --device "$device" --requests "$requests" \
         --engines "${engines[@]}" --json "$logs/overhead.json"
     step demo 65 "$python" -m dbcache demo --device "$device" --out "$logs/demo" "${demo[@]}"
+    step graph-tests 100 "$python" -m pytest -q --junitxml="$logs/graph-tests.xml" \
+        ${PYTEST_ARGS:-} tests/graphs
+    step graphs 150 "$python" -m bench.run graphs --device "$device" --rounds "$rounds" \
+        --engines "${engines[@]}" --json "$logs/graphs.json"
+    if [ "$device" = cuda ]; then
+        step loop 60 "$python" -m bench.run loop --json "$logs/loop.json"
+        if command -v compute-sanitizer >/dev/null; then
+            step sanitizer 90 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q \
+                tests/graphs/test_on_gpu.py -k "fifty and device"
+        fi
+    fi
     step runtime-tests 80 "$python" -m pytest -q "${parallel[@]}" --junitxml="$logs/runtime-tests.xml" \
         ${PYTEST_ARGS:-} tests/adapters tests/core
 }

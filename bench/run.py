@@ -14,8 +14,14 @@ from pathlib import Path
 BENCHES = {
     "kernels": ("bench.kernels", "the ops against PyTorch and against the memory's speed"),
     "overhead": ("bench.overhead", "host time per step that the cache adds, beside cache-dit"),
+    "graphs": ("bench.graphs", "steps as CUDA graphs, eager, and of cache-dit; needs a GPU"),
+    "loop": ("bench.loop", "a whole denoising loop as one CUDA graph; needs a GPU"),
+    "parallel": ("bench.parallel", "attention over ranks, beside diffusers' own"),
     "demo": ("dbcache", "speed-up and quality on the trained model"),
+    "policies": ("bench.policies", "which policy caches which steps, at what quality"),
 }
+SLOW = ("demo", "graphs", "loop", "policies")
+"""Left out on a CPU, unless named."""
 
 
 def find_packages() -> None:
@@ -53,8 +59,8 @@ def main() -> int:
 
     failed = 0
     for name, (_, text) in BENCHES.items():
-        if name == "demo" and not torch.cuda.is_available():
-            print("== demo: left out on a CPU; python -m bench.run demo")
+        if name in SLOW and not torch.cuda.is_available():
+            print(f"== {name}: left out on a CPU; python -m bench.run {name}")
             continue
         print(f"== {name}: {text}", flush=True)
         failed |= run(name, [])

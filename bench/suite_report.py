@@ -20,7 +20,13 @@ import torch
 
 from bench.kernels import versions
 
-RESULTS = {"kernels": "kernels.json", "overhead": "overhead.json", "demo": "demo/digits.json"}
+RESULTS = {
+    "kernels": "kernels.json",
+    "overhead": "overhead.json",
+    "demo": "demo/digits.json",
+    "graphs": "graphs.json",
+    "loop": "loop.json",
+}
 """What a step must leave besides its log."""
 TIMEOUT = 124, 137
 """Exit statuses of a command that `timeout` ended."""
@@ -122,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     content = {"about": found, "steps": [asdict(step) for step in steps], **results}
     arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-    for name in ("demo", "overhead", "kernels"):
+    for name in ("demo", "overhead", "loop", "graphs", "kernels"):
         if (logs / f"{name}.log").is_file():
             log = (logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
             # progress bars rewrite their line; only what they end with would be left of it

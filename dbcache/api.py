@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+import logging as log
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,16 +17,26 @@ from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_b
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
+from dbcache.adapters.matrix import matrix
 from dbcache.adapters.models import MODELS
 from dbcache.adapters.patch_functor import on_trial
+from dbcache.adapters.recorder import RECORDERS, calibration_of, record
 from dbcache.adapters.registry import find_specs
+from dbcache.calibration import OPEN
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
-from dbcache.load_configs import split_options
-from dbcache.options import check_flag, check_type
+from dbcache.executors.graph import GraphOptions, Recording
+from dbcache.load_configs import partial_config, split_options
+from dbcache.options import check_choice, check_flag, check_type, reject_unknown
+from dbcache.parallelism_config import ParallelismConfig
+from dbcache.sharding import Sharding
 from dbcache.summary import LaneSummary, Summary
 
 Target = TypeVar("Target")
+LOGGER = log.getLogger("dbcache")
+
+OF_REQUESTS = ("num_inference_steps", "enable_separate_cfg", "cfg_compute_first")
+"""Options of `calibrate`."""
 
 
 def enable(
@@ -29,6 +44,9 @@ def enable(
     cache_config: DBCacheConfig | None = None,
     calibrator_config: CalibratorConfig | None = None,
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None = None,
+    parallelism_config: ParallelismConfig | None = None,
+    *,
+    cuda_graph: bool | str | GraphOptions = False,
     **options: Any,
 ) -> Target:
     """Switch the cache on; enabling again replaces the settings.
@@ -41,6 +59,11 @@ def enable(
         calibrator_config: how to predict; None reuses the last residual.
         params_modifiers: what single block stacks do differently, in the order of the stacks (of
             the first transformer, then the second); one alone holds for all.
+        parallelism_config: spread the transformers over the ranks of `torch.distributed`, all of
+            which must call this alike; `disable` undoes it. None: each rank has all.
+        cuda_graph: record the forward as CUDA graphs, with the decision inside: "device" (one
+            graph, the branch is taken on the GPU), "host" (the host reads the decision between
+            graphs), "auto" or True (the best that works here), or `GraphOptions`; False: eager.
         **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
             `calibrator_config` also `enable_taylorseer`, `enable_encoder_taylorseer`,
             `taylorseer_order` and `taylorseer_cache_type`. All that `load_configs` takes.
@@ -51,25 +74,41 @@ def enable(
     Raises:
         TypeError: an unknown option or a wrong type; ValueError: a value that is not allowed, or
             an unsupported model (the error lists what is supported). Nothing is changed then.
+        RuntimeError: `torch.distributed` is not initialised, or failed.
     """
     check_type("enable: cache_config", cache_config, DBCacheConfig)
     check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
-    partial, calibrator = _from_options("enable", options, calibrator_config)
+    check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
+    partial, calibrator = _from_options("enable", options, cache_config, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
+    graph_options = GraphOptions.of(cuda_graph)
     pipe, adapter = _resolve(target)
+    if any(transformer.sharding is not None for transformer in _enabled_or_none(target)):
+        disable(pipe if pipe is not None else target)  # what is spread cannot be checked
     functor = adapter.patch_functor if adapter is not None else None
     modules = adapter.transformers() if adapter is not None else []
     handles = [handle for module in modules if (handle := handle_of(module)) is not None]
     with on_trial(functor, modules, handles) as patches:
         specs = adapter.specs() if adapter is not None else find_specs(target)
+        shardings = _shardings(specs, parallelism_config, pipe)
         transformers = [
-            CachedTransformer(spec, settings, modifiers, by_request=pipe is not None)
-            for spec, modifiers in zip(specs, _modifiers(specs, params_modifiers), strict=True)
+            CachedTransformer(
+                spec,
+                settings,
+                modifiers,
+                by_request=pipe is not None,
+                graph_options=graph_options,
+                sharding=sharding,
+            )
+            for spec, modifiers, sharding in zip(
+                specs, _modifiers(specs, params_modifiers), shardings, strict=True
+            )
         ]
     for transformer, patch in zip(transformers, patches, strict=False):
         transformer.patches = patch
     disable(pipe if pipe is not None else target)
+    _install_shardings(transformers)
     for transformer in transformers:
         _replace(handle_of(transformer.module), transformer)
     if pipe is not None:
@@ -102,15 +141,19 @@ def disable(target: Target) -> Target:
     return target
 
 
-def summary(target: object) -> Summary:
+def summary(target: object, details: bool = False, logging: bool = True) -> Summary:
     """Return what the last request did, per lane; reads it back from the device.
 
     Args:
         target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
+        details: let the text of the summary list each step.
+        logging: log the text, too, at level INFO of the logger "dbcache".
 
     Raises:
         RuntimeError: the cache is not enabled on it.
     """
+    check_flag("summary: details", details)
+    check_flag("summary: logging", logging)
     lanes, notes = [], []
     for transformer in _enabled(target, "summary"):
         name = type(transformer.module).__name__
@@ -118,22 +161,52 @@ def summary(target: object) -> Summary:
         for stack in transformer.stacks:
             if not stack.entries:
                 notes.append(f"{stack.name}: all {stack.num_blocks} blocks run on every step")
-            ran = {branch: lane for branch, lane in stack.lanes.items() if lane.step}
-            for branch, lane in ran.items():
-                reasons, diffs = lane.trace()
+            traces = {branch: lane.trace() for branch, lane in stack.lanes.items()}
+            traces = {branch: trace for branch, trace in traces.items() if trace[0]}
+            for branch, (reasons, diffs) in traces.items():
+                nbytes = stack.lanes[branch].nbytes() + stack.tail_nbytes(branch)
                 lanes.append(
                     LaneSummary.from_trace(
                         reasons,
                         diffs,
                         transformer=name,
                         stack=stack.name,
-                        branch=transformer.branches.shown(branch, ran),
+                        branch=transformer.branches.shown(branch, traces),
                         threshold=stack.settings.cache.threshold,
+                        policy=stack.settings.cache.policy,
                         follows=stack.leader.name if stack.leader is not None else None,
-                        megabytes=lane.nbytes() / 1e6,
+                        megabytes=nbytes / 1e6,
+                        pruned=stack.pruned_blocks(branch),
+                        blocks=stack.num_blocks,
                     )
                 )
-    return Summary(lanes, notes)
+    found = Summary(lanes, notes, details)
+    if logging:
+        LOGGER.info("%s", found)
+    return found
+
+
+def strify(target: object) -> str:
+    """Return a short name of what is enabled and of how much was cached, for files and tables.
+
+    The settings and the last request of the first block stack: ``DBCache_F8B0_W8I1M0MC0_R0.08``,
+    the predictor, ``S`` and the steps cached; under DBPrune also ``P`` and the percentage of the
+    blocks left out.
+
+    Args:
+        target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
+
+    Raises:
+        RuntimeError: the cache is not enabled on it.
+    """
+    transformer = _enabled(target, "strify")[0]
+    parts = [transformer.config.strify(), transformer.settings.calibrator.strify()]
+    lanes = summary(target, logging=False).lanes
+    if lanes:
+        parts.append(f"S{len(lanes[0].cached_steps)}")
+        if lanes[0].pruned is not None:
+            parts.append(f"P{100 * lanes[0].pruned_ratio:.1f}")
+    return "_".join(parts)
 
 
 def refresh_context(
@@ -159,10 +232,12 @@ def refresh_context(
     check_type("refresh_context: cache_config", cache_config, DBCacheConfig)
     check_type("refresh_context: calibrator_config", calibrator_config, CalibratorConfig)
     check_flag("refresh_context: verbose", verbose)
-    partial, calibrator = _from_options("refresh_context", options, calibrator_config)
-    partial = DBCacheConfig(**{**(cache_config.given if cache_config else {}), **partial.given})
-    changes = ParamsModifier(cache_config=partial, calibrator_config=calibrator)
     transformers = _enabled(target, "refresh_context")
+    base = cache_config or transformers[0].config
+    partial, calibrator = _from_options("refresh_context", options, base, calibrator_config)
+    if cache_config is not None:
+        partial = type(cache_config)(**{**cache_config.given, **partial.given})
+    changes = ParamsModifier(cache_config=partial, calibrator_config=calibrator)
     renewed = [transformer.renewed(changes) for transformer in transformers]
     for old, new in zip(transformers, renewed, strict=True):
         if new is not old:
@@ -171,6 +246,100 @@ def refresh_context(
         if verbose:
             settings = f"{new.config.strify()}_{new.settings.calibrator.strify()}"
             print(f"dbcache: {type(new.module).__name__} goes on with {settings}")
+
+
+@contextmanager
+def calibrate(
+    target: object,
+    *,
+    policy: str,
+    path: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Note what the policies "magcache" and "teacache" need to know beforehand.
+
+        with dbcache.calibrate(pipe, policy="magcache", path="flux.json"):
+            pipe("a prompt like those to come", num_inference_steps=28)
+        dbcache.enable(pipe, policy="magcache", calibration="flux.json")
+
+    All steps inside are full, with the outputs of the plain model. Several requests are averaged.
+
+    Args:
+        target: a pipeline, a transformer or a `BlockAdapter`, as for `enable`; the cache is off
+            before and after. Of several transformers each is calibrated by itself.
+        policy: "magcache" or "teacache".
+        path: the JSON file to write at the end.
+        **options: fields of `DBCacheConfig` that say what a request is, for a transformer that is
+            called without its pipeline: `num_inference_steps`, `enable_separate_cfg` and
+            `cfg_compute_first`.
+
+    Yields:
+        A dictionary that is empty inside and holds the content of the file afterwards; it may be
+        given as `calibration`, too.
+
+    Raises:
+        RuntimeError: the cache is on, or nothing ran. ValueError: another policy, several
+            transformers or one whose blocks are not known yet, or requests of different lengths.
+            TypeError: another option. Nothing is written then.
+    """
+    check_choice("calibrate: policy", policy, tuple(RECORDERS))
+    reject_unknown("calibrate", options, OF_REQUESTS)
+    if any(handle_of(part) is not None for part in _parts(target)):
+        raise RuntimeError("calibrate: the cache must be off, got an enabled one; disable it first")
+    all_full = {"max_warmup_steps": 10**9, "calibration": OPEN}
+    enable(target, **{**options, **all_full, "policy": policy})
+    content: dict[str, Any] = {}
+    try:
+        recorders = record(_enabled(target, "calibrate"), policy)
+        yield content
+        content.update(calibration_of(policy, recorders))
+    finally:
+        disable(target)
+    if path is not None:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def capture(target: Any, **inputs: Any) -> list[Recording]:
+    """Record the CUDA graphs of a kind of request ahead of the first one, for serving.
+
+    Runs ``target(**inputs)``, as often as it takes for every kind of call to be recorded. Inputs
+    of other shapes are recorded when they come, or by another call of this.
+
+    Args:
+        target: an enabled pipeline or transformer, with ``cuda_graph`` set.
+        **inputs: what a request is called with; for a pipeline two steps are enough, as in
+            ``num_inference_steps=2``.
+
+    Returns:
+        The new recordings, with what each is for, the seconds that it took and, over all of them,
+        the bytes of device memory.
+
+    Raises:
+        RuntimeError: the cache or its graphs are not enabled, or nothing could be recorded; the
+            error gives the reason.
+    """
+    transformers = _enabled(target, "capture")
+    executors = [t.graphs for t in transformers if t.graphs is not None]
+    if not executors:
+        raise RuntimeError(
+            "capture: CUDA graphs must be enabled first, as in dbcache.enable(..., cuda_graph=True)"
+        )
+    before = [set(executor.recordings) for executor in executors]
+    for _ in range(2):
+        with torch.no_grad():
+            target(**inputs)
+    recorded = [
+        recording
+        for executor, known in zip(executors, before, strict=True)
+        for key, recording in executor.recordings.items()
+        if key not in known
+    ]
+    if not any(executor.recordings for executor in executors):
+        reasons = "; ".join(line for executor in executors for line in executor.describe())
+        raise RuntimeError(f"capture: the forward must be recordable, but is not: {reasons}")
+    for transformer in transformers:
+        transformer.start_request()
+    return recorded
 
 
 def supported_pipelines() -> tuple[int, list[str]]:
@@ -182,8 +351,20 @@ def supported_pipelines() -> tuple[int, list[str]]:
     return len(names), names
 
 
+def supported_matrix() -> str:
+    """Return a Markdown table: for each transformer class, what tests cover.
+
+    The columns are the cache, ControlNet residuals, and the model spread over ranks along the
+    sequence or by its weights. docs/models.md names the tests.
+    """
+    return matrix()
+
+
 def _from_options(
-    who: str, options: dict[str, Any], calibrator_config: CalibratorConfig | None
+    who: str,
+    options: dict[str, Any],
+    cache_config: DBCacheConfig | None,
+    calibrator_config: CalibratorConfig | None,
 ) -> tuple[DBCacheConfig, CalibratorConfig | None]:
     """Return flat options as a partial config, and a copy of the predictor."""
     fields, calibrator = split_options(who, options)
@@ -192,7 +373,7 @@ def _from_options(
             f"{who}: calibrator_config must not be given together with TaylorSeer's options, got "
             f"both; set them in the config"
         )
-    return DBCacheConfig(**fields), copy.copy(calibrator_config or calibrator)
+    return partial_config(who, fields, cache_config), copy.copy(calibrator_config or calibrator)
 
 
 def _resolve(target: object) -> tuple[Any, BlockAdapter | None]:
@@ -213,11 +394,35 @@ def _modifiers(
     return like_blocks("enable: params_modifiers", given, counts, ParamsModifier)
 
 
+def _shardings(
+    specs: list[TransformerSpec], config: ParallelismConfig | None, pipe: Any
+) -> Sequence[Sharding | None]:
+    """Return how each transformer is spread over ranks; checked, not yet done."""
+    if config is None:
+        return [None] * len(specs)
+    from dbcache.parallel.handle import prepare  # torch.distributed only where it is used
+
+    return prepare([spec.transformer for spec in specs], config, pipe)
+
+
+def _install_shardings(transformers: list[CachedTransformer]) -> None:
+    """Spread all transformers, or none."""
+    shardings = [t.sharding for t in transformers if t.sharding is not None]
+    try:
+        for sharding in shardings:
+            sharding.install()
+    except BaseException:
+        for sharding in shardings:
+            sharding.remove()
+        raise
+
+
 def _replace(old: CachedTransformer | None, new: CachedTransformer) -> None:
     """Install `new` where `old` was; pipelines that share the transformer go on with it."""
     if old is not None:
         new.pipelines = old.pipelines
-        old.remove()
+        new.inherit(old)
+        old.remove(keep_sharding=old.sharding is new.sharding)
     new.install()
 
 
@@ -230,6 +435,17 @@ def _parts(target: object) -> list[object]:
 
 def _enabled(target: object, who: str) -> list[CachedTransformer]:
     """Return the cached transformers of `target`."""
+    transformers = _enabled_or_none(target)
+    if not transformers:
+        raise RuntimeError(
+            f"{who}: the cache must be enabled on it first, got {type(target).__name__}; call "
+            f"dbcache.enable"
+        )
+    return transformers
+
+
+def _enabled_or_none(target: object) -> list[CachedTransformer]:
+    """Return the cached transformers of `target`, none where the cache is not on."""
     for part in _parts(target):
         handle = handle_of(part)
         if isinstance(handle, CachedPipeline):
@@ -237,7 +453,4 @@ def _enabled(target: object, who: str) -> list[CachedTransformer]:
         if handle is not None:
             found = [handle_of(module) for module in _parts(target)]
             return [transformer for transformer in found if transformer is not None]
-    raise RuntimeError(
-        f"{who}: the cache must be enabled on it first, got {type(target).__name__}; call "
-        f"dbcache.enable"
-    )
+    return []

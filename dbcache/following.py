@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from dbcache.config import StackSettings
-from dbcache.kernels.lane_state import Reason
+from dbcache.kernels.lane_state import CACHED, Reason
 from dbcache.lane import Lane, Layout
 
 
@@ -72,6 +72,25 @@ class FollowingLane(Lane):
         """Take over settings that differ in the mask; the plan is the leader's."""
         self.settings = settings
 
+    @property
+    def plan(self) -> list[int]:  # type: ignore[override]
+        """The leader's plan."""
+        return self.leader.plan
+
+    def reload(self, settings: StackSettings) -> None:
+        """Take over settings; what lies on the device is the leader's."""
+        self.settings = settings
+
+    def reserve(self, steps: int) -> None:
+        """Nothing: the leader makes room."""
+
+    def force(self, code: int) -> None:
+        """Nothing: the leader decides."""
+
+    def rewind(self, step: int) -> None:
+        """Go back to `step`; the leader does the rest."""
+        self.step = step
+
     def forget_reference(self) -> None:
         """Make the leader's next step a full one: what is stored here does not hold any more."""
         self.leader.forget_reference()
@@ -87,3 +106,26 @@ class FollowingLane(Lane):
         for step, reason in self._overruled.items():
             reasons[step] = reason
         return reasons, [-1.0] * len(reasons)
+
+
+class FollowedDecision:
+    """The leader's decision, for recorded work; see `executors.recording.Decision`."""
+
+    def __init__(self, lane: FollowingLane) -> None:
+        self.lane = lane
+        self.flag = lane.state.counters[CACHED : CACHED + 1]
+
+    def read(self) -> bool:
+        """Return what the leader has read."""
+        self.count()
+        self.lane.cached = self.lane.leader.cached
+        return self.lane.cached
+
+    def has_run(self, cached: bool) -> None:
+        """A full step has left something to predict from."""
+        if not cached:
+            self.lane.has_reference = True
+
+    def count(self) -> None:
+        """Count the step, after the leader has."""
+        self.lane.step = self.lane.leader.step

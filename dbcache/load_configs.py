@@ -13,10 +13,13 @@ from typing import Any
 
 from dbcache.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig
 from dbcache.config import DBCacheConfig
-from dbcache.options import reject_unknown
+from dbcache.options import check_choice, reject_unknown
+from dbcache.parallelism_config import ParallelismConfig
+from dbcache.prune_config import DBPruneConfig
 
 SECTION = "cache_config"
-_OTHER_SECTIONS = ("parallelism_config", "attention_backend", "quantize_config")
+PARALLELISM = "parallelism_config"
+_OTHER_SECTIONS = ("attention_backend", "quantize_config")
 _ALIASES = {
     "scm_steps_mask_policy": "steps_computation_mask",
     "scm_steps_policy": "steps_computation_policy",
@@ -28,7 +31,8 @@ _TAYLORSEER = {
     "taylorseer_order": "taylorseer_order",
 }
 _SWITCHES = ("enable_taylorseer", "enable_encoder_taylorseer")
-_FLAT = (*(field.name for field in dataclasses.fields(DBCacheConfig)), *_ALIASES, *_TAYLORSEER)
+_FLAT = (*(field.name for field in dataclasses.fields(DBPruneConfig)), *_ALIASES, *_TAYLORSEER)
+_METHODS: dict[str, type[DBCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
 
 
 def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -36,13 +40,16 @@ def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
 
     Args:
         source: a .yaml, .yml or .json file, or a mapping. Its options lie in a section
-            `cache_config`, or directly in it: the fields of `DBCacheConfig`, `enable_taylorseer`,
+            `cache_config`, or directly in it: the fields of `DBCacheConfig` (with
+            ``cache_type="DBPrune"`` those of `DBPruneConfig`), `enable_taylorseer`,
             `enable_encoder_taylorseer`, `taylorseer_order`, `taylorseer_cache_type`, and
-            `scm_steps_mask_policy` and `scm_steps_policy` for the mask and its policy.
+            `scm_steps_mask_policy` and `scm_steps_policy` for the mask and its policy. A section
+            `parallelism_config` beside it has the fields of `ParallelismConfig`, where `ulysses`,
+            `ring` and `tp` stand for the sizes, too.
 
     Returns:
         `cache_config`, which holds the options that were given, and `calibrator_config`, None
-        where nothing was said of it.
+        where nothing was said of it; `parallelism_config` where there is that section.
 
     Raises:
         TypeError: an unknown option (the error names the nearest one) or a wrong type.
@@ -56,22 +63,73 @@ def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
     unsupported = [name for name in _OTHER_SECTIONS if name in given]
     if unsupported:
         raise ValueError(
-            f"load_configs: the section must be {SECTION!r}, the only one supported, got "
+            f"load_configs: the section must be {SECTION!r} or {PARALLELISM!r}, got "
             f"{unsupported[0]!r}; remove it"
         )
-    if SECTION in given:
-        reject_unknown("load_configs", given, (SECTION,))
-        given = given[SECTION]
-        if not isinstance(given, Mapping):
-            raise TypeError(f"load_configs: {SECTION} must be a mapping of options, got {given!r}")
+    sections = [name for name in (SECTION, PARALLELISM) if name in given]
+    if not sections:
+        return _cache_options(given)
+    reject_unknown("load_configs", given, (SECTION, PARALLELISM))
+    for name in sections:
+        if not isinstance(given[name], Mapping):
+            raise TypeError(
+                f"load_configs: {name} must be a mapping of options, got {given[name]!r}"
+            )
+    configs = _cache_options(given.get(SECTION, {}))
+    if PARALLELISM in given:
+        configs[PARALLELISM] = _parallelism(given[PARALLELISM])
+    return configs
+
+
+def _cache_options(given: Mapping[str, Any]) -> dict[str, Any]:
     options, calibrator = split_options("load_configs", given)
-    return {"cache_config": DBCacheConfig(**options), "calibrator_config": calibrator}
+    return {
+        "cache_config": partial_config("load_configs", options),
+        "calibrator_config": calibrator,
+    }
+
+
+def partial_config(
+    who: str, options: Mapping[str, Any], base: DBCacheConfig | None = None
+) -> DBCacheConfig:
+    """Return `options` as a config of the method that they name, or else of that of `base`.
+
+    Raises:
+        TypeError, ValueError: an option that the method does not have, or a value that is not
+            allowed.
+    """
+    base = DBCacheConfig() if base is None else base
+    method = options.get("cache_type", base.cache_type)
+    check_choice(f"{who}: cache_type", method, tuple(_METHODS))
+    config = _METHODS[method]
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"{who}: {name} is an option of DBPrune, got it for {config().cache_type}; set "
+                f"cache_type='DBPrune' or pass a DBPruneConfig"
+            )
+    return config(**options)
+
+
+def _parallelism(given: Mapping[str, Any]) -> ParallelismConfig:
+    """Return the config of a section, in which the sizes may have short names."""
+    options = dict(given)
+    for short in ("ulysses", "ring", "tp"):
+        if short in options:
+            name = f"{short}_size"
+            if name in options:
+                raise ValueError(
+                    f"load_configs: {short} and {name} must not both be given; remove one"
+                )
+            options[name] = options.pop(short)
+    return ParallelismConfig(**options)
 
 
 def split_options(
     who: str, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], CalibratorConfig | None]:
-    """Return the fields of `DBCacheConfig` among flat options, and the predictor they name.
+    """Return the fields of the cache's config among flat options, and the predictor they name.
 
     The predictor is None where nothing was said of it, and the base config, which reuses the last
     residual, where TaylorSeer was switched off.

@@ -99,7 +99,7 @@ class Pipeline:
             prompt = prompt + 0  # as a cast does
         output = self.transformer(x, encoder_hidden_states=prompt, **options)
         if "_dbcache" in self.transformer.__dict__:
-            self.seen.setdefault(call, []).append(self.transformer._dbcache._step_branch)
+            self.seen.setdefault(call, []).append(self.transformer._dbcache.step_branch)
         return output
 
     def advance(self, output, x):

@@ -98,7 +98,9 @@ def test_only_what_was_given_counts_and_switched_off_is_said():
         ({"cache_config": {"enable_taylorser": True}}, TypeError, "'enable_taylorseer'"),
         ({"cache_config": {}, "Fn_compute_blocks": 1}, TypeError, "unknown option 'Fn_comp"),
         ({"cache_config": {}, "quantize_config": {}}, ValueError, "got 'quantize_config'"),
-        ({"parallelism_config": {"ulysses_size": 2}}, ValueError, "got 'parallelism_config'"),
+        ({"parallelism_config": {"ulyses": 2}}, TypeError, "did you mean 'ulysses_size'"),
+        ({"parallelism_config": {"tp": 2, "tp_size": 2}}, ValueError, "must not both be given"),
+        ({"parallelism_config": 2}, TypeError, "must be a mapping of options, got 2"),
         ({"cache_config": [1]}, TypeError, r"must be a mapping of options, got \[1\]"),
         ({"cache_type": "Cache"}, ValueError, "cache_type"),
         ({"taylorseer_order": 2}, ValueError, "add enable_taylorseer=True"),
@@ -153,3 +155,14 @@ def test_enable_refuses_two_predictors():
     with pytest.raises(ValueError, match="together with TaylorSeer's options"):
         dbcache.enable(pipe, calibrator_config=TaylorSeerCalibratorConfig(), enable_taylorseer=True)
     assert "_dbcache" not in pipe.__dict__
+
+
+def test_a_section_says_how_ranks_share_the_model():
+    given = {"ulysses": 2, "tp_size": "auto", "parallel_kwargs": {"attention_backend": "native"}}
+    configs = load_configs({"cache_config": {"Fn_compute_blocks": 1}, "parallelism_config": given})
+    assert configs["cache_config"].given == {"Fn_compute_blocks": 1}
+    config = configs["parallelism_config"]
+    assert (config.ulysses_size, config.tp_size) == (2, "auto")
+    assert config.context.attention_backend == "native"
+    assert load_configs({"parallelism_config": {"ring": 2}})["parallelism_config"].ring_size == 2
+    assert "parallelism_config" not in load_configs({"cache_config": {}})

@@ -14,12 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("kernels", "adapters", "parallel")
-FACADE = ("api", "__init__", "__main__", "cli", "demo")
+FACADE = ("api", "cache_factory", "__init__", "__main__", "cli", "demo")
+
+CONFIGS = ("dbcache.config", "dbcache.parallelism_config")
 
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "core": {"core", "kernels"},
-    "parallel": {"parallel", "kernels"},  # and dbcache.config
+    "parallel": {"parallel", "kernels"},  # and CONFIGS
     "adapters": {"adapters", "core", "kernels"},
     "facade": {"facade", "adapters", "parallel", "core", "kernels"},
 }
@@ -37,7 +39,7 @@ def is_upward(module: str, name: str) -> bool:
     """Whether `module` must not import `name`."""
     if not f"{name}.".startswith("dbcache."):
         return False
-    if layer(module) == "parallel" and name == "dbcache.config":
+    if layer(module) == "parallel" and name in CONFIGS:
         return False
     return layer(name) not in MAY_IMPORT[layer(module)]
 
@@ -128,7 +130,7 @@ def test_upward_import_is_found(tmp_path: Path, file: str, statement: str) -> No
     ("file", "statement"),
     [
         ("kernels/op.py", "import torch\nfrom dbcache.kernels.other import f"),
-        ("parallel/ring.py", "from dbcache.config import ParallelismConfig"),
+        ("parallel/ring.py", "from dbcache.parallelism_config import ParallelismConfig"),
         ("adapters/auto.py", "from dbcache import lane\nfrom dbcache.kernels import op"),
         ("dbcache/lane.py", "from dbcache.kernels.op import f\nfrom . import config"),
         ("dbcache/api.py", "from dbcache.adapters.auto import f\nimport dbcache.parallel.ring"),

@@ -1,0 +1,218 @@
+"""Latency of full and cached steps: plain, eager cache, graphs, and cache-dit, in one run.
+
+    python -m bench.graphs [--device cuda] [--rounds N] [--models flux-512 ...] [--json FILE]
+
+Random weights. "full" steps are forced by a threshold of 0, "cached" ones by a threshold of 1.
+Variants take turns step by step; a time is that from the call to the end of the device's work,
+once with the device idle before each step ("latency") and once for steps in a row ("throughput").
+Decisions that the host waits for cost latency in both; graphs save the host's launches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+import dbcache
+from bench.loop import inputs_of
+from bench.overhead import header
+
+ROW = 8
+"""Steps in a row whose time is taken together."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A FLUX transformer by its size; `pixels` says how many tokens it gets."""
+
+    double: int
+    single: int
+    heads: int
+    pixels: int
+
+
+MODELS = {
+    "small-256": Model(4, 8, 8, 256),
+    "flux-512": Model(19, 38, 24, 512),
+    "flux-1024": Model(19, 38, 24, 1024),
+}
+TINY = Model(2, 2, 2, 64)
+"""For a rehearsal on the CPU."""
+
+
+def build(spec: Model, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """Return the model with random weights."""
+    with torch.device(device):
+        model = FluxTransformer2DModel(
+            num_layers=spec.double, num_single_layers=spec.single, num_attention_heads=spec.heads
+        )
+    return model.to(dtype).eval()
+
+
+def options(kind: str) -> dict[str, Any]:
+    """Return what makes each step after the first one `kind`."""
+    return {
+        "Fn_compute_blocks": 1,
+        "Bn_compute_blocks": 0,
+        "max_warmup_steps": 1,
+        "residual_diff_threshold": 1.0 if kind == "cached" else 0.0,
+    }
+
+
+@dataclass
+class Variant:
+    """One way to run the model."""
+
+    kind: str
+    engine: str
+    switch_on: Callable[[torch.nn.Module], object]
+    switch_off: Callable[[torch.nn.Module], object]
+    latency: list[float] = field(default_factory=list)
+    throughput: list[float] = field(default_factory=list)
+    refused: str = ""
+
+
+def dbcache_variant(kind: str, mode: str | None) -> Variant:
+    """Return dbcache, eager or with graphs of a mode."""
+
+    def switch_on(model: torch.nn.Module) -> object:
+        return dbcache.enable(model, **options(kind), cuda_graph=mode or False)
+
+    return Variant(kind, f"dbcache {mode or 'eager'}", switch_on, dbcache.disable)
+
+
+def cache_dit_variant(kind: str) -> Variant:
+    """Return cache-dit, which has no graphs."""
+
+    def switch_on(model: torch.nn.Module) -> object:
+        os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
+        import cache_dit
+
+        config = cache_dit.DBCacheConfig(**options(kind), enable_separate_cfg=False)
+        return cache_dit.enable_cache(model, cache_config=config)
+
+    def switch_off(model: torch.nn.Module) -> object:
+        import cache_dit
+
+        return cache_dit.disable_cache(model)
+
+    return Variant(kind, "cache-dit", switch_on, switch_off)
+
+
+def measure(variant: Variant, model: torch.nn.Module, arguments: dict, rounds: int) -> None:
+    """Fill the variant's times, in ms; the first steps warm up and record."""
+    device = next(model.parameters()).device
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    try:
+        variant.switch_on(model)
+        for _ in range(4):
+            model(**arguments)
+        for _ in range(rounds):
+            wait()
+            start = time.perf_counter()
+            model(**arguments)
+            wait()
+            variant.latency.append((time.perf_counter() - start) * 1e3)
+        for _ in range(max(1, rounds // ROW)):
+            wait()
+            start = time.perf_counter()
+            for _ in range(ROW):
+                model(**arguments)
+            wait()
+            variant.throughput.append((time.perf_counter() - start) * 1e3 / ROW)
+    except (RuntimeError, ImportError) as error:
+        variant.refused = str(error)
+    finally:
+        variant.switch_off(model)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table; times in ms."""
+
+    model: str
+    step: str
+    engine: str
+    latency_p50: float | None
+    throughput_p50: float | None
+    refused: str
+
+
+def run(name: str, spec: Model, device: str, rounds: int, engines: list[str]) -> list[Line]:
+    """Measure all variants on one model."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = build(spec, device, dtype)
+    arguments = inputs_of(spec.pixels, device, dtype)
+    side = spec.pixels // 16
+    arguments["hidden_states"] = torch.randn(1, side * side, 64, device=device, dtype=dtype)
+    arguments["timestep"] = torch.full((1,), 0.5, device=device, dtype=dtype)
+    if model.config.guidance_embeds:
+        arguments["guidance"] = torch.full((1,), 3.5, device=device, dtype=dtype)
+    plain = Variant("full", "plain", lambda _: None, lambda _: None)
+    variants = [plain]
+    for kind in ("full", "cached"):
+        variants += [dbcache_variant(kind, mode) for mode in (None, "host", "device")]
+        if "cache-dit" in engines:
+            variants.append(cache_dit_variant(kind))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # each variant's steps lie together, as recording takes a while; the rounds alternate
+        for _ in range(3):
+            for variant in variants:
+                measure(variant, model, arguments, max(ROW, rounds // 3))
+    return [
+        Line(
+            name,
+            v.kind,
+            v.engine,
+            None if v.refused else statistics.median(v.latency),
+            None if v.refused else statistics.median(v.throughput),
+            v.refused,
+        )
+        for v in variants
+    ]
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=48, help="steps per variant")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--engines", nargs="+", default=["dbcache", "cache-dit"])
+    parser.add_argument("--json", metavar="FILE", help="also write the lines here")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("bench.graphs: there is no GPU here; --device cpu rehearses")
+    chosen = {name: MODELS[name] for name in arguments.models}
+    if arguments.device == "cpu":
+        print("bench.graphs: a rehearsal on the CPU with a tiny model, without graphs")
+        chosen = {"tiny": TINY}
+    print(header(arguments.device))
+    print(f"{'model':<12}{'step':<8}{'engine':<16}{'latency ms':>11}{'in a row ms':>13}")
+    rows = []
+    for name, spec in chosen.items():
+        for row in run(name, spec, arguments.device, arguments.rounds, arguments.engines):
+            rows.append(row)
+            figures = f"  {row.refused[:60]}"
+            if row.latency_p50 is not None:
+                figures = f"{row.latency_p50:11.3f}{row.throughput_p50:13.3f}"
+            print(f"{row.model:<12}{row.step:<8}{row.engine:<16}{figures}", flush=True)
+    if arguments.json:
+        result = {"header": header(arguments.device), "rows": [asdict(row) for row in rows]}
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

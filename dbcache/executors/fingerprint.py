@@ -1,0 +1,77 @@
+"""What a recording depends on beside its inputs: the weights' addresses and how modules are set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SETTINGS = (
+    "training",
+    "scaling",
+    "merged_adapters",
+    "_active_adapter",
+    "_disable_adapters",
+    "gradient_checkpointing",
+)
+"""Attributes of modules that a forward reads on the host; those with underscores are PEFT's."""
+
+OFFLOADING = ("_hf_hook", "_diffusers_hook")
+"""Attributes in which Accelerate and diffusers keep hooks that move weights."""
+
+MOVERS = ("AlignDevicesHook", "CpuOffload", "UserCpuOffloadHook", "GroupOffloadingHook",
+          "LazyPrefetchGroupOffloadingHook", "LayerwiseCastingHook")  # fmt: skip
+"""Those hooks by the names of their classes: weights have another address on each call."""
+
+
+def fingerprint(module: torch.nn.Module) -> int:
+    """Return a number that changes when a recording of `module` is void.
+
+    That is when a weight lies elsewhere or has another dtype, when modules come, go or are set
+    otherwise (LoRA adapters and their scales, attention processors), or with hooks. Weights that
+    change in place keep their address, and a recording reads them anew.
+    """
+    parts: list[Any] = []
+    for part in module.modules():
+        parts.append(id(part))
+        for tensors in (part._parameters, part._buffers):
+            parts += [(x.data_ptr(), x.dtype) for x in tensors.values() if x is not None]
+        own = part.__dict__
+        parts += [repr(own[name]) for name in SETTINGS if name in own]
+        parts.append(id(own.get("processor")))
+        parts += [len(part._forward_hooks), len(part._forward_pre_hooks)]
+    return hash(tuple(parts))
+
+
+def reason_against(module: torch.nn.Module) -> str | None:
+    """Return why `module` cannot be recorded at all, None if nothing is known against it."""
+    if any(x.device.type == "meta" for x in module.parameters()):
+        return "its weights must lie on the device, some are offloaded (meta)"
+    for name, part in module.named_modules():
+        where = f"{name or 'the transformer'} ({type(part).__name__})"
+        for attribute in OFFLOADING:
+            mover = next((m for m in _hooks(part.__dict__.get(attribute)) if m in MOVERS), None)
+            if mover is not None:
+                return f"weights must stay where they are, {where} has the hook {mover}"
+        if _has_own_graphs(part):
+            return (
+                f"{where} is compiled with CUDA graphs of its own; compile without them, as in "
+                f"mode='default' or 'max-autotune-no-cudagraphs'"
+            )
+    return None
+
+
+def _hooks(holder: Any) -> list[str]:
+    """Return the class names of the hooks that an attribute of a module holds."""
+    if holder is None:
+        return []
+    several = getattr(holder, "hooks", ())
+    inner = list(several.values() if isinstance(several, dict) else several)
+    return [type(hook).__name__ for hook in (holder, *inner)]
+
+
+def _has_own_graphs(part: torch.nn.Module) -> bool:
+    """Whether torch.compile was told to use CUDA graphs for `part`."""
+    compiled = part.__dict__.get("_compiled_call_impl") or part
+    config = getattr(compiled, "get_compiler_config", None)
+    return bool(config is not None and (config() or {}).get("triton.cudagraphs"))

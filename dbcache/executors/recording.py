@@ -1,0 +1,212 @@
+"""A forward as segments, cut where the cache decides; what the stacks tell, and how it replays.
+
+    pre | full body or cached body | between | full body or cached body | post
+
+The model's own loop runs once, through the guards, as on a full step. The stacks call a `Cutter` at
+three places: a decision is on the device (`begin_full`), the blocks have run and were stored
+(`begin_cached`), their replacement was predicted into the very tensors in which the blocks left
+their output (`end_branch`). So both bodies leave the same tensors behind, and what follows does not
+know which of them ran.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+class Decision(Protocol):
+    """One decision of a step: where it lies on the device, and how the host takes part."""
+
+    @property
+    def flag(self) -> torch.Tensor:
+        """int32, one element, on the device: 1 cached, 0 full."""
+
+    def read(self) -> bool:
+        """Count the step and return the decision; waits for the device where it was asked."""
+
+    def count(self) -> None:
+        """Count the step without knowing how it was decided."""
+
+    def has_run(self, cached: bool) -> None:
+        """Take note of the body that was run, after `read`."""
+
+
+class Segment(Protocol):
+    """Recorded work."""
+
+    raw: int | None
+    """Address of its graph (a `cudaGraph_t`), None if it is empty."""
+
+    def replay(self) -> None:
+        """Do the work again, on the current stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Two segments, one of which runs."""
+
+    decision: Decision
+    full: Segment
+    cached: Segment
+    name: str
+
+
+Program = Sequence[Segment | Branch]
+
+
+class Recorder(Protocol):
+    """Makes segments: what happens between `begin` and `end` is recorded, not done."""
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Hold while segments are recorded."""
+
+    def begin(self) -> None:
+        """Start a segment."""
+
+    def end(self) -> Segment:
+        """Finish the segment."""
+
+    def abort(self) -> None:
+        """Leave off after an exception, whatever was begun."""
+
+
+class Cutter(Protocol):
+    """What a block stack tells while its forward is recorded."""
+
+    fixed_by_plan: bool
+    """Steps are recorded one by one: what the plan fixes needs no branch."""
+
+    def begin_full(self, decision: Decision, name: str) -> None:
+        """What follows belongs to the full body; the decision was put on the device."""
+
+    def begin_cached(self) -> None:
+        """What follows belongs to the cached body."""
+
+    def end_branch(self) -> None:
+        """What follows runs on every step."""
+
+    def abort(self) -> None:
+        """Leave off after an exception, whatever was begun."""
+
+
+class SegmentCutter:
+    """Makes a program of what one forward does.
+
+    Args:
+        recorder: makes the segments.
+    """
+
+    fixed_by_plan = False
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.program: list[Segment | Branch] = []
+        self._branch: tuple[Decision, str] | None = None
+        self._full: Segment | None = None
+
+    def start(self) -> None:
+        """Start the first segment."""
+        self.recorder.begin()
+
+    def begin_full(self, decision: Decision, name: str) -> None:
+        self._branch = decision, name
+        self.program.append(self.recorder.end())
+        self.recorder.begin()
+
+    def begin_cached(self) -> None:
+        self._full = self.recorder.end()
+        self.recorder.begin()
+
+    def end_branch(self) -> None:
+        assert self._branch is not None
+        assert self._full is not None
+        decision, name = self._branch
+        self.program.append(Branch(decision, self._full, self.recorder.end(), name))
+        self._branch = self._full = None
+        self.recorder.begin()
+
+    def finish(self) -> None:
+        """Finish the last segment."""
+        self.program.append(self.recorder.end())
+
+    def abort(self) -> None:
+        self.recorder.abort()
+
+
+class HostReplay:
+    """Replays the segments one by one; the host reads each decision that it does not know."""
+
+    mode = "host"
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def __call__(self) -> None:
+        for item in self.program:
+            if isinstance(item, Branch):
+                cached = item.decision.read()
+                (item.cached if cached else item.full).replay()
+                item.decision.has_run(cached)
+            else:
+                item.replay()
+
+    def close(self) -> None:
+        """Free what belongs to it: nothing but the segments."""
+
+
+class DeviceReplay:
+    """Replays a program as one graph, whose branches are taken on the device.
+
+    Args:
+        program: what was recorded; kept, as its segments own the memory.
+        driver: a `CudaDriver`.
+        current_stream: returns the address of the stream to launch on.
+
+    Raises:
+        RuntimeError: a body holds what may not be in one, or the driver refuses.
+    """
+
+    mode = "device"
+
+    def __init__(self, program: Program, driver: Any, current_stream: Any) -> None:
+        self.program = program
+        self.driver = driver
+        self.current_stream = current_stream
+        self.executable: Any = None
+        self.graph = driver.create_graph()
+        try:
+            self._assemble()
+            self.executable = driver.instantiate(self.graph)
+        except BaseException:
+            self.close()
+            raise
+
+    def _assemble(self) -> None:
+        after: list[Any] = []
+        for item in self.program:
+            if isinstance(item, Branch):
+                for body in (item.full, item.cached):
+                    if body.raw is not None:
+                        self.driver.check_body(body.raw, item.name)
+                flag = item.decision.flag.data_ptr()
+                after = [
+                    self.driver.add_branch(self.graph, after, flag, item.full.raw, item.cached.raw)
+                ]
+            elif item.raw is not None:
+                after = [self.driver.add_child(self.graph, after, item.raw)]
+
+    def __call__(self) -> None:
+        self.driver.launch(self.executable, self.current_stream())
+        for item in self.program:
+            if isinstance(item, Branch):
+                item.decision.count()
+
+    def close(self) -> None:
+        """Free the graph."""
+        self.driver.destroy(self.graph, self.executable)
+        self.graph = self.executable = None

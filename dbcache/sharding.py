@@ -1,0 +1,33 @@
+"""What the cache asks of a transformer that is spread over ranks (`dbcache.parallel` answers)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+
+class Sharding(Protocol):
+    """One transformer spread over ranks; see `dbcache.parallel.handle.Parallelized`."""
+
+    splits_sequence: bool
+    """Whether a rank has only a part of the tokens, so that a decision takes a vote."""
+
+    def install(self) -> None:
+        """Spread the transformer; does nothing where it is."""
+
+    def remove(self) -> None:
+        """Undo it."""
+
+    def start_request(self) -> None:
+        """Forget the last request."""
+
+    def by_branch(self, branch: str | None, run: Callable[[], Any]) -> Any:
+        """Return the output of a call, `run` here or by the rank that has this guidance branch."""
+
+    def split_input(self, path: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of the input of the block `path`, where that is split there."""
+
+    def vote(self, partials: torch.Tensor, *, per_sample: bool) -> torch.Tensor:
+        """Return the sums of a step's change, (B, T, 2 or 4), over the ranks of a sequence."""

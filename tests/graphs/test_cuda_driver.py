@@ -1,0 +1,136 @@
+"""The calls to the CUDA driver, against a fake that keeps the documented rules."""
+
+import ctypes
+
+import pytest
+from fake_driver import Body as Work
+from fake_driver import CUgraphConditionalNodeType, FakeDriver, Graph, Result
+
+from dbcache.executors.cuda_driver import CudaDriver
+
+
+class Flag:
+    """An int32 with an address."""
+
+    def __init__(self):
+        self.cell = ctypes.c_int32(0)
+        self.address = ctypes.addressof(self.cell)
+
+
+def build(version=13000, bindings=(13, 0), *, full=True, cached=True):
+    """Return a driver, a function that launches pre -> branch -> post, and what it did."""
+    fake = FakeDriver(version, bindings)
+    driver, flag, log = CudaDriver(fake, bindings), Flag(), []
+    work = {
+        name: fake.register(Work(lambda name=name: log.append(name)))
+        for name in ("pre", "full", "cached", "post")
+    }
+    graph = driver.create_graph()
+    after = [driver.add_child(graph, [], work["pre"])]
+    bodies = (work["full"] if full else None, work["cached"] if cached else None)
+    after = [driver.add_branch(graph, after, flag.address, *bodies)]
+    driver.add_child(graph, after, work["post"])
+    executable = driver.instantiate(graph)
+
+    def launch(value):
+        flag.cell.value = value
+        log.clear()
+        driver.launch(executable, 0)
+        return list(log)
+
+    return fake, launch
+
+
+@pytest.mark.parametrize(
+    ("version", "bindings"), [(13000, (13, 0)), (12080, (12, 8)), (12060, (12, 9))]
+)
+def test_the_flag_chooses_the_body(version, bindings):
+    fake, launch = build(version, bindings)
+    for value, name in ((0, "full"), (1, "cached"), (0, "full")):
+        assert launch(value) == ["pre", name, "post"]
+    names = [name for name, _ in fake.calls]
+    conditionals = names.count("cuGraphAddNode")
+    assert conditionals == (1 if version >= 12080 else 2)
+    assert names.count("cuGraphConditionalHandleCreate") == conditionals
+    assert fake.compiled == 1
+
+
+@pytest.mark.parametrize("version", [12060, 13000])
+def test_no_body_stays_empty(version):
+    _, launch = build(version, full=False)
+    assert [launch(0), launch(1)] == [["pre", "post"], ["pre", "cached", "post"]]
+    _, launch = build(version, cached=False)
+    assert [launch(0), launch(1)] == [["pre", "full", "post"], ["pre", "post"]]
+
+
+def test_a_handle_is_made_before_its_node_and_has_a_default():
+    fake, _ = build()
+    names = [name for name, _ in fake.calls]
+    assert names.index("cuGraphConditionalHandleCreate") < names.index("cuGraphAddKernelNode")
+    assert names.index("cuGraphAddKernelNode") < names.index("cuGraphAddNode")
+    (handle,) = (args for name, args in fake.calls if name == "cuGraphConditionalHandleCreate")
+    assert handle[2:] == (0, 1)  # 0, the full body, at every launch
+
+
+def test_graphs_with_branches_are_instantiated_once_and_are_no_children():
+    fake = FakeDriver()
+    driver = CudaDriver(fake, (13, 0))
+    graph = driver.create_graph()
+    driver.add_branch(graph, [], Flag().address, None, None)
+    driver.instantiate(graph)
+    with pytest.raises(RuntimeError, match="cuGraphInstantiateWithParams"):
+        driver.instantiate(graph)
+    with pytest.raises(RuntimeError, match="cuGraphAddChildGraphNode must succeed, got CUDA_ERROR"):
+        driver.add_child(driver.create_graph(), [], graph)
+
+
+@pytest.mark.parametrize("kind", ["HOST", "MEM_ALLOC", "WAIT_EVENT"])
+def test_bodies_with_forbidden_nodes_are_refused_by_name(kind):
+    fake = FakeDriver()
+    driver = CudaDriver(fake, (13, 0))
+    inner = Work(lambda: None, kind)
+    outer = Graph()
+    address = fake.register(outer)
+    driver.add_child(address, [], fake.register(inner))
+    with pytest.raises(RuntimeError, match=f"blocks: a branch .* got {kind} nodes.*'host'"):
+        driver.check_body(address, "blocks")
+
+
+@pytest.mark.parametrize(
+    ("version", "bindings", "reason"),
+    [
+        (12040, (13, 0), "driver must support CUDA 12.6 or later, got 12040"),
+        (13000, (12, 6), "cuda-bindings must be 12.8 or later, got 12.6"),
+        (12060, (12, 8), None),
+    ],
+)
+def test_says_why_branches_are_impossible(version, bindings, reason):
+    why = CudaDriver(FakeDriver(version, bindings), bindings).why_not()
+    assert why is None if reason is None else reason in why
+
+
+def test_the_fake_refuses_what_the_driver_refuses():
+    fake = FakeDriver(12060)
+    driver = CudaDriver(fake, (13, 0))
+    graph = driver.create_graph()
+    handle = driver._handle(graph)
+    with pytest.raises(RuntimeError, match=Result.CUDA_ERROR_INVALID_VALUE.name):
+        driver._add_if(graph, [], handle, bodies=2)  # ELSE is from 12.8 on
+    driver._add_if(graph, [], handle, bodies=1)
+    with pytest.raises(RuntimeError, match=Result.CUDA_ERROR_INVALID_VALUE.name):
+        driver._add_if(graph, [], handle, bodies=1)  # one node per handle
+    with pytest.raises(RuntimeError, match="NOT_SUPPORTED"):
+        driver.instantiate(graph)  # its body is empty
+    assert CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF == 0
+
+
+def test_destroy_frees_the_graph_and_what_was_made_of_it():
+    fake = FakeDriver()
+    driver = CudaDriver(fake, (13, 0))
+    graph = driver.create_graph()
+    driver.add_branch(graph, [], Flag().address, None, None)
+    executable = driver.instantiate(graph)
+    driver.destroy(graph, executable)
+    assert fake.destroyed == [executable, graph]
+    driver.destroy(None, None)
+    assert fake.destroyed == [executable, graph]

@@ -1,0 +1,414 @@
+"""When the graph executor records, refuses, gives up, and what it leaves behind."""
+
+import re
+
+import pytest
+import torch
+from fake_driver import FakeDriver
+from tape import TapeRecorder, use_driver
+from tiny import FAMILIES, denoise, noise
+
+import dbcache
+from dbcache import BlockAdapter, ForwardPattern, GraphOptions
+from dbcache.adapters.cached_transformer import handle_of
+from dbcache.executors.fingerprint import reason_against
+from dbcache.kernels.lane_state import Reason
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLUX = FAMILIES["flux"]
+OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 3, "residual_diff_threshold": 0.15}
+
+
+@pytest.fixture
+def model():
+    return FLUX.build()
+
+
+def graphs(model):
+    return handle_of(model).graphs
+
+
+def eager(steps, **options):
+    model = FLUX.build()
+    dbcache.enable(model, **OPTIONS | options)
+    return denoise(model, FLUX, steps)
+
+
+def same(xs, ys):
+    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+def test_off_unless_asked_for(model, driver):
+    dbcache.enable(model, **OPTIONS)
+    assert graphs(model) is None
+    dbcache.enable(model, **OPTIONS, cuda_graph=True)
+    assert graphs(model).options == GraphOptions(mode="auto")
+
+
+@pytest.mark.parametrize("given", ["cuda", 2, None])
+def test_refuses_unknown_modes(model, given):
+    with pytest.raises((TypeError, ValueError), match=r"cuda_graph.*'auto', 'device', 'host'"):
+        dbcache.enable(model, **OPTIONS, cuda_graph=given)
+    assert handle_of(model) is None
+
+
+def test_auto_takes_the_device_where_it_can(model, driver):
+    dbcache.enable(model, **OPTIONS, cuda_graph="auto")
+    assert same(denoise(model, FLUX, 8), eager(8))
+    assert [r.replay.mode for r in graphs(model).recordings.values()] == ["device"]
+
+
+def test_auto_steps_down_to_the_host_loudly(model, without_driver):
+    dbcache.enable(model, **OPTIONS, cuda_graph="auto")
+    with pytest.warns(UserWarning, match=r"'device' is impossible .* goes on with 'host': .*12040"):
+        got = denoise(model, FLUX, 8)
+    assert same(got, eager(8))
+    assert [r.replay.mode for r in graphs(model).recordings.values()] == ["host"]
+    assert any("12040" in note for note in dbcache.summary(model).notes)
+
+
+def test_device_asked_for_by_name_does_not_step_down(model, without_driver):
+    dbcache.enable(model, **OPTIONS, cuda_graph="device")
+    with pytest.raises(RuntimeError, match=r"cuda_graph='device' is impossible here: .*12040"):
+        denoise(model, FLUX, 8)
+    dbcache.enable(model, **OPTIONS, cuda_graph="host")
+    dbcache.refresh_context(model)
+    assert same(denoise(model, FLUX, 8), eager(8))
+
+
+def test_a_body_that_the_driver_refuses_falls_back_to_the_host(model, driver, monkeypatch):
+    kinds = iter(["HOST"] * 2)
+    close = TapeRecorder.end
+
+    def end(self):
+        tape = close(self)
+        if tape.raw is not None:
+            driver.graphs[tape.raw].nodes[0].kind = _kind(next(kinds, "KERNEL"))
+        return tape
+
+    monkeypatch.setattr(TapeRecorder, "end", end)
+    dbcache.enable(model, **OPTIONS, cuda_graph=True)
+    with pytest.warns(UserWarning, match="goes on with 'host': .*HOST nodes"):
+        got = denoise(model, FLUX, 8)
+    assert same(got, eager(8))
+
+
+def _kind(name):
+    from fake_driver import NODE
+
+    return NODE[name]
+
+
+def test_a_failure_in_the_middle_of_recording_leaves_a_working_model(model, driver):
+    dbcache.enable(model, **OPTIONS, num_inference_steps=8, cuda_graph=True)
+    block, fails = model.transformer_blocks[2], [False]
+    run = block.forward
+
+    def forward(*args, **kwargs):
+        if fails[0]:
+            raise RuntimeError("out of memory")
+        return run(*args, **kwargs)
+
+    block.forward = forward
+    x = noise(*FLUX.latent_shape, seed=1)
+    with torch.no_grad():
+        model(**FLUX.arguments(x, 1.0, "cond"))
+        fails[0] = True
+        with (
+            pytest.warns(UserWarning, match="runs eagerly: out of memory"),
+            pytest.raises(RuntimeError, match="out of memory"),
+        ):
+            model(**FLUX.arguments(x, 0.9, "cond"))
+    fails[0] = False
+    dbcache.refresh_context(model)
+    assert same(denoise(model, FLUX, 8), eager(8))
+    dbcache.disable(model)
+    del block.forward
+    assert "forward" not in model.__dict__
+    assert not any(name in model.__dict__ for name in FLUX.lists)
+
+
+def test_gradients_run_eagerly_and_say_so(model, driver):
+    dbcache.enable(model, **OPTIONS, cuda_graph=True)
+    x = noise(*FLUX.latent_shape, seed=1)
+    with pytest.warns(UserWarning, match="gradients must be off"):
+        model(**FLUX.arguments(x, 1.0, "cond"))
+    assert not graphs(model).recordings
+
+
+def test_on_the_cpu_it_runs_eagerly_and_says_so(model):
+    dbcache.enable(model, **OPTIONS, cuda_graph=True)
+    with pytest.warns(UserWarning, match="must lie on one GPU, got cpu"):
+        got = denoise(model, FLUX, 5)
+    assert same(got, eager(5))
+    assert any("(5 times)" in note for note in dbcache.summary(model).notes)
+    dbcache.enable(model, **OPTIONS, cuda_graph="host")
+    with pytest.raises(RuntimeError, match=r"cuda_graph='host' is impossible here: .*got cpu"):
+        denoise(model, FLUX, 1)
+
+
+def test_shared_diffs_run_eagerly_and_say_so(driver):
+    family = FAMILIES["qwen"]
+    model = family.build()
+    dbcache.enable(model, **OPTIONS, cfg_diff_compute_separate=False, cuda_graph=True)
+    with pytest.warns(UserWarning, match="cfg_diff_compute_separate must be True"):
+        denoise(model, family, 5, branches=("cond", "uncond"), named=True)
+
+
+def test_random_numbers_in_the_step_are_refused(model, driver):
+    model.transformer_blocks[1].register_forward_hook(
+        lambda module, args, output: (output[0] + 1e-3 * torch.randn(()), output[1])
+    )
+    dbcache.enable(model, **OPTIONS, cuda_graph=True)
+    with pytest.warns(UserWarning, match="must not draw random numbers"):
+        denoise(model, FLUX, 5)
+    assert not graphs(model).recordings
+
+
+def test_control_flow_on_tensors_is_refused(model, driver):
+    def hook(module, args, output):
+        return (output[0] * (2 if output[0].sum().item() > 1e9 else 1), output[1])
+
+    model.transformer_blocks[1].register_forward_hook(hook)
+    dbcache.enable(model, **OPTIONS, cuda_graph=True)
+    with pytest.warns(UserWarning, match="not permitted while capturing"):
+        got = denoise(model, FLUX, 5)
+    assert same(got, eager(5))
+
+
+def test_what_the_inputs_do_not_show_is_found_before_the_recording_is_used(model, driver):
+    calls = [0]
+
+    def hook(module, args, output):
+        calls[0] += 1
+        return (output[0], output[1] * noise(*output[1].shape, seed=int(calls[0])))
+
+    model.transformer_blocks[1].register_forward_hook(hook)
+    dbcache.enable(model, **OPTIONS, cuda_graph="host")
+    with pytest.raises(RuntimeError, match="depends on something that its inputs do not show"):
+        denoise(model, FLUX, 5)
+
+
+class Leaky(torch.nn.Module):
+    """Its end uses what a middle block made: on a cached step that is from another step."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, hidden_states):
+        kept = []
+        for block in self.blocks:
+            hidden_states = hidden_states + 0.1 * torch.tanh(block(hidden_states))
+            kept.append(hidden_states.sin())
+        return hidden_states + kept[2]
+
+
+class Step(torch.nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = torch.nn.Parameter(torch.randn(4, 4, generator=generator))
+
+    def forward(self, hidden_states):
+        return hidden_states + 0.1 * torch.tanh(hidden_states @ self.weight)
+
+
+def test_values_that_leak_out_of_the_skipped_blocks_are_found(driver):
+    model = Leaky()
+    model.blocks = torch.nn.ModuleList(Step(seed) for seed in range(4))
+    adapter = BlockAdapter(
+        transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3
+    )
+    dbcache.enable(adapter, **OPTIONS, cuda_graph="device")
+    with torch.no_grad():
+        model(noise(1, 5, 4, seed=0))
+        with pytest.raises(RuntimeError, match="a replayed cached step must equal"):
+            model(noise(1, 5, 4, seed=1))
+
+
+def test_offloaded_models_are_refused(model, driver):
+    class AlignDevicesHook:
+        pass
+
+    model.transformer_blocks[3]._hf_hook = AlignDevicesHook()
+    dbcache.enable(model, **OPTIONS, cuda_graph="host")
+    with pytest.raises(RuntimeError, match=r"transformer_blocks.3 .*has the hook AlignDevicesHook"):
+        denoise(model, FLUX, 3)
+
+
+def test_inductors_own_graphs_are_refused(model):
+    model.transformer_blocks[2].compile(mode="max-autotune-no-cudagraphs")
+    model.transformer_blocks[1] = torch.compile(model.transformer_blocks[1])
+    assert reason_against(model) is None
+    model.transformer_blocks[3].compile(mode="reduce-overhead")
+    assert re.match(r"transformer_blocks.3 .*CUDA graphs of its own", reason_against(model))
+    model.transformer_blocks[1] = torch.compile(torch.nn.Identity(), mode="max-autotune")
+    assert re.match(r"transformer_blocks.1 .*CUDA graphs of its own", reason_against(model))
+
+
+def test_new_shapes_are_new_recordings_and_old_ones_still_serve(model, driver):
+    dbcache.enable(model, **OPTIONS, num_inference_steps=6, cuda_graph="device")
+    batches = (1, 2, 1, 2, 1)
+    for batch in batches:
+        dbcache.refresh_context(model)
+        got = denoise(model, FLUX, 6, batch=batch)
+        fresh = FLUX.build()
+        dbcache.enable(fresh, **OPTIONS)
+        assert same(got, denoise(fresh, FLUX, 6, batch=batch))
+    assert len(graphs(model).recordings) == 2
+    assert graphs(model).replays == 5 + 5 + 6 + 6 + 6
+
+
+def test_other_arguments_are_part_of_the_kind(model, driver):
+    dbcache.enable(model, **OPTIONS, cuda_graph="host")
+    x = noise(*FLUX.latent_shape, seed=1)
+    arguments = FLUX.arguments(x, 1.0, "cond")
+    with torch.no_grad():
+        for return_dict in (False, False, True, True):
+            output = model(**arguments | {"return_dict": return_dict})
+            assert isinstance(output, tuple) is not return_dict
+    assert len(graphs(model).recordings) == 2
+
+
+def test_the_oldest_recordings_are_given_up_together(model, driver):
+    dbcache.enable(model, **OPTIONS, cuda_graph=GraphOptions(mode="device", max_recordings=2))
+    for batch in (1, 2, 3):
+        dbcache.refresh_context(model)
+        denoise(model, FLUX, 4, batch=batch)
+    executor = graphs(model)
+    assert len(executor.recordings) == 1
+    assert executor.retired == 2
+    assert len(driver.destroyed) == 4
+    assert any("2 recordings were given up" in note for note in dbcache.summary(model).notes)
+
+
+def test_memory_is_capped(model, driver, monkeypatch):
+    monkeypatch.setattr(TapeRecorder, "nbytes", lambda self: 3_000_000_000)
+    dbcache.enable(model, **OPTIONS, cuda_graph=GraphOptions(max_gigabytes=2.0))
+    for batch in (1, 2):
+        dbcache.refresh_context(model)
+        denoise(model, FLUX, 4, batch=batch)
+    assert graphs(model).retired == 1
+
+
+def test_numbers_change_without_a_new_recording(model, driver):
+    dbcache.enable(model, **OPTIONS, num_inference_steps=8, cuda_graph="device")
+    denoise(model, FLUX, 8)
+    recorded = list(graphs(model).recordings.values())
+    for changes in (
+        {"residual_diff_threshold": 0.05},
+        {"max_cached_steps": 2},
+        {"steps_computation_mask": [1, 1, 0, 0, 1, 0, 0, 1]},
+    ):
+        dbcache.refresh_context(model, **changes)
+        got = denoise(model, FLUX, 8)
+        assert list(graphs(model).recordings.values()) == recorded
+        fresh = FLUX.build()
+        dbcache.enable(fresh, handle_of(model).config)
+        assert same(got, denoise(fresh, FLUX, 8))
+    assert graphs(model).replays == 7 + 3 * 8
+
+
+def test_other_blocks_to_run_are_a_new_recording(model, driver):
+    dbcache.enable(model, **OPTIONS, num_inference_steps=6, cuda_graph="device")
+    denoise(model, FLUX, 6)
+    dbcache.refresh_context(model, Fn_compute_blocks=3)
+    assert not graphs(model).recordings
+    assert same(denoise(model, FLUX, 6), eager(6, Fn_compute_blocks=3))
+
+
+def test_weights_that_change_in_place_are_read_anew(model, driver):
+    dbcache.enable(model, **OPTIONS, num_inference_steps=6, cuda_graph="device")
+    denoise(model, FLUX, 6)
+    with torch.no_grad():
+        model.x_embedder.weight.mul_(0.5)
+    got = denoise(model, FLUX, 6)
+    assert graphs(model).retired == 0
+    dbcache.enable(model, **OPTIONS, num_inference_steps=6)
+    assert same(got, denoise(model, FLUX, 6))
+
+
+@pytest.mark.parametrize("change", ["weight", "adapter", "processor", "hook"])
+def test_weights_elsewhere_and_other_settings_are_a_new_recording(model, driver, change):
+    dbcache.enable(model, **OPTIONS, num_inference_steps=6, cuda_graph="device")
+    denoise(model, FLUX, 6)
+    block = model.transformer_blocks[2]
+    if change == "weight":
+        block.norm1.linear.weight = torch.nn.Parameter(block.norm1.linear.weight * 0.5)
+    elif change == "adapter":
+        block.ff.net[0].scaling = {"style": 0.5}
+    elif change == "processor":
+        block.attn.processor = type(block.attn.processor)()
+    else:
+        block.register_forward_hook(lambda module, args, output: (output[0] * 0.5, output[1]))
+    got = denoise(model, FLUX, 6)
+    assert graphs(model).retired == 1
+    assert graphs(model).replays == 5 + 5
+    dbcache.enable(model, **OPTIONS, num_inference_steps=6)
+    assert same(got, denoise(model, FLUX, 6))
+
+
+def test_outputs_are_the_users_unless_asked_otherwise(model, driver):
+    x = noise(*FLUX.latent_shape, seed=1)
+    for static in (False, True):
+        dbcache.enable(
+            model, **OPTIONS, cuda_graph=GraphOptions(mode="host", static_outputs=static)
+        )
+        with torch.no_grad():
+            outputs = [model(**FLUX.arguments(x * k, 1.0, "cond"))[0] for k in (1, 2, 3, 4)]
+        assert (outputs[2].data_ptr() == outputs[3].data_ptr()) is static
+        assert torch.equal(outputs[2], outputs[3]) is static
+
+
+def test_capture_records_ahead_of_the_first_request(model, driver):
+    dbcache.enable(model, **OPTIONS, num_inference_steps=8, cuda_graph="device")
+    x = noise(*FLUX.latent_shape, seed=1)
+    (recording,) = dbcache.capture(model, **FLUX.arguments(x, 1.0, "cond"))
+    assert re.fullmatch(r"device, 1x16x16 float32", recording.name)
+    assert recording.seconds > 0
+    before = graphs(model).replays
+    assert same(denoise(model, FLUX, 8), eager(8))
+    assert graphs(model).replays == before + 8
+    assert handle_of(model).stacks[0].lanes[None].trace()[0][0] == Reason.WARMUP
+
+
+def test_capture_needs_graphs(model, driver):
+    with pytest.raises(RuntimeError, match="must be enabled on it first"):
+        dbcache.capture(model)
+    dbcache.enable(model, **OPTIONS)
+    with pytest.raises(RuntimeError, match="cuda_graph=True"):
+        dbcache.capture(model)
+
+
+def test_a_failed_launch_counts_as_never_begun(model, driver):
+    dbcache.enable(model, **OPTIONS, num_inference_steps=8, cuda_graph="device")
+    denoise(model, FLUX, 3)
+    lane = handle_of(model).stacks[0].lanes[None]
+    launch = FakeDriver.do_cuGraphLaunch
+    x = noise(*FLUX.latent_shape, seed=1)
+    try:
+        FakeDriver.do_cuGraphLaunch = lambda *_: _fail()
+        with torch.no_grad(), pytest.raises(RuntimeError, match="lost the GPU"):
+            model(**FLUX.arguments(x, 0.5, "cond"))
+    finally:
+        FakeDriver.do_cuGraphLaunch = launch
+    assert lane.step == 3
+    assert not lane.has_reference
+    with torch.no_grad():
+        model(**FLUX.arguments(x, 0.5, "cond"))
+    assert Reason(lane.trace()[0][-1]) == Reason.NO_REFERENCE
+
+
+def _fail():
+    raise RuntimeError("lost the GPU")
+
+
+def test_a_cpu_machine_can_import_all_of_it(monkeypatch):
+    from dbcache.executors.cuda_driver import find_driver
+
+    driver, why = find_driver()
+    assert driver is None
+    assert why
+    use_driver(monkeypatch, FakeDriver())

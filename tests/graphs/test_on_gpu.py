@@ -1,0 +1,196 @@
+"""What only a GPU can show: real captures, no waiting, no growth. FLUX blocks of random weights."""
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+import dbcache
+from dbcache import GraphOptions
+from dbcache.adapters.cached_transformer import handle_of
+from dbcache.executors.cuda_driver import find_driver
+
+pytestmark = pytest.mark.gpu
+
+STEPS = 50
+OPTIONS = {
+    "Fn_compute_blocks": 1,
+    "max_warmup_steps": 4,
+    "residual_diff_threshold": 0.12,
+    "max_continuous_cached_steps": 4,
+    "enable_taylorseer": True,
+    "num_inference_steps": STEPS,
+}
+
+
+def build():
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = FluxTransformer2DModel(
+            in_channels=16, num_layers=3, num_single_layers=6, attention_head_dim=64,
+            num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=32,
+            axes_dims_rope=(16, 24, 24),
+        )  # fmt: skip
+    return model.to(torch.bfloat16).eval()
+
+
+def inputs(x, t):
+    like = {"device": "cuda", "dtype": torch.bfloat16}
+    generator = torch.Generator("cuda").manual_seed(1)
+    ids = torch.zeros(256, 3, **like)
+    ids[:, 1] = torch.arange(256, device="cuda") // 16
+    ids[:, 2] = torch.arange(256, device="cuda") % 16
+    return {
+        "hidden_states": x,
+        "encoder_hidden_states": torch.randn(1, 32, 64, generator=generator, **like),
+        "pooled_projections": torch.randn(1, 32, generator=generator, **like),
+        "timestep": torch.full((1,), t, **like),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(32, 3, **like),
+        "return_dict": False,
+    }
+
+
+def start():
+    generator = torch.Generator("cuda").manual_seed(2)
+    return torch.randn(1, 256, 16, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+def loop(model, steps=STEPS):
+    x, outputs = start(), []
+    for step in range(steps):
+        output = model(**inputs(x, 1 - step / steps))[0]
+        outputs.append(output)
+        x = x - output * (2 / steps)
+    return outputs
+
+
+def modes():
+    driver, _ = find_driver() if torch.cuda.is_available() else (None, "")
+    return ["host", "device"] if driver is not None else ["host"]
+
+
+def trace(model):
+    return handle_of(model).stacks[0].lanes[None].trace()
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_fifty_steps_are_the_same_bit_for_bit(mode):
+    if mode not in modes():
+        pytest.skip(find_driver()[1])
+    model = build()
+    dbcache.enable(model, **OPTIONS)
+    expected, decisions = loop(model), trace(model)
+    assert 5 < sum(reason >= 10 for reason in decisions[0]) < STEPS - 4
+    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
+    for _ in range(2):
+        got = loop(model)
+        assert trace(model) == decisions
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    assert handle_of(model).graphs.replays == 2 * STEPS - 1
+
+
+def test_device_mode_never_waits():
+    if "device" not in modes():
+        pytest.skip(find_driver()[1])
+    model = build()
+    dbcache.enable(model, **OPTIONS, cuda_graph=GraphOptions(mode="device"))
+    loop(model, 6)
+    dbcache.refresh_context(model)
+    x = start()
+    arguments = [inputs(x, 1 - step / STEPS) for step in range(10)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            torch.cuda._sleep(2_000_000_000)  # about a second
+            started = torch.cuda.Event()
+            started.record()
+            for given in arguments:
+                model(**given)
+            assert not started.query(), "the host must be through while the device still sleeps"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert len(trace(model)[0]) == 10
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_memory_does_not_grow(mode):
+    if mode not in modes():
+        pytest.skip(find_driver()[1])
+    model = build()
+    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
+    loop(model)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    for _ in range(4):
+        loop(model)
+    torch.cuda.synchronize()
+    after = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    assert after[0] <= before[0]
+    assert after[1] >= before[1] - 2**21
+
+
+def test_compiled_blocks_are_recorded():
+    model = build()
+    for blocks in (model.transformer_blocks, model.single_transformer_blocks):
+        for block in blocks:
+            block.compile()
+    dbcache.enable(model, **OPTIONS)
+    expected, decisions = loop(model, 20), trace(model)
+    dbcache.enable(model, **OPTIONS, cuda_graph=modes()[-1])
+    got = loop(model, 20)
+    assert trace(model) == decisions
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_the_users_own_capture_of_the_whole_loop():
+    if "device" not in modes():
+        pytest.skip(find_driver()[1])
+    model = build()
+    dbcache.enable(model, **OPTIONS)
+    expected, decisions = loop(model)[-1], trace(model)
+    x = start()
+    arguments = [inputs(x, 1 - step / STEPS) for step in range(STEPS)]
+    last = torch.empty_like(expected)
+
+    @torch.no_grad()
+    def whole():
+        dbcache.refresh_context(model)
+        for given in arguments:
+            output = model(**given)[0]
+            x.sub_(output * (2 / STEPS))
+        last.copy_(output)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        whole()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        whole()
+    for _ in range(2):
+        x.copy_(start())
+        last.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(last, expected)
+        assert trace(model) == decisions
+
+
+def test_new_shapes_and_retirement():
+    model = build()
+    options = GraphOptions(mode=modes()[-1], max_recordings=1)
+    dbcache.enable(model, **OPTIONS, cuda_graph=options)
+    first = loop(model, 8)
+    with torch.no_grad():
+        dbcache.refresh_context(model)
+        for _ in range(4):
+            big = inputs(start().repeat(2, 1, 1), 0.5)
+            for name in ("encoder_hidden_states", "pooled_projections", "timestep"):
+                big[name] = big[name].repeat(2, *[1] * (big[name].dim() - 1))
+            model(**big)
+    assert handle_of(model).graphs.retired == 1
+    dbcache.refresh_context(model)
+    again = loop(model, 8)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))

@@ -1,0 +1,169 @@
+"""A transformer inside a capture that the user began: one step, or the whole loop."""
+
+import pytest
+import torch
+from fake_driver import FakeDriver
+from tape import TapeCapture, TapeUserCapture, use_driver
+from tiny import FAMILIES, noise
+
+import dbcache
+from dbcache.adapters import cached_transformer
+from dbcache.executors import cuda_capture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLUX = FAMILIES["flux"]
+STEPS = 20
+OPTIONS = {
+    "Fn_compute_blocks": 1,
+    "max_warmup_steps": 4,
+    "residual_diff_threshold": 0.15,
+    "taylorseer_order": 1,
+    "enable_taylorseer": True,
+    "max_continuous_cached_steps": 3,
+    "num_inference_steps": STEPS,
+}
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """Return a function that captures what another function does."""
+
+    def run(fake, function):
+        use_driver(monkeypatch, fake)
+        monkeypatch.setitem(cuda_capture.USER_CAPTURES, "cpu", TapeUserCapture)
+        monkeypatch.setattr(cached_transformer, "is_capturing", lambda: True)
+        try:
+            with TapeCapture(fake) as graph:
+                function()
+        finally:
+            monkeypatch.setattr(cached_transformer, "is_capturing", lambda: False)
+        return graph
+
+    return run
+
+
+def start(seed):
+    return noise(*FLUX.latent_shape, seed=seed)
+
+
+INPUTS = [FLUX.arguments(start(0), 1.0 - step / STEPS, "cond") for step in range(STEPS)]
+
+
+@torch.no_grad()
+def loop(model, x):
+    """Denoise `x` in place."""
+    for inputs in INPUTS:
+        x -= model(**inputs | {"hidden_states": x})[0] / STEPS
+
+
+@pytest.mark.parametrize("version", [12060, 13000])
+def test_the_whole_loop_is_one_graph_that_decides_inside(capture, version):
+    model, fake = FLUX.build(), FakeDriver(version)
+    dbcache.enable(model, **OPTIONS)
+    expected = []
+    for seed in (1, 2, 3):
+        x = start(seed)
+        loop(model, x)
+        expected.append((x, dbcache.summary(model).lanes[0].reasons))
+    assert expected[0][1] != expected[1][1] or expected[1][1] != expected[2][1]
+
+    x = start(1)
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    graph = capture(fake, whole)
+    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
+    nodes_per_step = 1 if version >= 12080 else 2
+    assert len(conditional) == nodes_per_step * (STEPS - OPTIONS["max_warmup_steps"])
+    for seed, (latents, reasons) in zip((1, 2, 3), expected, strict=True):
+        x.copy_(start(seed))
+        graph.replay()
+        assert torch.equal(x, latents)
+        assert dbcache.summary(model).lanes[0].reasons == reasons
+
+
+def test_one_captured_step_serves_all_steps(capture):
+    model, fake = FLUX.build(), FakeDriver()
+    dbcache.enable(model, **OPTIONS)
+    expected = start(1)
+    loop(model, expected)
+    reasons = dbcache.summary(model).lanes[0].reasons
+
+    x, t = start(1), torch.ones(1)
+    arguments = FLUX.arguments(x, 1.0, "cond") | {"timestep": t}
+    dbcache.refresh_context(model)
+    with torch.no_grad():
+        model(**arguments)  # a step before the capture, which makes the buffers
+        dbcache.refresh_context(model)
+
+        def one():
+            x.sub_(model(**arguments)[0] / STEPS)
+
+        graph = capture(fake, one)
+    dbcache.refresh_context(model)
+    x.copy_(start(1))
+    for step in range(STEPS):
+        t.fill_(1.0 - step / STEPS)
+        graph.replay()
+    assert torch.equal(x, expected)
+    assert dbcache.summary(model).lanes[0].reasons == reasons
+
+
+def test_without_conditional_nodes_the_error_says_what_to_do(capture, monkeypatch):
+    model, fake = FLUX.build(), FakeDriver()
+    dbcache.enable(model, **OPTIONS)
+    x = start(1)
+    loop(model, x)
+    why = "the driver must support CUDA 12.6 or later, got 12040"
+    monkeypatch.setattr(TapeUserCapture, "__init__", with_reason(why))
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    with pytest.raises(RuntimeError, match=r"12040.*steps_computation_policy='static'"):
+        capture(fake, whole)
+    # the model works on
+    dbcache.refresh_context(model)
+    x, y = start(1), start(1)
+    loop(model, x)
+    dbcache.disable(model)
+    dbcache.enable(model, **OPTIONS)
+    loop(model, y)
+    assert torch.equal(x, y)
+
+
+def with_reason(why):
+    def init(self, device, driver, _):
+        cuda_capture.UserCapture.__init__(self, device, None, why)
+
+    return init
+
+
+def test_a_static_plan_needs_no_branch(capture, monkeypatch):
+    model, fake = FLUX.build(), FakeDriver(12040)
+    mask = [1, 1, 1, 0, 0, 1, 0, 0, 0, 1] * 2
+    dbcache.enable(
+        model,
+        Fn_compute_blocks=1,
+        max_warmup_steps=1,
+        steps_computation_mask=mask,
+        steps_computation_policy="static",
+        num_inference_steps=STEPS,
+    )
+    expected = start(1)
+    loop(model, expected)
+    x = start(2)
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    graph = capture(fake, whole)
+    assert {n.kind.name for n in graph.graph.nodes} == {"CU_GRAPH_NODE_TYPE_KERNEL"}
+    x.copy_(start(1))
+    graph.replay()
+    assert torch.equal(x, expected)
