@@ -168,6 +168,14 @@ class Stack:
         for lane in self.lanes.values():
             lane.replan(self.settings)
 
+    def forget(self, branch: str | None) -> bool:
+        """Make the next step of a branch a full one; say whether it could have been cached."""
+        lane = self.lanes.get(branch)
+        if lane is None or not lane.has_reference:
+            return False
+        lane.forget_reference()
+        return True
+
     @property
     def recorded(self) -> tuple[object, ...]:
         """What recorded work depends on."""
@@ -246,7 +254,7 @@ class Stack:
             self._check_stream(h_fn)
             self.h_in = h_fn
         if self.h_in is None:
-            raise RuntimeError(f"{self.name}: the model ran its middle blocks without the first")
+            return  # the model left the first block out: all others run
         if self.pattern is ForwardPattern.Pattern_2:
             encoder_in = None
         elif ENCODER not in self.pattern.takes:
@@ -379,7 +387,8 @@ class Stack:
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
         """Store what the middle blocks did."""
-        assert self.lane is not None
+        if self.lane is None:
+            return  # the model left out the block at which the step is decided
         assert self.h_in is not None
         assert self.h_fn is not None
         if h_out.shape != self.h_fn.shape:
@@ -415,14 +424,19 @@ class Stack:
         """Bytes of what is stored of single blocks among the last ones."""
         return 0 if self.tail is None else self.tail.nbytes(branch)
 
-    def check_finished(self) -> None:
-        """Raise if the step that was begun was not carried through."""
-        if self.is_open:
+    def left_blocks_out(self) -> bool:
+        """Say whether the model did not run the blocks at which a step is decided and stored.
+
+        Raises:
+            RuntimeError: it did not run the one at which a cached step is predicted.
+        """
+        if self.is_open and (self.cached or self.cutter is not None):
             raise RuntimeError(
                 f"{self.name}: the model did not run its last middle block, so that the step "
-                f"could not be {'predicted' if self.cached else 'stored'}; a forward that leaves "
-                f"blocks out needs the cache off (dbcache.disable)"
+                f"could not be predicted; forwards that leave blocks out on some steps only need "
+                f"a branch of their own (cache_context), or the cache off (dbcache.disable)"
             )
+        return self.is_open or (bool(self.entries) and self.lane is None)
 
     def finish_forward(self) -> None:
         """End the step; after the first one, drop what only learning needed."""
