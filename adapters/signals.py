@@ -33,6 +33,9 @@ whose share of noise is the timestep over this."""
 class Source:
     """What all sources have in common: they measure a tensor, and learn nothing from the output."""
 
+    is_whole = True
+    """Whether every rank that shares a sequence measures all of it, so that none needs to ask."""
+
     def __init__(self, who: str) -> None:
         self.who = who
         self.value: torch.Tensor | None = None
@@ -65,6 +68,8 @@ class Latents(Source):
 
 class ModulatedInput(Source):
     """TeaCache: what enters the attention of the first block, or the embedding of the time."""
+
+    is_whole = False
 
     def __init__(self, who: str, first_block: torch.nn.Module) -> None:
         super().__init__(who)

@@ -293,6 +293,11 @@ class Stack:
         """Take the step's decision. Called with what the first middle block gets."""
         if self.fn == 0:
             self._check_stream(h_fn)
+            if self.sharding is not None:  # the block itself is given all, and takes its part
+                first = f"{self.lists[0].path}.0"
+                h_fn = self.sharding.split_input(first, h_fn)
+                if encoder_in is not None:
+                    encoder_in = self.sharding.split_input(first, encoder_in, ENCODER)
             self.h_in = h_fn
         if self.h_in is None:
             raise RuntimeError(f"{self.name}: the model ran its middle blocks without the first")
@@ -363,13 +368,18 @@ class Stack:
             cached = eager.take_decision(lane, code, None)
         elif not self.settings.cache.cfg_diff_compute_separate:
             cached = eager.take_decision(lane, code, self._shared_diff(lane, compared))
-        elif self.sharding is None:
+        elif not self._votes:
             cached = eager.measure_and_decide(lane, self.h_in, compared)
         else:
             cached = eager.take_decision(lane, code, self._measure(lane, compared))
         if self.source is not None:
             lane.remember(compared)
         return cached
+
+    @property
+    def _votes(self) -> bool:
+        """Whether a rank measures only its part of the tokens."""
+        return self.sharding is not None and (self.source is None or not self.source.is_whole)
 
     def _check_recordable(self) -> None:
         """Raise if the decision needs a message, which a recording would not repeat in time."""
@@ -414,7 +424,7 @@ class Stack:
         """Measure the probe's change, of all ranks that share the sequence."""
         assert self.h_in is not None
         partials = eager.measure(lane, self.h_in, h_fn)
-        if self.sharding is None:
+        if self.sharding is None or not self._votes:
             return partials
         return self.sharding.vote(partials, per_sample=self.settings.cache.batch_reduce == "max")
 
