@@ -54,6 +54,14 @@ class Source:
     def finish(self, lane: Lane, output: Any) -> None:
         """Take note of what the transformer returns."""
 
+    def refuse_recording(self, policy: str) -> None:
+        """Raise a ValueError: what a source notes of a call is not part of a recorded graph."""
+        raise ValueError(
+            f"{self.who}: steps recorded as CUDA graphs must be decided by the probe or ahead "
+            f"('dbcache', 'magcache'), got policy={policy!r}, which follows what the transformer "
+            f"is called with; leave out cuda_graph"
+        )
+
 
 class Latents(Source):
     """EasyCache: the latents that go in, and how the output follows them."""

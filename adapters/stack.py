@@ -23,7 +23,7 @@ from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
 from dbcache.following import FollowedDecision, FollowingLane
 from dbcache.kernels.lane_state import PlanCode
-from dbcache.lane import Lane, Layout
+from dbcache.lane import Lane, Layout, layout_of
 from dbcache.policies import prepare
 from dbcache.schedule import check_retention, resolve_mask
 from dbcache.sharding import Sharding
@@ -249,11 +249,7 @@ class Stack:
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
         if self.source is not None:
-            raise ValueError(
-                f"{self.name}: steps recorded as CUDA graphs must be decided by the probe or ahead "
-                f"('dbcache', 'magcache'), got policy={self.settings.cache.policy!r}, which "
-                f"follows what the transformer is called with; leave out cuda_graph"
-            )
+            self.source.refuse_recording(self.settings.cache.policy)
 
     def notice_call(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -496,10 +492,3 @@ class Stack:
         if self.lane is not None and self.cutter is None:
             self.lane.abort_step()
         self.forget_step()
-
-
-def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
-    """Return what must stay the same for a lane's buffers to fit."""
-    if encoder is None:
-        return (h_fn.shape, h_fn.dtype, h_fn.device)
-    return (h_fn.shape, h_fn.dtype, h_fn.device, encoder.shape, encoder.dtype)
