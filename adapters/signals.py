@@ -22,7 +22,11 @@ from dbcache.sea_filter import sea_filter
 
 FULL_NOISE = {
     "FluxTransformer2DModel": 1.0,
+    "Flux2Transformer2DModel": 1.0,
+    "ChromaTransformer2DModel": 1.0,
     "QwenImageTransformer2DModel": 1.0,
+    "SD3Transformer2DModel": 1000.0,
+    "CogView4Transformer2DModel": 1000.0,
     "WanTransformer3DModel": 1000.0,
     "HunyuanVideoTransformer3DModel": 1000.0,
 }
