@@ -28,10 +28,12 @@ from dbcache.api import (  # noqa: E402
     disable,
     enable,
     refresh_context,
+    strify,
     summary,
     supported_matrix,
     supported_pipelines,
 )
+from dbcache.cache_factory import CacheType, block_range, cache_type  # noqa: E402
 from dbcache.calibrators import (  # noqa: E402
     CalibratorConfig,
     CustomCalibratorConfig,
@@ -46,6 +48,7 @@ from dbcache.executors.graph import GraphOptions  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
 from dbcache.parallelism_config import ParallelismBackend, ParallelismConfig  # noqa: E402
 from dbcache.predictor_registry import register_predictor  # noqa: E402
+from dbcache.prune_config import DBPruneConfig  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
@@ -56,9 +59,11 @@ __all__ = [
     "BlockAdapter",
     "BlockAdapterRegister",
     "BlockAdapterRegistry",
+    "CacheType",
     "CalibratorConfig",
     "CustomCalibratorConfig",
     "DBCacheConfig",
+    "DBPruneConfig",
     "DMDCalibratorConfig",
     "FoCaCalibratorConfig",
     "ForwardPattern",
@@ -70,6 +75,8 @@ __all__ = [
     "PatchFunctor",
     "SpectrumCalibratorConfig",
     "TaylorSeerCalibratorConfig",
+    "block_range",
+    "cache_type",
     "calibrate",
     "capture",
     "disable",
@@ -80,6 +87,7 @@ __all__ = [
     "refresh_context",
     "register_predictor",
     "steps_mask",
+    "strify",
     "summary",
     "supported_matrix",
     "supported_pipelines",

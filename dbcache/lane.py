@@ -280,6 +280,13 @@ class Lane:
         return sum(x.nbytes for x in self.buffers_by_name().values() if x is not None)
 
 
+def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
+    """Return what must stay the same for a lane's buffers to fit."""
+    if encoder is None:
+        return (h_fn.shape, h_fn.dtype, h_fn.device)
+    return (h_fn.shape, h_fn.dtype, h_fn.device, encoder.shape, encoder.dtype)
+
+
 def _copy(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     """Return `buffer` with the content of `x`; made where there is none."""
     if buffer is None:

@@ -17,8 +17,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from dbcache.kernels import (
+    add_residuals,
+    block_changes,
     commit,
     decide,
+    decide_blocks,
     e4m3,
     fit_recurrence,
     predict,
@@ -26,6 +29,7 @@ from dbcache.kernels import (
     probe_diff,
     recurrence,
     spectrum,
+    store_block,
 )
 from dbcache.kernels import transformation_rate as rate
 from dbcache.kernels.launches import CONFIGS, DEFAULTS, configs_of
@@ -124,6 +128,7 @@ def variants():
     )
     yield from fp8_variants()
     yield from predictor_variants()
+    yield from block_variants()
 
 
 SUMS = ("samples", "programs")
@@ -205,6 +210,7 @@ def predictor_variants():
     parameters = {"parameters_ptr": "*fp64"}
     yield "weights-bf16-spectrum", spectrum._spectrum_kernel, scalars | parameters, {}, options
     for dtype in ("bf16", "fp16", "fp32"):
+        warps = fit_recurrence.num_warps(4 if dtype == "fp32" else 2)
         yield (
             f"fit_recurrence-{dtype}",
             fit_recurrence._fit_recurrence_kernel,
@@ -212,7 +218,57 @@ def predictor_variants():
             | {"fit_ptr": "*fp64", "size": "i64" if dtype == "fp16" else "i32"}
             | {"per_program": "i32", "slots": "i32", "ridge": "fp32"},
             {"LOG_BLOCK": probe_diff.log2(fit_recurrence.BLOCK), "LOG_LANES": 10},
-            {"num_warps": fit_recurrence._NUM_WARPS, "enable_fp_fusion": False},
+            {"num_warps": warps, "enable_fp_fusion": False},
+        )
+
+
+def block_variants():
+    """Yield the same of the kernels that leave single blocks out."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        x, size = f"*{dtype}", "i64" if dtype == "fp16" else "i32"
+        log_block = {"LOG_BLOCK": probe_diff.log2(probe_diff.BLOCK)}
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        yield (
+            f"block_changes-{dtype}",
+            block_changes._block_changes_kernel,
+            {"h_ptr": x, "inputs_ptr": x, "residuals_ptr": x, "stamps_ptr": "*i32"}
+            | {"partials_ptr": "*fp32", "size": size, "per_program": "i32", "blocks": "i32"},
+            log_block,
+            options,
+        )
+        for encoder in (False, True):
+            extra = {"encoder_ptr": x, "encoder_residuals_ptr": x, "encoder_out_ptr": x}
+            yield (
+                f"block_add-{dtype}{'-encoder' * encoder}",
+                add_residuals._add_residuals_kernel,
+                {"h_ptr": x, "residuals_ptr": x, "out_ptr": x, "size": size, "first": "i32"}
+                | {"count": "i32", "blocks": "i32", "encoder_size": "i32"}
+                | (extra if encoder else {}),
+                {"BLOCK": probe_diff.BLOCK},
+                options,
+            )
+            extra = {f"encoder_{name}_ptr": x for name in ("in", "out", "added")}
+            for first in (False, True):
+                yield (
+                    f"block_store-{dtype}{'-encoder' * encoder}{'-first' * first}",
+                    store_block._store_block_kernel,
+                    {f"{name}_ptr": x for name in ("h_in", "h_out", "x", "added")}
+                    | {"sums_ptr": "*fp32", "stamps_ptr": "*i32", "index": "i32", "step": "i32"}
+                    | {"size": size, "per_program": "i32", "programs": "i32"}
+                    | {"encoder_size": "i32"} | (extra if encoder else {}),
+                    {"FIRST": first} | log_block,
+                    options,
+                )  # fmt: skip
+    pointers = ("partials", "growth", "rule", "changes", "decisions")
+    for lanes, parts in ((0, 0), (10, 10)):
+        yield (
+            f"decide_blocks-{2**lanes}-bf16",
+            decide_blocks._decide_blocks_kernel,
+            {f"{name}_ptr": "*fp32" for name in pointers}
+            | {"prunable_ptr": "*i32", "ticket_ptr": "*i32"}
+            | dict.fromkeys(("samples", "programs", "parts"), "i32"),
+            {"LOG_LANES": lanes, "LOG_PARTS": parts},
+            {"num_warps": 4 if lanes else 1, "enable_fp_fusion": False},
         )
 
 
