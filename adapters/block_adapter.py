@@ -16,6 +16,9 @@ from dbcache.adapters.stack import BlockList
 from dbcache.config import ParamsModifier
 from dbcache.options import check_type
 
+Fills = Callable[[dict[str, Any]], bool]
+"""Tells by the keyword arguments of a call that it is no denoising step."""
+
 
 @dataclass(frozen=True)
 class StackSpec:
@@ -45,7 +48,7 @@ class TransformerSpec:
     transformer: torch.nn.Module
     stacks: tuple[StackSpec, ...]
     separate_cfg: bool = False
-    fills: Callable[[dict[str, Any]], bool] | None = None
+    fills: Fills | None = None
 
 
 @dataclass(kw_only=True)
@@ -66,6 +69,9 @@ class BlockAdapter:
             take any, the encoder states.
         has_separate_cfg: calls alternate between two guidance branches, for loops that do not
             name them with `cache_context`.
+        fills: takes the keyword arguments of a call as a dictionary and tells whether the call is
+            no denoising step, but one whose blocks keep keys and values for the loop that follows.
+            It runs all blocks, and a request begins after it.
         patch_functor: a `PatchFunctor`, or a function of the transformer, that rewrites parts of
             the instance for as long as the cache is on, for blocks that follow no pattern.
         auto: find what was not given: `blocks`, the lists of blocks of the transformer that hold
@@ -83,6 +89,7 @@ class BlockAdapter:
     params_modifiers: Any = None
     streams: Sequence[str] = STREAMS
     has_separate_cfg: bool = False
+    fills: Fills | None = None
     patch_functor: Functor | None = None
     auto: bool = False
 
@@ -112,6 +119,7 @@ class BlockAdapter:
                     for stack in zip(blocks[i], patterns[i], modifiers[i], strict=True)
                 ),
                 self.has_separate_cfg,
+                self.fills,
             )
             for i, transformer in enumerate(transformers)
         ]
@@ -129,6 +137,11 @@ class BlockAdapter:
                     f"{transformer!r}"
                 )
         check_functor(self.patch_functor)
+        if self.fills is not None and not callable(self.fills):
+            raise TypeError(
+                f"BlockAdapter.fills must be a function of a call's keyword arguments, as in "
+                f'lambda call: call.get("return_kv", False), got {self.fills!r}'
+            )
         return list(map(unwrap, transformers))
 
 

@@ -125,6 +125,9 @@ class CachedTransformer:
         self.stacks = self._make_stacks()
         if self.stacks:
             self._check_long_skips()
+        if graph_options is not None:
+            for stack in self.stacks:
+                stack.check_recordable()
         self.config = settings.modified(modifiers[0]).cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
@@ -291,9 +294,11 @@ class CachedTransformer:
                 for block_list, entries in zip(stack.lists, stack.entries, strict=False):
                     block_list.shadow(entries)
                     shadowed.append(block_list)
+                stack.notice_call(self.module, args, kwargs)
             output = self._patches[0].original(*args, **kwargs)
             for stack in self.stacks:
                 stack.check_finished()
+                stack.notice_output(output)
         except BaseException:
             if cutter is not None:
                 cutter.abort()

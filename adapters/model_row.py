@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
+from dbcache.adapters.block_adapter import Fills
 from dbcache.adapters.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, Streams
 
 SHORT = {"h": HIDDEN, "e": ENCODER}
@@ -48,7 +47,7 @@ class ModelRow:
     models: str
     blocks: str
     separate_cfg: bool = False
-    fills: Callable[[dict[str, Any]], bool] | None = None
+    fills: Fills | None = None
     long_skips: bool = False
 
     @cached_property

@@ -14,7 +14,7 @@ from dbcache.adapters.model_row import ModelRow as Row
 IMAGE = (
     Row("FluxTransformer2DModel", "FLUX.1 (dev, schnell, Kontext, Fill, Control), VisualCloze",
         "transformer_blocks + single_transformer_blocks: h, e -> e, h"),
-    Row("QwenImageTransformer2DModel", "Qwen-Image",
+    Row("QwenImageTransformer2DModel", "Qwen-Image (Edit, Layered, Lightning)",
         "transformer_blocks: h, e -> e, h", separate_cfg=True),
     Row("CogView3PlusTransformer2DModel", "CogView3-Plus",
         "transformer_blocks: h, e -> h, e"),
@@ -22,7 +22,7 @@ IMAGE = (
         "transformer_blocks: h, e -> h, e", separate_cfg=True),
     Row("PixArtTransformer2DModel", "PixArt-alpha, PixArt-sigma",
         "transformer_blocks: h -> h"),
-    Row("SanaTransformer2DModel", "Sana",
+    Row("SanaTransformer2DModel", "Sana, Sana-Sprint",
         "transformer_blocks: h -> h"),
     Row("BriaTransformer2DModel", "Bria 3.2",
         "transformer_blocks + single_transformer_blocks: h, e -> e, h"),
@@ -173,9 +173,16 @@ OTHER = (
     Row("Transformer2DModel", "VQ-Diffusion",
         "transformer_blocks: h -> h"),
 )
-# fmt: on
 
 MODELS = (*IMAGE, *VIDEO, *AUDIO, *OTHER)
+
+UNETS = (
+    "UNet1DModel", "UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel",
+    "UNetMotionModel", "UNetSpatioTemporalConditionModel", "UNetControlNetXSModel",
+    "I2VGenXLUNet", "AudioLDM2UNet2DConditionModel", "StableCascadeUNet", "Kandinsky3UNet",
+    "DreamLiteUNetModel",
+)
+# fmt: on
 
 REFUSED: dict[str, str] = {
     "RFD4ProteinaTransformer": "updates pair features between its blocks, from the states of "
@@ -186,5 +193,10 @@ REFUSED: dict[str, str] = {
     "a UNet has no list of blocks that could be skipped",
     "DreamLiteTransformer2DModel": "is a layer of a UNet, which calls many of them in each step; "
     "a UNet has no list of blocks that could be skipped",
+    **dict.fromkeys(
+        UNETS,
+        "is a UNet: its blocks work at several resolutions and feed each other across, so that "
+        "there is no list of them that could be skipped",
+    ),
 }
 """Classes that cannot be cached, each with the reason: the end of a sentence about the class."""

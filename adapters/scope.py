@@ -9,8 +9,10 @@ from __future__ import annotations
 import warnings
 
 from dbcache.adapters.block_adapter import StackSpec
+from dbcache.adapters.pruned_stack import PrunedStack
 from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
+from dbcache.prune_config import DBPruneConfig
 
 OF_EACH_STACK = ("Bn_compute_blocks", "cache_dtype")
 """What stacks under one decision may differ in."""
@@ -46,6 +48,8 @@ def make_stacks(
 def _stack(spec: StackSpec, settings: StackSettings, leader: Stack | None = None) -> Stack:
     assert spec.pattern is not None
     lists = list(spec.lists)
+    if isinstance(settings.cache, DBPruneConfig):
+        return PrunedStack(spec, settings)
     return Stack(lists, spec.pattern, settings, spec.streams, spec.interleaved, leader)
 
 
@@ -54,7 +58,7 @@ def _with_a_middle(spec: StackSpec, settings: StackSettings) -> StackSettings:
     name = _name(spec)
     blocks = sum(len(block_list.blocks) for block_list in spec.lists)
     blocks //= len(spec.lists) if spec.interleaved else 1
-    fn, bn = settings.cache.Fn_compute_blocks, settings.cache.Bn_compute_blocks
+    fn, bn = settings.cache.probe_blocks, settings.cache.Bn_compute_blocks
     most = blocks - bn - 1
     if fn <= most:
         return settings

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,14 +17,20 @@ from dbcache.adapters.guards import (
     ProbeEndGuard,
 )
 from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
+from dbcache.adapters.signals import Source, make_source
+from dbcache.adapters.tail import Tail
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
 from dbcache.following import FollowedDecision, FollowingLane
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout
-from dbcache.schedule import resolve_mask
+from dbcache.policies import prepare
+from dbcache.schedule import check_retention, resolve_mask
 from dbcache.sharding import Sharding
+
+if TYPE_CHECKING:
+    from dbcache.adapters.recorder import Recorder
 
 Entry = Guard | torch.nn.Module
 WHOLE = slice(None)
@@ -46,10 +54,10 @@ class BlockList:
         whole, _, part = path.partition("[")
         owner, _, self.name = whole.rpartition(".")
         self.owner = transformer.get_submodule(owner)
-        blocks = transformer.get_submodule(whole)
+        transformer.get_submodule(whole)
         self.part = WHOLE
         if part:
-            split = len(blocks) - getattr(transformer, part.strip(":-]"))
+            split = len(self._all()) - getattr(transformer, part.strip(":-]"))
             self.part = slice(split) if part.startswith(":") else slice(split, None)
         self._dict_owner: torch.nn.Module | None = None
         if isinstance(self.owner, torch.nn.ModuleDict):
@@ -57,18 +65,22 @@ class BlockList:
             self._dict_owner = transformer.get_submodule(outer)
         self.blocks = self.current()
 
-    def current(self) -> list[torch.nn.Module]:
-        """Return the blocks that the model has now."""
+    def _all(self) -> list[torch.nn.Module]:
+        """Return what the whole list holds, past anything that shadows it."""
         blocks = self.owner._modules[self.name]
         assert blocks is not None
-        return list(blocks._modules.values())[self.part]
+        return [block for block in blocks._modules.values() if block is not None]
+
+    def current(self) -> list[torch.nn.Module]:
+        """Return the blocks that the model has now."""
+        return self._all()[self.part]
 
     def shadow(self, entries: list[Entry]) -> None:
         """Let the model see `entries` in place of its blocks."""
         if self._dict_owner is None:
             own = self.owner.__dict__
             if self.part is not WHOLE:  # the other part may be shadowed already
-                whole: list[Entry] = own.get(self.name) or [*self.owner.get_submodule(self.name)]
+                whole: list[Entry] = own.get(self.name) or [*self._all()]
                 whole[self.part] = entries
                 entries = whole
             own[self.name] = entries
@@ -111,14 +123,20 @@ class Stack:
         self.round = len(lists) if interleaved else 1
         self.pattern = pattern
         self.streams = streams
-        self.settings = settings
         self.leader = leader
-        self._given = settings.cache
         self.name = "+".join(block_list.path for block_list in lists)
+        self.settings = prepare(settings, lists[0].owner, self.name)
+        self._given = settings.cache
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
         self.fn, self.bn = self._clamp()
         self.lanes: dict[str | None, Lane] = {}
+        self.tail: Tail | None = None
         self.entries = self._make_entries()
+        self.recorder: Recorder | None = None
+        self.source: Source | None = None
+        if leader is None:
+            first = lists[0]
+            self.source = make_source(self.settings, self.name, first.owner, first.blocks[0])
         self._learned = False
         self._copies_probe = True
         self._copies_middle = True
@@ -131,10 +149,10 @@ class Stack:
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""
         cache, total = self.settings.cache, self.num_blocks
-        fn = min(self.round * cache.Fn_compute_blocks, total) if self.leader is None else 0
+        fn = min(self.round * cache.probe_blocks, total) if self.leader is None else 0
         bn = min(self.round * (cache.Bn_compute_blocks + 1) - 1, total - fn)
         if fn + bn == total:
-            wanted = f"Fn={cache.Fn_compute_blocks}, Bn={cache.Bn_compute_blocks}"
+            wanted = f"Fn={cache.probe_blocks}, Bn={cache.Bn_compute_blocks}"
             warnings.warn(
                 f"{self.name}: {wanted} leaves none of the {total} blocks to skip; runs Fn={fn}, "
                 f"Bn={bn}: every block on every step. Lower Fn_compute_blocks to cache here",
@@ -148,6 +166,7 @@ class Stack:
         if first_middle > last_middle:
             return []
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+        self.tail = Tail.of(self)
         position, entries = 0, []
         for turn, block_list in enumerate(self.lists):
             row: list[Entry] = []
@@ -161,6 +180,8 @@ class Stack:
                         row.append(MiddleEndGuard(self, block, who, is_first, is_last))
                     else:
                         row.append(MiddleGuard(self, block, who))
+                elif position > last_middle and self.tail is not None:
+                    row.append(self.tail.guard(position, block, who))
                 elif position == first_middle - 1 and returns_encoder_only:
                     row.append(ProbeEndGuard(self, block, who, is_first=position == 0))
                 else:
@@ -180,25 +201,33 @@ class Stack:
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
         self.encoder_fn: torch.Tensor | None = None
+        if self.tail is not None:
+            self.tail.run.forget_step()
 
     def start_request(self) -> None:
         """Forget the last request."""
         self._shared = None
+        if self.tail is not None:
+            self.tail.start_request()
         for lane in self.lanes.values():
             lane.start_request()
 
     def plan_request(self, steps: int | None) -> None:
-        """Fit the mask to a request of `steps` steps (None: unknown).
+        """Fit the plan to a request of `steps` steps (None: unknown).
 
         Raises:
             ValueError: it does not fit, or it needs the number of steps.
         """
         mask = resolve_mask(self._given, steps, self.name)
-        if mask == self.settings.cache.steps_computation_mask:
+        check_retention(self._given, steps, self.name)
+        is_new = mask != self.settings.cache.steps_computation_mask
+        if not is_new and steps == self.settings.steps:
             return
-        # the number of steps has done its part: it must not be compared with the mask again
-        changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)
-        self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
+        self.settings = replace(self.settings, steps=steps)
+        if is_new:
+            # the number of steps has done its part: it must not be compared with the mask again
+            changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)
+            self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
         for lane in self.lanes.values():
             lane.replan(self.settings)
 
@@ -225,6 +254,36 @@ class Stack:
             self._learned, self._copies_probe, self._copies_middle = False, True, True
             for lane in self.lanes.values():
                 lane.forget_reference()
+
+    def check_recordable(self) -> None:
+        """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
+        if self.tail is not None:
+            raise ValueError(
+                f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
+                f"got Bn_compute_blocks_ids, which leave out single blocks; leave out cuda_graph"
+            )
+        if self.source is not None:
+            raise ValueError(
+                f"{self.name}: steps recorded as CUDA graphs must be decided by the probe or ahead "
+                f"('dbcache', 'magcache'), got policy={self.settings.cache.policy!r}, which "
+                f"follows what the transformer is called with; leave out cuda_graph"
+            )
+
+    def notice_call(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Take note of what the transformer is called with."""
+        if self.source is not None:
+            if self.cutter is not None:
+                self.check_recordable()
+            self.source.start(model, args, kwargs)
+
+    def notice_output(self, output: Any) -> None:
+        """Take note of what the transformer returns."""
+        if self.source is not None and self.lane is not None:
+            self.source.finish(self.lane, output)
+        if self.recorder is not None:
+            self.recorder.after_forward(output)
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
@@ -284,7 +343,7 @@ class Stack:
 
     def _new_lane(self, device: torch.device) -> Lane:
         if self.leader is None:
-            return Lane(self.settings, device)
+            return Lane(self.settings, device, branch=self.branch)
         return FollowingLane(self.settings, self._leader_lane())
 
     def _leader_lane(self) -> Lane:
@@ -303,20 +362,28 @@ class Stack:
         if isinstance(lane, FollowingLane):
             return self._follow(lane, layout, h_fn.device)
         assert self.h_in is not None
+        compared = h_fn
+        if self.source is not None:
+            compared = self.source.measured()
+            layout = (*layout, compared.shape, compared.dtype)
         code = lane.start_step(layout, h_fn.device)
-        is_open = code == PlanCode.DYNAMIC and lane.has_reference
+        is_open = code == PlanCode.DYNAMIC and lane.can_compare
         if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
             self._check_recordable()
-            eager.enqueue_decision(lane, self.h_in, h_fn)
+            eager.enqueue_decision(lane, self.h_in, compared)
             self._begin_branch(eager.LaneDecision(lane))
             return False
         if not is_open:
-            return eager.take_decision(lane, code, None)
-        if not self.settings.cache.cfg_diff_compute_separate:
-            return eager.take_decision(lane, code, self._shared_diff(lane, h_fn))
-        if self.sharding is None:
-            return eager.measure_and_decide(lane, self.h_in, h_fn)
-        return eager.take_decision(lane, code, self._measure(lane, h_fn))
+            cached = eager.take_decision(lane, code, None)
+        elif not self.settings.cache.cfg_diff_compute_separate:
+            cached = eager.take_decision(lane, code, self._shared_diff(lane, compared))
+        elif self.sharding is None:
+            cached = eager.measure_and_decide(lane, self.h_in, compared)
+        else:
+            cached = eager.take_decision(lane, code, self._measure(lane, compared))
+        if self.source is not None:
+            lane.remember(compared)
+        return cached
 
     def _check_recordable(self) -> None:
         """Raise if the decision needs a message, which a recording would not repeat in time."""
@@ -348,12 +415,12 @@ class Stack:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
         return not all(torch.equal(original, copy) for original, copy in self._originals)
 
-    def _shared_diff(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
-        """Measure the probe's change, or take that of the step's other branch."""
+    def _shared_diff(self, lane: Lane, compared: torch.Tensor) -> torch.Tensor:
+        """Measure the change, or take that of the step's other branch."""
         shared = self._shared
         if shared and shared[0] != self.branch and shared[1] == lane.step:
             return shared[2]
-        partials = self._measure(lane, h_fn)
+        partials = self._measure(lane, compared)
         self._shared = (self.branch, lane.step, partials)
         return partials
 
@@ -369,6 +436,8 @@ class Stack:
         """Return the predicted output of the middle blocks."""
         assert self.prediction is not None
         self.is_open = False
+        if self.tail is not None:
+            self.tail.run.encoder = self.prediction[1]
         return self.prediction
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
@@ -384,6 +453,8 @@ class Stack:
             )
         if not self._learned:
             self._copies_middle = self._were_overwritten()
+        if self.recorder is not None:
+            self.recorder.after_blocks(h_out)
         is_made = self.fn == 0 and self.encoder_fn is None
         if is_made and encoder is not None:
             self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone
@@ -396,6 +467,16 @@ class Stack:
             eager.forecast_into(self.lane, self.h_fn, self.encoder_fn, h_out, encoder)
             self.cutter.end_branch()
         self.is_open = False
+        if self.tail is not None:
+            self.tail.run.encoder = encoder
+
+    def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
+        """Return the blocks that were left out on each step; None where whole steps are cached."""
+        return None
+
+    def tail_nbytes(self, branch: str | None) -> int:
+        """Bytes of what is stored of single blocks among the last ones."""
+        return 0 if self.tail is None else self.tail.nbytes(branch)
 
     def check_finished(self) -> None:
         """Raise if the step that was begun was not carried through."""

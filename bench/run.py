@@ -18,7 +18,10 @@ BENCHES = {
     "loop": ("bench.loop", "a whole denoising loop as one CUDA graph; needs a GPU"),
     "parallel": ("bench.parallel", "attention over ranks, beside diffusers' own"),
     "demo": ("dbcache", "speed-up and quality on the trained model"),
+    "policies": ("bench.policies", "which policy caches which steps, at what quality"),
 }
+SLOW = ("demo", "graphs", "loop", "policies")
+"""Left out on a CPU, unless named."""
 
 
 def find_packages() -> None:
@@ -56,7 +59,7 @@ def main() -> int:
 
     failed = 0
     for name, (_, text) in BENCHES.items():
-        if name in ("demo", "graphs", "loop") and not torch.cuda.is_available():
+        if name in SLOW and not torch.cuda.is_available():
             print(f"== {name}: left out on a CPU; python -m bench.run {name}")
             continue
         print(f"== {name}: {text}", flush=True)

@@ -23,13 +23,17 @@ from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa
 from dbcache.adapters.patch_functor import PatchFunctor  # noqa: E402
 from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
 from dbcache.api import (  # noqa: E402
+    calibrate,
     capture,
     disable,
     enable,
     refresh_context,
+    strify,
     summary,
+    supported_matrix,
     supported_pipelines,
 )
+from dbcache.cache_factory import CacheType, block_range, cache_type  # noqa: E402
 from dbcache.calibrators import (  # noqa: E402
     CalibratorConfig,
     HermiteCalibratorConfig,
@@ -39,16 +43,21 @@ from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 from dbcache.executors.graph import GraphOptions  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
 from dbcache.parallelism_config import ParallelismBackend, ParallelismConfig  # noqa: E402
+from dbcache.prune_config import DBPruneConfig  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
+BlockAdapterRegister = BlockAdapterRegistry
 """The names that cache-dit's users know."""
 
 __all__ = [
     "BlockAdapter",
+    "BlockAdapterRegister",
     "BlockAdapterRegistry",
+    "CacheType",
     "CalibratorConfig",
     "DBCacheConfig",
+    "DBPruneConfig",
     "ForwardPattern",
     "GraphOptions",
     "HermiteCalibratorConfig",
@@ -57,6 +66,9 @@ __all__ = [
     "ParamsModifier",
     "PatchFunctor",
     "TaylorSeerCalibratorConfig",
+    "block_range",
+    "cache_type",
+    "calibrate",
     "capture",
     "disable",
     "disable_cache",
@@ -65,6 +77,8 @@ __all__ = [
     "load_configs",
     "refresh_context",
     "steps_mask",
+    "strify",
     "summary",
+    "supported_matrix",
     "supported_pipelines",
 ]

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+import logging as log
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,19 +17,26 @@ from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_b
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
+from dbcache.adapters.matrix import matrix
 from dbcache.adapters.models import MODELS
 from dbcache.adapters.patch_functor import on_trial
+from dbcache.adapters.recorder import RECORDERS, calibration_of, record
 from dbcache.adapters.registry import find_specs
+from dbcache.calibration import OPEN
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.executors.graph import GraphOptions, Recording
-from dbcache.load_configs import split_options
-from dbcache.options import check_flag, check_type
+from dbcache.load_configs import partial_config, split_options
+from dbcache.options import check_choice, check_flag, check_type, reject_unknown
 from dbcache.parallelism_config import ParallelismConfig
 from dbcache.sharding import Sharding
 from dbcache.summary import LaneSummary, Summary
 
 Target = TypeVar("Target")
+LOGGER = log.getLogger("dbcache")
+
+OF_REQUESTS = ("num_inference_steps", "enable_separate_cfg", "cfg_compute_first")
+"""Options of `calibrate`."""
 
 
 def enable(
@@ -67,7 +79,7 @@ def enable(
     check_type("enable: cache_config", cache_config, DBCacheConfig)
     check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
     check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
-    partial, calibrator = _from_options("enable", options, calibrator_config)
+    partial, calibrator = _from_options("enable", options, cache_config, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
     graph_options = GraphOptions.of(cuda_graph)
@@ -129,15 +141,19 @@ def disable(target: Target) -> Target:
     return target
 
 
-def summary(target: object) -> Summary:
+def summary(target: object, details: bool = False, logging: bool = True) -> Summary:
     """Return what the last request did, per lane; reads it back from the device.
 
     Args:
         target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
+        details: let the text of the summary list each step.
+        logging: log the text, too, at level INFO of the logger "dbcache".
 
     Raises:
         RuntimeError: the cache is not enabled on it.
     """
+    check_flag("summary: details", details)
+    check_flag("summary: logging", logging)
     lanes, notes = [], []
     for transformer in _enabled(target, "summary"):
         name = type(transformer.module).__name__
@@ -162,11 +178,40 @@ def summary(target: object) -> Summary:
                             stack=stack.name,
                             branch=branch,
                             threshold=stack.settings.cache.threshold,
+                            policy=stack.settings.cache.policy,
                             follows=stack.leader.name if stack.leader is not None else None,
-                            megabytes=lane.nbytes() / 1e6,
+                            megabytes=(lane.nbytes() + stack.tail_nbytes(branch)) / 1e6,
+                            pruned=stack.pruned_blocks(branch),
+                            blocks=stack.num_blocks,
                         )
                     )
-    return Summary(lanes, notes)
+    found = Summary(lanes, notes, details)
+    if logging:
+        LOGGER.info("%s", found)
+    return found
+
+
+def strify(target: object) -> str:
+    """Return a short name of what is enabled and of how much was cached, for files and tables.
+
+    The settings and the last request of the first block stack: ``DBCache_F8B0_W8I1M0MC0_R0.08``,
+    the predictor, ``S`` and the steps cached; under DBPrune also ``P`` and the percentage of the
+    blocks left out.
+
+    Args:
+        target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
+
+    Raises:
+        RuntimeError: the cache is not enabled on it.
+    """
+    transformer = _enabled(target, "strify")[0]
+    parts = [transformer.config.strify(), transformer.settings.calibrator.strify()]
+    lanes = summary(target, logging=False).lanes
+    if lanes:
+        parts.append(f"S{len(lanes[0].cached_steps)}")
+        if lanes[0].pruned is not None:
+            parts.append(f"P{100 * lanes[0].pruned_ratio:.1f}")
+    return "_".join(parts)
 
 
 def refresh_context(
@@ -192,10 +237,12 @@ def refresh_context(
     check_type("refresh_context: cache_config", cache_config, DBCacheConfig)
     check_type("refresh_context: calibrator_config", calibrator_config, CalibratorConfig)
     check_flag("refresh_context: verbose", verbose)
-    partial, calibrator = _from_options("refresh_context", options, calibrator_config)
-    partial = DBCacheConfig(**{**(cache_config.given if cache_config else {}), **partial.given})
-    changes = ParamsModifier(cache_config=partial, calibrator_config=calibrator)
     transformers = _enabled(target, "refresh_context")
+    base = cache_config or transformers[0].config
+    partial, calibrator = _from_options("refresh_context", options, base, calibrator_config)
+    if cache_config is not None:
+        partial = type(cache_config)(**{**cache_config.given, **partial.given})
+    changes = ParamsModifier(cache_config=partial, calibrator_config=calibrator)
     renewed = [transformer.renewed(changes) for transformer in transformers]
     for old, new in zip(transformers, renewed, strict=True):
         if new is not old:
@@ -204,6 +251,57 @@ def refresh_context(
         if verbose:
             settings = f"{new.config.strify()}_{new.settings.calibrator.strify()}"
             print(f"dbcache: {type(new.module).__name__} goes on with {settings}")
+
+
+@contextmanager
+def calibrate(
+    target: object,
+    *,
+    policy: str,
+    path: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """Note what the policies "magcache" and "teacache" need to know beforehand.
+
+        with dbcache.calibrate(pipe, policy="magcache", path="flux.json"):
+            pipe("a prompt like those to come", num_inference_steps=28)
+        dbcache.enable(pipe, policy="magcache", calibration="flux.json")
+
+    All steps inside are full, with the outputs of the plain model. Several requests are averaged.
+
+    Args:
+        target: a pipeline, a transformer or a `BlockAdapter`, as for `enable`; the cache is off
+            before and after. Of several transformers each is calibrated by itself.
+        policy: "magcache" or "teacache".
+        path: the JSON file to write at the end.
+        **options: fields of `DBCacheConfig` that say what a request is, for a transformer that is
+            called without its pipeline: `num_inference_steps`, `enable_separate_cfg` and
+            `cfg_compute_first`.
+
+    Yields:
+        A dictionary that is empty inside and holds the content of the file afterwards; it may be
+        given as `calibration`, too.
+
+    Raises:
+        RuntimeError: the cache is on, or nothing ran. ValueError: another policy, several
+            transformers or one whose blocks are not known yet, or requests of different lengths.
+            TypeError: another option. Nothing is written then.
+    """
+    check_choice("calibrate: policy", policy, tuple(RECORDERS))
+    reject_unknown("calibrate", options, OF_REQUESTS)
+    if any(handle_of(part) is not None for part in _parts(target)):
+        raise RuntimeError("calibrate: the cache must be off, got an enabled one; disable it first")
+    all_full = {"max_warmup_steps": 10**9, "calibration": OPEN}
+    enable(target, **{**options, **all_full, "policy": policy})
+    content: dict[str, Any] = {}
+    try:
+        recorders = record(_enabled(target, "calibrate"), policy)
+        yield content
+        content.update(calibration_of(policy, recorders))
+    finally:
+        disable(target)
+    if path is not None:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def capture(target: Any, **inputs: Any) -> list[Recording]:
@@ -258,8 +356,20 @@ def supported_pipelines() -> tuple[int, list[str]]:
     return len(names), names
 
 
+def supported_matrix() -> str:
+    """Return a Markdown table: for each transformer class, what tests cover.
+
+    The columns are the cache, ControlNet residuals, and the model spread over ranks along the
+    sequence or by its weights. docs/models.md names the tests.
+    """
+    return matrix()
+
+
 def _from_options(
-    who: str, options: dict[str, Any], calibrator_config: CalibratorConfig | None
+    who: str,
+    options: dict[str, Any],
+    cache_config: DBCacheConfig | None,
+    calibrator_config: CalibratorConfig | None,
 ) -> tuple[DBCacheConfig, CalibratorConfig | None]:
     """Return flat options as a partial config, and a copy of the predictor."""
     fields, calibrator = split_options(who, options)
@@ -268,7 +378,7 @@ def _from_options(
             f"{who}: calibrator_config must not be given together with TaylorSeer's options, got "
             f"both; set them in the config"
         )
-    return DBCacheConfig(**fields), copy.copy(calibrator_config or calibrator)
+    return partial_config(who, fields, cache_config), copy.copy(calibrator_config or calibrator)
 
 
 def _resolve(target: object) -> tuple[Any, BlockAdapter | None]:

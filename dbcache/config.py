@@ -5,19 +5,23 @@ Names and defaults are cache-dit's, so that its users can switch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
+from dbcache.calibration import Calibration
 from dbcache.calibrators import CalibratorConfig
 from dbcache.options import (
     Options,
     check_choice,
     check_flag,
+    check_ids,
     check_int,
     check_number,
     check_type,
 )
+from dbcache.policies import POLICIES
 from dbcache.schedule import check_mask
 
 UNLIMITED = -1
@@ -36,7 +40,7 @@ _CHOICES = {
     "batch_reduce": ("mean", "max"),
     "cache_dtype": ("model", "float32", "fp8"),
     "decision_scope": ("stack", "model"),
-    "cache_type": ("DBCache",),
+    "policy": tuple(POLICIES),
 }
 
 
@@ -49,15 +53,32 @@ class DBCacheConfig(Options):
         ValueError: a value outside its range.
     """
 
+    policy: Literal["dbcache", "easycache", "teacache", "seacache", "magcache"] = "dbcache"
+    """What decides: the change of the probe residual, or a signal that needs no block. See
+    `policies`."""
+
     Fn_compute_blocks: int = 8
-    """First n blocks, always run: the probe whose residual is compared. At least 1."""
+    """First n blocks, always run: the probe whose residual is compared. At least 1. Policies other
+    than "dbcache" have no probe and run none of them on a cached step."""
 
     Bn_compute_blocks: int = 0
     """Last n blocks, always run."""
 
+    Bn_compute_blocks_ids: list[int] = field(default_factory=list)
+    """Which of the last n blocks run on a cached step, 0 to n - 1; none given: all. The others add
+    what they added on the last full step, while `non_compute_blocks_diff_threshold` allows it."""
+
+    non_compute_blocks_diff_threshold: float = 0.08
+    """Such a block runs, too, if its input changed by this or more since the last full step."""
+
     residual_diff_threshold: float = 0.08
     """A step is cached if the relative L1 change of the probe residual is below this.
-    0 never caches, 1 or more always (within the limits)."""
+    0 never caches, 1 or more always (within the limits). With another policy: the step is cached if
+    the sum of its signal since the last full step is below this; 0 never caches."""
+
+    calibration: str | os.PathLike[str] | Mapping[str, Any] | None = None
+    """What `dbcache.calibrate` wrote, for the policies "magcache" and "teacache": the file or its
+    content. None: for TeaCache the published polynomial of the model, if there is one."""
 
     batch_reduce: Literal["mean", "max"] = "mean"
     """The change of a batch: "mean" of the batch as a whole, or "max", that of its worst sample."""
@@ -75,6 +96,10 @@ class DBCacheConfig(Options):
 
     max_warmup_steps: int = 8
     """Steps ``0, warmup_interval, 2 * warmup_interval, ... < max_warmup_steps`` are full."""
+
+    retention_ratio: float = 0.0
+    """Share of a request's steps, at its beginning, that are full as well, rounded to the nearest
+    step. Above 0 the number of steps must be known."""
 
     warmup_interval: int = 1
     """Distance of the full steps in the warm-up; those between them are decided by the diff."""
@@ -107,6 +132,10 @@ class DBCacheConfig(Options):
     steps_computation_policy: Literal["dynamic", "static"] = "dynamic"
     """What a 0 in the mask means: "dynamic" asks the diff, "static" caches without asking."""
 
+    static_skip_probe: bool = False
+    """With a mask and the policy "static": cached steps skip the first n blocks as well. No step of
+    such a request measures anything, so none is needed as a probe."""
+
     force_refresh_step_hint: int | None = None
     """Start a new request after this many calls of the transformer (several chunks per call)."""
 
@@ -122,8 +151,11 @@ class DBCacheConfig(Options):
     of the first one decides for all, and all blocks of the later ones (but their Bn) can be
     skipped."""
 
-    cache_type: Literal["DBCache"] = "DBCache"
-    """The method, as serving engines name it."""
+    cache_type: Literal["DBCache", "DBPrune"] = "DBCache"
+    """The method, as serving engines name it; that of another config is an error."""
+
+    cache_types: ClassVar[tuple[str, ...]] = ("DBCache",)
+    """What `cache_type` may be."""
 
     def validate(self) -> None:
         who = type(self).__name__
@@ -134,25 +166,50 @@ class DBCacheConfig(Options):
                 check_int(f"{who}.{name}", getattr(self, name), 1)
         for name in (
             "residual_diff_threshold",
+            "non_compute_blocks_diff_threshold",
+            "retention_ratio",
             "important_condition_threshold",
             "l1_hidden_states_diff_threshold",
         ):
             check_number(f"{who}.{name}", getattr(self, name))
+        if self.retention_ratio > 1:
+            raise ValueError(
+                f"{who}.retention_ratio must be at most 1, got {self.retention_ratio!r}"
+            )
+        calibration: Any = self.calibration
+        if not isinstance(calibration, str | os.PathLike | Mapping | None):
+            must = "a path, a mapping or None"
+            raise TypeError(f"{who}.calibration must be {must}, got {calibration!r}")
         name = "max_accumulated_residual_diff_threshold"
         if getattr(self, name) is not None:
             check_number(f"{who}.{name}", getattr(self, name), positive=True)
-        for name in ("cfg_compute_first", "cfg_diff_compute_separate"):
+        for name in ("cfg_compute_first", "cfg_diff_compute_separate", "static_skip_probe"):
             check_flag(f"{who}.{name}", getattr(self, name))
         if self.enable_separate_cfg is not None:
             check_flag(f"{who}.enable_separate_cfg", self.enable_separate_cfg)
         for name, allowed in _CHOICES.items():
             check_choice(f"{who}.{name}", getattr(self, name), allowed)
+        check_choice(f"{who}.cache_type", self.cache_type, self.cache_types)
+        if self.Bn_compute_blocks_ids and not self.Bn_compute_blocks:
+            raise ValueError(
+                f"{who}.Bn_compute_blocks_ids must be empty where Bn_compute_blocks is 0, got "
+                f"{self.Bn_compute_blocks_ids!r}; set Bn_compute_blocks, too"
+            )
+        self.Bn_compute_blocks_ids = check_ids(
+            f"{who}.Bn_compute_blocks_ids", self.Bn_compute_blocks_ids, self.Bn_compute_blocks
+        )
         if self.steps_computation_mask is not None:
             self.steps_computation_mask = check_mask(
                 self.steps_computation_mask,
                 steps=self.num_inference_steps,
                 static=self.steps_computation_policy == "static",
             )
+
+    @property
+    def probe_blocks(self) -> int:
+        """Blocks that run before the step is decided; 0 decides before the first block."""
+        has_probe = POLICIES[self.policy].source == "probe" and not self.static_skip_probe
+        return self.Fn_compute_blocks if has_probe else 0
 
     @property
     def compares_hidden_states(self) -> bool:
@@ -166,12 +223,17 @@ class DBCacheConfig(Options):
             return self.l1_hidden_states_diff_threshold
         return self.residual_diff_threshold
 
+    @property
+    def label(self) -> str:
+        """Name of the method."""
+        return POLICIES[self.policy].label
+
     def strify(self) -> str:
         """Return a short name of these settings, for file names and tables."""
         parts = [
-            f"DBCache_F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}",
+            f"{self.label}_F{self.probe_blocks}B{self.Bn_compute_blocks}",
             f"W{self.max_warmup_steps}I{self.warmup_interval}"
-            f"M{max(0, self.max_cached_steps)}MC{max(0, self.max_continuous_cached_steps)}",
+            f"M{_limit(self.max_cached_steps)}MC{_limit(self.max_continuous_cached_steps)}",
             f"R{self.residual_diff_threshold:g}",
         ]
         if self.steps_computation_mask is not None:
@@ -181,6 +243,11 @@ class DBCacheConfig(Options):
             parts.append(f"N{self.num_inference_steps}")
         if self.force_refresh_step_hint is not None:
             parts.append(f"FR{self.force_refresh_step_hint}_{self.force_refresh_step_policy}")
+        if self.Bn_compute_blocks_ids:
+            ids = "-".join(map(str, self.Bn_compute_blocks_ids))
+            parts.append(f"BI{ids}R{self.non_compute_blocks_diff_threshold:g}")
+        if self.retention_ratio > 0:
+            parts.append(f"RR{self.retention_ratio:g}")
         if self.batch_reduce != "mean":
             parts.append(f"BR{self.batch_reduce}")
         if self.compares_hidden_states:
@@ -194,6 +261,11 @@ class DBCacheConfig(Options):
         if self.enable_separate_cfg is not None:
             parts.append(f"CFG{int(self.enable_separate_cfg)}")
         return "_".join(parts)
+
+
+def _limit(steps: int) -> str:
+    """Return a limit for a name: 0 means none there, as in cache-dit."""
+    return "0" if steps == UNLIMITED else str(steps) if steps else "never"
 
 
 @dataclass(kw_only=True)
@@ -219,6 +291,10 @@ class StackSettings:
 
     cache: DBCacheConfig
     calibrator: CalibratorConfig
+    calibration: Calibration | None = None
+    """The stack's part of `DBCacheConfig.calibration`, where the policy takes one."""
+    steps: int | None = None
+    """Steps of the request, as far as they are known."""
 
     @property
     def orders(self) -> tuple[int, int]:
@@ -249,6 +325,7 @@ class StackSettings:
             self.slots,
             self.replace,
             cache.cache_dtype,
+            cache.policy,
             cache.compares_hidden_states,
             cache.important_condition_threshold > 0,
         )
@@ -258,10 +335,18 @@ class StackSettings:
         if modifier is None:
             return self
         cache = merge(self.cache, modifier.cache_config)
-        return StackSettings(cache, modifier.calibrator_config or self.calibrator)
+        calibrator = modifier.calibrator_config or self.calibrator
+        return replace(self, cache=cache, calibrator=calibrator)
 
 
 def merge(config: DBCacheConfig, partial: DBCacheConfig | None) -> DBCacheConfig:
-    """Return a checked copy of `config` with the given fields of `partial` on top."""
+    """Return a checked copy of `config` with the given fields of `partial` on top.
+
+    Where `partial` names another method by its `cache_type`, that one's config is returned, with
+    what was given in `config`.
+    """
     changes: Mapping[str, Any] = partial.given if partial is not None else {}
+    if partial is not None and changes.get("cache_type", config.cache_type) != config.cache_type:
+        kept = {name: value for name, value in config.given.items() if name != "cache_type"}
+        return type(partial)(**{**kept, **changes})
     return type(config)(**{**config.as_dict(), **changes})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from dbcache.config import StackSettings
-from dbcache.kernels.lane_state import CACHED, PlanCode, Reason
+from dbcache.kernels.lane_state import CACHED, Reason
 from dbcache.lane import Lane, Layout
 
 
@@ -73,7 +73,7 @@ class FollowingLane(Lane):
         self.settings = settings
 
     @property
-    def plan(self) -> list[PlanCode]:  # type: ignore[override]
+    def plan(self) -> list[int]:  # type: ignore[override]
         """The leader's plan."""
         return self.leader.plan
 
@@ -84,7 +84,7 @@ class FollowingLane(Lane):
     def reserve(self, steps: int) -> None:
         """Nothing: the leader makes room."""
 
-    def force(self, code: PlanCode) -> None:
+    def force(self, code: int) -> None:
         """Nothing: the leader decides."""
 
     def rewind(self, step: int) -> None:

@@ -2,7 +2,8 @@
 
 Memory per lane: P_ref and K ring slots of the size of `hidden_states`, plus K slots of the size
 of `encoder_hidden_states` where the blocks return them; K is the predictor's order + 1. P_ref has
-the model's dtype, the ring that of `cache_dtype`; with fp8 a float32 scale per token is added.
+the model's dtype, the ring that of `cache_dtype`; with fp8 a float32 scale per token is added. A
+lane whose steps are decided before the first block has no P_ref.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import torch
 
 from dbcache.config import StackSettings
 from dbcache.kernels import lane_state
-from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode
+from dbcache.kernels.lane_state import BatchReduce, LaneState, Signal
+from dbcache.policies import POLICIES, coefficients, decide_ahead
 from dbcache.schedule import make_plan
 
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
 
-BUFFERS = ("p_ref", "ring", "encoder_ring", "scales", "encoder_scales")
+BUFFERS = (
+    "p_ref", "ring", "encoder_ring", "scales", "encoder_scales", "full_input", "full_output",
+)  # fmt: skip
 """Attributes of a lane that hold its large tensors."""
 
 Layout = tuple[object, ...]
@@ -31,14 +35,21 @@ class Lane:
     """Device state and buffers of one lane, and the host's view of where it stands."""
 
     compares = True
-    """Whether the lane keeps P_ref; without it another lane takes the decisions."""
+    """Whether the lane keeps P_ref: not where another lane decides, or where there is no probe."""
 
     @outside_inference_mode
     def __init__(
-        self, settings: StackSettings, device: torch.device, state: LaneState | None = None
+        self,
+        settings: StackSettings,
+        device: torch.device,
+        state: LaneState | None = None,
+        branch: str | None = None,
     ) -> None:
         self.settings = settings
-        self.by_residual = not settings.cache.compares_hidden_states
+        self.branch = branch
+        self.policy = POLICIES[settings.cache.policy]
+        self.compares = self.compares and settings.cache.probe_blocks > 0
+        self.by_residual = self.compares and not settings.cache.compares_hidden_states
         self.by_token = settings.cache.important_condition_threshold > 0
         self.device = device
         self.step = 0
@@ -50,6 +61,9 @@ class Lane:
         self.encoder_ring: torch.Tensor | None = None
         self.scales: torch.Tensor | None = None
         self.encoder_scales: torch.Tensor | None = None
+        self.full_input: torch.Tensor | None = None
+        self.full_output: torch.Tensor | None = None
+        self.full_steps = 0
         self.state = LaneState.allocate(FIRST_CAPACITY, device) if state is None else state
         self._flag: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
@@ -68,6 +82,7 @@ class Lane:
         limits[lane_state.ENCODER_ORDER] = encoder_order
         limits[lane_state.BATCH_REDUCE] = BatchReduce[cache.batch_reduce.upper()]
         limits[lane_state.PREDICTOR] = self.settings.calibrator.predictor
+        limits[lane_state.SIGNAL] = self.policy.signal
         state.limits.copy_(limits)
         thresholds = torch.zeros_like(state.thresholds, device="cpu")
         thresholds[lane_state.THRESHOLD] = cache.threshold
@@ -75,16 +90,27 @@ class Lane:
         thresholds[lane_state.MAX_ACCUMULATED] = accumulated or 0.0
         thresholds[lane_state.IMPORTANT] = cache.important_condition_threshold
         thresholds[lane_state.HERMITE_SCALE] = self.settings.calibrator.hermite_scale
+        polynomial = coefficients(cache, self.settings.calibration)
+        thresholds[lane_state.POLYNOMIAL : lane_state.NUM_THRESHOLDS] = torch.tensor(
+            polynomial, dtype=torch.float32
+        )
         state.thresholds.copy_(thresholds)
+        self._rule = limits.tolist(), thresholds.tolist()
         self._write_plan()
 
     def _write_plan(self) -> None:
-        self.plan: list[PlanCode] = make_plan(self.settings.cache, len(self.state.plan))
+        settings = self.settings
+        self.plan: list[int] = [*make_plan(settings.cache, len(self.state.plan), settings.steps)]
+        self._known_changes: dict[int, float] = {}
+        if self.policy.source == "calibration":
+            assert settings.calibration is not None
+            ratios = settings.calibration.ratios_for(self.branch, settings.steps)
+            self.plan, self._known_changes = decide_ahead(self.plan, ratios, *self._rule)
         self.state.plan.copy_(torch.tensor(self.plan, dtype=torch.int32))
 
     @outside_inference_mode
     def replan(self, settings: StackSettings) -> None:
-        """Take over settings that differ in the mask."""
+        """Take over settings that differ in the mask or the number of steps."""
         self.settings = settings
         self._write_plan()
 
@@ -96,12 +122,12 @@ class Lane:
 
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
-        self.step = 0
+        self.step = self.full_steps = 0
         self.has_reference = False
         self.cached = False
         self.state.reset()
 
-    def start_step(self, layout: Layout, device: torch.device) -> PlanCode:
+    def start_step(self, layout: Layout, device: torch.device) -> int:
         """Make room for the step and return its plan code; restart if the `layout` changed."""
         if layout != self.layout:
             if device != self.device:
@@ -137,7 +163,7 @@ class Lane:
         """Return (P_ref, ring, encoder ring), allocated at the first full step, with the scales."""
         if self.ring is None:
             return self._allocate(h_fn, h_out, encoder_out)
-        return self.p_ref, self.ring, self.encoder_ring
+        return self.p_ref if self.compares else None, self.ring, self.encoder_ring
 
     @outside_inference_mode
     def _allocate(
@@ -148,7 +174,7 @@ class Lane:
         self.ring, self.scales = self._allocate_ring(h_out)
         if encoder_out is not None:
             self.encoder_ring, self.encoder_scales = self._allocate_ring(encoder_out)
-        return self.p_ref, self.ring, self.encoder_ring
+        return self.p_ref if self.compares else None, self.ring, self.encoder_ring
 
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
         """Return the large tensors."""
@@ -159,11 +185,12 @@ class Lane:
         if self.has_reference:
             self.state.invalidate()
             self.has_reference = False
+            self.full_steps = 0
         self.layout = layout
         for name, buffer in buffers.items():
             setattr(self, name, buffer)
 
-    def force(self, code: PlanCode) -> None:
+    def force(self, code: int) -> None:
         """Fix what the next step will be."""
         self.plan[self.step] = code
         self.state.plan[self.step] = code
@@ -184,6 +211,27 @@ class Lane:
             return ring, None
         return ring, torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
 
+    @property
+    def can_compare(self) -> bool:
+        """Whether there is something that a dynamic step can be compared with."""
+        is_ready = self.policy.signal != Signal.RATE or self.full_steps >= 2
+        return self.has_reference and is_ready
+
+    @outside_inference_mode
+    @torch.no_grad()
+    def remember(self, measured: torch.Tensor) -> None:
+        """Keep what this step measured, for the next one; for policies without a probe."""
+        self.p_ref = _copy(measured, self.p_ref)
+
+    @outside_inference_mode
+    @torch.no_grad()
+    def remember_full(self, output: torch.Tensor) -> None:
+        """Keep a full step's output and input, which `remember` was given."""
+        assert self.p_ref is not None
+        self.full_input = _copy(self.p_ref, self.full_input)
+        self.full_output = _copy(output, self.full_output)
+        self.full_steps += 1
+
     def read_decision(self) -> bool:
         """Return whether the device decided to cache. The only host wait of a dynamic step."""
         if self.state.host is not None:
@@ -200,6 +248,7 @@ class Lane:
     def forget_reference(self) -> None:
         """Make the next step a full one: nothing that was stored holds any more."""
         self.has_reference = False
+        self.full_steps = 0
         self.state.invalidate()
         self.state.counters[lane_state.REFERENCE] = 0
 
@@ -215,14 +264,22 @@ class Lane:
         """Read back the reasons and the diffs (-1: not measured) of this request's steps."""
         # a graph that the user captured takes steps that the host does not see
         steps = int(self.state.counters[lane_state.STEP])
-        return (
-            self.state.trace_reason[:steps].tolist(),
-            self.state.trace_diff[:steps].tolist(),
-        )
+        diffs = self.state.trace_diff[:steps].tolist()
+        for step, change in self._known_changes.items():
+            if step < steps:
+                diffs[step] = change
+        return self.state.trace_reason[:steps].tolist(), diffs
 
     def nbytes(self) -> int:
         """Bytes of the lane's buffers."""
         return sum(x.nbytes for x in self.buffers_by_name().values() if x is not None)
+
+
+def _copy(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    """Return `buffer` with the content of `x`; made where there is none."""
+    if buffer is None:
+        buffer = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return buffer.copy_(x)
 
 
 class LaneCopy:

@@ -68,23 +68,36 @@ def resolve_mask(config: DBCacheConfig, steps: int | None, who: str) -> list[int
     return steps_mask(total_steps=steps, mask_policy=mask)
 
 
-def make_plan(config: DBCacheConfig, steps: int) -> list[PlanCode]:
-    """Return the `PlanCode` of each of `steps` steps.
+def check_retention(config: DBCacheConfig, steps: int | None, who: str) -> None:
+    """Raise a ValueError if `retention_ratio` needs the number of steps and nothing tells it."""
+    if config.retention_ratio > 0 and steps is None:
+        raise ValueError(
+            f"{who}: the number of steps must be known for retention_ratio="
+            f"{config.retention_ratio!r}, got none: set num_inference_steps (in enable or "
+            f"refresh_context), or set max_warmup_steps instead"
+        )
 
-    Warm-up first: steps ``0, i, 2i, ... < max_warmup_steps`` are full; with a mask the warm-up is
-    capped at its leading ones. Then the mask, a list by now (`resolve_mask`). Steps beyond the
-    mask are as a 0 in it.
+
+def make_plan(
+    config: DBCacheConfig, steps: int, request_steps: int | None = None
+) -> list[PlanCode]:
+    """Return the `PlanCode` of each of `steps` steps, of a request of `request_steps`.
+
+    Warm-up first: steps ``0, i, 2i, ... < max_warmup_steps`` are full, and so are the first ones
+    that make up `retention_ratio`; with a mask both are capped at its leading ones. Then the mask,
+    a list by now (`resolve_mask`). Steps beyond the mask are as a 0 in it.
     """
     mask = config.steps_computation_mask
     assert not isinstance(mask, str)
     warmup = config.max_warmup_steps
+    retained = int(config.retention_ratio * (request_steps or 0) + 0.5)
     if mask is not None:
         leading_ones = mask.index(0) if 0 in mask else len(mask)
-        warmup = min(warmup, leading_ones)
+        warmup, retained = min(warmup, leading_ones), min(retained, leading_ones)
     skip = PlanCode.STATIC if config.steps_computation_policy == "static" else PlanCode.DYNAMIC
     plan: list[PlanCode] = []
     for step in range(steps):
-        if step < warmup and step % config.warmup_interval == 0:
+        if step < retained or (step < warmup and step % config.warmup_interval == 0):
             plan.append(PlanCode.WARMUP)
         elif mask is None:
             plan.append(PlanCode.DYNAMIC)

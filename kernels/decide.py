@@ -5,14 +5,17 @@ Triton device functions. The two agree bit for bit: each operation is float32, r
 same order. In this order, the first rule that applies decides:
 
     plan says WARMUP or MASK                       full
+    plan says KNOWN + a reason                     as the reason says, full without a reference
     plan says STATIC                               cached if there is a reference, else full
     cached steps, cached steps in a row or the accumulated change at their limit        full
     no reference, or one of another shape or dtype                                      full
-    threshold <= 0: full;  change is NaN: full;  threshold >= 1: cached
+    threshold <= 0: full;  change is NaN: full;  threshold >= 1: cached (Signal.CHANGE only)
     change < threshold: cached, else full
 
 The change is the relative L1 of `probe_diff`, of the batch as a whole or of its worst sample
-(``limits[BATCH_REDUCE]``); the weights are those of `taylor`. Both are computed here, too.
+(``limits[BATCH_REDUCE]``), or what `step_signal` makes of it: then this step's change and those
+since the last full step are summed, and the sum is compared. The weights are those of `taylor`. All
+of it is computed here, too.
 """
 
 from collections.abc import Sequence
@@ -23,9 +26,16 @@ import triton.language as tl
 
 from dbcache.kernels import lane_state as ls
 from dbcache.kernels._select import Impl, invalid, is_traced, select
-from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode, Reason
+from dbcache.kernels.lane_state import LaneState, PlanCode, Reason, Signal
 from dbcache.kernels.probe_diff import MAX_PARTIALS
-from dbcache.kernels.sums import f32, relative_l1, relative_l1_of_partials
+from dbcache.kernels.step_signal import (
+    is_ready,
+    is_signal_ready,
+    is_summed,
+    signal_of,
+    signal_of_partials,
+)
+from dbcache.kernels.sums import f32
 from dbcache.kernels.taylor import store_weights, weights_by_slot
 
 
@@ -94,7 +104,8 @@ def decide_reference(state: LaneState, partials: torch.Tensor | None) -> None:
     code = int(plan[step])
     diff = None
     if partials is not None and code == PlanCode.DYNAMIC and counters[ls.REFERENCE] == 1:
-        diff = relative_l1(partials.tolist(), limits[ls.BATCH_REDUCE] == BatchReduce.MAX)
+        if is_ready(limits, values):
+            diff = signal_of(partials.tolist(), limits, thresholds.tolist(), values)
     advance(counters, values, limits, thresholds.tolist(), code, diff)
     counters_view[:] = counters
     values_view[:] = values
@@ -162,19 +173,24 @@ def choose(
     missing = Reason.SHAPE_CHANGED if reference == 2 else Reason.NO_REFERENCE
     if code == PlanCode.STATIC:
         return Reason.STATIC if reference == 1 else missing
+    if code >= ls.KNOWN:
+        known = Reason(code - ls.KNOWN)
+        return missing if known.cached and reference != 1 else known
     if counters[ls.CACHED_STEPS] >= limits[ls.MAX_CACHED] >= 0:
         return Reason.COUNT_LIMIT
     if counters[ls.CONSECUTIVE] >= limits[ls.MAX_CONSECUTIVE] >= 0:
         return Reason.CONSECUTIVE_LIMIT
     if values[ls.ACCUMULATED] >= thresholds[ls.MAX_ACCUMULATED] > 0:
         return Reason.ACCUMULATED_LIMIT
-    if reference != 1:
+    if reference != 1 or not is_ready(limits, values):
         return missing
     if threshold <= 0:
         return Reason.THRESHOLD_OFF
     if diff is None or diff != diff:
         return Reason.NAN
-    if threshold >= 1:
+    if limits[ls.SIGNAL] != Signal.CHANGE:
+        diff = f32(values[ls.ACCUMULATED] + diff)
+    elif threshold >= 1:
         return Reason.THRESHOLD_ALWAYS
     return Reason.BELOW_THRESHOLD if diff < threshold else Reason.ABOVE_THRESHOLD
 
@@ -241,7 +257,7 @@ _SLOTS, _ORDER = tl.constexpr(ls.SLOTS), tl.constexpr(ls.ORDER)
 _ENCODER_ORDER = tl.constexpr(ls.ENCODER_ORDER)
 _THRESHOLD, _MAX_ACCUMULATED = tl.constexpr(ls.THRESHOLD), tl.constexpr(ls.MAX_ACCUMULATED)
 _PREDICTOR, _HERMITE_SCALE = tl.constexpr(ls.PREDICTOR), tl.constexpr(ls.HERMITE_SCALE)
-_BATCH_REDUCE, _BATCH_MAX = tl.constexpr(ls.BATCH_REDUCE), tl.constexpr(int(BatchReduce.MAX))
+_KNOWN = tl.constexpr(ls.KNOWN)
 _PLAN_DYNAMIC = tl.constexpr(int(PlanCode.DYNAMIC))
 _PLAN_STATIC = tl.constexpr(int(PlanCode.STATIC))
 _PLAN_WARMUP = tl.constexpr(int(PlanCode.WARMUP))
@@ -304,8 +320,10 @@ def decide_once(
     MEASURED: tl.constexpr = partials_ptr is not None
     diff = tl.full((), -1.0, tl.float32)
     if MEASURED:
-        mean, largest = relative_l1_of_partials(partials_ptr, samples, programs, LOG_LANES, WIDTH)
-        diff = tl.where(tl.load(limits_ptr + _BATCH_REDUCE) == _BATCH_MAX, largest, mean)
+        diff = signal_of_partials(
+            partials_ptr, samples, programs, limits_ptr, thresholds_ptr, values_ptr, LOG_LANES,
+            WIDTH,
+        )  # fmt: skip
     _advance(
         counters_ptr,
         values_ptr,
@@ -338,12 +356,13 @@ def _advance(
     planned = step < capacity
     code = tl.load(plan_ptr + step, mask=planned, other=_PLAN_DYNAMIC)
     reference = tl.load(counters_ptr + _REFERENCE)
-    measured = MEASURED & (code == _PLAN_DYNAMIC) & (reference == 1)
+    ready = is_signal_ready(limits_ptr, values_ptr)
+    measured = MEASURED & (code == _PLAN_DYNAMIC) & (reference == 1) & ready
     cached_steps = tl.load(counters_ptr + _CACHED_STEPS)
     consecutive = tl.load(counters_ptr + _CONSECUTIVE)
     accumulated = tl.load(values_ptr + _ACCUMULATED)
     reason = _choose(
-        limits_ptr, thresholds_ptr, code, reference, cached_steps, consecutive, accumulated,
+        limits_ptr, thresholds_ptr, code, reference, ready, cached_steps, consecutive, accumulated,
         diff, MEASURED,
     )  # fmt: skip
     cached = reason >= _CACHED_STATIC
@@ -392,6 +411,7 @@ def _choose(
     thresholds_ptr,
     code,
     reference,
+    ready,
     cached_steps,
     consecutive,
     accumulated,
@@ -405,11 +425,13 @@ def _choose(
     max_accumulated = tl.load(thresholds_ptr + _MAX_ACCUMULATED)
     missing = tl.where(reference == 2, _SHAPE_CHANGED, _NO_REFERENCE)
 
-    reason = tl.where(diff < threshold, _BELOW_THRESHOLD, _ABOVE_THRESHOLD)
-    reason = tl.where(threshold >= 1.0, _THRESHOLD_ALWAYS, reason)
+    summed = is_summed(limits_ptr)
+    compared = tl.where(summed, accumulated + diff, diff)
+    reason = tl.where(compared < threshold, _BELOW_THRESHOLD, _ABOVE_THRESHOLD)
+    reason = tl.where((threshold >= 1.0) & ~summed, _THRESHOLD_ALWAYS, reason)
     reason = tl.where((not MEASURED) | (diff != diff), _NAN, reason)
     reason = tl.where(threshold <= 0.0, _THRESHOLD_OFF, reason)
-    reason = tl.where(reference == 1, reason, missing)
+    reason = tl.where((reference == 1) & ready, reason, missing)
     over = (max_accumulated > 0.0) & (accumulated >= max_accumulated)
     reason = tl.where(over, _ACCUMULATED_LIMIT, reason)
     over = (max_consecutive >= 0) & (consecutive >= max_consecutive)
@@ -417,6 +439,8 @@ def _choose(
     over = (max_cached >= 0) & (cached_steps >= max_cached)
     reason = tl.where(over, _COUNT_LIMIT, reason)
 
+    known = tl.where((code >= _KNOWN + _CACHED_STATIC) & (reference != 1), missing, code - _KNOWN)
+    reason = tl.where(code >= _KNOWN, known, reason)
     static = tl.where(reference == 1, _CACHED_STATIC, missing)
     reason = tl.where(code == _PLAN_STATIC, static, reason)
     reason = tl.where(code == _PLAN_WARMUP, _FULL_WARMUP, reason)

@@ -35,7 +35,8 @@ DIFF = 0  # relative L1 of the latest step, -1 where it was not measured
 ACCUMULATED = 1  # sum of the diffs of cached dynamic steps since the last full step
 WEIGHTS = 2  # MAX_SLOTS entries, by ring slot, for hidden states
 ENCODER_WEIGHTS = WEIGHTS + MAX_SLOTS  # the same for encoder hidden states
-NUM_VALUES = ENCODER_WEIGHTS + MAX_SLOTS
+RATE = ENCODER_WEIGHTS + MAX_SLOTS  # of Signal.RATE, -1 before there is one
+NUM_VALUES = RATE + 1
 
 # entries of LaneState.limits, int32
 MAX_CACHED = 0  # most cached steps per request, -1 for no limit
@@ -45,14 +46,21 @@ ORDER = 3  # order of the prediction of hidden states, 0 reuses the latest snaps
 ENCODER_ORDER = 4  # the same for encoder hidden states
 BATCH_REDUCE = 5  # a BatchReduce
 PREDICTOR = 6  # a Predictor
-NUM_LIMITS = 7
+SIGNAL = 7  # a Signal
+NUM_LIMITS = 8
 
 # entries of LaneState.thresholds, float32
 THRESHOLD = 0  # cache below this relative L1; <= 0 never, >= 1 always
 MAX_ACCUMULATED = 1  # run in full once ACCUMULATED reaches this; <= 0 for no limit
 IMPORTANT = 2  # relative L1 of a token above which it counts, where tokens are told apart
 HERMITE_SCALE = 3  # 2 * sigma**2 of Predictor.HERMITE
-NUM_THRESHOLDS = 4
+POLYNOMIAL = 4  # DEGREE + 1 coefficients of Signal.SUM, that of the highest power first
+DEGREE = 4
+NUM_THRESHOLDS = POLYNOMIAL + DEGREE + 1
+
+KNOWN = 16
+"""In a plan, ``KNOWN + reason``: the step was decided before the request began, by this `Reason`. A
+cached one is a full one all the same where there is no reference."""
 
 
 class PlanCode(IntEnum):
@@ -75,6 +83,17 @@ class BatchReduce(IntEnum):
     """Of the batch as a whole: the sums of all samples, divided."""
     MAX = 1
     """Of the sample that changed most."""
+
+
+class Signal(IntEnum):
+    """What a measurement contributes, and whether its sum is compared; see `step_signal`."""
+
+    CHANGE = 0
+    """The relative L1, compared by itself."""
+    SUM = 1
+    """A polynomial of the relative L1, summed since the last full step."""
+    RATE = 2
+    """The sum of the differences times `RATE`, summed since the last full step."""
 
 
 class Predictor(IntEnum):
@@ -123,7 +142,7 @@ class LaneState:
     thresholds: torch.Tensor
     """float32 (NUM_THRESHOLDS,), written by the host when the configuration changes"""
     plan: torch.Tensor
-    """int32 (capacity,): a PlanCode per step"""
+    """int32 (capacity,): a PlanCode per step, or KNOWN + its Reason"""
     trace_reason: torch.Tensor
     """int32 (capacity,): a Reason per step, -1 where the request has not come yet"""
     trace_diff: torch.Tensor
@@ -160,7 +179,7 @@ class LaneState:
             counters=torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
             values=torch.zeros(NUM_VALUES, dtype=torch.float32, device=device),
             limits=torch.tensor(
-                [-1, -1, 1, 0, 0, BatchReduce.MEAN, Predictor.TAYLOR],
+                [-1, -1, 1, 0, 0, BatchReduce.MEAN, Predictor.TAYLOR, Signal.CHANGE],
                 dtype=torch.int32,
                 device=device,
             ),
@@ -169,7 +188,7 @@ class LaneState:
             trace_reason=torch.full((capacity,), -1, dtype=torch.int32, device=device),
             trace_diff=torch.full((capacity,), -1.0, dtype=torch.float32, device=device),
         )
-        state.values[DIFF] = -1.0
+        state.values[DIFF] = state.values[RATE] = -1.0
         return state
 
     @property
@@ -186,6 +205,7 @@ class LaneState:
         self.counters.zero_()
         self.values.zero_()
         self.values[DIFF : DIFF + 1].fill_(-1.0)
+        self.values[RATE : RATE + 1].fill_(-1.0)
         self.trace_reason.fill_(-1)
         self.trace_diff.fill_(-1.0)
 
@@ -210,6 +230,7 @@ class LaneState:
         """
         self.counters[REFERENCE : REFERENCE + 1].fill_(2)
         self.counters[SNAPSHOTS : HEAD + 1].zero_()
+        self.values[RATE : RATE + 1].fill_(-1.0)
 
     def clone(self, device: torch.device | str | None = None) -> "LaneState":
         """Return a copy with tensors of its own, on `device` if one is given."""

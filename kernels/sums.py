@@ -26,14 +26,23 @@ def relative_l1(partials: Sequence[Sequence[Sequence[float]]], worst: bool = Fal
         worst: False: all num over all den, the samples one after another. True: the largest num /
             den of a sample, NaN if one is NaN.
     """
-    samples = [[tree_sum(column) for column in zip(*sample, strict=True)] for sample in partials]
     if worst:
-        ratios = [_ratio(sums) for sums in samples]
+        ratios = [_ratio(sums) for sums in _sums_of_samples(partials)]
         return next((ratio for ratio in ratios if ratio != ratio), max(ratios))
+    return _ratio(total_sums(partials))
+
+
+def total_sums(partials: Sequence[Sequence[Sequence[float]]]) -> list[float]:
+    """Return the sums of the batch, one sample after another, from nested lists (B, T, width)."""
+    samples = _sums_of_samples(partials)
     total = samples[0]
     for sums in samples[1:]:
         total = [f32(a + b) for a, b in zip(total, sums, strict=True)]
-    return _ratio(total)
+    return total
+
+
+def _sums_of_samples(partials: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    return [[tree_sum(column) for column in zip(*sample, strict=True)] for sample in partials]
 
 
 def _ratio(sums: Sequence[float]) -> float:
@@ -67,19 +76,19 @@ def relative_l1_of_partials(
 ):
     """The function `relative_l1` above, for at most 2**LOG_LANES programs, of WIDTH sums each.
 
-    Returns it for the batch as a whole, and for the worst sample.
+    Returns it for the batch as a whole and for the worst sample, and the batch's num of all tokens.
     """
     num = tl.full((), 0.0, tl.float32)
     den, important_num, important_den, largest = num, num, num, num
     for sample in range(samples):
         sums_ptr = partials_ptr + sample * programs * WIDTH
-        sample_num = _sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
-        sample_den = _sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
+        sample_num = sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
+        sample_den = sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
         num += sample_num
         den += sample_den
         if WIDTH == 4:
-            some_num = _sum_of_column(sums_ptr + 2, programs, LOG_LANES, WIDTH)
-            some_den = _sum_of_column(sums_ptr + 3, programs, LOG_LANES, WIDTH)
+            some_num = sum_of_column(sums_ptr + 2, programs, LOG_LANES, WIDTH)
+            some_den = sum_of_column(sums_ptr + 3, programs, LOG_LANES, WIDTH)
             important_num += some_num
             important_den += some_den
             sample_den = tl.where(some_num != 0, some_den, sample_den)
@@ -87,14 +96,30 @@ def relative_l1_of_partials(
         ratio = tl.div_rn(sample_num, sample_den)
         # once NaN, always NaN: nothing is greater
         largest = tl.where((ratio > largest) | (ratio != ratio), ratio, largest)
+    moved = num
     if WIDTH == 4:
         den = tl.where(important_num != 0, important_den, den)
         num = tl.where(important_num != 0, important_num, num)
-    return tl.div_rn(num, den), largest
+    return tl.div_rn(num, den), largest, moved
 
 
 @triton.jit
-def _sum_of_column(column_ptr, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
+def total_of_partials(
+    partials_ptr, samples, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr
+):
+    """The first two of `total_sums` above, for at most 2**LOG_LANES programs."""
+    num = tl.full((), 0.0, tl.float32)
+    den = num
+    for sample in range(samples):
+        sums_ptr = partials_ptr + sample * programs * WIDTH
+        num += _sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
+        den += _sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
+    return num, den
+
+
+@triton.jit
+def sum_of_column(column_ptr, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The function `tree_sum` above, of every WIDTH-th number: at most 2**LOG_LANES of them."""
     lane = tl.arange(0, 1 << LOG_LANES)
     x = tl.load(column_ptr + lane * WIDTH, mask=lane < programs, other=0.0)
     return tree_sum_lanes(x, LOG_LANES)

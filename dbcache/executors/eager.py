@@ -9,10 +9,11 @@ import torch
 
 from dbcache.kernels.commit import commit
 from dbcache.kernels.decide import decide
-from dbcache.kernels.lane_state import CACHED, PlanCode
+from dbcache.kernels.lane_state import CACHED, KNOWN, PlanCode, Reason
 from dbcache.kernels.predict import predict
 from dbcache.kernels.probe_and_decide import probe_and_decide
 from dbcache.kernels.probe_diff import probe_diff
+from dbcache.kernels.transformation_rate import transformation_rate
 from dbcache.lane import Lane
 
 
@@ -27,25 +28,30 @@ def measure_and_decide(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> bo
 
 def enqueue_decision(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> None:
     """Measure and decide the lane's next step on the device, and leave it at that."""
-    assert lane.p_ref is not None
+    if lane.p_ref is None:  # without a probe the plan says it all
+        decide(lane.state, None)
+        return
     before = h_in if lane.by_residual else None
     probe_and_decide(before, h_fn, lane.p_ref, lane.state, by_token=lane.by_token)
 
 
-def settle(lane: Lane, code: PlanCode) -> bool:
+def settle(lane: Lane, code: int, was_measured: bool = True) -> bool:
     """Count a step that the device decides; return the decision, which is only read if it is open.
 
     Args:
         lane: its step is counted.
-        code: the step's plan code.
+        code: the step's plan code, or `KNOWN` plus the reason.
+        was_measured: False where a dynamic step had nothing to be compared with: it is full.
     """
     lane.step += 1
     if not lane.has_reference or code in (PlanCode.WARMUP, PlanCode.MASK):
         lane.cached = False
     elif code == PlanCode.STATIC:
         lane.cached = True
+    elif code >= KNOWN:
+        lane.cached = Reason(code - KNOWN).cached
     else:
-        lane.cached = lane.read_decision()
+        lane.cached = was_measured and lane.read_decision()
     return lane.cached
 
 
@@ -56,16 +62,26 @@ def measure(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> torch.Tensor:
     return probe_diff(before, h_fn, lane.p_ref, lane.state.thresholds if lane.by_token else None)
 
 
-def take_decision(lane: Lane, code: PlanCode, partials: torch.Tensor | None) -> bool:
+def take_decision(lane: Lane, code: int, partials: torch.Tensor | None) -> bool:
     """Decide the lane's next step on the device; return whether it is cached.
 
     Args:
         lane: its state is updated and its step counted.
-        code: the step's plan code.
+        code: the step's plan code, or `KNOWN` plus the reason.
         partials: what `measure` gave, None where nothing is to be compared.
     """
     decide(lane.state, partials)
-    return settle(lane, code)
+    return settle(lane, code, partials is not None)
+
+
+def note_output(lane: Lane, output: torch.Tensor) -> None:
+    """Keep the output of a full step, and measure how it followed the input (EasyCache)."""
+    if lane.full_steps and lane.full_output is not None and lane.full_input is not None:
+        assert lane.p_ref is not None
+        moved_out = probe_diff(None, lane.full_output, output)
+        moved_in = probe_diff(None, lane.full_input, lane.p_ref)
+        transformation_rate(lane.state.values, moved_out, moved_in)
+    lane.remember_full(output)
 
 
 def forecast(

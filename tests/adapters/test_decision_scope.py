@@ -440,6 +440,8 @@ def test_the_scope_is_one_of_two():
     with pytest.raises(ValueError, match=r"decision_scope must be one of \('stack', 'model'\)"):
         DBCacheConfig(decision_scope="pipeline")
     assert "DSmodel" in DBCacheConfig(decision_scope="model").strify()
+    given = dbcache.load_configs({"cache_config": {"decision_scope": "model"}})
+    assert given["cache_config"].decision_scope == "model"
 
 
 def test_one_stack_is_its_own_model():

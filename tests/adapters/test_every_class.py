@@ -98,3 +98,9 @@ def test_a_refused_part_of_a_pipeline_leaves_its_other_parts_to_the_cache(monkey
     del pipe.transformer
     with pytest.raises(ValueError, match="cannot be cached: Odd is odd"):
         registry.find_specs(pipe)
+
+
+def test_every_unet_is_refused():
+    unets = {name for name in dir(diffusers) if "UNet" in name and name.endswith(("Model", "UNet"))}
+    assert unets <= REFUSED.keys()
+    assert "UNetMotionModel" in unets

@@ -115,3 +115,54 @@ def test_wrong_stream_names_are_refused(streams, error, text):
     )
     with pytest.raises(error, match=text):
         dbcache.enable(adapter)
+
+
+class DictModel(torch.nn.Module):
+    """Lists in a `ModuleDict`, which a forward looks up by key."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.modes = torch.nn.ModuleDict(
+            {name: torch.nn.ModuleList(Block() for _ in range(4)) for name in ("image", "text")}
+        )
+
+    def forward(self, x, fails=False):
+        assert "image" in self.modes
+        for name, blocks in self.modes.items():
+            for block in blocks:
+                x = block(x)
+            if fails and name == "text":
+                raise RuntimeError("stop")
+        return x
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.calls = 0
+
+    def forward(self, hidden_states):
+        self.calls += 1
+        return hidden_states + 0.1 * self.linear(hidden_states).tanh()
+
+
+@torch.no_grad()
+def test_lists_may_lie_in_a_module_dict():
+    model, x = DictModel(), torch.randn(1, 4, 8)
+    before, plain = dict(model.__dict__), model(x)
+    adapter = dbcache.BlockAdapter(
+        transformer=model, blocks=[*model.modes.values()], forward_pattern=ForwardPattern.Pattern_3
+    )
+    dbcache.enable(adapter, Fn_compute_blocks=1, residual_diff_threshold=1.0, max_warmup_steps=1)
+    full, cached = model(x), model(x)
+    assert torch.equal(full, plain)
+    torch.testing.assert_close(cached, plain)
+    for blocks in model.modes.values():
+        assert [block.calls for block in blocks] == [3, 2, 2, 2]
+    with pytest.raises(RuntimeError, match="stop"):
+        model(x, fails=True)
+    assert isinstance(model.modes, torch.nn.ModuleDict)
+    dbcache.disable(adapter)
+    assert dict(model.__dict__) == before

@@ -136,6 +136,19 @@ def test_each_stack_decides_for_itself(name):
     assert calls == expected_calls(name, 1, 0, full_steps=[2, *[STEPS] * (len(stacks) - 1)])
 
 
+@pytest.mark.parametrize("name", SEVERAL, indirect=True)
+def test_the_first_stack_may_decide_for_all(name):
+    model = models.model(name)
+    plain = models.run(name, 1, seeds=[7])[0]
+    one = {"Fn_compute_blocks": 1, "decision_scope": "model", "max_warmup_steps": 1}
+    dbcache.enable(model, **FORCED | one)
+    full, cached = models.run(name, 2, seeds=[7, 7])
+    assert torch.equal(full, plain)
+    torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-5)
+    lanes = dbcache.summary(model).lanes
+    assert [lane.cached_steps for lane in lanes] == [[1]] * len(models.CASES[name].stacks)
+
+
 def test_a_model_is_supported_by_its_row_alone(name, monkeypatch):
     monkeypatch.delitem(registry._ROWS, name)
     with pytest.raises(ValueError, match=name):

@@ -278,11 +278,13 @@ def test_hooks_of_accelerate_over_the_patch_survive_it():
     model = Odd()
     plain = model(X)
     dbcache.enable(adapter(model, OneStream()), **FORCED)
-    hooks.add_hook_to_module(model.layers[4], hooks.ModelHook())
+    for module in (model.layers[4], model):
+        hooks.add_hook_to_module(module, hooks.ModelHook())
     torch.testing.assert_close(model(X), plain, rtol=1e-5, atol=1e-6)
     dbcache.disable(model)
     assert torch.equal(model(X), plain)
-    hooks.remove_hook_from_module(model.layers[4])
+    for module in (model.layers[4], model):
+        hooks.remove_hook_from_module(module)
     assert torch.equal(model(X), plain)
 
 

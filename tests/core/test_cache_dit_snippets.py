@@ -3,6 +3,7 @@
 One test per snippet of its user guide, for what exists here; thresholds that let tiny models cache.
 """
 
+import models
 import pytest
 import tiny
 import torch
@@ -10,9 +11,12 @@ import torch
 import dbcache as cache_dit
 from dbcache import (
     BlockAdapter,
+    BlockAdapterRegister,
+    BlockAdapterRegistry,
     DBCacheConfig,
     ForwardPattern,
     ParamsModifier,
+    PatchFunctor,
     TaylorSeerCalibratorConfig,
 )
 
@@ -106,6 +110,38 @@ def test_two_stacks_of_one_transformer_with_modifiers():
         ],
     )
     assert run(pipe) == [[10, 11], [9, 10, 11]]
+
+
+def test_registered_adapter_with_a_patch_functor():
+    class HiDreamPatchFunctor(PatchFunctor):
+        def apply(self, transformer):
+            transformer.is_patched = True
+            return transformer
+
+    @BlockAdapterRegister.register("HiDream")
+    def hidream_adapter(pipe, **kwargs) -> BlockAdapter:
+        from diffusers import HiDreamImageTransformer2DModel
+
+        assert isinstance(pipe, HiDreamImageTransformer2DModel)
+        return BlockAdapter(
+            transformer=pipe,
+            blocks=[pipe.double_stream_blocks, pipe.single_stream_blocks],
+            forward_pattern=[ForwardPattern.Pattern_0, ForwardPattern.Pattern_3],
+            patch_functor=HiDreamPatchFunctor(),
+            **kwargs,
+        )
+
+    name = "HiDreamImageTransformer2DModel"
+    model, config = models.model(name), DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=2)
+    try:
+        cache_dit.enable_cache(model, cache_config=config.update(residual_diff_threshold=1.0))
+    finally:
+        BlockAdapterRegistry.unregister("HiDream")
+    models.run(name, 4)
+    assert model.is_patched
+    assert cached(model) == [[2, 3], [2, 3]]
+    cache_dit.disable_cache(model)
+    assert not hasattr(model, "is_patched")
 
 
 def test_transformer_only():
@@ -219,6 +255,13 @@ def test_separate_guidance():
         ("cond", [8, 9, 10, 11]),
         ("uncond", [8, 9, 10, 11]),
     ]
+
+
+def test_supported_matrix_is_a_markdown_table():
+    header, rule, *lines = cache_dit.supported_matrix().splitlines()
+    assert header.startswith("| Models | Transformer | Cache |")
+    assert len({line.count("|") for line in (header, rule, *lines)}) == 1
+    assert len(lines) == cache_dit.supported_pipelines()[0]
 
 
 def test_supported_pipelines_counts_and_names():

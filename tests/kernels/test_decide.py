@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dbcache.kernels import decide as module
 from dbcache.kernels import lane_state as ls
 from dbcache.kernels.decide import decide
-from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode, Predictor, Reason
+from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode, Predictor, Reason, Signal
 from dbcache.kernels.sums import f32, relative_l1
 
 # the interpreter divides with NumPy, which warns of what the tests do on purpose
@@ -19,6 +19,7 @@ IMPLS = ["triton", "reference"]
 DYNAMIC, STATIC, WARMUP, MASK = PlanCode
 W, M, D, S = "wm?s"
 PLAN = {W: WARMUP, M: MASK, D: DYNAMIC, S: STATIC}
+PLAN |= {"b": ls.KNOWN + Reason.BELOW_THRESHOLD, "a": ls.KNOWN + Reason.ABOVE_THRESHOLD}
 
 
 @dataclass
@@ -38,15 +39,18 @@ class Lane:
     batch_reduce: BatchReduce = BatchReduce.MEAN
     predictor: Predictor = Predictor.TAYLOR
     hermite_scale: float = 0.0
+    signal: Signal = Signal.CHANGE
+    polynomial: tuple = (0.0,) * 5
     state: LaneState = field(init=False)
 
     def __post_init__(self):
         self.state = LaneState.allocate(len(self.plan), self.device)
         orders = (self.order, self.encoder_order)
         limits = (self.max_cached, self.max_consecutive, self.slots, *orders)
-        limits += (self.batch_reduce, self.predictor)
+        limits += (self.batch_reduce, self.predictor, self.signal)
         self.state.limits.copy_(torch.tensor(limits))
         thresholds = (self.threshold, self.max_accumulated, 0.0, self.hermite_scale)
+        thresholds += self.polynomial
         self.state.thresholds.copy_(torch.tensor(thresholds))
         self.state.plan.copy_(torch.tensor([PLAN[code] for code in self.plan]))
 
@@ -198,6 +202,64 @@ def test_limits_come_before_a_lost_reference(lane):
     assert one.state.trace_diff[2] == -1
 
 
+def test_steps_decided_ahead_follow_their_reason_but_not_without_a_reference(lane):
+    one = lane("bbab")
+    reasons = one.run(None, 0.9, 0.9)
+    assert reasons == "NO_REFERENCE BELOW_THRESHOLD ABOVE_THRESHOLD"
+    assert one.state.trace_diff.tolist() == [-1.0] * 4
+    one.state.invalidate()
+    assert one.run(None) == reasons + " SHAPE_CHANGED"
+
+
+def test_a_sum_is_compared_with_the_threshold_and_starts_again_after_a_full_step(lane):
+    plain = (0.0, 0.0, 0.0, 1.0, 0.0)
+    one = lane("w????????", signal=Signal.SUM, polynomial=plain, threshold=0.5)
+    cached, full = " BELOW_THRESHOLD", " ABOVE_THRESHOLD"
+    # 0.25, then 0.5 is no longer below; 0.125, 0.375, 0.5; a change of 2 is full by itself
+    diffs = (0.25, 0.25, 0.125, 0.25, 0.125, 2.0, 0.25, 0.125)
+    assert one.run(None, *diffs) == "WARMUP" + cached + full + cached * 2 + full * 2 + cached * 2
+    assert one.state.trace_diff.tolist() == [-1.0, *diffs]
+    assert one.state.values[ls.ACCUMULATED] == 0.375
+
+
+def test_a_sum_is_that_of_the_polynomial(lane):
+    one = lane("w??", signal=Signal.SUM, polynomial=(16.0, -8.0, 4.0, 2.0, 0.5), threshold=9.0)
+    one.run(None, 0.5, 1.0)
+    assert one.state.trace_diff.tolist() == [-1.0, 2.5, 14.5]
+    assert one.run() == "WARMUP BELOW_THRESHOLD ABOVE_THRESHOLD"
+
+
+def test_a_summed_threshold_of_1_or_more_is_no_special_case(lane):
+    plain = (0.0, 0.0, 0.0, 1.0, 0.0)
+    one = lane("w???", signal=Signal.SUM, polynomial=plain, threshold=1.5)
+    assert one.run(None, 0.75, 0.5, 0.5) == "WARMUP" + " BELOW_THRESHOLD" * 2 + " ABOVE_THRESHOLD"
+    off = lane("w?", signal=Signal.SUM, polynomial=plain, threshold=0.0)
+    assert off.run(None, 0.0) == "WARMUP THRESHOLD_OFF"
+
+
+def test_a_rate_multiplies_what_moved_and_is_needed(lane):
+    one = lane("w????s", signal=Signal.RATE, threshold=0.5)
+    assert one.run(None, 0.1) == "WARMUP NO_REFERENCE"
+    one.state.values[ls.RATE] = 0.25
+    for num in (1.0, 1.0):
+        one.step(num, 7.0)  # the size of what moved plays no part
+    assert one.state.trace_diff.tolist()[:4] == [-1.0, -1.0, 0.25, 0.25]
+    one.state.invalidate()
+    assert one.run(0.1, None) == (
+        "WARMUP NO_REFERENCE BELOW_THRESHOLD ABOVE_THRESHOLD SHAPE_CHANGED STATIC"
+    )
+    one.state.reset()
+    assert one.state.values[ls.RATE] == -1
+
+
+def test_a_rate_that_is_not_finite_runs_in_full(lane):
+    for rate, num, reason in ((nan, 1.0, "NAN"), (inf, 1.0, "ABOVE_THRESHOLD"), (inf, 0.0, "NAN")):
+        one = lane("w?", signal=Signal.RATE)
+        one.step()
+        one.state.values[ls.RATE] = rate
+        assert one.run(num) == f"WARMUP {reason}"
+
+
 # --- the ring ---
 
 
@@ -284,9 +346,10 @@ def test_newton_weights_follow_the_ring_around(lane):
 SPECIAL = {1: (nan, 1.0), 2: (inf, 1.0), 3: (0.0, 0.0), 4: (1.0, 0.0), 5: (inf, inf), 6: ()}
 INVALIDATE = 7
 STEPS = st.tuples(
-    st.sampled_from("??????????sswm"),
+    st.sampled_from("??????????sswmba"),
     st.tuples(st.floats(0, 1, width=32), st.sampled_from([1.0, 3.0, 0.7, 11.0])),
     st.integers(0, 60),  # picks a special case now and then
+    st.sampled_from([None, None, None, 0.01, 0.3, 1.7, nan, inf]),  # a new rate
 )
 OPTIONS = st.fixed_dictionaries(
     {
@@ -300,6 +363,10 @@ OPTIONS = st.fixed_dictionaries(
         "batch_reduce": st.sampled_from(BatchReduce),
         "predictor": st.sampled_from(Predictor),
         "hermite_scale": st.sampled_from([0.5, 0.18, 2.0]),
+        "signal": st.sampled_from([*Signal, Signal.CHANGE]),
+        "polynomial": st.sampled_from(
+            [(0.0, 0.0, 0.0, 1.0, 0.0), (4.99e02, -2.84e02, 55.8, -3.82, 0.264)]
+        ),
     }
 )
 
@@ -308,12 +375,14 @@ OPTIONS = st.fixed_dictionaries(
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 def test_both_implementations_agree_bit_for_bit(steps, options):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = "".join(code for code, _, _ in steps)
+    plan = "".join(code for code, *_ in steps)
     lanes = [Lane(device, impl, plan, **options) for impl in IMPLS]
-    for i, (_, change, case) in enumerate(steps):
+    for i, (_, change, case, rate) in enumerate(steps):
         for one in lanes:
             if case == INVALIDATE:
                 one.state.invalidate()
+            if rate is not None:
+                one.state.values[ls.RATE] = rate
             one.step(*SPECIAL.get(case, change))
         assert_same_bits(lanes[0].state, lanes[1].state, i)
 

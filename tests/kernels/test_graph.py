@@ -42,8 +42,8 @@ def inputs(random):
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_compiled_step_is_one_graph_and_does_the_same(random, device, backend, impl, grad):
     state = LaneState.allocate(4, device)
-    state.limits.copy_(torch.tensor([-1, -1, 2, 1, 0, 0, 0]))
-    state.thresholds.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    state.limits.copy_(torch.tensor([-1, -1, 2, 1, 0, 0, 0, 0]))
+    state.thresholds[:4].copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     tensors = inputs(random)
     compiled_state, compiled_tensors = state.clone(), [x.clone() for x in tensors]
     if grad:

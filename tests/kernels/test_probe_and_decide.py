@@ -22,8 +22,8 @@ def lane(device, steps=8, threshold=0.5, batch_reduce=BatchReduce.MEAN):
     """Return the state of a lane after its first, full step."""
     state = LaneState.allocate(steps, device)
     state.plan[0] = PlanCode.WARMUP
-    state.limits.copy_(torch.tensor([-1, -1, 3, 2, 1, batch_reduce, 0]))
-    state.thresholds.copy_(torch.tensor([threshold, 0.0, 0.6, 0.0]))
+    state.limits.copy_(torch.tensor([-1, -1, 3, 2, 1, batch_reduce, 0, 0]))
+    state.thresholds[:4].copy_(torch.tensor([threshold, 0.0, 0.6, 0.0]))
     decide(state, None)
     return state
 

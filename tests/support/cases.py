@@ -68,7 +68,15 @@ SHARED = {
 }
 """Options on which cache-dit 1.5.3 has no known defect."""
 
+STATIC = {
+    "steps_computation_mask": MASK,
+    "steps_computation_policy": "static",
+    "static_skip_probe": True,
+}
+
 OWN = {
+    "static, no probe": Rule(**STATIC),
+    "static, no probe, order 2, B2": Rule(**STATIC, order=2, Bn_compute_blocks=2),
     "accumulated 0.2": Rule(
         max_accumulated_residual_diff_threshold=0.2, residual_diff_threshold=0.3
     ),

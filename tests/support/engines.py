@@ -114,6 +114,9 @@ def run_peer(target, family: tiny.Family, rule: oracle.Rule, steps: int, **how) 
         "batch_reduce",
         "important_condition_threshold",
         "l1_hidden_states_diff_threshold",
+        "static_skip_probe",
+        "policy",
+        "retention_ratio",
     ):
         values.pop(name)  # not in cache-dit's config; the defaults are what it does
     config = cache_dit.DBCacheConfig(**values)

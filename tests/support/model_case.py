@@ -65,7 +65,11 @@ class Case:
 
 
 def find_class(name: str) -> type | None:
-    """Return a transformer class of the installed diffusers, None where it lacks it."""
+    """Return a transformer class of the installed diffusers, None where it lacks it.
+
+    What follows a comma in the name tells variants of a class apart.
+    """
+    name = name.partition(",")[0]
     for part in (diffusers, diffusers.models, diffusers.models.transformers):
         if hasattr(part, name):
             return getattr(part, name)

@@ -10,8 +10,10 @@ from typing import Any
 import models_audio
 import models_flux
 import models_image
+import models_joint
 import models_other
 import models_streaming
+import models_variants
 import models_video
 import tiny
 import torch
@@ -21,6 +23,7 @@ PARTS = (
     models_flux,
     models_image,
     models_video,
+    models_joint,
     models_streaming,
     models_audio,
     models_other,
@@ -28,11 +31,14 @@ PARTS = (
 CASES = {name: case for part in PARTS for name, case in part.CASES.items()}
 """By the name of the class."""
 
+VARIANTS = models_variants.CASES
+ALL = CASES | VARIANTS
+
 
 @cache
 def model(name: str) -> torch.nn.Module:
     """Return the tiny model of a class; the same one each time."""
-    case, cls = CASES[name], find_class(name)
+    case, cls = ALL[name], find_class(name)
     if case.build is not None:
         return case.build()
     return tiny.fill(cls(**case.config), seed=3)
@@ -41,7 +47,7 @@ def model(name: str) -> torch.nn.Module:
 def stacks_of(name: str) -> list[list[torch.nn.Module]]:
     """Return the blocks of each stack."""
     transformer = model(name)
-    stacks = [[_list(transformer, path) for path in paths] for paths in CASES[name].stacks]
+    stacks = [[_list(transformer, path) for path in paths] for paths in ALL[name].stacks]
     return [[block for blocks in lists for block in blocks] for lists in stacks]
 
 
@@ -62,7 +68,7 @@ def middles_of(name: str, fn: int, bn: int) -> list[range]:
     block only.
     """
     ranges = []
-    for paths, blocks in zip(CASES[name].stacks, stacks_of(name), strict=True):
+    for paths, blocks in zip(ALL[name].stacks, stacks_of(name), strict=True):
         turns = paths[0].count("&") + 1
         ranges.append(range(turns * fn, len(blocks) - turns * (bn + 1) + 1))
     return ranges
@@ -70,7 +76,7 @@ def middles_of(name: str, fn: int, bn: int) -> list[range]:
 
 def streams_of(name: str) -> list[tuple[str, ...]]:
     """Return the names of the streams' parameters for each stack."""
-    case = CASES[name]
+    case = ALL[name]
     return [case.streams.get(paths[0], STREAMS) for paths in case.stacks]
 
 
@@ -86,7 +92,7 @@ def run(
     returns several tensors an output is all of them, one after the other. `more` returns further
     arguments of a step.
     """
-    case, transformer = CASES[name], model(name)
+    case, transformer = ALL[name], model(name)
     x, outputs = tiny.noise(*case.latent, seed=5), []
     for step in range(steps):
         if seeds is not None:

@@ -6,7 +6,12 @@ from unittest import mock
 import tiny
 import torch
 from model_case import BLOCKS, Case, text_mask
-from models_video import LATENT, LTX2, TEXT_INPUT, WAN, turns
+from models_joint import LTX2
+from models_video import LATENT, TEXT_INPUT, WAN, turns
+from torch.nn.attention import flex_attention
+
+# it is compiled else, for seconds, only to run eagerly on the CPU
+flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
 
 
 def module(name: str):
@@ -88,6 +93,9 @@ def animate() -> torch.nn.Module:
     return model
 
 
+CAMERA = torch.cat([torch.eye(4).flatten(), torch.tensor([1.0, 1.0, 0.5, 0.5])]).repeat(1, 2, 1)
+"""Per frame: where the camera is, as a matrix, and its focal lengths and centre."""
+
 CASES = {
     "AnyFlowFARTransformer3DModel": Case(
         "blocks",
@@ -123,16 +131,16 @@ CASES = {
         {
             "in_channels": 4,
             "num_layers": BLOCKS,
-            "hidden_size": 24,
+            "hidden_size": 32,
             "num_attention_heads": 2,
-            "linear_head_dim": 12,
+            "linear_head_dim": 16,
             "chunk_plucker_channels": 3,
             "chunk_plucker_post_attn_blocks": 5,
             "caption_channels": tiny.TEXT_DIM,
             "mlp_ratio": 2.0,
         },
         TEXT_INPUT | {"chunk_plucker": (1, 3, 2, 2, 2)},
-        {"encoder_attention_mask": text_mask()},
+        {"encoder_attention_mask": text_mask(), "camera_conditions": CAMERA},
         arguments=lambda x, time, tensors: (
             tensors | {"hidden_states": x, "timestep": time.view(1, 1, 1).repeat(1, 1, 2)}
         ),

@@ -43,7 +43,8 @@ class Replay:
         bound = self.signatures[i].bind(*args, **kwargs).arguments
         hidden, encoder = (*self.names, None)[:2]
         first = next(iter(bound.values()))
-        return bound.get(hidden, first), bound.get(encoder)
+        text = bound.get(encoder)
+        return bound.get(hidden, first), text if isinstance(text, torch.Tensor) else None
 
     def _forward(self, i, args, kwargs):
         streams = self._streams(i, args, kwargs)
