@@ -31,7 +31,14 @@ whose share of noise is the timestep over this."""
 
 
 class Source:
-    """What all sources have in common: they measure a tensor, and learn nothing from the output."""
+    """What all sources have in common: they measure a tensor, and learn nothing from the output.
+
+    Attributes:
+        is_shared: whether ranks that split the sequence each measure a part, else they all measure
+            the same.
+    """
+
+    is_shared = False
 
     def __init__(self, who: str) -> None:
         self.who = who
@@ -65,6 +72,8 @@ class Latents(Source):
 
 class ModulatedInput(Source):
     """TeaCache: what enters the attention of the first block, or the embedding of the time."""
+
+    is_shared = True
 
     def __init__(self, who: str, first_block: torch.nn.Module) -> None:
         super().__init__(who)

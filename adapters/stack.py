@@ -295,6 +295,14 @@ class Stack:
         if not self._learned:
             self._originals = [(h_in, self.h_in)]
 
+    def split_arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return this rank's part of what the first block gets, where that may be skipped."""
+        if self.sharding is None or self.fn:
+            return args, kwargs
+        return self.sharding.split_arguments(f"{self.lists[0].path}.0", args, kwargs)
+
     def _check_stream(self, hidden: object) -> None:
         """Raise if what the first block gets is no tensor."""
         if not isinstance(hidden, torch.Tensor):
@@ -377,13 +385,18 @@ class Stack:
             cached = eager.take_decision(lane, code, None)
         elif not self.settings.cache.cfg_diff_compute_separate:
             cached = eager.take_decision(lane, code, self._shared_diff(lane, compared))
-        elif self.sharding is None:
+        elif not self._votes:
             cached = eager.measure_and_decide(lane, self.h_in, compared)
         else:
             cached = eager.take_decision(lane, code, self._measure(lane, compared))
         if self.source is not None:
             lane.remember(compared)
         return cached
+
+    @property
+    def _votes(self) -> bool:
+        """Whether ranks each measure a part of what decides."""
+        return self.sharding is not None and (self.source is None or self.source.is_shared)
 
     def _check_recordable(self) -> None:
         """Raise if the decision needs a message, which a recording would not repeat in time."""
@@ -428,7 +441,7 @@ class Stack:
         """Measure the probe's change, of all ranks that share the sequence."""
         assert self.h_in is not None
         partials = eager.measure(lane, self.h_in, h_fn)
-        if self.sharding is None:
+        if self.sharding is None or not self._votes:
             return partials
         return self.sharding.vote(partials, per_sample=self.settings.cache.batch_reduce == "max")
 

@@ -29,5 +29,10 @@ class Sharding(Protocol):
     def split_input(self, path: str, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return this rank's part of the input of the block `path`, where that is split there."""
 
+    def split_arguments(
+        self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return this rank's part of the arguments of the block `path`, where they are split."""
+
     def vote(self, partials: torch.Tensor, *, per_sample: bool) -> torch.Tensor:
         """Return the sums of a step's change, (B, T, 2 or 4), over the ranks of a sequence."""

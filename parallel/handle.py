@@ -234,6 +234,17 @@ class Parallelized:
             return hidden_states
         return self._shards.split(hidden_states, entry.split_dim, "hidden_states")
 
+    def split_arguments(
+        self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return this rank's part of the arguments of the block `path`, where they are split.
+
+        The block's own hook lets them pass. Needed where the block may not be called at all.
+        """
+        if self._hooks is None or path not in self.plan:
+            return args, kwargs
+        return self._hooks.split_arguments(path, args, kwargs)
+
     def vote(self, partials: torch.Tensor, *, per_sample: bool) -> torch.Tensor:
         """Return the sums of a step's change over the ranks that share a sequence, and only those.
 
