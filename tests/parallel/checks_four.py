@@ -208,15 +208,21 @@ def cached(model: torch.nn.Module, name: str, steps: int = STEPS, **more: Any) -
         "enable_separate_cfg": False,
     }
     dbcache.enable(model, **(options | more))
+    outputs = loop(model, name, steps)
+    lanes = [lane for stack in stacks(model) for lane in stack.lanes.values()]
+    traces = [lane.trace() for lane in lanes]
+    dbcache.disable(model)
+    return traces, outputs
+
+
+def loop(model: torch.nn.Module, name: str, steps: int) -> list[torch.Tensor]:
+    """Return the outputs of steps of which each depends on the last one's output."""
     x, outputs = spread.inputs(name, "even")["hidden_states"], []
     for index in range(steps):
         given = spread.inputs(name, "even", time=1 - index / steps) | {"hidden_states": x}
         outputs.append(spread.step(model, given))
         x = x - outputs[-1][tuple(slice(0, n) for n in x.shape)] / steps
-    lanes = [lane for stack in stacks(model) for lane in stack.lanes.values()]
-    traces = [lane.trace() for lane in lanes]
-    dbcache.disable(model)
-    return traces, outputs
+    return outputs
 
 
 def stacks(model: torch.nn.Module) -> Any:
@@ -295,6 +301,32 @@ def check_other_policies_decide_as_one_process() -> None:
                 assert any(Reason(r).cached for lane in reasons for r in lane), f"{where}: none"
                 error = max((a - b).abs().max().item() for a, b in zip(found, outputs, strict=True))
                 assert error < 1e-4, f"{where}: off by {error}"
+
+
+def check_single_blocks_are_left_out_as_in_one_process() -> None:
+    for name in ("FluxTransformer2DModel", "WanTransformer3DModel", "QwenImageTransformer2DModel"):
+        model = spread.build(name, heads=4)
+        prune = dbcache.DBPruneConfig(
+            Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.3
+        )
+        pruned, outputs = left_out(model, name, cache_config=prune)
+        assert any(any(step) for step in pruned), f"{name}: no block was left out"
+        for sizes in ({"ulysses_size": 4}, {"ulysses_size": 2, "ring_size": 2}):
+            config = ParallelismConfig(**sizes)
+            found, others = left_out(model, name, cache_config=prune, parallelism_config=config)
+            assert found == pruned, f"{name}, {sizes}: {found} instead of {pruned}"
+            error = max((a - b).abs().max().item() for a, b in zip(others, outputs, strict=True))
+            assert error < 1e-4, f"{name}, {sizes}: off by {error}"
+
+
+def left_out(model: torch.nn.Module, name: str, **options: Any) -> Any:
+    """Return the numbers of the blocks that were left out on each step, and the outputs."""
+    dbcache.enable(model, enable_separate_cfg=False, **options)
+    outputs = loop(model, name, STEPS)
+    (stack,) = stacks(model)
+    pruned = stack.pruned_blocks(None)
+    dbcache.disable(model)
+    return pruned, outputs
 
 
 def check_the_vote_is_one_message_of_eight_bytes_per_dynamic_step() -> None:
