@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dbcache.adapters.block_list import BlockList, Entry
 from dbcache.adapters.guards import (
     CheckGuard,
     FirstGuard,
-    Guard,
     MiddleEndGuard,
     MiddleGuard,
     ProbeEndGuard,
@@ -31,69 +31,6 @@ from dbcache.sharding import Sharding
 
 if TYPE_CHECKING:
     from dbcache.adapters.recorder import Recorder
-
-Entry = Guard | torch.nn.Module
-WHOLE = slice(None)
-
-
-class BlockList:
-    """One list of blocks, or a part of one, and where the model's forward looks it up.
-
-    Args:
-        transformer: the model.
-        path: name of the list seen from the transformer, as in ``"transformer_blocks"``. It may end
-            in ``[:-n]`` or ``[-n:]``: all but the last n blocks, or these, n being an attribute of
-            the transformer.
-
-    Raises:
-        AttributeError: there is no such list.
-    """
-
-    def __init__(self, transformer: torch.nn.Module, path: str) -> None:
-        self.path = path
-        whole, _, part = path.partition("[")
-        owner, _, self.name = whole.rpartition(".")
-        self.owner = transformer.get_submodule(owner)
-        transformer.get_submodule(whole)
-        self.part = WHOLE
-        if part:
-            split = len(self._all()) - getattr(transformer, part.strip(":-]"))
-            self.part = slice(split) if part.startswith(":") else slice(split, None)
-        self._dict_owner: torch.nn.Module | None = None
-        if isinstance(self.owner, torch.nn.ModuleDict):
-            outer, _, self._dict_name = owner.rpartition(".")
-            self._dict_owner = transformer.get_submodule(outer)
-        self.blocks = self.current()
-
-    def _all(self) -> list[torch.nn.Module]:
-        """Return what the whole list holds, past anything that shadows it."""
-        blocks = self.owner._modules[self.name]
-        assert blocks is not None
-        return [block for block in blocks._modules.values() if block is not None]
-
-    def current(self) -> list[torch.nn.Module]:
-        """Return the blocks that the model has now."""
-        return self._all()[self.part]
-
-    def shadow(self, entries: list[Entry]) -> None:
-        """Let the model see `entries` in place of its blocks."""
-        if self._dict_owner is None:
-            own = self.owner.__dict__
-            if self.part is not WHOLE:  # the other part may be shadowed already
-                whole: list[Entry] = own.get(self.name) or [*self._all()]
-                whole[self.part] = entries
-                entries = whole
-            own[self.name] = entries
-        else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
-            own = self._dict_owner.__dict__
-            own.setdefault(self._dict_name, dict(self.owner._modules))[self.name] = entries
-
-    def unshadow(self) -> None:
-        """Let the model see its blocks again."""
-        if self._dict_owner is None:
-            self.owner.__dict__.pop(self.name, None)
-        else:
-            self._dict_owner.__dict__.pop(self._dict_name, None)
 
 
 class Stack:
@@ -231,6 +168,14 @@ class Stack:
         for lane in self.lanes.values():
             lane.replan(self.settings)
 
+    def forget(self, branch: str | None) -> bool:
+        """Make the next step of a branch a full one; say whether it could have been cached."""
+        lane = self.lanes.get(branch)
+        if lane is None or not lane.has_reference:
+            return False
+        lane.forget_reference()
+        return True
+
     @property
     def recorded(self) -> tuple[object, ...]:
         """What recorded work depends on."""
@@ -317,7 +262,7 @@ class Stack:
             self._check_stream(h_fn)
             self.h_in = h_fn
         if self.h_in is None:
-            raise RuntimeError(f"{self.name}: the model ran its middle blocks without the first")
+            return  # the model left the first block out: all others run
         if self.pattern is ForwardPattern.Pattern_2:
             encoder_in = None
         elif ENCODER not in self.pattern.takes:
@@ -455,7 +400,8 @@ class Stack:
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
         """Store what the middle blocks did."""
-        assert self.lane is not None
+        if self.lane is None:
+            return  # the model left out the block at which the step is decided
         assert self.h_in is not None
         assert self.h_fn is not None
         if h_out.shape != self.h_fn.shape:
@@ -491,14 +437,19 @@ class Stack:
         """Bytes of what is stored of single blocks among the last ones."""
         return 0 if self.tail is None else self.tail.nbytes(branch)
 
-    def check_finished(self) -> None:
-        """Raise if the step that was begun was not carried through."""
-        if self.is_open:
+    def left_blocks_out(self) -> bool:
+        """Say whether the model did not run the blocks at which a step is decided and stored.
+
+        Raises:
+            RuntimeError: it did not run the one at which a cached step is predicted.
+        """
+        if self.is_open and (self.cached or self.cutter is not None):
             raise RuntimeError(
                 f"{self.name}: the model did not run its last middle block, so that the step "
-                f"could not be {'predicted' if self.cached else 'stored'}; a forward that leaves "
-                f"blocks out needs the cache off (dbcache.disable)"
+                f"could not be predicted; forwards that leave blocks out on some steps only need "
+                f"a branch of their own (cache_context), or the cache off (dbcache.disable)"
             )
+        return self.is_open or (bool(self.entries) and self.lane is None)
 
     def finish_forward(self) -> None:
         """End the step; after the first one, drop what only learning needed."""
