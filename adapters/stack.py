@@ -23,6 +23,7 @@ from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
 from dbcache.following import FollowedDecision, FollowingLane
+from dbcache.forecasters import check_runs_on_device, check_steps_are_known
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout, layout_of
 from dbcache.policies import prepare
@@ -150,13 +151,14 @@ class Stack:
             lane.start_request()
 
     def plan_request(self, steps: int | None) -> None:
-        """Fit the plan to a request of `steps` steps (None: unknown).
+        """Fit plan and predictor to a request of `steps` steps (None: unknown).
 
         Raises:
             ValueError: it does not fit, or it needs the number of steps.
         """
         mask = resolve_mask(self._given, steps, self.name)
         check_retention(self._given, steps, self.name)
+        check_steps_are_known(self.settings.calibrator, steps, self.name)
         is_new = mask != self.settings.cache.steps_computation_mask
         if not is_new and steps == self.settings.steps:
             return
@@ -202,6 +204,7 @@ class Stack:
 
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
+        check_runs_on_device(self.settings.calibrator, self.name)
         if self.tail is not None:
             raise ValueError(
                 f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
@@ -214,9 +217,9 @@ class Stack:
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Take note of what the transformer is called with."""
+        if self.cutter is not None:
+            self.check_recordable()
         if self.source is not None:
-            if self.cutter is not None:
-                self.check_recordable()
             self.source.start(model, args, kwargs)
 
     def notice_output(self, output: Any) -> None:
