@@ -262,20 +262,21 @@ def table(methods: tuple[Method, ...], records: list[dict[str, Any]]) -> list[di
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the table and what it was measured on."""
-    facts, rows = result["about"], result["rows"]
-    images = result["images_per_batch"] * max((row["batches"] for row in rows), default=0)
+    facts, rows, batch = result["about"], result["rows"], result["images_per_batch"]
+    most = max(row["batches"] for row in rows)
     accuracy = statistics.mean(row["full_accuracy"] for row in rows)
     lines = [
-        f"{images} images of the digits model, {result['steps']} steps, batches of "
-        f"{result['images_per_batch']}; {', '.join(f'{k} {v}' for k, v in facts.items())}. "
+        f"{batch * most} images of the digits model, {result['steps']} steps, batches of {batch}; "
+        f"{', '.join(f'{k} {v}' for k, v in facts.items())}. "
         f"Accuracy of the plain model: {accuracy:.1%}.",
         "",
         "| level | method | of | cached | wall | CPU time | PSNR dB | SSIM | accuracy |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
+        fewer = f" ({batch * row['batches']} images)" if row["batches"] < most else ""
         lines.append(
-            f"| {row['level']} | {row['method']} | {row['engine']} | "
+            f"| {row['level']} | {row['method']}{fewer} | {row['engine']} | "
             f"{row['cached']:.4g}/{result['steps']} | {row['speedup']:.2f}x | "
             f"{row['cpu_speedup']:.2f}x | {row['psnr']:.1f} | {row['ssim']:.4f} | "
             f"{row['accuracy']:.1%} |"
@@ -326,7 +327,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.methods", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--digits", type=int, default=5, help="images per digit and batch")
-    parser.add_argument("--batches", type=int, default=2, help="batches, of seeds 0, 1, ...")
+    parser.add_argument(
+        "--batches", type=int, default=2, help="batches, of seeds 0, 1, ...; 0: write the docs only"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="records, read and written")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="names of methods to measure")
