@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dbcache.adapters.modulated import check_block, modulated_input
+from dbcache.adapters.patterns import describe
 from dbcache.config import StackSettings
 from dbcache.executors import eager
 from dbcache.lane import Lane
@@ -21,7 +22,11 @@ from dbcache.sea_filter import sea_filter
 
 FULL_NOISE = {
     "FluxTransformer2DModel": 1.0,
+    "Flux2Transformer2DModel": 1.0,
+    "ChromaTransformer2DModel": 1.0,
     "QwenImageTransformer2DModel": 1.0,
+    "SD3Transformer2DModel": 1000.0,
+    "CogView4Transformer2DModel": 1000.0,
     "WanTransformer3DModel": 1000.0,
     "HunyuanVideoTransformer3DModel": 1000.0,
 }
@@ -31,6 +36,9 @@ whose share of noise is the timestep over this."""
 
 class Source:
     """What all sources have in common: they measure a tensor, and learn nothing from the output."""
+
+    is_whole = True
+    """Whether every rank that shares a sequence measures all of it, so that none needs to ask."""
 
     def __init__(self, who: str) -> None:
         self.who = who
@@ -50,6 +58,14 @@ class Source:
     def finish(self, lane: Lane, output: Any) -> None:
         """Take note of what the transformer returns."""
 
+    def refuse_recording(self, policy: str) -> None:
+        """Raise a ValueError: what a source notes of a call is not part of a recorded graph."""
+        raise ValueError(
+            f"{self.who}: steps recorded as CUDA graphs must be decided by the probe or ahead "
+            f"('dbcache', 'magcache'), got policy={policy!r}, which follows what the transformer "
+            f"is called with; leave out cuda_graph"
+        )
+
 
 class Latents(Source):
     """EasyCache: the latents that go in, and how the output follows them."""
@@ -64,6 +80,8 @@ class Latents(Source):
 
 class ModulatedInput(Source):
     """TeaCache: what enters the attention of the first block, or the embedding of the time."""
+
+    is_whole = False
 
     def __init__(self, who: str, first_block: torch.nn.Module) -> None:
         super().__init__(who)
@@ -170,26 +188,40 @@ def argument(
 def _latents(
     who: str, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    x = argument(model, "hidden_states", args, kwargs)
-    if not isinstance(x, torch.Tensor):
+    """Return what the transformer denoises: `hidden_states`, or its first parameter."""
+    cls: Any = type(model)
+    names = _names(cls)
+    name = "hidden_states" if "hidden_states" in names else names[0]
+    x = _one_tensor(argument(model, name, args, kwargs))
+    if x is None:
         raise ValueError(
-            f"{who}: the transformer must be called with its latents as a tensor hidden_states, "
-            f"got {type(x).__name__}; choose another policy"
+            f"{who}: the transformer must be called with its latents, tensors of one shape in "
+            f"floating point, as {name}; choose another policy"
         )
-    return x.detach()
+    return x
 
 
 def first_tensor(who: str, output: Any) -> torch.Tensor:
     """Return the prediction that a transformer returns, from a tuple or an output class."""
-    if isinstance(output, torch.Tensor):
-        return output.detach()
-    first = output[0] if isinstance(output, tuple | list | dict) and len(output) else None
-    if not isinstance(first, torch.Tensor):
+    first = output
+    if isinstance(output, tuple | list | dict) and len(output):
+        first = output[0]
+    prediction = _one_tensor(first)
+    if prediction is None:
         raise ValueError(
-            f"{who}: the transformer must return its prediction as a tensor, got "
-            f"{type(output).__name__}; choose another policy"
+            f"{who}: the transformer must return its prediction as tensors of one shape, got "
+            f"{describe(output)}; choose another policy"
         )
-    return first.detach()
+    return prediction
+
+
+def _one_tensor(value: Any) -> torch.Tensor | None:
+    """Return a tensor, or a list of them (one per sample) as one; None where there is neither."""
+    if isinstance(value, tuple | list) and value:
+        shapes = {x.shape if isinstance(x, torch.Tensor) else None for x in value}
+        value = torch.stack(list(value)) if len(shapes) == 1 and None not in shapes else None
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.detach() if is_float else None
 
 
 def _full_noise(model: torch.nn.Module) -> float | None:

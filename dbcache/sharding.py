@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -19,8 +20,14 @@ class Sharding(Protocol):
     def remove(self) -> None:
         """Undo it."""
 
-    def split_input(self, path: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of the input of the block `path`, where that is split there."""
+    def start_request(self) -> None:
+        """Forget the last request."""
+
+    def by_branch(self, branch: str | None, run: Callable[[], Any]) -> Any:
+        """Return the output of a call, `run` here or by the rank that has this guidance branch."""
+
+    def split_input(self, path: str, x: torch.Tensor, name: str = "hidden_states") -> torch.Tensor:
+        """Return this rank's part of the input `name` of the block `path`, if it is split there."""
 
     def vote(self, partials: torch.Tensor, *, per_sample: bool) -> torch.Tensor:
         """Return the sums of a step's change, (B, T, 2 or 4), over the ranks of a sequence."""

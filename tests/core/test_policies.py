@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import models
 import pytest
 import torch
 from engines import dbcache_lanes, drive, options
@@ -10,6 +11,7 @@ from policy_engines import BASE, CALIBRATED, STEPS, calibration, entry, run_both
 from tiny import BRANCHES, FAMILIES, denoise, generate, pipeline
 
 import dbcache
+from dbcache.kernels._select import reset_environment
 from dbcache.lane import Lane
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,6 +210,28 @@ def test_bfloat16_follows_float32():
         assert abs(len(lanes[0].cached_steps) - len(lanes[1].cached_steps)) <= 2
 
 
+@pytest.mark.parametrize("policy", ["easycache", "seacache"])
+def test_kernels_and_references_take_the_same_decisions(policy, monkeypatch):
+    family, runs = FAMILIES["wan"], []
+    rule = replace(BASE, policy=policy, residual_diff_threshold=0.3037)
+    config = dbcache.DBCacheConfig(**options(rule))
+    for kernels in ("reference", "triton"):
+        monkeypatch.setenv("DBCACHE_KERNELS", kernels)
+        reset_environment()
+        model = dbcache.enable(family.build(), cache_config=config)
+        outputs = denoise(model, family, 10)
+        (lane,) = dbcache.summary(model).lanes
+        runs.append((outputs, lane.reasons, lane.diffs))
+    monkeypatch.undo()
+    reset_environment()
+    (outputs, *expected), (others, *got) = runs
+    assert got[0] == expected[0]
+    assert got[1] == pytest.approx(expected[1], rel=1e-5)  # the sums are over other partitions
+    assert {"below threshold", "above threshold"} <= set(got[0])
+    for x, y in zip(outputs, others, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
 def test_one_decision_for_all_stacks_needs_no_probe_either():
     family = FAMILIES["flux"]
     model = family.build()
@@ -229,17 +253,54 @@ def test_one_decision_for_all_stacks_needs_no_probe_either():
 
 # --- traces worked out by hand ---
 
-LETTERS = {"warm-up": "W", "no reference": "N", "below threshold": "b", "above threshold": "a"}
-LETTERS |= {
+LETTERS = {
+    "warm-up": "W",
+    "mask": "M",
+    "no reference": "N",
     "shape changed": "S",
     "threshold is 0": "0",
-    "consecutive limit": "R",
     "count limit": "C",
-    "mask": "M",
+    "consecutive limit": "R",
+    "accumulated limit": "A",
+    "above threshold": "a",
+    "below threshold": "b",
 }
 RATIOS = [1.0, 1.1, 1.1, 1.2, 1.0, 0.9, 0.9, 1.0, 1.0, 1.5]
 """After a full step 0 the sums are .1, .31, .762; after 2: .2, .4; after 4: .1, .29, .48; after 7:
 0, .5."""
+
+
+HIGH = {"residual_diff_threshold": 1e9}
+"""Caches whatever the rules allow."""
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "trace"),
+    [
+        ("easycache", {"max_warmup_steps": 0}, "NNbbbbbbbb"),  # a rate needs two full steps
+        ("easycache", {"max_warmup_steps": 1}, "WNbbbbbbbb"),
+        ("easycache", {"max_warmup_steps": 3}, "WWWbbbbbbb"),
+        ("easycache", {"max_warmup_steps": 5, "warmup_interval": 2}, "WNWbWbbbbb"),
+        ("easycache", {"max_continuous_cached_steps": 2}, "WWbbRbbRbb"),
+        ("easycache", {"max_cached_steps": 3}, "WWbbbCCCCC"),
+        ("easycache", {"steps_computation_mask": [1, 0, 0, 1, 0, 0, 1, 0, 0, 0]}, "WNbMbbMbbb"),
+        ("easycache", {"max_accumulated_residual_diff_threshold": 1e-9}, "WWbAbAbAbA"),
+        ("easycache", {"residual_diff_threshold": 0.0}, "WW00000000"),
+        ("seacache", {"max_warmup_steps": 0}, "Nbbbbbbbbb"),
+        ("seacache", {"max_warmup_steps": 5, "warmup_interval": 2}, "WbWbWbbbbb"),
+        ("seacache", {"max_continuous_cached_steps": 2, "max_cached_steps": 5}, "WWbbRbbRbC"),
+        ("seacache", {"retention_ratio": 0.35}, "WWWWbbbbbb"),
+        ("teacache", {"max_warmup_steps": 0}, "Nbbbbbbbbb"),
+        ("teacache", {"steps_computation_mask": [1, 1, 0, 1, 0, 0, 1, 0, 0, 1]}, "WWbMbbMbbM"),
+    ],
+)
+def test_traces_of_the_rules_alone_worked_out_by_hand(policy, settings, trace):
+    pipe = dbcache.enable(
+        pipeline("flux"), policy=policy, **{"max_warmup_steps": 2} | HIGH | settings
+    )
+    generate(pipe, 10, guided=False)
+    (lane,) = dbcache.summary(pipe).lanes
+    assert "".join(LETTERS[reason] for reason in lane.reasons) == trace
 
 
 def known(ratios) -> dict:
@@ -316,6 +377,29 @@ def test_magcache_fits_each_request_of_a_pipeline():
         (lane,) = dbcache.summary(pipe).lanes
         traces.append("".join(LETTERS[reason] for reason in lane.reasons))
     assert traces == ["Wba", "Wbbbaa", "Wba"]
+
+
+# --- which models ---
+
+
+def test_latents_may_be_a_list_of_tensors_under_another_name():
+    name = "ZImageTransformer2DModel"
+    model = models.model(name)
+    settings = {"policy": "easycache", "max_warmup_steps": 2, "residual_diff_threshold": 1e9}
+    dbcache.enable(model, enable_separate_cfg=False, **settings)
+    models.run(name, 5)
+    (lane,) = dbcache.summary(model).lanes
+    dbcache.disable(model)
+    assert "".join(LETTERS[reason] for reason in lane.reasons) == "WWbbb"
+    assert all(0 < diff < 100 for diff in lane.diffs.values())
+
+
+def test_models_without_latents_in_floating_point_are_refused():
+    name = "UVit2DModel"  # denoises tokens
+    model = dbcache.enable(models.model(name), policy="easycache")
+    with pytest.raises(ValueError, match="tensors of one shape in floating point, as input_ids"):
+        models.run(name, 1)
+    dbcache.disable(model)
 
 
 # --- what does not go together ---
