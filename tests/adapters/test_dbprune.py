@@ -529,6 +529,38 @@ def test_both_names_of_the_limit_mean_the_same():
     assert sum(map(bool, pruned[0])) == 4
 
 
+def test_blocks_whose_pattern_is_learned_from_the_first_forward_are_left_out():
+    plain, model = Model(PATTERNS[1]), Model(PATTERNS[1])
+    adapter = BlockAdapter(transformer=model, blocks=model.blocks, auto=True)
+    rule = PruneRule(residual_diff_threshold=1.0, max_warmup_steps=1)
+    dbcache.enable(adapter, DBPruneConfig(**options(rule)))
+    for _ in range(4):
+        for output, wanted in zip(model(*inputs(0)), plain(*inputs(0)), strict=True):
+            torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+    (lane,) = dbcache.summary(model)
+    always = "threshold is 1 or more"
+    assert lane.reasons == ["warm-up", "no reference", always, always]
+    assert lane.pruned_blocks == [0, 0, 6, 6]
+
+
+def test_blocks_that_are_exchanged_make_the_next_step_full():
+    model = Model(PATTERNS[0])
+    enable(model, PruneRule(residual_diff_threshold=1.0, max_warmup_steps=1))
+    for step in range(2):
+        model(*inputs(step))
+    model.blocks[3] = Block(PATTERNS[0], seed=9)
+    plain = Model(PATTERNS[0])
+    plain.blocks[3] = Block(PATTERNS[0], seed=9)
+    assert all(map(torch.equal, model(*inputs(2)), plain(*inputs(2))))
+    model(*inputs(3))
+    model.blocks.append(Block(PATTERNS[0], seed=10))
+    model(*inputs(4))
+    (lane,) = dbcache.summary(model)
+    assert (lane.blocks, lane.pruned) == (8, [[]])
+    model(*inputs(5))
+    assert dbcache.summary(model)[0].pruned == [[], [1, 2, 3, 4, 5, 6, 7]]
+
+
 class Vote:
     """Stands for ranks that each have a part of the tokens: notes a message, or answers it."""
 
