@@ -36,7 +36,9 @@ POINTERS = {
     "the guidance branches swap roles from the second request on": [
         "adapters/test_requests.py::test_branches_keep_their_roles_over_requests",
     ],
-    "DBPrune crashes on patterns 3, 4 and 5": [f"{PRUNE}::test_every_pattern_equals_the_oracle"],
+    "DBPrune crashes on patterns 3, 4 and 5": [
+        "adapters/test_dbprune_patterns.py::test_every_pattern_equals_the_oracle"
+    ],
     "DBPrune: stacks of one length share the blocks that always run": [
         f"{PRUNE}::test_two_stacks_with_options_of_their_own",
     ],
