@@ -65,6 +65,25 @@ def test_skip_layer_guidance_without_a_block_that_the_cache_needs_runs_in_full(l
     dbcache.disable(pipe)
 
 
+@pytest.mark.parametrize(
+    ("layer", "lanes"),
+    [(3, [None, "skip_layers"]), (1, [None]), (9, [None])],
+    ids=["some", "the first that may be left out", "the last"],
+)
+def test_skip_layer_guidance_under_pruning(layer, lanes):
+    name, more = "Stable Diffusion 3", {"skip_guidance_layers": [layer], **SKIPPING}
+    pipe = pipelines.build(name)
+    plain = pipelines.draw(pipe, name, guided=True, **more)
+    config = {"Fn_compute_blocks": 1, "max_warmup_steps": 2}
+    dbcache.enable(pipe, dbcache.DBPruneConfig(**config, residual_diff_threshold=0.0))
+    assert torch.equal(pipelines.draw(pipe, name, guided=True, **more), plain)
+    dbcache.enable(pipe, dbcache.DBPruneConfig(**config, residual_diff_threshold=0.3))
+    assert pipelines.draw(pipe, name, guided=True, **more).isfinite().all()
+    assert [lane.branch for lane in dbcache.summary(pipe).lanes] == lanes
+    assert all(lane.cached_steps for lane in dbcache.summary(pipe).lanes)
+    dbcache.disable(pipe)
+
+
 def test_guidance_that_ends_leaves_each_call_in_its_lane():
     pipe, _ = run("Lumina 2", cfg_trunc_ratio=0.5)
     assert decisions(pipe) == [("cond", "FFcccc"), ("uncond", "FFc")]
