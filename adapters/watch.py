@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from dbcache.adapters.block_adapter import unwrap
+
 OBSERVERS = "_dbcache_observers"
 """Name of the attribute that holds a scheduler's observers during a call."""
 
@@ -60,7 +62,7 @@ def _is_scheduler(part: Any) -> bool:
 
 
 def _takes_scale(module: torch.nn.Module) -> bool:
-    return SCALE in inspect.signature(type(module).forward).parameters
+    return SCALE in inspect.signature(type(unwrap(module)).forward).parameters
 
 
 @contextmanager
