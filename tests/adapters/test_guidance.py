@@ -122,6 +122,27 @@ def test_the_step_on_which_a_controlnet_ends_is_full(name):
     dbcache.disable(pipe)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        dbcache.DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=1.0),
+        dbcache.DBCacheConfig(**FORCED, decision_scope="model"),
+        dbcache.DBCacheConfig(
+            Fn_compute_blocks=1,
+            steps_computation_mask=[1, 1, 0, 0, 0, 0],
+            steps_computation_policy="static",
+        ),
+    ],
+    ids=["pruning", "one decision", "static mask"],
+)
+def test_the_step_on_which_a_controlnet_ends_is_full_whatever_decides(config):
+    name = "FLUX.1 ControlNet"
+    pipe = dbcache.enable(pipelines.build(name), config)
+    pipelines.draw(pipe, name, guided=True, control_guidance_end=0.5)
+    assert decisions(pipe) == [("cond", "FFcFcc"), ("uncond", "FFcFcc")]
+    dbcache.disable(pipe)
+
+
 def test_the_step_on_which_the_scale_of_lora_changes_is_full():
     def change(pipe, step, *_):
         pipe._joint_attention_kwargs = {"scale": 1.0 if step < 3 else 0.5}
