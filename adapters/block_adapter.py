@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from dbcache.adapters.auto import find_blocks, guess_pattern
+from dbcache.adapters.block_list import BlockList
 from dbcache.adapters.guards import parameter_names
 from dbcache.adapters.patch_functor import Functor, check_functor
 from dbcache.adapters.patterns import STREAMS, ForwardPattern, Streams
-from dbcache.adapters.stack import BlockList
 from dbcache.config import ParamsModifier
 from dbcache.options import check_type
 

@@ -248,6 +248,8 @@ class CachedTransformer:
             stack.start_request()
         if self.graphs is not None:
             self.graphs.start_request()
+        if self.sharding is not None:
+            self.sharding.start_request()
 
     def refresh(self) -> None:
         """Open a new request: a pipeline call begins, or the user says so."""
@@ -264,17 +266,21 @@ class CachedTransformer:
             self.start_request()
             return self._patches[0].original(*args, **kwargs)
         self._start_step()
-        if not self.stacks:
-            output = self._learn(args, kwargs)
+        if self.sharding is None:
+            output = self._step(args, kwargs)
         else:
-            cutter = self._user_capture()
-            if self.graphs is not None and cutter is None:
-                output = self.graphs.step(args, kwargs)
-            else:
-                output = self.run(args, kwargs, cutter)
+            output = self.sharding.by_branch(self.branch, lambda: self._step(args, kwargs))
         self.calls += 1
         self._steps[self.step_branch] = self._steps.get(self.step_branch, 0) + 1
         return output
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.stacks:
+            return self._learn(args, kwargs)
+        cutter = self._user_capture()
+        if self.graphs is not None and cutter is None:
+            return self.graphs.step(args, kwargs)
+        return self.run(args, kwargs, cutter)
 
     def run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], cutter: Cutter | None = None

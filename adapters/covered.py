@@ -85,6 +85,7 @@ COVERED: dict[str, tuple[str, tuple[str, ...]]] = {
         "tests/adapters/test_added_residuals.py"
         "::test_controlnet_residuals_are_right_on_full_and_on_cached_steps",
         (
+            "BriaTransformer2DModel",
             "ChromaTransformer2DModel",
             "CosmosTransformer3DModel",
             "FluxTransformer2DModel",
@@ -97,11 +98,33 @@ COVERED: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "Context parallel": (
-        "",
-        (),
+        "tests/parallel/checks_models_two.py::check_models_are_equal_in_every_mode",
+        (
+            "ChromaTransformer2DModel",
+            "CogVideoXTransformer3DModel",
+            "CogView3PlusTransformer2DModel",
+            "CogView4Transformer2DModel",
+            "FluxTransformer2DModel",
+            "HunyuanImageTransformer2DModel",
+            "HunyuanVideoTransformer3DModel",
+            "LTXVideoTransformer3DModel",
+            "QwenImageTransformer2DModel",
+            "WanTransformer3DModel",
+        ),
     ),
     "Tensor parallel": (
-        "",
-        (),
+        "tests/parallel/checks_models_two.py::check_models_are_equal_in_every_mode",
+        (
+            "ChromaTransformer2DModel",
+            "CogVideoXTransformer3DModel",
+            "CogView3PlusTransformer2DModel",
+            "CogView4Transformer2DModel",
+            "FluxTransformer2DModel",
+            "HunyuanImageTransformer2DModel",
+            "HunyuanVideoTransformer3DModel",
+            "LTXVideoTransformer3DModel",
+            "QwenImageTransformer2DModel",
+            "WanTransformer3DModel",
+        ),
     ),
 }

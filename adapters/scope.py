@@ -9,8 +9,10 @@ from __future__ import annotations
 import warnings
 
 from dbcache.adapters.block_adapter import StackSpec
+from dbcache.adapters.pruned_stack import PrunedStack
 from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
+from dbcache.prune_config import DBPruneConfig
 
 OF_EACH_STACK = ("Bn_compute_blocks", "cache_dtype")
 """What stacks under one decision may differ in."""
@@ -46,6 +48,8 @@ def make_stacks(
 def _stack(spec: StackSpec, settings: StackSettings, leader: Stack | None = None) -> Stack:
     assert spec.pattern is not None
     lists = list(spec.lists)
+    if isinstance(settings.cache, DBPruneConfig):
+        return PrunedStack(spec, settings)
     return Stack(lists, spec.pattern, settings, spec.streams, spec.interleaved, leader)
 
 

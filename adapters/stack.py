@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dbcache.adapters.block_list import BlockList, Entry
 from dbcache.adapters.guards import (
     CheckGuard,
     FirstGuard,
-    Guard,
     MiddleEndGuard,
     MiddleGuard,
     ProbeEndGuard,
 )
 from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
 from dbcache.adapters.signals import Source, make_source
+from dbcache.adapters.tail import Tail
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
@@ -30,69 +31,6 @@ from dbcache.sharding import Sharding
 
 if TYPE_CHECKING:
     from dbcache.adapters.recorder import Recorder
-
-Entry = Guard | torch.nn.Module
-WHOLE = slice(None)
-
-
-class BlockList:
-    """One list of blocks, or a part of one, and where the model's forward looks it up.
-
-    Args:
-        transformer: the model.
-        path: name of the list seen from the transformer, as in ``"transformer_blocks"``. It may end
-            in ``[:-n]`` or ``[-n:]``: all but the last n blocks, or these, n being an attribute of
-            the transformer.
-
-    Raises:
-        AttributeError: there is no such list.
-    """
-
-    def __init__(self, transformer: torch.nn.Module, path: str) -> None:
-        self.path = path
-        whole, _, part = path.partition("[")
-        owner, _, self.name = whole.rpartition(".")
-        self.owner = transformer.get_submodule(owner)
-        transformer.get_submodule(whole)
-        self.part = WHOLE
-        if part:
-            split = len(self._all()) - getattr(transformer, part.strip(":-]"))
-            self.part = slice(split) if part.startswith(":") else slice(split, None)
-        self._dict_owner: torch.nn.Module | None = None
-        if isinstance(self.owner, torch.nn.ModuleDict):
-            outer, _, self._dict_name = owner.rpartition(".")
-            self._dict_owner = transformer.get_submodule(outer)
-        self.blocks = self.current()
-
-    def _all(self) -> list[torch.nn.Module]:
-        """Return what the whole list holds, past anything that shadows it."""
-        blocks = self.owner._modules[self.name]
-        assert blocks is not None
-        return [block for block in blocks._modules.values() if block is not None]
-
-    def current(self) -> list[torch.nn.Module]:
-        """Return the blocks that the model has now."""
-        return self._all()[self.part]
-
-    def shadow(self, entries: list[Entry]) -> None:
-        """Let the model see `entries` in place of its blocks."""
-        if self._dict_owner is None:
-            own = self.owner.__dict__
-            if self.part is not WHOLE:  # the other part may be shadowed already
-                whole: list[Entry] = own.get(self.name) or [*self._all()]
-                whole[self.part] = entries
-                entries = whole
-            own[self.name] = entries
-        else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
-            own = self._dict_owner.__dict__
-            own.setdefault(self._dict_name, dict(self.owner._modules))[self.name] = entries
-
-    def unshadow(self) -> None:
-        """Let the model see its blocks again."""
-        if self._dict_owner is None:
-            self.owner.__dict__.pop(self.name, None)
-        else:
-            self._dict_owner.__dict__.pop(self._dict_name, None)
 
 
 class Stack:
@@ -129,6 +67,7 @@ class Stack:
         self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
         self.fn, self.bn = self._clamp()
         self.lanes: dict[str | None, Lane] = {}
+        self.tail: Tail | None = None
         self.entries = self._make_entries()
         self.recorder: Recorder | None = None
         self.source: Source | None = None
@@ -164,6 +103,7 @@ class Stack:
         if first_middle > last_middle:
             return []
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+        self.tail = Tail.of(self)
         position, entries = 0, []
         for turn, block_list in enumerate(self.lists):
             row: list[Entry] = []
@@ -177,6 +117,8 @@ class Stack:
                         row.append(MiddleEndGuard(self, block, who, is_first, is_last))
                     else:
                         row.append(MiddleGuard(self, block, who))
+                elif position > last_middle and self.tail is not None:
+                    row.append(self.tail.guard(position, block, who))
                 elif position == first_middle - 1 and returns_encoder_only:
                     row.append(ProbeEndGuard(self, block, who, is_first=position == 0))
                 else:
@@ -196,10 +138,14 @@ class Stack:
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
         self.encoder_fn: torch.Tensor | None = None
+        if self.tail is not None:
+            self.tail.run.forget_step()
 
     def start_request(self) -> None:
         """Forget the last request."""
         self._shared = None
+        if self.tail is not None:
+            self.tail.start_request()
         for lane in self.lanes.values():
             lane.start_request()
 
@@ -248,6 +194,11 @@ class Stack:
 
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
+        if self.tail is not None:
+            raise ValueError(
+                f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
+                f"got Bn_compute_blocks_ids, which leave out single blocks; leave out cuda_graph"
+            )
         if self.source is not None:
             self.source.refuse_recording(self.settings.cache.policy)
 
@@ -428,6 +379,8 @@ class Stack:
         """Return the predicted output of the middle blocks."""
         assert self.prediction is not None
         self.is_open = False
+        if self.tail is not None:
+            self.tail.run.encoder = self.prediction[1]
         return self.prediction
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
@@ -457,6 +410,16 @@ class Stack:
             eager.forecast_into(self.lane, self.h_fn, self.encoder_fn, h_out, encoder)
             self.cutter.end_branch()
         self.is_open = False
+        if self.tail is not None:
+            self.tail.run.encoder = encoder
+
+    def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
+        """Return the blocks that were left out on each step; None where whole steps are cached."""
+        return None
+
+    def tail_nbytes(self, branch: str | None) -> int:
+        """Bytes of what is stored of single blocks among the last ones."""
+        return 0 if self.tail is None else self.tail.nbytes(branch)
 
     def check_finished(self) -> None:
         """Raise if the step that was begun was not carried through."""

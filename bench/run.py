@@ -16,6 +16,7 @@ BENCHES = {
     "overhead": ("bench.overhead", "host time per step that the cache adds, beside cache-dit"),
     "graphs": ("bench.graphs", "steps as CUDA graphs, eager, and of cache-dit; needs a GPU"),
     "loop": ("bench.loop", "a whole denoising loop as one CUDA graph; needs a GPU"),
+    "parallel": ("bench.parallel", "attention over ranks, beside diffusers' own"),
     "demo": ("dbcache", "speed-up and quality on the trained model"),
     "policies": ("bench.policies", "which policy caches which steps, at what quality"),
 }

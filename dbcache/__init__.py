@@ -28,10 +28,12 @@ from dbcache.api import (  # noqa: E402
     disable,
     enable,
     refresh_context,
+    strify,
     summary,
     supported_matrix,
     supported_pipelines,
 )
+from dbcache.cache_factory import CacheType, block_range, cache_type  # noqa: E402
 from dbcache.calibrators import (  # noqa: E402
     CalibratorConfig,
     HermiteCalibratorConfig,
@@ -41,6 +43,7 @@ from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 from dbcache.executors.graph import GraphOptions  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
 from dbcache.parallelism_config import ParallelismBackend, ParallelismConfig  # noqa: E402
+from dbcache.prune_config import DBPruneConfig  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
@@ -51,8 +54,10 @@ __all__ = [
     "BlockAdapter",
     "BlockAdapterRegister",
     "BlockAdapterRegistry",
+    "CacheType",
     "CalibratorConfig",
     "DBCacheConfig",
+    "DBPruneConfig",
     "ForwardPattern",
     "GraphOptions",
     "HermiteCalibratorConfig",
@@ -61,6 +66,8 @@ __all__ = [
     "ParamsModifier",
     "PatchFunctor",
     "TaylorSeerCalibratorConfig",
+    "block_range",
+    "cache_type",
     "calibrate",
     "capture",
     "disable",
@@ -70,6 +77,7 @@ __all__ = [
     "load_configs",
     "refresh_context",
     "steps_mask",
+    "strify",
     "summary",
     "supported_matrix",
     "supported_pipelines",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging as log
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,13 +26,14 @@ from dbcache.calibration import OPEN
 from dbcache.calibrators import CalibratorConfig
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.executors.graph import GraphOptions, Recording
-from dbcache.load_configs import split_options
+from dbcache.load_configs import partial_config, split_options
 from dbcache.options import check_choice, check_flag, check_type, reject_unknown
 from dbcache.parallelism_config import ParallelismConfig
 from dbcache.sharding import Sharding
 from dbcache.summary import LaneSummary, Summary
 
 Target = TypeVar("Target")
+LOGGER = log.getLogger("dbcache")
 
 OF_REQUESTS = ("num_inference_steps", "enable_separate_cfg", "cfg_compute_first")
 """Options of `calibrate`."""
@@ -77,7 +79,7 @@ def enable(
     check_type("enable: cache_config", cache_config, DBCacheConfig)
     check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
     check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
-    partial, calibrator = _from_options("enable", options, calibrator_config)
+    partial, calibrator = _from_options("enable", options, cache_config, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
     graph_options = GraphOptions.of(cuda_graph)
@@ -89,7 +91,7 @@ def enable(
     handles = [handle for module in modules if (handle := handle_of(module)) is not None]
     with on_trial(functor, modules, handles) as patches:
         specs = adapter.specs() if adapter is not None else find_specs(target)
-        shardings = _shardings(specs, parallelism_config)
+        shardings = _shardings(specs, parallelism_config, pipe)
         transformers = [
             CachedTransformer(
                 spec,
@@ -139,15 +141,19 @@ def disable(target: Target) -> Target:
     return target
 
 
-def summary(target: object) -> Summary:
+def summary(target: object, details: bool = False, logging: bool = True) -> Summary:
     """Return what the last request did, per lane; reads it back from the device.
 
     Args:
         target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
+        details: let the text of the summary list each step.
+        logging: log the text, too, at level INFO of the logger "dbcache".
 
     Raises:
         RuntimeError: the cache is not enabled on it.
     """
+    check_flag("summary: details", details)
+    check_flag("summary: logging", logging)
     lanes, notes = [], []
     for transformer in _enabled(target, "summary"):
         name = type(transformer.module).__name__
@@ -174,10 +180,38 @@ def summary(target: object) -> Summary:
                             threshold=stack.settings.cache.threshold,
                             policy=stack.settings.cache.policy,
                             follows=stack.leader.name if stack.leader is not None else None,
-                            megabytes=lane.nbytes() / 1e6,
+                            megabytes=(lane.nbytes() + stack.tail_nbytes(branch)) / 1e6,
+                            pruned=stack.pruned_blocks(branch),
+                            blocks=stack.num_blocks,
                         )
                     )
-    return Summary(lanes, notes)
+    found = Summary(lanes, notes, details)
+    if logging:
+        LOGGER.info("%s", found)
+    return found
+
+
+def strify(target: object) -> str:
+    """Return a short name of what is enabled and of how much was cached, for files and tables.
+
+    The settings and the last request of the first block stack: ``DBCache_F8B0_W8I1M0MC0_R0.08``,
+    the predictor, ``S`` and the steps cached; under DBPrune also ``P`` and the percentage of the
+    blocks left out.
+
+    Args:
+        target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
+
+    Raises:
+        RuntimeError: the cache is not enabled on it.
+    """
+    transformer = _enabled(target, "strify")[0]
+    parts = [transformer.config.strify(), transformer.settings.calibrator.strify()]
+    lanes = summary(target, logging=False).lanes
+    if lanes:
+        parts.append(f"S{len(lanes[0].cached_steps)}")
+        if lanes[0].pruned is not None:
+            parts.append(f"P{100 * lanes[0].pruned_ratio:.1f}")
+    return "_".join(parts)
 
 
 def refresh_context(
@@ -203,10 +237,12 @@ def refresh_context(
     check_type("refresh_context: cache_config", cache_config, DBCacheConfig)
     check_type("refresh_context: calibrator_config", calibrator_config, CalibratorConfig)
     check_flag("refresh_context: verbose", verbose)
-    partial, calibrator = _from_options("refresh_context", options, calibrator_config)
-    partial = DBCacheConfig(**{**(cache_config.given if cache_config else {}), **partial.given})
-    changes = ParamsModifier(cache_config=partial, calibrator_config=calibrator)
     transformers = _enabled(target, "refresh_context")
+    base = cache_config or transformers[0].config
+    partial, calibrator = _from_options("refresh_context", options, base, calibrator_config)
+    if cache_config is not None:
+        partial = type(cache_config)(**{**cache_config.given, **partial.given})
+    changes = ParamsModifier(cache_config=partial, calibrator_config=calibrator)
     renewed = [transformer.renewed(changes) for transformer in transformers]
     for old, new in zip(transformers, renewed, strict=True):
         if new is not old:
@@ -330,7 +366,10 @@ def supported_matrix() -> str:
 
 
 def _from_options(
-    who: str, options: dict[str, Any], calibrator_config: CalibratorConfig | None
+    who: str,
+    options: dict[str, Any],
+    cache_config: DBCacheConfig | None,
+    calibrator_config: CalibratorConfig | None,
 ) -> tuple[DBCacheConfig, CalibratorConfig | None]:
     """Return flat options as a partial config, and a copy of the predictor."""
     fields, calibrator = split_options(who, options)
@@ -339,7 +378,7 @@ def _from_options(
             f"{who}: calibrator_config must not be given together with TaylorSeer's options, got "
             f"both; set them in the config"
         )
-    return DBCacheConfig(**fields), copy.copy(calibrator_config or calibrator)
+    return partial_config(who, fields, cache_config), copy.copy(calibrator_config or calibrator)
 
 
 def _resolve(target: object) -> tuple[Any, BlockAdapter | None]:
@@ -361,14 +400,14 @@ def _modifiers(
 
 
 def _shardings(
-    specs: list[TransformerSpec], config: ParallelismConfig | None
+    specs: list[TransformerSpec], config: ParallelismConfig | None, pipe: Any
 ) -> Sequence[Sharding | None]:
     """Return how each transformer is spread over ranks; checked, not yet done."""
     if config is None:
         return [None] * len(specs)
     from dbcache.parallel.handle import prepare  # torch.distributed only where it is used
 
-    return prepare([spec.transformer for spec in specs], config)
+    return prepare([spec.transformer for spec in specs], config, pipe)
 
 
 def _install_shardings(transformers: list[CachedTransformer]) -> None:

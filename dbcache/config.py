@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 from dbcache.calibration import Calibration
 from dbcache.calibrators import CalibratorConfig
@@ -16,6 +16,7 @@ from dbcache.options import (
     Options,
     check_choice,
     check_flag,
+    check_ids,
     check_int,
     check_number,
     check_type,
@@ -39,7 +40,6 @@ _CHOICES = {
     "batch_reduce": ("mean", "max"),
     "cache_dtype": ("model", "float32", "fp8"),
     "decision_scope": ("stack", "model"),
-    "cache_type": ("DBCache",),
     "policy": tuple(POLICIES),
 }
 
@@ -63,6 +63,13 @@ class DBCacheConfig(Options):
 
     Bn_compute_blocks: int = 0
     """Last n blocks, always run."""
+
+    Bn_compute_blocks_ids: list[int] = field(default_factory=list)
+    """Which of the last n blocks run on a cached step, 0 to n - 1; none given: all. The others add
+    what they added on the last full step, while `non_compute_blocks_diff_threshold` allows it."""
+
+    non_compute_blocks_diff_threshold: float = 0.08
+    """Such a block runs, too, if its input changed by this or more since the last full step."""
 
     residual_diff_threshold: float = 0.08
     """A step is cached if the relative L1 change of the probe residual is below this.
@@ -144,8 +151,11 @@ class DBCacheConfig(Options):
     of the first one decides for all, and all blocks of the later ones (but their Bn) can be
     skipped."""
 
-    cache_type: Literal["DBCache"] = "DBCache"
-    """The method, as serving engines name it."""
+    cache_type: Literal["DBCache", "DBPrune"] = "DBCache"
+    """The method, as serving engines name it; that of another config is an error."""
+
+    cache_types: ClassVar[tuple[str, ...]] = ("DBCache",)
+    """What `cache_type` may be."""
 
     def validate(self) -> None:
         who = type(self).__name__
@@ -156,6 +166,7 @@ class DBCacheConfig(Options):
                 check_int(f"{who}.{name}", getattr(self, name), 1)
         for name in (
             "residual_diff_threshold",
+            "non_compute_blocks_diff_threshold",
             "retention_ratio",
             "important_condition_threshold",
             "l1_hidden_states_diff_threshold",
@@ -178,6 +189,15 @@ class DBCacheConfig(Options):
             check_flag(f"{who}.enable_separate_cfg", self.enable_separate_cfg)
         for name, allowed in _CHOICES.items():
             check_choice(f"{who}.{name}", getattr(self, name), allowed)
+        check_choice(f"{who}.cache_type", self.cache_type, self.cache_types)
+        if self.Bn_compute_blocks_ids and not self.Bn_compute_blocks:
+            raise ValueError(
+                f"{who}.Bn_compute_blocks_ids must be empty where Bn_compute_blocks is 0, got "
+                f"{self.Bn_compute_blocks_ids!r}; set Bn_compute_blocks, too"
+            )
+        self.Bn_compute_blocks_ids = check_ids(
+            f"{who}.Bn_compute_blocks_ids", self.Bn_compute_blocks_ids, self.Bn_compute_blocks
+        )
         if self.steps_computation_mask is not None:
             self.steps_computation_mask = check_mask(
                 self.steps_computation_mask,
@@ -203,12 +223,17 @@ class DBCacheConfig(Options):
             return self.l1_hidden_states_diff_threshold
         return self.residual_diff_threshold
 
+    @property
+    def label(self) -> str:
+        """Name of the method."""
+        return POLICIES[self.policy].label
+
     def strify(self) -> str:
         """Return a short name of these settings, for file names and tables."""
         parts = [
-            f"{POLICIES[self.policy].label}_F{self.probe_blocks}B{self.Bn_compute_blocks}",
+            f"{self.label}_F{self.probe_blocks}B{self.Bn_compute_blocks}",
             f"W{self.max_warmup_steps}I{self.warmup_interval}"
-            f"M{max(0, self.max_cached_steps)}MC{max(0, self.max_continuous_cached_steps)}",
+            f"M{_limit(self.max_cached_steps)}MC{_limit(self.max_continuous_cached_steps)}",
             f"R{self.residual_diff_threshold:g}",
         ]
         if self.steps_computation_mask is not None:
@@ -218,6 +243,9 @@ class DBCacheConfig(Options):
             parts.append(f"N{self.num_inference_steps}")
         if self.force_refresh_step_hint is not None:
             parts.append(f"FR{self.force_refresh_step_hint}_{self.force_refresh_step_policy}")
+        if self.Bn_compute_blocks_ids:
+            ids = "-".join(map(str, self.Bn_compute_blocks_ids))
+            parts.append(f"BI{ids}R{self.non_compute_blocks_diff_threshold:g}")
         if self.retention_ratio > 0:
             parts.append(f"RR{self.retention_ratio:g}")
         if self.batch_reduce != "mean":
@@ -233,6 +261,11 @@ class DBCacheConfig(Options):
         if self.enable_separate_cfg is not None:
             parts.append(f"CFG{int(self.enable_separate_cfg)}")
         return "_".join(parts)
+
+
+def _limit(steps: int) -> str:
+    """Return a limit for a name: 0 means none there, as in cache-dit."""
+    return "0" if steps == UNLIMITED else str(steps) if steps else "never"
 
 
 @dataclass(kw_only=True)
@@ -307,6 +340,13 @@ class StackSettings:
 
 
 def merge(config: DBCacheConfig, partial: DBCacheConfig | None) -> DBCacheConfig:
-    """Return a checked copy of `config` with the given fields of `partial` on top."""
+    """Return a checked copy of `config` with the given fields of `partial` on top.
+
+    Where `partial` names another method by its `cache_type`, that one's config is returned, with
+    what was given in `config`.
+    """
     changes: Mapping[str, Any] = partial.given if partial is not None else {}
+    if partial is not None and changes.get("cache_type", config.cache_type) != config.cache_type:
+        kept = {name: value for name, value in config.given.items() if name != "cache_type"}
+        return type(partial)(**{**kept, **changes})
     return type(config)(**{**config.as_dict(), **changes})

@@ -13,8 +13,9 @@ from typing import Any
 
 from dbcache.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig
 from dbcache.config import DBCacheConfig
-from dbcache.options import reject_unknown
+from dbcache.options import check_choice, reject_unknown
 from dbcache.parallelism_config import ParallelismConfig
+from dbcache.prune_config import DBPruneConfig
 
 SECTION = "cache_config"
 PARALLELISM = "parallelism_config"
@@ -30,7 +31,8 @@ _TAYLORSEER = {
     "taylorseer_order": "taylorseer_order",
 }
 _SWITCHES = ("enable_taylorseer", "enable_encoder_taylorseer")
-_FLAT = (*(field.name for field in dataclasses.fields(DBCacheConfig)), *_ALIASES, *_TAYLORSEER)
+_FLAT = (*(field.name for field in dataclasses.fields(DBPruneConfig)), *_ALIASES, *_TAYLORSEER)
+_METHODS: dict[str, type[DBCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
 
 
 def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +40,8 @@ def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
 
     Args:
         source: a .yaml, .yml or .json file, or a mapping. Its options lie in a section
-            `cache_config`, or directly in it: the fields of `DBCacheConfig`, `enable_taylorseer`,
+            `cache_config`, or directly in it: the fields of `DBCacheConfig` (with
+            ``cache_type="DBPrune"`` those of `DBPruneConfig`), `enable_taylorseer`,
             `enable_encoder_taylorseer`, `taylorseer_order`, `taylorseer_cache_type`, and
             `scm_steps_mask_policy` and `scm_steps_policy` for the mask and its policy. A section
             `parallelism_config` beside it has the fields of `ParallelismConfig`, where `ulysses`,
@@ -80,7 +83,33 @@ def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
 
 def _cache_options(given: Mapping[str, Any]) -> dict[str, Any]:
     options, calibrator = split_options("load_configs", given)
-    return {"cache_config": DBCacheConfig(**options), "calibrator_config": calibrator}
+    return {
+        "cache_config": partial_config("load_configs", options),
+        "calibrator_config": calibrator,
+    }
+
+
+def partial_config(
+    who: str, options: Mapping[str, Any], base: DBCacheConfig | None = None
+) -> DBCacheConfig:
+    """Return `options` as a config of the method that they name, or else of that of `base`.
+
+    Raises:
+        TypeError, ValueError: an option that the method does not have, or a value that is not
+            allowed.
+    """
+    base = DBCacheConfig() if base is None else base
+    method = options.get("cache_type", base.cache_type)
+    check_choice(f"{who}: cache_type", method, tuple(_METHODS))
+    config = _METHODS[method]
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in options:
+        if name not in known:
+            raise TypeError(
+                f"{who}: {name} is an option of DBPrune, got it for {config().cache_type}; set "
+                f"cache_type='DBPrune' or pass a DBPruneConfig"
+            )
+    return config(**options)
 
 
 def _parallelism(given: Mapping[str, Any]) -> ParallelismConfig:
@@ -100,7 +129,7 @@ def _parallelism(given: Mapping[str, Any]) -> ParallelismConfig:
 def split_options(
     who: str, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], CalibratorConfig | None]:
-    """Return the fields of `DBCacheConfig` among flat options, and the predictor they name.
+    """Return the fields of the cache's config among flat options, and the predictor they name.
 
     The predictor is None where nothing was said of it, and the base config, which reuses the last
     residual, where TaylorSeer was switched off.

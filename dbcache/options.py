@@ -32,6 +32,25 @@ def check_int(who: str, value: Any, low: int, high: int | None = None) -> None:
         raise ValueError(f"{who} must be an integer {allowed}, got {value!r}")
 
 
+def check_ids(who: str, value: Any, count: int | None = None) -> list[int]:
+    """Return a sorted list of the block numbers in `value`, each once.
+
+    Raises:
+        TypeError: it is not a sequence of integers. ValueError: one is negative, or not below
+            `count`.
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{who} must be a list of block numbers, got {value!r}")
+    ids = list(value)
+    for entry in ids:
+        if isinstance(entry, bool) or not isinstance(entry, int):
+            raise TypeError(f"{who} must be a list of block numbers, got {ids!r}")
+        if entry < 0 or (count is not None and entry >= count):
+            allowed = "at least 0" if count is None else f"from 0 to {count - 1}"
+            raise ValueError(f"{who}: each number must be {allowed}, got {entry} in {ids!r}")
+    return sorted(set(ids))
+
+
 def check_number(who: str, value: Any, *, positive: bool = False) -> None:
     """Raise unless `value` is a finite number, at least 0 or (`positive`) above it."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +19,12 @@ class Sharding(Protocol):
 
     def remove(self) -> None:
         """Undo it."""
+
+    def start_request(self) -> None:
+        """Forget the last request."""
+
+    def by_branch(self, branch: str | None, run: Callable[[], Any]) -> Any:
+        """Return the output of a call, `run` here or by the rank that has this guidance branch."""
 
     def split_input(self, path: str, x: torch.Tensor, name: str = "hidden_states") -> torch.Tensor:
         """Return this rank's part of the input `name` of the block `path`, if it is split there."""

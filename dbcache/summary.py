@@ -43,6 +43,9 @@ class LaneSummary:
         reasons: why each step was full or cached, by step.
         diffs: relative L1 change by step, for the steps that measured it.
         megabytes: size of the lane's buffers, 1e6 bytes.
+        pruned: numbers of the blocks that were left out, by step; None where whole steps are
+            cached.
+        blocks: blocks of the stack.
         follows: the stack that decided for this one, None where it decides for itself.
         policy: what decided; the diffs of others than "dbcache" are what each step contributed to
             the sum that is compared.
@@ -55,6 +58,8 @@ class LaneSummary:
     reasons: list[str]
     diffs: dict[int, float]
     megabytes: float
+    pruned: list[list[int]] | None = None
+    blocks: int = 0
     follows: str | None = None
     policy: str = "dbcache"
 
@@ -76,6 +81,17 @@ class LaneSummary:
     def cached_steps(self) -> list[int]:
         """The steps that were cached."""
         return [step for step, reason in enumerate(self.reasons) if reason in CACHED]
+
+    @property
+    def pruned_blocks(self) -> list[int]:
+        """How many blocks were left out, by step; empty where whole steps are cached."""
+        return [len(step) for step in self.pruned or ()]
+
+    @property
+    def pruned_ratio(self) -> float:
+        """Calls of blocks that were left out over all calls of blocks; 0 without steps."""
+        calls = self.blocks * self.steps
+        return sum(self.pruned_blocks) / calls if calls else 0.0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -124,7 +140,8 @@ class LaneSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, as plain data."""
-        derived = ("steps", "cached_steps", "counts", "percentiles", "warnings")
+        derived = ["steps", "cached_steps", "counts", "percentiles", "warnings"]
+        derived += ["pruned_blocks", "pruned_ratio"]
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
@@ -143,13 +160,26 @@ def _percentile(values: list[float], q: float) -> float:
 class Summary:
     """All lanes of what the cache is enabled on; `print` shows it as a table.
 
+    It is a sequence of its lanes, too.
+
     Attributes:
         lanes: those that ran in the last request.
         notes: warnings that belong to no single lane.
+        details: whether its text lists each step.
     """
 
     lanes: list[LaneSummary] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    details: bool = False
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    def __getitem__(self, index: int) -> LaneSummary:
+        return self.lanes[index]
+
+    def __bool__(self) -> bool:
+        return True
 
     @property
     def warnings(self) -> list[str]:
@@ -171,7 +201,8 @@ class Summary:
         }
 
     def _rows(self) -> list[list[str]]:
-        header = ["stack", "branch", "policy", "steps", "cached"]
+        prunes = any(lane.pruned is not None for lane in self.lanes)
+        header = ["stack", "branch", "policy", "steps", "cached", *["pruned"] * prunes]
         rows = [[*header, *(name for name, _ in PERCENTILES), "why (steps)"]]
         for lane in self.lanes:
             diffs = lane.percentiles
@@ -182,6 +213,7 @@ class Summary:
                     lane.policy,
                     str(lane.steps),
                     str(len(lane.cached_steps)),
+                    *[f"{lane.pruned_ratio:.0%}" if lane.pruned is not None else "-"] * prunes,
                     *(f"{diffs[name]:.3f}" if diffs else "-" for name, _ in PERCENTILES),
                     f"as {lane.follows}: " * bool(lane.follows)
                     + ", ".join(f"{reason} {count}" for reason, count in lane.counts.items()),
@@ -189,20 +221,42 @@ class Summary:
             )
         return rows
 
+    def _step_rows(self) -> list[list[str]]:
+        """Return what happened on each step of each lane."""
+        prunes = any(lane.pruned is not None for lane in self.lanes)
+        rows = [["stack", "branch", "step", "why", "diff", *["pruned blocks"] * prunes]]
+        for lane in self.lanes:
+            for step, reason in enumerate(lane.reasons):
+                diff = f"{lane.diffs[step]:.3f}" if step in lane.diffs else "-"
+                row = [lane.stack, lane.branch or "-", str(step), reason, diff]
+                left_out = lane.pruned[step] if lane.pruned is not None else []
+                rows.append(row + [" ".join(map(str, left_out)) or "-"] * prunes)
+        return rows
+
+    def _tables(self) -> list[list[list[str]]]:
+        return [self._rows(), self._step_rows()] if self.details else [self._rows()]
+
     def to_markdown(self) -> str:
-        """Return a Markdown table, one row per lane, and the warnings as a list."""
-        rows = self._rows()
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        lines.insert(1, "|" + "---|" * len(rows[0]))
+        """Return Markdown: a table with one row per lane, and the warnings as a list.
+
+        With `details` a second table has one row per step.
+        """
+        lines: list[str] = []
+        for rows in self._tables():
+            lines += [""] * bool(lines) + ["| " + " | ".join(row) + " |" for row in rows]
+            lines.insert(len(lines) - len(rows) + 1, "|" + "---|" * len(rows[0]))
         return "\n".join(lines + [""] * bool(self.warnings) + [f"- {w}" for w in self.warnings])
 
     def __str__(self) -> str:
         if not self.lanes:
             return "\n".join(["dbcache: no step was run yet", *self.notes])
-        rows = self._rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines: list[str] = []
+        for rows in self._tables():
+            widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+            lines += [""] * bool(lines) + [
+                "  ".join(
+                    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+                ).rstrip()
+                for row in rows
+            ]
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])

@@ -82,13 +82,13 @@ def relative_l1_of_partials(
     den, important_num, important_den, largest = num, num, num, num
     for sample in range(samples):
         sums_ptr = partials_ptr + sample * programs * WIDTH
-        sample_num = _sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
-        sample_den = _sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
+        sample_num = sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
+        sample_den = sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
         num += sample_num
         den += sample_den
         if WIDTH == 4:
-            some_num = _sum_of_column(sums_ptr + 2, programs, LOG_LANES, WIDTH)
-            some_den = _sum_of_column(sums_ptr + 3, programs, LOG_LANES, WIDTH)
+            some_num = sum_of_column(sums_ptr + 2, programs, LOG_LANES, WIDTH)
+            some_den = sum_of_column(sums_ptr + 3, programs, LOG_LANES, WIDTH)
             important_num += some_num
             important_den += some_den
             sample_den = tl.where(some_num != 0, some_den, sample_den)
@@ -112,13 +112,14 @@ def total_of_partials(
     den = num
     for sample in range(samples):
         sums_ptr = partials_ptr + sample * programs * WIDTH
-        num += _sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
-        den += _sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
+        num += sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
+        den += sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
     return num, den
 
 
 @triton.jit
-def _sum_of_column(column_ptr, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
+def sum_of_column(column_ptr, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The function `tree_sum` above, of every WIDTH-th number: at most 2**LOG_LANES of them."""
     lane = tl.arange(0, 1 << LOG_LANES)
     x = tl.load(column_ptr + lane * WIDTH, mask=lane < programs, other=0.0)
     return tree_sum_lanes(x, LOG_LANES)

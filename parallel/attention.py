@@ -114,13 +114,18 @@ class SequenceAttention:
     ) -> torch.Tensor:
         """Attend, and bring the output back to this rank's tokens, (B, S, H, D)."""
         out = self._over_ring(q, k, v, call.mask, call.sizes, scale, backend)
-        ulysses, float8 = self.mesh.ulysses, self.options.experimental_ulysses_float8
-        if ulysses.size > 1:
-            out = to_tokens(out, ulysses, self._tokens(call), call.heads, float8=float8).wait()
+        if self.mesh.ulysses.size > 1:
+            out = self.bring_back(out, call)
         if call.query_mask is not None:
             # the plain processors give 0 where a query sees no key
             out = out * call.query_mask[:, :, None, None]
         return out
+
+    def bring_back(self, out: torch.Tensor, call: Call) -> torch.Tensor:
+        """Exchange the output of some heads for this rank's tokens with all heads."""
+        float8 = self.options.experimental_ulysses_float8
+        tokens = self._tokens(call)
+        return to_tokens(out, self.mesh.ulysses, tokens, call.heads, float8=float8).wait()
 
     def _tokens(self, call: Call) -> list[int]:
         """Return how many tokens each rank of the Ulysses group has."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 from dbcache.parallel.attention import SequenceAttention, must_divide_heads
+from dbcache.parallel.guidance import PIPELINES, GuidanceSplit
 from dbcache.parallel.mesh import Mesh, check_world, make_mesh
 from dbcache.parallel.plans import PLANS, PlanRow
 from dbcache.parallel.processors import Site, reach
@@ -18,14 +19,26 @@ from dbcache.parallel.tensor import SplitLayers
 from dbcache.parallelism_config import ParallelismConfig
 
 
-def prepare(modules: Sequence[torch.nn.Module], config: ParallelismConfig) -> list[Parallelized]:
+def prepare(
+    modules: Sequence[torch.nn.Module], config: ParallelismConfig, pipe: object = None
+) -> list[Parallelized]:
     """Check that `config` fits each transformer, and return what installs it. No communication.
+
+    Args:
+        modules: the transformers.
+        config: how they are spread.
+        pipe: the pipeline that calls them; needed for `cfg_size` only.
 
     Raises:
         RuntimeError: `torch.distributed` is not initialised.
         ValueError: sizes that do not multiply to the number of ranks, a model without a plan, heads
             or layers that cannot be split. Nothing is changed then.
     """
+    if check_world(config)["cfg"] > 1 and type(pipe).__name__ not in PIPELINES:
+        raise ValueError(
+            f"ParallelismConfig: cfg_size=2 needs a pipeline that calls the transformer twice per "
+            f"step, one of {', '.join(PIPELINES)}, got {type(pipe).__name__}; leave out cfg_size"
+        )
     return [Parallelized(module, config) for module in modules]
 
 
@@ -60,6 +73,7 @@ class Parallelized:
         self.mesh: Mesh | None = None
         self._shards: Shards | None = None
         self._hooks: PlanHooks | None = None
+        self._guidance: GuidanceSplit | None = None
         self._processors: list[tuple[Any, Any]] = []
 
     def _check_free(self) -> None:
@@ -157,6 +171,8 @@ class Parallelized:
                 self.layers.install(self.mesh.tp)
             if self.splits_sequence:
                 self._install_sequence(self.mesh)
+            if self.mesh.cfg.size > 1:
+                self._guidance = GuidanceSplit(self.mesh.cfg, self.who)
         except BaseException:
             self.remove()
             raise
@@ -198,7 +214,16 @@ class Parallelized:
         self._hooks, self._shards, self._processors = None, None, []
         if self.layers is not None:
             self.layers.remove()
-        self.mesh = None
+        self.mesh = self._guidance = None
+
+    def start_request(self) -> None:
+        """Forget the last request."""
+        if self._guidance is not None:
+            self._guidance.start_request()
+
+    def by_branch(self, branch: str | None, run: Callable[[], Any]) -> Any:
+        """Return the output of a call, `run` here or by the rank that has this guidance branch."""
+        return run() if self._guidance is None else self._guidance(branch, run)
 
     def split_input(self, path: str, x: torch.Tensor, name: str = "hidden_states") -> torch.Tensor:
         """Return this rank's part of what goes into the module `path` as `name`, if it is split."""

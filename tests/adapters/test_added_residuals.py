@@ -9,7 +9,12 @@ import models
 import pytest
 import tiny
 import torch
-from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from diffusers.models.embeddings import (
+    ImageProjection,
+    IPAdapterTimeImageProjection,
+    MultiIPAdapterImageProjection,
+)
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from model_case import find_class
 from replay import replayed
@@ -33,6 +38,11 @@ CONTROLS = {
     "ChromaTransformer2DModel": lambda step: {
         "controlnet_block_samples": residuals(2, 1, 16, 32, step=step),
         "controlnet_single_block_samples": residuals(3, 1, 16, 32, step=step),
+    },
+    # its loop adds the second ones to the tokens behind the first 6, as many as the text has
+    "BriaTransformer2DModel": lambda step: {
+        "controlnet_block_samples": residuals(2, 1, 16, 32, step=step),
+        "controlnet_single_block_samples": residuals(3, 1, 10, 32, step=step),
     },
     "QwenImageTransformer2DModel": lambda step: {
         "controlnet_block_samples": residuals(4, 1, 16, 32, step=step)
@@ -114,37 +124,65 @@ def test_controlnet_residuals_are_right_on_full_and_on_cached_steps(name, settin
     check(name, *SETTINGS[setting], CONTROLS[name])
 
 
-@pytest.fixture
-def flux_with_ip_adapter():
-    """FLUX with an adapter for one image; as it was afterwards."""
-    model = models.model("FluxTransformer2DModel")
-    before = model.attn_processors
-    torch.manual_seed(0)
-    model.set_attn_processor(
-        {
-            key: processor
-            if "single" in key
-            else FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=32, num_tokens=(2,))
-            for key, processor in before.items()
-        }
+def flux_adapter(model):
+    """Give FLUX an adapter for one image, which its double blocks attend to."""
+    model.encoder_hid_proj = MultiIPAdapterImageProjection(
+        [ImageProjection(image_embed_dim=8, cross_attention_dim=32, num_image_text_embeds=2)]
     )
-    projection = ImageProjection(image_embed_dim=8, cross_attention_dim=32, num_image_text_embeds=2)
-    model.encoder_hid_proj = MultiIPAdapterImageProjection([projection])
-    yield model
+    new = {
+        key: processor
+        if "single" in key
+        else FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=32, num_tokens=(2,))
+        for key, processor in model.attn_processors.items()
+    }
+    model.set_attn_processor(new)
+
+
+def sd3_adapter(model):
+    """Give Stable Diffusion 3 an adapter for one image, whose states depend on the time."""
+    model.image_proj = IPAdapterTimeImageProjection(
+        embed_dim=8, output_dim=8, hidden_dim=8, depth=1, heads=1, num_queries=2, timestep_in_dim=8
+    )
+    new = {
+        key: SD3IPAdapterJointAttnProcessor2_0(
+            hidden_size=24, ip_hidden_states_dim=8, head_dim=12, timesteps_emb_dim=8
+        )
+        for key in model.attn_processors
+    }
+    model.set_attn_processor(new)
+
+
+ADAPTERS = {
+    "FluxTransformer2DModel": (flux_adapter, "encoder_hid_proj", (1, 1, 8)),
+    "SD3Transformer2DModel": (sd3_adapter, "image_proj", (1, 3, 8)),
+}
+"""What puts the adapter in, the attribute that it sets, and the shape of an image's embedding."""
+
+
+@pytest.fixture(params=ADAPTERS)
+def adapted(request):
+    """Name of a model with an adapter; it is as it was afterwards."""
+    put_in, attribute, _ = ADAPTERS[request.param]
+    model = models.model(request.param)
+    processors = model.attn_processors
+    torch.manual_seed(0)
+    put_in(model)
+    yield request.param
     dbcache.disable(model)
-    model.set_attn_processor(before)
-    model.encoder_hid_proj = None
+    delattr(model, attribute)
+    model.set_attn_processor(processors)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_ip_adapter_images_are_right_on_full_and_on_cached_steps(flux_with_ip_adapter, setting):
-    def image(seed):
-        embeds = [tiny.noise(1, 1, 8, seed=seed)]
-        return {"joint_attention_kwargs": {"ip_adapter_image_embeds": embeds}}
+def test_ip_adapter_images_are_right_on_full_and_on_cached_steps(adapted, setting):
+    shape = ADAPTERS[adapted][2]
 
-    check(
-        "FluxTransformer2DModel", *SETTINGS[setting], lambda step: image(9), lambda step: image(8)
-    )
+    def image(seed):
+        embeds = tiny.noise(*shape, seed=seed)
+        one = [embeds] if adapted.startswith("Flux") else embeds
+        return {"joint_attention_kwargs": {"ip_adapter_image_embeds": one}}
+
+    check(adapted, *SETTINGS[setting], lambda step: image(9), lambda step: image(8))
 
 
 class Lora(torch.nn.Module):

@@ -8,6 +8,7 @@ import dbcache
 from dbcache import BlockAdapter, DBCacheConfig, ForwardPattern, ParamsModifier
 
 FORCED = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 1.0}
+ONES = torch.ones(1, 5, 4)
 X, Y = tiny.noise(1, 5, 4, seed=1), tiny.noise(1, 3, 4, seed=2)
 
 
@@ -87,6 +88,13 @@ CASES = {
         ForwardPattern.Pattern_0,
         "hidden_states",
         "other",
+    ),
+    "one, beside a constant of its shape": (
+        Single,
+        lambda b, x, y: second(b(ONES, x), y),
+        ForwardPattern.Pattern_3,
+        "state",
+        None,
     ),
     "encoder first": (
         Crossed,

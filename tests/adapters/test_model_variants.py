@@ -36,7 +36,7 @@ def test_never_caching_is_bit_identical(name):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_cached_outputs_are_those_of_a_replay_in_plain_torch(name, setting):
+def test_variants_give_the_outputs_of_a_replay_in_plain_torch(name, setting):
     fn, bn = SETTINGS[setting]
     expected = []
     with replayed(name, fn, bn) as replays:

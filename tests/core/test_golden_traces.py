@@ -1,17 +1,24 @@
 """Step traces worked out by hand from the rules: why each step was full or cached.
 
 The threshold of 1 caches whatever the rules allow, so a trace depends on the rules alone. Then
-random options against the oracle, where the diffs decide as well.
+every pair of options on given diffs, and random options on a real model, against the oracle.
 """
+
+from itertools import combinations
 
 import pytest
 import tiny
-from engines import assert_same, run_dbcache, run_oracle
+import torch
+from engines import assert_same, options, run_dbcache, run_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Rule
+from oracle import Decider, Rule
 
 import dbcache
+from dbcache.config import StackSettings
+from dbcache.executors import eager
+from dbcache.lane import Lane
+from dbcache.summary import REASONS
 
 STEPS = 14
 LETTERS = {
@@ -80,6 +87,105 @@ def test_each_step_has_its_reason(options, trace):
     tiny.generate(pipe, STEPS, guided=False)
     (lane,) = dbcache.summary(pipe).lanes
     assert "".join(LETTERS[reason] for reason in lane.reasons) == trace
+
+
+REQUESTS = [
+    ({}, "WWaaaaaaaaaaaa"),
+    ({"num_inference_steps": 5}, "WWaaaWWaaaWWaa"),
+    ({"num_inference_steps": 5, "max_continuous_cached_steps": 1}, "WWaRaWWaRaWWaR"),
+    ({"num_inference_steps": 5, "max_cached_steps": 2}, "WWaaCWWaaCWWaa"),
+    ({"num_inference_steps": 4, "steps_computation_mask": [1, 1, 0, 1]}, "WWaMWWaMWWaMWW"),
+    ({"num_inference_steps": 6, "steps_computation_mask": "fast"}, "WWMaaMWWMaaMWW"),
+    # calls count, from the beginning of the request; once per request, or each time
+    ({"force_refresh_step_hint": 3}, "WWaWWaaaaaaaaa"),
+    ({"force_refresh_step_hint": 3, "num_inference_steps": 5}, "WWaWWaaaWWaWWa"),
+    (
+        {"force_refresh_step_hint": 3, "force_refresh_step_policy": "repeat"},
+        "WWaWWaWWaWWaWW",
+    ),
+    # two calls per step
+    ({"enable_separate_cfg": True}, "WWWWaaaaaaaaaa"),
+    ({"enable_separate_cfg": True, "num_inference_steps": 3}, "WWWWaaWWWWaaWW"),
+    ({"enable_separate_cfg": True, "max_continuous_cached_steps": 1}, "WWWWaaRRaaRRaa"),
+    (
+        {"enable_separate_cfg": True, "cfg_compute_first": True, "num_inference_steps": 3},
+        "WWWWaaWWWWaaWW",
+    ),
+    ({"enable_separate_cfg": True, "cfg_diff_compute_separate": False}, "WWWWaaaaaaaaaa"),
+    ({"enable_separate_cfg": True, "force_refresh_step_hint": 6}, "WWWWaaWWWWaaaa"),
+]
+
+
+@pytest.mark.parametrize(("options", "trace"), REQUESTS, ids=[str(o) for o, _ in REQUESTS])
+def test_each_call_of_a_bare_transformer_has_its_reason(options, trace):
+    base = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 1.0}
+    family, letters = tiny.FAMILIES["flux"], []
+    model = dbcache.enable(family.build(), **(base | options))
+    for call in range(len(trace)):
+        tiny.denoise(model, family, 1)
+        lanes = dbcache.summary(model).lanes
+        # of two branches, the one that ran last has the same steps, or one more than the other
+        is_second = len(lanes) == 2 and lanes[0].steps == lanes[1].steps
+        letters.append(LETTERS[lanes[is_second].reasons[-1]])
+        if options.get("enable_separate_cfg"):
+            first_is_uncond = options.get("cfg_compute_first", False)
+            assert lanes[0].branch == ("uncond" if first_is_uncond else "cond"), call
+    assert "".join(letters) == trace
+
+
+DIFFS = [
+    0.02,
+    0.05,
+    0.03,
+    0.11,
+    0.04,
+    0.09,
+    0.3,
+    0.01,
+    0.06,
+    0.13,
+    0.07,
+    0.02,
+    0.08,
+    0.05,
+    0.21,
+    0.03,
+]
+OPTIONS = [
+    ("residual_diff_threshold", 0.0),
+    ("residual_diff_threshold", 0.115),
+    ("residual_diff_threshold", 1.0),
+    ("max_warmup_steps", 0),
+    ("max_warmup_steps", 5),
+    ("warmup_interval", 2),
+    ("max_cached_steps", 0),
+    ("max_cached_steps", 4),
+    ("max_continuous_cached_steps", 0),
+    ("max_continuous_cached_steps", 1),
+    ("max_continuous_cached_steps", 3),
+    ("max_accumulated_residual_diff_threshold", 0.075),
+    ("steps_computation_mask", (1, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0)),
+    ("steps_computation_mask", (1,) * 6 + (0,) * 10),
+    ("steps_computation_policy", "static"),
+    ("l1_hidden_states_diff_threshold", 0.055),
+]
+PAIRS = [pair for pair in combinations(OPTIONS, 2) if pair[0][0] != pair[1][0]]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_pairs_of_options_decide_as_the_oracle(pair):
+    """On a lane of its own, whose changes are given: nothing but the rules is at work."""
+    rule = Rule(**{"max_warmup_steps": 2} | dict(pair))
+    decider = Decider(rule)
+    settings_ = StackSettings(dbcache.DBCacheConfig(**options(rule)), dbcache.CalibratorConfig())
+    lane = Lane(settings_, torch.device("cpu"))
+    for step, diff in enumerate(DIFFS):
+        expected = decider.decide(lambda step=step, diff=diff: diff if step else "no reference")
+        code = lane.start_step(("any",), torch.device("cpu"))
+        partials = torch.tensor([[[diff, 1.0]]]) if lane.has_reference else None
+        assert eager.take_decision(lane, code, partials) != expected
+        lane.has_reference = True
+    assert [REASONS[code] for code in lane.trace()[0]] == decider.trace.reasons
 
 
 def limits(high):

@@ -16,7 +16,18 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from dbcache.kernels import commit, decide, e4m3, predict, probe_and_decide, probe_diff
+from dbcache.kernels import (
+    add_residuals,
+    block_changes,
+    commit,
+    decide,
+    decide_blocks,
+    e4m3,
+    predict,
+    probe_and_decide,
+    probe_diff,
+    store_block,
+)
 from dbcache.kernels import transformation_rate as rate
 from dbcache.kernels.launches import CONFIGS, DEFAULTS, configs_of
 
@@ -113,6 +124,7 @@ def variants():
         {"num_warps": 4, "enable_fp_fusion": False},
     )
     yield from fp8_variants()
+    yield from block_variants()
 
 
 SUMS = ("samples", "programs")
@@ -183,6 +195,56 @@ def fp8_variants():
                 {"K": slots, "REPLACE": False, "ROWS": rows, "COLUMNS": columns},
                 {"num_warps": 4, "enable_fp_fusion": True},
             )
+
+
+def block_variants():
+    """Yield the same of the kernels that leave single blocks out."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        x, size = f"*{dtype}", "i64" if dtype == "fp16" else "i32"
+        log_block = {"LOG_BLOCK": probe_diff.log2(probe_diff.BLOCK)}
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        yield (
+            f"block_changes-{dtype}",
+            block_changes._block_changes_kernel,
+            {"h_ptr": x, "inputs_ptr": x, "residuals_ptr": x, "stamps_ptr": "*i32"}
+            | {"partials_ptr": "*fp32", "size": size, "per_program": "i32", "blocks": "i32"},
+            log_block,
+            options,
+        )
+        for encoder in (False, True):
+            extra = {"encoder_ptr": x, "encoder_residuals_ptr": x, "encoder_out_ptr": x}
+            yield (
+                f"block_add-{dtype}{'-encoder' * encoder}",
+                add_residuals._add_residuals_kernel,
+                {"h_ptr": x, "residuals_ptr": x, "out_ptr": x, "size": size, "first": "i32"}
+                | {"count": "i32", "blocks": "i32", "encoder_size": "i32"}
+                | (extra if encoder else {}),
+                {"BLOCK": probe_diff.BLOCK},
+                options,
+            )
+            extra = {f"encoder_{name}_ptr": x for name in ("in", "out", "added")}
+            for first in (False, True):
+                yield (
+                    f"block_store-{dtype}{'-encoder' * encoder}{'-first' * first}",
+                    store_block._store_block_kernel,
+                    {f"{name}_ptr": x for name in ("h_in", "h_out", "x", "added")}
+                    | {"sums_ptr": "*fp32", "stamps_ptr": "*i32", "index": "i32", "step": "i32"}
+                    | {"size": size, "per_program": "i32", "programs": "i32"}
+                    | {"encoder_size": "i32"} | (extra if encoder else {}),
+                    {"FIRST": first} | log_block,
+                    options,
+                )  # fmt: skip
+    pointers = ("partials", "growth", "rule", "changes", "decisions")
+    for lanes, parts in ((0, 0), (10, 10)):
+        yield (
+            f"decide_blocks-{2**lanes}-bf16",
+            decide_blocks._decide_blocks_kernel,
+            {f"{name}_ptr": "*fp32" for name in pointers}
+            | {"prunable_ptr": "*i32", "ticket_ptr": "*i32"}
+            | dict.fromkeys(("samples", "programs", "parts"), "i32"),
+            {"LOG_LANES": lanes, "LOG_PARTS": parts},
+            {"num_warps": 4 if lanes else 1, "enable_fp_fusion": False},
+        )
 
 
 def spilled(target: GPUTarget, asm: str) -> int:

@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from dbcache.kernels import lane_state as ls
+from dbcache.kernels.add_residuals import add_residuals
+from dbcache.kernels.block_changes import block_changes
+from dbcache.kernels.block_state import BlockState
 from dbcache.kernels.commit import commit
 from dbcache.kernels.lane_state import LaneState
 from dbcache.kernels.predict import predict
 from dbcache.kernels.probe_and_decide import probe_and_decide
+from dbcache.kernels.store_block import store_block
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="counts in Triton's interpreter, which is off beside a GPU"
@@ -201,3 +205,58 @@ def test_a_second_pass_would_be_seen(random, traffic):
         step.decide()
     with pytest.raises(AssertionError, match="h_in"):
         assert_moves(step, traffic, loads=("h_in", "h_fn", "p_ref"), stores=())
+
+
+BLOCKS = 4
+
+
+@pytest.fixture
+def blocks(random):
+    """Return the state of a run of blocks, and what the streams are before and after one."""
+    x, y = (random(*shape) for shape in SHAPES.values())
+    state = BlockState.allocate(x, y, [True] * BLOCKS, [0.0] * 4, impl="triton")
+    state.inputs.copy_(random(BLOCKS, *x.shape))
+    return state, (x, x + 1, y, y + 1)
+
+
+def assert_blocks_move(traffic, tensor, kind, which):
+    expected = torch.zeros(tensor.shape, dtype=torch.int64)
+    expected[list(which)] = 1
+    assert torch.equal(traffic.counts(tensor, kind), expected)
+
+
+@pytest.mark.parametrize(("stamps", "read"), [((3, 3, 3, 3), ()), ((1, 3, 3, 2), (0, 2))])
+def test_changes_of_all_blocks_take_one_pass_over_their_inputs(blocks, traffic, stamps, read):
+    """And over the residuals behind which the step changes; nothing is written but sums."""
+    state, (x, *_) = blocks
+    state.stamps.copy_(torch.tensor(stamps))
+    block_changes(x, state.inputs, state.residuals, state.stamps, impl="triton")
+    assert_blocks_move(traffic, x, "loads", range(len(x)))
+    assert_blocks_move(traffic, state.inputs, "loads", range(BLOCKS))
+    assert_blocks_move(traffic, state.residuals, "loads", read)
+    for tensor in (x, state.inputs, state.residuals):
+        assert_blocks_move(traffic, tensor, "stores", ())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_block_that_runs_is_stored_in_one_pass(blocks, traffic, first):
+    state, streams = blocks
+    store_block(state, 2, 5, *streams, first=first, impl="triton")
+    for tensor in streams:
+        assert_blocks_move(traffic, tensor, "loads", range(len(tensor)))
+    for tensor, is_read in (
+        (state.inputs, not first), (state.residuals, not first), (state.encoder_residuals, False)
+    ):  # fmt: skip
+        assert_blocks_move(traffic, tensor, "loads", (2,) if is_read else ())
+        assert_blocks_move(traffic, tensor, "stores", (2,))
+
+
+def test_a_run_of_blocks_is_left_out_in_one_pass(blocks, traffic):
+    state, (x, _, y, _) = blocks
+    outputs = add_residuals(x, state.residuals, 1, 2, y, state.encoder_residuals, impl="triton")
+    for given, residuals, out in zip(
+        (x, y), (state.residuals, state.encoder_residuals), outputs, strict=True
+    ):
+        assert_blocks_move(traffic, given, "loads", range(len(given)))
+        assert_blocks_move(traffic, residuals, "loads", (1, 2))
+        assert_blocks_move(traffic, out, "stores", range(len(out)))

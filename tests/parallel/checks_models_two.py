@@ -1,12 +1,19 @@
 """Two ranks: every model in every mode gives what one process gives, and is restored."""
 
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import ranks
 import spread
+import tiny
 import torch
 
+import dbcache
 from dbcache.parallel.plans import PLANS
+from dbcache.parallelism_config import ParallelismConfig
 
 EXACT = 1e-5
 MODES: dict[str, dict[str, Any]] = {
@@ -91,6 +98,75 @@ def check_float8_is_close() -> None:
         error = ((out - whole).norm() / whole.norm()).item()
         # 3 bits of mantissa: an element is off by 1/16 at most, by about 1/40 on average
         assert 1e-4 < error < 0.1, f"{name}: off by {error}"
+
+
+def generated(name: str, **more: Any) -> tuple[list[Any], list[torch.Tensor]]:
+    """Return the decisions and the latents of a pipeline's call with the cache on."""
+    pipe = tiny.pipeline(name)
+    config = dbcache.DBCacheConfig(
+        Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.22
+    )
+    dbcache.enable(pipe, config, **more)
+    latents = tiny.generate(pipe, 8)
+    lanes = [(x.transformer, x.branch, x.reasons) for x in dbcache.summary(pipe).lanes]
+    assert any(lane.cached_steps for lane in dbcache.summary(pipe).lanes), f"{name}: no step cached"
+    dbcache.disable(pipe)
+    assert "_dbcache" not in pipe.__dict__
+    return lanes, latents
+
+
+def check_pipelines_with_guidance() -> None:
+    for name in ("flux", "qwen", "wan", "wan2.2"):
+        lanes, latents = generated(name)
+        for options in ({"ulysses_size": 2}, {"tp_size": 2})[: 1 + (name == "wan2.2")]:
+            found, others = generated(name, parallelism_config=ParallelismConfig(**options))
+            assert found == lanes, f"{name}, {options}: {found} instead of {lanes}"
+            error = max((a - b).abs().max().item() for a, b in zip(latents, others, strict=True))
+            assert error < 1e-4, f"{name}, {options}: off by {error}"
+
+
+def check_guidance_over_ranks() -> None:
+    """Each rank runs one of two branches, and both go on with the same latents."""
+    config = ParallelismConfig(cfg_size=2)
+    for name in ("flux", "qwen", "wan", "wan2.2"):
+        for guided in (True, False)[: 1 + (name == "flux")]:
+            calls, latents = [], []
+            for options in ({}, {"parallelism_config": config}):
+                pipe, runs = tiny.pipeline(name), []
+                parts = [pipe.transformer, getattr(pipe, "transformer_2", None)]
+                for part in parts[: 1 + (name == "wan2.2")]:
+                    first = getattr(part, "transformer_blocks", getattr(part, "blocks", None))[0]
+                    first.register_forward_pre_hook(lambda *_, runs=runs: runs.append(None))
+                dbcache.enable(pipe, Fn_compute_blocks=1, max_warmup_steps=2, **options)
+                latents.append(tiny.generate(pipe, 8, guided=guided))
+                latents.append(tiny.generate(pipe, 8, guided=guided, seed=6))
+                calls.append(len(runs))
+                dbcache.disable(pipe)
+            error = max(
+                (a - b).abs().max().item()
+                for alone, spread_out in zip(latents[:2], latents[2:], strict=True)
+                for a, b in zip(alone, spread_out, strict=True)
+            )
+            assert error == 0, f"{name}: off by {error}"
+            # both branches on the first step of each request and transformer, then one
+            both = 2 * len(parts[: 1 + (name == "wan2.2")])
+            expected = [32, 16 + both] if guided else [16, 16]
+            assert calls == expected, f"{name}: {calls} calls instead of {expected}"
+
+
+def check_the_example_runs() -> None:
+    path = Path(__file__).resolve().parents[2] / "docs" / "examples" / "parallel.py"
+    example = SimpleNamespace(**runpy.run_path(str(path)))
+    options = example.parse(["flux", "--ulysses", "2", "--steps", "6", "--threshold", "0.5"])
+    text = {
+        "prompt_embeds": tiny.noise(1, tiny.TEXT_TOKENS, tiny.TEXT_DIM, seed=11),
+        "pooled_prompt_embeds": tiny.noise(1, 12, seed=12),
+    }
+    report = example.compare(tiny.pipeline("flux"), text | {"height": 64, "width": 64}, options)
+    assert report["parallelism"] == "Ulysses2"
+    assert 10 < float(report["PSNR of the latents"].removesuffix(" dB")) < 90
+    for model in example.MODELS.values():
+        assert hasattr(diffusers, model.pipeline)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ One process, whose group believes in more ranks than there are: a message would 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import models
@@ -19,8 +20,11 @@ from diffusers import FluxTransformer2DModel
 import dbcache
 from dbcache.parallel import mesh
 from dbcache.parallel.handle import prepare
+from dbcache.parallel.plans import PLANS
 from dbcache.parallel.sequence import Shards, part_sizes
 from dbcache.parallelism_config import ParallelismConfig
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "parallel.md"
 
 
 @pytest.fixture
@@ -117,6 +121,13 @@ def test_an_unknown_processor_is_an_error(four_ranks: None) -> None:
     assert model.transformer_blocks[1].attn.processor is own
 
 
+def test_guidance_over_ranks_needs_a_pipeline_that_calls_twice(four_ranks: None) -> None:
+    model = spread.build("WanTransformer3DModel", heads=4)
+    config = ParallelismConfig(cfg_size=2, ring_size=2)
+    with pytest.raises(ValueError, match=r"one of CogView4Pipeline, .*, got NoneType"):
+        dbcache.enable(model, parallelism_config=config)
+
+
 def test_quantised_layers_cannot_be_split(four_ranks: None) -> None:
     model = spread.build("FluxTransformer2DModel", heads=4)
     block = model.transformer_blocks[0]
@@ -142,10 +153,19 @@ def test_parts_are_as_torch_splits() -> None:
             assert part_sizes(length, ranks) == [len(part) for part in parts]
 
 
+def test_the_docs_list_the_models() -> None:
+    table = re.findall(r"^\| `(\w+)` \|(.*)\|$", DOCS.read_text(), re.MULTILINE)
+    found = {name: tuple("x" in cell for cell in cells.split("|")) for name, cells in table}
+    found = {name: marks for name, marks in found.items() if name.endswith("Model")}
+    assert found == {
+        name: (bool(row.attention), row.layers is None or bool(row.layers), bool(row.projections))
+        for name, row in PLANS.items()
+    }
+    assert set(found) == set(spread.SUBJECTS)
+
+
 def test_tensor_parallel_rows_are_those_of_diffusers() -> None:
     """Where diffusers has a plan of its own for a class, the row names the same layers."""
-    from dbcache.parallel.plans import PLANS
-
     plan = getattr(FluxTransformer2DModel, "_tp_plan", None)
     if plan is None:
         pytest.skip("this diffusers has no _tp_plan")

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("kernels", "adapters", "parallel")
-FACADE = ("api", "__init__", "__main__", "cli", "demo")
+FACADE = ("api", "cache_factory", "__init__", "__main__", "cli", "demo")
 
 CONFIGS = ("dbcache.config", "dbcache.parallelism_config")
 

@@ -21,6 +21,8 @@ class Rule:
 
     Fn_compute_blocks: int = 1
     Bn_compute_blocks: int = 0
+    Bn_compute_blocks_ids: tuple[int, ...] = ()
+    non_compute_blocks_diff_threshold: float = 0.08
     residual_diff_threshold: float = 0.08
     max_warmup_steps: int = 4
     warmup_interval: int = 1
@@ -166,6 +168,43 @@ class Series:
         return sum(p / math.factorial(i) * self.derivative(i, newest) for i, p in enumerate(powers))
 
 
+class Tail:
+    """What the last blocks did on the last full step, and which of them are left out now."""
+
+    def __init__(self, rule: Rule):
+        count = rule.Bn_compute_blocks
+        listed = rule.Bn_compute_blocks_ids or range(count)
+        self.unlisted = [i for i in range(count) if i not in listed]
+        self.threshold = rule.non_compute_blocks_diff_threshold
+        self.before: dict[int, torch.Tensor] = {}
+        self.after: dict[int, torch.Tensor] = {}
+        self.encoder: dict[int, torch.Tensor] = {}
+        self.growth: dict[int, float] = {}
+
+    def store(self, i, before, after, encoder, encoder_after) -> None:
+        """Keep what block `i` of the tail was given and returned, and how a change grew in it."""
+        before, after = before.double(), after.double()
+        if i in self.before:
+            moved = (before - self.before[i]).abs().sum()
+            grown = (after - self.after[i]).abs().sum()
+            self.growth[i] = (grown / moved).item() if moved > 0 else 1.0
+        self.before[i], self.after[i] = before, after
+        if encoder is not None and encoder_after is not None:
+            self.encoder[i] = encoder_after.double() - encoder.double()
+
+    def choose(self, hidden: torch.Tensor) -> list[int]:
+        """Return which blocks are left out, given what the first unlisted one gets."""
+        chosen, factor = [], 1.0
+        moved = (hidden.double() - self.before[self.unlisted[0]]).abs().mean()
+        for i in range(self.unlisted[0], self.unlisted[-1] + 1):
+            diff = (moved / self.before[i].abs().mean()).item() * factor
+            if i in self.unlisted and diff < self.threshold:
+                chosen.append(i)
+            else:
+                factor *= self.growth.get(i, 1.0)
+        return chosen
+
+
 class Lane:
     """Decisions and snapshots of one stream of steps."""
 
@@ -175,6 +214,8 @@ class Lane:
         self.shapes: tuple | None = None
         self.hidden = Series(rule)
         self.encoder = Series(rule)
+        self.tail = Tail(rule)
+        self.left_out: list[list[int]] = []
 
 
 class Oracle:
@@ -191,6 +232,7 @@ class Oracle:
         self.model, self.lists, self.encoder_first, self.rule = model, lists, encoder_first, rule
         self.blocks = [block for name in lists for block in getattr(model, name)]
         self.calls = 0
+        self.left_out: list[int] = []
         self.branch: str | None = None
         self.requests: list[dict[str | None, Lane]] = [{}]
 
@@ -278,6 +320,25 @@ class Oracle:
             moved, size = moved[important], size[important]
         return (moved.mean() / size.mean()).item()
 
+    def run_of_tail(self, i, hidden, encoder, text, args, kwargs):
+        """Run block `i` of the last ones, or leave it out; return the streams."""
+        tail = self.lane.tail
+        if i == tail.unlisted[0]:
+            self.left_out = [] if self.full else tail.choose(hidden)
+            self.lane.left_out.append(self.left_out)
+        if not self.full and i in self.left_out:
+            added = tail.after[i] - tail.before[i]
+            if i in tail.encoder:
+                encoder = (encoder.double() + tail.encoder[i]).to(encoder.dtype)
+            return (hidden.double() + added).to(hidden.dtype), encoder
+        returns_encoder = self.encoder_first is not None
+        block = self.blocks[len(self.blocks) - self.rule.Bn_compute_blocks + i]
+        out = block(hidden, encoder if returns_encoder else text, *args, **kwargs)
+        out = (out, None) if not returns_encoder else out[::-1] if self.encoder_first else out
+        if self.full:
+            tail.store(i, hidden, out[0], encoder, out[1])
+        return out
+
     def after_middle(self, hidden: torch.Tensor, encoder: torch.Tensor | None):
         """Store what the middle blocks added, or add the forecast of it."""
         if self.full:
@@ -341,6 +402,12 @@ class Segment(torch.nn.Module):
                 oracle.begin(hidden)
                 if probe == 0:
                     oracle.after_probe(hidden, encoder)
+            tail = i - first_tail
+            if tail >= 0 and oracle.lane.tail.unlisted:
+                hidden, encoder = oracle.run_of_tail(
+                    tail, hidden, encoder, encoder_hidden_states, args, kwargs
+                )
+                continue
             if i < probe or i >= first_tail or oracle.full:
                 text = encoder if returns_encoder else encoder_hidden_states
                 out = oracle.blocks[i](hidden, text, *args, **kwargs)

@@ -1,0 +1,148 @@
+"""A block stack under DBPrune: its guards, its lanes, and the step that is under way."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from dbcache.adapters.block_adapter import StackSpec
+from dbcache.adapters.block_list import Entry
+from dbcache.adapters.block_run import BlockRun, EncoderGuard, PruneGuard
+from dbcache.adapters.guards import CheckGuard
+from dbcache.adapters.patterns import ENCODER
+from dbcache.adapters.stack import Stack
+from dbcache.config import StackSettings
+from dbcache.kernels.lane_state import Reason
+from dbcache.lane import layout_of
+from dbcache.prune_config import DBPruneConfig
+from dbcache.pruned_lane import PrunedLane
+
+
+class PrunedStack(Stack):
+    """Blocks that are left out one by one.
+
+    Args:
+        spec: lists that run one after the other.
+        settings: with a `DBPruneConfig`, and without a predictor.
+
+    Raises:
+        ValueError: there is a predictor, or the blocks of several lists take turns.
+    """
+
+    lanes: dict[str | None, PrunedLane]  # type: ignore[assignment]
+    lane: PrunedLane | None  # type: ignore[assignment]
+
+    def __init__(self, spec: StackSpec, settings: StackSettings) -> None:
+        if settings.slots > 1 or settings.replace:
+            raise ValueError(
+                f"DBPruneConfig: a block that is left out must add what it last added, got the "
+                f"predictor {settings.calibrator.strify()}; leave the calibrator out, or use a "
+                f"DBCacheConfig"
+            )
+        if spec.interleaved:
+            names = ", ".join(block_list.path for block_list in spec.lists)
+            raise ValueError(
+                f"DBPruneConfig: blocks must run list by list, got {names}, which take turns and "
+                f"rearrange the tokens in between; use a DBCacheConfig"
+            )
+        assert spec.pattern is not None
+        self.has_long_skips = spec.long_skips
+        super().__init__(list(spec.lists), spec.pattern, settings, spec.streams)
+
+    def _make_entries(self) -> list[list[Entry]]:
+        """Return what stands for each list; nothing where all blocks always run."""
+        config = self.settings.cache
+        assert isinstance(config, DBPruneConfig)
+        always = set(config.non_prune_block_ids)
+        middle = range(self.fn, self.num_blocks - self.bn)
+        prunable = [i not in always for i in middle]
+        if True not in prunable:
+            if len(middle):  # else `_clamp` has warned
+                warnings.warn(
+                    f"{self.name}: non_prune_block_ids={config.non_prune_block_ids} leaves none of "
+                    f"the {self.num_blocks} blocks to leave out: every block runs on every step",
+                    stacklevel=2,
+                )
+            return []
+        self.start = start = middle[prunable.index(True)]
+        stop = middle[-1] + 1 - prunable[::-1].index(True)
+        prunable = [i not in always for i in range(start, stop)]
+        if any(lane.cache.prunable != prunable for lane in self.lanes.values()):
+            self.lanes.clear()  # blocks were added or taken away
+        self.run = BlockRun(self.name, prunable, self.pattern, self._open, self._close)
+        # the loop takes what a block returns on to a later one: it must be what it would return
+        self.run.fuses = not self.has_long_skips
+        returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+        position, entries = 0, []
+        for block_list in self.lists:
+            row: list[Entry] = []
+            for index, block in enumerate(block_list.blocks):
+                who = f"{block_list.path}[{index}] ({type(block).__name__})"
+                if start <= position < stop:
+                    row.append(PruneGuard(self, block, who, self.run, position - start))
+                elif position == start - 1 and returns_encoder_only:
+                    row.append(EncoderGuard(self, block, who, self.run))
+                else:
+                    row.append(CheckGuard(self, block, who))
+                position += 1
+            entries.append(row)
+        return entries
+
+    def forget_step(self) -> None:
+        super().forget_step()
+        if self.entries:
+            self.run.forget_step()
+
+    def _open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+        """Take the step's decisions. Called with what the first block gets that may be left out."""
+        self._check_stream(hidden)
+        lane = self.lanes.get(self.branch) or self._add_lane()
+        reason = lane.why(lane.start_step(layout_of(hidden, encoder)))
+        prunable, diffs = self.run.prunable, list[float]()
+        if reason is None:
+            skipped, diffs = lane.cache.decide(self._changes(lane, hidden), self.sharding)
+        else:
+            skipped = prunable if reason is Reason.STATIC else [False] * len(prunable)
+        lane.close(reason, skipped, diffs)
+        self.lane, self.cached, self.is_open = lane, lane.cached, True
+        self.run.start(lane.cache, skipped, stores=lane.stores(), step=lane.step - 1)
+
+    def _add_lane(self) -> PrunedLane:
+        lane = PrunedLane(self.settings, self.run.prunable, self.num_blocks)
+        self.lanes[self.branch] = lane
+        return lane
+
+    def count_full_step(self, branch: str | None, device: torch.device) -> None:
+        """Count a step that ran without the guards: full, with nothing kept of it."""
+        self.branch = branch
+        if self.entries:
+            self.lane = lane = self._add_lane()
+            lane.close(lane.why(lane.plan[0]), [False] * len(self.run.prunable), [])
+            lane.forget_reference()
+
+    def _changes(self, lane: PrunedLane, hidden: torch.Tensor) -> torch.Tensor:
+        """Measure the changes of the block inputs, or take those of the step's other branch."""
+        if self.settings.cache.cfg_diff_compute_separate:
+            return lane.cache.measure(hidden)
+        shared = self._shared
+        if shared and shared[0] != self.branch and shared[1] == lane.step:
+            return shared[2]
+        partials = lane.cache.measure(hidden)
+        self._shared = (self.branch, lane.step, partials)
+        return partials
+
+    def check_recordable(self) -> None:
+        """Raise a ValueError: which blocks run is known to the host alone."""
+        raise ValueError(
+            f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, got a "
+            f"DBPruneConfig, which leaves out single blocks; leave out cuda_graph"
+        )
+
+    def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
+        """Return the numbers of the blocks that were left out on each step."""
+        steps = self.lanes[branch].skipped
+        return [[self.start + i for i, skips in enumerate(step) if skips] for step in steps]
+
+    def _close(self) -> None:
+        self.is_open = False

@@ -1,0 +1,100 @@
+"""The names of cache-dit 0.2, for code that was written for it.
+
+from dbcache.cache_factory import CacheType, apply_cache_on_pipe
+
+options = CacheType.default_options(CacheType.DBCache)
+apply_cache_on_pipe(pipe, **options | {"residual_diff_threshold": 0.12})
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any, TypeVar
+
+from dbcache.api import enable
+from dbcache.options import check_choice, check_int
+
+Pipeline = TypeVar("Pipeline")
+
+_NEW_NAMES = {"warmup_steps": "max_warmup_steps", "non_prune_blocks_ids": "non_prune_block_ids"}
+
+
+class CacheType(str, Enum):
+    """The methods: of whole steps (FBCache: with one probe block), and of single blocks."""
+
+    DBCache = "DBCache"
+    DBPrune = "DBPrune"
+    FBCache = "FBCache"
+
+    @staticmethod
+    def default_options(kind: CacheType) -> dict[str, Any]:
+        """Return the options that cache-dit 0.2 had for a method when none were given.
+
+        Raises:
+            ValueError: an unknown method.
+        """
+        kind = cache_type(kind)
+        blocks = (1, 0) if kind is CacheType.FBCache else (8, 8)
+        return {
+            "cache_type": kind,
+            "warmup_steps": 8,
+            "max_cached_steps": -1,
+            "Fn_compute_blocks": blocks[0],
+            "Bn_compute_blocks": blocks[1],
+            "residual_diff_threshold": 0.08 if kind is CacheType.DBPrune else 0.12,
+        }
+
+    @staticmethod
+    def range(start: int, end: int, step: int = 1) -> list[int]:
+        """Return `block_range` of the same."""
+        return block_range(start, end, step)
+
+
+def cache_type(name: str) -> CacheType:
+    """Return the method of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    check_choice("cache_type", name, tuple(kind.value for kind in CacheType))
+    return CacheType(name)
+
+
+def block_range(start: int, end: int, step: int = 1) -> list[int]:
+    """Return every `step`-th block number from `start` on, with the first and the last of `end`.
+
+    That is 0, ``start``, ``start + step``, ... and ``end - 1``; nothing if `start` is above `end`,
+    if `end` is 0, or if `step` is 1 or less. As in cache-dit, for `Bn_compute_blocks_ids` and
+    `non_prune_block_ids`.
+
+    Raises:
+        TypeError, ValueError: `start` or `end` is no integer of at least 0.
+    """
+    check_int("block_range: start", start, 0)
+    check_int("block_range: end", end, 0)
+    if start > end or end == 0 or step <= 1:
+        return []
+    return sorted({0, *range(start, end, step), end - 1})
+
+
+def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
+    """Do what `dbcache.enable` does, with options as cache-dit 0.2 named them.
+
+    Args:
+        pipe: as for `enable`.
+        **options: of `enable`, or `warmup_steps`, `non_prune_blocks_ids`, and with
+            `enable_taylorseer` ``taylorseer_kwargs={"n_derivatives": 2}``.
+
+    Raises:
+        TypeError, ValueError: as `enable`.
+    """
+    options = {_NEW_NAMES.get(name, name): value for name, value in options.items()}
+    kind = cache_type(options.pop("cache_type", CacheType.DBCache))
+    taylorseer = options.pop("taylorseer_kwargs", None)
+    if taylorseer is not None and options.get("enable_taylorseer"):
+        options["taylorseer_order"] = taylorseer["n_derivatives"]
+    is_prune = kind is CacheType.DBPrune
+    defaults = CacheType.default_options(kind)
+    defaults = {_NEW_NAMES.get(name, name): value for name, value in defaults.items()}
+    method = {"cache_type": "DBPrune" if is_prune else "DBCache"}
+    return enable(pipe, **defaults | options | method)

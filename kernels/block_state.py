@@ -1,0 +1,104 @@
+"""What is stored of each block of a run of blocks, so that single ones can be left out.
+
+Per block: the hidden states that it was called with when it was last stored, what it added to them
+(and to the encoder states), the step of that, and by how much it let a change of its input grow. So
+a run of M blocks holds 2 M tensors of the size of `hidden_states`, and M of `encoder_hidden_states`
+where the blocks return them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from dbcache.kernels._select import Impl, select
+from dbcache.kernels.launches import BLOCK
+from dbcache.kernels.probe_diff import MAX_PARTIALS
+
+# entries of BlockState.rule, float32
+THRESHOLD = 0  # a block is left out below this change; <= 0 never, >= 1 always
+RELAX = 1  # > 0: the threshold rises to this times the mean of the first changes of the step
+MAX_RELAXED = 2  # but not to this or more
+WORST_SAMPLE = 3  # 1: the sample that changed most counts, 0: the batch as a whole
+NUM_RULE = 4
+
+
+@dataclass(slots=True, eq=False)
+class BlockState:
+    """The tensors of a run of M blocks, all on one device, contiguous. Make one with `allocate`."""
+
+    inputs: torch.Tensor
+    """(M, *shape): hidden states before each block, when it was last stored"""
+    residuals: torch.Tensor
+    """(M, *shape): what each block added to them"""
+    encoder_residuals: torch.Tensor | None
+    """(M, *encoder shape): what each block added to the encoder states, 0 for one that returns
+    none"""
+    stamps: torch.Tensor
+    """int32 (M,): step at which each block was last stored"""
+    growth_sums: torch.Tensor
+    """float32 (M, T, 2): partial sums of how much each block's output and input changed"""
+    prunable: torch.Tensor
+    """int32 (M,): 1 for a block that may be left out"""
+    rule: torch.Tensor
+    """float32 (NUM_RULE,)"""
+    changes: torch.Tensor
+    """float32 (M, 2), for `decide_blocks`: change and growth of each block"""
+    decisions: torch.Tensor
+    """float32 (M, 2): the change that was compared, and 1 for a block that is left out, else 0"""
+    ticket: torch.Tensor
+    """int32 (1,): programs of `decide_blocks` that are done; 0 between launches"""
+
+    @classmethod
+    def allocate(
+        cls,
+        h: torch.Tensor,
+        encoder: torch.Tensor | None,
+        prunable: Sequence[bool],
+        rule: Sequence[float],
+        impl: Impl = "auto",
+    ) -> "BlockState":
+        """Return the state of ``len(prunable)`` blocks of which nothing is stored yet.
+
+        Args:
+            h: hidden states as the blocks are called with.
+            encoder: encoder states as they return them, None if they return none.
+            prunable: which of them may be left out.
+            rule: NUM_RULE numbers.
+            impl: as in the ops that are to run on it.
+        """
+        count, device = len(prunable), h.device
+        triton_runs = select(impl, h) == "triton"
+        programs = partition_of(h.numel())[1] if triton_runs else 1
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, device=device)
+
+        # a block that returns no encoder states adds nothing to them
+        added = None if encoder is None else encoder.new_zeros((count, *encoder.shape))
+        return cls(
+            inputs=h.new_empty((count, *h.shape)),
+            residuals=h.new_empty((count, *h.shape)),
+            encoder_residuals=added,
+            stamps=torch.zeros(count, dtype=torch.int32, device=device),
+            growth_sums=zeros(count, programs, 2),
+            prunable=torch.tensor(prunable, dtype=torch.int32, device=device),
+            rule=torch.tensor(rule, dtype=torch.float32, device=device),
+            changes=zeros(count, 2),
+            decisions=zeros(count, 2),
+            ticket=torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that have the size of a stream."""
+        streams = (self.inputs, self.residuals, self.encoder_residuals)
+        return sum(x.nbytes for x in streams if x is not None)
+
+
+def partition_of(numel: int) -> tuple[int, int]:
+    """Return (blocks of elements per program, programs) for sums over `numel` elements."""
+    parts = max(1, triton.cdiv(numel, BLOCK))
+    per_program = triton.cdiv(parts, MAX_PARTIALS)
+    return per_program, triton.cdiv(parts, per_program)

@@ -1,0 +1,581 @@
+"""DBPrune does on real, tiny models what an independent oracle does: the same blocks, on the same
+steps, for the same reasons, with the same outputs."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import tiny
+import torch
+from prune_oracle import PruneOracle, PruneRule
+from tiny import BRANCHES, FAMILIES, denoise
+
+import dbcache
+from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern
+from dbcache.pruned_lane import BlockCache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 24
+HIDDEN, ENCODER = "hidden_states", "encoder_hidden_states"
+families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+
+
+def options(rule):
+    values = asdict(rule)
+    values["non_prune_block_ids"] = list(rule.non_prune_block_ids)
+    if rule.steps_computation_mask is not None:
+        values["steps_computation_mask"] = list(rule.steps_computation_mask)
+    return values
+
+
+def blocks_of(model, family):
+    return [block for name in family.lists for block in getattr(model, name)]
+
+
+def oracle_of(model, family, rule, **how):
+    returns = (HIDDEN,) if family.encoder_first is None else (ENCODER, HIDDEN)
+    return PruneOracle(blocks_of(model, family), returns, len(returns) == 2, rule, **how)
+
+
+def counted(blocks):
+    """Count the calls of each block; return the counts and what stops the counting."""
+    calls = [0] * len(blocks)
+
+    def count(i):
+        calls[i] += 1
+
+    hooks = [b.register_forward_pre_hook(lambda *_, i=i: count(i)) for i, b in enumerate(blocks)]
+    return calls, lambda: [hook.remove() for hook in hooks]
+
+
+def assert_same(lanes, oracle):
+    """Check reasons, blocks left out and measured changes of all lanes."""
+    assert [lane.branch for lane in lanes] == list(oracle.lanes)
+    assert oracle.margin > 1e-5, "a change on the threshold decides nothing: move it"
+    for lane, expected in zip(lanes, oracle.lanes.values(), strict=True):
+        assert lane.pruned == expected.skipped
+        assert lane.reasons == expected.decider.trace.reasons
+        smallest = {
+            step: min(diffs[i] for i in oracle.prunable)
+            for step, diffs in enumerate(expected.diffs)
+            if diffs
+        }
+        assert lane.diffs == pytest.approx(smallest, rel=1e-4)
+
+
+def compare(family, rule, steps=STEPS, **how):
+    """Run both on fresh copies; return the oracle."""
+    mine, theirs = family.build(), family.build()
+    if rule.enable_separate_cfg:
+        how = {"branches": BRANCHES} | how
+    dbcache.enable(mine, DBPruneConfig(**options(rule)))
+    calls, stop = counted(blocks_of(mine, family))
+    outputs = denoise(mine, family, steps, **how)
+    stop()
+    with oracle_of(theirs, family, rule)() as oracle:
+        expected = denoise(theirs, family, steps, **how)
+    assert_same(dbcache.summary(mine).lanes, oracle)
+    assert calls == oracle.block_calls
+    for output, wanted in zip(outputs, expected, strict=True):
+        assert (output - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    return oracle
+
+
+MASK = (1, 1, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1)
+RULES = {
+    "F1B0": PruneRule(),
+    "low": PruneRule(residual_diff_threshold=0.055),
+    "high": PruneRule(residual_diff_threshold=0.2),
+    "F2B2": PruneRule(Fn_compute_blocks=2, Bn_compute_blocks=2, residual_diff_threshold=0.1),
+    "some never": PruneRule(non_prune_block_ids=(3, 5, 60), residual_diff_threshold=0.1),
+    "the first ones never": PruneRule(non_prune_block_ids=(1, 2, 4, 7)),
+    "dynamic": PruneRule(enable_dynamic_prune_threshold=True),
+    "dynamic, highest given": PruneRule(
+        residual_diff_threshold=0.06,
+        enable_dynamic_prune_threshold=True,
+        max_dynamic_prune_threshold=0.3,
+        dynamic_prune_threshold_relax_ratio=1.1,
+    ),
+    "interval 3": PruneRule(residual_cache_update_interval=3, residual_diff_threshold=0.11),
+    "at most 4": PruneRule(max_cached_steps=4, residual_diff_threshold=0.15),
+    "2 in a row": PruneRule(max_continuous_cached_steps=2, residual_diff_threshold=0.3),
+    "always": PruneRule(residual_diff_threshold=1.0, max_continuous_cached_steps=3),
+    "no warm-up": PruneRule(max_warmup_steps=0, residual_diff_threshold=0.1),
+    "warm-up interval": PruneRule(max_warmup_steps=7, warmup_interval=2),
+    "mask": PruneRule(steps_computation_mask=MASK, residual_diff_threshold=0.12),
+    "mask, static": PruneRule(steps_computation_mask=MASK, steps_computation_policy="static"),
+}
+
+
+@families
+@pytest.mark.parametrize("case", RULES)
+def test_equals_the_oracle(family, case):
+    oracle = compare(family, RULES[case])
+    assert any(step for lane in oracle.lanes.values() for step in lane.skipped)
+
+
+@families
+@pytest.mark.parametrize("separate", [True, False], ids=["own diff", "shared diff"])
+def test_two_branches_have_lanes_of_their_own(family, separate):
+    rule = PruneRule(
+        enable_separate_cfg=True,
+        cfg_diff_compute_separate=separate,
+        residual_diff_threshold=0.09,
+        max_continuous_cached_steps=3,
+    )
+    oracle = compare(family, rule)
+    assert list(oracle.lanes) == ["cond", "uncond"]
+
+
+def test_single_blocks_are_left_out_and_others_run_on_the_same_step():
+    """What sets it apart from a decision per step."""
+    oracle = compare(FAMILIES["wan"], PruneRule(residual_diff_threshold=0.11))
+    counts = {len(step) for step in oracle.lanes[None].skipped}
+    assert counts - {0, len(oracle.prunable)}
+
+
+@families
+def test_a_batch_decides_as_a_whole_or_by_its_worst_sample(family):
+    for batch_reduce in ("mean", "max"):
+        rule = PruneRule(batch_reduce=batch_reduce, residual_diff_threshold=0.1)
+        compare(family, rule, batch=3)
+
+
+class Block(torch.nn.Module):
+    """A block of any pattern; may write into its input or fail."""
+
+    def __init__(self, pattern, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("weight", torch.randn(8, 8, generator=generator) * 0.3)
+        self.pattern, self.in_place, self.fails = pattern, False, False
+
+    def forward(self, hidden_states, encoder_hidden_states=None, *, temb):
+        if self.fails:
+            raise ZeroDivisionError("block failed")
+        added = torch.tanh(hidden_states @ self.weight + temb)
+        hidden = hidden_states.add_(added) if self.in_place else hidden_states + added
+        encoder = encoder_hidden_states
+        if ENCODER not in self.pattern.takes:
+            encoder = hidden[:, :3] * 2
+        elif len(self.pattern.returns) == 2:
+            encoder = encoder + torch.sin(hidden.mean(1, keepdim=True))
+        named = {HIDDEN: hidden, ENCODER: encoder}
+        output = tuple(named[name] for name in self.pattern.returns)
+        return output[0] if len(output) == 1 else output
+
+
+class Model(torch.nn.Module):
+    """Runs blocks of a pattern in a loop of its own, which may add controls between them."""
+
+    def __init__(self, pattern, count=7):
+        super().__init__()
+        self.pattern = pattern
+        self.blocks = torch.nn.ModuleList([Block(pattern, seed) for seed in range(count)])
+        self.controls = None
+
+    def forward(self, x, encoder, t):
+        x = x.clone()
+        for index, block in enumerate(self.blocks):
+            given = {HIDDEN: x, "temb": t}
+            if ENCODER in self.pattern.takes:
+                given[ENCODER] = encoder
+            output = block(**given)
+            if len(self.pattern.returns) == 1:
+                x = output
+            else:
+                x = output[self.pattern.returns.index(HIDDEN)]
+                encoder = output[self.pattern.returns.index(ENCODER)]
+            if self.controls is not None:
+                x = x + self.controls[index]
+        return x, encoder
+
+
+def inputs(step):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 5, 8, generator=generator)
+    drift = torch.randn(2, 5, 8, generator=generator)
+    return x + 0.04 * step * drift, torch.ones(2, 3, 8), torch.tensor(0.02 * step)
+
+
+PATTERNS = [ForwardPattern[f"Pattern_{i}"] for i in range(6)]
+patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.name)
+
+
+def enable(model, rule, **changes):
+    adapter = BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=model.pattern)
+    return dbcache.enable(adapter, DBPruneConfig(**options(rule) | changes))
+
+
+def run_pattern(pattern, rule, steps=STEPS, prepare=lambda model: None):
+    """Run dbcache and the oracle on a toy model; return it and the oracle."""
+    mine, theirs = Model(pattern), Model(pattern)
+    prepare(mine)
+    prepare(theirs)
+    enable(mine, rule)
+    oracle = PruneOracle(theirs.blocks, pattern.returns, ENCODER in pattern.takes, rule)
+    calls, stop = counted(mine.blocks)
+    with oracle():
+        for step in range(steps):
+            outputs, expected = mine(*inputs(step)), theirs(*inputs(step))
+            for output, wanted in zip(outputs, expected, strict=True):
+                torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+    stop()
+    assert_same(dbcache.summary(mine).lanes, oracle)
+    assert calls == oracle.block_calls
+    return mine, oracle
+
+
+@patterns
+@pytest.mark.parametrize(
+    "rule",
+    [
+        PruneRule(residual_diff_threshold=0.0731),
+        PruneRule(Fn_compute_blocks=2, Bn_compute_blocks=1, non_prune_block_ids=(4,)),
+        PruneRule(residual_diff_threshold=1.0, max_continuous_cached_steps=1),
+    ],
+    ids=["F1B0", "F2B1", "always"],
+)
+def test_every_pattern_equals_the_oracle(pattern, rule):
+    _, oracle = run_pattern(pattern, rule)
+    assert any(oracle.lanes[None].skipped)
+
+
+@patterns
+def test_blocks_that_write_into_their_input_are_noticed(pattern):
+    def prepare(model):
+        for block in model.blocks:
+            block.in_place = True
+
+    _, oracle = run_pattern(pattern, PruneRule(residual_diff_threshold=0.1), prepare=prepare)
+    assert any(oracle.lanes[None].skipped)
+
+
+@patterns
+def test_what_the_loop_adds_between_blocks_is_kept(pattern):
+    """Controls are added behind each block, left out or not, exactly once."""
+    plain, mine = Model(pattern), Model(pattern)
+    plain.controls = mine.controls = 0.1 * torch.arange(7)
+    enable(mine, PruneRule(residual_diff_threshold=1.0, max_warmup_steps=1))
+    expected = plain(*inputs(0))
+    for _ in range(2):  # full, then all blocks but the first left out
+        for output, wanted in zip(mine(*inputs(0)), expected, strict=True):
+            torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+    mine.controls = 2 * mine.controls
+    moved = mine(*inputs(0))[0] - expected[0]
+    rest = [1, 2, 3, 4, 5, 6]
+    assert dbcache.summary(mine).lanes[0].pruned == [[], rest, rest]
+    # a block that is left out does not see them, so they are what differs
+    torch.testing.assert_close(moved, torch.full_like(moved, 2.1), rtol=0, atol=1e-4)
+
+
+@patterns
+def test_what_the_loop_begins_to_add_between_blocks_is_kept(pattern):
+    """On the step on which it begins, when blocks are left out in one go, and on later ones."""
+    model = Model(pattern)
+    enable(model, PruneRule(residual_diff_threshold=1.0, max_warmup_steps=1))
+    expected = model(*inputs(0))[0]
+    model.controls = 0.1 * torch.arange(7)
+    for _ in range(3):
+        moved = model(*inputs(0))[0] - expected
+        torch.testing.assert_close(moved, torch.full_like(moved, 2.1), rtol=0, atol=1e-4)
+
+
+def test_runs_of_blocks_are_left_out_in_one_go(monkeypatch):
+    counts = []
+    plain = BlockCache.replace
+
+    def replace_(self, first, count, *streams):
+        counts.append(count)
+        return plain(self, first, count, *streams)
+
+    monkeypatch.setattr(BlockCache, "replace", replace_)
+    for controls, expected in ((None, [2, 3]), (torch.ones(7), [1] * 5)):
+        model = Model(PATTERNS[0])
+        model.controls = controls
+        rule = PruneRule(residual_diff_threshold=1.0, max_warmup_steps=1, non_prune_block_ids=(3,))
+        enable(model, rule)
+        counts.clear()
+        for step in range(2):
+            model(*inputs(step))
+        assert counts == expected
+
+
+@families
+@pytest.mark.parametrize("threshold", [0.055, 0.1, 0.15])
+def test_the_estimate_is_exact_up_to_the_first_block_that_runs_and_near_behind_it(
+    family, threshold
+):
+    """Compared with the change of each block's real input, which cache-dit waits for."""
+    model, alike = family.build(), []
+    rule = PruneRule(residual_diff_threshold=threshold)
+    with oracle_of(model, family, rule)() as oracle:
+        denoise(model, family, STEPS)
+    lane = oracle.lanes[None]
+    for skipped, diffs, real in zip(lane.skipped, lane.diffs, lane.real, strict=True):
+        runs = False
+        for i, diff in diffs.items():
+            if not runs:
+                assert diff == pytest.approx(real[i], rel=1e-4)
+            runs |= i not in skipped
+            alike.append((real[i] < threshold) == (diff < threshold))
+    assert sum(alike) >= 0.88 * len(alike) > 100
+
+
+@pytest.mark.parametrize("rule", [RULES["F1B0"], RULES["2 in a row"], RULES["mask, static"]])
+def test_the_host_waits_once_per_undecided_step(rule, monkeypatch):
+    reads = []
+    plain = BlockCache._read
+    monkeypatch.setattr(BlockCache, "_read", lambda self, x: reads.append(0) or plain(self, x))
+    family = FAMILIES["flux"]
+    model = dbcache.enable(family.build(), DBPruneConfig(**options(rule)))
+    denoise(model, family, STEPS)
+    (lane,) = dbcache.summary(model).lanes
+    undecided = ("below threshold", "above threshold")
+    assert len(reads) == sum(reason in undecided for reason in lane.reasons)
+    assert len(reads) < STEPS
+
+
+@families
+def test_threshold_0_is_bit_identical_and_disable_leaves_no_trace(family):
+    model = family.build()
+    plain = denoise(model, family, 20)
+    before = {n: (type(m), dict(vars(m))) for n, m in model.named_modules()}
+    for threshold in (0.0, 0.2):
+        dbcache.enable(model, DBPruneConfig(Fn_compute_blocks=1, residual_diff_threshold=threshold))
+        outputs = denoise(model, family, 20)
+        same = all(map(torch.equal, outputs, plain))
+        assert same == (threshold == 0.0)
+        dbcache.disable(model)
+    assert {n: (type(m), dict(vars(m))) for n, m in model.named_modules()} == before
+    assert all(map(torch.equal, denoise(model, family, 20), plain))
+
+
+@families
+def test_memory_is_two_hidden_and_one_encoder_tensor_per_block(family):
+    model = family.build()
+    rule = PruneRule(Fn_compute_blocks=2, Bn_compute_blocks=1, non_prune_block_ids=(2, 4))
+    dbcache.enable(model, DBPruneConfig(**options(rule)))
+    blocks, sizes = blocks_of(model, family), {}
+
+    def note(_module, args, kwargs):
+        named = dict(zip((HIDDEN, ENCODER), args, strict=False)) | kwargs
+        sizes.update({name: named[name].nbytes for name in (HIDDEN, ENCODER)})
+
+    hook = blocks[0].register_forward_pre_hook(note, with_kwargs=True)
+    denoise(model, family, 6)
+    hook.remove()
+    stored = len(blocks) - 2 - 1 - 1  # block 2 is before the first that may be left out, 4 is not
+    encoder = sizes[ENCODER] if family.encoder_first is not None else 0
+    (lane,) = dbcache.summary(model).lanes
+    assert lane.megabytes * 1e6 == pytest.approx(stored * (2 * sizes[HIDDEN] + encoder))
+
+
+def test_an_exception_aborts_the_step_and_the_next_one_is_full():
+    model = Model(PATTERNS[0])
+    enable(model, PruneRule(residual_diff_threshold=1.0, max_warmup_steps=2))
+    for step in range(4):
+        model(*inputs(step))
+    for failing in (0, 6):  # on a step that prunes the last one does not run: make it run
+        model.blocks[failing].fails = True
+        if failing:
+            dbcache.refresh_context(model)
+        with pytest.raises(ZeroDivisionError):
+            model(*inputs(4))
+        model.blocks[failing].fails = False
+        assert "blocks" not in vars(model)
+    model(*inputs(4))
+    model(*inputs(5))
+    model(*inputs(6))
+    assert dbcache.summary(model).lanes[0].reasons == ["warm-up"] * 2 + ["threshold is 1 or more"]
+
+
+def test_an_exception_between_blocks_that_are_left_out_is_undone():
+    model = Model(PATTERNS[0])
+    enable(model, PruneRule(residual_diff_threshold=1.0, max_warmup_steps=2))
+    for step in range(3):
+        model(*inputs(step))
+    model.controls = [0.0] * 3 + ["not a number"] * 4
+    with pytest.raises(TypeError):
+        model(*inputs(3))
+    model.controls = None
+    model(*inputs(3))
+    model(*inputs(4))
+    lane = dbcache.summary(model).lanes[0]
+    always = "threshold is 1 or more"
+    assert lane.reasons == ["warm-up", "warm-up", always, "no reference", always]
+
+
+def test_another_shape_is_a_full_step_that_starts_anew():
+    model = Model(PATTERNS[0])
+    enable(model, PruneRule(residual_diff_threshold=1.0, max_warmup_steps=2))
+    for step, size in enumerate((5, 5, 5, 4, 4, 5)):
+        x, encoder, t = inputs(step)
+        model(x[:, :size], encoder, t)
+    always = "threshold is 1 or more"
+    expected = ["warm-up", "warm-up", always, "shape changed", always, "shape changed"]
+    assert dbcache.summary(model).lanes[0].reasons == expected
+
+
+def test_nan_runs_the_block_and_is_counted():
+    model = Model(PATTERNS[3])
+    enable(model, PruneRule(residual_diff_threshold=1.0, max_warmup_steps=2))
+    for step in range(3):
+        x, encoder, t = inputs(step)
+        model(x * float("nan") if step == 2 else x, encoder, t)
+    summary = dbcache.summary(model)
+    assert summary.lanes[0].reasons[2] == "NaN diff"
+    assert any("NaN" in warning for warning in summary.warnings)
+
+
+def test_a_pipeline_call_is_a_request():
+    pipe = tiny.pipeline("flux")
+    dbcache.enable(
+        pipe, DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=0.15)
+    )
+    first = tiny.generate(pipe, 16, guided=True)
+    traces = [lane.pruned for lane in dbcache.summary(pipe).lanes]
+    assert len(traces) == 2
+    assert all(map(any, traces))
+    assert all(map(torch.equal, tiny.generate(pipe, 16, guided=True), first))
+    assert [lane.pruned for lane in dbcache.summary(pipe).lanes] == traces
+
+
+def test_the_summary_tells_the_share_of_blocks_left_out():
+    family = FAMILIES["flux"]
+    model = dbcache.enable(family.build(), DBPruneConfig(**options(RULES["F1B0"])))
+    denoise(model, family, STEPS)
+    summary = dbcache.summary(model)
+    (lane,) = summary.lanes
+    assert lane.blocks == 10
+    assert lane.pruned_blocks == [len(step) for step in lane.pruned]
+    assert lane.pruned_ratio == sum(lane.pruned_blocks) / (10 * STEPS)
+    assert f"{lane.pruned_ratio:.0%}" in str(summary)
+    assert lane.to_dict()["pruned_ratio"] == lane.pruned_ratio
+
+
+def test_two_stacks_with_options_of_their_own():
+    """Blocks that always run are those of the stack itself (cache-dit mixes equally long ones)."""
+    model = FAMILIES["flux"].build(double=5, single=5)
+    adapter = BlockAdapter(
+        transformer=model,
+        blocks=[model.transformer_blocks, model.single_transformer_blocks],
+        forward_pattern=ForwardPattern.Pattern_1,
+        params_modifiers=[
+            dbcache.ParamsModifier(cache_config=DBPruneConfig(Fn_compute_blocks=4)),
+            dbcache.ParamsModifier(cache_config=DBPruneConfig(non_prune_block_ids=[2])),
+        ],
+    )
+    base = PruneRule(residual_diff_threshold=1.0, max_warmup_steps=2)
+    dbcache.enable(adapter, DBPruneConfig(**options(base)))
+    denoise(model, FAMILIES["flux"], 4)
+    first, second = dbcache.summary(model).lanes
+    assert first.pruned == [[], [], [4], [4]]
+    assert second.pruned == [[], [], [1, 3, 4], [1, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"non_prune_block_ids": [-1]}, "at least 0"),
+        ({"non_prune_block_ids": "16"}, "list of block numbers"),
+        ({"residual_cache_update_interval": 0}, ">= 1"),
+        ({"dynamic_prune_threshold_relax_ratio": 0}, "> 0"),
+        ({"max_dynamic_prune_threshold": -1.0}, "> 0"),
+        ({"max_cached_steps": 3, "max_pruned_steps": 4}, "must not differ"),
+        ({"cache_dtype": "fp8"}, "no meaning here"),
+        ({"max_accumulated_residual_diff_threshold": 0.5}, "no meaning here"),
+        ({"cache_type": "DBCache"}, "DBPrune"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_errors(changes, says):
+    with pytest.raises((ValueError, TypeError), match=says):
+        DBPruneConfig(**changes)
+
+
+def test_a_misspelt_option_is_an_error_that_names_the_right_one():
+    with pytest.raises(TypeError, match="non_prune_block_ids"):
+        DBPruneConfig(non_prune_blocks_ids=[1])
+
+
+def test_a_predictor_is_refused_before_anything_is_changed():
+    model = FAMILIES["wan"].build()
+    with pytest.raises(ValueError, match="leave the calibrator out"):
+        dbcache.enable(model, DBPruneConfig(), dbcache.TaylorSeerCalibratorConfig())
+    assert "_dbcache" not in vars(model)
+    assert "forward" not in vars(model)
+
+
+def test_no_block_to_leave_out_is_said_and_runs_all():
+    family = FAMILIES["wan"]
+    model = family.build()
+    with pytest.warns(UserWarning, match="non_prune_block_ids"):
+        dbcache.enable(model, DBPruneConfig(Fn_compute_blocks=6, non_prune_block_ids=[6, 7]))
+    plain = family.build()
+    assert all(map(torch.equal, denoise(model, family, 3), denoise(plain, family, 3)))
+    with pytest.warns(UserWarning, match="leaves none"):
+        dbcache.enable(model, DBPruneConfig(Fn_compute_blocks=8))
+
+
+def test_both_names_of_the_limit_mean_the_same():
+    rule = replace(RULES["at most 4"], max_cached_steps=-1)
+    family, pruned = FAMILIES["flux"], []
+    for limit in ({"max_pruned_steps": 4}, {"max_cached_steps": 4}):
+        model = dbcache.enable(family.build(), DBPruneConfig(**options(rule) | limit))
+        denoise(model, family, STEPS)
+        pruned.append(dbcache.summary(model).lanes[0].pruned)
+    assert pruned[0] == pruned[1]
+    assert sum(map(bool, pruned[0])) == 4
+
+
+class Vote:
+    """Stands for ranks that each have a part of the tokens: notes a message, or answers it."""
+
+    def __init__(self, answer=None):
+        self.answer, self.message = answer, None
+
+    def vote(self, sums, *, per_sample):
+        assert per_sample
+        self.message = sums.clone()
+        return sums if self.answer is None else self.answer
+
+
+def test_ranks_that_share_the_tokens_decide_as_one_that_has_them_all():
+    rule = [0.0] * 4
+    rule[0] = 0.1
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 8, generator=generator)
+    drift = 0.08 * torch.randn(3, 2, 6, 8, generator=generator)
+    caches = [BlockCache([True, False, True], rule) for _ in range(3)]
+    parts = [slice(None), slice(0, 2), slice(2, 6)]
+    for step in range(2):
+        for cache, part in zip(caches, parts, strict=True):
+            h = x[:, part] + step * drift[0][:, part]
+            for block in range(3):
+                out = h + (block + 1) * torch.tanh(h) + step * drift[block][:, part]
+                cache.store(block, step, h, out, None, None)
+                h = out
+            cache.is_complete = True
+    now = [x[:, part] + 2 * drift[0][:, part] for part in parts]
+    messages = [Vote(), Vote()]
+    for cache, h, vote in zip(caches[1:], now[1:], messages, strict=True):
+        cache.decide(cache.measure(h), vote)
+    total = messages[0].message + messages[1].message
+    whole = caches[0].decide(caches[0].measure(now[0]))
+    for cache, h in zip(caches[1:], now[1:], strict=True):
+        skipped, diffs = cache.decide(cache.measure(h), Vote(total))
+        assert skipped == whole[0]
+        assert diffs == pytest.approx(whole[1], rel=1e-5)
+    assert True in whole[0]
+
+
+def test_steps_that_leave_out_blocks_are_not_recorded():
+    for config in (
+        DBPruneConfig(),
+        DBCacheConfig(Bn_compute_blocks=2, Fn_compute_blocks=1, Bn_compute_blocks_ids=[0]),
+    ):
+        model = FAMILIES["wan"].build()
+        with pytest.raises(ValueError, match="leave out cuda_graph"):
+            dbcache.enable(model, config, cuda_graph=True)
+        assert "_dbcache" not in vars(model)
