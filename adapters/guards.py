@@ -188,7 +188,6 @@ class MiddleEndGuard(MiddleGuard):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack = self.stack
         if self.is_first:
-            args, kwargs = stack.split_arguments(args, kwargs)
             if stack.source is not None:
                 stack.source.at_block(self.block, args, kwargs)
             stack.decide(self.inputs.hidden(args, kwargs), self.inputs.encoder(args, kwargs))

@@ -11,9 +11,10 @@ from dbcache.adapters.block_list import Entry
 from dbcache.adapters.block_run import BlockRun, EncoderGuard, PruneGuard
 from dbcache.adapters.guards import CheckGuard
 from dbcache.adapters.patterns import ENCODER
-from dbcache.adapters.stack import Stack, layout_of
+from dbcache.adapters.stack import Stack
 from dbcache.config import StackSettings
 from dbcache.kernels.lane_state import Reason
+from dbcache.lane import layout_of
 from dbcache.prune_config import DBPruneConfig
 from dbcache.pruned_lane import PrunedLane
 

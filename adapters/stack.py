@@ -23,8 +23,9 @@ from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
 from dbcache.following import FollowedDecision, FollowingLane
+from dbcache.forecasters import check_runs_on_device, check_steps_are_known
 from dbcache.kernels.lane_state import PlanCode
-from dbcache.lane import Lane, Layout
+from dbcache.lane import Lane, Layout, layout_of
 from dbcache.policies import prepare
 from dbcache.schedule import check_retention, resolve_mask
 from dbcache.sharding import Sharding
@@ -150,13 +151,14 @@ class Stack:
             lane.start_request()
 
     def plan_request(self, steps: int | None) -> None:
-        """Fit the plan to a request of `steps` steps (None: unknown).
+        """Fit plan and predictor to a request of `steps` steps (None: unknown).
 
         Raises:
             ValueError: it does not fit, or it needs the number of steps.
         """
         mask = resolve_mask(self._given, steps, self.name)
         check_retention(self._given, steps, self.name)
+        check_steps_are_known(self.settings.calibrator, steps, self.name)
         is_new = mask != self.settings.cache.steps_computation_mask
         if not is_new and steps == self.settings.steps:
             return
@@ -202,25 +204,22 @@ class Stack:
 
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
+        check_runs_on_device(self.settings.calibrator, self.name)
         if self.tail is not None:
             raise ValueError(
                 f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
                 f"got Bn_compute_blocks_ids, which leave out single blocks; leave out cuda_graph"
             )
         if self.source is not None:
-            raise ValueError(
-                f"{self.name}: steps recorded as CUDA graphs must be decided by the probe or ahead "
-                f"('dbcache', 'magcache'), got policy={self.settings.cache.policy!r}, which "
-                f"follows what the transformer is called with; leave out cuda_graph"
-            )
+            self.source.refuse_recording(self.settings.cache.policy)
 
     def notice_call(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Take note of what the transformer is called with."""
+        if self.cutter is not None:
+            self.check_recordable()
         if self.source is not None:
-            if self.cutter is not None:
-                self.check_recordable()
             self.source.start(model, args, kwargs)
 
     def notice_output(self, output: Any) -> None:
@@ -240,14 +239,6 @@ class Stack:
         if not self._learned:
             self._originals = [(h_in, self.h_in)]
 
-    def split_arguments(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return this rank's part of what the first block gets, where that may be skipped."""
-        if self.sharding is None or self.fn:
-            return args, kwargs
-        return self.sharding.split_arguments(f"{self.lists[0].path}.0", args, kwargs)
-
     def _check_stream(self, hidden: object) -> None:
         """Raise if what the first block gets is no tensor."""
         if not isinstance(hidden, torch.Tensor):
@@ -260,6 +251,11 @@ class Stack:
         """Take the step's decision. Called with what the first middle block gets."""
         if self.fn == 0:
             self._check_stream(h_fn)
+            if self.sharding is not None:  # the block itself is given all, and takes its part
+                first = f"{self.lists[0].path}.0"
+                h_fn = self.sharding.split_input(first, h_fn)
+                if encoder_in is not None:
+                    encoder_in = self.sharding.split_input(first, encoder_in, ENCODER)
             self.h_in = h_fn
         if self.h_in is None:
             return  # the model left the first block out: all others run
@@ -340,8 +336,8 @@ class Stack:
 
     @property
     def _votes(self) -> bool:
-        """Whether ranks each measure a part of what decides."""
-        return self.sharding is not None and (self.source is None or self.source.is_shared)
+        """Whether a rank measures only its part of the tokens."""
+        return self.sharding is not None and (self.source is None or not self.source.is_whole)
 
     def _check_recordable(self) -> None:
         """Raise if the decision needs a message, which a recording would not repeat in time."""
@@ -476,10 +472,3 @@ class Stack:
         if self.lane is not None and self.cutter is None:
             self.lane.abort_step()
         self.forget_step()
-
-
-def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
-    """Return what must stay the same for a lane's buffers to fit."""
-    if encoder is None:
-        return (h_fn.shape, h_fn.dtype, h_fn.device)
-    return (h_fn.shape, h_fn.dtype, h_fn.device, encoder.shape, encoder.dtype)

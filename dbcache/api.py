@@ -65,8 +65,8 @@ def enable(
             graph, the branch is taken on the GPU), "host" (the host reads the decision between
             graphs), "auto" or True (the best that works here), or `GraphOptions`; False: eager.
         **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
-            `calibrator_config` also `enable_taylorseer`, `enable_encoder_taylorseer`,
-            `taylorseer_order` and `taylorseer_cache_type`. All that `load_configs` takes.
+            `calibrator_config` also those of a predictor, as in ``enable_taylorseer=True,
+            taylorseer_order=2``. All that `load_configs` takes.
 
     Returns:
         `target`.
@@ -370,7 +370,7 @@ def _from_options(
     fields, calibrator = split_options(who, options)
     if calibrator is not None and calibrator_config is not None:
         raise ValueError(
-            f"{who}: calibrator_config must not be given together with TaylorSeer's options, got "
+            f"{who}: calibrator_config must not be given together with a predictor's options, got "
             f"both; set them in the config"
         )
     return partial_config(who, fields, cache_config), copy.copy(calibrator_config or calibrator)

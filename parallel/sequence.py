@@ -8,8 +8,7 @@ each of N ranks n // N of them, and one more to the first n % N.
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,7 +160,6 @@ class SplitHook(ModelHook):
         self.entries = entries
         self.shards = shards
         self.names: list[str] = []
-        self._made: dict[str, Callable[[], Any]] = {}
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         module_class: Any = type(getattr(module, "_orig_mod", module))  # torch.compile's wrapper
@@ -175,19 +173,10 @@ class SplitHook(ModelHook):
                 continue
             index = self.names.index(name) if name in self.names else len(positional)
             if name in kwargs:
-                kwargs[name] = self._split_once(kwargs[name], entry, name)
+                kwargs[name] = self._split(kwargs[name], entry, name)
             elif index < len(positional):
-                positional[index] = self._split_once(positional[index], entry, name)
+                positional[index] = self._split(positional[index], entry, name)
         return tuple(positional), kwargs
-
-    def _split_once(self, x: Any, entry: Any, name: str) -> Any:
-        """Split an argument, unless it is what this has made of it before."""
-        if name in self._made and self._made[name]() is x:
-            return x
-        part = self._split(x, entry, name)
-        if isinstance(part, torch.Tensor):
-            self._made[name] = weakref.ref(part)
-        return part
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         entries = {index: e for index, e in self.entries.items() if isinstance(index, int)}
@@ -293,15 +282,6 @@ class PlanHooks:
         for target, merged in inputs.items():
             self._register(target, SplitHook(merged, self.shards), "split")
 
-    def split_arguments(
-        self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a module as its hook splits them."""
-        # by the model's attributes the blocks cannot be found while guards stand in their place
-        module = next(target for target, pattern in self.targets if pattern == path)
-        hook = module.__dict__["_diffusers_hook"].hooks["dbcache_split"]
-        return hook.pre_forward(module, *args, **kwargs)
-
     def _register(self, target: torch.nn.Module, hook: ModelHook, kind: str) -> None:
         own = target.__dict__
         name = f"dbcache_{kind}"
@@ -322,8 +302,8 @@ class PlanHooks:
         self._installed = []
 
 
-def input_entry(plan: Plan, path: str) -> ContextParallelInput | None:
-    """Return how a plan splits `hidden_states` on their way into the module `path`, if it does."""
+def input_entry(plan: Plan, path: str, name: str = HIDDEN) -> ContextParallelInput | None:
+    """Return how a plan splits the input `name` on its way into the module `path`, if it does."""
     entry = plan.get(path)
-    found = entry.get(HIDDEN) if isinstance(entry, Mapping) else None
+    found = entry.get(name) if isinstance(entry, Mapping) else None
     return found if isinstance(found, ContextParallelInput) else None
