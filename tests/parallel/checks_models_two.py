@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import checks_policies_two
 import diffusers
 import ranks
 import spread
@@ -176,4 +177,4 @@ def check_the_example_runs() -> None:
 
 
 if __name__ == "__main__":
-    ranks.main(globals())
+    ranks.main(globals() | vars(checks_policies_two))
