@@ -80,6 +80,26 @@ def check_odd_lengths_are_equal() -> None:
             assert error < EXACT, f"{name}, {mode}: off by {error}"
 
 
+def check_residuals_of_a_controlnet_are_split() -> None:
+    counts = {"controlnet_block_samples": 2, "controlnet_single_block_samples": 3}
+    for name, row in PLANS.items():
+        model, given = spread.build(name, heads=4), spread.inputs(name, "even")
+        for residuals in row.residuals:
+            shape = (*given["hidden_states"].shape[:2], 4 * spread.WIDTH)
+            given[residuals] = [
+                tiny.noise(*shape, seed=seed) for seed in range(41, 41 + counts[residuals])
+            ]
+        if not row.residuals:
+            continue
+        whole = spread.step(model, given)
+        plain = spread.step(model, spread.inputs(name, "even"))
+        assert (plain - whole).abs().max() > 0.1, f"{name}: the residuals have no effect"
+        for options in ({"ulysses_size": 2}, {"ring_size": 2}):
+            with spread.spread(model, **options):
+                error = (spread.step(model, given) - whole).abs().max().item()
+            assert error < EXACT, f"{name}, {options}: off by {error}"
+
+
 def check_exchanges_behind_projections_are_equal() -> None:
     for length, heads in (("even", 4), ("odd", 3)):
         kwargs = {"experimental_ulysses_async": True, "experimental_ulysses_anything": True}
