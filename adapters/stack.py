@@ -23,6 +23,7 @@ from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
 from dbcache.following import FollowedDecision, FollowingLane
+from dbcache.forecasters import check_runs_on_device, check_steps_are_known
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout, layout_of
 from dbcache.policies import prepare
@@ -150,13 +151,14 @@ class Stack:
             lane.start_request()
 
     def plan_request(self, steps: int | None) -> None:
-        """Fit the plan to a request of `steps` steps (None: unknown).
+        """Fit plan and predictor to a request of `steps` steps (None: unknown).
 
         Raises:
             ValueError: it does not fit, or it needs the number of steps.
         """
         mask = resolve_mask(self._given, steps, self.name)
         check_retention(self._given, steps, self.name)
+        check_steps_are_known(self.settings.calibrator, steps, self.name)
         is_new = mask != self.settings.cache.steps_computation_mask
         if not is_new and steps == self.settings.steps:
             return
@@ -167,6 +169,14 @@ class Stack:
             self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
         for lane in self.lanes.values():
             lane.replan(self.settings)
+
+    def forget(self, branch: str | None) -> bool:
+        """Make the next step of a branch a full one; say whether it could have been cached."""
+        lane = self.lanes.get(branch)
+        if lane is None or not lane.has_reference:
+            return False
+        lane.forget_reference()
+        return True
 
     @property
     def recorded(self) -> tuple[object, ...]:
@@ -194,6 +204,7 @@ class Stack:
 
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
+        check_runs_on_device(self.settings.calibrator, self.name)
         if self.tail is not None:
             raise ValueError(
                 f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
@@ -206,9 +217,9 @@ class Stack:
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Take note of what the transformer is called with."""
+        if self.cutter is not None:
+            self.check_recordable()
         if self.source is not None:
-            if self.cutter is not None:
-                self.check_recordable()
             self.source.start(model, args, kwargs)
 
     def notice_output(self, output: Any) -> None:
@@ -247,7 +258,7 @@ class Stack:
                     encoder_in = self.sharding.split_input(first, encoder_in, ENCODER)
             self.h_in = h_fn
         if self.h_in is None:
-            raise RuntimeError(f"{self.name}: the model ran its middle blocks without the first")
+            return  # the model left the first block out: all others run
         if self.pattern is ForwardPattern.Pattern_2:
             encoder_in = None
         elif ENCODER not in self.pattern.takes:
@@ -385,7 +396,8 @@ class Stack:
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
         """Store what the middle blocks did."""
-        assert self.lane is not None
+        if self.lane is None:
+            return  # the model left out the block at which the step is decided
         assert self.h_in is not None
         assert self.h_fn is not None
         if h_out.shape != self.h_fn.shape:
@@ -421,14 +433,19 @@ class Stack:
         """Bytes of what is stored of single blocks among the last ones."""
         return 0 if self.tail is None else self.tail.nbytes(branch)
 
-    def check_finished(self) -> None:
-        """Raise if the step that was begun was not carried through."""
-        if self.is_open:
+    def left_blocks_out(self) -> bool:
+        """Say whether the model did not run the blocks at which a step is decided and stored.
+
+        Raises:
+            RuntimeError: it did not run the one at which a cached step is predicted.
+        """
+        if self.is_open and (self.cached or self.cutter is not None):
             raise RuntimeError(
                 f"{self.name}: the model did not run its last middle block, so that the step "
-                f"could not be {'predicted' if self.cached else 'stored'}; a forward that leaves "
-                f"blocks out needs the cache off (dbcache.disable)"
+                f"could not be predicted; forwards that leave blocks out on some steps only need "
+                f"a branch of their own (cache_context), or the cache off (dbcache.disable)"
             )
+        return self.is_open or (bool(self.entries) and self.lane is None)
 
     def finish_forward(self) -> None:
         """End the step; after the first one, drop what only learning needed."""

@@ -206,6 +206,11 @@ class PrunedLane:
         interval = self.config.residual_cache_update_interval
         return not self.cache.is_complete or (self.step - 1) % interval == 0
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether blocks could be left out on the next step."""
+        return self.cache.is_complete
+
     def forget_reference(self) -> None:
         """Make the next step a full one: nothing that was stored holds any more."""
         self.cache.is_complete = False

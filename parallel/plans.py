@@ -27,9 +27,10 @@ class Packed:
     parts: tuple[str, ...]
 
 
-Style = str | Packed
+Style = str | Packed | Any
 """How a layer is split: "colwise", "rowwise", "norm" (an RMS norm over all heads), "outputs" (it
-has no weights to split, but what it returns is as wide as all heads), or `Packed`."""
+has no weights to split, but what it returns is as wide as all heads), `Packed`, or one of
+diffusers' packed styles (`PackedColwiseParallel`, `PackedRowwiseParallel`)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class PlanRow:
         rejected: values of the model's config under which it mixes tokens by their position.
         projections: the processor that `experimental_ulysses_async` puts in; see
             `async_projections`.
+        residuals: inputs of the model that are added to the latents' tokens (a ControlNet's).
     """
 
     attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -53,6 +55,7 @@ class PlanRow:
     filled: tuple[str, ...] = (HIDDEN,)
     rejected: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     projections: str | None = None
+    residuals: tuple[str, ...] = ()
 
 
 JOINT = (ENCODER, HIDDEN)
@@ -63,6 +66,7 @@ ROPE = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
 GATHER = ContextParallelOutput(gather_dim=1, expected_dims=3)
 
 _BOTH_LISTS = {"transformer_blocks.*.attn": JOINT, "single_transformer_blocks.*.attn": JOINT}
+_CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
 _ONE_LIST = {"transformer_blocks.*.attn1": JOINT}
 
 
@@ -119,24 +123,33 @@ _JOINT_BLOCKS = _layers(
     _projections("transformer_blocks.*.attn1"), _feed_forward("transformer_blocks.*.ff")
 )
 
+_FLUX_SEQUENCE: dict[str, Any] = {
+    "": {HIDDEN: TOKENS, ENCODER: TOKENS, "img_ids": IDS, "txt_ids": IDS},
+    "proj_out": GATHER,
+}
+_WAN_LAYERS = _layers(
+    _projections("blocks.*.attn1", norm=True),
+    _projections("blocks.*.attn2", norm=True),
+    {"blocks.*.attn2.add_k_proj": "colwise", "blocks.*.attn2.add_v_proj": "colwise"},
+    _feed_forward("blocks.*.ffn"),
+)
+
 PLANS = {
     "FluxTransformer2DModel": PlanRow(
-        _BOTH_LISTS, layers=_layers(_DOUBLE, _SINGLE), projections="flux"
+        _BOTH_LISTS,
+        layers=_layers(_DOUBLE, _SINGLE),
+        projections="flux",
+        residuals=_CONTROLNET,
     ),
     "ChromaTransformer2DModel": PlanRow(
         _BOTH_LISTS,
         {
-            "": {
-                HIDDEN: TOKENS,
-                ENCODER: TOKENS,
-                "img_ids": IDS,
-                "txt_ids": IDS,
-                "attention_mask": JointSplit(1, JOINT),
-            },
+            "": {**_FLUX_SEQUENCE[""], "attention_mask": JointSplit(1, JOINT)},
             "proj_out": GATHER,
         },
         _layers(_DOUBLE, _SINGLE),
         projections="flux",
+        residuals=_CONTROLNET,
     ),
     "QwenImageTransformer2DModel": PlanRow(
         {"transformer_blocks.*.attn": JOINT},
@@ -146,15 +159,21 @@ PLANS = {
             _feed_forward("transformer_blocks.*.txt_mlp"),
         ),
         projections="qwen",
+        residuals=_CONTROLNET[:1],
     ),
     "WanTransformer3DModel": PlanRow(
         {"blocks.*.attn1": LATENT},
-        layers=_layers(
-            _projections("blocks.*.attn1", norm=True),
-            _projections("blocks.*.attn2", norm=True),
-            {"blocks.*.attn2.add_k_proj": "colwise", "blocks.*.attn2.add_v_proj": "colwise"},
-            _feed_forward("blocks.*.ffn"),
-        ),
+        layers=_WAN_LAYERS,
+    ),
+    "ChronoEditTransformer3DModel": PlanRow({"blocks.*.attn1": LATENT}, layers=_WAN_LAYERS),
+    "Flux2Transformer2DModel": PlanRow(_BOTH_LISTS, layers=None),
+    "BriaTransformer2DModel": PlanRow(_BOTH_LISTS, _FLUX_SEQUENCE),
+    "LongCatImageTransformer2DModel": PlanRow(_BOTH_LISTS, _FLUX_SEQUENCE),
+    "OvisImageTransformer2DModel": PlanRow(_BOTH_LISTS, _FLUX_SEQUENCE),
+    "PixArtTransformer2DModel": PlanRow(
+        {"transformer_blocks.*.attn1": LATENT},
+        {"transformer_blocks.0": {HIDDEN: TOKENS}, "proj_out": GATHER},
+        _layers(_JOINT_BLOCKS, _projections("transformer_blocks.*.attn2")),
     ),
     "LTXVideoTransformer3DModel": PlanRow(
         # diffusers' own plan splits the text, too, which a rank needs whole to attend to
