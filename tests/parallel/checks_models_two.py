@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import checks_policies_two
 import diffusers
 import ranks
 import spread
@@ -77,6 +78,26 @@ def check_odd_lengths_are_equal() -> None:
                 out = spread.step(model, given)
             error = (out - whole).abs().max().item()
             assert error < EXACT, f"{name}, {mode}: off by {error}"
+
+
+def check_residuals_of_a_controlnet_are_split() -> None:
+    counts = {"controlnet_block_samples": 2, "controlnet_single_block_samples": 3}
+    for name, row in PLANS.items():
+        model, given = spread.build(name, heads=4), spread.inputs(name, "even")
+        for residuals in row.residuals:
+            shape = (*given["hidden_states"].shape[:2], 4 * spread.WIDTH)
+            given[residuals] = [
+                tiny.noise(*shape, seed=seed) for seed in range(41, 41 + counts[residuals])
+            ]
+        if not row.residuals:
+            continue
+        whole = spread.step(model, given)
+        plain = spread.step(model, spread.inputs(name, "even"))
+        assert (plain - whole).abs().max() > 0.1, f"{name}: the residuals have no effect"
+        for options in ({"ulysses_size": 2}, {"ring_size": 2}):
+            with spread.spread(model, **options):
+                error = (spread.step(model, given) - whole).abs().max().item()
+            assert error < EXACT, f"{name}, {options}: off by {error}"
 
 
 def check_exchanges_behind_projections_are_equal() -> None:
@@ -176,4 +197,4 @@ def check_the_example_runs() -> None:
 
 
 if __name__ == "__main__":
-    ranks.main(globals())
+    ranks.main(globals() | vars(checks_policies_two))
