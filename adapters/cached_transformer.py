@@ -294,7 +294,7 @@ class CachedTransformer:
             self._note_uncached_call()
             return self._patches[0].original(*args, **kwargs)
         if self.spec.fills is not None and self.spec.fills(kwargs):
-            self.start_request()
+            self.start_loop()
             return self._patches[0].original(*args, **kwargs)
         self._start_step(args, kwargs)
         if self.sharding is None:
