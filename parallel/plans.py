@@ -127,6 +127,16 @@ _FLUX_SEQUENCE: dict[str, Any] = {
     "": {HIDDEN: TOKENS, ENCODER: TOKENS, "img_ids": IDS, "txt_ids": IDS},
     "proj_out": GATHER,
 }
+# diffusers' own plan of Wan splits the text up to 0.36, which a rank needs whole to attend to
+_WAN_SEQUENCE = {
+    "": {"timestep": ContextParallelInput(split_dim=1, expected_dims=2)},
+    "rope": {
+        index: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True)
+        for index in (0, 1)
+    },
+    "blocks.0": {HIDDEN: TOKENS},
+    "proj_out": GATHER,
+}
 _WAN_LAYERS = _layers(
     _projections("blocks.*.attn1", norm=True),
     _projections("blocks.*.attn2", norm=True),
@@ -161,11 +171,8 @@ PLANS = {
         projections="qwen",
         residuals=_CONTROLNET[:1],
     ),
-    "WanTransformer3DModel": PlanRow(
-        {"blocks.*.attn1": LATENT},
-        layers=_WAN_LAYERS,
-    ),
-    "ChronoEditTransformer3DModel": PlanRow({"blocks.*.attn1": LATENT}, layers=_WAN_LAYERS),
+    "WanTransformer3DModel": PlanRow({"blocks.*.attn1": LATENT}, _WAN_SEQUENCE, _WAN_LAYERS),
+    "ChronoEditTransformer3DModel": PlanRow({"blocks.*.attn1": LATENT}, _WAN_SEQUENCE, _WAN_LAYERS),
     "Flux2Transformer2DModel": PlanRow(_BOTH_LISTS, layers=None),
     "BriaTransformer2DModel": PlanRow(_BOTH_LISTS, _FLUX_SEQUENCE),
     "LongCatImageTransformer2DModel": PlanRow(_BOTH_LISTS, _FLUX_SEQUENCE),

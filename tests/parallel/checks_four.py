@@ -355,6 +355,28 @@ def check_replicas_do_not_wait_for_each_other() -> None:
         assert error < 1e-4, f"off by {error}"
 
 
+def check_guidance_and_sequence_over_ranks() -> None:
+    results = []
+    for sizes in ({}, {"cfg_size": 2, "ulysses_size": 2}, {"cfg_size": 2, "ring_size": "auto"}):
+        pipe = tiny.pipeline("wan")
+        config = ParallelismConfig(**sizes) if sizes else None
+        dbcache.enable(
+            pipe, Fn_compute_blocks=1, residual_diff_threshold=0.22, parallelism_config=config
+        )
+        latents = tiny.generate(pipe, 12)
+        branches = {lane.branch: lane.reasons for lane in dbcache.summary(pipe).lanes}
+        dbcache.disable(pipe)
+        results.append((latents, branches))
+    (latents, alone), *others = results
+    own = ("cond", "uncond")[dist.get_rank() // 2]
+    assert any("below" in reason for reason in alone[own]), alone[own]
+    for found, branches in others:
+        assert branches[own] == alone[own]
+        assert len(branches[{"cond": "uncond", "uncond": "cond"}[own]]) == 1, "the first step"
+        error = max((a - b).abs().max().item() for a, b in zip(found, latents, strict=True))
+        assert error < 1e-4, f"off by {error}"
+
+
 def check_requests_and_settings_keep_the_model_spread() -> None:
     """New settings for the next request neither gather weights nor split them again."""
     name = "FluxTransformer2DModel"
@@ -367,6 +389,9 @@ def check_requests_and_settings_keep_the_model_spread() -> None:
     assert model.transformer_blocks[0].attn.to_q.weight is split
     assert (spread.step(model, given) - whole).abs().max() < EXACT
     dbcache.enable(model, parallelism_config=ParallelismConfig(ring_size=4))
+    assert (spread.step(model, given) - whole).abs().max() < EXACT
+    with pytest.warns(UserWarning, match="CUDA graphs are not recorded .* runs eagerly"):
+        dbcache.enable(model, parallelism_config=config, cuda_graph=True)
     assert (spread.step(model, given) - whole).abs().max() < EXACT
     dbcache.disable(model)
     assert torch.equal(spread.step(model, given), whole)

@@ -80,6 +80,23 @@ def check_odd_lengths_are_equal() -> None:
             assert error < EXACT, f"{name}, {mode}: off by {error}"
 
 
+def check_wan_with_pictures_and_a_time_per_token() -> None:
+    name = "WanTransformer3DModel"
+    config = spread.WAN | {"image_dim": 8, "added_kv_proj_dim": 4 * spread.WIDTH}
+    pictures = tiny.fill(diffusers.WanTransformer3DModel(**config, num_attention_heads=4), seed=3)
+    given = spread.inputs(name, "even")
+    # the model takes the last 512 tokens for text
+    text = {"encoder_hidden_states": tiny.noise(2, 512, tiny.TEXT_DIM, seed=11)}
+    image = {"encoder_hidden_states_image": tiny.noise(2, 5, 8, seed=12)}
+    times = {"timestep": 1000 * torch.linspace(0.1, 1, 32).reshape(2, 16)}
+    for model, more in ((pictures, text | image), (spread.build(name, heads=4), times)):
+        whole = spread.step(model, given | more)
+        for mode, options in MODES.items():
+            with spread.spread(model, **options):
+                error = (spread.step(model, given | more) - whole).abs().max().item()
+            assert error < EXACT, f"{sorted(more)}, {mode}: off by {error}"
+
+
 def check_residuals_of_a_controlnet_are_split() -> None:
     counts = {"controlnet_block_samples": 2, "controlnet_single_block_samples": 3}
     for name, row in PLANS.items():
