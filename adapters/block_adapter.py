@@ -67,8 +67,8 @@ class BlockAdapter:
         params_modifiers: what single stacks do differently, in the same nesting as `blocks`.
         streams: names of the parameters of the blocks that take the hidden states and, where they
             take any, the encoder states.
-        has_separate_cfg: calls alternate between two guidance branches, for loops that do not
-            name them with `cache_context`.
+        has_separate_cfg: calls alternate between two guidance branches, where nothing else tells
+            them apart: no `cache_context`, no pipeline or one without a scheduler.
         fills: takes the keyword arguments of a call as a dictionary and tells whether the call is
             no denoising step, but one whose blocks keep keys and values for the loop that follows.
             It runs all blocks, and a request begins after it.

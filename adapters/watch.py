@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from dbcache.adapters.block_adapter import unwrap
+
 OBSERVERS = "_dbcache_observers"
 """Name of the attribute that holds a scheduler's observers during a call."""
 
@@ -60,7 +62,7 @@ def _is_scheduler(part: Any) -> bool:
 
 
 def _takes_scale(module: torch.nn.Module) -> bool:
-    return SCALE in inspect.signature(type(module).forward).parameters
+    return SCALE in inspect.signature(type(unwrap(module)).forward).parameters
 
 
 @contextmanager
@@ -68,7 +70,8 @@ def _watched_scheduler(scheduler: Any, observer: Observer) -> Iterator[None]:
     observers = vars(scheduler).get(OBSERVERS)
     if observers is None:  # not so if a call inside another shares it
         observers = vars(scheduler)[OBSERVERS] = Observers()
-        scheduler.__class__ = watched_class(type(scheduler))
+        cls: Any = type(scheduler)
+        scheduler.__class__ = watched_class(cls)
     observers.append(observer)
     try:
         yield
@@ -97,7 +100,7 @@ def watched_class(cls: Any) -> Any:
             observer.start_loop()
         return output
 
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Copy a scheduler that is still watched as it is, one that is no longer as a plain one."""
         if vars(self)[OBSERVERS]:
             return object.__reduce_ex__(self, protocol)
@@ -128,7 +131,7 @@ def _watched_control(module: torch.nn.Module, observer: Observer) -> Iterator[No
 
     def compare(_: Any, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get(SCALE)
-        scale = list(given) if isinstance(given, list | tuple) else [given]
+        scale: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
         if not all(isinstance(value, int | float) for value in scale):
             return  # comparing tensors would wait for the device
         if last and last != scale:

@@ -111,11 +111,12 @@ class DBCacheConfig(Options):
     """Largest number of cached steps in a row; -1: no limit, 0: never cache."""
 
     enable_separate_cfg: bool | None = None
-    """Calls alternate between two guidance branches (even, odd). None: as the model's row says.
-    Not needed where the pipeline names its calls with `cache_context`."""
+    """True: calls without a name (`cache_context`) alternate between two guidance branches; False:
+    they are one. None: found from the calls of the pipeline; without one, as the model's row says.
+    """
 
     cfg_compute_first: bool = False
-    """With alternating calls: the unconditional branch comes first."""
+    """Of two calls without names the unconditional one comes first."""
 
     cfg_diff_compute_separate: bool = True
     """False: the second branch of a step takes the diff of the first."""

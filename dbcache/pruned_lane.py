@@ -151,14 +151,14 @@ class PrunedLane:
         self._limits[ls.MAX_CONSECUTIVE] = self.config.max_continuous_cached_steps
         self._thresholds = [0.0] * ls.NUM_THRESHOLDS
         self._thresholds[ls.THRESHOLD] = self.config.threshold
-        self.plan = make_plan(self.config, FIRST_CAPACITY)
+        self.plan = make_plan(self.config, FIRST_CAPACITY, settings.steps)
         self.start_request()
 
     def replan(self, settings: StackSettings) -> None:
         """Take over settings that differ in the mask."""
         assert isinstance(settings.cache, DBPruneConfig)
         self.settings, self.config = settings, settings.cache
-        self.plan = make_plan(self.config, len(self.plan))
+        self.plan = make_plan(self.config, len(self.plan), settings.steps)
 
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
@@ -175,7 +175,7 @@ class PrunedLane:
         if self.cache.fit(layout):
             self._counters[ls.REFERENCE] = 2
         if self.step >= len(self.plan):
-            self.plan = make_plan(self.config, 2 * len(self.plan))
+            self.plan = make_plan(self.config, 2 * len(self.plan), self.settings.steps)
         return self.plan[self.step]
 
     def why(self, code: PlanCode) -> Reason | None:
@@ -205,6 +205,11 @@ class PrunedLane:
         """Whether the blocks that run on the step just closed are to be stored."""
         interval = self.config.residual_cache_update_interval
         return not self.cache.is_complete or (self.step - 1) % interval == 0
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether blocks could be left out on the next step."""
+        return self.cache.is_complete
 
     def forget_reference(self) -> None:
         """Make the next step a full one: nothing that was stored holds any more."""

@@ -246,6 +246,15 @@ def test_the_users_flag_wins():
     assert decisions(pipe) == {"cond": "FFcc", "uncond": "FFcc"}
 
 
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_branch_that_was_found_can_take_the_diff_of_the_other(separate):
+    pipe = enable(Pipeline(), cfg_diff_compute_separate=separate)
+    pipe(["cu"] * 6)
+    cond, uncond = dbcache.summary(pipe).lanes
+    assert cond.diffs
+    assert (cond.diffs == uncond.diffs) is not separate
+
+
 def test_schedulers_and_controlnets_are_given_back():
     pipe = enable(Pipeline())
     pipe.controlnet = ControlNet()
@@ -303,6 +312,26 @@ def plain_and_cached(words, **how):
     enable(pipe, max_continuous_cached_steps=-1)
     pipe(words, **how)
     return pipe, exact
+
+
+def test_the_scale_of_a_compiled_controlnet_is_seen():
+    pipe = enable(Pipeline(), max_continuous_cached_steps=-1)
+    pipe.controlnet = torch.compile(ControlNet(), backend="eager")
+    pipe(["c"] * 6, controls=[1] * 6, scales=[1.0] * 3 + [0.5] * 3)
+    assert decisions(pipe) == {None: "FFcFcc"}
+
+
+def test_refreshing_within_a_call_goes_on_with_lanes_of_their_own():
+    class Refreshing(Pipeline):
+        def advance(self, output, x):
+            if len(self.seen["u"]) == 4:
+                dbcache.refresh_context(self.transformer, max_continuous_cached_steps=1)
+            return super().advance(output, x)
+
+    pipe = enable(Refreshing())
+    pipe(["cu"] * 9)
+    assert decisions(pipe) == {"cond": "FFcFc", "uncond": "FFcFc"}
+    assert one_lane_each(pipe)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,6 @@ import models
 import pipelines
 import pytest
 import torch
-from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3 import (
-    StableDiffusion3AutoBlocks,
-)
 from pipelines import RECIPES, decisions
 from replay import replayed_calls
 
@@ -65,6 +62,25 @@ def test_skip_layer_guidance_without_a_block_that_the_cache_needs_runs_in_full(l
     dbcache.disable(pipe)
 
 
+@pytest.mark.parametrize(
+    ("layer", "lanes"),
+    [(3, [None, "skip_layers"]), (1, [None]), (9, [None])],
+    ids=["some", "the first that may be left out", "the last"],
+)
+def test_skip_layer_guidance_under_pruning(layer, lanes):
+    name, more = "Stable Diffusion 3", {"skip_guidance_layers": [layer], **SKIPPING}
+    pipe = pipelines.build(name)
+    plain = pipelines.draw(pipe, name, guided=True, **more)
+    config = {"Fn_compute_blocks": 1, "max_warmup_steps": 2}
+    dbcache.enable(pipe, dbcache.DBPruneConfig(**config, residual_diff_threshold=0.0))
+    assert torch.equal(pipelines.draw(pipe, name, guided=True, **more), plain)
+    dbcache.enable(pipe, dbcache.DBPruneConfig(**config, residual_diff_threshold=0.3))
+    assert pipelines.draw(pipe, name, guided=True, **more).isfinite().all()
+    assert [lane.branch for lane in dbcache.summary(pipe).lanes] == lanes
+    assert all(lane.cached_steps for lane in dbcache.summary(pipe).lanes)
+    dbcache.disable(pipe)
+
+
 def test_guidance_that_ends_leaves_each_call_in_its_lane():
     pipe, _ = run("Lumina 2", cfg_trunc_ratio=0.5)
     assert decisions(pipe) == [("cond", "FFcccc"), ("uncond", "FFc")]
@@ -106,6 +122,27 @@ def test_the_step_on_which_a_controlnet_ends_is_full(name):
     dbcache.disable(pipe)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        dbcache.DBPruneConfig(Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=1.0),
+        dbcache.DBCacheConfig(**FORCED, decision_scope="model"),
+        dbcache.DBCacheConfig(
+            Fn_compute_blocks=1,
+            steps_computation_mask=[1, 1, 0, 0, 0, 0],
+            steps_computation_policy="static",
+        ),
+    ],
+    ids=["pruning", "one decision", "static mask"],
+)
+def test_the_step_on_which_a_controlnet_ends_is_full_whatever_decides(config):
+    name = "FLUX.1 ControlNet"
+    pipe = dbcache.enable(pipelines.build(name), config)
+    pipelines.draw(pipe, name, guided=True, control_guidance_end=0.5)
+    assert decisions(pipe) == [("cond", "FFcFcc"), ("uncond", "FFcFcc")]
+    dbcache.disable(pipe)
+
+
 def test_the_step_on_which_the_scale_of_lora_changes_is_full():
     def change(pipe, step, *_):
         pipe._joint_attention_kwargs = {"scale": 1.0 if step < 3 else 0.5}
@@ -144,7 +181,8 @@ def test_a_guider_with_a_third_call_has_three_lanes():
 
 def modular_pipeline(guider):
     """Return Stable Diffusion 3 as a modular pipeline, whose guider does not name its calls."""
-    blocks = StableDiffusion3AutoBlocks()
+    module = "diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffusion_3"
+    blocks = pytest.importorskip(module).StableDiffusion3AutoBlocks()
     for name in ("text_encoder", "vae_encoder", "decode"):
         blocks.sub_blocks.pop(name)
     pipe = blocks.init_pipeline()

@@ -257,7 +257,7 @@ def block_variants():
                     | {"size": size, "per_program": "i32", "programs": "i32"}
                     | {"encoder_size": "i32"} | (extra if encoder else {}),
                     {"FIRST": first} | log_block,
-                    options,
+                    options | {"num_warps": store_block.WARPS},
                 )  # fmt: skip
     pointers = ("partials", "growth", "rule", "changes", "decisions")
     for lanes, parts in ((0, 0), (10, 10)):

@@ -7,6 +7,7 @@ import diffusers
 import models
 import recipes
 import recipes_control
+import recipes_video
 import tiny
 import torch
 from model_case import find_class
@@ -14,7 +15,7 @@ from model_case import find_class
 import dbcache
 
 STEPS = 6
-RECIPES = recipes.RECIPES | recipes_control.RECIPES
+RECIPES = recipes.RECIPES | recipes_control.RECIPES | recipes_video.RECIPES
 
 
 def build(name: str) -> Any:

@@ -13,7 +13,6 @@ import diffusers
 import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler as Euler
-from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from model_case import BLOCKS, TEXT
 
 SCALE = tiny.CFG_SCALE
@@ -101,6 +100,8 @@ def flux2_vae() -> diffusers.AutoencoderKLFlux2:
 
 def connectors() -> torch.nn.Module:
     """Return what stands between LTX-2's text encoder and its transformer."""
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors  # newer than others
+
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
     registers = {"num_learnable_registers": None}
     return tiny.fill(
