@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from dbcache.adapters.auto import find_blocks, guess_pattern
+from dbcache.adapters.block_list import BlockList
 from dbcache.adapters.guards import parameter_names
 from dbcache.adapters.patch_functor import Functor, check_functor
 from dbcache.adapters.patterns import STREAMS, ForwardPattern, Streams
-from dbcache.adapters.stack import BlockList
 from dbcache.config import ParamsModifier
-from dbcache.options import check_type
+from dbcache.options import check_flag, check_type
 
 Fills = Callable[[dict[str, Any]], bool]
 """Tells by the keyword arguments of a call that it is no denoising step."""
@@ -67,11 +67,14 @@ class BlockAdapter:
         params_modifiers: what single stacks do differently, in the same nesting as `blocks`.
         streams: names of the parameters of the blocks that take the hidden states and, where they
             take any, the encoder states.
-        has_separate_cfg: calls alternate between two guidance branches, for loops that do not
-            name them with `cache_context`.
+        has_separate_cfg: calls alternate between two guidance branches, where nothing else tells
+            them apart: no `cache_context`, no pipeline or one without a scheduler.
         fills: takes the keyword arguments of a call as a dictionary and tells whether the call is
             no denoising step, but one whose blocks keep keys and values for the loop that follows.
             It runs all blocks, and a request begins after it.
+        long_skips: the last block takes, beside the streams, what the first one made, the last but
+            one what the second made, and so on (U-ViT, HunyuanDiT). Then `Bn_compute_blocks` may be
+            at most `Fn_compute_blocks`.
         patch_functor: a `PatchFunctor`, or a function of the transformer, that rewrites parts of
             the instance for as long as the cache is on, for blocks that follow no pattern.
         auto: find what was not given: `blocks`, the lists of blocks of the transformer that hold
@@ -90,12 +93,14 @@ class BlockAdapter:
     streams: Sequence[str] = STREAMS
     has_separate_cfg: bool = False
     fills: Fills | None = None
+    long_skips: bool = False
     patch_functor: Functor | None = None
     auto: bool = False
 
     def specs(self) -> list[TransformerSpec]:
         """Return what is to be cached, checked and in one shape."""
         transformers, streams = self.transformers(), _stream_names(self.streams)
+        check_flag("BlockAdapter.long_skips", self.long_skips)
         given, pattern = self.blocks, self.forward_pattern
         if self.auto and given is None:
             check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
@@ -115,7 +120,7 @@ class BlockAdapter:
             TransformerSpec(
                 transformer,
                 tuple(
-                    _stack_spec(transformer, *stack, streams)
+                    _stack_spec(transformer, *stack, streams, self.long_skips)
                     for stack in zip(blocks[i], patterns[i], modifiers[i], strict=True)
                 ),
                 self.has_separate_cfg,
@@ -207,12 +212,13 @@ def _stack_spec(
     pattern: ForwardPattern | None,
     modifier: ParamsModifier | None,
     streams: Streams,
+    long_skips: bool,
 ) -> StackSpec:
     """Find where the transformer holds `blocks` and check them against the pattern."""
     block_list = find_list(transformer, blocks)
     if pattern is not None:
         check_signatures(block_list, pattern, streams)
-    return StackSpec((block_list,), pattern, modifier, streams)
+    return StackSpec((block_list,), pattern, modifier, streams, long_skips=long_skips)
 
 
 def _check_given(pattern: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dbcache.adapters.cached_transformer import HANDLE, CachedTransformer, handle_of
+from dbcache.adapters.watch import watched
 
 
 class CachedPipeline:
@@ -56,21 +57,39 @@ class CachedPipeline:
     @contextmanager
     def request(self) -> Iterator[None]:
         """Run one request; one inside another makes the outer one start anew after it."""
-        self._depth += 1
-        transformers = self.transformers
-        for transformer in transformers:
-            transformer.planned_steps = self._num_steps if len(transformers) == 1 else None
-            transformer.refresh()
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            for transformer in self.transformers:
-                if self._depth:
-                    transformer.refresh()
-                else:
-                    transformer.is_open = not transformer.by_request
-                    transformer.planned_steps = None
+        with watched(self.pipe, self) as has_scheduler:
+            self._depth += 1
+            transformers = self.transformers
+            for transformer in transformers:
+                transformer.planned_steps = self._num_steps if len(transformers) == 1 else None
+                transformer.branches.start_call(has_scheduler=has_scheduler)
+                transformer.refresh()
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                for transformer in self.transformers:
+                    if self._depth:
+                        transformer.refresh()
+                    else:
+                        transformer.is_open = not transformer.by_request
+                        transformer.branches.is_active = False
+                        transformer.planned_steps = None
+
+    def end_step(self) -> None:
+        """The scheduler made a step."""
+        for transformer in self.transformers:
+            transformer.branches.end_step()
+
+    def start_loop(self) -> None:
+        """A denoising loop begins; all but the first of a call are requests of their own."""
+        for transformer in self.transformers:
+            transformer.start_loop()
+
+    def change_control(self) -> None:
+        """A ControlNet is called with another scale than before."""
+        for transformer in self.transformers:
+            transformer.force_full("the scale of the ControlNet changed")
 
 
 def _blank(cls: Any) -> Any:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from dbcache.adapters.block_adapter import TransformerSpec
+from dbcache.adapters.branches import LEAVES_OUT, Branches, ConditionFinder, form_of
 from dbcache.adapters.learning import learn
 from dbcache.adapters.patch_functor import Patches
 from dbcache.adapters.scope import make_stacks
@@ -30,6 +32,9 @@ from dbcache.sharding import Sharding
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
+
+ALL = object()
+"""Stands for all branches."""
 
 
 class InstanceMethod:
@@ -134,11 +139,17 @@ class CachedTransformer:
         self.planned_steps: Callable[[], int | None] | None = None
         self.is_open = not by_request
         self.branch: str | None = None
+        self.branches = Branches(alternates=spec.separate_cfg)
         self.calls = 0
+        self.loops = 1
         self.uncached_calls = 0
+        self.partial_calls = 0
+        self.forced: Counter[str] = Counter()
         self._has_begun = False
         self._refreshes = 0
         self._steps: dict[str | None, int] = {}
+        self._forms: dict[str | None, Any] = {}
+        self._condition_of = ConditionFinder(self.module)
         self._patches: list[InstanceMethod] = []
         self.step_branch: str | None = None
         if graph_options is not None and sharding is not None:
@@ -190,7 +201,7 @@ class CachedTransformer:
             sharding=self.sharding,
         )
         renewed.pipelines, renewed.planned_steps = self.pipelines, self.planned_steps
-        renewed.patches = self.patches
+        renewed.branches, renewed.patches = self.branches, self.patches
         return renewed
 
     def inherit(self, old: CachedTransformer) -> None:
@@ -245,6 +256,7 @@ class CachedTransformer:
         self._has_begun = True
         self._began_in_capture = is_capturing()
         self._steps.clear()
+        self._forms.clear()
         for stack in self.stacks:
             stack.start_request()
         if self.graphs is not None:
@@ -256,7 +268,26 @@ class CachedTransformer:
         """Open a new request: a pipeline call begins, or the user says so."""
         self._refreshes = 0
         self.is_open = True
+        self.loops = 1
+        self.partial_calls = 0
+        self.forced.clear()
+        self.branches.uncond_first = self.config.cfg_compute_first
+        self.branches.start_loop()
         self.start_request()
+
+    def start_loop(self) -> None:
+        """Begin anew where a pipeline denoises more than once in a call."""
+        if self.calls:
+            loops = self.loops + 1
+            self.refresh()
+            self.loops = loops
+
+    def force_full(self, reason: str, branch: Any = ALL) -> None:
+        """Make the next step of a branch, or of all, a full one; `reason` is for the summary."""
+        keys = {key for stack in self.stacks for key in stack.lanes} if branch is ALL else {branch}
+        for key in keys:
+            forgot = [stack.forget(key) for stack in self.stacks]
+            self.forced[reason] += any(forgot)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward with guards in place of its blocks."""
@@ -264,9 +295,9 @@ class CachedTransformer:
             self._note_uncached_call()
             return self._patches[0].original(*args, **kwargs)
         if self.spec.fills is not None and self.spec.fills(kwargs):
-            self.start_request()
+            self.start_loop()
             return self._patches[0].original(*args, **kwargs)
-        self._start_step()
+        self._start_step(args, kwargs)
         if self.sharding is None:
             output = self._step(args, kwargs)
         else:
@@ -297,8 +328,8 @@ class CachedTransformer:
                     shadowed.append(block_list)
                 stack.notice_call(self.module, args, kwargs)
             output = self._patches[0].original(*args, **kwargs)
+            partial = [stack for stack in self.stacks if stack.left_blocks_out()]
             for stack in self.stacks:
-                stack.check_finished()
                 stack.notice_output(output)
         except BaseException:
             if cutter is not None:
@@ -312,7 +343,8 @@ class CachedTransformer:
             for block_list in shadowed:
                 block_list.unshadow()
         for stack in self.stacks:
-            stack.finish_forward()
+            stack.abort_forward() if stack in partial else stack.finish_forward()
+        self.partial_calls += bool(partial)
         return output
 
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -345,7 +377,7 @@ class CachedTransformer:
         self._capture.fixed_by_plan = self._began_in_capture
         return self._capture
 
-    def _start_step(self) -> None:
+    def _start_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a new request where one is due, and tell the stacks the branch."""
         if self._is_over() or not self._has_begun:
             self._refreshes = 0
@@ -357,7 +389,7 @@ class CachedTransformer:
             steps = self._num_steps()
             for stack in self.stacks:
                 stack.plan_request(steps)
-        self.step_branch = self._current_branch()
+        self.step_branch = self._find_branch(args, kwargs)
 
     def _is_over(self) -> bool:
         """Say whether the request has had all its steps, where it is this object that counts."""
@@ -384,6 +416,42 @@ class CachedTransformer:
             return self.branch
         is_second = self.calls % 2 == 1
         return "uncond" if is_second != self.config.cfg_compute_first else "cond"
+
+    def _find_branch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Return the branch of a call; see to it that a cached step would continue it."""
+        branch = self.branch
+        if kwargs.get(LEAVES_OUT):
+            branch = LEAVES_OUT if branch is None else f"{branch}, {LEAVES_OUT}"
+        asked = self.config.enable_separate_cfg is not None and branch is None
+        if not self.branches.is_active or asked:
+            branch = branch or self._current_branch()
+        else:
+            branch, is_late = self.branches.of_call(branch, self._condition_of(args, kwargs))
+            if is_late:
+                self.force_full("their branch of guidance had not run just before", branch)
+        form = form_of(kwargs)
+        if self._forms.setdefault(branch, form) != form:
+            changed = sorted(form[0] ^ self._forms[branch][0]) or ["the scale of LoRA"]
+            self.force_full(f"inputs came, went or changed ({', '.join(changed)})", branch)
+            self._forms[branch] = form
+        return branch
+
+    def notes(self) -> list[str]:
+        """Return what the summary should say beside the lanes."""
+        notes = [] if self.graphs is None else self.graphs.describe()
+        if self.uncached_calls:
+            notes.append(
+                f"{self.uncached_calls} calls came from outside of the pipeline that the cache is "
+                f"enabled on and ran without it"
+            )
+        if self.loops > 1:
+            notes.append(f"the pipeline denoised {self.loops} times, the last time is shown")
+        if self.partial_calls:
+            notes.append(f"{self.partial_calls} calls left blocks out and ran without the cache")
+        notes += [
+            f"{count} steps were full since {why}" for why, count in self.forced.items() if count
+        ]
+        return [f"{type(self.module).__name__}: {note}" for note in notes]
 
     def _note_uncached_call(self) -> None:
         self.uncached_calls += 1

@@ -30,8 +30,8 @@ def page() -> str:
             "one of them. `print(dbcache.supported_matrix())` shows this",
             "table. A tick stands for a test that runs a tiny model of the class; a dash says that "
             "none does, not that it fails. Any other model works",
-            "through a [`BlockAdapter`](options.md#blockadapter-a-model-that-is-not-in-the-table). What "
-            "is particular about video: [video.md](video.md).",
+            "through a [`BlockAdapter`](options.md#blockadapter-a-model-that-is-not-in-the-table). "
+            "What is particular about video: [video.md](video.md).",
             "",
             matrix(),
             "",

@@ -37,7 +37,8 @@ class ModelRow:
         transformer: class name in diffusers.
         models: what users call the models that have it.
         blocks: its block stacks, in the notation of `parse_stacks`.
-        separate_cfg: a loop that does not name its calls alternates between two guidance branches.
+        separate_cfg: called without a pipeline, and without names, calls alternate between two
+            guidance branches.
         fills: tells by the keyword arguments of a call that it is no denoising step: its blocks
             keep keys and values for the loop that follows.
         long_skips: the last blocks take what the first ones made, the last of all from the first.

@@ -7,13 +7,15 @@ import warnings
 import torch
 
 from dbcache.adapters.block_adapter import StackSpec
+from dbcache.adapters.block_list import Entry
 from dbcache.adapters.block_run import BlockRun, EncoderGuard, PruneGuard
 from dbcache.adapters.guards import CheckGuard
 from dbcache.adapters.patterns import ENCODER
-from dbcache.adapters.stack import Entry, Stack, layout_of
+from dbcache.adapters.stack import Stack
 from dbcache.config import StackSettings
 from dbcache.kernels.decide_step import decide_step
 from dbcache.kernels.lane_state import PlanCode
+from dbcache.lane import layout_of
 from dbcache.prune_config import DBPruneConfig
 from dbcache.pruned_lane import BlockDecision, PrunedLane
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from dbcache.adapters.block_adapter import StackSpec, TransformerSpec, check_signatures, unwrap
+from dbcache.adapters.block_list import BlockList
 from dbcache.adapters.model_row import ModelRow
 from dbcache.adapters.models import MODELS, REFUSED
-from dbcache.adapters.stack import BlockList
 
 _ROWS = {row.transformer: row for row in MODELS}
 

@@ -22,7 +22,11 @@ from dbcache.sea_filter import sea_filter
 
 FULL_NOISE = {
     "FluxTransformer2DModel": 1.0,
+    "Flux2Transformer2DModel": 1.0,
+    "ChromaTransformer2DModel": 1.0,
     "QwenImageTransformer2DModel": 1.0,
+    "SD3Transformer2DModel": 1000.0,
+    "CogView4Transformer2DModel": 1000.0,
     "WanTransformer3DModel": 1000.0,
     "HunyuanVideoTransformer3DModel": 1000.0,
 }
@@ -32,6 +36,9 @@ whose share of noise is the timestep over this."""
 
 class Source:
     """What all sources have in common: they measure a tensor, and learn nothing from the output."""
+
+    is_whole = True
+    """Whether every rank that shares a sequence measures all of it, so that none needs to ask."""
 
     def __init__(self, who: str) -> None:
         self.who = who
@@ -51,6 +58,14 @@ class Source:
     def finish(self, lane: Lane, output: Any) -> None:
         """Take note of what the transformer returns."""
 
+    def refuse_recording(self, policy: str) -> None:
+        """Raise a ValueError: what a source notes of a call is not part of a recorded graph."""
+        raise ValueError(
+            f"{self.who}: steps recorded as CUDA graphs must be decided by the probe or ahead "
+            f"('dbcache', 'magcache'), got policy={policy!r}, which follows what the transformer "
+            f"is called with; leave out cuda_graph"
+        )
+
 
 class Latents(Source):
     """EasyCache: the latents that go in, and how the output follows them."""
@@ -65,6 +80,8 @@ class Latents(Source):
 
 class ModulatedInput(Source):
     """TeaCache: what enters the attention of the first block, or the embedding of the time."""
+
+    is_whole = False
 
     def __init__(self, who: str, first_block: torch.nn.Module) -> None:
         super().__init__(who)

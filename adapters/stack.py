@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dbcache.adapters.block_list import BlockList, Entry
 from dbcache.adapters.guards import (
     CheckGuard,
     FirstGuard,
-    Guard,
     MiddleEndGuard,
     MiddleGuard,
     ProbeEndGuard,
@@ -23,77 +23,15 @@ from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
 from dbcache.following import FollowedDecision, FollowingLane
+from dbcache.forecasters import check_runs_on_device, check_steps_are_known
 from dbcache.kernels.lane_state import PlanCode
-from dbcache.lane import Lane, Layout
+from dbcache.lane import Lane, Layout, layout_of
 from dbcache.policies import prepare
 from dbcache.schedule import check_retention, resolve_mask
 from dbcache.sharding import Sharding
 
 if TYPE_CHECKING:
     from dbcache.adapters.recorder import Recorder
-
-Entry = Guard | torch.nn.Module
-WHOLE = slice(None)
-
-
-class BlockList:
-    """One list of blocks, or a part of one, and where the model's forward looks it up.
-
-    Args:
-        transformer: the model.
-        path: name of the list seen from the transformer, as in ``"transformer_blocks"``. It may end
-            in ``[:-n]`` or ``[-n:]``: all but the last n blocks, or these, n being an attribute of
-            the transformer.
-
-    Raises:
-        AttributeError: there is no such list.
-    """
-
-    def __init__(self, transformer: torch.nn.Module, path: str) -> None:
-        self.path = path
-        whole, _, part = path.partition("[")
-        owner, _, self.name = whole.rpartition(".")
-        self.owner = transformer.get_submodule(owner)
-        transformer.get_submodule(whole)
-        self.part = WHOLE
-        if part:
-            split = len(self._all()) - getattr(transformer, part.strip(":-]"))
-            self.part = slice(split) if part.startswith(":") else slice(split, None)
-        self._dict_owner: torch.nn.Module | None = None
-        if isinstance(self.owner, torch.nn.ModuleDict):
-            outer, _, self._dict_name = owner.rpartition(".")
-            self._dict_owner = transformer.get_submodule(outer)
-        self.blocks = self.current()
-
-    def _all(self) -> list[torch.nn.Module]:
-        """Return what the whole list holds, past anything that shadows it."""
-        blocks = self.owner._modules[self.name]
-        assert blocks is not None
-        return [block for block in blocks._modules.values() if block is not None]
-
-    def current(self) -> list[torch.nn.Module]:
-        """Return the blocks that the model has now."""
-        return self._all()[self.part]
-
-    def shadow(self, entries: list[Entry]) -> None:
-        """Let the model see `entries` in place of its blocks."""
-        if self._dict_owner is None:
-            own = self.owner.__dict__
-            if self.part is not WHOLE:  # the other part may be shadowed already
-                whole: list[Entry] = own.get(self.name) or [*self._all()]
-                whole[self.part] = entries
-                entries = whole
-            own[self.name] = entries
-        else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
-            own = self._dict_owner.__dict__
-            own.setdefault(self._dict_name, dict(self.owner._modules))[self.name] = entries
-
-    def unshadow(self) -> None:
-        """Let the model see its blocks again."""
-        if self._dict_owner is None:
-            self.owner.__dict__.pop(self.name, None)
-        else:
-            self._dict_owner.__dict__.pop(self._dict_name, None)
 
 
 class Stack:
@@ -213,13 +151,14 @@ class Stack:
             lane.start_request()
 
     def plan_request(self, steps: int | None) -> None:
-        """Fit the plan to a request of `steps` steps (None: unknown).
+        """Fit plan and predictor to a request of `steps` steps (None: unknown).
 
         Raises:
             ValueError: it does not fit, or it needs the number of steps.
         """
         mask = resolve_mask(self._given, steps, self.name)
         check_retention(self._given, steps, self.name)
+        check_steps_are_known(self.settings.calibrator, steps, self.name)
         is_new = mask != self.settings.cache.steps_computation_mask
         if not is_new and steps == self.settings.steps:
             return
@@ -230,6 +169,14 @@ class Stack:
             self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
         for lane in self.lanes.values():
             lane.replan(self.settings)
+
+    def forget(self, branch: str | None) -> bool:
+        """Make the next step of a branch a full one; say whether it could have been cached."""
+        lane = self.lanes.get(branch)
+        if lane is None or not lane.has_reference:
+            return False
+        lane.forget_reference()
+        return True
 
     @property
     def recorded(self) -> tuple[object, ...]:
@@ -261,25 +208,22 @@ class Stack:
 
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
+        check_runs_on_device(self.settings.calibrator, self.name)
         if self.tail is not None:
             raise ValueError(
                 f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
                 f"got Bn_compute_blocks_ids, which leave out single blocks; leave out cuda_graph"
             )
         if self.source is not None:
-            raise ValueError(
-                f"{self.name}: steps recorded as CUDA graphs must be decided by the probe or ahead "
-                f"('dbcache', 'magcache'), got policy={self.settings.cache.policy!r}, which "
-                f"follows what the transformer is called with; leave out cuda_graph"
-            )
+            self.source.refuse_recording(self.settings.cache.policy)
 
     def notice_call(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Take note of what the transformer is called with."""
+        if self.cutter is not None:
+            self.check_recordable()
         if self.source is not None:
-            if self.cutter is not None:
-                self.check_recordable()
             self.source.start(model, args, kwargs)
 
     def notice_output(self, output: Any) -> None:
@@ -311,9 +255,14 @@ class Stack:
         """Take the step's decision. Called with what the first middle block gets."""
         if self.fn == 0:
             self._check_stream(h_fn)
+            if self.sharding is not None:  # the block itself is given all, and takes its part
+                first = f"{self.lists[0].path}.0"
+                h_fn = self.sharding.split_input(first, h_fn)
+                if encoder_in is not None:
+                    encoder_in = self.sharding.split_input(first, encoder_in, ENCODER)
             self.h_in = h_fn
         if self.h_in is None:
-            raise RuntimeError(f"{self.name}: the model ran its middle blocks without the first")
+            return  # the model left the first block out: all others run
         if self.pattern is ForwardPattern.Pattern_2:
             encoder_in = None
         elif ENCODER not in self.pattern.takes:
@@ -381,13 +330,18 @@ class Stack:
             cached = eager.take_decision(lane, code, None)
         elif not self.settings.cache.cfg_diff_compute_separate:
             cached = eager.take_decision(lane, code, self._shared_diff(lane, compared))
-        elif self.sharding is None:
+        elif not self._votes:
             cached = eager.measure_and_decide(lane, self.h_in, compared)
         else:
             cached = eager.take_decision(lane, code, self._measure(lane, compared))
         if self.source is not None:
             lane.remember(compared)
         return cached
+
+    @property
+    def _votes(self) -> bool:
+        """Whether a rank measures only its part of the tokens."""
+        return self.sharding is not None and (self.source is None or not self.source.is_whole)
 
     def _check_recordable(self) -> None:
         """Raise if the decision needs a message, which a recording would not repeat in time."""
@@ -432,7 +386,7 @@ class Stack:
         """Measure the probe's change, of all ranks that share the sequence."""
         assert self.h_in is not None
         partials = eager.measure(lane, self.h_in, h_fn)
-        if self.sharding is None:
+        if self.sharding is None or not self._votes:
             return partials
         return self.sharding.vote(partials, per_sample=self.settings.cache.batch_reduce == "max")
 
@@ -446,7 +400,8 @@ class Stack:
 
     def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
         """Store what the middle blocks did."""
-        assert self.lane is not None
+        if self.lane is None:
+            return  # the model left out the block at which the step is decided
         assert self.h_in is not None
         assert self.h_fn is not None
         if h_out.shape != self.h_fn.shape:
@@ -482,14 +437,19 @@ class Stack:
         """Bytes of what is stored of single blocks among the last ones."""
         return 0 if self.tail is None else self.tail.nbytes(branch)
 
-    def check_finished(self) -> None:
-        """Raise if the step that was begun was not carried through."""
-        if self.is_open:
+    def left_blocks_out(self) -> bool:
+        """Say whether the model did not run the blocks at which a step is decided and stored.
+
+        Raises:
+            RuntimeError: it did not run the one at which a cached step is predicted.
+        """
+        if self.is_open and (self.cached or self.cutter is not None):
             raise RuntimeError(
                 f"{self.name}: the model did not run its last middle block, so that the step "
-                f"could not be {'predicted' if self.cached else 'stored'}; a forward that leaves "
-                f"blocks out needs the cache off (dbcache.disable)"
+                f"could not be predicted; forwards that leave blocks out on some steps only need "
+                f"a branch of their own (cache_context), or the cache off (dbcache.disable)"
             )
+        return self.is_open or (bool(self.entries) and self.lane is None)
 
     def finish_forward(self) -> None:
         """End the step; after the first one, drop what only learning needed."""
@@ -516,10 +476,3 @@ class Stack:
         if self.lane is not None and self.cutter is None:
             self.lane.abort_step()
         self.forget_step()
-
-
-def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
-    """Return what must stay the same for a lane's buffers to fit."""
-    if encoder is None:
-        return (h_fn.shape, h_fn.dtype, h_fn.device)
-    return (h_fn.shape, h_fn.dtype, h_fn.device, encoder.shape, encoder.dtype)

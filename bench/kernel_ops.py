@@ -1,9 +1,10 @@
-"""The table of ops that `bench.kernels` times. A new op is a new row, in one of the two files."""
+"""The table of ops that `bench.kernels` times. A new op is a new row, in one of the three files."""
 
 from __future__ import annotations
 
+from bench.block_ops import BLOCK_OPS
 from bench.cache_ops import CACHE_OPS
 from bench.kernel_op import KernelOp
 from bench.parallel_ops import PARALLEL_OPS
 
-OPS: dict[str, KernelOp] = {op.name: op for op in (*CACHE_OPS, *PARALLEL_OPS)}
+OPS: dict[str, KernelOp] = {op.name: op for op in (*CACHE_OPS, *BLOCK_OPS, *PARALLEL_OPS)}

@@ -14,13 +14,14 @@ from pathlib import Path
 BENCHES = {
     "kernels": ("bench.kernels", "the ops against PyTorch and against the memory's speed"),
     "overhead": ("bench.overhead", "host time per step that the cache adds, beside cache-dit"),
+    "methods": ("bench.methods", "all methods: speed-up and quality on the trained model"),
     "graphs": ("bench.graphs", "steps as CUDA graphs, eager, and of cache-dit; needs a GPU"),
     "loop": ("bench.loop", "a whole denoising loop as one CUDA graph; needs a GPU"),
     "parallel": ("bench.parallel", "attention over ranks, beside diffusers' own"),
     "demo": ("dbcache", "speed-up and quality on the trained model"),
     "policies": ("bench.policies", "which policy caches which steps, at what quality"),
 }
-SLOW = ("demo", "graphs", "loop", "policies")
+SLOW = ("methods", "demo", "graphs", "loop", "policies")
 """Left out on a CPU, unless named."""
 
 

@@ -36,13 +36,18 @@ from dbcache.api import (  # noqa: E402
 from dbcache.cache_factory import CacheType, block_range, cache_type  # noqa: E402
 from dbcache.calibrators import (  # noqa: E402
     CalibratorConfig,
+    CustomCalibratorConfig,
+    DMDCalibratorConfig,
+    FoCaCalibratorConfig,
     HermiteCalibratorConfig,
+    SpectrumCalibratorConfig,
     TaylorSeerCalibratorConfig,
 )
 from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
 from dbcache.executors.graph import GraphOptions  # noqa: E402
 from dbcache.load_configs import load_configs  # noqa: E402
 from dbcache.parallelism_config import ParallelismBackend, ParallelismConfig  # noqa: E402
+from dbcache.predictor_registry import register_predictor  # noqa: E402
 from dbcache.prune_config import DBPruneConfig  # noqa: E402
 from dbcache.steps_mask import steps_mask  # noqa: E402
 
@@ -56,8 +61,11 @@ __all__ = [
     "BlockAdapterRegistry",
     "CacheType",
     "CalibratorConfig",
+    "CustomCalibratorConfig",
     "DBCacheConfig",
     "DBPruneConfig",
+    "DMDCalibratorConfig",
+    "FoCaCalibratorConfig",
     "ForwardPattern",
     "GraphOptions",
     "HermiteCalibratorConfig",
@@ -65,6 +73,7 @@ __all__ = [
     "ParallelismConfig",
     "ParamsModifier",
     "PatchFunctor",
+    "SpectrumCalibratorConfig",
     "TaylorSeerCalibratorConfig",
     "block_range",
     "cache_type",
@@ -76,6 +85,7 @@ __all__ = [
     "enable_cache",
     "load_configs",
     "refresh_context",
+    "register_predictor",
     "steps_mask",
     "strify",
     "summary",

@@ -65,8 +65,8 @@ def enable(
             graph, the branch is taken on the GPU), "host" (the host reads the decision between
             graphs), "auto" or True (the best that works here), or `GraphOptions`; False: eager.
         **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
-            `calibrator_config` also `enable_taylorseer`, `enable_encoder_taylorseer`,
-            `taylorseer_order` and `taylorseer_cache_type`. All that `load_configs` takes.
+            `calibrator_config` also those of a predictor, as in ``enable_taylorseer=True,
+            taylorseer_order=2``. All that `load_configs` takes.
 
     Returns:
         `target`.
@@ -157,34 +157,29 @@ def summary(target: object, details: bool = False, logging: bool = True) -> Summ
     lanes, notes = [], []
     for transformer in _enabled(target, "summary"):
         name = type(transformer.module).__name__
-        if transformer.uncached_calls:
-            notes.append(
-                f"{name}: {transformer.uncached_calls} calls came from outside of the pipeline "
-                f"that the cache is enabled on and ran without it"
-            )
-        if transformer.graphs is not None:
-            notes += [f"{name}: {line}" for line in transformer.graphs.describe()]
+        notes += transformer.notes()
         for stack in transformer.stacks:
             if not stack.entries:
                 notes.append(f"{stack.name}: all {stack.num_blocks} blocks run on every step")
-            for branch, lane in stack.lanes.items():
-                reasons, diffs = lane.trace()
-                if reasons:
-                    lanes.append(
-                        LaneSummary.from_trace(
-                            reasons,
-                            diffs,
-                            transformer=name,
-                            stack=stack.name,
-                            branch=branch,
-                            threshold=stack.settings.cache.threshold,
-                            policy=stack.settings.cache.policy,
-                            follows=stack.leader.name if stack.leader is not None else None,
-                            megabytes=(lane.nbytes() + stack.tail_nbytes(branch)) / 1e6,
-                            pruned=stack.pruned_blocks(branch),
-                            blocks=stack.num_blocks,
-                        )
+            traces = {branch: lane.trace() for branch, lane in stack.lanes.items()}
+            traces = {branch: trace for branch, trace in traces.items() if trace[0]}
+            for branch, (reasons, diffs) in traces.items():
+                nbytes = stack.lanes[branch].nbytes() + stack.tail_nbytes(branch)
+                lanes.append(
+                    LaneSummary.from_trace(
+                        reasons,
+                        diffs,
+                        transformer=name,
+                        stack=stack.name,
+                        branch=transformer.branches.shown(branch, traces),
+                        threshold=stack.settings.cache.threshold,
+                        policy=stack.settings.cache.policy,
+                        follows=stack.leader.name if stack.leader is not None else None,
+                        megabytes=nbytes / 1e6,
+                        pruned=stack.pruned_blocks(branch),
+                        blocks=stack.num_blocks,
                     )
+                )
     found = Summary(lanes, notes, details)
     if logging:
         LOGGER.info("%s", found)
@@ -375,7 +370,7 @@ def _from_options(
     fields, calibrator = split_options(who, options)
     if calibrator is not None and calibrator_config is not None:
         raise ValueError(
-            f"{who}: calibrator_config must not be given together with TaylorSeer's options, got "
+            f"{who}: calibrator_config must not be given together with a predictor's options, got "
             f"both; set them in the config"
         )
     return partial_config(who, fields, cache_config), copy.copy(calibrator_config or calibrator)

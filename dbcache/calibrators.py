@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dbcache.kernels.lane_state import Predictor
+from dbcache.kernels.lane_state import MAX_SLOTS, Predictor
 from dbcache.options import Options, check_choice, check_flag, check_int, check_number
+from dbcache.predictor_registry import registered
 
 HIGHEST_ORDER = 4
 
@@ -36,8 +37,13 @@ class CalibratorConfig(Options):
 
     @property
     def order(self) -> int:
-        """Degree of the prediction; it needs ``order + 1`` snapshots."""
+        """Degree of the series that `decide` computes; it needs ``order + 1`` snapshots."""
         return 0
+
+    @property
+    def slots(self) -> int:
+        """Snapshots that the prediction is made of, at most."""
+        return self.order + 1
 
     @property
     def predictor(self) -> Predictor:
@@ -45,9 +51,14 @@ class CalibratorConfig(Options):
         return Predictor.TAYLOR
 
     @property
-    def hermite_scale(self) -> float:
-        """``2 * sigma**2`` of `Predictor.HERMITE`; 0 for the others."""
+    def scale(self) -> float:
+        """What `kernels.taylor` calls so; 0 where the predictor has none."""
         return 0.0
+
+    @property
+    def recorded(self) -> str:
+        """What recorded work depends on: "" where `decide` computes the weights."""
+        return ""
 
     def strify(self) -> str:
         """Return a short name of these settings."""
@@ -119,8 +130,175 @@ class HermiteCalibratorConfig(CalibratorConfig):
         return Predictor.HERMITE
 
     @property
-    def hermite_scale(self) -> float:
+    def scale(self) -> float:
         return 2 * self.sigma**2
 
     def strify(self) -> str:
         return f"H1O{self.hermite_order}S{self.sigma:g}" if self.hermite_order else "T0O0"
+
+
+@dataclass(kw_only=True)
+class FoCaCalibratorConfig(CalibratorConfig):
+    """The slope of the parabola through three snapshots, as far as it holds (after FoCa).
+
+    That slope is BDF2's with the distances between full steps that there are; cache-dit's FoCa
+    takes them all to be 1. Beyond `foca_horizon` gaps the slope of the last gap goes on.
+    Source: arXiv:2508.16211; what bounds the forecast is this project's.
+    """
+
+    enable_calibrator: bool = True
+    enable_encoder_calibrator: bool = True
+    foca_horizon: float = 0.5
+    """How far the parabola's slope holds, in gaps between the two newest full steps, above 0."""
+
+    def validate(self) -> None:
+        super().validate()
+        who = type(self).__name__
+        check_number(f"{who}.foca_horizon", self.foca_horizon, positive=True)
+
+    @property
+    def order(self) -> int:
+        return 2
+
+    @property
+    def predictor(self) -> Predictor:
+        return Predictor.FOCA
+
+    @property
+    def scale(self) -> float:
+        return self.foca_horizon
+
+    def strify(self) -> str:
+        return "FoCa" if self.foca_horizon == 0.5 else f"FoCaH{self.foca_horizon:g}"
+
+
+@dataclass(kw_only=True)
+class DMDCalibratorConfig(CalibratorConfig):
+    """Linear prediction: the snapshots are taken for sums of two exponentials.
+
+    What dynamic mode decomposition of rank 2 computes, from a few sums over the ring at each full
+    step instead of an SVD (`kernels.fit_recurrence`). Where the newest three full steps are not
+    equally far apart, a straight line, as TaylorSeer of order 1. Needs a ring that is not fp8.
+    """
+
+    enable_calibrator: bool = True
+    enable_encoder_calibrator: bool = True
+    dmd_history: int = 4
+    """Snapshots that are fitted, 3 to 8; the lane keeps as many."""
+
+    dmd_ridge: float = 1.0
+    """Pull towards straight lines, above 0; 1 goes about half the way. What is small (1e-6) follows
+    exponentials exactly, and is misled by what changes at random."""
+
+    dmd_rank: int = 0
+    """0 or 2, which are the same: there are two exponentials."""
+
+    dmd_svd_precision: Literal["low", "medium", "high"] = "medium"
+    """As cache-dit has it; there is no SVD here, all three are the same."""
+
+    def validate(self) -> None:
+        super().validate()
+        who = type(self).__name__
+        check_int(f"{who}.dmd_history", self.dmd_history, 3, MAX_SLOTS)
+        check_number(f"{who}.dmd_ridge", self.dmd_ridge, positive=True)
+        if self.dmd_rank not in (0, 2):
+            raise ValueError(f"{who}.dmd_rank must be 0 or 2, got {self.dmd_rank!r}")
+        allowed = ("low", "medium", "high")
+        check_choice(f"{who}.dmd_svd_precision", self.dmd_svd_precision, allowed)
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    @property
+    def slots(self) -> int:
+        return self.dmd_history
+
+    @property
+    def recorded(self) -> str:
+        return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
+
+    def strify(self) -> str:
+        ridge = "" if self.dmd_ridge == 1 else f"R{self.dmd_ridge:g}"
+        return f"DMDH{self.dmd_history}{ridge}"
+
+
+@dataclass(kw_only=True)
+class SpectrumCalibratorConfig(CalibratorConfig):
+    """A ridge regression on Chebyshev polynomials of the step, blended with a straight line.
+
+    Source: Spectrum, arXiv:2603.01623, which fits all full steps of the request with a ridge of
+    0.1; here they are the newest `spectrum_window`, for which that pulls the prediction towards 0.
+    The steps of the request must be known: from the pipeline's call or `num_inference_steps`.
+    """
+
+    enable_calibrator: bool = True
+    enable_encoder_calibrator: bool = True
+    spectrum_order: int = 4
+    """Highest degree of the polynomials, 1 to 4."""
+
+    spectrum_window: int = 8
+    """Snapshots that are fitted, 2 to 8; the lane keeps as many."""
+
+    spectrum_ridge: float = 1e-4
+    """Added to the diagonal of the normal equations, above 0."""
+
+    spectrum_blend: float = 0.5
+    """Parts of the regression, 0 to 1; the rest is the line through the two newest snapshots."""
+
+    def validate(self) -> None:
+        super().validate()
+        who = type(self).__name__
+        check_int(f"{who}.spectrum_order", self.spectrum_order, 1, HIGHEST_ORDER)
+        check_int(f"{who}.spectrum_window", self.spectrum_window, 2, MAX_SLOTS)
+        check_number(f"{who}.spectrum_ridge", self.spectrum_ridge, positive=True)
+        check_number(f"{who}.spectrum_blend", self.spectrum_blend)
+        if self.spectrum_blend > 1:
+            raise ValueError(f"{who}.spectrum_blend must be at most 1, got {self.spectrum_blend!r}")
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    @property
+    def slots(self) -> int:
+        return self.spectrum_window
+
+    @property
+    def recorded(self) -> str:
+        return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
+
+    def strify(self) -> str:
+        return (
+            f"SpectrumO{self.spectrum_order}W{self.spectrum_window}"
+            f"R{self.spectrum_ridge:g}B{self.spectrum_blend:g}"
+        )
+
+
+@dataclass(kw_only=True)
+class CustomCalibratorConfig(CalibratorConfig):
+    """A predictor of your own, by the name under which `register_predictor` knows it."""
+
+    enable_calibrator: bool = True
+    enable_encoder_calibrator: bool = True
+    predictor_name: str
+    """What was registered."""
+
+    def validate(self) -> None:
+        super().validate()
+        registered(self.predictor_name)
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    @property
+    def slots(self) -> int:
+        return registered(self.predictor_name).snapshots
+
+    @property
+    def recorded(self) -> str:
+        return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
+
+    def strify(self) -> str:
+        return f"Custom_{self.predictor_name}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from dbcache.calibration import Calibration
-from dbcache.calibrators import CalibratorConfig
+from dbcache.calibrators import CalibratorConfig, DMDCalibratorConfig
 from dbcache.options import (
     Options,
     check_choice,
@@ -111,11 +111,12 @@ class DBCacheConfig(Options):
     """Largest number of cached steps in a row; -1: no limit, 0: never cache."""
 
     enable_separate_cfg: bool | None = None
-    """Calls alternate between two guidance branches (even, odd). None: as the model's row says.
-    Not needed where the pipeline names its calls with `cache_context`."""
+    """True: calls without a name (`cache_context`) alternate between two guidance branches; False:
+    they are one. None: found from the calls of the pipeline; without one, as the model's row says.
+    """
 
     cfg_compute_first: bool = False
-    """With alternating calls: the unconditional branch comes first."""
+    """Of two calls without names the unconditional one comes first."""
 
     cfg_diff_compute_separate: bool = True
     """False: the second branch of a step takes the diff of the first."""
@@ -296,26 +297,35 @@ class StackSettings:
     steps: int | None = None
     """Steps of the request, as far as they are known."""
 
+    def __post_init__(self) -> None:
+        if self.cache.cache_dtype == "fp8" and isinstance(self.calibrator, DMDCalibratorConfig):
+            raise ValueError(
+                "DMDCalibratorConfig: the ring must be in the model's dtype or float32, got "
+                "cache_dtype='fp8'; choose another cache_dtype or calibrator"
+            )
+
+    @property
+    def predicts(self) -> tuple[bool, bool]:
+        """Whether hidden and encoder states are predicted, rather than reused."""
+        calibrator = self.calibrator
+        return calibrator.enable_calibrator, calibrator.enable_encoder_calibrator
+
     @property
     def orders(self) -> tuple[int, int]:
-        """Predictor orders for hidden and encoder states."""
-        calibrator = self.calibrator
-        return (
-            calibrator.order if calibrator.enable_calibrator else 0,
-            calibrator.order if calibrator.enable_encoder_calibrator else 0,
-        )
+        """Orders of the series that `decide` computes, for hidden and encoder states."""
+        order = self.calibrator.order
+        hidden, encoder = self.predicts
+        return order if hidden else 0, order if encoder else 0
 
     @property
     def slots(self) -> int:
-        """Ring slots: one more than the highest order."""
-        return max(self.orders) + 1
+        """Ring slots: what the predictor wants, or one."""
+        return self.calibrator.slots if any(self.predicts) else 1
 
     @property
     def replace(self) -> bool:
         """Whether whole hidden states are predicted rather than residuals."""
-        calibrator = self.calibrator
-        enabled = calibrator.enable_calibrator or calibrator.enable_encoder_calibrator
-        return enabled and calibrator.calibrator_cache_type == "hidden_states"
+        return any(self.predicts) and self.calibrator.calibrator_cache_type == "hidden_states"
 
     @property
     def recorded(self) -> tuple[object, ...]:
@@ -328,6 +338,7 @@ class StackSettings:
             cache.policy,
             cache.compares_hidden_states,
             cache.important_condition_threshold > 0,
+            self.calibrator.recorded,
         )
 
     def modified(self, modifier: ParamsModifier | None) -> StackSettings:

@@ -71,6 +71,8 @@ class FollowingLane(Lane):
     def replan(self, settings: StackSettings) -> None:
         """Take over settings that differ in the mask; the plan is the leader's."""
         self.settings = settings
+        if self.forecaster is not None:
+            self.forecaster.replan(settings.steps)
 
     @property
     def plan(self) -> list[int]:  # type: ignore[override]

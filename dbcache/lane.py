@@ -1,7 +1,7 @@
 """One lane: the steps of one block stack under one guidance branch, and what they remember.
 
 Memory per lane: P_ref and K ring slots of the size of `hidden_states`, plus K slots of the size
-of `encoder_hidden_states` where the blocks return them; K is the predictor's order + 1. P_ref has
+of `encoder_hidden_states` where the blocks return them; K is the predictor's `slots`. P_ref has
 the model's dtype, the ring that of `cache_dtype`; with fp8 a float32 scale per token is added. A
 lane whose steps are decided before the first block has no P_ref.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from dbcache.config import StackSettings
+from dbcache.forecasters import make_forecaster
 from dbcache.kernels import lane_state
 from dbcache.kernels.lane_state import BatchReduce, LaneState, Signal
 from dbcache.policies import POLICIES, coefficients, decide_ahead
@@ -68,6 +69,7 @@ class Lane:
         self.full_output: torch.Tensor | None = None
         self.full_steps = 0
         self.state = LaneState.allocate(FIRST_CAPACITY, device) if state is None else state
+        self.forecaster = make_forecaster(settings, device)
         self._flag: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
         if state is None:
@@ -92,7 +94,7 @@ class Lane:
         accumulated = cache.max_accumulated_residual_diff_threshold
         thresholds[lane_state.MAX_ACCUMULATED] = accumulated or 0.0
         thresholds[lane_state.IMPORTANT] = cache.important_condition_threshold
-        thresholds[lane_state.HERMITE_SCALE] = self.settings.calibrator.hermite_scale
+        thresholds[lane_state.SCALE] = self.settings.calibrator.scale
         polynomial = coefficients(cache, self.settings.calibration)
         thresholds[lane_state.POLYNOMIAL : lane_state.NUM_THRESHOLDS] = torch.tensor(
             polynomial, dtype=torch.float32
@@ -115,11 +117,13 @@ class Lane:
     def replan(self, settings: StackSettings) -> None:
         """Take over settings that differ in the mask or the number of steps."""
         self.settings = settings
+        if self.forecaster is not None:
+            self.forecaster.replan(settings.steps)
         self._write_plan()
 
     @outside_inference_mode
     def reload(self, settings: StackSettings) -> None:
-        """Take over settings that need no other buffers."""
+        """Take over settings that need no other buffers and no other `forecaster`."""
         self.settings = settings
         self._load_settings()
 
@@ -153,6 +157,7 @@ class Lane:
         old, self.device = self.state, device
         self.state = LaneState.allocate(len(old.plan), device)
         self.state.copy_(old)
+        self.forecaster = make_forecaster(self.settings, device)
         self._flag = self._event = None
 
     def drop_buffers(self) -> None:
@@ -276,6 +281,13 @@ class Lane:
     def nbytes(self) -> int:
         """Bytes of the lane's buffers."""
         return sum(x.nbytes for x in self.buffers_by_name().values() if x is not None)
+
+
+def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
+    """Return what must stay the same for a lane's buffers to fit."""
+    if encoder is None:
+        return (h_fn.shape, h_fn.dtype, h_fn.device)
+    return (h_fn.shape, h_fn.dtype, h_fn.device, encoder.shape, encoder.dtype)
 
 
 def _copy(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:

@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dbcache.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig
+from dbcache.calibrators import (
+    CalibratorConfig,
+    CustomCalibratorConfig,
+    DMDCalibratorConfig,
+    FoCaCalibratorConfig,
+    HermiteCalibratorConfig,
+    SpectrumCalibratorConfig,
+    TaylorSeerCalibratorConfig,
+)
 from dbcache.config import DBCacheConfig
 from dbcache.options import check_choice, reject_unknown
 from dbcache.parallelism_config import ParallelismConfig
@@ -24,14 +32,36 @@ _ALIASES = {
     "scm_steps_mask_policy": "steps_computation_mask",
     "scm_steps_policy": "steps_computation_policy",
 }
-_TAYLORSEER = {
-    "enable_taylorseer": "enable_calibrator",
-    "enable_encoder_taylorseer": "enable_encoder_calibrator",
-    "taylorseer_cache_type": "calibrator_cache_type",
-    "taylorseer_order": "taylorseer_order",
+_CALIBRATORS: dict[str, tuple[type[CalibratorConfig], dict[str, str]]] = {
+    "taylorseer": (
+        TaylorSeerCalibratorConfig,
+        {"taylorseer_order": "taylorseer_order", "taylorseer_exact": "exact"}
+        | {"taylorseer_cache_type": "calibrator_cache_type"},
+    ),
+    "hermite": (
+        HermiteCalibratorConfig,
+        {"hermite_order": "hermite_order", "hermite_sigma": "sigma"},
+    ),
+    "foca": (FoCaCalibratorConfig, {"foca_horizon": "foca_horizon"}),
+    "dmd": (
+        DMDCalibratorConfig,
+        {f"dmd_{name}": f"dmd_{name}" for name in ("history", "ridge", "rank", "svd_precision")},
+    ),
+    "spectrum": (
+        SpectrumCalibratorConfig,
+        {f"spectrum_{name}": f"spectrum_{name}" for name in ("order", "window", "ridge", "blend")},
+    ),
+    "custom": (CustomCalibratorConfig, {"predictor_name": "predictor_name"}),
 }
-_SWITCHES = ("enable_taylorseer", "enable_encoder_taylorseer")
-_FLAT = (*(field.name for field in dataclasses.fields(DBPruneConfig)), *_ALIASES, *_TAYLORSEER)
+"""Per predictor its config, and flat names of its fields besides the two switches."""
+
+_CACHE_TYPE = "calibrator_cache_type"
+_PREDICTION = (
+    _CACHE_TYPE,
+    *(f"{switch}_{name}" for name in _CALIBRATORS for switch in ("enable", "enable_encoder")),
+    *(flat for _, fields in _CALIBRATORS.values() for flat in fields),
+)
+_FLAT = (*(field.name for field in dataclasses.fields(DBPruneConfig)), *_ALIASES, *_PREDICTION)
 _METHODS: dict[str, type[DBCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
 
 
@@ -41,11 +71,12 @@ def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
     Args:
         source: a .yaml, .yml or .json file, or a mapping. Its options lie in a section
             `cache_config`, or directly in it: the fields of `DBCacheConfig` (with
-            ``cache_type="DBPrune"`` those of `DBPruneConfig`), `enable_taylorseer`,
-            `enable_encoder_taylorseer`, `taylorseer_order`, `taylorseer_cache_type`, and
-            `scm_steps_mask_policy` and `scm_steps_policy` for the mask and its policy. A section
-            `parallelism_config` beside it has the fields of `ParallelismConfig`, where `ulysses`,
-            `ring` and `tp` stand for the sizes, too.
+            ``cache_type="DBPrune"`` those of `DBPruneConfig`),
+            `scm_steps_mask_policy` and `scm_steps_policy` for the mask and its policy, and for one
+            of taylorseer, hermite, foca, dmd, spectrum and custom `enable_foca`,
+            `enable_encoder_foca`, its fields as in `foca_horizon`, and `calibrator_cache_type`. A
+            section `parallelism_config` beside it has the fields of `ParallelismConfig`, where
+            `ulysses`, `ring` and `tp` stand for the sizes, too.
 
     Returns:
         `cache_config`, which holds the options that were given, and `calibrator_config`, None
@@ -132,30 +163,61 @@ def split_options(
     """Return the fields of the cache's config among flat options, and the predictor they name.
 
     The predictor is None where nothing was said of it, and the base config, which reuses the last
-    residual, where TaylorSeer was switched off.
+    residual, where one was switched off.
 
     Raises:
         TypeError: an unknown option. ValueError: one that contradicts another or lacks it.
     """
     reject_unknown(who, given, _FLAT)
-    options = {name: given[name] for name in given if name not in (*_ALIASES, *_TAYLORSEER)}
+    options = {name: given[name] for name in given if name not in (*_ALIASES, *_PREDICTION)}
     for alias, name in _ALIASES.items():
         if alias in given:
             if name in given:
                 raise ValueError(f"{who}: {alias} and {name} must not both be given; remove one")
             options[name] = given[alias]
-    taylorseer = {name: given[name] for name in given if name in _TAYLORSEER}
-    if not taylorseer:
-        return options, None
-    if not any(name in taylorseer for name in _SWITCHES):
-        raise ValueError(
-            f"{who}: {_SWITCHES[0]} must be given with {', '.join(taylorseer)}, got neither it nor "
-            f"{_SWITCHES[1]}; add {_SWITCHES[0]}=True"
+    prediction = {name: given[name] for name in given if name in _PREDICTION}
+    return options, _calibrator(who, prediction) if prediction else None
+
+
+def _calibrator(who: str, given: dict[str, Any]) -> CalibratorConfig:
+    """Return the predictor that flat options name."""
+    switches = {
+        switch: name
+        for name in _CALIBRATORS
+        for switch in (f"enable_{name}", f"enable_encoder_{name}")
+    }
+    named = dict.fromkeys(switches[switch] for switch in given if switch in switches)
+    on = dict.fromkeys(switches[s] for s in given if s in switches and given[s] is not False)
+    if len(on) > 1:
+        raise ValueError(f"{who}: one predictor must be switched on, got {', '.join(on)}")
+    if not named:
+        first = next(
+            (n for n, (_, fields) in _CALIBRATORS.items() if set(fields) & set(given)), None
         )
-    fields = dict.fromkeys(_SWITCHES, False) | taylorseer
-    calibrator = TaylorSeerCalibratorConfig(**{_TAYLORSEER[n]: v for n, v in fields.items()})
+        switch = f"enable_{first or next(iter(_CALIBRATORS))}"
+        raise ValueError(
+            f"{who}: {switch} must be given with {', '.join(given)}, got neither it nor "
+            f"{switch.replace('enable', 'enable_encoder')}; add {switch}=True"
+        )
+    name = next(iter(on or named))
+    config, fields = _CALIBRATORS[name]
+    if not on and name == "custom":
+        return CalibratorConfig()
+    # engines pass on all fields of a predictor that is switched off
+    allowed = [flat for each in named for flat in _CALIBRATORS[each][1]]
+    stray = [flat for flat in given if flat not in (*allowed, *switches, _CACHE_TYPE)]
+    if stray:
+        raise ValueError(f"{who}: {stray[0]} must not be given with enable_{name}, got both")
+    values = {field: given[flat] for flat, field in fields.items() if flat in given}
+    cache_type = given.get(_CACHE_TYPE, values.get(_CACHE_TYPE))
+    if cache_type is not None and values.setdefault(_CACHE_TYPE, cache_type) != cache_type:
+        raise ValueError(f"{who}: {_CACHE_TYPE} must be given once, got two values")
+    hidden = given.get(f"enable_{name}", False)
+    # cache-dit's DMD takes the encoder states along unless it is told otherwise, the others do not
+    encoder = given.get(f"enable_encoder_{name}", hidden if name == "dmd" else False)
+    calibrator = config(enable_calibrator=hidden, enable_encoder_calibrator=encoder, **values)
     is_on = calibrator.enable_calibrator or calibrator.enable_encoder_calibrator
-    return options, calibrator if is_on else CalibratorConfig()
+    return calibrator if is_on else CalibratorConfig()
 
 
 def _read(source: str | os.PathLike[str]) -> Any:

@@ -188,7 +188,7 @@ class PrunedLane:
 
     def _write_plan(self) -> None:
         lane = self.state.lane
-        self.plan = make_plan(self.config, lane.capacity)
+        self.plan = make_plan(self.config, lane.capacity, self.settings.steps)
         lane.plan.copy_(torch.tensor(self.plan, dtype=torch.int32))
 
     @outside_inference_mode
@@ -216,7 +216,7 @@ class PrunedLane:
 
     @property
     def has_reference(self) -> bool:
-        """Whether something is stored of each block."""
+        """Whether blocks could be left out on the next step."""
         return self.cache.is_complete
 
     @has_reference.setter

@@ -26,8 +26,8 @@ class Sharding(Protocol):
     def by_branch(self, branch: str | None, run: Callable[[], Any]) -> Any:
         """Return the output of a call, `run` here or by the rank that has this guidance branch."""
 
-    def split_input(self, path: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of the input of the block `path`, where that is split there."""
+    def split_input(self, path: str, x: torch.Tensor, name: str = "hidden_states") -> torch.Tensor:
+        """Return this rank's part of the input `name` of the block `path`, if it is split there."""
 
     def vote(self, partials: torch.Tensor, *, per_sample: bool) -> torch.Tensor:
         """Return the sums of a step's change, (B, T, 2 or 4), over the ranks of a sequence."""

@@ -113,9 +113,13 @@ class LaneSummary:
         found = []
         nan = counts.get(REASONS[Reason.NAN], 0)
         if nan:
+            cause = "the probe residual or its reference is zero or not finite"
+            remedy = "try another Fn_compute_blocks"
+            if self.policy != "dbcache":
+                cause = f"what policy={self.policy!r} compares does not change or is not finite"
+                remedy = "try another policy"
             found.append(
-                f"{who}: {nan} diffs are NaN, those steps were computed; the probe residual or its "
-                f"reference is zero or not finite: try another Fn_compute_blocks"
+                f"{who}: {nan} diffs are NaN, those steps were computed; {cause}: {remedy}"
             )
         asked = [step for step, reason in enumerate(self.reasons) if reason not in _PLANNED]
         if asked and not self.cached_steps:

@@ -36,7 +36,7 @@ from dbcache.kernels.step_signal import (
     signal_of_partials,
 )
 from dbcache.kernels.sums import f32
-from dbcache.kernels.taylor import store_weights, weights_by_slot
+from dbcache.kernels.taylor import reached, store_weights, weights_by_slot
 
 
 def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "auto") -> None:
@@ -134,13 +134,16 @@ def advance(
         newest = ls.RING_STEPS + (head - 1) % slots
         steps = counters[newest : ls.RING_STEPS - 1 : -1]
         steps += counters[ls.RING_STEPS + slots - 1 : newest : -1]
-        ages = tuple([step - s for s in steps[: counters[ls.SNAPSHOTS]]])
+        steps = steps[: counters[ls.SNAPSHOTS]]
+        ages = tuple([step - s for s in steps])
+        predictor, scale = limits[ls.PREDICTOR], thresholds[ls.SCALE]
         for base, order in (
             (ls.WEIGHTS, limits[ls.ORDER]),
             (ls.ENCODER_WEIGHTS, limits[ls.ENCODER_ORDER]),
         ):
+            order = reached(steps, order, predictor)
             values[base : base + ls.MAX_SLOTS] = weights_by_slot(
-                ages, order, head, slots, limits[ls.PREDICTOR], thresholds[ls.HERMITE_SCALE]
+                ages, order, head, slots, predictor, scale
             )
     else:
         counters[ls.SLOT] = head
@@ -256,7 +259,7 @@ _MAX_CACHED, _MAX_CONSECUTIVE = tl.constexpr(ls.MAX_CACHED), tl.constexpr(ls.MAX
 _SLOTS, _ORDER = tl.constexpr(ls.SLOTS), tl.constexpr(ls.ORDER)
 _ENCODER_ORDER = tl.constexpr(ls.ENCODER_ORDER)
 _THRESHOLD, _MAX_ACCUMULATED = tl.constexpr(ls.THRESHOLD), tl.constexpr(ls.MAX_ACCUMULATED)
-_PREDICTOR, _HERMITE_SCALE = tl.constexpr(ls.PREDICTOR), tl.constexpr(ls.HERMITE_SCALE)
+_PREDICTOR, _SCALE = tl.constexpr(ls.PREDICTOR), tl.constexpr(ls.SCALE)
 _KNOWN = tl.constexpr(ls.KNOWN)
 _PLAN_DYNAMIC = tl.constexpr(int(PlanCode.DYNAMIC))
 _PLAN_STATIC = tl.constexpr(int(PlanCode.STATIC))
@@ -377,7 +380,7 @@ def _advance(
         encoder_order = tl.load(limits_ptr + _ENCODER_ORDER)
         ring_ptr = counters_ptr + _RING_STEPS
         predictor = tl.load(limits_ptr + _PREDICTOR)
-        scale = tl.load(thresholds_ptr + _HERMITE_SCALE)
+        scale = tl.load(thresholds_ptr + _SCALE)
         store_weights(
             values_ptr + _WEIGHTS, ring_ptr, step, head, slots, snapshots, order, predictor, scale
         )

@@ -187,7 +187,7 @@ def _decide_blocks_kernel(
     `probe_and_decide`."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     sums_ptr = partials_ptr + block * samples * programs * 2
-    mean, largest = relative_l1_of_partials(sums_ptr, samples, programs, LOG_LANES, 2)
+    mean, largest, _ = relative_l1_of_partials(sums_ptr, samples, programs, LOG_LANES, 2)
     change = tl.where(tl.load(rule_ptr + _WORST_SAMPLE) > 0, largest, mean)
     num = sum_of_column(growth_ptr + block * parts * 2, parts, LOG_PARTS, 2)
     den = sum_of_column(growth_ptr + block * parts * 2 + 1, parts, LOG_PARTS, 2)

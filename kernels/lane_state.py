@@ -5,6 +5,7 @@ is in four tensors (`counters`, `values`, `limits`, `thresholds`), the plan, and
 are read back once per request. The constants below name their entries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -53,7 +54,7 @@ NUM_LIMITS = 8
 THRESHOLD = 0  # cache below this relative L1; <= 0 never, >= 1 always
 MAX_ACCUMULATED = 1  # run in full once ACCUMULATED reaches this; <= 0 for no limit
 IMPORTANT = 2  # relative L1 of a token above which it counts, where tokens are told apart
-HERMITE_SCALE = 3  # 2 * sigma**2 of Predictor.HERMITE
+SCALE = 3  # of the predictor; see `taylor`
 POLYNOMIAL = 4  # DEGREE + 1 coefficients of Signal.SUM, that of the highest power first
 DEGREE = 4
 NUM_THRESHOLDS = POLYNOMIAL + DEGREE + 1
@@ -102,6 +103,7 @@ class Predictor(IntEnum):
     TAYLOR = 0
     NEWTON = 1
     HERMITE = 2
+    FOCA = 3
 
 
 class Reason(IntEnum):
@@ -247,3 +249,18 @@ class LaneState:
 
 
 TENSORS = ("counters", "values", "limits", "thresholds", "plan", "trace_reason", "trace_diff")
+
+
+def steps_newest_first(counters: Sequence[int], slots: int) -> list[int]:
+    """Return the steps of the snapshots in the ring, newest first."""
+    head = counters[HEAD]
+    order = [(head - 1 - m) % slots for m in range(counters[SNAPSHOTS])]
+    return [counters[RING_STEPS + slot] for slot in order]
+
+
+def spread(weights: Sequence[float], head: int, slots: int) -> list[float]:
+    """Return `weights` of the newest snapshots, newest first, by ring slot, and 0 for the rest."""
+    by_slot = [0.0] * MAX_SLOTS
+    for m, weight in enumerate(weights):
+        by_slot[(head - 1 - m) % slots] = weight
+    return by_slot

@@ -112,8 +112,8 @@ def total_of_partials(
     den = num
     for sample in range(samples):
         sums_ptr = partials_ptr + sample * programs * WIDTH
-        num += _sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
-        den += _sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
+        num += sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
+        den += sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
     return num, den
 
 

@@ -12,12 +12,18 @@ from itertools import pairwise
 import triton
 import triton.language as tl
 
-from dbcache.kernels.lane_state import MAX_SLOTS, Predictor
+from dbcache.kernels.lane_state import MAX_SLOTS, Predictor, spread
 from dbcache.kernels.sums import f32
 
 _MAX_SLOTS = tl.constexpr(MAX_SLOTS)
 _NEWTON = tl.constexpr(int(Predictor.NEWTON))
 _HERMITE = tl.constexpr(int(Predictor.HERMITE))
+_FOCA = tl.constexpr(int(Predictor.FOCA))
+_TAYLOR = tl.constexpr(int(Predictor.TAYLOR))
+
+SETTLED = 3
+"""Index of the first full step from which TAYLOR takes a difference, as in cache-dit."""
+_SETTLED = tl.constexpr(SETTLED)
 
 
 def taylor_weights(
@@ -39,16 +45,27 @@ def taylor_weights(
                                                               L + 1 snapshots
         HERMITE  g = a_{m+1} - a_m    c_i = s^i H_i(s k) / i! HiCache, H_i the physicists' Hermite
                                                               polynomials and `scale` = 2 s^2
+        FOCA     as NEWTON            c_1 = k, c_2 = min(k, scale g_0) g_0, g_0 = a_1 - a_0, L <= 2
 
-    which is linear in Y. The weights are its adjoint, taken from the highest difference down. There
-    are L + 1 of them; older snapshots have weight 0.
+    FOCA is Y_0 + k v with v the slope at Y_0 of the parabola through three snapshots (BDF2 with
+    unequal steps), as far as `scale` gaps; beyond, it goes on with the slope of the last gap. It is
+    FoCa's (arXiv:2508.16211) forecast with a bound in place of the corrections in between.
+
+    The prediction is linear in Y. The weights are its adjoint, taken from the highest difference
+    down. There are L + 1 of them; older snapshots have weight 0.
     """
     last = max(0, min(order, len(ages) - 1))
-    newton = predictor == Predictor.NEWTON
+    foca = predictor == Predictor.FOCA
+    if foca:
+        last = min(last, 2)
+    newton = foca or predictor == Predictor.NEWTON
     coefficients, before = [1.0], 0.0
     for i in range(1, last + 1):
         latest = coefficients[-1]
-        if newton:
+        if foca and i == 2:
+            gap = ages[1] - ages[0]
+            following = f32(min(ages[0], f32(scale * gap)) * gap)
+        elif newton:
             following = f32(latest * ages[i - 1])
         elif predictor == Predictor.HERMITE:
             # H_{i+1}(x) = 2 x H_i(x) - 2 i H_{i-1}(x)
@@ -68,44 +85,58 @@ def taylor_weights(
     return weights
 
 
+def reached(steps: Sequence[int], order: int, predictor: int) -> int:
+    """Return the order that the snapshots at `steps` allow, besides their number.
+
+    TAYLOR has a difference of order i once the newest i full steps are at step 3 or later, as in
+    cache-dit: residuals change erratically at first, and what is made of that goes astray.
+    """
+    return min(order, sum(s >= SETTLED for s in steps)) if predictor == Predictor.TAYLOR else order
+
+
 @lru_cache(maxsize=4096)
 def weights_by_slot(
     ages: tuple[int, ...], order: int, head: int, slots: int, predictor: int, scale: float
 ) -> list[float]:
     """Spread the weights over the ring. Requests repeat the same few patterns of ages."""
-    by_slot = [0.0] * MAX_SLOTS
-    for m, weight in enumerate(taylor_weights(ages, order, predictor, scale)):
-        by_slot[(head - 1 - m) % slots] = weight
-    return by_slot
+    return spread(taylor_weights(ages, order, predictor, scale), head, slots)
 
 
 @triton.jit
 def store_weights(weights_ptr, ring_ptr, step, head, slots, snapshots, order, predictor, scale):
-    """The function `taylor_weights` above, on vectors over m, stored by slot."""
+    """`taylor_weights` of the order that is `reached`, on vectors over m, stored by slot."""
     m = tl.arange(0, _MAX_SLOTS)
     newest = head - 1 + 2 * _MAX_SLOTS * slots
     slot = (newest - m) % slots
     steps = tl.load(ring_ptr + slot)
     distance = (step - tl.load(ring_ptr + newest % slots)).to(tl.float32)
 
+    foca = predictor == _FOCA
+    newton = foca | (predictor == _NEWTON)
     last = tl.maximum(tl.minimum(order, snapshots - 1), 0)
+    last = tl.where(foca, tl.minimum(last, 2), last)
+    settled = tl.sum(((steps >= _SETTLED) & (m < snapshots)).to(tl.int32), axis=0)
+    last = tl.where(predictor == _TAYLOR, tl.minimum(last, settled), last)
     latest = tl.full((), 1.0, tl.float32)
     previous = tl.full((), 0.0, tl.float32)
     coefficients = tl.where(m == 0, latest, 0.0)
     for i in range(1, last + 1):
         age = (step - tl.load(ring_ptr + (newest - i + 1) % slots)).to(tl.float32)
         grown = latest * distance
-        grown = tl.where(predictor == _NEWTON, latest * age, grown)
+        grown = tl.where(newton, latest * age, grown)
         hermite = latest * (scale * distance) - previous * scale
         grown = tl.where(predictor == _HERMITE, hermite, grown)
-        divisor = tl.where(predictor == _NEWTON, 1, i).to(tl.float32)
+        gap = age - distance
+        bounded = tl.minimum(distance, scale * gap) * gap
+        grown = tl.where(foca & (i == 2), bounded, grown)
+        divisor = tl.where(newton, 1, i).to(tl.float32)
         previous = latest
         latest = tl.div_rn(grown, divisor)
         coefficients = tl.where(m == i, latest, coefficients)
 
     weights = tl.where(m == 0, latest, 0.0)
     for i in range(last - 1, -1, -1):
-        reach = tl.where(predictor == _NEWTON, i + 1, 1)
+        reach = tl.where(newton, i + 1, 1)
         older = tl.load(ring_ptr + (newest - m - reach) % slots)
         # 1 where there is no older snapshot, so that 0 / gap stays 0 there
         gap = tl.where(m + reach < snapshots, steps - older, 1).to(tl.float32)

@@ -225,14 +225,14 @@ class Parallelized:
         """Return the output of a call, `run` here or by the rank that has this guidance branch."""
         return run() if self._guidance is None else self._guidance(branch, run)
 
-    def split_input(self, path: str, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return this rank's part of what goes into the module `path`, where its input is split."""
-        entry = input_entry(self.plan, path)
+    def split_input(self, path: str, x: torch.Tensor, name: str = "hidden_states") -> torch.Tensor:
+        """Return this rank's part of what goes into the module `path` as `name`, if it is split."""
+        entry = input_entry(self.plan, path, name)
         if entry is None or self._shards is None:
-            return hidden_states
-        if entry.expected_dims not in (None, hidden_states.ndim):
-            return hidden_states
-        return self._shards.split(hidden_states, entry.split_dim, "hidden_states")
+            return x
+        if entry.expected_dims not in (None, x.ndim):
+            return x
+        return self._shards.split(x, entry.split_dim, name)
 
     def vote(self, partials: torch.Tensor, *, per_sample: bool) -> torch.Tensor:
         """Return the sums of a step's change over the ranks that share a sequence, and only those.

@@ -27,9 +27,10 @@ class Packed:
     parts: tuple[str, ...]
 
 
-Style = str | Packed
+Style = str | Packed | Any
 """How a layer is split: "colwise", "rowwise", "norm" (an RMS norm over all heads), "outputs" (it
-has no weights to split, but what it returns is as wide as all heads), or `Packed`."""
+has no weights to split, but what it returns is as wide as all heads), `Packed`, or one of
+diffusers' packed styles (`PackedColwiseParallel`, `PackedRowwiseParallel`)."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,17 @@ _JOINT_BLOCKS = _layers(
     _projections("transformer_blocks.*.attn1"), _feed_forward("transformer_blocks.*.ff")
 )
 
+_FLUX_SEQUENCE: dict[str, Any] = {
+    "": {HIDDEN: TOKENS, ENCODER: TOKENS, "img_ids": IDS, "txt_ids": IDS},
+    "proj_out": GATHER,
+}
+_WAN_LAYERS = _layers(
+    _projections("blocks.*.attn1", norm=True),
+    _projections("blocks.*.attn2", norm=True),
+    {"blocks.*.attn2.add_k_proj": "colwise", "blocks.*.attn2.add_v_proj": "colwise"},
+    _feed_forward("blocks.*.ffn"),
+)
+
 PLANS = {
     "FluxTransformer2DModel": PlanRow(
         _BOTH_LISTS, layers=_layers(_DOUBLE, _SINGLE), projections="flux"
@@ -126,13 +138,7 @@ PLANS = {
     "ChromaTransformer2DModel": PlanRow(
         _BOTH_LISTS,
         {
-            "": {
-                HIDDEN: TOKENS,
-                ENCODER: TOKENS,
-                "img_ids": IDS,
-                "txt_ids": IDS,
-                "attention_mask": JointSplit(1, JOINT),
-            },
+            "": {**_FLUX_SEQUENCE[""], "attention_mask": JointSplit(1, JOINT)},
             "proj_out": GATHER,
         },
         _layers(_DOUBLE, _SINGLE),
@@ -149,12 +155,17 @@ PLANS = {
     ),
     "WanTransformer3DModel": PlanRow(
         {"blocks.*.attn1": LATENT},
-        layers=_layers(
-            _projections("blocks.*.attn1", norm=True),
-            _projections("blocks.*.attn2", norm=True),
-            {"blocks.*.attn2.add_k_proj": "colwise", "blocks.*.attn2.add_v_proj": "colwise"},
-            _feed_forward("blocks.*.ffn"),
-        ),
+        layers=_WAN_LAYERS,
+    ),
+    "ChronoEditTransformer3DModel": PlanRow({"blocks.*.attn1": LATENT}, layers=_WAN_LAYERS),
+    "Flux2Transformer2DModel": PlanRow(_BOTH_LISTS, layers=None),
+    "BriaTransformer2DModel": PlanRow(_BOTH_LISTS, _FLUX_SEQUENCE),
+    "LongCatImageTransformer2DModel": PlanRow(_BOTH_LISTS, _FLUX_SEQUENCE),
+    "OvisImageTransformer2DModel": PlanRow(_BOTH_LISTS, _FLUX_SEQUENCE),
+    "PixArtTransformer2DModel": PlanRow(
+        {"transformer_blocks.*.attn1": LATENT},
+        {"transformer_blocks.0": {HIDDEN: TOKENS}, "proj_out": GATHER},
+        _layers(_JOINT_BLOCKS, _projections("transformer_blocks.*.attn2")),
     ),
     "LTXVideoTransformer3DModel": PlanRow(
         # diffusers' own plan splits the text, too, which a rank needs whole to attend to

@@ -302,8 +302,8 @@ class PlanHooks:
         self._installed = []
 
 
-def input_entry(plan: Plan, path: str) -> ContextParallelInput | None:
-    """Return how a plan splits `hidden_states` on their way into the module `path`, if it does."""
+def input_entry(plan: Plan, path: str, name: str = HIDDEN) -> ContextParallelInput | None:
+    """Return how a plan splits the input `name` on its way into the module `path`, if it does."""
     entry = plan.get(path)
-    found = entry.get(HIDDEN) if isinstance(entry, Mapping) else None
+    found = entry.get(name) if isinstance(entry, Mapping) else None
     return found if isinstance(found, ContextParallelInput) else None

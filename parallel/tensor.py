@@ -24,6 +24,14 @@ _SPLIT_ATTRIBUTES = ("heads", "inner_dim", "inner_kv_dim", "kv_inner_dim")
 """What attention modules note of their heads, and processors read."""
 
 
+def _is_packed_by_diffusers(style: Style) -> bool:
+    return type(style).__name__ in ("PackedColwiseParallel", "PackedRowwiseParallel")
+
+
+def _splits_columns(style: Style) -> bool:
+    return style == "colwise" or type(style).__name__ == "PackedColwiseParallel"
+
+
 class _Partitioned:
     """Mixin: the parameters have been split before, `parallelize_module` only adds the hooks."""
 
@@ -93,6 +101,8 @@ class SplitLayers:
                 f"{self.who}: tp_size needs plain linear layers, got {kind} at {pattern}; split "
                 f"the model before it is quantised, and without adapters (LoRA)"
             )
+        elif _is_packed_by_diffusers(style):
+            sizes = self._blocks_by_diffusers(layer, style)
         elif isinstance(style, Packed):
             parts: list[Any] = [matching(parent, part)[0] for part in style.parts]
             sizes = [part.out_features for part in parts]
@@ -109,6 +119,14 @@ class SplitLayers:
                     f"{self.who}: tp_size must divide the {one} of {pattern}, got {self.size}"
                 )
         return sizes
+
+    def _blocks_by_diffusers(self, layer: Any, style: Any) -> list[int]:
+        """Return the blocks of a packed style: proportions, of its own or noted on the layer."""
+        columns = _splits_columns(style)
+        noted = "_tp_packed_col_blocks" if columns else "_tp_packed_row_blocks"
+        parts = style.blocks or getattr(layer, noted)
+        unit = (layer.out_features if columns else layer.in_features) // sum(parts)
+        return [part * unit for part in parts]
 
     def _attentions(self) -> list[Any]:
         """Return the attention modules whose heads are split."""
@@ -135,7 +153,7 @@ class SplitLayers:
             if style == "norm":
                 self._split_norm(layer, axis, mesh)
                 continue
-            columns = style == "colwise"
+            columns = _splits_columns(style)
             for name, parameter in list(layer.named_parameters(recurse=False)):
                 dim = 0 if columns else 1 if name == "weight" else None
                 self._split(layer, name, parameter, dim, blocks, axis, mesh)

@@ -24,6 +24,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    """Run the references of the kernels, not Triton's interpreter: for tests of what is called."""
+    monkeypatch.setenv("DBCACHE_KERNELS", "reference")
+
+
 def pytest_collection_modifyitems(items):
     """Leave out what needs a GPU where there is none."""
     if torch.cuda.is_available():

@@ -89,6 +89,8 @@ def forecast(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return what the skipped blocks would have made of `h_fn` and `encoder_fn`."""
     assert lane.ring is not None
+    if lane.forecaster is not None:
+        lane.forecaster.weigh(lane.state, lane.step - 1)
     if lane.encoder_ring is None:
         h_out, _ = predict(
             h_fn,
@@ -151,6 +153,9 @@ def keep(
         lane.encoder_scales,
         replace=lane.settings.replace,
     )
+    if lane.forecaster is not None:
+        is_first = not lane.has_reference
+        lane.forecaster.learn(lane.state, ring, encoder_ring, lane.step - 1, is_first)
     lane.has_reference = True
 
 

@@ -240,18 +240,51 @@ def test_too_many_blocks_are_clamped_with_a_warning_that_says_what_runs():
     assert "all 6 blocks run on every step" in str(dbcache.summary(model))
 
 
-def test_model_that_leaves_blocks_out_is_refused():
-    class Skipping(Model):
-        def forward(self, x, encoder, t):
-            for index, block in enumerate(self.blocks):
-                if index != 4:
-                    x = block(x, temb=t)
-            return x
+class Skipping(Model):
+    """Leaves out one block, on all steps or from one on."""
 
+    left_out, from_step = 4, 0
+
+    def forward(self, x, encoder, t):
+        self.from_step -= 1
+        for index, block in enumerate(self.blocks):
+            if index != self.left_out or self.from_step >= 0:
+                x = block(x, temb=t)
+        return x
+
+
+@pytest.mark.parametrize("left_out", [0, 2, 4], ids=["first", "first middle", "last middle"])
+def test_forwards_that_leave_out_a_block_that_the_cache_needs_run_in_full(left_out):
     model = Skipping(ForwardPattern.Pattern_3)
+    model.left_out = left_out
+    plain = [model(*inputs(step)) for step in range(4)]
     enable(model)
+    assert all(torch.equal(model(*inputs(step)), plain[step]) for step in range(4))
+    assert dbcache.summary(model).lanes == []
+    assert "4 calls left blocks out" in str(dbcache.summary(model))
+    model.from_step = 100
+    for step in range(STEPS):
+        model(*inputs(step))
+    assert dbcache.summary(model).lanes[0].cached_steps
+
+
+def test_forwards_that_always_leave_out_another_block_are_cached():
+    model = Skipping(ForwardPattern.Pattern_3)
+    model.left_out = 3
+    plain = model(*inputs(0))
+    enable(model, residual_diff_threshold=1.0, max_warmup_steps=1)
+    assert torch.equal(model(*inputs(0)), plain)
+    torch.testing.assert_close(model(*inputs(0)), plain)
+    assert dbcache.summary(model).lanes[0].cached_steps == [1]
+
+
+def test_a_cached_step_that_leaves_out_its_last_middle_block_is_refused():
+    model = Skipping(ForwardPattern.Pattern_3)
+    model.from_step = 1
+    enable(model, residual_diff_threshold=1.0, max_warmup_steps=1)
+    model(*inputs(0))
     with pytest.raises(RuntimeError, match="did not run its last middle block"):
-        model(*inputs(0))
+        model(*inputs(1))
 
 
 def test_lanes_hold_no_autograd_graph():

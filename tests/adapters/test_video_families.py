@@ -90,3 +90,15 @@ def test_a_block_that_one_branch_always_leaves_out_stays_out(animate, bn):
     assert [calls.count(i) for i in range(12)] == [
         (1 if i == 9 else 2) * (1 if 1 <= i < 12 - bn else 2) for i in range(12)
     ]
+
+
+def test_a_branch_that_leaves_out_the_block_where_steps_are_decided_runs_uncached(animate):
+    plain = [animate(0, is_uncond) for is_uncond in (False, True)]
+    dbcache.enable(animate.model, **FORCED | {"Fn_compute_blocks": 9})
+    for _ in range(3):
+        outputs = [animate(0, is_uncond) for is_uncond in (False, True)]
+        assert torch.equal(outputs[1], plain[1])
+    torch.testing.assert_close(outputs[0], plain[0], rtol=1e-4, atol=1e-5)
+    summary = dbcache.summary(animate.model)
+    assert [(lane.branch, lane.cached_steps) for lane in summary.lanes] == [("cond", [1, 2])]
+    assert any("3 calls left blocks out" in note for note in summary.notes)

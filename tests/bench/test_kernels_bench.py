@@ -73,8 +73,17 @@ def moved_by(name: str, draw: Draw) -> int:
     def size(*tensors: torch.Tensor) -> int:
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
-    if name == "decide":
+    if name in ("decide", "block_choice M=4"):
         return 0
+    if name.startswith("block_changes"):
+        return size(x["h"], x["state"].inputs)
+    if name == "store_block":
+        state, streams = x["state"], [x[k] for k in ("h", "h_out", "encoder", "encoder_out")]
+        stored = [tensor[1] for tensor in (state.inputs, state.residuals)]
+        return size(*streams, *stored, *stored, state.encoder_residuals[1])
+    if name.startswith("add_residuals"):
+        state, streams = x["state"], (x["h"], x["encoder"])
+        return size(*streams, *streams, state.residuals, state.encoder_residuals)
     if name == "probe_diff block":
         return size(x["h_fn"], x["p_ref"])
     if name.startswith("probe"):

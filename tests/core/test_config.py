@@ -5,8 +5,11 @@ import pytest
 from dbcache import (
     CalibratorConfig,
     DBCacheConfig,
+    DMDCalibratorConfig,
+    FoCaCalibratorConfig,
     HermiteCalibratorConfig,
     ParamsModifier,
+    SpectrumCalibratorConfig,
     TaylorSeerCalibratorConfig,
 )
 from dbcache.config import StackSettings, merge
@@ -87,6 +90,19 @@ def test_rejects_bad_calibrators():
         HermiteCalibratorConfig(sigma=0)
     with pytest.raises(TypeError, match="exact must be True or False, got 1"):
         TaylorSeerCalibratorConfig(exact=1)
+    for calibrator, field, value, allowed in (
+        (FoCaCalibratorConfig, "foca_horizon", 0, "a number > 0"),
+        (DMDCalibratorConfig, "dmd_history", 2, "an integer from 3 to 8"),
+        (DMDCalibratorConfig, "dmd_ridge", 0.0, "a number > 0"),
+        (DMDCalibratorConfig, "dmd_rank", 3, "0 or 2"),
+        (DMDCalibratorConfig, "dmd_svd_precision", "exact", "one of"),
+        (SpectrumCalibratorConfig, "spectrum_order", 5, "an integer from 1 to 4"),
+        (SpectrumCalibratorConfig, "spectrum_window", 9, "an integer from 2 to 8"),
+        (SpectrumCalibratorConfig, "spectrum_ridge", 0, "a number > 0"),
+        (SpectrumCalibratorConfig, "spectrum_blend", 1.5, "at most 1"),
+    ):
+        with pytest.raises(ValueError, match=f"{field} must be {allowed}.* got {value!r}"):
+            calibrator(**{field: value})
     with pytest.raises(ValueError, match="calibrator_cache_type"):
         TaylorSeerCalibratorConfig(calibrator_cache_type="hidden")
     with pytest.raises(TypeError, match=r"ParamsModifier\.cache_config"):
@@ -134,3 +150,8 @@ def test_strify_tells_settings_apart():
     assert TaylorSeerCalibratorConfig(taylorseer_order=0).strify() == "T0O0"
     assert TaylorSeerCalibratorConfig(taylorseer_order=2, exact=True).strify() == "T1O2E"
     assert HermiteCalibratorConfig(hermite_order=2).strify() == "H1O2S0.5"
+    assert FoCaCalibratorConfig().strify() == "FoCa"
+    assert FoCaCalibratorConfig(foca_horizon=2).strify() == "FoCaH2"
+    assert DMDCalibratorConfig(dmd_history=6).strify() == "DMDH6"
+    assert DMDCalibratorConfig(dmd_ridge=0.1).strify() == "DMDH4R0.1"
+    assert SpectrumCalibratorConfig().strify() == "SpectrumO4W8R0.0001B0.5"

@@ -80,6 +80,58 @@ def test_serving_engines_dictionary_runs():
     assert dbcache.summary(pipe).lanes[0].cached_steps == [5]
 
 
+FLAT = {
+    "taylorseer": (
+        {"enable_taylorseer": True, "taylorseer_order": 3, "taylorseer_exact": True},
+        TaylorSeerCalibratorConfig(
+            taylorseer_order=3, exact=True, enable_encoder_calibrator=False
+        ),
+    ),
+    "hermite": (
+        {"enable_encoder_hermite": True, "hermite_order": 2, "hermite_sigma": 0.4},
+        dbcache.HermiteCalibratorConfig(hermite_order=2, sigma=0.4, enable_calibrator=False),
+    ),
+    "foca": (
+        {"enable_foca": True, "enable_encoder_foca": True, "foca_horizon": 2.0},
+        dbcache.FoCaCalibratorConfig(foca_horizon=2.0),
+    ),
+    "dmd, with its encoder": (
+        {"enable_dmd": True, "dmd_history": 6, "dmd_svd_precision": "low"},
+        dbcache.DMDCalibratorConfig(dmd_history=6, dmd_svd_precision="low"),
+    ),
+    "dmd, without": (
+        {"enable_dmd": True, "enable_encoder_dmd": False, "dmd_rank": 0, "dmd_ridge": 0.1},
+        dbcache.DMDCalibratorConfig(dmd_ridge=0.1, enable_encoder_calibrator=False),
+    ),
+    "spectrum": (
+        {"enable_spectrum": True, "spectrum_order": 3, "spectrum_window": 6}
+        | {"spectrum_ridge": 0.1, "spectrum_blend": 1.0, "calibrator_cache_type": "hidden_states"},
+        dbcache.SpectrumCalibratorConfig(
+            spectrum_order=3, spectrum_window=6, spectrum_ridge=0.1, spectrum_blend=1.0,
+            calibrator_cache_type="hidden_states", enable_encoder_calibrator=False,
+        ),
+    ),
+    "another is off": (
+        {"enable_taylorseer": False, "taylorseer_order": 1, "enable_foca": True},
+        dbcache.FoCaCalibratorConfig(enable_encoder_calibrator=False),
+    ),
+    "custom, off": ({"enable_custom": False}, CalibratorConfig()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FLAT)
+def test_every_predictor_has_flat_options(case):
+    options, expected = FLAT[case]
+    calibrator = load_configs(options)["calibrator_config"]
+    assert (type(calibrator), calibrator) == (type(expected), expected)
+
+
+def test_a_predictor_of_the_user_has_flat_options():
+    dbcache.register_predictor("from a file")(lambda steps, step: [1.0])
+    loaded = load_configs({"enable_custom": True, "predictor_name": "from a file"})
+    assert loaded["calibrator_config"].strify() == "Custom_from a file"
+
+
 def test_only_what_was_given_counts_and_switched_off_is_said():
     loaded = load_configs(SERVING)
     assert type(loaded["calibrator_config"]) is CalibratorConfig
@@ -104,6 +156,15 @@ def test_only_what_was_given_counts_and_switched_off_is_said():
         ({"cache_config": [1]}, TypeError, r"must be a mapping of options, got \[1\]"),
         ({"cache_type": "Cache"}, ValueError, "cache_type"),
         ({"taylorseer_order": 2}, ValueError, "add enable_taylorseer=True"),
+        ({"foca_horizon": 2.0}, ValueError, "add enable_foca=True"),
+        ({"enable_foca": True, "enable_dmd": True}, ValueError, "switched on, got foca, dmd"),
+        ({"enable_foca": True, "dmd_history": 5}, ValueError, "dmd_history must not be given with"),
+        (
+            {"enable_taylorseer": True, "taylorseer_cache_type": "residual"}
+            | {"calibrator_cache_type": "hidden_states"},
+            ValueError,
+            "given once, got two values",
+        ),
         ({"enable_taylorseer": "yes"}, TypeError, "must be True or False, got 'yes'"),
         ({"scm_steps_mask_policy": "quick"}, ValueError, "got 'quick'"),
         (
@@ -152,7 +213,7 @@ def test_without_pyyaml_names_the_extra(tmp_path, monkeypatch):
 
 def test_enable_refuses_two_predictors():
     pipe = tiny.pipeline("flux")
-    with pytest.raises(ValueError, match="together with TaylorSeer's options"):
+    with pytest.raises(ValueError, match="together with a predictor's options"):
         dbcache.enable(pipe, calibrator_config=TaylorSeerCalibratorConfig(), enable_taylorseer=True)
     assert "_dbcache" not in pipe.__dict__
 

@@ -64,10 +64,14 @@ def test_the_oracle_ignores_the_threshold_on_static_steps():
 
 def test_the_oracle_forecasts_as_worked_out_by_hand():
     series = Series(Rule(order=2))
-    for step in (0, 1, 3):
-        series.add(step, torch.tensor(float(step**2)))
+    for step in (3, 4, 6):
+        series.add(step, torch.tensor(float((step - 3) ** 2)))
     # D1 = (9 - 1) / 2 = 4, before that (1 - 0) / 1 = 1, D2 = (4 - 1) / 2 = 1.5
-    assert series.forecast(5).item() == 9 + 2 * 4 + 2 * 1.5
+    assert series.forecast(8).item() == 9 + 2 * 4 + 2 * 1.5
+    series.steps = [2, 3, 5]  # only the newest two differ from step 3 on
+    assert series.forecast(7).item() == 9 + 2 * 4 + 2 * 1.5
+    series.steps = [1, 2, 4]
+    assert series.forecast(6).item() == 9 + 2 * 4
     first = Series(Rule(order=1))
     first.add(4, torch.tensor(7.0))
     assert first.forecast(6).item() == 7.0

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -60,6 +61,10 @@ def test_counts_nan_diffs_and_keeps_them_out_of_the_percentiles():
     assert "1 diffs are NaN" in summary.warnings[0]
     assert summary.percentiles["max"] == 0.05
     assert math.isnan(summary.diffs[1])
+    assert "try another Fn_compute_blocks" in summary.warnings[0]
+    other = replace(summary, policy="easycache")
+    assert "what policy='easycache' compares" in other.warnings[0]
+    assert "try another policy" in other.warnings[0]
 
 
 def test_shows_text_markdown_and_plain_data():

@@ -24,9 +24,12 @@ from dbcache.kernels import (
     decide_blocks,
     decide_step,
     e4m3,
+    fit_recurrence,
     predict,
     probe_and_decide,
     probe_diff,
+    recurrence,
+    spectrum,
     store_block,
 )
 from dbcache.kernels import transformation_rate as rate
@@ -126,6 +129,7 @@ def variants():
     )
     yield from fp8_variants()
     yield from block_variants()
+    yield from predictor_variants()
 
 
 SUMS = ("samples", "programs")
@@ -232,7 +236,7 @@ def block_variants():
                 | {"size": size, "per_program": "i32", "programs": "i32"}
                 | {"encoder_size": "i32"} | (extra if encoder else {}),
                 log_block,
-                options,
+                options | {"num_warps": store_block.WARPS},
             )  # fmt: skip
     pointers = ("partials", "growth", "rule", "changes", "decisions")
     for lanes, parts in ((0, 0), (10, 10)):
@@ -255,6 +259,26 @@ def block_variants():
             {},
             {"num_warps": 1, "enable_fp_fusion": False},
         )  # fmt: skip
+
+
+def predictor_variants():
+    """Yield the same of the kernels of predictors that `decide` does not weigh."""
+    scalars = {"counters_ptr": "*i32", "values_ptr": "*fp32", "limits_ptr": "*i32"}
+    options = {"num_warps": 1, "enable_fp_fusion": False}
+    fits = {"fit_ptr": "*fp64", "encoder_fit_ptr": "*fp64"}
+    yield "weights-bf16-recurrence", recurrence._recurrence_kernel, scalars | fits, {}, options
+    parameters = {"parameters_ptr": "*fp64"}
+    yield "weights-bf16-spectrum", spectrum._spectrum_kernel, scalars | parameters, {}, options
+    for dtype in ("bf16", "fp16", "fp32"):
+        yield (
+            f"fit_recurrence-{dtype}",
+            fit_recurrence._fit_recurrence_kernel,
+            {"ring_ptr": f"*{dtype}", "counters_ptr": "*i32", "partials_ptr": "*fp32"}
+            | {"fit_ptr": "*fp64", "size": "i64" if dtype == "fp16" else "i32"}
+            | {"per_program": "i32", "slots": "i32", "ridge": "fp32"},
+            {"LOG_BLOCK": probe_diff.log2(fit_recurrence.BLOCK), "LOG_LANES": 10},
+            {"num_warps": fit_recurrence._NUM_WARPS, "enable_fp_fusion": False},
+        )
 
 
 def spilled(target: GPUTarget, asm: str) -> int:
@@ -309,7 +333,7 @@ def main(targets: list[str], variants=variants) -> None:
                     "wide_stores": sum(w in ("st", "store") for w in wide),
                     "local": bool(LOCAL.search(asm)),
                     "spilled": spilled(gpu, asm),
-                    "fma": "fma.rn.f32" in asm,
+                    "fma": "fma.rn.f32" in asm or "fma.rn.f64" in asm,
                 }
             )
     print(json.dumps(rows))

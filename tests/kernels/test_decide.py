@@ -38,7 +38,7 @@ class Lane:
     encoder_order: int = 0
     batch_reduce: BatchReduce = BatchReduce.MEAN
     predictor: Predictor = Predictor.TAYLOR
-    hermite_scale: float = 0.0
+    scale: float = 0.0
     signal: Signal = Signal.CHANGE
     polynomial: tuple = (0.0,) * 5
     state: LaneState = field(init=False)
@@ -49,7 +49,7 @@ class Lane:
         limits = (self.max_cached, self.max_consecutive, self.slots, *orders)
         limits += (self.batch_reduce, self.predictor, self.signal)
         self.state.limits.copy_(torch.tensor(limits))
-        thresholds = (self.threshold, self.max_accumulated, 0.0, self.hermite_scale)
+        thresholds = (self.threshold, self.max_accumulated, 0.0, self.scale)
         thresholds += self.polynomial
         self.state.thresholds.copy_(torch.tensor(thresholds))
         self.state.plan.copy_(torch.tensor([PLAN[code] for code in self.plan]))
@@ -290,13 +290,27 @@ def test_full_steps_fill_the_ring_in_turn(lane):
 
 
 def test_weights_are_those_of_the_steps_in_the_ring(lane):
-    one = lane("wwsws", slots=2, order=1, encoder_order=0)
+    one = lane("wwwwsws", slots=2, order=1, encoder_order=0)
     weights = []
     for _ in one.plan:
         one.step()
         weights.append((one.state.weights.tolist()[:2], one.state.encoder_weights.tolist()[:2]))
-    assert weights[2] == ([-1.0, 2.0], [0.0, 1.0])  # steps 0 and 1 predict step 2
-    assert weights[4] == ([1.5, -0.5], [1.0, 0.0])  # steps 3 (in slot 0) and 1 predict step 4
+    assert weights[4] == ([-1.0, 2.0], [0.0, 1.0])  # steps 2 and 3 predict step 4
+    assert weights[6] == ([1.5, -0.5], [1.0, 0.0])  # steps 5 (in slot 0) and 3 predict step 6
+
+
+@pytest.mark.parametrize("predictor", Predictor)
+def test_taylorseer_takes_differences_from_the_fourth_step_on_and_the_others_at_once(
+    lane, predictor
+):
+    one = lane("wwswswswsws", slots=4, order=3, predictor=predictor, scale=0.5)
+    used = []
+    for code in one.plan:
+        one.step()
+        if code == "s":
+            used.append(sum(w != 0 for w in one.state.weights.tolist()))
+    others = [2, 3, 3, 3, 3] if predictor is Predictor.FOCA else [2, 3, 4, 4, 4]
+    assert used == ([1, 2, 3, 4, 4] if predictor is Predictor.TAYLOR else others)
 
 
 def test_the_order_is_bounded_by_the_snapshots_there_are(lane):
@@ -362,7 +376,7 @@ OPTIONS = st.fixed_dictionaries(
         "encoder_order": st.integers(0, 4),
         "batch_reduce": st.sampled_from(BatchReduce),
         "predictor": st.sampled_from(Predictor),
-        "hermite_scale": st.sampled_from([0.5, 0.18, 2.0]),
+        "scale": st.sampled_from([0.5, 0.18, 2.0]),
         "signal": st.sampled_from([*Signal, Signal.CHANGE]),
         "polynomial": st.sampled_from(
             [(0.0, 0.0, 0.0, 1.0, 0.0), (4.99e02, -2.84e02, 55.8, -3.82, 0.264)]

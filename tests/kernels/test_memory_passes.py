@@ -14,6 +14,7 @@ from dbcache.kernels.add_residuals import add_residuals
 from dbcache.kernels.block_changes import block_changes
 from dbcache.kernels.block_state import BlockState
 from dbcache.kernels.commit import commit
+from dbcache.kernels.fit_recurrence import fit_recurrence
 from dbcache.kernels.lane_state import LaneState
 from dbcache.kernels.predict import predict
 from dbcache.kernels.probe_and_decide import probe_and_decide
@@ -197,6 +198,20 @@ def test_a_cached_step_reads_the_slots_that_have_a_weight(random, traffic, form,
     loads = ("h_fn", "encoder_fn", *rings)
     moved = assert_moves(step, traffic, loads=loads, stores=stores, slots=used)
     assert moved == bytes_of(form, hidden=(2, len(used)), encoder=(2, len(used)))
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("steps", "used"), [((0, 1, 2), 3), ((5, 4, 3), 0), ((0, 9, 10), 0)])
+def test_a_fit_reads_each_snapshot_once_where_there_is_something_to_fit(
+    random, traffic, form, steps, used
+):
+    step = Step(random, form)
+    counters = step.state.counters
+    counters[ls.SNAPSHOTS], counters[ls.HEAD] = 3 if used or steps[0] == 0 else 2, 0
+    counters[ls.RING_STEPS : ls.RING_STEPS + 3] = torch.tensor(steps)
+    fit_recurrence(step.ring, step.state, torch.zeros(2, dtype=torch.float64), impl="triton")
+    moved = assert_moves(step, traffic, loads=("ring",), stores=(), slots=range(used))
+    assert moved == bytes_of(form, hidden=(0, used), encoder=(0, 0))
 
 
 def test_a_second_pass_would_be_seen(random, traffic):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import dbcache
 from dbcache.adapters.models import MODELS
+from dbcache.calibration import new_calibration
 from dbcache.executors import eager
 from dbcache.kernels import e4m3
 from dbcache.kernels.lane_state import Reason
@@ -143,6 +144,8 @@ def check_models_are_equal_on_four_ranks() -> None:
         model, given = spread.build(name, heads=4), spread.inputs(name, "even")
         whole = spread.step(model, given)
         for mode, options in modes.items():
+            if "tp_size" in options and not spread.splits_layers(name):
+                continue
             with spread.spread(model, **options):
                 out = spread.step(model, given)
             error = (out - whole).abs().max().item()
@@ -205,15 +208,21 @@ def cached(model: torch.nn.Module, name: str, steps: int = STEPS, **more: Any) -
         "enable_separate_cfg": False,
     }
     dbcache.enable(model, **(options | more))
+    outputs = loop(model, name, steps)
+    lanes = [lane for stack in stacks(model) for lane in stack.lanes.values()]
+    traces = [lane.trace() for lane in lanes]
+    dbcache.disable(model)
+    return traces, outputs
+
+
+def loop(model: torch.nn.Module, name: str, steps: int) -> list[torch.Tensor]:
+    """Return the outputs of steps of which each depends on the last one's output."""
     x, outputs = spread.inputs(name, "even")["hidden_states"], []
     for index in range(steps):
         given = spread.inputs(name, "even", time=1 - index / steps) | {"hidden_states": x}
         outputs.append(spread.step(model, given))
         x = x - outputs[-1][tuple(slice(0, n) for n in x.shape)] / steps
-    lanes = [lane for stack in stacks(model) for lane in stack.lanes.values()]
-    traces = [lane.trace() for lane in lanes]
-    dbcache.disable(model)
-    return traces, outputs
+    return outputs
 
 
 def stacks(model: torch.nn.Module) -> Any:
@@ -259,6 +268,65 @@ def check_decisions_are_those_of_one_process() -> None:
             assert error < 1e-4, f"{where}: off by {error}"
             assert torch.equal(spread.step(model, given), plain), f"{where}: not restored"
     assert {Reason.BELOW_THRESHOLD, Reason.ABOVE_THRESHOLD} <= taken, "decided both ways"
+
+
+def check_other_policies_decide_as_one_process() -> None:
+    """Policies without a probe skip the block that splits, DBPrune leaves single blocks out."""
+    stacks_of = {
+        "FluxTransformer2DModel": "transformer_blocks+single_transformer_blocks",
+        "WanTransformer3DModel": "blocks",
+        "QwenImageTransformer2DModel": "transformer_blocks",
+    }
+    for name, stack in stacks_of.items():
+        model = spread.build(name, heads=4)
+        line = {stack: {"coefficients": [0, 0, 0, 1, 0]}}
+        policies: dict[str, dict[str, Any]] = {
+            "easycache": {"residual_diff_threshold": 0.5},
+            "teacache": {
+                "residual_diff_threshold": 0.6,
+                "calibration": new_calibration("teacache", name, STEPS, line),
+            },
+            "seacache": {"residual_diff_threshold": 0.4},
+        }
+        for policy, options in policies.items():
+            options = {"policy": policy} | options
+            expected, outputs = cached(model, name, **options)
+            for sizes in ({"ulysses_size": 4}, {"ulysses_size": 2, "ring_size": 2}):
+                config = ParallelismConfig(**sizes)
+                traces, found = cached(model, name, parallelism_config=config, **options)
+                where = f"{name}, {policy}, {sizes}"
+                reasons = [reasons for reasons, _ in traces]
+                assert same_on_all_ranks(traces), f"{where}: ranks decided apart"
+                assert reasons == [wanted for wanted, _ in expected], f"{where}: {reasons}"
+                assert any(Reason(r).cached for lane in reasons for r in lane), f"{where}: none"
+                error = max((a - b).abs().max().item() for a, b in zip(found, outputs, strict=True))
+                assert error < 1e-4, f"{where}: off by {error}"
+
+
+def check_single_blocks_are_left_out_as_in_one_process() -> None:
+    for name in ("FluxTransformer2DModel", "WanTransformer3DModel", "QwenImageTransformer2DModel"):
+        model = spread.build(name, heads=4)
+        prune = dbcache.DBPruneConfig(
+            Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.3
+        )
+        pruned, outputs = left_out(model, name, cache_config=prune)
+        assert any(any(step) for step in pruned), f"{name}: no block was left out"
+        for sizes in ({"ulysses_size": 4}, {"ulysses_size": 2, "ring_size": 2}):
+            config = ParallelismConfig(**sizes)
+            found, others = left_out(model, name, cache_config=prune, parallelism_config=config)
+            assert found == pruned, f"{name}, {sizes}: {found} instead of {pruned}"
+            error = max((a - b).abs().max().item() for a, b in zip(others, outputs, strict=True))
+            assert error < 1e-4, f"{name}, {sizes}: off by {error}"
+
+
+def left_out(model: torch.nn.Module, name: str, **options: Any) -> Any:
+    """Return the numbers of the blocks that were left out on each step, and the outputs."""
+    dbcache.enable(model, enable_separate_cfg=False, **options)
+    outputs = loop(model, name, STEPS)
+    (stack,) = stacks(model)
+    pruned = stack.pruned_blocks(None)
+    dbcache.disable(model)
+    return pruned, outputs
 
 
 def check_the_vote_is_one_message_of_eight_bytes_per_dynamic_step() -> None:

@@ -99,7 +99,7 @@ def test_a_model_without_a_plan_is_an_error(
     four_ranks: None, options: dict[str, Any], text: str
 ) -> None:
     with pytest.raises(ValueError, match=text):
-        prepare([models.model("PixArtTransformer2DModel")], ParallelismConfig(**options))
+        prepare([models.model("SanaTransformer2DModel")], ParallelismConfig(**options))
 
 
 def test_a_first_frame_that_is_treated_apart_is_an_error(four_ranks: None) -> None:

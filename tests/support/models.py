@@ -44,9 +44,9 @@ def model(name: str) -> torch.nn.Module:
     return tiny.fill(cls(**case.config), seed=3)
 
 
-def stacks_of(name: str) -> list[list[torch.nn.Module]]:
-    """Return the blocks of each stack."""
-    transformer = model(name)
+def stacks_of(name: str, transformer: Any = None) -> list[list[torch.nn.Module]]:
+    """Return the blocks of each stack, of `model(name)` or another transformer of the class."""
+    transformer = transformer or model(name)
     stacks = [[_list(transformer, path) for path in paths] for paths in ALL[name].stacks]
     return [[block for blocks in lists for block in blocks] for lists in stacks]
 
@@ -61,14 +61,14 @@ def _list(transformer: torch.nn.Module, path: str) -> list[torch.nn.Module]:
     return [*transformer.get_submodule(whole)][slice(*bounds)]
 
 
-def middles_of(name: str, fn: int, bn: int) -> list[range]:
+def middles_of(name: str, fn: int, bn: int, transformer: Any = None) -> list[range]:
     """Return which blocks of each stack are the middle ones.
 
     Of lists that take turns Fn and Bn are rounds, and the last round of the middle has its first
     block only.
     """
     ranges = []
-    for paths, blocks in zip(ALL[name].stacks, stacks_of(name), strict=True):
+    for paths, blocks in zip(ALL[name].stacks, stacks_of(name, transformer), strict=True):
         turns = paths[0].count("&") + 1
         ranges.append(range(turns * fn, len(blocks) - turns * (bn + 1) + 1))
     return ranges

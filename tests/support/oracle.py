@@ -157,8 +157,10 @@ class Series:
                 for node, value in pairs
             )
         k = step - self.steps[newest]
-        terms = range(min(self.order, newest) + 1)
         sigma = self.rule.sigma
+        settled = sum(s >= 3 for s in self.steps)  # TaylorSeer waits, as in cache-dit
+        order = self.order if sigma is not None else min(self.order, settled)
+        terms = range(min(order, newest) + 1)
         if sigma is None:
             powers = [k**i for i in terms]
         else:

@@ -94,15 +94,58 @@ class Replay:
 
 
 @contextlib.contextmanager
-def replayed(name, fn, bn):
-    """Replay the middle blocks of all stacks."""
+def replayed(name, fn, bn, transformer=None):
+    """Replay the middle blocks of all stacks, of `models.model(name)` or another transformer."""
     with contextlib.ExitStack() as context:
         yield [
             context.enter_context(Replay(blocks[middle.start : middle.stop], names))
             for blocks, names, middle in zip(
-                models.stacks_of(name),
+                models.stacks_of(name, transformer),
                 models.streams_of(name),
-                models.middles_of(name, fn, bn),
+                models.middles_of(name, fn, bn, transformer),
                 strict=True,
             )
         ]
+
+
+class Branches:
+    """Gives the replays of a transformer a memory for each branch of guidance.
+
+    Args:
+        replays: of its stacks.
+        plan: (branch, whether cached) of each call.
+    """
+
+    def __init__(self, replays, plan):
+        self.replays = replays
+        self.plan = iter(plan)
+        self.memories = {}
+
+    def before(self, *_):
+        """Turn to the branch of the call that begins."""
+        self.branch, cached = next(self.plan)
+        for i, replay in enumerate(self.replays):
+            fresh = [None] * len(replay.blocks), None
+            replay.outputs, replay.full_start = self.memories.get((self.branch, i), fresh)
+            replay.cached = cached
+
+    def after(self, *_):
+        """Keep what the call left."""
+        for i, replay in enumerate(self.replays):
+            self.memories[self.branch, i] = replay.outputs, replay.full_start
+
+
+@contextlib.contextmanager
+def replayed_calls(name, fn, bn, transformer, plan):
+    """Replay the middle blocks of all stacks over calls of several branches; see `Branches`."""
+    with replayed(name, fn, bn, transformer) as replays:
+        for replay in replays:
+            replay.full_start = None
+        branches = Branches(replays, plan)
+        hooks = [
+            transformer.register_forward_pre_hook(branches.before),
+            transformer.register_forward_hook(branches.after),
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()

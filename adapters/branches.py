@@ -1,0 +1,241 @@
+"""Which guidance branch a call of a transformer belongs to, found from the calls of its pipeline.
+
+A pipeline calls its transformer once per step, or once for each branch of guidance, and a branch
+may come and go: guidance in an interval, an extra branch on some steps. Where the pipeline names
+its calls (`cache_context`) there is nothing to find. Otherwise a branch is known by the tensor
+that conditions it, such as the prompt's embeddings: pipelines make it once and pass the same
+object at each step. Where it is made anew for each call, a branch is known by its place among the
+calls of a step. The scheduler says where a step ends. Only identities of objects are compared:
+nothing is read from the device.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+CONDITIONS = (
+    "encoder_hidden_states",
+    "encoder_hidden_states_t5",
+    "cap_feats",
+    "text_bth",
+    "class_labels",
+    "input_ids",
+)
+"""Parameters of a transformer's forward that tell branches apart, by preference."""
+
+ATTENTION_OPTIONS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
+"""Parameters whose "scale" is that of LoRA weights."""
+
+LEAVES_OUT = "skip_layers"
+"""Parameter that leaves blocks out (skip-layer guidance of Stable Diffusion 3)."""
+
+FEW = 4
+"""Branches without names that there may be before idle ones are taken over."""
+
+
+@dataclass(slots=True, eq=False)
+class Branch:
+    """One branch of guidance.
+
+    Attributes:
+        key: its name; None for the first one that has none.
+        condition: the tensor that its last call was conditioned on, as long as that lives.
+        batch: the first dimension of that tensor.
+        step: the step of its last call.
+        call: which of all calls that was.
+        distance: steps from one of its calls to the next; 0 if that is open.
+    """
+
+    key: str | None
+    step: int
+    condition: weakref.ref[Any] | None = None
+    batch: int = 0
+    call: int = 0
+    distance: int = 1
+
+    def is_known_by(self, condition: torch.Tensor | None) -> bool:
+        """Say whether its last call had this very tensor."""
+        return (
+            condition is not None and self.condition is not None and self.condition() is condition
+        )
+
+    def could_have(self, condition: torch.Tensor | None) -> bool:
+        """Say whether its next call may come with this tensor instead of that of the last one.
+
+        So it is if that is gone and cannot come again, or if guidance was switched in the batch.
+        """
+        if condition is None or self.condition is None or self.condition() is None:
+            return True
+        return batch_of(condition) != self.batch
+
+    def take(self, condition: torch.Tensor | None, call: int) -> None:
+        """Take note of a call."""
+        self.condition = None if condition is None else weakref.ref(condition)
+        self.batch, self.call = batch_of(condition), call
+
+
+def batch_of(condition: torch.Tensor | None) -> int:
+    """Return the first dimension, 0 where there is none."""
+    return condition.shape[0] if condition is not None and condition.ndim else 0
+
+
+class Branches:
+    """Finds the branch of each call, within one denoising loop after another.
+
+    Attributes:
+        is_active: a call of a pipeline is under way; only then branches can be found.
+        tells_steps: the pipeline has a scheduler, which says where steps end. Without one a
+            branch that comes again begins a step.
+        alternates: where steps have no end and conditions do not last, calls are those of two
+            branches in turn.
+        uncond_first: of two branches without names the first is the unconditional one.
+    """
+
+    def __init__(self, *, alternates: bool) -> None:
+        self.alternates = alternates
+        self.is_active = False
+        self.tells_steps = False
+        self.uncond_first = False
+        self._is_doubted = False
+        self.start_loop()
+
+    def start_call(self, *, has_scheduler: bool) -> None:
+        """Begin to follow a call of a pipeline."""
+        self.is_active = True
+        self.tells_steps = has_scheduler and not self._is_doubted
+        self.start_loop()
+
+    def start_loop(self) -> None:
+        """Forget all branches: a denoising loop begins."""
+        self._named: dict[str, Branch] = {}
+        self._found: list[Branch] = []
+        self._step = 0
+        self._place = 0
+        self._calls = 0
+        self._has_ended = False
+        self._has_told = False
+
+    def end_step(self) -> None:
+        """Take note that the scheduler made a step; the next call begins another."""
+        self._has_ended = self._has_told = self.tells_steps = True
+        self._is_doubted = False
+
+    def of_call(self, name: str | None, condition: torch.Tensor | None) -> tuple[str | None, bool]:
+        """Return the key of the call's branch, and whether what that remembers is out of date.
+
+        Args:
+            name: the name that the pipeline gave to the call, None without.
+            condition: the tensor that the call is conditioned on, None if there is none.
+
+        It is out of date if the branch does not come in its usual rhythm, or was another's.
+        """
+        if self._has_ended:
+            self._step += 1
+            self._place = 0
+            self._has_ended = False
+        if name is not None:
+            branch = self._named.setdefault(name, Branch(name, self._step))
+            return name, self._is_late(branch)
+        branch, was_another = (
+            self._known(condition) or self._by_place(condition) or self._new(condition)
+        )
+        self._place += 1
+        self._calls += 1
+        branch.take(condition, self._calls)
+        return branch.key, self._is_late(branch) or was_another
+
+    def _is_late(self, branch: Branch) -> bool:
+        """Take note of a call of the branch; say whether it broke the rhythm of its calls."""
+        distance, branch.step = self._step - branch.step, self._step
+        if distance in (0, branch.distance):
+            return False
+        is_open = branch.distance == 0
+        branch.distance = distance if is_open else 0
+        return not is_open
+
+    def _is_free(self, branch: Branch) -> bool:
+        """Say whether the branch can be that of the call: it comes once per step."""
+        return branch.step != self._step or not self.tells_steps
+
+    def _known(self, condition: torch.Tensor | None) -> tuple[Branch, bool] | None:
+        """Return the branch that has the condition."""
+        for branch in self._found:
+            if branch.is_known_by(condition) and self._is_free(branch):
+                return branch, False
+        return None
+
+    def _by_place(self, condition: torch.Tensor | None) -> tuple[Branch, bool] | None:
+        """Return the branch at the call's place in the step, unless it is known by a condition."""
+        place = self._place
+        if not self.tells_steps:
+            place = self._calls % 2 if self.alternates else 0
+        if place < len(self._found):
+            branch = self._found[place]
+            if branch.could_have(condition) and self._is_free(branch):
+                return branch, False
+        return None
+
+    def _new(self, condition: torch.Tensor | None) -> tuple[Branch, bool]:
+        """Return a branch for a call that is of none found so far."""
+        if len(self._found) >= FEW:
+            if self.tells_steps and not self._has_told:
+                # so many calls and no step: it seems that this scheduler is not asked for steps
+                self.tells_steps, self._is_doubted = False, True
+                return self._known(condition) or (self._found[0], True)
+            idle = min(self._found, key=lambda branch: branch.call)
+            if not self.tells_steps or idle.step < self._step - 1:
+                return idle, True
+        branch = Branch(self._next_key(), self._step)
+        self._found.append(branch)
+        return branch, False
+
+    def _next_key(self) -> str | None:
+        if not self._found:
+            return None
+        if len(self._found) == 1 and self._place:
+            return self.two_names[1]
+        return f"branch {len(self._found) + 1}"
+
+    @property
+    def two_names(self) -> tuple[str, str]:
+        """Names of two branches that have none, in the order of their calls within a step."""
+        return ("uncond", "cond") if self.uncond_first else ("cond", "uncond")
+
+    def shown(self, key: str | None, keys: Collection[str | None]) -> str | None:
+        """Return how the branch `key` is called; `keys` are all that ran."""
+        if key is not None or not any(other.key in keys for other in self._found[1:]):
+            return key
+        return self.two_names[0] if self.two_names[1] in keys else "branch 1"
+
+
+class ConditionFinder:
+    """Finds what a call of a transformer is conditioned on among its arguments."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.name = next((name for name in CONDITIONS if name in names), None)
+        self.place = names.index(self.name) if self.name is not None else 0
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        if self.name is None:
+            return None
+        if self.name in kwargs:
+            value = kwargs[self.name]
+        else:
+            value = args[self.place] if self.place < len(args) else None
+        while isinstance(value, list | tuple) and value:
+            value = value[0]
+        return value if isinstance(value, torch.Tensor) else None
+
+
+def form_of(kwargs: dict[str, Any]) -> tuple[frozenset[str], tuple[Any, ...]]:
+    """Return what must stay the same from step to step: what is given, and the scale of LoRA."""
+    given = frozenset(name for name, value in kwargs.items() if value is not None)
+    options = [kwargs[name] for name in ATTENTION_OPTIONS if name in given]
+    return given, tuple(o.get("scale") for o in options if isinstance(o, dict))
