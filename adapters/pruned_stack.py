@@ -113,9 +113,7 @@ class PrunedStack(Stack):
         self.lane, self.cached, self.is_open = lane, lane.cached, True
         self.run.start(lane.cache, skipped, lane.state.store if lane.stores() else None)
 
-    def _record(
-        self, lane: PrunedLane, hidden: torch.Tensor, encoder: torch.Tensor | None
-    ) -> None:
+    def _record(self, lane: PrunedLane, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Let the step's decisions be recorded: each block is a branch, whether it runs or not."""
         self._check_recordable()
         if lane.cache.state is None:

@@ -316,6 +316,6 @@ class LaneCopy:
         for name, value in self.host.items():
             setattr(lane, name, value)
         lane.plan[:] = self.plan
-        own = lane.buffers_by_name()
-        for name, buffer in self.buffers.items():
-            own[name].copy_(buffer)
+        for name, buffer in lane.buffers_by_name().items():
+            if buffer is not None and name in self.buffers:
+                buffer.copy_(self.buffers[name])

@@ -1,7 +1,7 @@
 """One lane of DBPrune: what is stored of each block, and which blocks of a step are left out.
 
-All decisions are taken on the device. The host reads which blocks are left out, once per step; where
-plan, limits or a missing reference say it, it knows by the same rules, and reads nothing.
+All decisions are taken on the device. The host reads which blocks are left out, once per step;
+where plan, limits or a missing reference say it, it knows by the same rules, and reads nothing.
 
 Memory per lane: two tensors of the size of `hidden_states` per block between the first and the last
 one that may be left out, and one of the size of `encoder_hidden_states` where blocks return them.
@@ -23,7 +23,6 @@ from dbcache.kernels import block_state as bs
 from dbcache.kernels.block_state import BlockState, BlockSteps
 from dbcache.kernels.decide import choose
 from dbcache.kernels.decide_blocks import decide_blocks
-from dbcache.kernels.decide_step import decide_step
 from dbcache.kernels.lane_state import PlanCode, Reason
 from dbcache.kernels.store_block import store_block
 from dbcache.lane import FIRST_CAPACITY, Layout, outside_inference_mode

@@ -200,10 +200,8 @@ _REFERENCE, _DIFF = tl.constexpr(ls.REFERENCE), tl.constexpr(ls.DIFF)
 _THRESHOLD = tl.constexpr(ls.THRESHOLD)
 _DYNAMIC = tl.constexpr(int(PlanCode.DYNAMIC))
 _NAN, _STATIC = tl.constexpr(int(Reason.NAN)), tl.constexpr(int(Reason.STATIC))
-_ABOVE, _BELOW = (
-    tl.constexpr(int(Reason.ABOVE_THRESHOLD)),
-    tl.constexpr(int(Reason.BELOW_THRESHOLD)),
-)
+_ABOVE = tl.constexpr(int(Reason.ABOVE_THRESHOLD))
+_BELOW = tl.constexpr(int(Reason.BELOW_THRESHOLD))
 _ALWAYS = tl.constexpr(int(Reason.THRESHOLD_ALWAYS))
 _EVERY, _DUE, _STAMP = tl.constexpr(bs.EVERY), tl.constexpr(bs.DUE), tl.constexpr(bs.STAMP)
 

@@ -13,7 +13,7 @@ from dbcache.kernels.lane_state import PlanCode, Reason
 
 IMPLS = ["triton", "reference"]
 NAN = math.nan
-PLAN = dict(zip("wm?s", (PlanCode.WARMUP, PlanCode.MASK, PlanCode.DYNAMIC, PlanCode.STATIC)))
+PLAN = {"w": PlanCode.WARMUP, "m": PlanCode.MASK, "?": PlanCode.DYNAMIC, "s": PlanCode.STATIC}
 PLAN |= {"b": ls.KNOWN + Reason.BELOW_THRESHOLD, "a": ls.KNOWN + Reason.ABOVE_THRESHOLD}
 
 
