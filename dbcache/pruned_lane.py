@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from dbcache.config import StackSettings
+from dbcache.kernels import block_state as bs
 from dbcache.kernels import lane_state as ls
 from dbcache.kernels.add_residuals import add_residuals
 from dbcache.kernels.block_changes import block_changes
-from dbcache.kernels import block_state as bs
 from dbcache.kernels.block_state import BlockState, BlockSteps
 from dbcache.kernels.decide import choose
 from dbcache.kernels.decide_blocks import decide_blocks
