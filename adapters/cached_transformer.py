@@ -148,6 +148,7 @@ class CachedTransformer:
         self._has_begun = False
         self._refreshes = 0
         self._steps: dict[str | None, int] = {}
+        self._partial: set[str | None] = set()
         self._forms: dict[str | None, Any] = {}
         self._condition_of = ConditionFinder(self.module)
         self._patches: list[InstanceMethod] = []
@@ -310,7 +311,8 @@ class CachedTransformer:
         if not self.stacks:
             return self._learn(args, kwargs)
         cutter = self._user_capture()
-        if self.graphs is not None and cutter is None:
+        # a branch whose calls leave blocks out has no step that could be recorded
+        if self.graphs is not None and cutter is None and self.step_branch not in self._partial:
             return self.graphs.step(args, kwargs)
         return self.run(args, kwargs, cutter)
 
@@ -344,7 +346,9 @@ class CachedTransformer:
                 block_list.unshadow()
         for stack in self.stacks:
             stack.abort_forward() if stack in partial else stack.finish_forward()
-        self.partial_calls += bool(partial)
+        if partial:
+            self.partial_calls += 1
+            self._partial.add(self.step_branch)
         return output
 
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

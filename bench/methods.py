@@ -75,6 +75,13 @@ def _taylor(order: int, **fields: Any) -> tuple[str, Options]:
     return "TaylorSeerCalibratorConfig", {"taylorseer_order": order, **fields}
 
 
+def _thresholds(*by_level: float) -> dict[str, Options]:
+    return {
+        level: {"residual_diff_threshold": threshold}
+        for level, threshold in zip(LEVELS, by_level, strict=False)
+    }
+
+
 METHODS = (
     Method("reuse"),
     Method("TaylorSeer 1", _taylor(1)),
@@ -85,6 +92,23 @@ METHODS = (
     Method("DMD", ("DMDCalibratorConfig", {})),
     Method("DMD, ridge 1e-6", ("DMDCalibratorConfig", {"dmd_ridge": 1e-6})),
     Method("Spectrum", ("SpectrumCalibratorConfig", {})),
+    Method(
+        "FoCa, by threshold",
+        ("FoCaCalibratorConfig", {}),
+        cache={"max_warmup_steps": 4},
+        levels=_thresholds(0.08, 0.14, 0.3, 0.55),
+    ),
+    Method(
+        "EasyCache, FoCa",
+        ("FoCaCalibratorConfig", {}),
+        cache={"max_warmup_steps": 4, "policy": "easycache"},
+        levels=_thresholds(0.015, 0.03, 0.05, 0.15),
+    ),
+    Method(
+        "DBPrune",
+        cache={"max_warmup_steps": 4, "cache_type": "DBPrune"},
+        levels=_thresholds(0.05, 0.08, 0.15),
+    ),
     Method("reuse", None, PEER),
     Method("TaylorSeer 1", _taylor(1), PEER),
     Method("TaylorSeer 2", _taylor(2), PEER),
@@ -155,7 +179,7 @@ def _with_dbcache(bench: Bench, method: Method, options: Options, seed: int) -> 
     if method.calibrator is not None:
         name, fields = method.calibrator
         calibrator = getattr(dbcache, name)(**fields)
-    dbcache.enable(bench.pipe, dbcache.DBCacheConfig(**options), calibrator)
+    dbcache.enable(bench.pipe, calibrator_config=calibrator, **options)
     run = bench.draw(seed)
     run.cached = len(dbcache.summary(bench.pipe).lanes[0].cached_steps)
     dbcache.disable(bench.pipe)
@@ -238,20 +262,21 @@ def table(methods: tuple[Method, ...], records: list[dict[str, Any]]) -> list[di
 
 def markdown(result: dict[str, Any]) -> str:
     """Return the table and what it was measured on."""
-    facts, rows = result["about"], result["rows"]
-    images = result["images_per_batch"] * max((row["batches"] for row in rows), default=0)
+    facts, rows, batch = result["about"], result["rows"], result["images_per_batch"]
+    most = max(row["batches"] for row in rows)
     accuracy = statistics.mean(row["full_accuracy"] for row in rows)
     lines = [
-        f"{images} images of the digits model, {result['steps']} steps, batches of "
-        f"{result['images_per_batch']}; {', '.join(f'{k} {v}' for k, v in facts.items())}. "
+        f"{batch * most} images of the digits model, {result['steps']} steps, batches of {batch}; "
+        f"{', '.join(f'{k} {v}' for k, v in facts.items())}. "
         f"Accuracy of the plain model: {accuracy:.1%}.",
         "",
         "| level | method | of | cached | wall | CPU time | PSNR dB | SSIM | accuracy |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
+        fewer = f" ({batch * row['batches']} images)" if row["batches"] < most else ""
         lines.append(
-            f"| {row['level']} | {row['method']} | {row['engine']} | "
+            f"| {row['level']} | {row['method']}{fewer} | {row['engine']} | "
             f"{row['cached']:.4g}/{result['steps']} | {row['speedup']:.2f}x | "
             f"{row['cpu_speedup']:.2f}x | {row['psnr']:.1f} | {row['ssim']:.4f} | "
             f"{row['accuracy']:.1%} |"
@@ -273,12 +298,16 @@ def write_docs(path: Path, text: str) -> None:
 
 
 def measure_all(
-    bench: Bench, result: dict[str, Any], batches: int, save: Callable[[], None]
+    bench: Bench,
+    methods: tuple[Method, ...],
+    result: dict[str, Any],
+    batches: int,
+    save: Callable[[], None],
 ) -> None:
     """Add the missing records to `result`, one level of one batch after the other."""
     for seed in range(batches):
         for number, level in enumerate(LEVELS):
-            todo = missing(METHODS, result["records"], level, seed)
+            todo = missing(methods, result["records"], level, seed)
             if not todo:
                 continue
             full = bench.draw(seed)
@@ -298,9 +327,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.methods", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--digits", type=int, default=5, help="images per digit and batch")
-    parser.add_argument("--batches", type=int, default=2, help="batches, of seeds 0, 1, ...")
+    parser.add_argument(
+        "--batches", type=int, default=2, help="batches, of seeds 0, 1, ...; 0: write the docs only"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="records, read and written")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="names of methods to measure")
     parser.add_argument("--docs", type=Path, help="page to put the table in")
     args = parser.parse_args()
     docs = args.docs or (DOCS if args.out == RESULTS else None)
@@ -321,7 +353,8 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
-    measure_all(Bench(args.steps, args.digits, args.device), result, args.batches, save)
+    methods = tuple(m for m in METHODS if not args.only or m.name in args.only)
+    measure_all(Bench(args.steps, args.digits, args.device), methods, result, args.batches, save)
     save()
     print(markdown(result))
     if docs is not None:

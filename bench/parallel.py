@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -66,8 +67,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def launch(options: argparse.Namespace, arguments: list[str]) -> int:
     """Start the ranks on this machine, and return their exit status."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={options.ranks}", __file__, *arguments]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--master-addr=127.0.0.1"]
+    command += [f"--master-port={port}", f"--nproc-per-node={options.ranks}"]
+    command += [__file__, *arguments]
     threads = max(1, (os.cpu_count() or 1) // options.ranks)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
     return subprocess.run(command, env=environment, check=False).returncode

@@ -73,7 +73,8 @@ def enable(
 
     Raises:
         TypeError: an unknown option or a wrong type; ValueError: a value that is not allowed, or
-            an unsupported model (the error lists what is supported). Nothing is changed then.
+            an unsupported model (the error lists what is supported). Nothing is changed then,
+            but a model that was spread over ranks is disabled.
         RuntimeError: `torch.distributed` is not initialised, or failed.
     """
     check_type("enable: cache_config", cache_config, DBCacheConfig)

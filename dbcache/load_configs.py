@@ -71,12 +71,12 @@ def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
     Args:
         source: a .yaml, .yml or .json file, or a mapping. Its options lie in a section
             `cache_config`, or directly in it: the fields of `DBCacheConfig` (with
-            ``cache_type="DBPrune"`` those of `DBPruneConfig`),
-            `scm_steps_mask_policy` and `scm_steps_policy` for the mask and its policy, and for one
-            of taylorseer, hermite, foca, dmd, spectrum and custom `enable_foca`,
-            `enable_encoder_foca`, its fields as in `foca_horizon`, and `calibrator_cache_type`. A
-            section `parallelism_config` beside it has the fields of `ParallelismConfig`, where
-            `ulysses`, `ring` and `tp` stand for the sizes, too.
+            ``cache_type="DBPrune"`` those of `DBPruneConfig`), `scm_steps_mask_policy` and
+            `scm_steps_policy` for the mask and its policy, and for one of taylorseer, hermite,
+            foca, dmd, spectrum and custom `enable_foca`, `enable_encoder_foca`, its fields as in
+            `foca_horizon`, and `calibrator_cache_type`. A section `parallelism_config` beside it
+            has the fields of `ParallelismConfig`, where `ulysses`, `ring` and `tp` stand for the
+            sizes, too.
 
     Returns:
         `cache_config`, which holds the options that were given, and `calibrator_config`, None

@@ -34,7 +34,10 @@ NUM_SUMS = 5
 SINGULAR = 1e-10
 """Least determinant, of that of two independent directions, at which the equations are solved."""
 
-_NUM_WARPS = 8
+
+def num_warps(itemsize: int) -> int:
+    """Return the warps of a program: as many as move 16 bytes per thread and tensor at a time."""
+    return 8 * itemsize // 2
 
 
 def fit_recurrence(
@@ -134,7 +137,7 @@ def _fit_triton(
         _fit_recurrence_kernel[(programs,)](
             ring, counters, partials, fit, size, per_program, slots, ridge,
             LOG_BLOCK=BLOCK.bit_length() - 1, LOG_LANES=(programs - 1).bit_length(),
-            num_warps=_NUM_WARPS, enable_fp_fusion=False,
+            num_warps=num_warps(ring.element_size()), enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -254,4 +257,4 @@ def _solve(partials_ptr, fit_ptr, programs, ridge, LOG_LANES: tl.constexpr):
 def _column(partials_ptr, which, programs, LOG_LANES: tl.constexpr):
     lane = tl.arange(0, 1 << LOG_LANES)
     x = tl.load(partials_ptr + which * programs + lane, mask=lane < programs, other=0.0)
-    return tree_sum_lanes(x.to(tl.float64), LOG_LANES)
+    return tree_sum_lanes(x, LOG_LANES).to(tl.float64)

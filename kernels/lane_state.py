@@ -51,7 +51,7 @@ SIGNAL = 7  # a Signal
 NUM_LIMITS = 8
 
 # entries of LaneState.thresholds, float32
-THRESHOLD = 0  # cache below this relative L1; <= 0 never, >= 1 always
+THRESHOLD = 0  # cache below this; <= 0 never, >= 1 always (Signal.CHANGE only)
 MAX_ACCUMULATED = 1  # run in full once ACCUMULATED reaches this; <= 0 for no limit
 IMPORTANT = 2  # relative L1 of a token above which it counts, where tokens are told apart
 SCALE = 3  # of the predictor; see `taylor`

@@ -12,9 +12,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from dbcache.parallel.attention import SequenceAttention, must_divide_heads
 from dbcache.parallel.guidance import PIPELINES, GuidanceSplit
 from dbcache.parallel.mesh import Mesh, check_world, make_mesh
-from dbcache.parallel.plans import PLANS, PlanRow
+from dbcache.parallel.plans import PLANS, TOKENS, PlanRow
 from dbcache.parallel.processors import Site, reach
-from dbcache.parallel.sequence import PlanHooks, Shards, check_plan, input_entry, matching
+from dbcache.parallel.sequence import Each, PlanHooks, Shards, check_plan, input_entry, matching
 from dbcache.parallel.tensor import SplitLayers
 from dbcache.parallelism_config import ParallelismConfig
 
@@ -112,7 +112,8 @@ class Parallelized:
             getattr(self.module, "_cp_plan", None),
         ):
             if plan is not None:
-                return dict(plan)
+                residuals = dict.fromkeys(self.row.residuals, Each(TOKENS))
+                return {**plan, "": {**plan.get("", {}), **residuals}} if residuals else dict(plan)
         known = sorted(name for name, row in PLANS.items() if row.attention)
         raise ValueError(
             f"{self.who}: ulysses_size and ring_size need a plan of its sequence, got none; pass "

@@ -46,6 +46,7 @@ class PlanRow:
         rejected: values of the model's config under which it mixes tokens by their position.
         projections: the processor that `experimental_ulysses_async` puts in; see
             `async_projections`.
+        residuals: inputs of the model that are added to the latents' tokens (a ControlNet's).
     """
 
     attention: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -54,6 +55,7 @@ class PlanRow:
     filled: tuple[str, ...] = (HIDDEN,)
     rejected: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     projections: str | None = None
+    residuals: tuple[str, ...] = ()
 
 
 JOINT = (ENCODER, HIDDEN)
@@ -64,6 +66,7 @@ ROPE = ContextParallelInput(split_dim=0, expected_dims=2, split_output=True)
 GATHER = ContextParallelOutput(gather_dim=1, expected_dims=3)
 
 _BOTH_LISTS = {"transformer_blocks.*.attn": JOINT, "single_transformer_blocks.*.attn": JOINT}
+_CONTROLNET = ("controlnet_block_samples", "controlnet_single_block_samples")
 _ONE_LIST = {"transformer_blocks.*.attn1": JOINT}
 
 
@@ -124,6 +127,16 @@ _FLUX_SEQUENCE: dict[str, Any] = {
     "": {HIDDEN: TOKENS, ENCODER: TOKENS, "img_ids": IDS, "txt_ids": IDS},
     "proj_out": GATHER,
 }
+# diffusers' own plan of Wan splits the text up to 0.36, which a rank needs whole to attend to
+_WAN_SEQUENCE = {
+    "": {"timestep": ContextParallelInput(split_dim=1, expected_dims=2)},
+    "rope": {
+        index: ContextParallelInput(split_dim=1, expected_dims=4, split_output=True)
+        for index in (0, 1)
+    },
+    "blocks.0": {HIDDEN: TOKENS},
+    "proj_out": GATHER,
+}
 _WAN_LAYERS = _layers(
     _projections("blocks.*.attn1", norm=True),
     _projections("blocks.*.attn2", norm=True),
@@ -133,7 +146,10 @@ _WAN_LAYERS = _layers(
 
 PLANS = {
     "FluxTransformer2DModel": PlanRow(
-        _BOTH_LISTS, layers=_layers(_DOUBLE, _SINGLE), projections="flux"
+        _BOTH_LISTS,
+        layers=_layers(_DOUBLE, _SINGLE),
+        projections="flux",
+        residuals=_CONTROLNET,
     ),
     "ChromaTransformer2DModel": PlanRow(
         _BOTH_LISTS,
@@ -143,6 +159,7 @@ PLANS = {
         },
         _layers(_DOUBLE, _SINGLE),
         projections="flux",
+        residuals=_CONTROLNET,
     ),
     "QwenImageTransformer2DModel": PlanRow(
         {"transformer_blocks.*.attn": JOINT},
@@ -152,12 +169,10 @@ PLANS = {
             _feed_forward("transformer_blocks.*.txt_mlp"),
         ),
         projections="qwen",
+        residuals=_CONTROLNET[:1],
     ),
-    "WanTransformer3DModel": PlanRow(
-        {"blocks.*.attn1": LATENT},
-        layers=_WAN_LAYERS,
-    ),
-    "ChronoEditTransformer3DModel": PlanRow({"blocks.*.attn1": LATENT}, layers=_WAN_LAYERS),
+    "WanTransformer3DModel": PlanRow({"blocks.*.attn1": LATENT}, _WAN_SEQUENCE, _WAN_LAYERS),
+    "ChronoEditTransformer3DModel": PlanRow({"blocks.*.attn1": LATENT}, _WAN_SEQUENCE, _WAN_LAYERS),
     "Flux2Transformer2DModel": PlanRow(_BOTH_LISTS, layers=None),
     "BriaTransformer2DModel": PlanRow(_BOTH_LISTS, _FLUX_SEQUENCE),
     "LongCatImageTransformer2DModel": PlanRow(_BOTH_LISTS, _FLUX_SEQUENCE),

@@ -36,6 +36,13 @@ class JointSplit:
 
 
 @dataclass(frozen=True)
+class Each:
+    """Plan entry for one tensor, or any number of them, that are all split alike."""
+
+    entry: ContextParallelInput
+
+
+@dataclass(frozen=True)
 class JointPad:
     """Plan entry for an output of which the model cuts off as many tokens as all ranks have.
 
@@ -193,6 +200,10 @@ class SplitHook(ModelHook):
     def _split(self, x: Any, entry: Any, name: str) -> Any:
         if x is None:
             return None
+        if isinstance(entry, Each):
+            if isinstance(x, (list, tuple)):
+                return type(x)(self._split(one, entry.entry, name) for one in x)
+            entry = entry.entry
         if isinstance(entry, (list, tuple)):
             return type(x)(self._split(one, e, name) for one, e in zip(x, entry, strict=True))
         if isinstance(entry, JointSplit):

@@ -246,6 +246,15 @@ def test_the_users_flag_wins():
     assert decisions(pipe) == {"cond": "FFcc", "uncond": "FFcc"}
 
 
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_branch_that_was_found_can_take_the_diff_of_the_other(separate):
+    pipe = enable(Pipeline(), cfg_diff_compute_separate=separate)
+    pipe(["cu"] * 6)
+    cond, uncond = dbcache.summary(pipe).lanes
+    assert cond.diffs
+    assert (cond.diffs == uncond.diffs) is not separate
+
+
 def test_schedulers_and_controlnets_are_given_back():
     pipe = enable(Pipeline())
     pipe.controlnet = ControlNet()

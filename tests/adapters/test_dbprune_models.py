@@ -47,8 +47,10 @@ def test_the_same_input_gives_the_same_output_with_all_blocks_but_the_first_left
         ("SD3Transformer2DModel", ("encoder_hidden_states", "hidden_states"), True),
         ("LTXVideoTransformer3DModel", ("hidden_states",), False),
         ("PixArtTransformer2DModel", ("hidden_states",), False),
+        ("HunyuanDiT2DModel", ("hidden_states",), False),
+        ("ConsisIDTransformer3DModel", ("hidden_states", "encoder_hidden_states"), True),
     ],
-    ids=["pattern 0", "pattern 1", "pattern 2", "pattern 3"],
+    ids=["pattern 0", "pattern 1", "pattern 2", "pattern 3", "long skips", "faces between blocks"],
 )
 @pytest.mark.parametrize("level", [0.25, 0.75])
 def test_real_models_of_each_pattern_equal_the_oracle(name, returns, takes_encoder, level):

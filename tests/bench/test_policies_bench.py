@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # `bench` is not installed
     sys.path.append(str(ROOT))
 
+import dbcache  # noqa: E402
 from bench import policies  # noqa: E402
 from dbcache.demo import digits  # noqa: E402
 from dbcache.policies import POLICIES  # noqa: E402
@@ -39,3 +40,17 @@ def test_each_row_says_what_was_cached_and_how_close_it_is(monkeypatch, capsys):
     assert all(10 < float(line[4]) < 60 for line in lines)
     assert capsys.readouterr().out.count("\n") == 2
     assert "_dbcache" not in vars(pipe)
+
+
+def test_levels_of_speed_are_settings_that_the_digits_model_takes():
+    pipe = digits.load_pipeline()
+    assert set(policies.LEVELS) == set(POLICIES) - {"dbcache"}
+    for policy, levels in policies.LEVELS.items():
+        thresholds = []
+        for options in levels.values():
+            dbcache.enable(pipe, **options)
+            (stack,) = pipe.transformer.__dict__["_dbcache"].stacks
+            assert stack.settings.cache.policy == policy
+            thresholds.append(stack.settings.cache.threshold)
+            dbcache.disable(pipe)
+        assert thresholds == sorted(thresholds)

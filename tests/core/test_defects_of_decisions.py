@@ -36,7 +36,9 @@ POINTERS = {
     "the guidance branches swap roles from the second request on": [
         "adapters/test_requests.py::test_branches_keep_their_roles_over_requests",
     ],
-    "DBPrune crashes on patterns 3, 4 and 5": [f"{PRUNE}::test_every_pattern_equals_the_oracle"],
+    "DBPrune crashes on patterns 3, 4 and 5": [
+        "adapters/test_dbprune_patterns.py::test_every_pattern_equals_the_oracle"
+    ],
     "DBPrune: stacks of one length share the blocks that always run": [
         f"{PRUNE}::test_two_stacks_with_options_of_their_own",
     ],
@@ -68,7 +70,7 @@ POINTERS = {
         f"{HERE}::test_cached_hidden_states_do_not_touch_the_encoder_states",
     ],
     "TaylorSeer is inert before the fourth full step": [
-        f"{HERE}::test_taylorseer_predicts_from_the_second_full_step_on",
+        f"{HERE}::test_exact_taylorseer_predicts_from_the_second_full_step_on",
     ],
     "TaylorSeer is biased from order 2 on": [
         "kernels/test_taylor.py::test_newton_weights_are_lagranges_and_exact_on_polynomials",
@@ -263,11 +265,11 @@ def test_cached_hidden_states_do_not_touch_the_encoder_states(pattern, order):
     assert cached(model) == [[2, 3, 4]]
 
 
-def test_taylorseer_predicts_from_the_second_full_step_on():
+def test_exact_taylorseer_predicts_from_the_second_full_step_on():
     """Linear data: exact from the first cached step on, after two full ones."""
     model = enabled(
         EncoderMaker(ForwardPattern.Pattern_4),
-        TaylorSeerCalibratorConfig(taylorseer_order=1),
+        TaylorSeerCalibratorConfig(taylorseer_order=1, exact=True),
         Fn_compute_blocks=1,
         **ALWAYS,
     )
@@ -329,7 +331,7 @@ def two_transformers(modifiers):
 
 
 def test_a_modifier_with_a_predictor_alone_counts():
-    predictor = ParamsModifier(calibrator_config=TaylorSeerCalibratorConfig())
+    predictor = ParamsModifier(calibrator_config=TaylorSeerCalibratorConfig(exact=True))
     _, plain = two_transformers(None)
     pipe, second = two_transformers([ParamsModifier(), predictor])
     _, both = two_transformers(predictor)

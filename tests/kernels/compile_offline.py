@@ -128,8 +128,8 @@ def variants():
         {"num_warps": 4, "enable_fp_fusion": False},
     )
     yield from fp8_variants()
-    yield from block_variants()
     yield from predictor_variants()
+    yield from block_variants()
 
 
 SUMS = ("samples", "programs")
@@ -202,6 +202,27 @@ def fp8_variants():
             )
 
 
+def predictor_variants():
+    """Yield the same of the kernels of predictors that `decide` does not weigh."""
+    scalars = {"counters_ptr": "*i32", "values_ptr": "*fp32", "limits_ptr": "*i32"}
+    options = {"num_warps": 1, "enable_fp_fusion": False}
+    fits = {"fit_ptr": "*fp64", "encoder_fit_ptr": "*fp64"}
+    yield "weights-bf16-recurrence", recurrence._recurrence_kernel, scalars | fits, {}, options
+    parameters = {"parameters_ptr": "*fp64"}
+    yield "weights-bf16-spectrum", spectrum._spectrum_kernel, scalars | parameters, {}, options
+    for dtype in ("bf16", "fp16", "fp32"):
+        warps = fit_recurrence.num_warps(4 if dtype == "fp32" else 2)
+        yield (
+            f"fit_recurrence-{dtype}",
+            fit_recurrence._fit_recurrence_kernel,
+            {"ring_ptr": f"*{dtype}", "counters_ptr": "*i32", "partials_ptr": "*fp32"}
+            | {"fit_ptr": "*fp64", "size": "i64" if dtype == "fp16" else "i32"}
+            | {"per_program": "i32", "slots": "i32", "ridge": "fp32"},
+            {"LOG_BLOCK": probe_diff.log2(fit_recurrence.BLOCK), "LOG_LANES": 10},
+            {"num_warps": warps, "enable_fp_fusion": False},
+        )
+
+
 def block_variants():
     """Yield the same of the kernels that leave single blocks out."""
     for dtype in ("bf16", "fp16", "fp32"):
@@ -259,26 +280,6 @@ def block_variants():
             {},
             {"num_warps": 1, "enable_fp_fusion": False},
         )  # fmt: skip
-
-
-def predictor_variants():
-    """Yield the same of the kernels of predictors that `decide` does not weigh."""
-    scalars = {"counters_ptr": "*i32", "values_ptr": "*fp32", "limits_ptr": "*i32"}
-    options = {"num_warps": 1, "enable_fp_fusion": False}
-    fits = {"fit_ptr": "*fp64", "encoder_fit_ptr": "*fp64"}
-    yield "weights-bf16-recurrence", recurrence._recurrence_kernel, scalars | fits, {}, options
-    parameters = {"parameters_ptr": "*fp64"}
-    yield "weights-bf16-spectrum", spectrum._spectrum_kernel, scalars | parameters, {}, options
-    for dtype in ("bf16", "fp16", "fp32"):
-        yield (
-            f"fit_recurrence-{dtype}",
-            fit_recurrence._fit_recurrence_kernel,
-            {"ring_ptr": f"*{dtype}", "counters_ptr": "*i32", "partials_ptr": "*fp32"}
-            | {"fit_ptr": "*fp64", "size": "i64" if dtype == "fp16" else "i32"}
-            | {"per_program": "i32", "slots": "i32", "ridge": "fp32"},
-            {"LOG_BLOCK": probe_diff.log2(fit_recurrence.BLOCK), "LOG_LANES": 10},
-            {"num_warps": fit_recurrence._NUM_WARPS, "enable_fp_fusion": False},
-        )
 
 
 def spilled(target: GPUTarget, asm: str) -> int:

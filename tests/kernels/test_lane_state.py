@@ -9,7 +9,7 @@ from dbcache.kernels.lane_state import LaneState, PlanCode, Reason
 
 def test_entries_do_not_overlap():
     assert ls.RING_STEPS == ls.SLOT + 1
-    assert (ls.WEIGHTS, ls.ENCODER_WEIGHTS, ls.NUM_VALUES) == (2, 10, 18)
+    assert (ls.WEIGHTS, ls.ENCODER_WEIGHTS, ls.RATE, ls.NUM_VALUES) == (2, 10, 18, 19)
     assert (ls.TICKET, ls.NUM_COUNTERS) == (17, 18)
 
 
@@ -17,7 +17,8 @@ def test_a_new_state_never_caches_and_has_no_reference(device):
     state = LaneState.allocate(3, device)
     assert state.capacity == 3
     assert state.counters.tolist() == [0] * ls.NUM_COUNTERS
-    assert state.values.tolist() == [-1.0] + [0.0] * (ls.NUM_VALUES - 1)
+    # neither a diff nor a rate yet
+    assert state.values.tolist() == [-1.0] + [0.0] * (ls.NUM_VALUES - 2) + [-1.0]
     assert state.limits.tolist() == [-1, -1, 1] + [0] * (ls.NUM_LIMITS - 3)
     assert state.thresholds.tolist() == [0.0] * ls.NUM_THRESHOLDS
     assert state.plan.tolist() == [PlanCode.DYNAMIC] * 3

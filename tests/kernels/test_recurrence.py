@@ -177,3 +177,40 @@ def test_rejects_what_does_not_fit():
         fit_recurrence(torch.zeros(3, 4), state, fit, ridge=-1)
     with pytest.raises(ValueError, match=r"a fit must be float64 \(2,\) on cpu, got torch.float32"):
         recurrence_weights(state, fit.float())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_ops_are_registered_right(random, device, impl):
+    state, _ = lane(device, [0, 1, 2], 3)
+    ring, fit = random(3, 40), torch.zeros(2, dtype=torch.float64, device=device)
+    ops = torch.ops.dbcache
+    torch.library.opcheck(ops.fit_recurrence.default, (ring, state.counters, fit, 0.5, impl))
+    args = (state.counters, state.values, state.limits, fit, None, impl)
+    torch.library.opcheck(ops.recurrence_weights.default, args)
+
+    def both(state, ring, fit):
+        fit_recurrence(ring, state, fit, ridge=0.5, impl=impl)
+        recurrence_weights(state, fit, impl=impl)
+
+    compiled_state, compiled_fit = state.clone(), fit.clone()
+    both(state, ring, fit)
+    torch.compiler.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    compiled(compiled_state, ring, compiled_fit)
+    assert torch.equal(compiled_fit, fit)
+    assert torch.equal(compiled_state.values, state.values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_slot_that_begins_past_the_end_of_32_bits_is_addressed(device, impl):
+    state, where = lane(device, [0, 1, 2], 3)
+    size = 2**30 + 4096
+    ring = torch.zeros(3, size, device=device, dtype=torch.float16)
+    for slot, value in zip(where, (4.0, 2.0, 1.0), strict=True):
+        ring[slot, -4096:] = value
+    fit = torch.zeros(2, dtype=torch.float64, device=device)
+    fit_recurrence(ring, state, fit, ridge=1e-6, impl=impl)
+    decide(state, None)
+    recurrence_weights(state, fit, impl=impl)
+    assert (state.weights[:3] @ ring[:, -1].float()).item() == pytest.approx(0.5, rel=1e-3)

@@ -102,3 +102,17 @@ def test_rejects_parameters_that_do_not_fit():
     state = LaneState.allocate(1, "cpu")
     with pytest.raises(ValueError, match=r"parameters must be float64 \(5,\), got torch.float32"):
         spectrum_weights(state, torch.zeros(5))
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_the_op_is_registered_right(device, impl):
+    state, parameters = decided(device, [0, 1, 3, 4], 4, 2, 1)
+    args = (state.counters, state.values, state.limits, parameters, impl)
+    torch.library.opcheck(torch.ops.dbcache.spectrum_weights.default, args)
+    compiled = state.clone()
+    spectrum_weights(state, parameters, impl=impl)
+    torch.compiler.reset()
+    torch.compile(spectrum_weights, fullgraph=True, backend="eager")(
+        compiled, parameters, impl=impl
+    )
+    assert torch.equal(compiled.values, state.values)

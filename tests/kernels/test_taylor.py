@@ -109,3 +109,26 @@ def test_hermite_weights_are_the_series_in_hermite_polynomials(gaps, order, sigm
     total = sum(w * y for w, y in zip(weights, snapshots, strict=False))
     scale = size + sum(abs(w) for w in weights) * 10
     assert total == pytest.approx(expected, abs=1e-5 * scale)
+
+
+@given(
+    gaps=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    horizon=st.sampled_from([0.25, 0.5, 1.0, 3.0, 1e9]),
+)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+def test_foca_weights_follow_the_parabolas_slope_as_far_as_the_horizon(gaps, horizon):
+    ages = [sum(gaps[: i + 1]) for i in range(len(gaps))]
+    weights = taylor_weights(ages, 2, Predictor.FOCA, horizon)
+    k, scale = ages[0], sum(abs(w) for w in weights)
+    times = [-(age - k) for age in ages[:3]]  # since the newest snapshot
+    assert sum(weights) == pytest.approx(1, abs=1e-5 * scale)
+    if len(ages) == 1:
+        return
+    # straight lines are exact; of t^2 the slope at 0 is 0 and that of the last gap is -gap
+    line = sum(w * t for w, t in zip(weights, times, strict=True))
+    assert line == pytest.approx(k, abs=1e-5 * scale * ages[-1])
+    if len(ages) > 2:
+        gap = ages[1] - ages[0]
+        square = sum(w * t**2 for w, t in zip(weights, times, strict=True))
+        expected = -gap * (k - min(k, horizon * gap))
+        assert square == pytest.approx(expected, abs=1e-5 * scale * ages[2] ** 2)

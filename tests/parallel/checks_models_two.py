@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import checks_policies_two
 import diffusers
 import ranks
 import spread
@@ -77,6 +78,43 @@ def check_odd_lengths_are_equal() -> None:
                 out = spread.step(model, given)
             error = (out - whole).abs().max().item()
             assert error < EXACT, f"{name}, {mode}: off by {error}"
+
+
+def check_wan_with_pictures_and_a_time_per_token() -> None:
+    name = "WanTransformer3DModel"
+    config = spread.WAN | {"image_dim": 8, "added_kv_proj_dim": 4 * spread.WIDTH}
+    pictures = tiny.fill(diffusers.WanTransformer3DModel(**config, num_attention_heads=4), seed=3)
+    given = spread.inputs(name, "even")
+    # the model takes the last 512 tokens for text
+    text = {"encoder_hidden_states": tiny.noise(2, 512, tiny.TEXT_DIM, seed=11)}
+    image = {"encoder_hidden_states_image": tiny.noise(2, 5, 8, seed=12)}
+    times = {"timestep": 1000 * torch.linspace(0.1, 1, 32).reshape(2, 16)}
+    for model, more in ((pictures, text | image), (spread.build(name, heads=4), times)):
+        whole = spread.step(model, given | more)
+        for mode, options in MODES.items():
+            with spread.spread(model, **options):
+                error = (spread.step(model, given | more) - whole).abs().max().item()
+            assert error < EXACT, f"{sorted(more)}, {mode}: off by {error}"
+
+
+def check_residuals_of_a_controlnet_are_split() -> None:
+    counts = {"controlnet_block_samples": 2, "controlnet_single_block_samples": 3}
+    for name, row in PLANS.items():
+        model, given = spread.build(name, heads=4), spread.inputs(name, "even")
+        for residuals in row.residuals:
+            shape = (*given["hidden_states"].shape[:2], 4 * spread.WIDTH)
+            given[residuals] = [
+                tiny.noise(*shape, seed=seed) for seed in range(41, 41 + counts[residuals])
+            ]
+        if not row.residuals:
+            continue
+        whole = spread.step(model, given)
+        plain = spread.step(model, spread.inputs(name, "even"))
+        assert (plain - whole).abs().max() > 0.1, f"{name}: the residuals have no effect"
+        for options in ({"ulysses_size": 2}, {"ring_size": 2}):
+            with spread.spread(model, **options):
+                error = (spread.step(model, given) - whole).abs().max().item()
+            assert error < EXACT, f"{name}, {options}: off by {error}"
 
 
 def check_exchanges_behind_projections_are_equal() -> None:
@@ -176,4 +214,4 @@ def check_the_example_runs() -> None:
 
 
 if __name__ == "__main__":
-    ranks.main(globals())
+    ranks.main(globals() | vars(checks_policies_two))

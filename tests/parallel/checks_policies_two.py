@@ -18,11 +18,12 @@ STATIC = {
     "steps_computation_policy": "static",
     "static_skip_probe": True,
 }
+PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
 SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "static": (STATIC, tuple(spread.SUBJECTS)),
     "easycache": ({"policy": "easycache"} | ASKED, tuple(spread.SUBJECTS)),
-    "seacache": ({"policy": "seacache"} | ASKED, spread.FROM_ONE[::2]),
-    "teacache": ({"policy": "teacache"} | ASKED, (*spread.FROM_ONE[::2], "WanTransformer3DModel")),
+    "seacache": ({"policy": "seacache"} | ASKED, PACKED),
+    "teacache": ({"policy": "teacache"} | ASKED, (*PACKED, "WanTransformer3DModel")),
 }
 IDENTITY = [0.0, 0.0, 0.0, 1.0, 0.0]
 

@@ -15,10 +15,6 @@ def test_two_ranks_give_what_one_process_gives() -> None:
     ranks.run_checks("checks_models_two.py", 2)
 
 
-def test_two_ranks_decide_before_the_first_block_as_one_process() -> None:
-    ranks.run_checks("checks_policies_two.py", 2)
-
-
 @pytest.mark.slow
 def test_four_ranks_give_what_one_process_gives() -> None:
     ranks.run_checks("checks_four.py", 4)

@@ -1,0 +1,87 @@
+"""The table of methods: what it measures, that it goes on where it was, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:  # `bench` is not installed
+    sys.path.append(str(ROOT))
+
+from bench import methods  # noqa: E402
+from bench.methods import BEGIN, END, LEVELS, METHODS, Method  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ONLY = "TaylorSeer 2"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Return a function that runs the bench and returns what it wrote, JSON and docs."""
+    pytest.importorskip("cache_dit", minversion="1.5.3")
+    out, docs = tmp_path / "new" / "m.json", tmp_path / "m.md"
+    docs.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nText.\n")
+
+    def call(*arguments):
+        paths = ["--out", str(out), "--docs", str(docs)]
+        common = ["methods", "--digits", "1", "--batches", "1", *paths, "--only", ONLY]
+        monkeypatch.setattr(sys, "argv", [*common, *arguments])
+        methods.main()
+        return json.loads(out.read_text()), docs.read_text()
+
+    return call
+
+
+def test_predictors_are_compared_at_equal_decisions_and_a_second_run_measures_nothing(run, capsys):
+    result, page = run("--steps", "9")
+    rows = {(row["level"], row["engine"], row["method"]): row for row in result["rows"]}
+    assert len(rows) == 2 * len(LEVELS)
+    assert len(result["records"]) == len(rows)
+    for level in LEVELS:
+        of_level = [row for key, row in rows.items() if key[0] == level]
+        assert len({row["cached"] for row in of_level}) == 1
+        mine, peer = of_level
+        assert mine["psnr"] == pytest.approx(peer["psnr"], abs=0.1)
+    cached = [rows[level, "dbcache", ONLY]["cached"] for level in LEVELS]
+    assert cached == [0, 2, 5, 5]
+    assert page.startswith(f"# Title\n\n{BEGIN}\n\n10 images of the digits model, 9 steps")
+    assert page.endswith(f"{END}\n\nText.\n")
+    assert page.count("\n| 3x |") == 2
+    assert "old" not in page
+
+    capsys.readouterr()
+    again, same_page = run("--steps", "9")
+    assert again == result
+    assert same_page == page
+    assert "batch 0" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"m\.json is of other settings"):
+        run("--steps", "10")
+
+
+def test_other_settings_of_a_method_are_measured_anew():
+    record = {"level": "3x", "engine": "dbcache", "method": "mine", "seed": 0}
+    method = Method("mine", ("FoCaCalibratorConfig", {"foca_horizon": 1.0}))
+    record["settings"] = repr((sorted(method.options("3x").items()), method.calibrator))
+    assert methods.missing((method,), [record], "3x", 0) == []
+    assert methods.missing((method,), [record], "3x", 1) == [method]
+    other = Method("mine", ("FoCaCalibratorConfig", {"foca_horizon": 2.0}))
+    assert methods.missing((other,), [record], "3x", 0) == [other]
+    some = Method("mine", levels={"2x": {}})
+    assert methods.missing((some,), [], "3x", 0) == []
+
+
+def test_the_rows_have_names_of_their_own():
+    names = [(method.engine, method.name) for method in METHODS]
+    assert len(set(names)) == len(names)
+
+
+def test_a_page_without_the_markers_is_an_error(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n")
+    with pytest.raises(ValueError, match=r"page\.md must contain '<!-- table made by"):
+        methods.write_docs(page, "text")
+    assert page.read_text() == "# Title\n"
