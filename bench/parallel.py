@@ -259,6 +259,7 @@ def measure(options: argparse.Namespace) -> int:
                 writer = csv.DictWriter(file, rows[0])
                 writer.writeheader()
                 writer.writerows(rows)
+    dist.barrier()  # a rank that leaves early closes connections that others still use
     dist.destroy_process_group()
     return 0
 

@@ -153,6 +153,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             for name, value in report.items():
                 print(f"{name}: {value}")
+        dist.barrier()  # a rank that leaves early closes connections that others still use
     finally:
         dist.destroy_process_group()
 

@@ -24,7 +24,7 @@ def test_measures_each_mode_beside_diffusers(tmp_path: Path) -> None:
         timeout=200,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"{done.stderr[:4000]}\n...\n{done.stderr[-2000:]}"
     rows = {row["mode"]: row for row in csv.DictReader(table.open())}
     assert list(rows) == [
         "one rank, all tokens",

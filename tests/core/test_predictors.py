@@ -256,8 +256,9 @@ def test_a_lane_keeps_p_ref_and_the_slots_of_its_predictor(case, dtype, cache_dt
     assert case.make(**case.fields).slots == case.slots
 
 
-@pytest.mark.parametrize("case", [case for case in CASES.values() if case.slots > 1], ids=str)
-def test_one_stream_alone_is_predicted_and_the_other_reused(case):
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.slots > 1])
+def test_one_stream_alone_is_predicted_and_the_other_reused(name):
+    case = CASES[name]
     calibrator = case.make(**case.fields, enable_encoder_calibrator=False)
     model = enable(Model(), calibrator)
     for step in range(STEPS):

@@ -1,6 +1,6 @@
 """Runs a tiny model with the oracle, dbcache or cache-dit and brings the results to one form."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import oracle
 import tiny
@@ -110,15 +110,10 @@ def run_peer(target, family: tiny.Family, rule: oracle.Rule, steps: int, **how) 
     if rule.order:
         calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=rule.order)
     values = options(replace(rule, num_inference_steps=steps))
-    for name in (
-        "batch_reduce",
-        "important_condition_threshold",
-        "l1_hidden_states_diff_threshold",
-        "static_skip_probe",
-        "policy",
-        "retention_ratio",
-    ):
-        values.pop(name)  # not in cache-dit's config; the defaults are what it does
+    theirs = {field.name for field in fields(cache_dit.DBCacheConfig)}
+    for name in values.keys() - theirs:
+        assert values[name] == options(oracle.Rule())[name], f"{name} is not in cache-dit's config"
+        values.pop(name)  # the default is what it does
     config = cache_dit.DBCacheConfig(**values)
     cache_dit.enable_cache(target, cache_config=config, calibrator_config=calibrator)
     outputs = drive(target, family, rule, steps, **how)
