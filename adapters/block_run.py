@@ -4,6 +4,9 @@ A guard whose block runs stores what it was given and what it added. Of neighbou
 out, all but the last pass their inputs through, and the last one adds what all of them added when
 they were stored. Where the model's loop works on what a block returns before the next one gets it
 (a ControlNet's residuals, an adapter of faces), a block returns what it would have: a run ends.
+
+While a step is recorded, each block that may be left out becomes a branch: it runs and is stored,
+or what it would have returned is written into the very tensors that it returned.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 
 from dbcache.adapters.guards import Guard
 from dbcache.adapters.patterns import ForwardPattern
+from dbcache.executors.recording import Cutter, Decision
 from dbcache.pruned_lane import BlockCache
 
 if TYPE_CHECKING:
@@ -36,6 +40,8 @@ class BlockRun:
     Attributes:
         fuses: of neighbours that are left out only the last one returns what it would have.
         breaks: blocks whose output is not what the next one gets; no run goes on behind them.
+        due: what blocks that run are stored by; None: they are not.
+        cutter: records the step, whose blocks follow `decisions`; None: it is not recorded.
         last: what the block before returned.
     """
 
@@ -60,15 +66,21 @@ class BlockRun:
         """Drop what belongs to the step under way."""
         self.cache: BlockCache | None = None
         self.skipped: list[bool] = []
-        self.stores = False
-        self.step = 0
+        self.due: torch.Tensor | None = None
+        self.cutter: Cutter | None = None
+        self.decisions: Sequence[Decision] = ()
         self._first: int | None = None
         self.encoder: torch.Tensor | None = None
         self.last: torch.Tensor | None = None
 
-    def start(self, cache: BlockCache, skipped: list[bool], *, stores: bool, step: int) -> None:
-        """Begin the step: which blocks are left out, and whether those that run are stored."""
-        self.cache, self.skipped, self.stores, self.step = cache, skipped, stores, step
+    def start(self, cache: BlockCache, skipped: list[bool], due: torch.Tensor | None) -> None:
+        """Begin the step: which blocks are left out, and how those that run are stored."""
+        self.cache, self.skipped, self.due = cache, skipped, due
+        self.cutter, self.decisions = None, ()
+
+    def record(self, cutter: Cutter | None, decisions: Sequence[Decision]) -> None:
+        """Let `cutter` record the step that was begun, whose blocks go by `decisions`."""
+        self.cutter, self.decisions = cutter, decisions
 
     def ends_run(self, index: int) -> bool:
         """Whether block `index`, left out, is the last of its neighbours; note the first one."""
@@ -87,6 +99,7 @@ class BlockRun:
     def store(self, index: int, before: Streams, after: Streams, who: str) -> None:
         """Store what a block that ran was given and added."""
         assert self.cache is not None
+        assert self.due is not None
         for stream, given, returned in zip(("hidden", "encoder"), before, after, strict=True):
             if given is not None and returned is not None and given.shape != returned.shape:
                 raise ValueError(
@@ -96,13 +109,13 @@ class BlockRun:
                     f"and Bn so that it is outside"
                 )
         hidden, encoder = before
-        self.cache.store(index, self.step, hidden, after[0], encoder, after[1])
+        self.cache.store(index, self.due, hidden, after[0], encoder, after[1])
 
     def finish(self, index: int) -> None:
         """Note that block `index` is done."""
         if index + 1 == len(self.prunable):
             assert self.cache is not None
-            self.cache.is_complete |= self.stores
+            self.cache.is_complete |= self.due is not None
             self.close_step()
 
 
@@ -146,7 +159,9 @@ class PruneGuard(Guard):
             return self.run(args, kwargs)  # the model left out the block that decides
         elif hidden is not run.last:
             run.breaks.add(index - 1)
-        if not run.skipped[index]:
+        if run.cutter is not None:
+            output = self._run_or_not(run.cutter, args, kwargs, hidden, encoder)
+        elif not run.skipped[index]:
             output = self._run_and_store(args, kwargs, hidden, encoder)
         else:
             streams = hidden, encoder
@@ -157,6 +172,29 @@ class PruneGuard(Guard):
         run.finish(index)
         return output
 
+    def _run_or_not(
+        self,
+        cutter: Cutter,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hidden: torch.Tensor,
+        encoder: torch.Tensor | None,
+    ) -> Any:
+        """Record both ways of a block that may be left out."""
+        run, index = self.run_of_blocks, self.index
+        if not run.prunable[index]:
+            return self._run_and_store(args, kwargs, hidden, encoder)
+        assert run.cache is not None
+        cutter.begin_full(run.decisions[index], self.who)
+        output = self._run_and_store(args, kwargs, hidden, encoder)
+        cutter.begin_cached()
+        left_out = run.cache.replace(index, 1, hidden, encoder)
+        for returned, kept in zip((run.last, run.encoder), left_out, strict=True):
+            if returned is not None and kept is not None and returned is not kept:
+                returned.copy_(kept)
+        cutter.end_branch()
+        return output
+
     def _run_and_store(
         self,
         args: tuple[Any, ...],
@@ -165,14 +203,14 @@ class PruneGuard(Guard):
         encoder: torch.Tensor | None,
     ) -> Any:
         run = self.run_of_blocks
-        stores = run.stores
+        stores = run.due is not None
         before = hidden, encoder
         if stores and self.overwrites is not False:
             before = hidden.clone(), None if encoder is None else encoder.clone()
         output = self.run(args, kwargs)
         after = self.streams(output)
         if stores:
-            if self.overwrites is None:
+            if self.overwrites is None and run.cutter is None:
                 self.overwrites = not all(
                     torch.equal(given, kept)
                     for given, kept in zip((hidden, encoder), before, strict=True)

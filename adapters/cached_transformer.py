@@ -127,12 +127,10 @@ class CachedTransformer:
         self.modifiers = modifiers
         self.by_request = by_request
         self.module = spec.transformer
+        self._records = graph_options is not None
         self.stacks = self._make_stacks()
         if self.stacks:
             self._check_long_skips()
-        if graph_options is not None:
-            for stack in self.stacks:
-                stack.check_recordable()
         self.config = settings.modified(modifiers[0]).cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
@@ -171,6 +169,9 @@ class CachedTransformer:
         if self.sharding is not None and self.sharding.splits_sequence:
             for stack in stacks:
                 stack.sharding = self.sharding
+        if self._records:
+            for stack in stacks:
+                stack.prepare_recording()
         return stacks
 
     def _check_long_skips(self) -> None:

@@ -13,10 +13,11 @@ from dbcache.adapters.guards import CheckGuard
 from dbcache.adapters.patterns import ENCODER
 from dbcache.adapters.stack import Stack
 from dbcache.config import StackSettings
-from dbcache.kernels.lane_state import Reason
+from dbcache.kernels.decide_step import decide_step
+from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import layout_of
 from dbcache.prune_config import DBPruneConfig
-from dbcache.pruned_lane import PrunedLane
+from dbcache.pruned_lane import BlockDecision, PrunedLane
 
 
 class PrunedStack(Stack):
@@ -47,7 +48,9 @@ class PrunedStack(Stack):
                 f"rearrange the tokens in between; use a DBCacheConfig"
             )
         assert spec.pattern is not None
-        self.has_long_skips = spec.long_skips
+        # with long skips the loop takes what a block returns on to a later one: it must be what it
+        # would return
+        self.fuses = not spec.long_skips
         super().__init__(list(spec.lists), spec.pattern, settings, spec.streams)
 
     def _make_entries(self) -> list[list[Entry]]:
@@ -71,8 +74,7 @@ class PrunedStack(Stack):
         if any(lane.cache.prunable != prunable for lane in self.lanes.values()):
             self.lanes.clear()  # blocks were added or taken away
         self.run = BlockRun(self.name, prunable, self.pattern, self._open, self._close)
-        # the loop takes what a block returns on to a later one: it must be what it would return
-        self.run.fuses = not self.has_long_skips
+        self.run.fuses = self.fuses
         returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
         position, entries = 0, []
         for block_list in self.lists:
@@ -97,19 +99,33 @@ class PrunedStack(Stack):
     def _open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Take the step's decisions. Called with what the first block gets that may be left out."""
         self._check_stream(hidden)
-        lane = self.lanes.get(self.branch) or self._add_lane()
-        reason = lane.why(lane.start_step(layout_of(hidden, encoder)))
-        prunable, diffs = self.run.prunable, list[float]()
-        if reason is None:
-            skipped, diffs = lane.cache.decide(self._changes(lane, hidden), self.sharding)
-        else:
-            skipped = prunable if reason is Reason.STATIC else [False] * len(prunable)
-        lane.close(reason, skipped, diffs)
+        lane = self.lanes.get(self.branch) or self._add_lane(hidden.device)
+        code = lane.start_step(layout_of(hidden, encoder), hidden.device)
+        is_open = code == PlanCode.DYNAMIC and lane.has_reference
+        if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
+            self._record(lane, hidden, encoder)
+            return
+        known, decisions = lane.known(), None
+        if known is None:
+            decisions = lane.cache.choose(self._changes(lane, hidden), self.sharding)
+        decide_step(lane.state, decisions)
+        skipped = lane.settle(known)
         self.lane, self.cached, self.is_open = lane, lane.cached, True
-        self.run.start(lane.cache, skipped, stores=lane.stores(), step=lane.step - 1)
+        self.run.start(lane.cache, skipped, lane.state.store if lane.stores() else None)
 
-    def _add_lane(self) -> PrunedLane:
-        lane = PrunedLane(self.settings, self.run.prunable, self.num_blocks)
+    def _record(self, lane: PrunedLane, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+        """Let the step's decisions be recorded: each block is a branch, whether it runs or not."""
+        self._check_recordable()
+        if lane.cache.state is None:
+            lane.cache.allocate(hidden, encoder)
+        decide_step(lane.state, lane.cache.choose(self._changes(lane, hidden)))
+        self.lane, self.cached, self.is_open = lane, False, True
+        decisions = [BlockDecision(lane, i, i == 0) for i in range(len(self.run.prunable))]
+        self.run.start(lane.cache, [], lane.state.store)
+        self.run.record(self.cutter, decisions)
+
+    def _add_lane(self, device: torch.device) -> PrunedLane:
+        lane = PrunedLane(self.settings, self.run.prunable, device)
         self.lanes[self.branch] = lane
         return lane
 
@@ -117,8 +133,9 @@ class PrunedStack(Stack):
         """Count a step that ran without the guards: full, with nothing kept of it."""
         self.branch = branch
         if self.entries:
-            self.lane = lane = self._add_lane()
-            lane.close(lane.why(lane.plan[0]), [False] * len(self.run.prunable), [])
+            self.lane = lane = self._add_lane(device)
+            decide_step(lane.state, None)
+            lane.settle(lane.known())
             lane.forget_reference()
 
     def _changes(self, lane: PrunedLane, hidden: torch.Tensor) -> torch.Tensor:
@@ -132,16 +149,21 @@ class PrunedStack(Stack):
         self._shared = (self.branch, lane.step, partials)
         return partials
 
-    def check_recordable(self) -> None:
-        """Raise a ValueError: which blocks run is known to the host alone."""
-        raise ValueError(
-            f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, got a "
-            f"DBPruneConfig, which leaves out single blocks; leave out cuda_graph"
-        )
+    def prepare_recording(self) -> None:
+        """Let each block that is left out return what it would have, as it does while recorded."""
+        super().prepare_recording()
+        self.fuses = False
+        if self.entries:
+            self.run.fuses = False
+
+    @property
+    def recorded(self) -> tuple[object, ...]:
+        """What recorded work depends on."""
+        return (*super().recorded, *(self.run.prunable if self.entries else ()))
 
     def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
         """Return the numbers of the blocks that were left out on each step."""
-        steps = self.lanes[branch].skipped
+        steps = self.lanes[branch].pruned()
         return [[self.start + i for i, skips in enumerate(step) if skips] for step in steps]
 
     def _close(self) -> None:

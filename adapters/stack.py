@@ -202,6 +202,10 @@ class Stack:
             for lane in self.lanes.values():
                 lane.forget_reference()
 
+    def prepare_recording(self) -> None:
+        """Get ready for steps that are recorded as graphs; raise a ValueError if they cannot be."""
+        self.check_recordable()
+
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
         check_runs_on_device(self.settings.calibrator, self.name)

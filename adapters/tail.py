@@ -82,7 +82,8 @@ class Tail:
         if stack.cached and cache.is_complete:
             skipped, _ = cache.decide(cache.measure(hidden), stack.sharding)
         step = stack.lane.step if stack.lane is not None else 0
-        self.run.start(cache, skipped, stores=not stack.cached, step=step)
+        due = None if stack.cached else cache.due(step, hidden.device)
+        self.run.start(cache, skipped, due)
 
     def _close(self) -> None:
         """Nothing is left to do: the step was finished by the middle blocks."""

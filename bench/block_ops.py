@@ -91,12 +91,13 @@ def _make_step(shape: Shape, draw: Draw) -> Inputs:
     x = _make(shape, draw)
     x["h_out"] = x["h"] + draw.hidden(shape, 0.5)
     x["encoder_out"] = draw.encoder(shape)
+    x["store"] = torch.tensor([1, 2, 3], dtype=torch.int32, device=draw.device)
     return x
 
 
 def _store(x: Inputs, impl: Backend) -> Outputs:
     streams = (x["h"], x["h_out"], x["encoder"], x["encoder_out"])
-    store_block(x["state"], 1, 3, *streams, first=False, impl=impl)
+    store_block(x["state"], x["store"], 1, *streams, impl=impl)
     return ()
 
 

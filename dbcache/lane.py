@@ -35,6 +35,9 @@ outside_inference_mode = torch.inference_mode(False)
 class Lane:
     """Device state and buffers of one lane, and the host's view of where it stands."""
 
+    HOST = ("step", "has_reference", "cached")
+    """What the host keeps of a request, besides the plan."""
+
     compares = True
     """Whether the lane keeps P_ref: not where another lane decides, or where there is no probe."""
 
@@ -301,7 +304,7 @@ class LaneCopy:
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
         self.state = lane.state.clone()
-        self.host = (lane.step, lane.has_reference, lane.cached)
+        self.host = {name: getattr(lane, name) for name in lane.HOST}
         self.plan = list(lane.plan)
         self.buffers = {k: x.clone() for k, x in lane.buffers_by_name().items() if x is not None}
 
@@ -310,7 +313,9 @@ class LaneCopy:
         """Put everything back."""
         lane = self.lane
         lane.state.copy_(self.state)
-        lane.step, lane.has_reference, lane.cached = self.host
+        for name, value in self.host.items():
+            setattr(lane, name, value)
         lane.plan[:] = self.plan
-        for name, buffer in self.buffers.items():
-            getattr(lane, name).copy_(buffer)
+        for name, buffer in lane.buffers_by_name().items():
+            if buffer is not None and name in self.buffers:
+                buffer.copy_(self.buffers[name])

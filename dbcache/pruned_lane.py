@@ -1,8 +1,7 @@
 """One lane of DBPrune: what is stored of each block, and which blocks of a step are left out.
 
-The step's own rules (plan, limits) are arithmetic on counts that the host has anyway: it reads
-once per undecided step which blocks are left out. What is compared, and the decision on each block,
-are on the device.
+All decisions are taken on the device. The host reads which blocks are left out, once per step;
+where plan, limits or a missing reference say it, it knows by the same rules, and reads nothing.
 
 Memory per lane: two tensors of the size of `hidden_states` per block between the first and the last
 one that may be left out, and one of the size of `encoder_hidden_states` where blocks return them.
@@ -11,16 +10,17 @@ one that may be left out, and one of the size of `encoder_hidden_states` where b
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from dbcache.config import StackSettings
+from dbcache.kernels import block_state as bs
 from dbcache.kernels import lane_state as ls
 from dbcache.kernels.add_residuals import add_residuals
 from dbcache.kernels.block_changes import block_changes
-from dbcache.kernels.block_state import BlockState
+from dbcache.kernels.block_state import BlockState, BlockSteps
 from dbcache.kernels.decide import choose
 from dbcache.kernels.decide_blocks import decide_blocks
 from dbcache.kernels.lane_state import PlanCode, Reason
@@ -61,10 +61,8 @@ class BlockCache:
         assert self.state is not None
         return block_changes(h, self.state.inputs, self.state.residuals, self.state.stamps)
 
-    def decide(
-        self, partials: torch.Tensor, sharding: Sharding | None = None
-    ) -> tuple[list[bool], list[float]]:
-        """Return which blocks are left out, and the changes. The only host wait of a step.
+    def choose(self, partials: torch.Tensor, sharding: Sharding | None = None) -> torch.Tensor:
+        """Return (M, 2) of the device: the changes, and which blocks may be left out by them.
 
         Args:
             partials: what `measure` gave.
@@ -79,41 +77,57 @@ class BlockCache:
             partials = sums[: blocks * samples].unflatten(0, (blocks, samples))
             state = dataclasses.replace(state, growth_sums=sums[blocks * samples :])
         decide_blocks(partials, state)
-        pairs = self._read(state.decisions).tolist()
+        return state.decisions
+
+    def decide(
+        self, partials: torch.Tensor, sharding: Sharding | None = None
+    ) -> tuple[list[bool], list[float]]:
+        """Return on the host what `choose` gives. The only host wait of a step."""
+        pairs = self._read(self.choose(partials, sharding)).tolist()
         return [bool(skipped) for _, skipped in pairs], [diff for diff, _ in pairs]
 
-    def _read(self, decisions: torch.Tensor) -> torch.Tensor:
-        if not decisions.is_cuda:
-            return decisions
+    def read(self, flags: torch.Tensor) -> list[bool]:
+        """Return on the host which blocks are left out. The only host wait of a step."""
+        return [bool(flag) for flag in self._read(flags).tolist()]
+
+    def _read(self, values: torch.Tensor) -> torch.Tensor:
+        if not values.is_cuda:
+            return values
         if self._host is None or self._event is None:
-            self._host = torch.empty(decisions.shape, pin_memory=True)
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._event = torch.cuda.Event()
-        self._host.copy_(decisions, non_blocking=True)
-        self._event.record(torch.cuda.current_stream(decisions.device))
+        self._host.copy_(values, non_blocking=True)
+        self._event.record(torch.cuda.current_stream(values.device))
         self._event.synchronize()
         return self._host
 
     def store(
         self,
         index: int,
-        step: int,
+        due: torch.Tensor,
         h_in: torch.Tensor,
         h_out: torch.Tensor,
         encoder_in: torch.Tensor | None,
         encoder_out: torch.Tensor | None,
     ) -> None:
-        """Store what block `index` was given and added."""
+        """Store what block `index` was given and added, if the step's `due` says so."""
         if encoder_in is None or encoder_out is None:
             encoder_in = encoder_out = None
-        if self.state is None:
-            self._allocate(h_in, encoder_in)
-        assert self.state is not None
-        streams = (h_in, h_out, encoder_in, encoder_out)
-        store_block(self.state, index, step, *streams, first=not self.is_complete)
+        state = self.state or self.allocate(h_in, encoder_in)
+        store_block(state, due, index, h_in, h_out, encoder_in, encoder_out)
+
+    def due(self, step: int, device: torch.device) -> torch.Tensor:
+        """Return what makes `store` store on this step; for steps that the host decides."""
+        due = torch.empty(bs.NUM_STORE, dtype=torch.int32, device=device)
+        due[bs.DUE].fill_(1 + self.is_complete)
+        due[bs.STAMP].fill_(step)
+        return due
 
     @outside_inference_mode
-    def _allocate(self, h: torch.Tensor, encoder: torch.Tensor | None) -> None:
+    def allocate(self, h: torch.Tensor, encoder: torch.Tensor | None) -> BlockState:
+        """Make room for what is stored of each block."""
         self.state = BlockState.allocate(h, encoder, self.prunable, self.rule)
+        return self.state
 
     def replace(
         self, first: int, count: int, h: torch.Tensor, encoder: torch.Tensor | None
@@ -137,103 +151,229 @@ class PrunedLane:
     Args:
         settings: with a `DBPruneConfig`.
         prunable: which blocks may be left out, from the first of them to the last.
-        num_blocks: blocks of the whole stack.
+        device: of the blocks.
     """
 
-    def __init__(self, settings: StackSettings, prunable: Sequence[bool], num_blocks: int) -> None:
+    HOST = ("step", "has_reference", "cached", "cached_steps", "consecutive", "knows_counts")
+
+    @outside_inference_mode
+    def __init__(
+        self, settings: StackSettings, prunable: Sequence[bool], device: torch.device
+    ) -> None:
         assert isinstance(settings.cache, DBPruneConfig)
         self.settings = settings
         self.config = settings.cache
-        self.num_blocks = num_blocks
         self.cache = BlockCache(prunable, self.config.rule)
-        self._limits = [0] * ls.NUM_LIMITS
-        self._limits[ls.MAX_CACHED] = self.config.max_steps
-        self._limits[ls.MAX_CONSECUTIVE] = self.config.max_continuous_cached_steps
-        self._thresholds = [0.0] * ls.NUM_THRESHOLDS
-        self._thresholds[ls.THRESHOLD] = self.config.threshold
-        self.plan = make_plan(self.config, FIRST_CAPACITY, settings.steps)
+        self.device = device
+        self.state = BlockSteps.allocate(FIRST_CAPACITY, prunable, device)
+        self._load_settings()
         self.start_request()
 
+    def _load_settings(self) -> None:
+        """Write the parameters and the plan to the device."""
+        config, lane, blocks = self.config, self.state.lane, self.cache.state
+        limits, thresholds = lane.limits.cpu(), lane.thresholds.cpu()
+        limits[ls.MAX_CACHED] = config.max_steps
+        limits[ls.MAX_CONSECUTIVE] = config.max_continuous_cached_steps
+        thresholds[ls.THRESHOLD] = config.threshold
+        lane.limits.copy_(limits)
+        lane.thresholds.copy_(thresholds)
+        self._limits, self._thresholds = limits.tolist(), thresholds.tolist()
+        self.state.store[bs.EVERY] = config.residual_cache_update_interval
+        self.cache.rule = config.rule
+        if blocks is not None:
+            blocks.rule.copy_(torch.tensor(config.rule, dtype=torch.float32))
+        self._write_plan()
+
+    def _write_plan(self) -> None:
+        lane = self.state.lane
+        self.plan = make_plan(self.config, lane.capacity, self.settings.steps)
+        lane.plan.copy_(torch.tensor(self.plan, dtype=torch.int32))
+
+    @outside_inference_mode
     def replan(self, settings: StackSettings) -> None:
         """Take over settings that differ in the mask."""
         assert isinstance(settings.cache, DBPruneConfig)
         self.settings, self.config = settings, settings.cache
-        self.plan = make_plan(self.config, len(self.plan), settings.steps)
+        self._write_plan()
+
+    @outside_inference_mode
+    def reload(self, settings: StackSettings) -> None:
+        """Take over settings that need no other buffers."""
+        assert isinstance(settings.cache, DBPruneConfig)
+        self.settings, self.config = settings, settings.cache
+        self._load_settings()
 
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
-        self.step = 0
+        self.step = self.cached_steps = self.consecutive = 0
+        self.knows_counts = True
         self.cached = False
         self.cache.is_complete = False
-        self._counters = [0] * ls.NUM_COUNTERS
-        self.reasons: list[Reason] = []
-        self.skipped: list[list[bool]] = []
-        self.block_diffs: list[list[float]] = []
-
-    def start_step(self, layout: Layout) -> PlanCode:
-        """Return the step's plan code; what is stored is dropped if the `layout` changed."""
-        if self.cache.fit(layout):
-            self._counters[ls.REFERENCE] = 2
-        if self.step >= len(self.plan):
-            self.plan = make_plan(self.config, 2 * len(self.plan), self.settings.steps)
-        return self.plan[self.step]
-
-    def why(self, code: PlanCode) -> Reason | None:
-        """Return what decides the step without a look at the changes; None where they do."""
-        zeros = [0.0] * ls.NUM_VALUES
-        reason = choose(self._counters, zeros, self._limits, self._thresholds, code, None)
-        return None if reason is Reason.NAN else reason
-
-    def close(self, reason: Reason | None, skipped: list[bool], diffs: list[float]) -> None:
-        """Count the step. `reason` is that of `why`; None: what the changes decided."""
-        if reason is None and any(skipped):
-            always = self.config.threshold >= 1
-            reason = Reason.THRESHOLD_ALWAYS if always else Reason.BELOW_THRESHOLD
-        elif reason is None:
-            is_nan = all(map(math.isnan, diffs))
-            reason = Reason.NAN if is_nan else Reason.ABOVE_THRESHOLD
-        self.cached = reason.cached
-        self._counters[ls.CACHED_STEPS] += self.cached
-        self._counters[ls.CONSECUTIVE] = (self._counters[ls.CONSECUTIVE] + 1) * self.cached
-        self._counters[ls.REFERENCE] = 1
-        self.reasons.append(reason)
-        self.skipped.append(skipped)
-        self.block_diffs.append(diffs)
-        self.step += 1
-
-    def stores(self) -> bool:
-        """Whether the blocks that run on the step just closed are to be stored."""
-        interval = self.config.residual_cache_update_interval
-        return not self.cache.is_complete or (self.step - 1) % interval == 0
+        self.skipped: list[bool] = []
+        self.state.lane.reset()
 
     @property
     def has_reference(self) -> bool:
         """Whether blocks could be left out on the next step."""
         return self.cache.is_complete
 
+    @has_reference.setter
+    def has_reference(self, value: bool) -> None:
+        self.cache.is_complete = value
+
+    @property
+    def layout(self) -> Layout | None:
+        """Of what is stored."""
+        return self.cache.layout
+
+    def start_step(self, layout: Layout, device: torch.device) -> PlanCode:
+        """Return the step's plan code; what is stored is dropped if the `layout` changed."""
+        if device != self.device:
+            self._move(device)
+        if layout != self.layout:
+            self.take_buffers(layout, {})
+        if self.step >= len(self.plan):
+            self.reserve(2 * len(self.plan))
+        return self.plan[self.step]
+
+    @outside_inference_mode
+    def reserve(self, steps: int) -> None:
+        """Make room for a request of `steps` steps."""
+        if steps > len(self.plan):
+            self.state.grow(steps)
+            self._write_plan()
+
+    @outside_inference_mode
+    def _move(self, device: torch.device) -> None:
+        self.device, self.state = device, self.state.clone(device)
+
+    def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
+        """Return what is stored of the blocks."""
+        blocks = self.cache.state
+        if blocks is None:
+            return {}
+        return {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
+
+    def take_buffers(self, layout: Layout, buffers: dict[str, Any]) -> None:
+        """Go on with what is stored of another layout, or with nothing; what it holds is void."""
+        if self.cache.fit(layout):
+            self.state.lane.invalidate()
+        if buffers:
+            self.cache.state = BlockState(**buffers)
+            self.cache.state.rule.copy_(torch.tensor(self.cache.rule, dtype=torch.float32))
+
+    def force(self, code: PlanCode) -> None:
+        """Fix what the next step will be."""
+        self.plan[self.step] = code
+        self.state.lane.plan[self.step] = code
+
+    def known(self) -> list[bool] | None:
+        """Return which blocks the next step leaves out; None where their changes decide."""
+        code, nothing = self.plan[self.step], [False] * len(self.cache.prunable)
+        if not self.has_reference or code in (PlanCode.WARMUP, PlanCode.MASK):
+            return nothing
+        if code == PlanCode.STATIC:
+            return self.cache.prunable
+        if not self.knows_counts:
+            self._read_counts()
+        counters = [0] * ls.NUM_COUNTERS
+        counters[ls.CACHED_STEPS], counters[ls.CONSECUTIVE] = self.cached_steps, self.consecutive
+        counters[ls.REFERENCE] = 1
+        zeros = [0.0] * ls.NUM_VALUES
+        reason = choose(counters, zeros, self._limits, self._thresholds, code, None)
+        return None if reason is Reason.NAN else nothing
+
+    def _read_counts(self) -> None:
+        """Learn the counts after steps that the host did not follow."""
+        counters = self.state.lane.counters.tolist()
+        self.cached_steps, self.consecutive = counters[ls.CACHED_STEPS], counters[ls.CONSECUTIVE]
+        self.knows_counts = True
+
+    def settle(self, known: list[bool] | None) -> list[bool]:
+        """Count a step that is decided on the device; return which blocks it leaves out.
+
+        Args:
+            known: what `known` gave, before the step.
+        """
+        self.skipped = self.cache.read(self.state.flags) if known is None else known
+        self.cached = True in self.skipped
+        self.cached_steps += self.cached
+        self.consecutive = (self.consecutive + 1) * self.cached
+        self.step += 1
+        return self.skipped
+
+    def count(self) -> None:
+        """Count a step without knowing how it was decided."""
+        self.step += 1
+        self.cached = self.knows_counts = False
+
+    def stores(self) -> bool:
+        """Whether the blocks that run on the step just counted are to be stored."""
+        interval = self.config.residual_cache_update_interval
+        return not self.has_reference or (self.step - 1) % interval == 0
+
     def forget_reference(self) -> None:
         """Make the next step a full one: nothing that was stored holds any more."""
-        self.cache.is_complete = False
-        self._counters[ls.REFERENCE] = 0
+        self.has_reference = False
+        self.state.lane.counters[ls.REFERENCE] = 0
+
+    def rewind(self, step: int) -> None:
+        """Go back to `step` after an exception: what came since counts as never begun."""
+        self.step, self.knows_counts = step, False
+        self.forget_reference()
+        self.state.lane.counters[ls.STEP] = step
 
     def abort_step(self) -> None:
         """Undo a step that an exception cut short: it counts as never begun."""
-        self.step -= 1
-        self._counters[ls.CACHED_STEPS] -= self.cached
-        for trace in (self.reasons, self.skipped, self.block_diffs):
-            trace.pop()
-        self.forget_reference()
+        self.rewind(self.step - 1)
+        if self.cached:
+            self.state.lane.counters[ls.CACHED_STEPS] -= 1
 
     def trace(self) -> tuple[list[int], list[float]]:
-        """Return the reasons, and per step the smallest change of a block that may be left out
+        """Read back the reasons, and per step the smallest change of a block that may be left out
         (-1: not measured)."""
-        diffs = []
-        for step in self.block_diffs:
-            pairs = zip(step, self.cache.prunable, strict=False)
-            known = [diff for diff, prunable in pairs if prunable and not math.isnan(diff)]
-            diffs.append(min(known) if known else (math.nan if step else -1.0))
-        return [int(reason) for reason in self.reasons], diffs
+        lane = self.state.lane
+        steps = int(lane.counters[ls.STEP])
+        return lane.trace_reason[:steps].tolist(), lane.trace_diff[:steps].tolist()
+
+    def pruned(self) -> list[list[bool]]:
+        """Read back which blocks were left out on each step."""
+        steps = int(self.state.lane.counters[ls.STEP])
+        return [[bool(flag) for flag in row] for row in self.state.trace[:steps].tolist()]
 
     def nbytes(self) -> int:
         """Bytes of the lane's buffers."""
         return self.cache.nbytes()
+
+
+class BlockDecision:
+    """Whether a block is left out on the next step, for recorded work; see `recording.Decision`.
+
+    Args:
+        lane: takes the decision.
+        index: which block of the run.
+        counts: this is the first block of the step: it counts the step and reads for all.
+    """
+
+    def __init__(self, lane: PrunedLane, index: int, counts: bool) -> None:
+        self.lane = lane
+        self.index = index
+        self.counts = counts
+        self.flag = lane.state.flags[index : index + 1]
+
+    def read(self) -> bool:
+        """Return how it was decided."""
+        if self.counts:
+            self.lane.settle(self.lane.known())
+        return self.lane.skipped[self.index]
+
+    def has_run(self, cached: bool) -> None:
+        """Blocks that run are stored, and the others were."""
+        self.lane.has_reference = True
+
+    def count(self) -> None:
+        """Count the step, once; the host does not learn how it was decided."""
+        if self.counts:
+            self.lane.count()
+            self.lane.has_reference = True

@@ -13,6 +13,7 @@ import torch
 import triton
 
 from dbcache.kernels._select import Impl, select
+from dbcache.kernels.lane_state import LaneState
 from dbcache.kernels.launches import BLOCK
 from dbcache.kernels.probe_diff import MAX_PARTIALS
 
@@ -22,6 +23,12 @@ RELAX = 1  # > 0: the threshold rises to this times the mean of the first change
 MAX_RELAXED = 2  # but not to this or more
 WORST_SAMPLE = 3  # 1: the sample that changed most counts, 0: the batch as a whole
 NUM_RULE = 4
+
+# entries of BlockSteps.store, int32
+EVERY = 0  # blocks are stored on steps 0, EVERY, 2 * EVERY, ..., and when nothing is stored yet
+DUE = 1  # on the latest step: 0 nothing is stored, 1 for the first time, 2 again
+STAMP = 2  # that step
+NUM_STORE = 3
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +102,67 @@ class BlockState:
         """Bytes of the tensors that have the size of a stream."""
         streams = (self.inputs, self.residuals, self.encoder_residuals)
         return sum(x.nbytes for x in streams if x is not None)
+
+
+@dataclass(slots=True, eq=False)
+class BlockSteps:
+    """The steps of a run of M blocks, all on one device. Make one with `allocate`."""
+
+    lane: LaneState
+    """what `decide` goes by; its ring, weights and accumulated change are not used"""
+    prunable: torch.Tensor
+    """int32 (M,): 1 for a block that may be left out"""
+    flags: torch.Tensor
+    """int32 (M,): 1 for a block that is left out on the latest step"""
+    store: torch.Tensor
+    """int32 (NUM_STORE,): what `store_block` does on the latest step"""
+    trace: torch.Tensor
+    """int32 (capacity, M): `flags` of each step"""
+
+    @classmethod
+    def allocate(
+        cls, capacity: int, prunable: Sequence[bool], device: torch.device | str
+    ) -> "BlockSteps":
+        """Return the state of a new request of at most `capacity` steps, see `LaneState`."""
+        count = len(prunable)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        store = zeros(NUM_STORE)
+        store[EVERY] = 1
+        return cls(
+            lane=LaneState.allocate(capacity, device),
+            prunable=torch.tensor(prunable, dtype=torch.int32, device=device),
+            flags=zeros(count),
+            store=store,
+            trace=zeros(capacity, count),
+        )
+
+    def _own(self) -> tuple[torch.Tensor, ...]:
+        return self.prunable, self.flags, self.store, self.trace
+
+    def addresses(self) -> tuple[int, ...]:
+        """Return where the tensors lie: recorded work holds while this stays the same."""
+        return (*self.lane.addresses(), *(x.data_ptr() for x in self._own()))
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` steps, as `LaneState.grow`."""
+        extra = capacity - self.lane.capacity
+        if extra > 0:
+            self.lane.grow(capacity)
+            self.trace = torch.nn.functional.pad(self.trace, (0, 0, 0, extra))
+
+    def clone(self, device: torch.device | str | None = None) -> "BlockSteps":
+        """Return a copy with tensors of its own, on `device` if one is given."""
+        own = (x.to(device or x.device, copy=True) for x in self._own())
+        return BlockSteps(self.lane.clone(device), *own)
+
+    def copy_(self, other: "BlockSteps") -> None:
+        """Copy the contents of a state of the same capacity."""
+        self.lane.copy_(other.lane)
+        for mine, its in zip(self._own(), other._own(), strict=True):
+            mine.copy_(its)
 
 
 def partition_of(numel: int) -> tuple[int, int]:

@@ -364,7 +364,7 @@ def _advance(
     cached_steps = tl.load(counters_ptr + _CACHED_STEPS)
     consecutive = tl.load(counters_ptr + _CONSECUTIVE)
     accumulated = tl.load(values_ptr + _ACCUMULATED)
-    reason = _choose(
+    reason = choose_once(
         limits_ptr, thresholds_ptr, code, reference, ready, cached_steps, consecutive, accumulated,
         diff, MEASURED,
     )  # fmt: skip
@@ -409,7 +409,7 @@ def _advance(
 
 
 @triton.jit
-def _choose(
+def choose_once(
     limits_ptr,
     thresholds_ptr,
     code,

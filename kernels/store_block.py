@@ -4,6 +4,9 @@
     X := h_in,   R := h_out - h_in,   the same residual of the encoder states
     stamps[i] := step
 
+all of it only on a step on which it is due, as `decide_step` found: neither that nor the step has
+to be known to the host.
+
 One launch for hidden and encoder states, in place, so that the kernel is bound by memory bandwidth:
 it reads four tensors and writes two. The growth, the quotient of the two sums, is how much more
 (or less) the block's output changed than its input; see `decide_blocks`.
@@ -13,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dbcache.kernels import block_state as bs
 from dbcache.kernels._select import DTYPES, Impl, invalid, is_traced, select, without_gradient
 from dbcache.kernels.block_state import BlockState, partition_of
 from dbcache.kernels.launches import BLOCK
@@ -25,14 +29,13 @@ WARPS = 8
 
 def store_block(
     state: BlockState,
+    store: torch.Tensor,
     index: int,
-    step: int,
     h_in: torch.Tensor,
     h_out: torch.Tensor,
     encoder_in: torch.Tensor | None = None,
     encoder_out: torch.Tensor | None = None,
     *,
-    first: bool,
     impl: Impl = "auto",
 ) -> None:
     """Store the input, the residuals and the growth of block `index`.
@@ -41,26 +44,27 @@ def store_block(
 
     Args:
         state: state of the run, of the dtype and shapes of the streams.
+        store: int32 (NUM_STORE,), on the device of the state: ``store[DUE]`` is 0 where nothing is
+            to be stored, 1 where nothing was stored of the block yet, so that there is no growth
+            (both sums are 0), else 2; ``store[STAMP]`` is the step, written to ``stamps[index]``.
         index: which block of the run, 0 to M - 1.
-        step: step of the request, written to ``stamps[index]``.
         h_in: what the block was called with, float32, float16 or bfloat16. Any strides; copied
             first where not contiguous.
         h_out: what it returned, same shape and dtype.
         encoder_in: second stream, of any size of its own; None where the block returned none.
         encoder_out: as `h_out`.
-        first: nothing was stored of the block yet, so that there is no growth: both sums are 0.
         impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
             Triton for tensors on a GPU. An implementation asked for by name never falls back.
 
-    Does not synchronise.
+    Triton does not synchronise; the reference reads `store` on the host.
 
     Raises:
         ValueError: index, shapes, dtypes or devices do not fit.
     """
-    _check(state, index, h_in, h_out, encoder_in, encoder_out)
+    _check(state, store, index, h_in, h_out, encoder_in, encoder_out)
     added = None if encoder_in is None else state.encoder_residuals
     stored = (state.inputs, state.residuals, added, state.stamps, state.growth_sums)
-    args = (*stored, index, step, h_in, h_out, encoder_in, encoder_out, first)
+    args = (*stored, store, index, h_in, h_out, encoder_in, encoder_out)
     if is_traced(h_in):
         with torch.no_grad():
             _store_block_op(*args, impl)
@@ -75,18 +79,20 @@ def store_block_reference(
     encoder_residuals: torch.Tensor | None,
     stamps: torch.Tensor,
     growth_sums: torch.Tensor,
+    store: torch.Tensor,
     index: int,
-    step: int,
     h_in: torch.Tensor,
     h_out: torch.Tensor,
     encoder_in: torch.Tensor | None,
     encoder_out: torch.Tensor | None,
-    first: bool,
 ) -> None:
     """Plain PyTorch, the meaning of `store_block`."""
+    _, due, step = store.tolist()
+    if not due:
+        return
     x, added, sums = inputs[index], residuals[index], growth_sums[index]
     sums.zero_()
-    if not first:
+    if due > 1:
         expected = x.float() + added.float()
         sums[0, 0] = (h_out.float() - expected).abs_().sum()
         sums[0, 1] = (h_in.float() - x.float()).abs_().sum()
@@ -99,6 +105,7 @@ def store_block_reference(
 
 def _check(
     state: BlockState,
+    store: torch.Tensor,
     index: int,
     h_in: torch.Tensor,
     h_out: torch.Tensor,
@@ -108,6 +115,11 @@ def _check(
     who, blocks = "store_block", state.inputs.shape[0]
     if not 0 <= index < blocks:
         raise invalid(who, f"index must be from 0 to {blocks - 1}", index)
+    if store.dtype != torch.int32 or store.shape != (bs.NUM_STORE,):
+        must = f"store must be int32 ({bs.NUM_STORE},)"
+        raise invalid(who, must, store.dtype, tuple(store.shape))
+    if store.device != state.stamps.device:
+        raise invalid(who, f"store must be on {state.stamps.device}", store.device)
     if (encoder_in is None) != (encoder_out is None):
         raise ValueError(f"{who}: encoder_in and encoder_out must come together, got one of them")
     streams = [("h", h_in, h_out, state.inputs)]
@@ -134,20 +146,17 @@ def _run(
     encoder_residuals: torch.Tensor | None,
     stamps: torch.Tensor,
     growth_sums: torch.Tensor,
+    store: torch.Tensor,
     index: int,
-    step: int,
     h_in: torch.Tensor,
     h_out: torch.Tensor,
     encoder_in: torch.Tensor | None,
     encoder_out: torch.Tensor | None,
-    first: bool,
     impl: str,
 ) -> None:
     if select(impl, h_in) == "reference":
         stored = (inputs, residuals, encoder_residuals, stamps, growth_sums)
-        store_block_reference(
-            *stored, index, step, h_in, h_out, encoder_in, encoder_out, first
-        )  # fmt: skip
+        store_block_reference(*stored, store, index, h_in, h_out, encoder_in, encoder_out)
         return
     h_in, h_out = h_in.contiguous(), h_out.contiguous()
     encoder_size, added = 0, None
@@ -161,9 +170,9 @@ def _run(
     with torch.cuda.device_of(h_in):
         _store_block_kernel[(programs + triton.cdiv(encoder_size, BLOCK),)](
             h_in, h_out, inputs[index], residuals[index], growth_sums[index], stamps,
-            index, step, h_in.numel(), per_program, programs,
+            store, index, h_in.numel(), per_program, programs,
             encoder_in, encoder_out, added, encoder_size,
-            FIRST=first, LOG_BLOCK=log2(BLOCK), num_warps=WARPS, enable_fp_fusion=False,
+            LOG_BLOCK=log2(BLOCK), num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -181,16 +190,18 @@ def _(
     encoder_residuals: torch.Tensor | None,
     stamps: torch.Tensor,
     growth_sums: torch.Tensor,
+    store: torch.Tensor,
     index: int,
-    step: int,
     h_in: torch.Tensor,
     h_out: torch.Tensor,
     encoder_in: torch.Tensor | None,
     encoder_out: torch.Tensor | None,
-    first: bool,
     impl: str,
 ) -> None:
     return None
+
+
+_DUE, _STAMP = tl.constexpr(bs.DUE), tl.constexpr(bs.STAMP)
 
 
 @triton.jit
@@ -201,8 +212,8 @@ def _store_block_kernel(
     added_ptr,
     sums_ptr,
     stamps_ptr,
+    store_ptr,
     index,
-    step,
     size,
     per_program,
     programs,
@@ -210,11 +221,13 @@ def _store_block_kernel(
     encoder_out_ptr,
     encoder_added_ptr,
     encoder_size,
-    FIRST: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
 ):
     """The first `programs` programs take the hidden states, the others the encoder states."""
     program = tl.program_id(0)
+    due = tl.load(store_ptr + _DUE)
+    if due == 0:
+        return
     if encoder_in_ptr is None or program < programs:
         num = tl.zeros((1 << LOG_BLOCK,), tl.float32)
         den = num
@@ -223,18 +236,18 @@ def _store_block_kernel(
             mask = offsets < size
             h_in = tl.load(h_in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             h_out = tl.load(h_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            if not FIRST:
-                x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-                added = tl.load(added_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-                num += tl.abs(h_out - (x + added))
-                den += tl.abs(h_in - x)
+            known = mask & (offsets < tl.where(due > 1, size, 0))
+            x = tl.load(x_ptr + offsets, mask=known, other=0.0).to(tl.float32)
+            added = tl.load(added_ptr + offsets, mask=known, other=0.0).to(tl.float32)
+            num += tl.where(known, tl.abs(h_out - (x + added)), 0.0)
+            den += tl.where(known, tl.abs(h_in - x), 0.0)
             tl.store(x_ptr + offsets, h_in.to(x_ptr.dtype.element_ty), mask=mask)
             residual = (h_out - h_in).to(added_ptr.dtype.element_ty)
             tl.store(added_ptr + offsets, residual, mask=mask)
         tl.store(sums_ptr + program * 2, tree_sum_lanes(num, LOG_BLOCK))
         tl.store(sums_ptr + program * 2 + 1, tree_sum_lanes(den, LOG_BLOCK))
         if program == 0:
-            tl.store(stamps_ptr + index, step)
+            tl.store(stamps_ptr + index, tl.load(store_ptr + _STAMP))
     else:
         block = program - programs
         offsets = lanes_of(block, 1, 0, LOG_BLOCK)

@@ -36,7 +36,8 @@ TOLERANCE = 1e-2
 kernels that add in no fixed order; by dtype, and for the others."""
 
 CAPACITY = 1024
-"""Steps that a lane gets room for before it is recorded: to grow later means to record anew."""
+"""Steps that a lane gets room for before it is recorded, at least half of them ahead: to grow later
+means to record anew."""
 
 
 class Recordable(Protocol):
@@ -168,7 +169,7 @@ class GraphExecutor:
         self.retired = 0
         self.replays = 0
         self._modes = list(MODES) if options.mode == "auto" else [options.mode]
-        self._seen: set[Any] = set()
+        self._seen: dict[Any, Any] = {}
         self._recorder: Any = None
         self._fingerprint: int | None = None
 
@@ -219,7 +220,10 @@ class GraphExecutor:
             recording = None
         if recording is None:
             if not self._is_due(key, tensors):
-                return self.transformer.run(args, kwargs)
+                output = self.transformer.run(args, kwargs)
+                if key in self._seen:
+                    self._seen[key] = self._layouts()
+                return output
             recording = self._record(leaves, structure)
             if recording is None:
                 return self.transformer.run(args, kwargs)
@@ -243,15 +247,18 @@ class GraphExecutor:
         return (self.transformer.step_branch, structure, kinds, modes)
 
     def _is_due(self, key: Any, tensors: list[torch.Tensor]) -> bool:
-        """Whether to record now: the call is recordable, and it is not the first of its kind."""
+        """Whether to record now: the call is recordable, and it is not the first of its kind.
+
+        Nor is it the first one after calls of other shapes within a request: the lanes then start
+        anew, which is not to be recorded.
+        """
         reason = self._reason_against(key, tensors)
         if reason is not None:
             self._give_up(reason)
             return False
-        if key in self._seen:
-            return True
-        self._seen.add(key)
-        return False
+        is_due = key in self._seen and self._seen[key] == self._layouts()
+        self._seen[key] = None
+        return is_due
 
     def _reason_against(self, key: Any, tensors: list[torch.Tensor]) -> str | None:
         if not self._modes:
@@ -276,6 +283,9 @@ class GraphExecutor:
 
     def _lanes(self) -> list[Lane]:
         return self.transformer.lanes()
+
+    def _layouts(self) -> list[Any]:
+        return [lane.layout for lane in self._lanes()]
 
     def _give_up(self, reason: str) -> None:
         """Run this call eagerly and say why, the first time; unless a mode was asked for by name.
@@ -335,7 +345,8 @@ class GraphExecutor:
         start = perf_counter()
         recorder, lanes = self._recorder, self._lanes()
         for lane in lanes:
-            lane.reserve(lane.step + CAPACITY)
+            # the same for all kinds that are recorded early on: growing voids what was recorded
+            lane.reserve(CAPACITY * (1 + 2 * lane.step // CAPACITY))
         with outside_inference_mode:
             static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         args, kwargs = tree_unflatten(static, structure)

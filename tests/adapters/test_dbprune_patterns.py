@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from fake_driver import FakeDriver
 from prune_oracle import PruneOracle, PruneRule
 from prune_runs import ENCODER, HIDDEN, STEPS, assert_same, counted, options
+from tape import use_driver
 
 import dbcache
 from dbcache import BlockAdapter, DBPruneConfig, ForwardPattern
@@ -75,9 +77,9 @@ PATTERNS = [ForwardPattern[f"Pattern_{i}"] for i in range(6)]
 patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.name)
 
 
-def enable(model, rule, **changes):
+def enable(model, rule, **how):
     adapter = BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=model.pattern)
-    return dbcache.enable(adapter, DBPruneConfig(**options(rule) | changes))
+    return dbcache.enable(adapter, DBPruneConfig(**options(rule)), **how)
 
 
 def run_pattern(pattern, rule, steps=STEPS, prepare=lambda model: None):
@@ -152,6 +154,35 @@ def test_what_the_loop_begins_to_add_between_blocks_is_kept(pattern):
     for _ in range(3):
         moved = model(*inputs(0))[0] - expected
         torch.testing.assert_close(moved, torch.full_like(moved, 2.1), rtol=0, atol=1e-4)
+
+
+@patterns
+@pytest.mark.parametrize("in_place", [False, True], ids=["", "in place"])
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_every_pattern_is_recorded_bit_for_bit(pattern, in_place, mode, monkeypatch):
+    """With blocks that write into their inputs, and controls that the loop adds between them."""
+    use_driver(monkeypatch, FakeDriver())
+    rule = PruneRule(residual_diff_threshold=0.1, non_prune_block_ids=(4,), max_warmup_steps=2)
+    runs = []
+    for cuda_graph in (False, mode):
+        model = Model(pattern)
+        model.parameter = torch.nn.Parameter(torch.zeros(1))  # shows where the model lies
+        model.controls = 0.01 * torch.arange(7)
+        for block in model.blocks:
+            block.in_place = in_place
+        enable(model, rule, cuda_graph=cuda_graph)
+        (stack,) = model._dbcache.stacks
+        stack.prepare_recording()
+        outputs = []
+        with torch.no_grad():
+            for step in range(14):
+                outputs += [output.clone() for output in model(*inputs(step))]
+        (lane,) = dbcache.summary(model).lanes
+        runs.append((outputs, lane.reasons, lane.pruned, lane.diffs))
+    assert model._dbcache.graphs.replays == 13
+    assert any(runs[0][2])
+    assert runs[0][1:] == runs[1][1:]
+    assert all(map(torch.equal, runs[0][0], runs[1][0]))
 
 
 def test_runs_of_blocks_are_left_out_in_one_go(monkeypatch):

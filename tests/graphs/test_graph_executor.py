@@ -9,7 +9,7 @@ from tape import TapeRecorder, use_driver
 from tiny import FAMILIES, denoise, noise
 
 import dbcache
-from dbcache import BlockAdapter, ForwardPattern, GraphOptions
+from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern, GraphOptions
 from dbcache.adapters.cached_transformer import handle_of
 from dbcache.executors.fingerprint import reason_against
 from dbcache.kernels.lane_state import Reason
@@ -259,6 +259,21 @@ def test_new_shapes_are_new_recordings_and_old_ones_still_serve(model, driver):
         assert same(got, denoise(fresh, FLUX, 6, batch=batch))
     assert len(graphs(model).recordings) == 2
     assert graphs(model).replays == 5 + 5 + 6 + 6 + 6
+
+
+@pytest.mark.parametrize("config", [DBCacheConfig(), DBPruneConfig()], ids=["steps", "blocks"])
+def test_shapes_that_take_turns_within_a_request_are_recorded_once_they_last(model, driver, config):
+    x, reasons = noise(*FLUX.latent_shape, seed=1), []
+    for mode in (False, "device"):
+        dbcache.enable(model, config, **OPTIONS | {"max_warmup_steps": 1}, cuda_graph=mode)
+        with torch.no_grad():
+            for batch in (1, 2, 1, 2, 1, 1, 1, 2, 2, 2, 1):
+                model(**FLUX.arguments(x.repeat(batch, 1, 1), 0.5, "cond"))
+        reasons.append(dbcache.summary(model).lanes[0].reasons)
+    assert reasons[0] == reasons[1]
+    assert reasons[0].count("shape changed") == 6
+    assert len(graphs(model).recordings) == 2
+    assert graphs(model).replays == 5
 
 
 def test_other_arguments_are_part_of_the_kind(model, driver):

@@ -21,6 +21,16 @@ OPTIONS = {
     "num_inference_steps": STEPS,
 }
 
+PRUNED = {
+    "cache_type": "DBPrune",
+    "Fn_compute_blocks": 1,
+    "max_warmup_steps": 4,
+    "residual_diff_threshold": 0.12,
+    "max_continuous_cached_steps": 4,
+    "non_prune_block_ids": [4],
+    "num_inference_steps": STEPS,
+}
+
 
 def build():
     torch.manual_seed(0)
@@ -75,26 +85,31 @@ def trace(model):
 
 
 @pytest.mark.parametrize("mode", ["host", "device"])
-def test_fifty_steps_are_the_same_bit_for_bit(mode):
+@pytest.mark.parametrize("options", [OPTIONS, PRUNED], ids=["steps", "blocks"])
+def test_fifty_steps_are_the_same_bit_for_bit(options, mode):
     if mode not in modes():
         pytest.skip(find_driver()[1])
     model = build()
-    dbcache.enable(model, **OPTIONS)
+    dbcache.enable(model, **options)
+    handle_of(model).stacks[0].prepare_recording()  # blocks that are left out are so one by one
     expected, decisions = loop(model), trace(model)
+    pruned = dbcache.summary(model).lanes[0].pruned
     assert 5 < sum(reason >= 10 for reason in decisions[0]) < STEPS - 4
-    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
+    dbcache.enable(model, **options, cuda_graph=mode)
     for _ in range(2):
         got = loop(model)
         assert trace(model) == decisions
+        assert dbcache.summary(model).lanes[0].pruned == pruned
         assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
     assert handle_of(model).graphs.replays == 2 * STEPS - 1
 
 
-def test_device_mode_never_waits():
+@pytest.mark.parametrize("options", [OPTIONS, PRUNED], ids=["steps", "blocks"])
+def test_device_mode_never_waits(options):
     if "device" not in modes():
         pytest.skip(find_driver()[1])
     model = build()
-    dbcache.enable(model, **OPTIONS, cuda_graph=GraphOptions(mode="device"))
+    dbcache.enable(model, **options, cuda_graph=GraphOptions(mode="device"))
     loop(model, 6)
     dbcache.refresh_context(model)
     x = start()

@@ -8,6 +8,7 @@ from tiny import FAMILIES, noise
 
 import dbcache
 from dbcache.adapters import cached_transformer
+from dbcache.adapters.cached_transformer import handle_of
 from dbcache.executors import cuda_capture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,6 +111,80 @@ def test_one_captured_step_serves_all_steps(capture):
         graph.replay()
     assert torch.equal(x, expected)
     assert dbcache.summary(model).lanes[0].reasons == reasons
+
+
+PRUNED = dbcache.DBPruneConfig(
+    Fn_compute_blocks=1,
+    max_warmup_steps=4,
+    steps_computation_mask=[1] * 6 + [0] * (STEPS - 6),
+    residual_diff_threshold=0.1,
+    max_continuous_cached_steps=3,
+    residual_cache_update_interval=2,
+    non_prune_block_ids=[3],
+    num_inference_steps=STEPS,
+)
+
+
+def blocks_left_out(model):
+    (lane,) = dbcache.summary(model).lanes
+    return lane.reasons, lane.pruned
+
+
+@pytest.mark.parametrize("version", [12060, 13000])
+def test_a_loop_that_leaves_out_blocks_is_one_graph(capture, version):
+    model, fake, expected = FLUX.build(), FakeDriver(version), []
+    dbcache.enable(model, PRUNED)
+    (stack,) = handle_of(model).stacks
+    stack.prepare_recording()  # each block that is left out adds its own residual
+    for seed in (1, 2):
+        x = start(seed)
+        loop(model, x)
+        expected.append((x, *blocks_left_out(model)))
+
+    x = start(3)
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    graph = capture(fake, whole)
+    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
+    nodes_per_block = 1 if version >= 12080 else 2
+    prunable = sum(stack.run.prunable)
+    assert prunable == 8
+    assert len(conditional) == nodes_per_block * prunable * (STEPS - 6)
+    for seed, (latents, *decisions) in zip((1, 2), expected, strict=True):
+        x.copy_(start(seed))
+        graph.replay()
+        assert torch.equal(x, latents)
+        assert list(blocks_left_out(model)) == decisions
+        assert any(decisions[1])
+
+
+def test_one_captured_step_that_leaves_out_blocks_serves_all_steps(capture):
+    model, fake = FLUX.build(), FakeDriver()
+    dbcache.enable(model, PRUNED)
+    handle_of(model).stacks[0].prepare_recording()
+    expected = start(1)
+    loop(model, expected)
+    decisions = blocks_left_out(model)
+
+    x, t = start(1), torch.ones(1)
+    arguments = FLUX.arguments(x, 1.0, "cond") | {"timestep": t}
+    dbcache.refresh_context(model)
+
+    def one():
+        x.sub_(model(**arguments)[0] / STEPS)
+
+    with torch.no_grad():
+        graph = capture(fake, one)
+    dbcache.refresh_context(model)
+    x.copy_(start(1))
+    for step in range(STEPS):
+        t.fill_(1.0 - step / STEPS)
+        graph.replay()
+    assert torch.equal(x, expected)
+    assert blocks_left_out(model) == decisions
 
 
 def test_without_conditional_nodes_the_error_says_what_to_do(capture, monkeypatch):

@@ -22,6 +22,7 @@ from dbcache.kernels import (
     commit,
     decide,
     decide_blocks,
+    decide_step,
     e4m3,
     fit_recurrence,
     predict,
@@ -248,17 +249,16 @@ def block_variants():
                 options,
             )
             extra = {f"encoder_{name}_ptr": x for name in ("in", "out", "added")}
-            for first in (False, True):
-                yield (
-                    f"block_store-{dtype}{'-encoder' * encoder}{'-first' * first}",
-                    store_block._store_block_kernel,
-                    {f"{name}_ptr": x for name in ("h_in", "h_out", "x", "added")}
-                    | {"sums_ptr": "*fp32", "stamps_ptr": "*i32", "index": "i32", "step": "i32"}
-                    | {"size": size, "per_program": "i32", "programs": "i32"}
-                    | {"encoder_size": "i32"} | (extra if encoder else {}),
-                    {"FIRST": first} | log_block,
-                    options | {"num_warps": store_block.WARPS},
-                )  # fmt: skip
+            yield (
+                f"block_store-{dtype}{'-encoder' * encoder}",
+                store_block._store_block_kernel,
+                {f"{name}_ptr": x for name in ("h_in", "h_out", "x", "added")}
+                | {"sums_ptr": "*fp32", "stamps_ptr": "*i32", "store_ptr": "*i32", "index": "i32"}
+                | {"size": size, "per_program": "i32", "programs": "i32"}
+                | {"encoder_size": "i32"} | (extra if encoder else {}),
+                log_block,
+                options | {"num_warps": store_block.WARPS},
+            )  # fmt: skip
     pointers = ("partials", "growth", "rule", "changes", "decisions")
     for lanes, parts in ((0, 0), (10, 10)):
         yield (
@@ -270,6 +270,16 @@ def block_variants():
             {"LOG_LANES": lanes, "LOG_PARTS": parts},
             {"num_warps": 4 if lanes else 1, "enable_fp_fusion": False},
         )
+    own = ("trace", "prunable", "flags", "store")
+    for measured in (False, True):
+        yield (
+            f"decide_step-{'measured' if measured else 'none'}-bf16",
+            decide_step._decide_step_kernel,
+            STATE | {f"{name}_ptr": "*i32" for name in own} | {"blocks": "i32"}
+            | ({"decisions_ptr": "*fp32"} if measured else {}),
+            {},
+            {"num_warps": 1, "enable_fp_fusion": False},
+        )  # fmt: skip
 
 
 def spilled(target: GPUTarget, asm: str) -> int:

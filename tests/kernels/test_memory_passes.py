@@ -253,17 +253,18 @@ def test_changes_of_all_blocks_take_one_pass_over_their_inputs(blocks, traffic, 
         assert_blocks_move(traffic, tensor, "stores", ())
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_block_that_runs_is_stored_in_one_pass(blocks, traffic, first):
+@pytest.mark.parametrize("due", [0, 1, 2], ids=["not due", "the first time", "again"])
+def test_a_block_that_runs_is_stored_in_one_pass(blocks, traffic, due):
     state, streams = blocks
-    store_block(state, 2, 5, *streams, first=first, impl="triton")
+    store = torch.tensor([1, due, 5], dtype=torch.int32)
+    store_block(state, store, 2, *streams, impl="triton")
     for tensor in streams:
-        assert_blocks_move(traffic, tensor, "loads", range(len(tensor)))
+        assert_blocks_move(traffic, tensor, "loads", range(len(tensor)) if due else ())
     for tensor, is_read in (
-        (state.inputs, not first), (state.residuals, not first), (state.encoder_residuals, False)
+        (state.inputs, due > 1), (state.residuals, due > 1), (state.encoder_residuals, False)
     ):  # fmt: skip
         assert_blocks_move(traffic, tensor, "loads", (2,) if is_read else ())
-        assert_blocks_move(traffic, tensor, "stores", (2,))
+        assert_blocks_move(traffic, tensor, "stores", (2,) if due else ())
 
 
 def test_a_run_of_blocks_is_left_out_in_one_pass(blocks, traffic):

@@ -57,7 +57,7 @@ def test_each_tensor_is_moved_in_vectors_of_16_bytes(compiled, target):
         elif name.startswith("block_add"):
             loads, stores = 2 * streams, 1  # the streams share the code that stores
         elif name.startswith("block_store"):
-            loads, stores = (2 if "first" in name else 4) + 2 * (streams - 1), 1 + streams
+            loads, stores = 4 + 2 * (streams - 1), 1 + streams
         elif "predict" in name:
             slots = int(re.search(r"-k(\d)", name).group(1))
             loads, stores = streams * (slots + (not replace)), streams

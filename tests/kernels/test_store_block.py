@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dbcache.kernels import block_state as bs
 from dbcache.kernels import store_block as module
 from dbcache.kernels.block_state import BlockState
 from dbcache.kernels.store_block import store_block
@@ -18,6 +19,13 @@ def poison(h, encoder, blocks, impl):
     return state
 
 
+def due_of(h, step, due):
+    """Return what the step's decision leaves: `due` is 0 for not, 1 for the first time, else 2."""
+    store = torch.full((bs.NUM_STORE,), 9, dtype=torch.int32, device=h.device)
+    store[bs.DUE], store[bs.STAMP] = due, step
+    return store
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -27,9 +35,10 @@ def test_stores_exact_differences_of_one_block_and_its_growth(integers, shape, d
     older = [integers(*shape, dtype=dtype) for _ in range(2)]
     newer = [integers(*shape, dtype=dtype) for _ in range(2)]
     added = [integers(3, 5, dtype=dtype) for _ in range(2)]
-    store_block(state, 1, 4, *older, encoder, added[0], first=True, impl=impl)
+    store_block(state, due_of(h, 4, 1), 1, *older, encoder, added[0], impl=impl)
     assert state.growth_sums[1].sum(0).tolist() == [0.0, 0.0]
-    store_block(state, 1, 6, *newer, encoder, added[1], first=False, impl=impl)
+    store_block(state, due_of(h, 6, 2), 1, *newer, encoder, added[1], impl=impl)
+    store_block(state, due_of(h, 7, 0), 1, *older, encoder, added[0], impl=impl)  # not due
     assert torch.equal(state.inputs[1], newer[0])
     assert torch.equal(state.residuals[1], newer[1] - newer[0])
     assert torch.equal(state.encoder_residuals[1], added[1] - encoder)
@@ -49,8 +58,8 @@ def test_growth_is_close_to_float64(random, impl):
     shape = (2, 40, 65)
     state = poison(random(*shape), None, 1, impl)
     old, new = ([random(*shape) for _ in range(2)] for _ in range(2))
-    store_block(state, 0, 0, *old, first=True, impl=impl)
-    store_block(state, 0, 1, *new, first=False, impl=impl)
+    store_block(state, due_of(new[0], 0, 1), 0, *old, impl=impl)
+    store_block(state, due_of(new[0], 1, 2), 0, *new, impl=impl)
     moved = [(b.double() - a.double()).abs().sum().item() for a, b in zip(old, new, strict=True)]
     sums = state.growth_sums[0].sum(0).tolist()
     assert sums == pytest.approx(moved[::-1], rel=1e-5)
@@ -60,7 +69,7 @@ def test_growth_is_close_to_float64(random, impl):
 def test_strides_are_honoured_and_a_missing_encoder_is_left_alone(random, impl):
     h_in, h_out = random(2, 5, 9).transpose(1, 2), random(2, 9, 5)
     state = poison(h_in.contiguous(), random(2, 3), 2, impl)
-    store_block(state, 0, 3, h_in, h_out, first=True, impl=impl)
+    store_block(state, due_of(h_in, 3, 1), 0, h_in, h_out, impl=impl)
     assert torch.equal(state.inputs[0], h_in)
     assert torch.equal(state.residuals[0], h_out - h_in)
     assert state.encoder_residuals.eq(0).all()
@@ -70,16 +79,19 @@ def test_rejects_what_does_not_fit(random):
     h, encoder = random(2, 7), random(2, 3)
     state = poison(h, encoder, 2, "reference")
     bare = poison(h, None, 2, "reference")
+    store = due_of(h, 0, 1)
     for owner, args, must in (
-        (state, (2, 0, h, h), "index must be from 0 to 1"),
-        (state, (0, 0, h, random(2, 8)), "h_in and h_out must have the shape"),
-        (state, (0, 0, h, h.half()), "must be torch.float32"),
-        (state, (0, 0, h, h, encoder, None), "must come together"),
-        (state, (0, 0, h, h, encoder, random(2, 4)), "encoder_in and encoder_out must have"),
-        (bare, (0, 0, h, h, encoder, encoder), "allocated with encoder states"),
+        (state, (store, 2, h, h), "index must be from 0 to 1"),
+        (state, (store, 0, h, random(2, 8)), "h_in and h_out must have the shape"),
+        (state, (store, 0, h, h.half()), "must be torch.float32"),
+        (state, (store, 0, h, h, encoder, None), "must come together"),
+        (state, (store, 0, h, h, encoder, random(2, 4)), "encoder_in and encoder_out must have"),
+        (bare, (store, 0, h, h, encoder, encoder), "allocated with encoder states"),
+        (state, (store.float(), 0, h, h), "store must be int32"),
+        (state, (store[:2], 0, h, h), "store must be int32"),
     ):
         with pytest.raises(ValueError, match=must):
-            store_block(owner, *args, first=True)
+            store_block(owner, *args)
 
 
 def test_is_registered_with_a_fake(random):
@@ -87,5 +99,6 @@ def test_is_registered_with_a_fake(random):
     for impl in IMPLS:
         state = poison(h, encoder, 2, impl)
         stored = (state.inputs, state.residuals, state.encoder_residuals)
-        args = (*stored, state.stamps, state.growth_sums, 0, 3, h, h, encoder, encoder, True, impl)
+        due = (due_of(h, 3, 1), 0)
+        args = (*stored, state.stamps, state.growth_sums, *due, h, h, encoder, encoder, impl)
         torch.library.opcheck(torch.ops.dbcache.store_block.default, args)

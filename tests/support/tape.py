@@ -16,9 +16,23 @@ from torch.utils._pytree import tree_flatten
 from dbcache.executors import cuda_capture, graph
 from dbcache.executors.cuda_capture import UserCapture
 from dbcache.executors.cuda_driver import CudaDriver
-from dbcache.kernels import commit, decide, predict, probe_and_decide, probe_diff
+from dbcache.kernels import (
+    add_residuals,
+    block_changes,
+    commit,
+    decide,
+    decide_blocks,
+    decide_step,
+    predict,
+    probe_and_decide,
+    probe_diff,
+    store_block,
+)
 
-OPS = (commit, decide, predict, probe_and_decide, probe_diff)
+OPS = (
+    add_residuals, block_changes, commit, decide, decide_blocks, decide_step, predict,
+    probe_and_decide, probe_diff, store_block,
+)  # fmt: skip
 READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
 
 
