@@ -1,4 +1,4 @@
-"""All methods on the trained model at about 1.5x to 5x: speed against quality.
+"""All methods on the trained model at about 1.5x to 4x: speed against quality.
 
 python -m bench.run methods      # what bench/results/methods.json lacks, then docs/methods.md
 python -m bench.run methods --digits 1 --batches 1 --out /tmp/m.json     # a quick look
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 import dbcache
+from bench.policies import LEVELS as POLICIES
 from dbcache.demo import digits
 from dbcache.demo.quality import DigitClassifier, psnr, ssim
 
@@ -39,9 +40,7 @@ LEVELS: dict[str, dict[str, Any]] = {
     "1.5x": {"max_warmup_steps": 12, "max_continuous_cached_steps": 1},
     "2x": {"max_warmup_steps": 6, "max_continuous_cached_steps": 2},
     "3x": {"max_warmup_steps": 4, "max_continuous_cached_steps": 4},
-    "3.5x": {"max_warmup_steps": 4, "max_continuous_cached_steps": 5},
     "4x": {"max_warmup_steps": 4, "max_continuous_cached_steps": 8},
-    "5x": {"max_warmup_steps": 4, "max_continuous_cached_steps": 13},
 }
 """At 50 steps; with a threshold of 1 the limits alone decide."""
 COMMON: dict[str, Any] = {"Fn_compute_blocks": 1, "residual_diff_threshold": 1.0}
@@ -72,6 +71,12 @@ class Method:
         own = LEVELS[level] if self.levels is None else self.levels.get(level)
         return None if own is None else {**COMMON, **own, **self.cache}
 
+    def settings(self, level: str) -> str:
+        """Return what its records at `level` depend on; files by their names."""
+        options = self.options(level) or {}
+        named = {k: Path(v).name if k == "calibration" else v for k, v in options.items()}
+        return repr((sorted(named.items()), self.calibrator))
+
 
 def _taylor(order: int, **fields: Any) -> tuple[str, Options]:
     return "TaylorSeerCalibratorConfig", {"taylorseer_order": order, **fields}
@@ -97,16 +102,14 @@ METHODS = (
         cache={"max_warmup_steps": 4},
         levels=_thresholds(**{"1.5x": 0.08, "2x": 0.12, "3x": 0.25, "4x": 0.45}),
     ),
-    Method(
-        "EasyCache, FoCa",
-        ("FoCaCalibratorConfig", {}),
-        cache={"max_warmup_steps": 4, "policy": "easycache"},
-        levels=_thresholds(**{"1.5x": 0.015, "2x": 0.025, "3x": 0.05, "4x": 0.1}),
+    *(
+        Method(f"{name}, FoCa", ("FoCaCalibratorConfig", {}), levels=POLICIES[name.lower()])
+        for name in ("EasyCache", "TeaCache", "SeaCache", "MagCache")
     ),
     Method(
         "DBPrune",
         cache={"max_warmup_steps": 4, "cache_type": "DBPrune"},
-        levels=_thresholds(**{"1.5x": 0.05, "2x": 0.08}),
+        levels=_thresholds(**{"1.5x": 0.05, "2x": 0.08, "3x": 0.15}),
     ),
     Method("reuse", None, PEER),
     Method("TaylorSeer 1", _taylor(1), PEER),
@@ -159,7 +162,7 @@ class Bench:
             "level": level,
             "engine": method.engine,
             "method": method.name,
-            "settings": repr((sorted(options.items()), method.calibrator)),
+            "settings": method.settings(level),
             "seed": seed,
             "cached": run.cached,
             "seconds": run.seconds,
@@ -224,7 +227,7 @@ def missing(
     found = []
     for method in methods:
         options = method.options(level)
-        settings = repr((sorted((options or {}).items()), method.calibrator))
+        settings = method.settings(level)
         if options is not None and (level, method.engine, method.name, seed, settings) not in done:
             found.append(method)
     return found
@@ -236,7 +239,7 @@ def table(methods: tuple[Method, ...], records: list[dict[str, Any]]) -> list[di
     for level in LEVELS:
         of_level = []
         for method in methods:
-            settings = repr((sorted((method.options(level) or {}).items()), method.calibrator))
+            settings = method.settings(level)
             key = (level, method.engine, method.name, settings)
             cells = [
                 r for r in records if key == (r["level"], r["engine"], r["method"], r["settings"])
@@ -326,9 +329,9 @@ def measure_all(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.methods", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--digits", type=int, default=5, help="images per digit and batch")
+    parser.add_argument("--digits", type=int, default=1, help="images per digit and batch")
     parser.add_argument(
-        "--batches", type=int, default=2, help="batches, of seeds 0, 1, ...; 0: write the docs only"
+        "--batches", type=int, default=10, help="batches, of seeds 0, 1, ...; 0: write the docs only"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="records, read and written")
