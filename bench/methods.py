@@ -331,7 +331,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--digits", type=int, default=1, help="images per digit and batch")
     parser.add_argument(
-        "--batches", type=int, default=10, help="batches, of seeds 0, 1, ...; 0: write the docs only"
+        "--batches",
+        type=int,
+        default=10,
+        help="batches, of seeds 0, 1, ...; 0: docs only",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="records, read and written")
