@@ -155,21 +155,6 @@ _add_residuals_op = torch.library.custom_op(
 )
 
 
-@_add_residuals_op.register_fake
-def _(
-    out: torch.Tensor,
-    encoder_out: torch.Tensor | None,
-    h: torch.Tensor,
-    residuals: torch.Tensor,
-    first: int,
-    count: int,
-    encoder: torch.Tensor | None,
-    encoder_residuals: torch.Tensor | None,
-    impl: str,
-) -> None:
-    return None
-
-
 @triton.jit
 def _add_residuals_kernel(
     h_ptr,

@@ -304,25 +304,6 @@ def _commit_op(
         commit_reference(*args, replace=replace)
 
 
-@_commit_op.register_fake
-def _(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    h_out: torch.Tensor,
-    p_ref: torch.Tensor | None,
-    ring: torch.Tensor,
-    counters: torch.Tensor,
-    encoder_fn: torch.Tensor | None,
-    encoder_out: torch.Tensor | None,
-    encoder_ring: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    encoder_scales: torch.Tensor | None,
-    replace: bool,
-    impl: str,
-) -> None:
-    return None
-
-
 _SLOT = tl.constexpr(SLOT)
 
 

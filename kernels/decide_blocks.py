@@ -149,20 +149,6 @@ _decide_blocks_op = torch.library.custom_op(
 )
 
 
-@_decide_blocks_op.register_fake
-def _(
-    partials: torch.Tensor,
-    growth_sums: torch.Tensor,
-    prunable: torch.Tensor,
-    rule: torch.Tensor,
-    changes: torch.Tensor,
-    decisions: torch.Tensor,
-    ticket: torch.Tensor,
-    impl: str,
-) -> None:
-    return None
-
-
 _COUNTED = tl.constexpr(COUNTED)
 _THRESHOLD, _RELAX = tl.constexpr(bs.THRESHOLD), tl.constexpr(bs.RELAX)
 _MAX_RELAXED, _WORST_SAMPLE = tl.constexpr(bs.MAX_RELAXED), tl.constexpr(bs.WORST_SAMPLE)

@@ -151,13 +151,6 @@ def _fit_op(
         fit_recurrence_reference(ring, counters, fit, ridge)
 
 
-@_fit_op.register_fake
-def _(
-    ring: torch.Tensor, counters: torch.Tensor, fit: torch.Tensor, ridge: float, impl: str
-) -> None:
-    return None
-
-
 _HEAD, _SNAPSHOTS = tl.constexpr(ls.HEAD), tl.constexpr(ls.SNAPSHOTS)
 _RING_STEPS, _TICKET = tl.constexpr(ls.RING_STEPS), tl.constexpr(ls.TICKET)
 _NUM_SUMS, _SINGULAR = tl.constexpr(NUM_SUMS), tl.constexpr(SINGULAR)

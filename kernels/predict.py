@@ -304,24 +304,6 @@ _predict_op = torch.library.custom_op(
 )
 
 
-@_predict_op.register_fake
-def _(
-    out: torch.Tensor,
-    encoder_out: torch.Tensor | None,
-    h: torch.Tensor,
-    ring: torch.Tensor,
-    weights: torch.Tensor,
-    encoder: torch.Tensor | None,
-    encoder_ring: torch.Tensor | None,
-    encoder_weights: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    encoder_scales: torch.Tensor | None,
-    replace: bool,
-    impl: str,
-) -> None:
-    return None
-
-
 @triton.jit
 def _predict_kernel(
     h_ptr,

@@ -189,18 +189,6 @@ def _recurrence_op(
         recurrence_weights_reference(counters, values, limits, fit, encoder_fit)
 
 
-@_recurrence_op.register_fake
-def _(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    fit: torch.Tensor | None,
-    encoder_fit: torch.Tensor | None,
-    impl: str,
-) -> None:
-    return None
-
-
 _MAX_SLOTS = tl.constexpr(MAX_SLOTS)
 _DIGITS, _CLOSE = tl.constexpr(DIGITS), tl.constexpr(CLOSE)
 _LARGEST_SQUARE = tl.constexpr(LARGEST_ROOT**2)

@@ -160,17 +160,6 @@ def _spectrum_op(
         spectrum_weights_reference(counters, values, limits, parameters)
 
 
-@_spectrum_op.register_fake
-def _(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    parameters: torch.Tensor,
-    impl: str,
-) -> None:
-    return None
-
-
 _MAX_SLOTS, _SIZE = tl.constexpr(MAX_SLOTS), tl.constexpr(MAX_ORDER + 1)
 _WIDTH = tl.constexpr(8)  # _SIZE, rounded up to a power of 2
 _STEP, _HEAD, _SNAPSHOTS = tl.constexpr(ls.STEP), tl.constexpr(ls.HEAD), tl.constexpr(ls.SNAPSHOTS)

@@ -183,24 +183,6 @@ _store_block_op = torch.library.custom_op(
 )
 
 
-@_store_block_op.register_fake
-def _(
-    inputs: torch.Tensor,
-    residuals: torch.Tensor,
-    encoder_residuals: torch.Tensor | None,
-    stamps: torch.Tensor,
-    growth_sums: torch.Tensor,
-    store: torch.Tensor,
-    index: int,
-    h_in: torch.Tensor,
-    h_out: torch.Tensor,
-    encoder_in: torch.Tensor | None,
-    encoder_out: torch.Tensor | None,
-    impl: str,
-) -> None:
-    return None
-
-
 _DUE, _STAMP = tl.constexpr(bs.DUE), tl.constexpr(bs.STAMP)
 
 

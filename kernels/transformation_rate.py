@@ -91,13 +91,6 @@ def _transformation_rate_op(
         transformation_rate_reference(values, output_partials, input_partials)
 
 
-@_transformation_rate_op.register_fake
-def _(
-    values: torch.Tensor, output_partials: torch.Tensor, input_partials: torch.Tensor, impl: str
-) -> None:
-    return None
-
-
 _RATE = tl.constexpr(ls.RATE)
 
 
