@@ -139,12 +139,13 @@ class BlockSteps:
             trace=zeros(capacity, count),
         )
 
-    def _own(self) -> tuple[torch.Tensor, ...]:
-        return self.prunable, self.flags, self.store, self.trace
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return those of the lane, and the four in the order of the fields."""
+        return (*self.lane.tensors(), self.prunable, self.flags, self.store, self.trace)
 
     def addresses(self) -> tuple[int, ...]:
         """Return where the tensors lie: recorded work holds while this stays the same."""
-        return (*self.lane.addresses(), *(x.data_ptr() for x in self._own()))
+        return tuple(x.data_ptr() for x in self.tensors())
 
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` steps, as `LaneState.grow`."""
@@ -155,13 +156,13 @@ class BlockSteps:
 
     def clone(self, device: torch.device | str | None = None) -> "BlockSteps":
         """Return a copy with tensors of its own, on `device` if one is given."""
-        own = (x.to(device or x.device, copy=True) for x in self._own())
-        return BlockSteps(self.lane.clone(device), *own)
+        own = (self.prunable, self.flags, self.store, self.trace)
+        copies = (x.to(device or x.device, copy=True) for x in own)
+        return BlockSteps(self.lane.clone(device), *copies)
 
     def copy_(self, other: "BlockSteps") -> None:
         """Copy the contents of a state of the same capacity."""
-        self.lane.copy_(other.lane)
-        for mine, its in zip(self._own(), other._own(), strict=True):
+        for mine, its in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(its)
 
 

@@ -77,8 +77,7 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
             must = f"partials must be float32 on {counters.device}"
             raise invalid("decide", must, partials.dtype, partials.device)
     if is_traced(counters):
-        tensors = (counters, state.values, state.limits, state.thresholds, state.plan)
-        _decide_op(*tensors, state.trace_reason, state.trace_diff, partials, impl)
+        _decide_op(*state.tensors(), partials, impl)
     elif select(impl, counters) == "triton":
         _decide_triton(state, partials)
     else:
@@ -203,8 +202,7 @@ def _decide_triton(state: LaneState, partials: torch.Tensor | None) -> None:
     log_lanes = max(0, programs - 1).bit_length()
     with torch.cuda.device_of(state.counters):
         _decide_kernel[(1,)](
-            state.counters, state.values, state.limits, state.thresholds,
-            state.plan, state.trace_reason, state.trace_diff, state.capacity,
+            *state.tensors(), state.capacity,
             None if partials is None else partials.contiguous(), samples, programs,
             LOG_LANES=log_lanes, WIDTH=width,
             num_warps=1 if log_lanes < 8 else 4, enable_fp_fusion=False,
@@ -230,21 +228,6 @@ def _decide_op(
         _decide_triton(state, partials)
     else:
         decide_reference(state, partials)
-
-
-@_decide_op.register_fake
-def _(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    thresholds: torch.Tensor,
-    plan: torch.Tensor,
-    trace_reason: torch.Tensor,
-    trace_diff: torch.Tensor,
-    partials: torch.Tensor | None,
-    impl: str,
-) -> None:
-    return None
 
 
 # Triton functions can read globals that are constexpr, and no others

@@ -60,14 +60,12 @@ def decide_step(state: BlockSteps, decisions: torch.Tensor | None, *, impl: Impl
         if decisions.device != flags.device:
             must = f"decisions must be on {flags.device}"
             raise invalid("decide_step", must, decisions.device)
-    lane = state.lane
-    tensors = (lane.counters, lane.values, lane.limits, lane.thresholds, lane.plan)
-    traces = (lane.trace_reason, lane.trace_diff, state.trace)
-    args = (*tensors, *traces, state.prunable, flags, state.store, decisions)
     if is_traced(flags):
-        _decide_step_op(*args, impl)
+        _decide_step_op(*state.tensors(), decisions, impl)
+    elif select(impl, flags) == "triton":
+        _decide_step_triton(state, decisions)
     else:
-        _run(*args, impl)
+        decide_step_reference(state, decisions)
 
 
 def advance_blocks(
@@ -111,34 +109,6 @@ def _of_blocks(
     return flags, min(own, default=float("nan")), reason
 
 
-def _run(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    thresholds: torch.Tensor,
-    plan: torch.Tensor,
-    trace_reason: torch.Tensor,
-    trace_diff: torch.Tensor,
-    trace: torch.Tensor,
-    prunable: torch.Tensor,
-    flags: torch.Tensor,
-    store: torch.Tensor,
-    decisions: torch.Tensor | None,
-    impl: str,
-) -> None:
-    if select(impl, flags) == "triton":
-        with torch.cuda.device_of(flags):
-            _decide_step_kernel[(1,)](
-                counters, values, limits, thresholds, plan, trace_reason, trace_diff, trace,
-                prunable, flags, store, decisions, plan.shape[0], flags.shape[0],
-                num_warps=1, enable_fp_fusion=False,
-            )  # fmt: skip
-        return
-    lane = LaneState(counters, values, limits, thresholds, plan, trace_reason, trace_diff)
-    state = BlockSteps(lane, prunable, flags, store, trace)
-    decide_step_reference(state, decisions)
-
-
 def decide_step_reference(state: BlockSteps, decisions: torch.Tensor | None) -> None:
     """Plain Python, the meaning of `decide_step`."""
     lane = state.lane
@@ -166,17 +136,19 @@ def decide_step_reference(state: BlockSteps, decisions: torch.Tensor | None) -> 
     state.trace[step] = state.flags
 
 
-_decide_step_op = torch.library.custom_op(
+def _decide_step_triton(state: BlockSteps, decisions: torch.Tensor | None) -> None:
+    with torch.cuda.device_of(state.flags):
+        _decide_step_kernel[(1,)](
+            *state.tensors(), decisions, state.lane.capacity, state.flags.shape[0],
+            num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@torch.library.custom_op(
     "dbcache::decide_step",
-    _run,
-    mutates_args=(
-        "counters", "values", "trace_reason", "trace_diff", "trace", "flags", "store",
-    ),
-)  # fmt: skip
-
-
-@_decide_step_op.register_fake
-def _(
+    mutates_args=("counters", "values", "trace_reason", "trace_diff", "flags", "store", "trace"),
+)
+def _decide_step_op(
     counters: torch.Tensor,
     values: torch.Tensor,
     limits: torch.Tensor,
@@ -184,14 +156,19 @@ def _(
     plan: torch.Tensor,
     trace_reason: torch.Tensor,
     trace_diff: torch.Tensor,
-    trace: torch.Tensor,
     prunable: torch.Tensor,
     flags: torch.Tensor,
     store: torch.Tensor,
+    trace: torch.Tensor,
     decisions: torch.Tensor | None,
     impl: str,
 ) -> None:
-    return None
+    lane = LaneState(counters, values, limits, thresholds, plan, trace_reason, trace_diff)
+    state = BlockSteps(lane, prunable, flags, store, trace)
+    if select(impl, flags) == "triton":
+        _decide_step_triton(state, decisions)
+    else:
+        decide_step_reference(state, decisions)
 
 
 _STEP, _CACHED, _REASON = tl.constexpr(ls.STEP), tl.constexpr(ls.CACHED), tl.constexpr(ls.REASON)
@@ -215,10 +192,10 @@ def _decide_step_kernel(
     plan_ptr,
     trace_reason_ptr,
     trace_diff_ptr,
-    trace_ptr,
     prunable_ptr,
     flags_ptr,
     store_ptr,
+    trace_ptr,
     decisions_ptr,
     capacity,
     blocks,

@@ -6,7 +6,7 @@ are read back once per request. The constants below name their entries.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
 
@@ -156,6 +156,8 @@ class LaneState:
 
     host: tuple[Any, ...] | None = field(init=False)
     """NumPy views of the seven tensors, in the order of TENSORS, on the CPU; None elsewhere"""
+    _reset: tuple[list[torch.Tensor], list[torch.Tensor]] = field(init=False, repr=False)
+    """What a request writes, and what that is when it begins, as int32: for `reset`"""
 
     def __post_init__(self) -> None:
         self._make_views()
@@ -163,7 +165,7 @@ class LaneState:
     def _make_views(self) -> None:
         # a fake tensor says that it is on the CPU, and has no memory there
         on_cpu = self.counters.device.type == "cpu" and type(self.counters) is torch.Tensor
-        self.host = tuple(getattr(self, name).numpy() for name in TENSORS) if on_cpu else None
+        self.host = tuple(x.numpy() for x in self.tensors()) if on_cpu else None
         self.weights = self.values[WEIGHTS : WEIGHTS + MAX_SLOTS]
         self.encoder_weights = self.values[ENCODER_WEIGHTS : ENCODER_WEIGHTS + MAX_SLOTS]
 
@@ -177,9 +179,10 @@ class LaneState:
         """
         if capacity < 1:
             raise ValueError(f"LaneState.allocate: capacity must be at least 1, got {capacity}")
+        counters, values, trace_reason, trace_diff = _blank(capacity, device)
         state = cls(
-            counters=torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
-            values=torch.zeros(NUM_VALUES, dtype=torch.float32, device=device),
+            counters=counters,
+            values=values,
             limits=torch.tensor(
                 [-1, -1, 1, 0, 0, BatchReduce.MEAN, Predictor.TAYLOR, Signal.CHANGE],
                 dtype=torch.int32,
@@ -187,29 +190,39 @@ class LaneState:
             ),
             thresholds=torch.zeros(NUM_THRESHOLDS, dtype=torch.float32, device=device),
             plan=torch.full((capacity,), PlanCode.DYNAMIC, dtype=torch.int32, device=device),
-            trace_reason=torch.full((capacity,), -1, dtype=torch.int32, device=device),
-            trace_diff=torch.full((capacity,), -1.0, dtype=torch.float32, device=device),
+            trace_reason=trace_reason,
+            trace_diff=trace_diff,
         )
-        state.values[DIFF] = state.values[RATE] = -1.0
-        return state
+        return state._with_reset()
+
+    def _with_reset(self) -> "LaneState":
+        """Make ready what `reset` copies: a graph may capture it, but not the making of it."""
+        written = (self.counters, self.values, self.trace_reason, self.trace_diff)
+        blank = _blank(self.capacity, self.counters.device)
+        # of one dtype, PyTorch copies all of them in one launch
+        self._reset = [x.view(torch.int32) for x in written], [x.view(torch.int32) for x in blank]
+        return self
 
     @property
     def capacity(self) -> int:
         """Number of steps that the plan and the traces can hold."""
         return self.plan.shape[0]
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return the seven tensors, in the order of TENSORS."""
+        state = (self.counters, self.values, self.limits, self.thresholds, self.plan)
+        return (*state, self.trace_reason, self.trace_diff)
+
     def addresses(self) -> tuple[int, ...]:
         """Return where the tensors lie: recorded work holds while this stays the same."""
-        return tuple(getattr(self, name).data_ptr() for name in TENSORS)
+        return tuple(tensor.data_ptr() for tensor in self.tensors())
 
     def reset(self) -> None:
-        """Start a new request: forget all but the plan and the limits. Does not synchronise."""
-        self.counters.zero_()
-        self.values.zero_()
-        self.values[DIFF : DIFF + 1].fill_(-1.0)
-        self.values[RATE : RATE + 1].fill_(-1.0)
-        self.trace_reason.fill_(-1)
-        self.trace_diff.fill_(-1.0)
+        """Start a new request: forget all but the plan and the limits.
+
+        One launch on a GPU, in place. Does not synchronise.
+        """
+        torch._foreach_copy_(*self._reset)
 
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` steps; what is there stays, new steps are DYNAMIC.
@@ -224,6 +237,7 @@ class LaneState:
         self.trace_reason = pad(self.trace_reason, (0, extra), value=-1)
         self.trace_diff = pad(self.trace_diff, (0, extra), value=-1.0)
         self._make_views()
+        self._with_reset()
 
     def invalidate(self) -> None:
         """Forget the reference and the snapshots: their shape or dtype no longer fits.
@@ -236,19 +250,29 @@ class LaneState:
 
     def clone(self, device: torch.device | str | None = None) -> "LaneState":
         """Return a copy with tensors of its own, on `device` if one is given."""
-        tensors = (
-            tensor.to(device or tensor.device, copy=True)
-            for tensor in (getattr(self, name) for name in TENSORS)
-        )
-        return LaneState(*tensors)
+        tensors = (x.to(device or x.device, copy=True) for x in self.tensors())
+        return LaneState(*tensors)._with_reset()
 
     def copy_(self, other: "LaneState") -> None:
         """Copy the contents of a state of the same capacity."""
-        for name in TENSORS:
-            getattr(self, name).copy_(getattr(other, name))
+        for mine, its in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(its)
 
 
-TENSORS = ("counters", "values", "limits", "thresholds", "plan", "trace_reason", "trace_diff")
+TENSORS = tuple(tensor.name for tensor in fields(LaneState) if tensor.init)
+"""Names of the tensors that a `LaneState` is made of."""
+
+
+def _blank(capacity: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:
+    """Return counters, values and the two traces of a request that has not begun."""
+    values = torch.zeros(NUM_VALUES, dtype=torch.float32, device=device)
+    values[DIFF] = values[RATE] = -1.0
+    return (
+        torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
+        values,
+        torch.full((capacity,), -1, dtype=torch.int32, device=device),
+        torch.full((capacity,), -1.0, dtype=torch.float32, device=device),
+    )
 
 
 def steps_newest_first(counters: Sequence[int], slots: int) -> list[int]:

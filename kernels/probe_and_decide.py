@@ -24,7 +24,7 @@ import triton.language as tl
 
 from dbcache.kernels._select import Impl, invalid, is_traced, select
 from dbcache.kernels.decide import decide_once, decide_reference
-from dbcache.kernels.lane_state import TENSORS, TICKET, LaneState
+from dbcache.kernels.lane_state import TICKET, LaneState
 from dbcache.kernels.launches import BLOCK, launch_of
 from dbcache.kernels.probe_diff import (
     check_probe,
@@ -67,8 +67,7 @@ def probe_and_decide(
         raise invalid("probe_and_decide", must, state.counters.device, h_fn.device)
     if is_traced(h_fn):
         with torch.no_grad():
-            tensors = [getattr(state, name) for name in TENSORS]
-            _probe_and_decide_op(h_in, h_fn, p_ref, *tensors, by_token, impl)
+            _probe_and_decide_op(h_in, h_fn, p_ref, *state.tensors(), by_token, impl)
     elif select(impl, h_fn) == "triton":
         _probe_and_decide_triton(h_in, h_fn, p_ref, state, by_token)
     else:
@@ -103,8 +102,7 @@ def _probe_and_decide_triton(
     with torch.cuda.device_of(h_fn):
         _probe_and_decide_kernel[(programs, batch)](
             h_in, h_fn, p_ref, partials, h_fn.numel() // batch, per_program, h_fn.shape[-1],
-            state.counters, state.values, state.limits, state.thresholds,
-            state.plan, state.trace_reason, state.trace_diff, state.capacity,
+            *state.tensors(), state.capacity,
             LOG_BLOCK=log2(BLOCK), LOG_LANES=(programs - 1).bit_length(), WIDTH=sums,
             num_warps=launch.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
@@ -132,24 +130,6 @@ def _probe_and_decide_op(
         _probe_and_decide_triton(h_in, h_fn, p_ref, state, by_token)
     else:
         probe_and_decide_reference(h_in, h_fn, p_ref, state, by_token)
-
-
-@_probe_and_decide_op.register_fake
-def _(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    p_ref: torch.Tensor,
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    thresholds: torch.Tensor,
-    plan: torch.Tensor,
-    trace_reason: torch.Tensor,
-    trace_diff: torch.Tensor,
-    by_token: bool,
-    impl: str,
-) -> None:
-    return None
 
 
 _TICKET = tl.constexpr(TICKET)

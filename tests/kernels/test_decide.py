@@ -495,8 +495,8 @@ def test_the_op_is_registered_as_it_behaves(device, measured, impl):
     one = Lane(device, impl, "w??")
     one.step()
     partials = torch.rand(1, 1, 2, device=device) if measured else None
-    tensors = [getattr(one.state, name) for name in ls.TENSORS]
-    torch.library.opcheck(torch.ops.dbcache.decide.default, (*tensors, partials, impl))
+    op = torch.ops.dbcache.decide.default
+    torch.library.opcheck(op, (*one.state.tensors(), partials, impl))
 
 
 def test_the_names_in_the_kernel_are_those_of_the_state():

@@ -207,8 +207,5 @@ def test_is_registered_with_a_fake(device):
     for impl in IMPLS:
         for decisions in (None, torch.ones(2, 2, device=device)):
             state = steps_of("w?", [True, True], device)
-            lane = state.lane
-            args = (lane.counters, lane.values, lane.limits, lane.thresholds, lane.plan)
-            args += (lane.trace_reason, lane.trace_diff, state.trace, state.prunable, state.flags)
             op = torch.ops.dbcache.decide_step.default
-            torch.library.opcheck(op, (*args, state.store, decisions, impl))
+            torch.library.opcheck(op, (*state.tensors(), decisions, impl))

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbcache.kernels import lane_state as ls
 from dbcache.kernels.lane_state import LaneState, PlanCode, Reason
@@ -44,9 +45,20 @@ def test_a_copy_shares_nothing_and_keeps_its_views(device, copied):
     assert state.plan.tolist() == [0, 0]
 
 
-def test_reset_keeps_the_plan_and_the_configuration(device):
+def grown(state):
+    state.grow(5)
+    return state
+
+
+@pytest.mark.parametrize(
+    "origin", [LaneState.allocate, LaneState.clone, copy.deepcopy, grown],
+    ids=["new", "clone", "deep copy", "grown"],
+)  # fmt: skip
+def test_reset_keeps_the_plan_and_the_configuration(device, origin):
     state = LaneState.allocate(3, device)
-    fresh = state.clone()
+    if origin != LaneState.allocate:
+        state = origin(state)
+    fresh, before = LaneState.allocate(state.capacity, device), state.addresses()
     for own, value in ((state.plan, 2), (state.limits, 3), (state.thresholds, 0.5)):
         own.fill_(value)
     for name in ("counters", "values", "trace_reason", "trace_diff"):
@@ -54,9 +66,31 @@ def test_reset_keeps_the_plan_and_the_configuration(device):
     state.reset()
     for name in ("counters", "values", "trace_reason", "trace_diff"):
         assert torch.equal(getattr(state, name), getattr(fresh, name)), name
-    assert state.plan.tolist() == [2, 2, 2]
+    assert state.addresses() == before
+    assert state.plan.tolist() == [2] * state.capacity
     assert state.limits.tolist() == [3] * ls.NUM_LIMITS
     assert state.thresholds.tolist() == [0.5] * ls.NUM_THRESHOLDS
+
+
+class _Ops(TorchDispatchMode):
+    """Writes down the ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_reset_is_one_op_on_tensors_of_one_dtype(device):
+    """PyTorch copies lists of one dtype in one launch; others tensor by tensor."""
+    state = LaneState.allocate(3, device)
+    with _Ops() as ops:
+        state.reset()
+    assert ops.names == ["aten._foreach_copy_.default"]
+    assert {x.dtype for x in sum(state._reset, [])} == {torch.int32}
 
 
 def test_grow_keeps_the_contents_and_never_shrinks(device):

@@ -246,8 +246,7 @@ def test_rejects_what_does_not_fit():
 def test_the_op_is_registered_as_it_behaves(random, device, hidden, impl):
     state = lane(device)
     h_in, h_fn, p_ref = (random(2, 3, 5) for _ in range(3))
-    tensors = [getattr(state, name) for name in ls.TENSORS]
-    args = (None if hidden else h_in, h_fn, p_ref, *tensors, hidden, impl)
+    args = (None if hidden else h_in, h_fn, p_ref, *state.tensors(), hidden, impl)
     torch.library.opcheck(torch.ops.dbcache.probe_and_decide.default, args)
 
 
