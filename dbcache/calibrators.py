@@ -6,7 +6,7 @@ Names and defaults are cache-dit's, so that its users can switch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dbcache.kernels.lane_state import MAX_SLOTS, Predictor
 from dbcache.options import Options, check_choice, check_flag, check_int, check_number
@@ -18,6 +18,9 @@ HIGHEST_ORDER = 4
 @dataclass(kw_only=True)
 class CalibratorConfig(Options):
     """How the skipped residual is predicted. This base reuses the last one (order 0)."""
+
+    has_forecaster: ClassVar[bool] = False
+    """Whether its weights come from `forecasters`, and not from `decide`."""
 
     enable_calibrator: bool = False
     """Predict `hidden_states`; False reuses the last residual."""
@@ -58,7 +61,9 @@ class CalibratorConfig(Options):
     @property
     def recorded(self) -> str:
         """What recorded work depends on: "" where `decide` computes the weights."""
-        return ""
+        if not self.has_forecaster:
+            return ""
+        return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
 
     def strify(self) -> str:
         """Return a short name of these settings."""
@@ -181,6 +186,7 @@ class DMDCalibratorConfig(CalibratorConfig):
     equally far apart, a straight line, as TaylorSeer of order 1. Needs a ring that is not fp8.
     """
 
+    has_forecaster = True
     enable_calibrator: bool = True
     enable_encoder_calibrator: bool = True
     dmd_history: int = 4
@@ -214,10 +220,6 @@ class DMDCalibratorConfig(CalibratorConfig):
     def slots(self) -> int:
         return self.dmd_history
 
-    @property
-    def recorded(self) -> str:
-        return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
-
     def strify(self) -> str:
         ridge = "" if self.dmd_ridge == 1 else f"R{self.dmd_ridge:g}"
         return f"DMDH{self.dmd_history}{ridge}"
@@ -232,6 +234,7 @@ class SpectrumCalibratorConfig(CalibratorConfig):
     The steps of the request must be known: from the pipeline's call or `num_inference_steps`.
     """
 
+    has_forecaster = True
     enable_calibrator: bool = True
     enable_encoder_calibrator: bool = True
     spectrum_order: int = 4
@@ -264,10 +267,6 @@ class SpectrumCalibratorConfig(CalibratorConfig):
     def slots(self) -> int:
         return self.spectrum_window
 
-    @property
-    def recorded(self) -> str:
-        return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
-
     def strify(self) -> str:
         return (
             f"SpectrumO{self.spectrum_order}W{self.spectrum_window}"
@@ -279,6 +278,7 @@ class SpectrumCalibratorConfig(CalibratorConfig):
 class CustomCalibratorConfig(CalibratorConfig):
     """A predictor of your own, by the name under which `register_predictor` knows it."""
 
+    has_forecaster = True
     enable_calibrator: bool = True
     enable_encoder_calibrator: bool = True
     predictor_name: str
@@ -295,10 +295,6 @@ class CustomCalibratorConfig(CalibratorConfig):
     @property
     def slots(self) -> int:
         return registered(self.predictor_name).snapshots
-
-    @property
-    def recorded(self) -> str:
-        return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
 
     def strify(self) -> str:
         return f"Custom_{self.predictor_name}"

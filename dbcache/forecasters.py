@@ -7,7 +7,6 @@ weights at a cached step, before `predict`, with an op of their own or on the ho
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 
@@ -25,25 +24,22 @@ from dbcache.kernels.recurrence import recurrence_weights
 from dbcache.kernels.spectrum import spectrum_weights
 from dbcache.predictor_registry import registered
 
+Rings = tuple[torch.Tensor, torch.Tensor | None]
+"""The snapshots of hidden and of encoder states."""
 
-class Forecaster(Protocol):
-    """What a lane asks of its predictor."""
+
+class Forecaster:
+    """What a lane asks of its predictor. Some need not take note of anything."""
 
     def replan(self, steps: int | None) -> None:
         """Take note of the number of steps of the request that begins, None if it is unknown."""
 
-    def learn(
-        self,
-        state: LaneState,
-        ring: torch.Tensor,
-        encoder_ring: torch.Tensor | None,
-        step: int,
-        is_first: bool,
-    ) -> None:
+    def learn(self, state: LaneState, rings: Rings, step: int, is_first: bool) -> None:
         """Take note of the full step that was just stored; `is_first`: the ring was empty."""
 
     def weigh(self, state: LaneState, step: int) -> None:
         """Write the weights of the cached `step`."""
+        raise NotImplementedError
 
 
 def make_forecaster(settings: StackSettings, device: torch.device) -> Forecaster | None:
@@ -78,7 +74,7 @@ def check_runs_on_device(calibrator: CalibratorConfig, who: str) -> None:
         )
 
 
-class _Spectrum:
+class _Spectrum(Forecaster):
     """A ridge regression on Chebyshev polynomials: needs to know how long a request is."""
 
     def __init__(
@@ -100,21 +96,11 @@ class _Spectrum:
         last = spectrum.LAST_STEP
         self._parameters[last : last + 1].fill_(float(max(1, (steps or 0) - 1)))
 
-    def learn(
-        self,
-        state: LaneState,
-        ring: torch.Tensor,
-        encoder_ring: torch.Tensor | None,
-        step: int,
-        is_first: bool,
-    ) -> None:
-        return None
-
     def weigh(self, state: LaneState, step: int) -> None:
         spectrum_weights(state, self._parameters)
 
 
-class _Recurrence:
+class _Recurrence(Forecaster):
     """A linear recurrence per stream, fitted anew at each full step."""
 
     def __init__(
@@ -126,18 +112,8 @@ class _Recurrence:
             for is_used in used
         ]
 
-    def replan(self, steps: int | None) -> None:
-        return None
-
-    def learn(
-        self,
-        state: LaneState,
-        ring: torch.Tensor,
-        encoder_ring: torch.Tensor | None,
-        step: int,
-        is_first: bool,
-    ) -> None:
-        for fit, stored in zip(self._fits, (ring, encoder_ring), strict=True):
+    def learn(self, state: LaneState, rings: Rings, step: int, is_first: bool) -> None:
+        for fit, stored in zip(self._fits, rings, strict=True):
             if fit is not None and stored is not None:
                 fit_recurrence(stored, state, fit, ridge=self._ridge)
 
@@ -145,7 +121,7 @@ class _Recurrence:
         recurrence_weights(state, *self._fits)
 
 
-class _OnHost:
+class _OnHost(Forecaster):
     """A function of the user: the host knows the steps in the ring without reading them."""
 
     def __init__(self, config: CustomCalibratorConfig, used: tuple[bool, bool]) -> None:
@@ -153,17 +129,7 @@ class _OnHost:
         self._used = used
         self._full_steps: list[int] = []
 
-    def replan(self, steps: int | None) -> None:
-        return None
-
-    def learn(
-        self,
-        state: LaneState,
-        ring: torch.Tensor,
-        encoder_ring: torch.Tensor | None,
-        step: int,
-        is_first: bool,
-    ) -> None:
+    def learn(self, state: LaneState, rings: Rings, step: int, is_first: bool) -> None:
         if is_first:
             self._full_steps.clear()
         self._full_steps.append(step)

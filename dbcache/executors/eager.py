@@ -155,7 +155,7 @@ def keep(
     )
     if lane.forecaster is not None:
         is_first = not lane.has_reference
-        lane.forecaster.learn(lane.state, ring, encoder_ring, lane.step - 1, is_first)
+        lane.forecaster.learn(lane.state, (ring, encoder_ring), lane.step - 1, is_first)
     lane.has_reference = True
 
 
