@@ -14,8 +14,9 @@ from dbcache.kernels import block_state as bs
 from dbcache.kernels._select import Backend
 from dbcache.kernels.add_residuals import add_residuals
 from dbcache.kernels.block_changes import block_changes
-from dbcache.kernels.block_state import BlockState, partition_of
+from dbcache.kernels.block_state import BlockState
 from dbcache.kernels.decide_blocks import decide_blocks
+from dbcache.kernels.probe_diff import partition_of
 from dbcache.kernels.store_block import store_block
 
 BLOCKS = 4

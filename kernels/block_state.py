@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from dbcache.kernels._select import Impl, select
 from dbcache.kernels.lane_state import LaneState
-from dbcache.kernels.launches import BLOCK
-from dbcache.kernels.probe_diff import MAX_PARTIALS
+from dbcache.kernels.probe_diff import partition_of
 
 # entries of BlockState.rule, float32
 THRESHOLD = 0  # a block is left out below this change; <= 0 never, >= 1 always
@@ -164,10 +162,3 @@ class BlockSteps:
         """Copy the contents of a state of the same capacity."""
         for mine, its in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(its)
-
-
-def partition_of(numel: int) -> tuple[int, int]:
-    """Return (blocks of elements per program, programs) for sums over `numel` elements."""
-    parts = max(1, triton.cdiv(numel, BLOCK))
-    per_program = triton.cdiv(parts, MAX_PARTIALS)
-    return per_program, triton.cdiv(parts, per_program)

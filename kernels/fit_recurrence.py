@@ -25,9 +25,9 @@ from dbcache.kernels import lane_state as ls
 from dbcache.kernels._select import DTYPES, Impl, invalid, is_traced, select, without_gradient
 from dbcache.kernels.lane_state import LaneState
 from dbcache.kernels.launches import BLOCK
-from dbcache.kernels.sums import tree_sum_lanes
+from dbcache.kernels.probe_diff import lanes_of, log2, partition_of
+from dbcache.kernels.sums import sum_of_column, tree_sum_lanes
 
-MAX_PARTIALS = 1024
 NUM_SUMS = 5
 """Of D_{i+1}^2, D_{i+1} Y_i, Y_i^2, D_i D_{i+1} and D_i Y_i."""
 
@@ -129,14 +129,12 @@ def _fit_triton(
     ring: torch.Tensor, counters: torch.Tensor, fit: torch.Tensor, ridge: float
 ) -> None:
     size, slots = ring[0].numel(), ring.shape[0]
-    blocks = max(1, triton.cdiv(size, BLOCK))
-    per_program = triton.cdiv(blocks, MAX_PARTIALS)
-    programs = triton.cdiv(blocks, per_program)
+    per_program, programs = partition_of(size)
     partials = torch.empty(NUM_SUMS, programs, device=ring.device, dtype=torch.float32)
     with torch.cuda.device_of(ring):
         _fit_recurrence_kernel[(programs,)](
             ring, counters, partials, fit, size, per_program, slots, ridge,
-            LOG_BLOCK=BLOCK.bit_length() - 1, LOG_LANES=(programs - 1).bit_length(),
+            LOG_BLOCK=log2(BLOCK), LOG_LANES=(programs - 1).bit_length(),
             num_warps=num_warps(ring.element_size()), enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -176,8 +174,7 @@ def _fit_recurrence_kernel(
     dd, dy, yy, b_d, b_y = base, base, base, base, base
     if triples > 0:
         for i in range(per_program):
-            block = program.to(tl.int64) * per_program + i
-            offsets = (block << LOG_BLOCK) + tl.arange(0, 1 << LOG_BLOCK)
+            offsets = lanes_of(program, per_program, i, LOG_BLOCK)
             mask = offsets < size
             level = _snapshot(ring_ptr, newest, 1, slots, size, offsets, mask)
             newer = _snapshot(ring_ptr, newest, 0, slots, size, offsets, mask) - level
@@ -230,11 +227,11 @@ def _snapshot(ring_ptr, newest, age, slots, size, offsets, mask):
 @triton.jit
 def _solve(partials_ptr, fit_ptr, programs, ridge, LOG_LANES: tl.constexpr):
     """The function `solve` above, of the columns' sums."""
-    dd = _column(partials_ptr, 0, programs, LOG_LANES)
-    dy = _column(partials_ptr, 1, programs, LOG_LANES)
-    yy = _column(partials_ptr, 2, programs, LOG_LANES)
-    b_d = _column(partials_ptr, 3, programs, LOG_LANES)
-    b_y = _column(partials_ptr, 4, programs, LOG_LANES)
+    dd = sum_of_column(partials_ptr, programs, LOG_LANES, 1).to(tl.float64)
+    dy = sum_of_column(partials_ptr + programs, programs, LOG_LANES, 1).to(tl.float64)
+    yy = sum_of_column(partials_ptr + 2 * programs, programs, LOG_LANES, 1).to(tl.float64)
+    b_d = sum_of_column(partials_ptr + 3 * programs, programs, LOG_LANES, 1).to(tl.float64)
+    b_y = sum_of_column(partials_ptr + 4 * programs, programs, LOG_LANES, 1).to(tl.float64)
     pull = tl.cast(ridge, tl.float64)
     p, q = dd + pull * dd, yy + pull * yy
     b_d = b_d + pull * dd
@@ -244,10 +241,3 @@ def _solve(partials_ptr, fit_ptr, programs, ridge, LOG_LANES: tl.constexpr):
     alpha, gamma = (b_d * q - b_y * dy) / divisor, (p * b_y - dy * b_d) / divisor
     tl.store(fit_ptr, tl.where(solvable, alpha, float("nan")))
     tl.store(fit_ptr + 1, tl.where(solvable, gamma, float("nan")))
-
-
-@triton.jit
-def _column(partials_ptr, which, programs, LOG_LANES: tl.constexpr):
-    lane = tl.arange(0, 1 << LOG_LANES)
-    x = tl.load(partials_ptr + which * programs + lane, mask=lane < programs, other=0.0)
-    return tree_sum_lanes(x, LOG_LANES).to(tl.float64)

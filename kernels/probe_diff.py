@@ -135,10 +135,17 @@ def check_probe(
 
 def partition(shape: torch.Size, by_token: bool) -> tuple[int, int]:
     """Return (blocks or tokens per program, programs per sample); a function of the shape only."""
-    if by_token:
-        parts = max(1, shape[1:-1].numel())
-    else:
-        parts = max(1, triton.cdiv(shape[1:].numel(), BLOCK))
+    return _share(shape[1:-1].numel()) if by_token else partition_of(shape[1:].numel())
+
+
+def partition_of(numel: int) -> tuple[int, int]:
+    """Return (blocks of elements per program, programs) for sums over `numel` elements."""
+    return _share(triton.cdiv(numel, BLOCK))
+
+
+def _share(parts: int) -> tuple[int, int]:
+    """Return (parts per program, programs), both at least 1, of at most MAX_PARTIALS programs."""
+    parts = max(1, parts)
     per_program = triton.cdiv(parts, MAX_PARTIALS)
     return per_program, triton.cdiv(parts, per_program)
 

@@ -18,9 +18,9 @@ import triton.language as tl
 
 from dbcache.kernels import block_state as bs
 from dbcache.kernels._select import DTYPES, Impl, invalid, is_traced, select, without_gradient
-from dbcache.kernels.block_state import BlockState, partition_of
+from dbcache.kernels.block_state import BlockState
 from dbcache.kernels.launches import BLOCK
-from dbcache.kernels.probe_diff import lanes_of, log2
+from dbcache.kernels.probe_diff import lanes_of, log2, partition_of
 from dbcache.kernels.sums import tree_sum_lanes
 
 WARPS = 8

@@ -3,8 +3,7 @@ import torch
 
 from dbcache.kernels import block_changes as module
 from dbcache.kernels.block_changes import block_changes
-from dbcache.kernels.block_state import partition_of
-from dbcache.kernels.probe_diff import MAX_PARTIALS
+from dbcache.kernels.probe_diff import MAX_PARTIALS, partition_of
 from dbcache.testing import assert_as_accurate
 
 IMPLS = ["triton", "reference"]

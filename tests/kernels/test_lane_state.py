@@ -90,7 +90,7 @@ def test_reset_is_one_op_on_tensors_of_one_dtype(device):
     with _Ops() as ops:
         state.reset()
     assert ops.names == ["aten._foreach_copy_.default"]
-    assert {x.dtype for x in sum(state._reset, [])} == {torch.int32}
+    assert {x.dtype for copied in state._reset for x in copied} == {torch.int32}
 
 
 def test_grow_keeps_the_contents_and_never_shrinks(device):

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from dbcache.kernels import lane_state as ls
 from dbcache.kernels.decide import decide
-from dbcache.kernels.fit_recurrence import MAX_PARTIALS, fit_recurrence
+from dbcache.kernels.fit_recurrence import fit_recurrence
 from dbcache.kernels.lane_state import LaneState, PlanCode
 from dbcache.kernels.launches import BLOCK
+from dbcache.kernels.probe_diff import partition_of
 from dbcache.kernels.recurrence import continued, recurrence_weights
 
 IMPLS = ["triton", "reference"]
@@ -132,10 +133,12 @@ def test_snapshots_that_tell_nothing_give_no_fit(random, device, impl, case):
     assert fit.isnan().all()
 
 
-def test_programs_that_share_the_work_add_up_to_the_same(random, device):
+def test_programs_that_share_the_work_add_up_to_the_same(random, device, monkeypatch):
     """More blocks than programs, and the ticket is 0 again after each launch."""
+    monkeypatch.setattr("dbcache.kernels.probe_diff.MAX_PARTIALS", 2)
     state, _ = lane(device, [0, 1, 2], 3)
-    ring = random(3, MAX_PARTIALS * 4 + 3)
+    ring = random(3, 5 * BLOCK + 3)
+    assert partition_of(ring[0].numel()) == (3, 2)
     fits = [torch.zeros(2, dtype=torch.float64, device=device) for _ in range(3)]
     for fit, impl in zip(fits, ("triton", "triton", "reference"), strict=True):
         fit_recurrence(ring, state, fit, ridge=0.1, impl=impl)

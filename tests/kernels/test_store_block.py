@@ -65,6 +65,19 @@ def test_growth_is_close_to_float64(random, impl):
     assert sums == pytest.approx(moved[::-1], rel=1e-5)
 
 
+def test_a_program_that_takes_several_parts_adds_them_up(integers, monkeypatch):
+    monkeypatch.setattr("dbcache.kernels.probe_diff.MAX_PARTIALS", 2)
+    old, new = ([integers(2, 2 * module.BLOCK + 9) for _ in range(2)] for _ in range(2))
+    state = poison(new[0], None, 2, "triton")
+    assert state.growth_sums.shape == (2, 2, 2)
+    store_block(state, due_of(new[0], 0, 1), 1, *old, impl="triton")
+    store_block(state, due_of(new[0], 1, 2), 1, *new, impl="triton")
+    moved = [(b.double() - a.double()).abs().sum().item() for a, b in zip(old, new, strict=True)]
+    assert state.growth_sums[1].sum(0).tolist() == moved[::-1]
+    assert torch.equal(state.inputs[1], new[0])
+    assert torch.equal(state.residuals[1], new[1] - new[0])
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_strides_are_honoured_and_a_missing_encoder_is_left_alone(random, impl):
     h_in, h_out = random(2, 5, 9).transpose(1, 2), random(2, 9, 5)
