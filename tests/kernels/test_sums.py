@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.probe_diff import lanes_of
-from dbcache.kernels.sums import divide, relative_l1, tree_sum, tree_sum_lanes
+from dbcache.kernels.sums import divide, f32, relative_l1, tree_sum, tree_sum_lanes
 
 
 @triton.jit
@@ -30,6 +30,17 @@ def test_lanes_are_added_as_on_the_host_with_any_number_of_warps(random, log_lan
     out = torch.full((1,), nan, device=x.device)
     _tree_sum_kernel[(1,)](x, out, LOG_LANES=log_lanes, num_warps=num_warps)
     assert out.item() == tree_sum(x.tolist())
+
+
+def test_f32_rounds_as_float32_does():
+    for x in (0.1, 1 / 3, 1e-42, 1e300, -1e300, inf, 2.0**-150, 16777217.0):
+        assert f32(x) == torch.tensor(x, dtype=torch.float64).float().item()
+    assert isnan(f32(nan))
+
+
+def test_relative_l1_sums_samples_and_partial_sums():
+    first, second = [[1.0, 2.0], [2.0, 4.0], [0.0, 1.0]], [[3.0, 5.0], [0.0, 0.0], [0.0, 0.0]]
+    assert relative_l1([first, second]) == 0.5
 
 
 def test_a_tree_adds_neighbours_first():
