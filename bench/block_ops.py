@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import torch
 
+from bench.cache_ops import CAPACITY
 from bench.kernel_op import Draw, Inputs, KernelOp, Outputs
 from bench.shapes import Shape
 from dbcache.kernels import block_state as bs
+from dbcache.kernels import lane_state as ls
 from dbcache.kernels._select import Backend
 from dbcache.kernels.add_residuals import add_residuals
 from dbcache.kernels.block_changes import block_changes
-from dbcache.kernels.block_state import BlockState
+from dbcache.kernels.block_state import BlockState, BlockSteps
 from dbcache.kernels.decide_blocks import decide_blocks
+from dbcache.kernels.decide_step import decide_step
 from dbcache.kernels.probe_diff import partition_of
 from dbcache.kernels.store_block import store_block
 
@@ -88,6 +91,28 @@ def _decide_eager(x: Inputs) -> Outputs:
     return (torch.tensor(skipped, device=sums.device).float(),)
 
 
+def _make_decided(_: Shape, draw: Draw) -> Inputs:
+    steps = BlockSteps.allocate(CAPACITY, [True] * BLOCKS, draw.device)
+    steps.lane.counters[ls.REFERENCE] = 1
+    steps.lane.thresholds[ls.THRESHOLD] = THRESHOLD
+    changes = draw.normal(BLOCKS, dtype=torch.float32, scale=THRESHOLD).abs_()
+    return {"steps": steps, "decisions": torch.stack([changes, (changes < THRESHOLD).float()], 1)}
+
+
+def _step(x: Inputs, impl: Backend) -> Outputs:
+    decide_step(x["steps"], x["decisions"], impl=impl)
+    return ()
+
+
+def _left_out(x: Inputs, _: Outputs) -> Outputs:
+    return (x["steps"].flags.float(), x["steps"].lane.values[ls.DIFF].clone())
+
+
+def _step_eager(x: Inputs) -> Outputs:
+    flags = [change.item() < THRESHOLD for change in x["decisions"][:, 0]]
+    return (torch.tensor(flags, device=x["decisions"].device).float(),)
+
+
 def _make_step(shape: Shape, draw: Draw) -> Inputs:
     x = _make(shape, draw)
     x["h_out"] = x["h"] + draw.hidden(shape, 0.5)
@@ -143,6 +168,15 @@ BLOCK_OPS = [
         call=_decide,
         eager=_decide_eager,
         results=_decisions,
+        moved=None,
+        eager_waits=True,
+    ),
+    KernelOp(
+        name="decide_step",
+        make=_make_decided,
+        call=_step,
+        eager=_step_eager,
+        results=_left_out,
         moved=None,
         eager_waits=True,
     ),

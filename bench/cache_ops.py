@@ -66,7 +66,7 @@ def _probe_eager(x: Inputs) -> Outputs:
     return (_relative_l1(x),)
 
 
-def _lane(device: torch.device, order: int = 1) -> LaneState:
+def cached_lane(device: torch.device, order: int = 1) -> LaneState:
     """Return a lane after full steps 0 and GAP that caches every further step."""
     state = LaneState.allocate(CAPACITY, device)
     state.limits[ls.SLOTS] = order + 1
@@ -82,7 +82,7 @@ def _lane(device: torch.device, order: int = 1) -> LaneState:
 
 
 def _make_measured(shape: Shape, draw: Draw) -> Inputs:
-    return _make_probe(shape, draw) | {"state": _lane(draw.device)}
+    return _make_probe(shape, draw) | {"state": cached_lane(draw.device)}
 
 
 def _make_decide(shape: Shape, draw: Draw) -> Inputs:
@@ -90,7 +90,7 @@ def _make_decide(shape: Shape, draw: Draw) -> Inputs:
     x = _make_probe(shape, draw)
     impl: Backend = "triton" if draw.device.type == "cuda" else "reference"
     partials = probe_diff(x["h_in"], x["h_fn"], x["p_ref"], impl=impl)
-    return {"partials": partials, "state": _lane(draw.device)}
+    return {"partials": partials, "state": cached_lane(draw.device)}
 
 
 def _decision(x: Inputs, _: Outputs) -> Outputs:
@@ -277,7 +277,7 @@ def _make_commit(order: int, fp8: bool = False) -> Callable[[Shape, Draw], Input
     """Return what makes a full step's activations, the ring, and the differences so far."""
 
     def make(shape: Shape, draw: Draw) -> Inputs:
-        state = _lane(draw.device, order)
+        state = cached_lane(draw.device, order)
         x: Inputs = {"h_in": draw.hidden(shape), "counters": state.counters}
         for name, stream in (("h", draw.hidden), ("encoder", draw.encoder)):
             x |= dict.fromkeys(f"{name}_{what}" for what in STREAM)

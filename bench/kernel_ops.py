@@ -1,4 +1,4 @@
-"""The table of ops that `bench.kernels` times. A new op is a new row, in one of the three files."""
+"""The table of ops that `bench.kernels` times. A new op is a new row, in one of the four files."""
 
 from __future__ import annotations
 
@@ -6,5 +6,7 @@ from bench.block_ops import BLOCK_OPS
 from bench.cache_ops import CACHE_OPS
 from bench.kernel_op import KernelOp
 from bench.parallel_ops import PARALLEL_OPS
+from bench.predictor_ops import PREDICTOR_OPS
 
-OPS: dict[str, KernelOp] = {op.name: op for op in (*CACHE_OPS, *BLOCK_OPS, *PARALLEL_OPS)}
+_ROWS = (*CACHE_OPS, *PREDICTOR_OPS, *BLOCK_OPS, *PARALLEL_OPS)
+OPS: dict[str, KernelOp] = {op.name: op for op in _ROWS}

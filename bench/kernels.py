@@ -2,8 +2,8 @@
 
     python -m bench.run kernels [--shapes flux-1024 wan-720p ...] [--ops predict ...]
 
-Each op (a row of `bench/cache_ops.py` or `bench/parallel_ops.py`) at each shape (`bench/shapes.py`)
-is first compared with its reference; what differs is refused: it is not timed, and the program ends
+Each op (a row of the tables that `bench/kernel_ops.py` lists) at each shape (`bench/shapes.py`) is
+first compared with its reference; what differs is refused: it is not timed, and the program ends
 with status 1. Then take turns, with buffers that rotate so that none is still in the cache:
 
     dbcache    the Triton kernel; on a CPU the reference, which says nothing about the kernel

@@ -73,8 +73,11 @@ def moved_by(name: str, draw: Draw) -> int:
     def size(*tensors: torch.Tensor) -> int:
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
-    if name in ("decide", "block_choice M=4"):
+    scalar = ("decide", "block_choice M=4", "decide_step", "transformation_rate")
+    if name in scalar or name.endswith("weights"):
         return 0
+    if name.startswith("fit_recurrence"):
+        return size(x["ring"])
     if name.startswith("block_changes"):
         return size(x["h"], x["state"].inputs)
     if name == "store_block":
