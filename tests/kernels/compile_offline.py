@@ -45,6 +45,14 @@ STATE = {"counters_ptr": "*i32", "values_ptr": "*fp32", "limits_ptr": "*i32"}
 STATE |= {"thresholds_ptr": "*fp32", "plan_ptr": "*i32", "trace_reason_ptr": "*i32"}
 STATE |= {"trace_diff_ptr": "*fp32", "capacity": "i32"}
 
+COMMITS = (
+    ("", False, ()),
+    ("-replace", True, ()),
+    ("-hidden", False, ("h_in_ptr",)),
+    ("-ring", False, ("h_in_ptr", "p_ref_ptr")),
+)
+"""Forms of `commit`: name, whether hidden states take the residuals' place, what is not given."""
+
 FULL = ("cuda:90",)
 """Targets of all variants; the others take those in bfloat16 only."""
 
@@ -98,11 +106,10 @@ def variants():
                 continue
             stream = {f"{name}_ptr": x for name in ("h_in", "h_fn", "h_out", "p_ref", "ring")}
             extra = {f"encoder_{name}_ptr": x for name in ("fn", "out", "ring")}
-            for replace, start in ((False, "h_in"), (True, "h_in"), (False, None)):
-                given = stream if start else {k: v for k, v in stream.items() if k != "h_in_ptr"}
-                form = f"{'-encoder' * encoder}{'-replace' * replace}{'' if start else '-hidden'}"
+            for form, replace, missing in COMMITS:
+                given = {k: v for k, v in stream.items() if k not in missing}
                 yield (
-                    f"commit-{dtype}{form}",
+                    f"commit-{dtype}{'-encoder' * encoder}{form}",
                     commit._commit_kernel,
                     given | {"counters_ptr": "*i32", "size": size, "blocks": "i32"}
                     | (extra if encoder else {}) | {"encoder_size": "i32"},
@@ -179,10 +186,10 @@ def fp8_variants():
         stream = {f"{name}_ptr": x for name in ("h_in", "h_fn", "h_out", "p_ref")} | ring
         extra = {f"encoder_{name}_ptr": x for name in ("fn", "out")}
         extra |= {f"encoder_{name}": kind for name, kind in ring.items()}
-        for replace, start in ((False, "h_in"), (True, "h_in"), (False, None)):
-            given = stream if start else {k: v for k, v in stream.items() if k != "h_in_ptr"}
+        for suffix, replace, missing in COMMITS:
+            given = {k: v for k, v in stream.items() if k not in missing}
             yield (
-                f"fp8_commit-{form}{'-replace' * replace}{'' if start else '-hidden'}",
+                f"fp8_commit-{form}{suffix}",
                 commit._commit_fp8_kernel,
                 given | {"counters_ptr": "*i32"} | sizes | (extra if encoder else {}),
                 {"REPLACE": replace, "ROWS": rows, "COLUMNS": columns},

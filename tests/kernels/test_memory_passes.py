@@ -100,9 +100,9 @@ class Step:
     def decide(self):
         probe_and_decide(self.h_in, self.h_fn, self.p_ref, self.state, impl="triton")
 
-    def commit(self, h_in):
+    def commit(self, h_in, p_ref):
         commit(
-            h_in, self.h_fn, self.h_out, self.p_ref, self.ring, self.state.counters,
+            h_in, self.h_fn, self.h_out, p_ref, self.ring, self.state.counters,
             self.encoder_fn, self.encoder_out, self.encoder_ring,
             self.scales, self.encoder_scales, impl="triton",
         )  # fmt: skip
@@ -162,7 +162,7 @@ def test_measurement_and_decision_read_three_tensors_once(random, traffic, form)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_full_step_reads_its_inputs_once_and_writes_one_slot(random, traffic, form):
     step = Step(random, form)
-    step.commit(step.h_in)
+    step.commit(step.h_in, step.p_ref)
     moved = assert_moves(
         step,
         traffic,
@@ -174,17 +174,20 @@ def test_a_full_step_reads_its_inputs_once_and_writes_one_slot(random, traffic, 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_where_hidden_states_are_compared_a_full_step_reads_one_less(random, traffic, form):
+@pytest.mark.parametrize("compares", [True, False])
+def test_where_hidden_states_or_none_are_compared_a_full_step_moves_less(
+    random, traffic, form, compares
+):
     step = Step(random, form)
-    step.commit(None)
+    step.commit(None, step.p_ref if compares else None)
     moved = assert_moves(
         step,
         traffic,
         loads=("h_fn", "h_out", "encoder_fn", "encoder_out"),
-        stores=("p_ref", *with_scales(step, "ring", "encoder_ring")),
+        stores=(*["p_ref"] * compares, *with_scales(step, "ring", "encoder_ring")),
         slots=(SLOT,),
     )
-    assert moved == bytes_of(form, hidden=(3, 1), encoder=(2, 1))
+    assert moved == bytes_of(form, hidden=(2 + compares, 1), encoder=(2, 1))
 
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0, 0.0), (2.0, 0.0, -1.0), (3.0, -3.0, 1.0)], ids=str)
