@@ -107,8 +107,9 @@ class Home:
         return cls(lane, lane.state.addresses(), lane.layout, lane.buffers_by_name())
 
     def fits(self) -> bool:
-        """Whether the lane's state still lies where it was."""
-        return self.state == self.lane.state.addresses()
+        """Whether the lane's state still lies where it was, and has room for one more step."""
+        lane = self.lane
+        return self.state == lane.state.addresses() and lane.step < len(lane.plan)
 
     def move_in(self) -> None:
         """Give the lane back the buffers of this layout, where another one came in between."""
@@ -169,6 +170,7 @@ class GraphExecutor:
         self.retired = 0
         self.replays = 0
         self._modes = list(MODES) if options.mode == "auto" else [options.mode]
+        self._failure = ""
         self._seen: dict[Any, Any] = {}
         self._recorder: Any = None
         self._fingerprint: int | None = None
@@ -214,7 +216,11 @@ class GraphExecutor:
         leaves, structure = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = self._key(leaves, structure)
-        recording = self.recordings.get(key)
+        try:
+            recording = self.recordings.get(key)
+        except TypeError as error:
+            self._give_up(f"the other arguments must be hashable, got {error}")
+            return self.transformer.run(args, kwargs)
         if recording is not None and not all(home.fits() for home in recording.homes):
             self.retire()
             recording = None
@@ -252,7 +258,7 @@ class GraphExecutor:
         Nor is it the first one after calls of other shapes within a request: the lanes then start
         anew, which is not to be recorded.
         """
-        reason = self._reason_against(key, tensors)
+        reason = self._reason_against(tensors)
         if reason is not None:
             self._give_up(reason)
             return False
@@ -260,15 +266,11 @@ class GraphExecutor:
         self._seen[key] = None
         return is_due
 
-    def _reason_against(self, key: Any, tensors: list[torch.Tensor]) -> str | None:
+    def _reason_against(self, tensors: list[torch.Tensor]) -> str | None:
         if not self._modes:
-            return "no mode works"
+            return self._failure
         if torch.is_grad_enabled():
             return "gradients must be off (torch.no_grad or torch.inference_mode)"
-        try:
-            hash(key)
-        except TypeError as error:
-            return f"the other arguments must be hashable, got {error}"
         devices = {x.device for x in tensors} | {x.device for x in self._some_weights()}
         if len(devices) != 1 or next(iter(devices)).type not in RECORDERS:
             names = sorted(map(str, devices))
@@ -319,7 +321,8 @@ class GraphExecutor:
                 self.retire()
                 self._modes.pop(0)
                 then = f"goes on with {self._modes[0]!r}" if self._modes else "runs eagerly"
-                self.reasons[f"{mode!r} failed: {error}"] += 1
+                self._failure = f"{mode!r} failed: {error}"
+                self.reasons[self._failure] += 1
                 warnings.warn(
                     f"dbcache: cuda_graph={mode!r} is impossible here and {then}: {error}",
                     stacklevel=5,
