@@ -138,6 +138,6 @@ class FollowedDecision:
             self.lane.has_reference = True
 
     def count(self) -> None:
-        """Count the step, after the leader has: full or cached, there is something to predict from."""
+        """Count the step, after the leader has; full or cached, it leaves a reference."""
         self.read()
         self.lane.has_reference = True
