@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dbcache.executors.arguments import Structure, flatten, unflatten
 from dbcache.executors.cuda_capture import RECORDERS
 from dbcache.executors.cuda_driver import find_driver
 from dbcache.executors.fingerprint import fingerprint, reason_against
@@ -213,7 +214,7 @@ class GraphExecutor:
 
     def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do one step: replayed where it can be, else eagerly."""
-        leaves, structure = tree_flatten((args, kwargs))
+        leaves, structure = flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = self._key(leaves, structure)
         try:
@@ -241,7 +242,7 @@ class GraphExecutor:
             outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in outputs]
         return tree_unflatten(outputs, recording.structure)
 
-    def _key(self, leaves: list[Any], structure: Any) -> Any:
+    def _key(self, leaves: list[Any], structure: Structure) -> Any:
         """Return what must be the same for a recording to serve."""
         kinds = tuple(
             (leaf.shape, leaf.dtype, leaf.device)
@@ -301,7 +302,7 @@ class GraphExecutor:
             warnings.warn(f"dbcache: cuda_graph: runs eagerly: {reason}", stacklevel=6)
         self.reasons[reason] += 1
 
-    def _record(self, leaves: list[Any], structure: Any) -> Recording | None:
+    def _record(self, leaves: list[Any], structure: Structure) -> Recording | None:
         """Return a recording that was tried, None if none can be had."""
         reason = reason_against(self.transformer.module)
         if reason is not None:
@@ -344,7 +345,7 @@ class GraphExecutor:
             self._recorder = RECORDERS[device.type](device, driver)
             self._fingerprint = fingerprint(self.transformer.module)
 
-    def _record_as(self, mode: str, leaves: list[Any], structure: Any) -> Recording:
+    def _record_as(self, mode: str, leaves: list[Any], structure: Structure) -> Recording:
         start = perf_counter()
         recorder, lanes = self._recorder, self._lanes()
         for lane in lanes:
@@ -352,7 +353,7 @@ class GraphExecutor:
             lane.reserve(CAPACITY * (1 + 2 * lane.step // CAPACITY))
         with outside_inference_mode:
             static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
-        args, kwargs = tree_unflatten(static, structure)
+        args, kwargs = unflatten(static, structure)
         knew = [lane.has_reference for lane in lanes]
         cutter = SegmentCutter(recorder)
         with recorder.capturing():
@@ -387,7 +388,7 @@ class GraphExecutor:
             f", {branch}" if branch else ""
         )
 
-    def _try(self, recording: Recording, leaves: list[Any], structure: Any) -> None:
+    def _try(self, recording: Recording, leaves: list[Any], structure: Structure) -> None:
         """Compare a full and a cached step, replayed, with the same two run eagerly.
 
         Raises:
@@ -395,7 +396,7 @@ class GraphExecutor:
         """
 
         def eagerly(values: list[Any]) -> list[Any]:
-            args, kwargs = tree_unflatten(values, structure)
+            args, kwargs = unflatten(values, structure)
             return tree_flatten(self.transformer.run(args, kwargs))[0]
 
         def replayed(values: list[Any]) -> list[Any]:
