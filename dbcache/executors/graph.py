@@ -181,6 +181,12 @@ class GraphExecutor:
         self.transformer = transformer
         self._seen.clear()  # it learns from an eager step before the next recording
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all kinds of calls that came are recorded, or it is known why they are not."""
+        knows = bool(self.recordings or self.reasons)
+        return knows and self._seen.keys() <= self.recordings.keys()
+
     def describe(self) -> list[str]:
         """Return what was recorded, and why calls ran eagerly, a line each."""
         lines = []
@@ -250,7 +256,8 @@ class GraphExecutor:
             else (type(leaf), leaf)
             for leaf in leaves
         )
-        modes = (torch.is_inference_mode_enabled(), torch.is_autocast_enabled())
+        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        modes = (torch.is_inference_mode_enabled(), autocast)
         return (self.transformer.step_branch, structure, kinds, modes)
 
     def _is_due(self, key: Any, tensors: list[torch.Tensor]) -> bool:
