@@ -39,7 +39,8 @@ def fingerprint(module: torch.nn.Module) -> int:
         parts.append(id(part))
         for tensors in (part._parameters, part._buffers):
             parts += [(x.data_ptr(), x.dtype) for x in tensors.values() if x is not None]
-        own, processor = part.__dict__, getattr(part, "processor", None)
+        own = part.__dict__
+        processor = own.get("processor")  # one that is a module is among the modules
         parts.append(id(processor))
         for holder in (own, getattr(processor, "__dict__", {})):
             parts += [
