@@ -238,6 +238,8 @@ class CachedTransformer:
         self.module.__dict__.pop(HANDLE, None)
         if self.patches is not None:
             self.patches.undo()
+        if self.graphs is not None and self.graphs.transformer is self:  # no other took them over
+            self.graphs.retire()
         if self.sharding is not None and not keep_sharding:
             self.sharding.remove()
 

@@ -38,6 +38,9 @@ LOGGER = log.getLogger("dbcache")
 OF_REQUESTS = ("num_inference_steps", "enable_separate_cfg", "cfg_compute_first")
 """Options of `calibrate`."""
 
+MOST_RUNS = 5
+"""Of `capture`: where the first forward only learns, and calls are two branches in turn."""
+
 
 def enable(
     target: Target,
@@ -326,9 +329,11 @@ def capture(target: Any, **inputs: Any) -> list[Recording]:
             "capture: CUDA graphs must be enabled first, as in dbcache.enable(..., cuda_graph=True)"
         )
     before = [set(executor.recordings) for executor in executors]
-    for _ in range(2):
+    for i in range(MOST_RUNS):
         with torch.no_grad():
             target(**inputs)
+        if i and all(executor.is_settled for executor in executors):
+            break
     recorded = [
         recording
         for executor, known in zip(executors, before, strict=True)

@@ -83,6 +83,15 @@ class FollowingLane(Lane):
         """Take over settings; what lies on the device is the leader's."""
         self.settings = settings
 
+    def take_buffers(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
+        """Go on with the rings of another layout; what they hold is void, and so are the leader's.
+
+        All rings hold the same steps, so the step that begins is a full one for all.
+        """
+        if self.has_reference:
+            self.leader.has_reference = False
+        super().take_buffers(layout, buffers)
+
     def reserve(self, steps: int) -> None:
         """Nothing: the leader makes room."""
 
@@ -119,7 +128,7 @@ class FollowedDecision:
 
     def read(self) -> bool:
         """Return what the leader has read."""
-        self.count()
+        self.lane.step = self.lane.leader.step
         self.lane.cached = self.lane.leader.cached
         return self.lane.cached
 
@@ -129,5 +138,6 @@ class FollowedDecision:
             self.lane.has_reference = True
 
     def count(self) -> None:
-        """Count the step, after the leader has."""
-        self.lane.step = self.lane.leader.step
+        """Count the step, after the leader has; full or cached, it leaves a reference."""
+        self.read()
+        self.lane.has_reference = True

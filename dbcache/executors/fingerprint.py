@@ -13,8 +13,11 @@ SETTINGS = (
     "_active_adapter",
     "_disable_adapters",
     "gradient_checkpointing",
+    "scale",
+    "_attention_backend",
 )
-"""Attributes of modules that a forward reads on the host; those with underscores are PEFT's."""
+"""Attributes of modules and attention processors that a forward reads on the host: PEFT's, those of
+IP-Adapters (`scale`) and of diffusers' attention backends."""
 
 OFFLOADING = ("_hf_hook", "_diffusers_hook")
 """Attributes in which Accelerate and diffusers keep hooks that move weights."""
@@ -28,8 +31,8 @@ def fingerprint(module: torch.nn.Module) -> int:
     """Return a number that changes when a recording of `module` is void.
 
     That is when a weight lies elsewhere or has another dtype, when modules come, go or are set
-    otherwise (LoRA adapters and their scales, attention processors), or with hooks. Weights that
-    change in place keep their address, and a recording reads them anew.
+    otherwise (LoRA adapters, IP-Adapters and their scales, attention processors and backends), or
+    with hooks. Weights that change in place keep their address, and a recording reads them anew.
     """
     parts: list[Any] = []
     for part in module.modules():
@@ -37,8 +40,14 @@ def fingerprint(module: torch.nn.Module) -> int:
         for tensors in (part._parameters, part._buffers):
             parts += [(x.data_ptr(), x.dtype) for x in tensors.values() if x is not None]
         own = part.__dict__
-        parts += [repr(own[name]) for name in SETTINGS if name in own]
-        parts.append(id(own.get("processor")))
+        processor = own.get("processor")  # one that is a module is among the modules
+        parts.append(id(processor))
+        for holder in (own, getattr(processor, "__dict__", {})):
+            parts += [
+                repr(holder[name])
+                for name in SETTINGS
+                if name in holder and not isinstance(holder[name], torch.Tensor)
+            ]
         parts += [len(part._forward_hooks), len(part._forward_pre_hooks)]
     return hash(tuple(parts))
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dbcache.executors.arguments import Structure, flatten, unflatten
 from dbcache.executors.cuda_capture import RECORDERS
 from dbcache.executors.cuda_driver import find_driver
 from dbcache.executors.fingerprint import fingerprint, reason_against
@@ -107,8 +108,9 @@ class Home:
         return cls(lane, lane.state.addresses(), lane.layout, lane.buffers_by_name())
 
     def fits(self) -> bool:
-        """Whether the lane's state still lies where it was."""
-        return self.state == self.lane.state.addresses()
+        """Whether the lane's state still lies where it was, and has room for one more step."""
+        lane = self.lane
+        return self.state == lane.state.addresses() and lane.step < len(lane.plan)
 
     def move_in(self) -> None:
         """Give the lane back the buffers of this layout, where another one came in between."""
@@ -169,6 +171,7 @@ class GraphExecutor:
         self.retired = 0
         self.replays = 0
         self._modes = list(MODES) if options.mode == "auto" else [options.mode]
+        self._failure = ""
         self._seen: dict[Any, Any] = {}
         self._recorder: Any = None
         self._fingerprint: int | None = None
@@ -177,6 +180,12 @@ class GraphExecutor:
         """Go on for another transformer, which has the same lanes."""
         self.transformer = transformer
         self._seen.clear()  # it learns from an eager step before the next recording
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all kinds of calls that came are recorded, or it is known why they are not."""
+        knows = bool(self.recordings or self.reasons)
+        return knows and self._seen.keys() <= self.recordings.keys()
 
     def describe(self) -> list[str]:
         """Return what was recorded, and why calls ran eagerly, a line each."""
@@ -211,10 +220,14 @@ class GraphExecutor:
 
     def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do one step: replayed where it can be, else eagerly."""
-        leaves, structure = tree_flatten((args, kwargs))
+        leaves, structure = flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         key = self._key(leaves, structure)
-        recording = self.recordings.get(key)
+        try:
+            recording = self.recordings.get(key)
+        except TypeError as error:
+            self._give_up(f"the other arguments must be hashable, got {error}")
+            return self.transformer.run(args, kwargs)
         if recording is not None and not all(home.fits() for home in recording.homes):
             self.retire()
             recording = None
@@ -235,7 +248,7 @@ class GraphExecutor:
             outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in outputs]
         return tree_unflatten(outputs, recording.structure)
 
-    def _key(self, leaves: list[Any], structure: Any) -> Any:
+    def _key(self, leaves: list[Any], structure: Structure) -> Any:
         """Return what must be the same for a recording to serve."""
         kinds = tuple(
             (leaf.shape, leaf.dtype, leaf.device)
@@ -243,7 +256,8 @@ class GraphExecutor:
             else (type(leaf), leaf)
             for leaf in leaves
         )
-        modes = (torch.is_inference_mode_enabled(), torch.is_autocast_enabled())
+        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        modes = (torch.is_inference_mode_enabled(), autocast)
         return (self.transformer.step_branch, structure, kinds, modes)
 
     def _is_due(self, key: Any, tensors: list[torch.Tensor]) -> bool:
@@ -252,7 +266,7 @@ class GraphExecutor:
         Nor is it the first one after calls of other shapes within a request: the lanes then start
         anew, which is not to be recorded.
         """
-        reason = self._reason_against(key, tensors)
+        reason = self._reason_against(tensors)
         if reason is not None:
             self._give_up(reason)
             return False
@@ -260,15 +274,11 @@ class GraphExecutor:
         self._seen[key] = None
         return is_due
 
-    def _reason_against(self, key: Any, tensors: list[torch.Tensor]) -> str | None:
+    def _reason_against(self, tensors: list[torch.Tensor]) -> str | None:
         if not self._modes:
-            return "no mode works"
+            return self._failure
         if torch.is_grad_enabled():
             return "gradients must be off (torch.no_grad or torch.inference_mode)"
-        try:
-            hash(key)
-        except TypeError as error:
-            return f"the other arguments must be hashable, got {error}"
         devices = {x.device for x in tensors} | {x.device for x in self._some_weights()}
         if len(devices) != 1 or next(iter(devices)).type not in RECORDERS:
             names = sorted(map(str, devices))
@@ -299,7 +309,7 @@ class GraphExecutor:
             warnings.warn(f"dbcache: cuda_graph: runs eagerly: {reason}", stacklevel=6)
         self.reasons[reason] += 1
 
-    def _record(self, leaves: list[Any], structure: Any) -> Recording | None:
+    def _record(self, leaves: list[Any], structure: Structure) -> Recording | None:
         """Return a recording that was tried, None if none can be had."""
         reason = reason_against(self.transformer.module)
         if reason is not None:
@@ -319,7 +329,8 @@ class GraphExecutor:
                 self.retire()
                 self._modes.pop(0)
                 then = f"goes on with {self._modes[0]!r}" if self._modes else "runs eagerly"
-                self.reasons[f"{mode!r} failed: {error}"] += 1
+                self._failure = f"{mode!r} failed: {error}"
+                self.reasons[self._failure] += 1
                 warnings.warn(
                     f"dbcache: cuda_graph={mode!r} is impossible here and {then}: {error}",
                     stacklevel=5,
@@ -341,7 +352,7 @@ class GraphExecutor:
             self._recorder = RECORDERS[device.type](device, driver)
             self._fingerprint = fingerprint(self.transformer.module)
 
-    def _record_as(self, mode: str, leaves: list[Any], structure: Any) -> Recording:
+    def _record_as(self, mode: str, leaves: list[Any], structure: Structure) -> Recording:
         start = perf_counter()
         recorder, lanes = self._recorder, self._lanes()
         for lane in lanes:
@@ -349,7 +360,7 @@ class GraphExecutor:
             lane.reserve(CAPACITY * (1 + 2 * lane.step // CAPACITY))
         with outside_inference_mode:
             static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
-        args, kwargs = tree_unflatten(static, structure)
+        args, kwargs = unflatten(static, structure)
         knew = [lane.has_reference for lane in lanes]
         cutter = SegmentCutter(recorder)
         with recorder.capturing():
@@ -384,7 +395,7 @@ class GraphExecutor:
             f", {branch}" if branch else ""
         )
 
-    def _try(self, recording: Recording, leaves: list[Any], structure: Any) -> None:
+    def _try(self, recording: Recording, leaves: list[Any], structure: Structure) -> None:
         """Compare a full and a cached step, replayed, with the same two run eagerly.
 
         Raises:
@@ -392,7 +403,7 @@ class GraphExecutor:
         """
 
         def eagerly(values: list[Any]) -> list[Any]:
-            args, kwargs = tree_unflatten(values, structure)
+            args, kwargs = unflatten(values, structure)
             return tree_flatten(self.transformer.run(args, kwargs))[0]
 
         def replayed(values: list[Any]) -> list[Any]:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from fake_driver import FakeDriver
 from tape import TapeRecorder, use_driver
 from tiny import FAMILIES, denoise, noise
@@ -152,8 +153,26 @@ def test_shared_diffs_run_eagerly_and_say_so(driver):
     family = FAMILIES["qwen"]
     model = family.build()
     dbcache.enable(model, **OPTIONS, cfg_diff_compute_separate=False, cuda_graph=True)
+    how = {"branches": ("cond", "uncond"), "named": True}
     with pytest.warns(UserWarning, match="cfg_diff_compute_separate must be True"):
-        denoise(model, family, 5, branches=("cond", "uncond"), named=True)
+        got = denoise(model, family, 16, **how)
+    assert not graphs(model).recordings
+    assert any("cfg_diff_compute_separate" in note for note in dbcache.summary(model).notes)
+    plain = dbcache.enable(family.build(), **OPTIONS, cfg_diff_compute_separate=False)
+    assert same(got, denoise(plain, family, 16, **how))
+    assert all(lane.cached_steps for lane in dbcache.summary(plain).lanes)
+
+
+def test_arguments_that_cannot_be_compared_run_eagerly_and_say_so(model, driver):
+    dbcache.enable(model, **OPTIONS, cuda_graph=True)
+    x = noise(*FLUX.latent_shape, seed=1)
+    arguments = FLUX.arguments(x, 1.0, "cond") | {"joint_attention_kwargs": {"x": {1, 2}}}
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="must be hashable, got .*'set'"):
+            model(**arguments)
+        model(**arguments)
+    assert not graphs(model).recordings
+    assert any("hashable" in n and "(2 times)" in n for n in dbcache.summary(model).notes)
 
 
 def test_random_numbers_in_the_step_are_refused(model, driver):
@@ -161,9 +180,22 @@ def test_random_numbers_in_the_step_are_refused(model, driver):
         lambda module, args, output: (output[0] + 1e-3 * torch.randn(()), output[1])
     )
     dbcache.enable(model, **OPTIONS, cuda_graph=True)
-    with pytest.warns(UserWarning, match="must not draw random numbers"):
+    with pytest.warns(UserWarning, match="must not draw random numbers") as warned:
         denoise(model, FLUX, 5)
+    assert len(warned) == 2  # one per mode, and none for the calls that follow
     assert not graphs(model).recordings
+    (device, host) = graphs(model).describe()
+    assert re.fullmatch(r"cuda_graph: 'device' failed: .*random numbers.* \(1 times\)", device)
+    assert re.fullmatch(r"cuda_graph: 'host' failed: .*random numbers.* \(4 times\)", host)
+
+
+def test_each_dtype_of_autocast_has_its_own_recording(model, driver, monkeypatch):
+    dbcache.enable(model, **OPTIONS, cuda_graph="host")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+    for dtype, seen in ((torch.bfloat16, 1), (torch.float16, 2), (torch.bfloat16, 2)):
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda _, dtype=dtype: dtype)
+        denoise(model, FLUX, 3)
+        assert len(graphs(model).recordings) == seen
 
 
 def test_control_flow_on_tensors_is_refused(model, driver):
@@ -345,7 +377,7 @@ def test_weights_that_change_in_place_are_read_anew(model, driver):
     assert same(got, denoise(model, FLUX, 6))
 
 
-@pytest.mark.parametrize("change", ["weight", "adapter", "processor", "hook"])
+@pytest.mark.parametrize("change", ["weight", "adapter", "processor", "scale", "backend", "hook"])
 def test_weights_elsewhere_and_other_settings_are_a_new_recording(model, driver, change):
     dbcache.enable(model, **OPTIONS, num_inference_steps=6, cuda_graph="device")
     denoise(model, FLUX, 6)
@@ -356,6 +388,10 @@ def test_weights_elsewhere_and_other_settings_are_a_new_recording(model, driver,
         block.ff.net[0].scaling = {"style": 0.5}
     elif change == "processor":
         block.attn.processor = type(block.attn.processor)()
+    elif change == "scale":  # as `set_ip_adapter_scale` does
+        block.attn.processor.scale = [0.5]
+    elif change == "backend":  # as `set_attention_backend` does
+        block.attn.processor._attention_backend = AttentionBackendName.NATIVE
     else:
         block.register_forward_hook(lambda module, args, output: (output[0] * 0.5, output[1]))
     got = denoise(model, FLUX, 6)
@@ -375,26 +411,6 @@ def test_outputs_are_the_users_unless_asked_otherwise(model, driver):
             outputs = [model(**FLUX.arguments(x * k, 1.0, "cond"))[0] for k in (1, 2, 3, 4)]
         assert (outputs[2].data_ptr() == outputs[3].data_ptr()) is static
         assert torch.equal(outputs[2], outputs[3]) is static
-
-
-def test_capture_records_ahead_of_the_first_request(model, driver):
-    dbcache.enable(model, **OPTIONS, num_inference_steps=8, cuda_graph="device")
-    x = noise(*FLUX.latent_shape, seed=1)
-    (recording,) = dbcache.capture(model, **FLUX.arguments(x, 1.0, "cond"))
-    assert re.fullmatch(r"device, 1x16x16 float32", recording.name)
-    assert recording.seconds > 0
-    before = graphs(model).replays
-    assert same(denoise(model, FLUX, 8), eager(8))
-    assert graphs(model).replays == before + 8
-    assert handle_of(model).stacks[0].lanes[None].trace()[0][0] == Reason.WARMUP
-
-
-def test_capture_needs_graphs(model, driver):
-    with pytest.raises(RuntimeError, match="must be enabled on it first"):
-        dbcache.capture(model)
-    dbcache.enable(model, **OPTIONS)
-    with pytest.raises(RuntimeError, match="cuda_graph=True"):
-        dbcache.capture(model)
 
 
 def test_a_failed_launch_counts_as_never_begun(model, driver):

@@ -23,15 +23,18 @@ from dbcache.kernels import (
     decide,
     decide_blocks,
     decide_step,
+    fit_recurrence,
     predict,
     probe_and_decide,
     probe_diff,
+    recurrence,
+    spectrum,
     store_block,
 )
 
 OPS = (
-    add_residuals, block_changes, commit, decide, decide_blocks, decide_step, predict,
-    probe_and_decide, probe_diff, store_block,
+    add_residuals, block_changes, commit, decide, decide_blocks, decide_step, fit_recurrence,
+    predict, probe_and_decide, probe_diff, recurrence, spectrum, store_block,
 )  # fmt: skip
 READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
 

@@ -1,0 +1,108 @@
+"""When recordings end: with the cache, with the room of a lane, with what they were made for."""
+
+import pytest
+import torch
+from tiny import FAMILIES, denoise, noise
+
+import dbcache
+from dbcache import BlockAdapter, ForwardPattern
+from dbcache.adapters.cached_transformer import handle_of
+from dbcache.executors import graph
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLUX = FAMILIES["flux"]
+OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 3, "residual_diff_threshold": 0.15}
+
+
+def same(xs, ys):
+    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+@pytest.mark.parametrize("how", ["disabled", "enabled again", "rebuilt", "renumbered"])
+def test_the_driver_gets_its_graphs_back_with_the_cache(driver, how):
+    model = FLUX.build()
+    dbcache.enable(model, **OPTIONS, num_inference_steps=4, cuda_graph="device")
+    denoise(model, FLUX, 4)
+    executor = handle_of(model).graphs
+    assert len(executor.recordings) == 1
+    if how == "disabled":
+        dbcache.disable(model)
+    elif how == "enabled again":
+        dbcache.enable(model, **OPTIONS)
+    elif how == "rebuilt":
+        dbcache.refresh_context(model, Fn_compute_blocks=2)
+    else:
+        dbcache.refresh_context(model, residual_diff_threshold=0.1)
+    kept = how == "renumbered"
+    assert len(driver.destroyed) == (0 if kept else 2)  # a graph, and what was made of it
+    assert len(executor.recordings) == kept
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_requests_longer_than_the_room_of_a_lane_are_recorded_anew(driver, monkeypatch, mode):
+    monkeypatch.setattr(graph, "CAPACITY", 64)
+    plain, model = FLUX.build(), FLUX.build()
+    dbcache.enable(plain, **OPTIONS)
+    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
+    assert same(denoise(model, FLUX, 70), denoise(plain, FLUX, 70))
+    (lane,), (expected,) = (dbcache.summary(m).lanes for m in (model, plain))
+    assert lane.reasons == expected.reasons
+    executor = handle_of(model).graphs
+    assert executor.retired == len(executor.recordings) == 1
+    assert executor.replays == 63 + 5  # steps 0 and 64 ran eagerly
+
+
+class Two(torch.nn.Module):
+    """Two stacks, the second of which gets more tokens: its shapes may change alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.ModuleList(Step(seed) for seed in range(4))
+        self.second = torch.nn.ModuleList(Step(seed) for seed in range(4, 8))
+
+    def forward(self, hidden_states, more):
+        for block in self.first:
+            hidden_states = block(hidden_states)
+        hidden_states = torch.cat([hidden_states, more], 1)
+        for block in self.second:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+class Step(torch.nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.weight = torch.nn.Parameter(noise(4, 4, seed=seed))
+
+    def forward(self, hidden_states):
+        return hidden_states + 0.1 * torch.tanh(hidden_states @ self.weight)
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_a_stack_whose_shapes_change_alone_makes_the_step_a_full_one(driver, mode):
+    """A recorded step with other shapes than the last, on a plan that would cache it."""
+    model = Two()
+    adapter = BlockAdapter(
+        transformer=model,
+        blocks=[model.first, model.second],
+        forward_pattern=[ForwardPattern.Pattern_3, ForwardPattern.Pattern_3],
+    )
+    static = {
+        "steps_computation_mask": [1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0],
+        "steps_computation_policy": "static",
+        "max_warmup_steps": 1,
+        "decision_scope": "model",
+    }
+    dbcache.enable(adapter, **OPTIONS | static, cuda_graph=mode)
+    errors = []
+    with torch.no_grad():
+        for step, length in enumerate((2, 2, 2, 2, 2, 3, 3, 3, 3, 2, 2, 3)):
+            x, more = noise(1, 5, 4, seed=step), noise(1, length, 4, seed=100 + step)
+            output, plain = model(x, more), Two.forward(model, x, more)
+            errors.append(float((output - plain).abs().max()))
+    assert handle_of(model).graphs.replays == 12 - 2
+    assert [step for step, error in enumerate(errors) if error > 1e-6] == [4, 8, 10]
+    first, second = dbcache.summary(adapter).lanes
+    assert first.reasons[9] == first.reasons[11] == "shape changed"
+    assert second.reasons == first.reasons
