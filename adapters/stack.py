@@ -31,7 +31,7 @@ from dbcache.schedule import check_retention, resolve_mask
 from dbcache.sharding import Sharding
 
 if TYPE_CHECKING:
-    from dbcache.adapters.recorder import Recorder
+    from dbcache.adapters.calibration_notes import CalibrationNotes
 
 
 class Stack:
@@ -70,7 +70,7 @@ class Stack:
         self.lanes: dict[str | None, Lane] = {}
         self.tail: Tail | None = None
         self.entries = self._make_entries()
-        self.recorder: Recorder | None = None
+        self.calibration_notes: CalibrationNotes | None = None
         self.source: Source | None = None
         if leader is None:
             first = lists[0]
@@ -230,8 +230,8 @@ class Stack:
         """Take note of what the transformer returns."""
         if self.source is not None and self.lane is not None:
             self.source.finish(self.lane, output)
-        if self.recorder is not None:
-            self.recorder.after_forward(output)
+        if self.calibration_notes is not None:
+            self.calibration_notes.after_forward(output)
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
@@ -412,8 +412,8 @@ class Stack:
             )
         if not self._learned:
             self._copies_middle = self._were_overwritten()
-        if self.recorder is not None:
-            self.recorder.after_blocks(h_out)
+        if self.calibration_notes is not None:
+            self.calibration_notes.after_blocks(h_out)
         is_made = self.fn == 0 and self.encoder_fn is None
         if is_made and encoder is not None:
             self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone
