@@ -145,6 +145,8 @@ class Stack:
     def start_request(self) -> None:
         """Forget the last request."""
         self._shared = None
+        if self.source is not None:
+            self.source.start_request()
         if self.tail is not None:
             self.tail.start_request()
         for lane in self.lanes.values():
