@@ -129,8 +129,6 @@ class CachedTransformer:
         self.module = spec.transformer
         self._records = graph_options is not None
         self.stacks = self._make_stacks()
-        if self.stacks:
-            self._check_long_skips()
         self.config = settings.modified(modifiers[0]).cache
         separate_cfg = self.config.enable_separate_cfg
         self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
@@ -147,7 +145,7 @@ class CachedTransformer:
         self.forced: Counter[str] = Counter()
         self._has_begun = False
         self._refreshes = 0
-        self._steps: dict[str | None, int] = {}
+        self._steps: Counter[str | None] = Counter()
         self._partial: set[str | None] = set()
         self._forms: dict[str | None, Any] = {}
         self._condition_of = ConditionFinder(self.module)
@@ -166,6 +164,8 @@ class CachedTransformer:
 
     def _make_stacks(self) -> list[Stack]:
         stacks = make_stacks(self.spec.stacks, self.settings, self.modifiers)
+        if stacks:
+            self._check_long_skips(stacks)
         if self.sharding is not None and self.sharding.splits_sequence:
             for stack in stacks:
                 stack.sharding = self.sharding
@@ -174,9 +174,9 @@ class CachedTransformer:
                 stack.prepare_recording()
         return stacks
 
-    def _check_long_skips(self) -> None:
+    def _check_long_skips(self, stacks: list[Stack]) -> None:
         """Raise if a block that always runs takes what a block that may be skipped has to make."""
-        for spec, stack in zip(self.spec.stacks, self.stacks, strict=True):
+        for spec, stack in zip(self.spec.stacks, stacks, strict=True):
             if spec.long_skips and stack.bn > stack.fn:
                 raise ValueError(
                     f"{type(self.module).__name__}.{stack.name}: Bn_compute_blocks must be at most "
@@ -306,7 +306,7 @@ class CachedTransformer:
         else:
             output = self.sharding.by_branch(self.branch, lambda: self._step(args, kwargs))
         self.calls += 1
-        self._steps[self.step_branch] = self._steps.get(self.step_branch, 0) + 1
+        self._steps[self.step_branch] += 1
         return output
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -385,7 +385,10 @@ class CachedTransformer:
 
     def _start_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a new request where one is due, and tell the stacks the branch."""
-        if self._is_over() or not self._has_begun:
+        name = self.branch
+        if kwargs.get(LEAVES_OUT):
+            name = LEAVES_OUT if name is None else f"{name}, {LEAVES_OUT}"
+        if self._is_over(name) or not self._has_begun:
             self._refreshes = 0
             self.start_request()
         elif self._is_refresh_due():
@@ -395,14 +398,14 @@ class CachedTransformer:
             steps = self._num_steps()
             for stack in self.stacks:
                 stack.plan_request(steps)
-        self.step_branch = self._find_branch(args, kwargs)
+        self.step_branch = self._find_branch(name, args, kwargs)
 
-    def _is_over(self) -> bool:
-        """Say whether the request has had all its steps, where it is this object that counts."""
+    def _is_over(self, name: str | None) -> bool:
+        """Say whether the branch has had all its steps, where it is this object that counts."""
         steps = self.config.num_inference_steps
         if self.by_request or steps is None:
             return False
-        return self._steps.get(self._current_branch(), 0) >= steps
+        return self._steps[self._by_parity(name)] >= steps
 
     def _is_refresh_due(self) -> bool:
         """Say whether the calls so far have reached the hint."""
@@ -416,23 +419,22 @@ class CachedTransformer:
         planned = self.planned_steps() if self.planned_steps is not None else None
         return self.config.num_inference_steps if planned is None else planned
 
-    def _current_branch(self) -> str | None:
-        """Return the pipeline's name for this call, or one by the parity of the calls."""
-        if self.branch is not None or not self.separate_cfg:
-            return self.branch
+    def _by_parity(self, name: str | None) -> str | None:
+        """Return the name of a call; where it has none, one by the parity of the calls."""
+        if name is not None or not self.separate_cfg:
+            return name
         is_second = self.calls % 2 == 1
         return "uncond" if is_second != self.config.cfg_compute_first else "cond"
 
-    def _find_branch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    def _find_branch(
+        self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str | None:
         """Return the branch of a call; see to it that a cached step would continue it."""
-        branch = self.branch
-        if kwargs.get(LEAVES_OUT):
-            branch = LEAVES_OUT if branch is None else f"{branch}, {LEAVES_OUT}"
-        asked = self.config.enable_separate_cfg is not None and branch is None
+        asked = self.config.enable_separate_cfg is not None and name is None
         if not self.branches.is_active or asked:
-            branch = branch or self._current_branch()
+            branch = self._by_parity(name)
         else:
-            branch, is_late = self.branches.of_call(branch, self._condition_of(args, kwargs))
+            branch, is_late = self.branches.of_call(name, self._condition_of(args, kwargs))
             if is_late:
                 self.force_full("their branch of guidance had not run just before", branch)
         form = form_of(kwargs)

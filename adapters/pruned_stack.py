@@ -10,7 +10,6 @@ from dbcache.adapters.block_adapter import StackSpec
 from dbcache.adapters.block_list import Entry
 from dbcache.adapters.block_run import BlockRun, EncoderGuard, PruneGuard
 from dbcache.adapters.guards import CheckGuard
-from dbcache.adapters.patterns import ENCODER
 from dbcache.adapters.stack import Stack
 from dbcache.config import StackSettings
 from dbcache.kernels.decide_step import decide_step
@@ -75,21 +74,16 @@ class PrunedStack(Stack):
             self.lanes.clear()  # blocks were added or taken away
         self.run = BlockRun(self.name, prunable, self.pattern, self._open, self._close)
         self.run.fuses = self.fuses
-        returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
-        position, entries = 0, []
-        for block_list in self.lists:
-            row: list[Entry] = []
-            for index, block in enumerate(block_list.blocks):
-                who = f"{block_list.path}[{index}] ({type(block).__name__})"
-                if start <= position < stop:
-                    row.append(PruneGuard(self, block, who, self.run, position - start))
-                elif position == start - 1 and returns_encoder_only:
-                    row.append(EncoderGuard(self, block, who, self.run))
-                else:
-                    row.append(CheckGuard(self, block, who))
-                position += 1
-            entries.append(row)
-        return entries
+        return self._rows()
+
+    def _entry(self, position: int, block: torch.nn.Module, who: str) -> Entry:
+        """Return what stands for the block at `position` of the stack."""
+        index = position - self.start
+        if 0 <= index < len(self.run.prunable):
+            return PruneGuard(self, block, who, self.run, index)
+        if index == -1 and self.makes_encoder:
+            return EncoderGuard(self, block, who, self.run)
+        return CheckGuard(self, block, who)
 
     def forget_step(self) -> None:
         super().forget_step()
@@ -115,7 +109,7 @@ class PrunedStack(Stack):
 
     def _record(self, lane: PrunedLane, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Let the step's decisions be recorded: each block is a branch, whether it runs or not."""
-        self._check_recordable()
+        self._check_needs_no_vote()
         if lane.cache.state is None:
             lane.cache.allocate(hidden, encoder)
         decide_step(lane.state, lane.cache.choose(self._changes(lane, hidden)))
@@ -140,14 +134,7 @@ class PrunedStack(Stack):
 
     def _changes(self, lane: PrunedLane, hidden: torch.Tensor) -> torch.Tensor:
         """Measure the changes of the block inputs, or take those of the step's other branch."""
-        if self.settings.cache.cfg_diff_compute_separate:
-            return lane.cache.measure(hidden)
-        shared = self._shared
-        if shared and shared[0] != self.branch and shared[1] == lane.step:
-            return shared[2]
-        partials = lane.cache.measure(hidden)
-        self._shared = (self.branch, lane.step, partials)
-        return partials
+        return self._once_per_step(lane.step, lambda: lane.cache.measure(hidden))
 
     def prepare_recording(self) -> None:
         """Let each block that is left out return what it would have, as it does while recorded."""

@@ -44,6 +44,9 @@ class Source:
         self.who = who
         self.value: torch.Tensor | None = None
 
+    def start_request(self) -> None:
+        """Forget the last request."""
+
     def start(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of what the transformer is called with."""
 
@@ -101,8 +104,10 @@ class Spectrum(Source):
                 f"{who}: policy='seacache' must know the timesteps of the model, got "
                 f"{type(model).__name__}; known are {', '.join(FULL_NOISE)}; choose another policy"
             )
-        self._ids: torch.Tensor | None = None
-        self._grid: tuple[int, ...] = ()
+        self._grids: dict[torch.Size, tuple[int, ...]] = {}
+
+    def start_request(self) -> None:
+        self._grids.clear()
 
     def start(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = _latents(self.who, model, args, kwargs)
@@ -131,7 +136,11 @@ class Spectrum(Source):
     def _grid_of(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[int, ...]:
-        """Return (rows, columns) of packed latents; reads them where they lie on a device."""
+        """Return (rows, columns) of packed latents, from `img_ids` read once per request.
+
+        They are read once for each of their shapes: some pipelines make them anew at each step
+        (FLUX.2, behind given pictures), but the size of what is made does not change in a request.
+        """
         shapes = argument(model, "img_shapes", args, kwargs)
         if shapes is not None:
             first = shapes[0]
@@ -143,13 +152,12 @@ class Spectrum(Source):
                 f"{self.who}: policy='seacache' must get img_ids or img_shapes with packed "
                 f"latents, got neither; choose another policy"
             )
-        if ids is not self._ids:  # the pipeline passes the same ones in all steps of a request
-            self._ids = ids
-            flat = ids[0] if ids.ndim == 3 else ids
+        if ids.shape not in self._grids:
+            flat = (ids[0] if ids.ndim == 3 else ids).cpu()
             own = flat[flat[:, 0] == flat[0, 0]]
             rows, columns = (own[:, 1:3].amax(0) - own[:, 1:3].amin(0) + 1).tolist()
-            self._grid = (int(rows), int(columns))
-        return self._grid
+            self._grids[ids.shape] = (int(rows), int(columns))
+        return self._grids[ids.shape]
 
 
 def make_source(

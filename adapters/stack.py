@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ from dbcache.schedule import check_retention, resolve_mask
 from dbcache.sharding import Sharding
 
 if TYPE_CHECKING:
-    from dbcache.adapters.recorder import Recorder
+    from dbcache.adapters.calibration_notes import CalibrationNotes
 
 
 class Stack:
@@ -65,12 +67,11 @@ class Stack:
         self.name = "+".join(block_list.path for block_list in lists)
         self.settings = prepare(settings, lists[0].owner, self.name)
         self._given = settings.cache
-        self.num_blocks = sum(len(block_list.blocks) for block_list in lists)
         self.fn, self.bn = self._clamp()
         self.lanes: dict[str | None, Lane] = {}
         self.tail: Tail | None = None
         self.entries = self._make_entries()
-        self.recorder: Recorder | None = None
+        self.calibration_notes: CalibrationNotes | None = None
         self.source: Source | None = None
         if leader is None:
             first = lists[0]
@@ -83,6 +84,11 @@ class Stack:
         self.cutter: Cutter | None = None
         self.sharding: Sharding | None = None  # where the ranks each have a part of the tokens
         self.forget_step()
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks all lists have."""
+        return sum(len(block_list.blocks) for block_list in self.lists)
 
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""
@@ -100,33 +106,43 @@ class Stack:
 
     def _make_entries(self) -> list[list[Entry]]:
         """Return what stands for each list, on the first forward."""
-        first_middle, last_middle = self.fn, self.num_blocks - self.bn - 1
-        if first_middle > last_middle:
+        if self.fn + self.bn == self.num_blocks:
             return []
-        returns_encoder_only = ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
         self.tail = Tail.of(self)
-        position, entries = 0, []
-        for turn, block_list in enumerate(self.lists):
-            row: list[Entry] = []
-            for index, block in enumerate(block_list.blocks):
-                who = f"{block_list.path}[{index}] ({type(block).__name__})"
-                if self.round > 1:
-                    position = index * self.round + turn
-                if first_middle <= position <= last_middle:
-                    is_first, is_last = position == first_middle, position == last_middle
-                    if is_first or is_last:
-                        row.append(MiddleEndGuard(self, block, who, is_first, is_last))
-                    else:
-                        row.append(MiddleGuard(self, block, who))
-                elif position > last_middle and self.tail is not None:
-                    row.append(self.tail.guard(position, block, who))
-                elif position == first_middle - 1 and returns_encoder_only:
-                    row.append(ProbeEndGuard(self, block, who, is_first=position == 0))
-                else:
-                    row.append((FirstGuard if position == 0 else CheckGuard)(self, block, who))
-                position += 1
-            entries.append(row)
-        return entries
+        return self._rows()
+
+    def _rows(self) -> list[list[Entry]]:
+        """Return a row per list of what `_entry` makes of its blocks."""
+        positions = itertools.count()
+        return [
+            [
+                self._entry(
+                    index * self.round + turn if self.round > 1 else next(positions),
+                    block,
+                    f"{block_list.path}[{index}] ({type(block).__name__})",
+                )
+                for index, block in enumerate(block_list.blocks)
+            ]
+            for turn, block_list in enumerate(self.lists)
+        ]
+
+    @property
+    def makes_encoder(self) -> bool:
+        """Whether the encoder stream is something that blocks only return."""
+        return ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+
+    def _entry(self, position: int, block: torch.nn.Module, who: str) -> Entry:
+        """Return what stands for the block at `position` of the stack."""
+        first, last = self.fn, self.num_blocks - self.bn - 1
+        if first <= position <= last:
+            if position in (first, last):
+                return MiddleEndGuard(self, block, who, position == first, position == last)
+            return MiddleGuard(self, block, who)
+        if position > last and self.tail is not None:
+            return self.tail.guard(position, block, who)
+        if position == first - 1 and self.makes_encoder:
+            return ProbeEndGuard(self, block, who, is_first=position == 0)
+        return (FirstGuard if position == 0 else CheckGuard)(self, block, who)
 
     def forget_step(self) -> None:
         """Drop what belongs to the step under way."""
@@ -145,6 +161,8 @@ class Stack:
     def start_request(self) -> None:
         """Forget the last request."""
         self._shared = None
+        if self.source is not None:
+            self.source.start_request()
         if self.tail is not None:
             self.tail.start_request()
         for lane in self.lanes.values():
@@ -195,7 +213,6 @@ class Stack:
         if any(block_list.current() != block_list.blocks for block_list in self.lists):
             for block_list in self.lists:
                 block_list.blocks = block_list.current()
-            self.num_blocks = sum(len(block_list.blocks) for block_list in self.lists)
             self.fn, self.bn = self._clamp()
             self.entries = self._make_entries()
             self._learned, self._copies_probe, self._copies_middle = False, True, True
@@ -230,8 +247,8 @@ class Stack:
         """Take note of what the transformer returns."""
         if self.source is not None and self.lane is not None:
             self.source.finish(self.lane, output)
-        if self.recorder is not None:
-            self.recorder.after_forward(output)
+        if self.calibration_notes is not None:
+            self.calibration_notes.after_forward(output)
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Take note of what the first block gets."""
@@ -322,18 +339,17 @@ class Stack:
         code = lane.start_step(layout, h_fn.device)
         is_open = code == PlanCode.DYNAMIC and lane.can_compare
         if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
-            self._check_recordable()
+            self._check_needs_no_vote()
             eager.enqueue_decision(lane, self.h_in, compared)
             self._begin_branch(eager.LaneDecision(lane))
             return False
         if not is_open:
             cached = eager.take_decision(lane, code, None)
-        elif not self.settings.cache.cfg_diff_compute_separate:
-            cached = eager.take_decision(lane, code, self._shared_diff(lane, compared))
-        elif not self._votes:
+        elif self.settings.cache.cfg_diff_compute_separate and not self._votes:
             cached = eager.measure_and_decide(lane, self.h_in, compared)
         else:
-            cached = eager.take_decision(lane, code, self._measure(lane, compared))
+            partials = self._once_per_step(lane.step, lambda: self._measure(lane, compared))
+            cached = eager.take_decision(lane, code, partials)
         if self.source is not None:
             lane.remember(compared)
         return cached
@@ -343,7 +359,7 @@ class Stack:
         """Whether a rank measures only its part of the tokens."""
         return self.sharding is not None and (self.source is None or not self.source.is_whole)
 
-    def _check_recordable(self) -> None:
+    def _check_needs_no_vote(self) -> None:
         """Raise if the decision needs a message, which a recording would not repeat in time."""
         if self.sharding is not None:
             raise RuntimeError(
@@ -373,13 +389,15 @@ class Stack:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
         return not all(torch.equal(original, copy) for original, copy in self._originals)
 
-    def _shared_diff(self, lane: Lane, compared: torch.Tensor) -> torch.Tensor:
-        """Measure the change, or take that of the step's other branch."""
+    def _once_per_step(self, step: int, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Measure a change, or take that of the step's other branch, as the config says."""
+        if self.settings.cache.cfg_diff_compute_separate:
+            return measure()
         shared = self._shared
-        if shared and shared[0] != self.branch and shared[1] == lane.step:
+        if shared and shared[0] != self.branch and shared[1] == step:
             return shared[2]
-        partials = self._measure(lane, compared)
-        self._shared = (self.branch, lane.step, partials)
+        partials = measure()
+        self._shared = (self.branch, step, partials)
         return partials
 
     def _measure(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
@@ -412,8 +430,8 @@ class Stack:
             )
         if not self._learned:
             self._copies_middle = self._were_overwritten()
-        if self.recorder is not None:
-            self.recorder.after_blocks(h_out)
+        if self.calibration_notes is not None:
+            self.calibration_notes.after_blocks(h_out)
         is_made = self.fn == 0 and self.encoder_fn is None
         if is_made and encoder is not None:
             self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone

@@ -13,7 +13,6 @@ import torch
 
 from dbcache.adapters.block_run import BlockRun, EncoderGuard, PruneGuard
 from dbcache.adapters.guards import CheckGuard, Guard
-from dbcache.adapters.patterns import ENCODER
 from dbcache.kernels import block_state as bs
 from dbcache.pruned_lane import BlockCache
 
@@ -59,7 +58,7 @@ class Tail:
         index = position - self.start
         if 0 <= index < len(self.run.prunable):
             return PruneGuard(self.stack, block, who, self.run, index)
-        if index == -1 and ENCODER not in self.stack.pattern.takes and self.run.returns_encoder:
+        if index == -1 and self.stack.makes_encoder:
             return EncoderGuard(self.stack, block, who, self.run)
         return CheckGuard(self.stack, block, who)
 

@@ -17,10 +17,10 @@ from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_b
 from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
 from dbcache.adapters.cached_pipeline import CachedPipeline
 from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
+from dbcache.adapters.calibration_notes import NOTES, calibration_of, take_notes
 from dbcache.adapters.matrix import matrix
 from dbcache.adapters.models import MODELS
 from dbcache.adapters.patch_functor import on_trial
-from dbcache.adapters.recorder import RECORDERS, calibration_of, record
 from dbcache.adapters.registry import find_specs
 from dbcache.calibration import OPEN
 from dbcache.calibrators import CalibratorConfig
@@ -286,7 +286,7 @@ def calibrate(
             transformers or one whose blocks are not known yet, or requests of different lengths.
             TypeError: another option. Nothing is written then.
     """
-    check_choice("calibrate: policy", policy, tuple(RECORDERS))
+    check_choice("calibrate: policy", policy, tuple(NOTES))
     reject_unknown("calibrate", options, OF_REQUESTS)
     if any(handle_of(part) is not None for part in _parts(target)):
         raise RuntimeError("calibrate: the cache must be off, got an enabled one; disable it first")
@@ -294,9 +294,9 @@ def calibrate(
     enable(target, **{**options, **all_full, "policy": policy})
     content: dict[str, Any] = {}
     try:
-        recorders = record(_enabled(target, "calibrate"), policy)
+        notes = take_notes(_enabled(target, "calibrate"), policy)
         yield content
-        content.update(calibration_of(policy, recorders))
+        content.update(calibration_of(policy, notes))
     finally:
         disable(target)
     if path is not None:

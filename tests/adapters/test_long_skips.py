@@ -87,6 +87,28 @@ def test_refreshing_refuses_the_same_and_keeps_what_was():
     assert dbcache.summary(model).lanes[0].steps == 1
 
 
+class Silent(Block):
+    """Its source does not tell that it returns hidden states."""
+
+    def forward(self, hidden_states, skip=None):
+        return super().forward(hidden_states, skip)
+
+
+@torch.no_grad()
+def test_more_last_blocks_are_refused_where_the_first_forward_tells_the_pattern():
+    model = UVit()
+    model.layers = torch.nn.ModuleList(Silent(i > BLOCKS // 2) for i in range(BLOCKS))
+    adapter = dbcache.BlockAdapter(
+        transformer=model, blocks=model.layers, auto=True, long_skips=True
+    )
+    dbcache.enable(adapter, Fn_compute_blocks=1, Bn_compute_blocks=2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="got 2 and 1: long skip"):
+            model(torch.zeros(1, 4, 8))
+    dbcache.refresh_context(model, Bn_compute_blocks=1)
+    model(torch.zeros(1, 4, 8))
+
+
 def test_the_flag_is_a_flag():
     with pytest.raises(TypeError, match=r"long_skips must be True or False, got 'yes'"):
         enable(UVit(), 1, 1, long_skips="yes")

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import models
 import pytest
 import tiny
 import torch
@@ -72,6 +73,20 @@ def test_transformer_starts_anew_after_its_steps_not_one_call_later():
     assert decisions(model) == {None: "FFc"}
     call(model, 4)
     assert decisions(model) == {None: "F"}
+
+
+@torch.no_grad()
+def test_a_last_call_that_leaves_blocks_out_belongs_to_the_last_step():
+    name = "SD3Transformer2DModel"
+    model, case = models.model(name), models.CASES[name]
+    dbcache.enable(model, options(num_inference_steps=3, enable_separate_cfg=False))
+    arguments = case.call_arguments(tiny.noise(*case.latent, seed=5), torch.tensor([500.0]))
+    for steps in (3, 2):
+        for _ in range(steps):
+            model(**arguments)
+            model(**arguments, skip_layers=[4])
+        assert decisions(model) == dict.fromkeys([None, "skip_layers"], "FFc"[:steps])
+    dbcache.disable(model)
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "by parity"])

@@ -119,6 +119,27 @@ def test_tokens_of_pictures_that_are_given_are_left_out():
     dbcache.disable(model)
 
 
+def test_the_ids_are_read_once_per_request_though_made_anew_at_each_step(monkeypatch):
+    model, stack = enabled("FluxTransformer2DModel", "seacache")
+    reads, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: reads.append(x.shape) or cpu(x))
+    x = torch.randn(1, 12, 4, generator=torch.Generator().manual_seed(0))
+
+    def measured(rows, columns):
+        """Return the shape of what is measured of pictures of this size."""
+        ids = torch.tensor([(0.0, row, column) for row in range(rows) for column in range(columns)])
+        given = {"hidden_states": x, "timestep": torch.tensor([0.5]), "img_ids": ids}
+        stack.source.start(model, (), given)
+        return stack.source.measured().shape
+
+    assert [measured(3, 4) for _ in range(3)] == [(1, 3, 4, 4)] * 3
+    assert len(reads) == 1
+    stack.start_request()
+    assert [measured(2, 6) for _ in range(3)] == [(1, 2, 6, 4)] * 3
+    assert len(reads) == 2
+    dbcache.disable(model)
+
+
 def test_the_prediction_is_found_in_tuples_lists_and_output_classes():
     x = torch.ones(2, 3)
     for output in (x, (x, None), [x], {0: x}):

@@ -26,7 +26,7 @@ TINY = 1e-8
 LEAST_PAIRS = 2 * (DEGREE + 1)
 
 
-class Recorder:
+class _Rows:
     """Notes one row of numbers per step, for each branch and request; the numbers stay on device.
 
     Args:
@@ -82,12 +82,8 @@ class Recorder:
             for branch, runs in self.runs.items()
         }
 
-    def result(self) -> dict[str, Any]:
-        """Return the stack's entry of the calibration."""
-        raise NotImplementedError
 
-
-class Magnitudes(Recorder):
+class Magnitudes(_Rows):
     """MagCache's ratios."""
 
     @torch.no_grad()
@@ -98,11 +94,12 @@ class Magnitudes(Recorder):
         self._note(norm, None if before is None else (norm / (before + TINY)).mean().reshape(1))
 
     def result(self) -> dict[str, Any]:
+        """Return the stack's entry of the calibration."""
         means = {branch: rows.mean((0, 2)).tolist() for branch, rows in self.rows().items()}
         return {"ratios": {branch: [1.0, *ratios] for branch, ratios in means.items()}}
 
 
-class Changes(Recorder):
+class Changes(_Rows):
     """TeaCache's polynomial."""
 
     @torch.no_grad()
@@ -120,6 +117,7 @@ class Changes(Recorder):
         self._note(now, row)
 
     def result(self) -> dict[str, Any]:
+        """Return the stack's entry of the calibration."""
         pairs = numpy.concatenate([rows.reshape(-1, 2) for rows in self.rows().values()])
         if len(pairs) < LEAST_PAIRS:
             raise ValueError(
@@ -130,10 +128,12 @@ class Changes(Recorder):
         return {"coefficients": coefficients.tolist(), "pairs": len(pairs)}
 
 
-RECORDERS: dict[str, type[Recorder]] = {"magcache": Magnitudes, "teacache": Changes}
+CalibrationNotes = Magnitudes | Changes
+
+NOTES: dict[str, type[CalibrationNotes]] = {"magcache": Magnitudes, "teacache": Changes}
 
 
-def record(transformers: list[CachedTransformer], policy: str) -> list[Recorder]:
+def take_notes(transformers: list[CachedTransformer], policy: str) -> list[CalibrationNotes]:
     """Make the stacks of an enabled transformer note their steps from now on.
 
     Raises:
@@ -151,15 +151,16 @@ def record(transformers: list[CachedTransformer], policy: str) -> list[Recorder]
             f"calibrate: {type(transformers[0].module).__name__} must have blocks to skip that are "
             f"known before the first forward, got none; name forward_pattern in the BlockAdapter"
         )
-    for stack in stacks:
-        stack.recorder = RECORDERS[policy](stack)
-    return [stack.recorder for stack in stacks if stack.recorder is not None]
+    notes = [NOTES[policy](stack) for stack in stacks]
+    for stack, its_notes in zip(stacks, notes, strict=True):
+        stack.calibration_notes = its_notes
+    return notes
 
 
-def calibration_of(policy: str, recorders: list[Recorder]) -> dict[str, Any]:
-    """Return the content of the calibration; raises as `Recorder.rows` and `result`."""
-    stacks = {recorder.stack.name: recorder.result() for recorder in recorders}
-    runs = next(iter(recorders[0].runs.values()))
+def calibration_of(policy: str, notes: list[CalibrationNotes]) -> dict[str, Any]:
+    """Return the content of the calibration; raises as `rows` and `result` of the notes."""
+    stacks = {its_notes.stack.name: its_notes.result() for its_notes in notes}
+    runs = next(iter(notes[0].runs.values()))
     # the blocks are what counts: a transformer may hold them in a module of another class
-    model = type(recorders[0].stack.lists[0].owner).__name__
+    model = type(notes[0].stack.lists[0].owner).__name__
     return new_calibration(policy, model, len(runs[0]) + 1, stacks)
