@@ -61,6 +61,7 @@ class Parallelized:
         self.sizes = check_world(config)
         self.row = PLANS.get(self.who, PlanRow(layers=None))
         self.splits_sequence = self.sizes["ulysses"] * self.sizes["ring"] > 1
+        self.splits_guidance = self.sizes["cfg"] > 1
         self._check_free()
         self.layers = self._layers()
         self.plan: dict[str, Any] = {}
@@ -172,7 +173,7 @@ class Parallelized:
                 self.layers.install(self.mesh.tp)
             if self.splits_sequence:
                 self._install_sequence(self.mesh)
-            if self.mesh.cfg.size > 1:
+            if self.splits_guidance:
                 self._guidance = GuidanceSplit(self.mesh.cfg, self.who)
         except BaseException:
             self.remove()
