@@ -127,6 +127,13 @@ class CachedTransformer:
         self.modifiers = modifiers
         self.by_request = by_request
         self.module = spec.transformer
+        if graph_options is not None and sharding is not None:
+            warnings.warn(
+                f"{type(self.module).__name__}: CUDA graphs are not recorded of a transformer that "
+                f"is spread over ranks; runs eagerly. Leave out cuda_graph or parallelism_config",
+                stacklevel=2,
+            )
+            graph_options = None
         self._records = graph_options is not None
         self.stacks = self._make_stacks()
         self.config = settings.modified(modifiers[0]).cache
@@ -151,13 +158,6 @@ class CachedTransformer:
         self._condition_of = ConditionFinder(self.module)
         self._patches: list[InstanceMethod] = []
         self.step_branch: str | None = None
-        if graph_options is not None and sharding is not None:
-            warnings.warn(
-                f"{type(self.module).__name__}: CUDA graphs are not recorded of a transformer that "
-                f"is spread over ranks; runs eagerly. Leave out cuda_graph or parallelism_config",
-                stacklevel=2,
-            )
-            graph_options = None
         self.graphs = None if graph_options is None else GraphExecutor(self, graph_options)
         self._began_in_capture = False
         self._capture: UserCapture | None = None
@@ -169,6 +169,13 @@ class CachedTransformer:
         if self.sharding is not None and self.sharding.splits_sequence:
             for stack in stacks:
                 stack.sharding = self.sharding
+        if self.sharding is not None and self.sharding.splits_guidance:
+            for stack in stacks:
+                if not stack.settings.cache.cfg_diff_compute_separate:
+                    raise ValueError(
+                        f"{stack.name}: cfg_diff_compute_separate must be True with cfg_size=2, "
+                        f"got False; the branches are measured on different ranks"
+                    )
         if self._records:
             for stack in stacks:
                 stack.prepare_recording()

@@ -170,39 +170,33 @@ def diffusers_modes(own: list[torch.Tensor], world: int, heads: int) -> list[Mod
     return modes
 
 
-class Counter:
-    """Adds up the bytes that go through the collectives that are used here."""
+def bytes_sent(call: Callable[[], object]) -> int:
+    """Return the bytes that this rank sends in one call, through the collectives used here."""
+    names = ("all_to_all_single", "all_gather_single", "all_gather_into_tensor")
+    names += ("batch_isend_irecv",)
+    originals = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
+    sent, world = [], dist.get_world_size()
 
-    def __init__(self) -> None:
-        self.sent = 0
+    def counting(name: str) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if name == "batch_isend_irecv":
+                sent.extend(op.tensor.nbytes for op in args[0] if op.op is dist.isend)
+            elif name == "all_to_all_single":  # a rank keeps its own part
+                sent.append(args[1].nbytes * (world - 1) // world)
+            else:
+                sent.append(args[1].nbytes * (world - 1))
+            return originals[name](*args, **kwargs)
 
-    def __call__(self, call: Callable[[], object]) -> int:
-        """Return the bytes that this rank sends in one call."""
-        names = ("all_to_all_single", "all_gather_single", "all_gather_into_tensor")
-        names += ("batch_isend_irecv",)
-        originals = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
-        self.sent, world = 0, dist.get_world_size()
+        return counted
 
-        def counting(name: str) -> Callable[..., Any]:
-            def counted(*args: Any, **kwargs: Any) -> Any:
-                if name == "batch_isend_irecv":
-                    self.sent += sum(op.tensor.nbytes for op in args[0] if op.op is dist.isend)
-                elif name == "all_to_all_single":  # a rank keeps its own part
-                    self.sent += args[1].nbytes * (world - 1) // world
-                else:
-                    self.sent += args[1].nbytes * (world - 1)
-                return originals[name](*args, **kwargs)
-
-            return counted
-
-        for name in originals:
-            setattr(dist, name, counting(name))
-        try:
-            call()
-        finally:
-            for name, original in originals.items():
-                setattr(dist, name, original)
-        return self.sent
+    for name in originals:
+        setattr(dist, name, counting(name))
+    try:
+        call()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return sum(sent)
 
 
 def slowest(call: Callable[[], object], device: torch.device) -> float:
@@ -275,7 +269,9 @@ def _rows(modes: list[Mode], device: torch.device, repeats: int) -> list[dict[st
             times[key].append(slowest(call, device))
     rows = []
     for mode in modes:
-        p20, _, _, p80 = statistics.quantiles(times[mode.name, "attention"], n=5)
+        p20, _, _, p80 = statistics.quantiles(
+            times[mode.name, "attention"], n=5, method="inclusive"
+        )
         median = statistics.median(times[mode.name, "attention"])
         messages = times.get((mode.name, "messages"))
         # diffusers goes through functional collectives, which are not seen here
@@ -286,7 +282,7 @@ def _rows(modes: list[Mode], device: torch.device, repeats: int) -> list[dict[st
                 "p50 ms": round(median, 3),
                 "p20-p80 ms": f"{p20:.3f}-{p80:.3f}",
                 "messages ms": round(statistics.median(messages), 3) if messages else "",
-                "MB sent": round(Counter()(mode.attend) / 1e6, 3) if own else "",
+                "MB sent": round(bytes_sent(mode.attend) / 1e6, 3) if own else "",
             }
         )
     return rows

@@ -14,6 +14,9 @@ class Sharding(Protocol):
     splits_sequence: bool
     """Whether a rank has only a part of the tokens, so that a decision takes a vote."""
 
+    splits_guidance: bool
+    """Whether a rank runs only one of two guidance branches."""
+
     def install(self) -> None:
         """Spread the transformer; does nothing where it is."""
 

@@ -12,6 +12,7 @@ which a family's processor projects; the arithmetic is that of diffusers' own.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from dbcache.parallel.attention import SequenceAttention
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-class AsyncProjections:
+class AsyncProjections(ABC):
     """Base: joint attention over text, then latents.
 
     Args:
@@ -38,11 +39,11 @@ class AsyncProjections:
         self.attention = attention
         self.streams = tuple(streams)
 
+    @abstractmethod
     def project(
         self, attn: Any, name: str, hidden: torch.Tensor, encoder: torch.Tensor | None, rope: Any
     ) -> torch.Tensor:
         """Return Q, K or V (B, S, H, D) of both streams, text first."""
-        raise NotImplementedError
 
     def attend(
         self,

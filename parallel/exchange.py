@@ -10,13 +10,14 @@ is padded. An exchange is posted and waited for apart, so that others, and work,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dbcache.kernels.fp8_pack import Split, fp8_pack, fp8_unpack
+from dbcache.kernels.fp8_pack import Split, _sections, fp8_pack, fp8_unpack
 from dbcache.parallel.mesh import Axis
 
 
@@ -88,13 +89,16 @@ def _exchange(
         return Pending(work, sent, lambda: fp8_unpack(received, whole, gather=gather, dtype=dtype))
 
     pieces = x.split(list(parts), 2 if scatter == "heads" else 1)
-    packed = [_pack(piece, float8) for piece in pieces]
+    counts = [_packed_size(piece.shape, float8) for piece in pieces]
     sizes = [_packed_size(shape, float8) for shape in shapes]
-    sent = torch.cat(packed)
+    sent = x.new_empty(sum(counts), dtype=torch.uint8 if float8 else dtype)
+    for part, piece in zip(sent.split(counts), pieces, strict=True):
+        if not float8:
+            part.view(piece.shape).copy_(piece)
+        elif piece.numel():
+            part.copy_(fp8_pack(piece, world=1, scatter="heads")[0])
     received = sent.new_empty(sum(sizes))
-    work = dist.all_to_all_single(
-        received, sent, sizes, [len(p) for p in packed], group=axis.group, async_op=True
-    )
+    work = dist.all_to_all_single(received, sent, sizes, counts, group=axis.group, async_op=True)
 
     def finish() -> torch.Tensor:
         arrived = zip(received.split(sizes), shapes, strict=True)
@@ -103,21 +107,10 @@ def _exchange(
     return Pending(work, sent, finish)
 
 
-def _pack(x: torch.Tensor, float8: bool) -> torch.Tensor:
-    """Return what is sent of `x` to one rank, flat."""
-    if not float8 or x.numel() == 0:
-        return x.new_empty(0, dtype=torch.uint8) if float8 else x.flatten()
-    return fp8_pack(x, world=1, scatter="heads")[0]
-
-
-def _packed_size(shape: tuple[int, int, int, int], float8: bool) -> int:
-    """Return how many elements `_pack` makes of a tensor of a shape."""
-    batch, tokens, heads, width = shape
-    rows = batch * tokens * heads
-    if not float8:
-        return rows * width
-    # codes, then scales, each a multiple of 16 bytes
-    return -(-rows * width // 16) * 16 + -(-rows * 4 // 16) * 16
+def _packed_size(shape: Sequence[int], float8: bool) -> int:
+    """Return how many elements a rank is sent of a tensor of a shape."""
+    *rows, width = shape
+    return _sections(math.prod(rows), width)[1] if float8 else math.prod(shape)
 
 
 def _unpack(

@@ -60,9 +60,10 @@ class Parallelized:
         self.who = type(module).__name__
         self.sizes = check_world(config)
         self.row = PLANS.get(self.who, PlanRow(layers=None))
+        self.splits_sequence = self.sizes["ulysses"] * self.sizes["ring"] > 1
+        self.splits_guidance = self.sizes["cfg"] > 1
         self._check_free()
         self.layers = self._layers()
-        self.splits_sequence = self.sizes["ulysses"] * self.sizes["ring"] > 1
         self.plan: dict[str, Any] = {}
         self.attentions: list[tuple[Any, tuple[str, ...]]] = []
         if self.splits_sequence:
@@ -84,7 +85,7 @@ class Parallelized:
             )
         config = getattr(self.module, "config", {})
         for name, values in self.row.rejected.items():
-            if config.get(name) in values and self.sizes["ulysses"] * self.sizes["ring"] > 1:
+            if config.get(name) in values and self.splits_sequence:
                 raise ValueError(
                     f"{self.who}: the sequence of a model with {name}={config[name]!r} cannot be "
                     f"split, since it treats tokens by their position; use tp_size"
@@ -172,7 +173,7 @@ class Parallelized:
                 self.layers.install(self.mesh.tp)
             if self.splits_sequence:
                 self._install_sequence(self.mesh)
-            if self.mesh.cfg.size > 1:
+            if self.splits_guidance:
                 self._guidance = GuidanceSplit(self.mesh.cfg, self.who)
         except BaseException:
             self.remove()
@@ -231,9 +232,7 @@ class Parallelized:
         entry = input_entry(self.plan, path, name)
         if entry is None or self._shards is None:
             return x
-        if entry.expected_dims not in (None, x.ndim):
-            return x
-        return self._shards.split(x, entry.split_dim, name)
+        return self._shards.split_entry(x, entry, name)
 
     def vote(self, partials: torch.Tensor, *, per_sample: bool) -> torch.Tensor:
         """Return the sums of a step's change over the ranks that share a sequence, and only those.
@@ -246,8 +245,6 @@ class Parallelized:
             per_sample: keep the samples apart, as `batch_reduce="max"` needs them.
         """
         assert self.mesh is not None
-        if self.mesh.sequence.size == 1:
-            return partials
         sums = partials.sum(1 if per_sample else (0, 1))
         dist.all_reduce(sums, group=self.mesh.sequence.group)
         return sums[:, None] if per_sample else sums[None, None]

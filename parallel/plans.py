@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 
@@ -27,10 +27,18 @@ class Packed:
     parts: tuple[str, ...]
 
 
-Style = str | Packed | Any
-"""How a layer is split: "colwise", "rowwise", "norm" (an RMS norm over all heads), "outputs" (it
-has no weights to split, but what it returns is as wide as all heads), `Packed`, or one of
-diffusers' packed styles (`PackedColwiseParallel`, `PackedRowwiseParallel`)."""
+class PackedByDiffusers(Protocol):
+    """diffusers' `PackedColwiseParallel` or `PackedRowwiseParallel`, told apart by their names.
+
+    Not imported: what has no `_tp_plan` yet does not have them.
+    """
+
+    blocks: list[int] | None
+
+
+Style = Literal["colwise", "rowwise", "norm", "outputs"] | Packed | PackedByDiffusers
+"""How a layer is split: "norm" is an RMS norm over all heads, "outputs" has no weights to split,
+but what it returns is as wide as all heads."""
 
 
 @dataclass(frozen=True)

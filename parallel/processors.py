@@ -4,6 +4,11 @@ Of each attention module that the model's row names, the processor is replaced b
 `__call__` is the same code with two names of its module bound anew: `dispatch_attention_fn` and the
 `scaled_dot_product_attention` of `torch.nn.functional`. Nothing else of the processor changes, and
 no other model sees it.
+
+diffusers offers no place to put another attention in: its backends are a closed enumeration, its
+`_parallel_config` leads to its own context parallel, and the processors of CogVideoX, ConsisID,
+CogView and PixArt call PyTorch's function, which knows neither. All call one of the two by its
+module's name; `reach` refuses a processor that does not, before anything is changed.
 """
 
 from __future__ import annotations

@@ -86,5 +86,7 @@ def gathered_keys(
     k: torch.Tensor, v: torch.Tensor, axis: Axis, sizes: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the keys and values of all ranks of the ring, (B, sum(sizes), H, D) each."""
-    both = all_gather(torch.stack((k, v)), 2, sizes, axis)
-    return both[0], both[1]
+    # tokens first, as they arrive: nothing is copied once more
+    both = all_gather(torch.stack((k.movedim(1, 0), v.movedim(1, 0)), 1), 0, sizes, axis)
+    k, v = both.movedim(0, 2)
+    return k, v

@@ -1,8 +1,9 @@
 """Splitting a model's sequences over ranks, and gathering its output: uneven lengths included.
 
 What is split where is said by a plan in the form of diffusers' `_cp_plan`; the hooks that do it are
-of diffusers' registry, so that they get along with its other hooks. A sequence of n tokens gives
-each of N ranks n // N of them, and one more to the first n % N.
+of diffusers' registry, so that they get along with its other hooks. diffusers' own hooks would not
+do: they keep no lengths, which attention needs, and know no tensor over two streams. A sequence of
+n tokens gives each of N ranks n // N of them, and one more to the first n % N.
 """
 
 from __future__ import annotations
@@ -98,6 +99,12 @@ class Shards:
             )
         self.lengths[name] = length
         return x.tensor_split(ranks, dim)[self.axis.rank]
+
+    def split_entry(self, x: torch.Tensor, entry: ContextParallelInput, name: str) -> torch.Tensor:
+        """Return this rank's part of `x`, or `x` where the entry is for another number of dims."""
+        if entry.expected_dims not in (None, x.ndim):
+            return x
+        return self.split(x, entry.split_dim, name)
 
     def split_joint(self, x: torch.Tensor, entry: JointSplit, name: str) -> torch.Tensor:
         """Return this rank's part of each stream of `x`, one after the other."""
@@ -210,9 +217,7 @@ class SplitHook(ModelHook):
             return self.shards.split_joint(x, entry, name)
         if isinstance(entry, JointPad):
             return self.shards.pad_joint(x, entry)
-        if entry.expected_dims is not None and x.ndim != entry.expected_dims:
-            return x
-        return self.shards.split(x, entry.split_dim, name)
+        return self.shards.split_entry(x, entry, name)
 
 
 class GatherHook(ModelHook):

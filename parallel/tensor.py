@@ -220,10 +220,11 @@ class SplitLayers:
         group, size = axis.group, axis.size
 
         def forward(norm: Any, x: torch.Tensor) -> torch.Tensor:
-            squares = x.float().square().sum(-1, keepdim=True)
+            wide = x.float()
+            squares = wide.square().sum(-1, keepdim=True)
             dist.all_reduce(squares, group=group)
             eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-            out = x.float() * torch.rsqrt(squares / (x.shape[-1] * size) + eps)
+            out = wide * torch.rsqrt(squares / (x.shape[-1] * size) + eps)
             out = out.to(x.dtype)
             return out if norm.weight is None else out * norm.weight.to_local()
 

@@ -391,7 +391,8 @@ def check_requests_and_settings_keep_the_model_spread() -> None:
     dbcache.enable(model, parallelism_config=ParallelismConfig(ring_size=4))
     assert (spread.step(model, given) - whole).abs().max() < EXACT
     with pytest.warns(UserWarning, match="CUDA graphs are not recorded .* runs eagerly"):
-        dbcache.enable(model, parallelism_config=config, cuda_graph=True)
+        # what could not be recorded either does not matter then
+        dbcache.enable(model, parallelism_config=config, cuda_graph=True, policy="easycache")
     assert (spread.step(model, given) - whole).abs().max() < EXACT
     dbcache.disable(model)
     assert torch.equal(spread.step(model, given), whole)

@@ -128,6 +128,14 @@ def test_guidance_over_ranks_needs_a_pipeline_that_calls_twice(four_ranks: None)
         dbcache.enable(model, parallelism_config=config)
 
 
+def test_guidance_over_ranks_needs_branches_that_decide_apart(four_ranks: None) -> None:
+    pipe = tiny.pipeline("wan")
+    config = ParallelismConfig(cfg_size=2, ring_size=2)
+    with pytest.raises(ValueError, match="cfg_diff_compute_separate must be True with cfg_size=2"):
+        dbcache.enable(pipe, parallelism_config=config, cfg_diff_compute_separate=False)
+    assert "_dbcache" not in pipe.transformer.__dict__
+
+
 def test_quantised_layers_cannot_be_split(four_ranks: None) -> None:
     model = spread.build("FluxTransformer2DModel", heads=4)
     block = model.transformer_blocks[0]
