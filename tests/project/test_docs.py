@@ -1,4 +1,4 @@
-"""Links between the pages, and from them to files, lead somewhere; options and snippets are real."""
+"""Links between pages, and from them to files, lead somewhere; the names in snippets exist."""
 
 from __future__ import annotations
 
