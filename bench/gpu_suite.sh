@@ -2,7 +2,8 @@
 # All that only a GPU can show, in one call: the kernel tests without the interpreter, the runtime's
 # tests, the kernels against PyTorch and the memory's speed (tuned first, for at most 20 s of that
 # step), CUDA graphs (tests, latency of steps, a captured loop, compute-sanitizer where it is
-# installed), host overhead on the device, and the demo on the trained model.
+# installed), host overhead on the device, and the trained model: the demo, and all methods beside
+# cache-dit at one level.
 #
 #   bench/gpu_suite.sh OUTDIR
 #
@@ -11,15 +12,16 @@
 #   SHAPES="a b ..."   shapes of the kernel benchmark
 #   DEVICE=cpu         rehearse: every step runs on the CPU, to test this script; status 0 proves
 #                      nothing about the kernels
-#   STEPS="a b ..."    only these steps; where a call may take ten minutes, "kernel-tests kernels
-#                      overhead" in one and the others in a second
-#   PYTEST_ARGS="..."  words passed to both test steps, as in "-k fp8"
+#   STEPS="a b ..."    only these steps; all of them, in two calls of at most ten minutes:
+#                      STEPS="kernel-tests kernels overhead methods demo"
+#                      STEPS="graph-tests graphs loop sanitizer runtime-tests"
+#   PYTEST_ARGS="..."  words passed to the steps that are tests, as in "-k fp8"
 #
 # Needs torch, triton, diffusers, pytest, pytest-timeout, hypothesis, scikit-learn and Pillow;
 # cache-dit is compared with where it is installed. Nothing is downloaded. OUTDIR gets summary.txt,
 # results.json, tuning.json, the plots and logs.tar.gz. Status: 0 all passed, 1 a check failed, 2 no
 # GPU or no way to run. A step that reaches its limit is ended and has failed; the limits add up to
-# 15:15.
+# 17:25.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/gpu_suite.sh OUTDIR}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -72,15 +74,21 @@ PY
 if [ "$device" = cuda ]; then
     shapes=${SHAPES:-flux-1024 wan-720p few-step-512 flux-2048 hunyuanvideo-720p qwen-1328}
     demo=()
+    methods=()
     tune=(--tune 20)
 else
     echo "gpu_suite: a rehearsal on the CPU: it tests this script, not the kernels"
     shapes=${SHAPES:-256+32x384}
     tune=()
     demo=(--steps 8 --per-digit 1 --repeats 1)
+    methods=(--steps 8)
 fi
 parallel=()
-"$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) < 6 ? $(nproc) : 6))")
+all_cores=()
+if "$python" -c 'import xdist' 2>/dev/null; then
+    parallel=(-n "$(($(nproc) < 6 ? $(nproc) : 6))")
+    all_cores=(-n "$(nproc)")
+fi
 engines=(dbcache)
 "$python" -c 'import cache_dit' 2>/dev/null && engines+=(cache-dit)
 requests=$([ "$device" = cuda ] && echo 10 || echo 2)
@@ -94,6 +102,10 @@ rounds=$([ "$device" = cuda ] && echo 48 || echo 3)
         --shapes $shapes --json "$logs/kernels.json" --plot "$out/kernels.png"
     step overhead 40 "$python" -m bench.run overhead --device "$device" --requests "$requests" \
         --engines "${engines[@]}" --json "$logs/overhead.json"
+    if [ "${engines[1]:-}" = cache-dit ]; then
+        step methods 60 "$python" -m bench.run methods --device "$device" --batches 1 --levels 3x \
+            "${methods[@]}" --out "$logs/methods.json"
+    fi
     step demo 65 "$python" -m dbcache demo --device "$device" --out "$logs/demo" "${demo[@]}"
     step graph-tests 100 "$python" -m pytest -q --junitxml="$logs/graph-tests.xml" \
         ${PYTEST_ARGS:-} tests/graphs
@@ -106,8 +118,10 @@ rounds=$([ "$device" = cuda ] && echo 48 || echo 3)
                 tests/graphs/test_on_gpu.py -k "fifty and device"
         fi
     fi
-    step runtime-tests 80 "$python" -m pytest -q "${parallel[@]}" --junitxml="$logs/runtime-tests.xml" \
-        ${PYTEST_ARGS:-} tests/adapters tests/core
+    # most of them on the CPU: what runs there with this build of torch, and attention on the GPU
+    step runtime-tests 150 env OMP_NUM_THREADS=1 "$python" -m pytest -q "${all_cores[@]}" \
+        --junitxml="$logs/runtime-tests.xml" ${PYTEST_ARGS:-} tests/adapters tests/core \
+        tests/parallel/test_local_attention.py
 }
 cp "$logs/demo/digits.png" "$out/demo.png" 2>/dev/null
 

@@ -2,10 +2,11 @@
 
     python -m bench.graphs [--device cuda] [--rounds N] [--models flux-512 ...] [--json FILE]
 
-Random weights. "full" steps are forced by a threshold of 0, "cached" ones by a threshold of 1.
-Variants take turns step by step; a time is that from the call to the end of the device's work,
-once with the device idle before each step ("latency") and once for steps in a row ("throughput").
-Decisions that the host waits for cost latency in both; graphs save the host's launches.
+Random weights, and two inputs in turn that differ a little: every step is measured and decided, and
+comes out as "full" or "cached" by a threshold far below or far above that difference. Variants take
+turns; a time is that from the call to the end of the device's work, once with the device idle
+before each step ("latency") and once for steps in a row ("throughput"). Decisions that the host
+waits for cost latency in both; graphs save the host's launches.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 
 import dbcache
-from bench.loop import inputs_of
+from bench.loop import build, inputs_of
 from bench.overhead import header
 
 ROW = 8
@@ -50,22 +50,14 @@ TINY = Model(2, 2, 2, 64)
 """For a rehearsal on the CPU."""
 
 
-def build(spec: Model, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """Return the model with random weights."""
-    with torch.device(device):
-        model = FluxTransformer2DModel(
-            num_layers=spec.double, num_single_layers=spec.single, num_attention_heads=spec.heads
-        )
-    return model.to(dtype).eval()
-
-
 def options(kind: str) -> dict[str, Any]:
     """Return what makes each step after the first one `kind`."""
     return {
         "Fn_compute_blocks": 1,
         "Bn_compute_blocks": 0,
         "max_warmup_steps": 1,
-        "residual_diff_threshold": 1.0 if kind == "cached" else 0.0,
+        # from 1 on and at 0 cache-dit would not measure
+        "residual_diff_threshold": 0.9 if kind == "cached" else 1e-6,
     }
 
 
@@ -77,6 +69,7 @@ class Variant:
     engine: str
     switch_on: Callable[[torch.nn.Module], object]
     switch_off: Callable[[torch.nn.Module], object]
+    cached_steps: Callable[[torch.nn.Module], int] = lambda _: 0
     latency: list[float] = field(default_factory=list)
     throughput: list[float] = field(default_factory=list)
     refused: str = ""
@@ -88,7 +81,10 @@ def dbcache_variant(kind: str, mode: str | None) -> Variant:
     def switch_on(model: torch.nn.Module) -> object:
         return dbcache.enable(model, **options(kind), cuda_graph=mode or False)
 
-    return Variant(kind, f"dbcache {mode or 'eager'}", switch_on, dbcache.disable)
+    def cached_steps(model: torch.nn.Module) -> int:
+        return len(dbcache.summary(model).lanes[0].cached_steps)
+
+    return Variant(kind, f"dbcache {mode or 'eager'}", switch_on, dbcache.disable, cached_steps)
 
 
 def cache_dit_variant(kind: str) -> Variant:
@@ -106,34 +102,54 @@ def cache_dit_variant(kind: str) -> Variant:
 
         return cache_dit.disable_cache(model)
 
-    return Variant(kind, "cache-dit", switch_on, switch_off)
+    def cached_steps(model: torch.nn.Module) -> int:
+        import cache_dit
+
+        return len(cache_dit.summary(model, logging=False)[0].cached_steps)
+
+    return Variant(kind, "cache-dit", switch_on, switch_off, cached_steps)
 
 
-def measure(variant: Variant, model: torch.nn.Module, arguments: dict, rounds: int) -> None:
-    """Fill the variant's times, in ms; the first steps warm up and record."""
-    device = next(model.parameters()).device
-    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+def measure(variant: Variant, model: torch.nn.Module, inputs: list[dict], rounds: int) -> None:
+    """Fill the variant's times, in ms, or say why it does not run."""
     try:
         variant.switch_on(model)
-        for _ in range(4):
-            model(**arguments)
-        for _ in range(rounds):
-            wait()
-            start = time.perf_counter()
-            model(**arguments)
-            wait()
-            variant.latency.append((time.perf_counter() - start) * 1e3)
-        for _ in range(max(1, rounds // ROW)):
-            wait()
-            start = time.perf_counter()
-            for _ in range(ROW):
-                model(**arguments)
-            wait()
-            variant.throughput.append((time.perf_counter() - start) * 1e3 / ROW)
+        try:
+            steps = time_steps(variant, model, inputs, rounds)
+            cached = variant.cached_steps(model)
+        finally:
+            variant.switch_off(model)
     except (RuntimeError, ImportError) as error:
         variant.refused = str(error)
-    finally:
-        variant.switch_off(model)
+        return
+    expected = steps - 1 if variant.kind == "cached" else 0
+    if cached != expected:
+        raise SystemExit(
+            f"bench.graphs: {variant.engine} must cache {expected} of {steps} steps for "
+            f"'{variant.kind}', got {cached}"
+        )
+
+
+def time_steps(variant: Variant, model: torch.nn.Module, inputs: list[dict], rounds: int) -> int:
+    """Fill the times and return the number of steps; the first ones warm up and record."""
+    device = next(model.parameters()).device
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    count = 0
+
+    def timed(row: int) -> float:
+        nonlocal count
+        wait()
+        start = time.perf_counter()
+        for _ in range(row):
+            model(**inputs[count % 2])
+            count += 1
+        wait()
+        return (time.perf_counter() - start) * 1e3 / row
+
+    timed(4)
+    variant.latency += [timed(1) for _ in range(rounds)]
+    variant.throughput += [timed(ROW) for _ in range(max(1, rounds // ROW))]
+    return count
 
 
 @dataclass(frozen=True)
@@ -151,13 +167,13 @@ class Line:
 def run(name: str, spec: Model, device: str, rounds: int, engines: list[str]) -> list[Line]:
     """Measure all variants on one model."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = build(spec, device, dtype)
+    model = build(device, spec.double, spec.single, spec.heads, dtype)
     arguments = inputs_of(spec.pixels, device, dtype)
     side = spec.pixels // 16
     arguments["hidden_states"] = torch.randn(1, side * side, 64, device=device, dtype=dtype)
     arguments["timestep"] = torch.full((1,), 0.5, device=device, dtype=dtype)
-    if model.config.guidance_embeds:
-        arguments["guidance"] = torch.full((1,), 3.5, device=device, dtype=dtype)
+    other = torch.randn_like(arguments["hidden_states"])
+    inputs = [arguments, arguments | {"hidden_states": arguments["hidden_states"] + 0.1 * other}]
     plain = Variant("full", "plain", lambda _: None, lambda _: None)
     variants = [plain]
     for kind in ("full", "cached"):
@@ -169,7 +185,7 @@ def run(name: str, spec: Model, device: str, rounds: int, engines: list[str]) ->
         # each variant's steps lie together, as recording takes a while; the rounds alternate
         for _ in range(3):
             for variant in variants:
-                measure(variant, model, arguments, max(ROW, rounds // 3))
+                measure(variant, model, inputs, max(ROW, rounds // 3))
     return [
         Line(
             name,

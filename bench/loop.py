@@ -19,6 +19,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
 import dbcache
+from bench.overhead import header
 
 OPTIONS = {
     "Fn_compute_blocks": 1,
@@ -66,11 +67,19 @@ def capture_loop(
     return graph
 
 
-def build(device: str, blocks: tuple[int, int] = (19, 38)) -> FluxTransformer2DModel:
-    """Return a FLUX.1 transformer with random weights, in bfloat16."""
+def build(
+    device: str,
+    double: int = 19,
+    single: int = 38,
+    heads: int = 24,
+    dtype: torch.dtype = torch.bfloat16,
+) -> FluxTransformer2DModel:
+    """Return a transformer of FLUX.1's kind and by default its size, with random weights."""
     with torch.device(device):
-        model = FluxTransformer2DModel(num_layers=blocks[0], num_single_layers=blocks[1])
-    return model.to(torch.bfloat16).eval()
+        model = FluxTransformer2DModel(
+            num_layers=double, num_single_layers=single, num_attention_heads=heads
+        )
+    return model.to(dtype).eval()
 
 
 def inputs_of(size: int, device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
@@ -100,7 +109,7 @@ def main() -> None:
         raise SystemExit("bench.loop: needs an NVIDIA GPU, there is none here")
     device = "cuda"
     torch.manual_seed(0)
-    model = build(device, tuple(arguments.blocks))
+    model = build(device, *arguments.blocks)
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(arguments.steps, device=device)
     times = [(t / 1000).expand(1).to(torch.bfloat16) for t in scheduler.timesteps]
@@ -128,17 +137,15 @@ def main() -> None:
     expected = latents.clone()
     graph = capture_loop(model, scheduler, latents, inputs, times)
     results["one graph per image"] = statistics.median(timed(graph.replay))
-    lane = dbcache.summary(model).lanes[0]
-    print(f"# {torch.cuda.get_device_name()} | torch {torch.__version__} | {arguments.size} pixels")
-    print(f"{len(lane.cached_steps)} of {lane.steps} steps cached, the same latents: ", end="")
-    print(torch.equal(latents, expected))
+    lane, equal = dbcache.summary(model).lanes[0], torch.equal(latents, expected)
+    print(f"{header(device)} | {arguments.size} pixels")
+    print(f"{len(lane.cached_steps)} of {lane.steps} steps cached, the same latents: {equal}")
     for name, seconds in results.items():
         print(f"{name:<22}{seconds * 1e3:10.1f} ms per image")
     if arguments.json:
-        equal = torch.equal(latents, expected)
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"seconds": results, "cached": lane.cached_steps, "equal": equal}, file)
-    if not torch.equal(latents, expected):
+    if not equal:
         raise SystemExit("bench.loop: the graph's latents differ from the eager ones")
 
 

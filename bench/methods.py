@@ -26,12 +26,14 @@ from typing import Any
 import torch
 
 import dbcache
-from bench.policies import LEVELS as POLICIES
 from dbcache.demo import digits
 from dbcache.demo.quality import DigitClassifier, psnr, ssim
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results" / "methods.json"
+CALIBRATIONS = ROOT / "calibrations"
+"""At 50 steps, one file per policy: `python -m bench.policies --calibrate`."""
+CALIBRATED = ("teacache", "magcache")
 DOCS = ROOT.parent / "docs" / "methods.md"
 BEGIN, END = "<!-- table made by bench/methods.py -->", "<!-- end of table -->"
 PEER = "cache-dit"
@@ -46,6 +48,7 @@ LEVELS: dict[str, dict[str, Any]] = {
 COMMON: dict[str, Any] = {"Fn_compute_blocks": 1, "residual_diff_threshold": 1.0}
 
 Options = dict[str, Any]
+_FOCA: tuple[str, Options] = ("FoCaCalibratorConfig", {})
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,21 @@ def _taylor(order: int, **fields: Any) -> tuple[str, Options]:
     return "TaylorSeerCalibratorConfig", {"taylorseer_order": order, **fields}
 
 
-def _thresholds(**by_level: float) -> dict[str, Options]:
-    return {level: {"residual_diff_threshold": x} for level, x in by_level.items()}
+def _thresholds(*by_level: float) -> dict[str, Options]:
+    return {k: {"residual_diff_threshold": x} for k, x in zip(LEVELS, by_level, strict=False)}
+
+
+def calibration_of(policy: str) -> Path:
+    """Return the file in which its calibration is kept."""
+    return CALIBRATIONS / f"digits_{policy}.json"
+
+
+def _policy(name: str, *by_level: float) -> Method:
+    policy = name.lower()
+    cache: Options = {"policy": policy, "max_warmup_steps": 4}
+    if policy in CALIBRATED:
+        cache["calibration"] = str(calibration_of(policy))
+    return Method(f"{name}, FoCa", _FOCA, cache=cache, levels=_thresholds(*by_level))
 
 
 METHODS = (
@@ -92,29 +108,29 @@ METHODS = (
     Method("TaylorSeer 2", _taylor(2)),
     Method("TaylorSeer 2, exact", _taylor(2, exact=True)),
     Method("Hermite 1", ("HermiteCalibratorConfig", {"hermite_order": 1})),
-    Method("FoCa", ("FoCaCalibratorConfig", {})),
+    Method("FoCa", _FOCA),
     Method("DMD", ("DMDCalibratorConfig", {})),
     Method("DMD, ridge 1e-6", ("DMDCalibratorConfig", {"dmd_ridge": 1e-6})),
     Method("Spectrum", ("SpectrumCalibratorConfig", {})),
     Method(
         "FoCa, by threshold",
-        ("FoCaCalibratorConfig", {}),
+        _FOCA,
         cache={"max_warmup_steps": 4},
-        levels=_thresholds(**{"1.5x": 0.08, "2x": 0.12, "3x": 0.25, "4x": 0.45}),
+        levels=_thresholds(0.08, 0.12, 0.25, 0.45),
     ),
-    *(
-        Method(f"{name}, FoCa", ("FoCaCalibratorConfig", {}), levels=POLICIES[name.lower()])
-        for name in ("EasyCache", "TeaCache", "SeaCache", "MagCache")
-    ),
+    _policy("EasyCache", 0.012, 0.02, 0.04, 0.06),
+    _policy("TeaCache", 0.02, 0.03, 0.06, 0.09),
+    _policy("SeaCache", 0.06, 0.1, 0.2, 0.3),
+    _policy("MagCache", 0.035, 0.06, 0.17, 0.3),
     Method(
         "DBPrune",
         cache={"max_warmup_steps": 4, "cache_type": "DBPrune"},
-        levels=_thresholds(**{"1.5x": 0.05, "2x": 0.08, "3x": 0.15}),
+        levels=_thresholds(0.05, 0.08, 0.15),
     ),
     Method("reuse", None, PEER),
     Method("TaylorSeer 1", _taylor(1), PEER),
     Method("TaylorSeer 2", _taylor(2), PEER),
-    Method("FoCa", ("FoCaCalibratorConfig", {}), PEER),
+    Method("FoCa", _FOCA, PEER),
     Method("DMD", ("DMDCalibratorConfig", {}), PEER),
 )
 
@@ -286,6 +302,17 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def as_json(result: dict[str, Any]) -> str:
+    """Return the file's text, a record or a row per line, so that a change of it can be read."""
+
+    def lines(value: Any) -> str:
+        if not isinstance(value, list):
+            return json.dumps(value)
+        return "[\n" + ",\n".join(f"  {json.dumps(each)}" for each in value) + "\n ]"
+
+    return "{\n" + ",\n".join(f" {json.dumps(k)}: {lines(v)}" for k, v in result.items()) + "\n}\n"
+
+
 def write_docs(path: Path, text: str) -> None:
     """Put `text` between the markers of a page.
 
@@ -351,18 +378,19 @@ def main() -> None:
     if args.out.exists():
         before = json.loads(args.out.read_text())
         same = ("steps", "images_per_batch", "about")
-        if any(before[key] != result[key] for key in same):
+        if args.batches and any(before[key] != result[key] for key in same):
             raise SystemExit(f"bench.methods: {args.out} is of other settings; give another --out")
         result = before
 
     def save() -> None:
         result["rows"] = table(METHODS, result["records"])
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        args.out.write_text(as_json(result))
 
     methods = tuple(m for m in METHODS if not args.only or m.name in args.only)
-    bench = Bench(args.steps, args.digits, args.device)
-    measure_all(bench, methods, args.levels, result, args.batches, save)
+    if args.batches:
+        bench = Bench(args.steps, args.digits, args.device)
+        measure_all(bench, methods, args.levels, result, args.batches, save)
     save()
     print(markdown(result))
     if docs is not None:

@@ -24,6 +24,7 @@ RESULTS = {
     "kernels": "kernels.json",
     "overhead": "overhead.json",
     "demo": "demo/digits.json",
+    "methods": "methods.json",
     "graphs": "graphs.json",
     "loop": "loop.json",
 }
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     content = {"about": found, "steps": [asdict(step) for step in steps], **results}
     arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-    for name in ("demo", "overhead", "loop", "graphs", "kernels"):
+    for name in ("demo", "methods", "overhead", "loop", "graphs", "kernels"):
         if (logs / f"{name}.log").is_file():
             log = (logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
             # progress bars rewrite their line; only what they end with would be left of it

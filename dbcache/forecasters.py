@@ -7,6 +7,7 @@ weights at a cached step, before `predict`, with an op of their own or on the ho
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 
@@ -28,7 +29,7 @@ Rings = tuple[torch.Tensor, torch.Tensor | None]
 """The snapshots of hidden and of encoder states."""
 
 
-class Forecaster:
+class Forecaster(ABC):
     """What a lane asks of its predictor. Some need not take note of anything."""
 
     def replan(self, steps: int | None) -> None:
@@ -37,9 +38,9 @@ class Forecaster:
     def learn(self, state: LaneState, rings: Rings, step: int, is_first: bool) -> None:
         """Take note of the full step that was just stored; `is_first`: the ring was empty."""
 
+    @abstractmethod
     def weigh(self, state: LaneState, step: int) -> None:
         """Write the weights of the cached `step`."""
-        raise NotImplementedError
 
 
 def make_forecaster(settings: StackSettings, device: torch.device) -> Forecaster | None:

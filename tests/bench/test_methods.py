@@ -12,8 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # `bench` is not installed
     sys.path.append(str(ROOT))
 
+import dbcache  # noqa: E402
 from bench import methods  # noqa: E402
 from bench.methods import BEGIN, END, LEVELS, METHODS, Method  # noqa: E402
+from dbcache.demo import digits  # noqa: E402
+from dbcache.policies import POLICIES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONLY = "TaylorSeer 2"
@@ -77,6 +80,52 @@ def test_other_settings_of_a_method_are_measured_anew():
 def test_the_rows_have_names_of_their_own():
     names = [(method.engine, method.name) for method in METHODS]
     assert len(set(names)) == len(names)
+
+
+def test_the_policies_levels_are_settings_that_the_digits_model_takes():
+    pipe = digits.load_pipeline()
+    measured = {m.cache["policy"]: m for m in METHODS if "policy" in m.cache}
+    assert set(measured) == set(POLICIES) - {"dbcache"}
+    for policy, method in measured.items():
+        thresholds = []
+        for level in LEVELS:
+            dbcache.enable(pipe, **method.options(level))
+            (stack,) = pipe.transformer.__dict__["_dbcache"].stacks
+            assert stack.settings.cache.policy == policy
+            thresholds.append(stack.settings.cache.threshold)
+            dbcache.disable(pipe)
+        assert thresholds == sorted(thresholds)
+        assert len(thresholds) == len(LEVELS)
+
+
+def test_the_file_has_a_line_per_record_and_row():
+    result = {"steps": 9, "about": {"device": "CPU"}, "records": [{"a": 1}, {"a": 2}], "rows": []}
+    text = methods.as_json(result)
+    assert json.loads(text) == result
+    assert '\n  {"a": 1},\n  {"a": 2}\n' in text
+
+
+def test_the_published_table_is_that_of_the_published_records():
+    result = json.loads(methods.RESULTS.read_text())
+    assert methods.as_json(result) == methods.RESULTS.read_text()
+    assert methods.table(METHODS, result["records"]) == result["rows"]
+    assert methods.markdown(result) in methods.DOCS.read_text()
+    assert {row["batches"] * result["images_per_batch"] for row in result["rows"]} == {100}
+    names = {(row["level"], row["engine"], row["method"]) for row in result["rows"]}
+    assert names == {(x, m.engine, m.name) for m in METHODS for x in LEVELS if m.options(x)}
+
+
+def test_as_published_no_predictor_is_behind_cache_dits_and_foca_is_ahead_of_taylorseer():
+    rows = json.loads(methods.RESULTS.read_text())["rows"]
+    psnr = {(row["level"], row["engine"], row["method"]): row["psnr"] for row in rows}
+    cached = {(row["level"], row["engine"], row["method"]): row["cached"] for row in rows}
+    compared = [(x, name) for x, engine, name in psnr if engine == methods.PEER]
+    assert len(compared) == 5 * len(LEVELS)
+    for level, name in compared:
+        mine, peer = (level, "dbcache", name), (level, methods.PEER, name)
+        assert cached[mine] == cached[peer]
+        assert psnr[mine] > psnr[peer] - 1e-4, mine  # dB; sums are rounded in another order
+    assert psnr["3x", "dbcache", "FoCa"] > psnr["3x", "dbcache", "TaylorSeer 1"] + 1
 
 
 def test_a_page_without_the_markers_is_an_error(tmp_path):
