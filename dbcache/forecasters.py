@@ -7,7 +7,6 @@ weights at a cached step, before `predict`, with an op of their own or on the ho
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 
 import torch
 
@@ -29,7 +28,7 @@ Rings = tuple[torch.Tensor, torch.Tensor | None]
 """The snapshots of hidden and of encoder states."""
 
 
-class Forecaster(ABC):
+class Forecaster:
     """What a lane asks of its predictor. Some need not take note of anything."""
 
     def replan(self, steps: int | None) -> None:
@@ -38,9 +37,12 @@ class Forecaster(ABC):
     def learn(self, state: LaneState, rings: Rings, step: int, is_first: bool) -> None:
         """Take note of the full step that was just stored; `is_first`: the ring was empty."""
 
-    @abstractmethod
     def weigh(self, state: LaneState, step: int) -> None:
-        """Write the weights of the cached `step`."""
+        """Write the weights of the cached `step` over those of `decide`, where it has its own."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what it learned and keeps on the device."""
+        return []
 
 
 def make_forecaster(settings: StackSettings, device: torch.device) -> Forecaster | None:
@@ -120,6 +122,9 @@ class _Recurrence(Forecaster):
 
     def weigh(self, state: LaneState, step: int) -> None:
         recurrence_weights(state, *self._fits)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [fit for fit in self._fits if fit is not None]
 
 
 class _OnHost(Forecaster):

@@ -188,6 +188,10 @@ class Lane:
         """Return the large tensors."""
         return {name: getattr(self, name) for name in BUFFERS}
 
+    def learned(self) -> list[torch.Tensor]:
+        """Return what the predictor keeps besides the ring."""
+        return [] if self.forecaster is None else self.forecaster.tensors()
+
     def take_buffers(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
         """Go on with the large tensors of another layout; what they hold is void."""
         if self.has_reference:
@@ -307,6 +311,7 @@ class LaneCopy:
         self.host = {name: getattr(lane, name) for name in lane.HOST}
         self.plan = list(lane.plan)
         self.buffers = {k: x.clone() for k, x in lane.buffers_by_name().items() if x is not None}
+        self.learned = [x.clone() for x in lane.learned()]
 
     @outside_inference_mode
     def restore(self) -> None:
@@ -319,3 +324,5 @@ class LaneCopy:
         for name, buffer in lane.buffers_by_name().items():
             if buffer is not None and name in self.buffers:
                 buffer.copy_(self.buffers[name])
+        for tensor, content in zip(lane.learned(), self.learned, strict=True):
+            tensor.copy_(content)

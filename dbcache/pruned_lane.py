@@ -255,6 +255,10 @@ class PrunedLane:
             return {}
         return {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
 
+    def learned(self) -> list[torch.Tensor]:
+        """Return nothing: there is no predictor."""
+        return []
+
     def take_buffers(self, layout: Layout, buffers: dict[str, Any]) -> None:
         """Go on with what is stored of another layout, or with nothing; what it holds is void."""
         if self.cache.fit(layout):

@@ -6,6 +6,7 @@ tensors, and this is done on every step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -23,7 +24,8 @@ def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], S
     """Return the leaves of all arguments, in order, and how they make the arguments."""
     leaves: list[Any] = []
     structure: list[tuple[int | str, TreeSpec | None]] = []
-    for name, value in chain(enumerate(args), kwargs.items()):
+    named: Iterable[tuple[int | str, Any]] = chain(enumerate(args), kwargs.items())
+    for name, value in named:
         if type(value) in LEAVES:
             leaves.append(value)
             structure.append((name, None))

@@ -2,9 +2,9 @@
 
 The first call of a kind (shapes, dtypes, other arguments, guidance branch) runs eagerly, which also
 compiles and tunes what needs it. The second is recorded: as segments that the host strings together
-("host"), or as one CUDA graph with the branches inside ("device"). Before a recording is used it is
-tried: one full and one cached step, replayed and run eagerly on the same state, must agree. What
-cannot be recorded runs eagerly, and says so.
+("host"), or as one CUDA graph with the branches inside ("device"). Each recording is tried: a full,
+a cached and a dynamic step, run eagerly before it and replayed after it on the same state, must
+agree. What cannot be recorded runs eagerly, and says so.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ TOLERANCES = {torch.float32: 1e-4}
 TOLERANCE = 1e-2
 """Largest relative L2 distance of a replayed step from an eager one that is taken for the noise of
 kernels that add in no fixed order; by dtype, and for the others."""
+
+TRIED = {PlanCode.MASK: "full", PlanCode.STATIC: "cached", PlanCode.DYNAMIC: "dynamic"}
+"""Steps that are tried, and their names. A dynamic step makes the kernels of the decision run."""
 
 CAPACITY = 1024
 """Steps that a lane gets room for before it is recorded, at least half of them ahead: to grow later
@@ -354,10 +357,20 @@ class GraphExecutor:
 
     def _record_as(self, mode: str, leaves: list[Any], structure: Structure) -> Recording:
         start = perf_counter()
-        recorder, lanes = self._recorder, self._lanes()
+        lanes = self._lanes()
         for lane in lanes:
             # the same for all kinds that are recorded early on: growing voids what was recorded
             lane.reserve(CAPACITY * (1 + 2 * lane.step // CAPACITY))
+        # first of all: it also compiles, tunes and loads what is to be recorded
+        expected = self._try_eagerly(lanes, leaves, structure)
+        recording = self._capture(mode, leaves, structure)
+        self._compare(self._try(lanes, leaves, self._replayed(recording)), expected)
+        recording.seconds = perf_counter() - start
+        return recording
+
+    def _capture(self, mode: str, leaves: list[Any], structure: Structure) -> Recording:
+        """Record one step."""
+        recorder, lanes = self._recorder, self._lanes()
         with outside_inference_mode:
             static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         args, kwargs = unflatten(static, structure)
@@ -381,11 +394,7 @@ class GraphExecutor:
         outputs, out_structure = tree_flatten(output)
         inputs = [x for x in static if isinstance(x, torch.Tensor)]
         homes = [Home.of(lane) for lane in lanes]
-        name = self._name(mode, inputs)
-        recording = Recording(name, replay, inputs, outputs, out_structure, homes)
-        self._try(recording, leaves, structure)
-        recording.seconds = perf_counter() - start
-        return recording
+        return Recording(self._name(mode, inputs), replay, inputs, outputs, out_structure, homes)
 
     def _name(self, mode: str, inputs: list[torch.Tensor]) -> str:
         branch = self.transformer.step_branch
@@ -395,59 +404,68 @@ class GraphExecutor:
             f", {branch}" if branch else ""
         )
 
-    def _try(self, recording: Recording, leaves: list[Any], structure: Structure) -> None:
-        """Compare a full and a cached step, replayed, with the same two run eagerly.
+    def _try_eagerly(
+        self, lanes: list[Lane], leaves: list[Any], structure: Structure
+    ) -> list[list[Any]]:
+        """Return what the steps of `_try` give when they run eagerly.
 
         Raises:
-            RuntimeError: they differ, or the step draws random numbers.
+            RuntimeError: they draw random numbers.
         """
 
-        def eagerly(values: list[Any]) -> list[Any]:
+        def step(values: list[Any]) -> list[Any]:
             args, kwargs = unflatten(values, structure)
             return tree_flatten(self.transformer.run(args, kwargs))[0]
 
-        def replayed(values: list[Any]) -> list[Any]:
+        random = self._recorder.random_state()
+        results = self._try(lanes, leaves, step)
+        if self._recorder.random_state() != random:
+            raise RuntimeError("a step must not draw random numbers, which would be repeated")
+        return results
+
+    @staticmethod
+    def _replayed(recording: Recording) -> Callable[[list[Any]], list[Any]]:
+        def step(values: list[Any]) -> list[Any]:
             recording([x for x in values if isinstance(x, torch.Tensor)])
             return [x.clone() if isinstance(x, torch.Tensor) else x for x in recording.outputs]
 
-        copies = [LaneCopy(home.lane) for home in recording.homes]
+        return step
+
+    @staticmethod
+    def _try(
+        lanes: list[Lane], leaves: list[Any], step: Callable[[list[Any]], list[Any]]
+    ) -> list[list[Any]]:
+        """Do a full, a cached and a dynamic step on inputs that differ a little; undo them all."""
+        copies, results = [LaneCopy(lane) for lane in lanes], []
         try:
-            random = self._recorder.random_state()
-            expected = self._two_steps(recording.homes, leaves, eagerly)
-            if self._recorder.random_state() != random:
-                raise RuntimeError("a step must not draw random numbers, which would be repeated")
-            for copy in copies:
-                copy.restore()
-            got = self._two_steps(recording.homes, leaves, replayed)
+            for code, scale in zip(TRIED, (1.0, 1.0625, 1.125), strict=True):
+                for lane in lanes:
+                    lane.force(code)
+                results.append(
+                    step(
+                        [
+                            x * scale
+                            if isinstance(x, torch.Tensor) and x.is_floating_point()
+                            else x
+                            for x in leaves
+                        ]
+                    )
+                )
         finally:
             for copy in copies:
                 copy.restore()
-        for kind, ours, theirs in zip(("full", "cached"), got, expected, strict=True):
+        return results
+
+    @staticmethod
+    def _compare(got: list[list[Any]], expected: list[list[Any]]) -> None:
+        """Raise a RuntimeError if replayed steps differ from eager ones."""
+        for code, ours, theirs in zip(TRIED, got, expected, strict=True):
             for x, y in zip(ours, theirs, strict=True):
                 if isinstance(x, torch.Tensor) and not _agree(x, y):
                     raise RuntimeError(
-                        f"a replayed {kind} step must equal an eager one, but does not: the "
+                        f"a replayed {TRIED[code]} step must equal an eager one, but does not: the "
                         f"forward depends on something that its inputs do not show"
                     )
-
-    @staticmethod
-    def _two_steps(
-        homes: list[Home], leaves: list[Any], step: Callable[[list[Any]], list[Any]]
-    ) -> list[list[Any]]:
-        """Do a full and a cached step, the second on inputs that are a little different."""
-        results = []
-        for code, scale in ((PlanCode.MASK, 1.0), (PlanCode.STATIC, 1.0625)):
-            for home in homes:
-                home.lane.force(code)
-            results.append(
-                step(
-                    [
-                        x * scale if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-                        for x in leaves
-                    ]
-                )
-            )
-        return results
 
 
 def _agree(x: torch.Tensor, y: torch.Tensor) -> bool:

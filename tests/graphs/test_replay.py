@@ -225,12 +225,19 @@ def test_host_mode_reads_only_what_the_plan_leaves_open(driver, monkeypatch):
     monkeypatch.setattr(Lane, "read_decision", lambda lane: reads.append(lane.step) or read(lane))
     model = family.build()
     dbcache.enable(model, SETTINGS["static"], cuda_graph="host")
+    denoise(model, family, 3)
+    assert len(reads) == 2  # of the dynamic step that is tried, eager and replayed
+    dbcache.refresh_context(model)
+    reads.clear()
     denoise(model, family, STEPS)
-    assert handle_of(model).graphs.replays == STEPS - 1
+    assert handle_of(model).graphs.replays == 3 - 1 + STEPS
     assert reads == []
     dbcache.enable(model, SETTINGS["reuse"], cuda_graph="host")
+    denoise(model, family, 3)
+    dbcache.refresh_context(model)
+    reads.clear()
     denoise(model, family, 20)
-    assert sorted(set(reads)) == list(range(5, 21))  # the count after steps 4 to 19
+    assert reads == list(range(5, 21))  # the count after steps 4 to 19
 
 
 def test_device_mode_reads_nothing_and_launches_once_per_step(driver, monkeypatch):
