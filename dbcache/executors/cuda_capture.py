@@ -4,8 +4,9 @@ In one pool, what one segment freed the next may use: the two bodies of a branch
 and what follows takes it over. That holds because segments replay in the order of recording.
 
 The stream belongs to the recordings alone. PyTorch keeps a cuBLAS workspace per stream, which then
-comes from the pool; from PyTorch 2.12 on the end of any graph frees the workspace of its stream
-(pytorch#193402), so that recordings are only given up together with their stream.
+comes from the pool. From PyTorch 2.12 on the end of any graph frees the workspace of its stream
+(pytorch#193402), so that recordings are only given up together with their stream. Before, it is
+never freed (32 MiB on Hopper): there the next recorder goes on with the stream.
 """
 
 from __future__ import annotations
@@ -19,6 +20,15 @@ from typing import Any
 import torch
 
 from dbcache.executors.cuda_driver import CudaDriver, find_driver
+
+KEEPS_WORKSPACES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+"""Whether PyTorch keeps the workspace of a stream for good."""
+
+_idle_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
+"""Streams of recorders that are closed, where workspaces are kept."""
+
+_broken_graphs: list[Any] = []
+"""Graphs whose capture failed: the allocator of pinned memory goes on to ask them."""
 
 
 class CudaSegment:
@@ -57,15 +67,29 @@ class CudaRecorder:
     def __init__(self, device: torch.device, driver: CudaDriver | None) -> None:
         self.device = device
         self.driver = driver
-        with torch.cuda.device(device):
+        with self.on_device():
             self.pool = torch.cuda.graph_pool_handle()
-            if driver is None:
-                self.stream: torch.cuda.Stream = torch.cuda.Stream(device)
-            else:
-                # PyTorch hands its 32 streams out in turn: one of them may be in use elsewhere
-                torch.cuda.current_stream(device).synchronize()
-                self.stream = torch.cuda.ExternalStream(driver.create_stream(), device=device)
+            self.stream = self._find_stream()
         self._open: Any = None
+
+    def _find_stream(self) -> torch.cuda.Stream:
+        idle = _idle_streams.get(self.device)
+        if idle:
+            return idle.pop()
+        if self.driver is None:
+            return torch.cuda.Stream(self.device)
+        # PyTorch hands its 32 streams out in turn: one of them may be in use elsewhere
+        torch.cuda.current_stream(self.device).synchronize()
+        return torch.cuda.ExternalStream(self.driver.create_stream(), device=self.device)
+
+    def close(self) -> None:
+        """Hand the stream on, where its workspace would stay for good; nothing records after."""
+        if KEEPS_WORKSPACES:
+            _idle_streams.setdefault(self.device, []).append(self.stream)
+
+    def on_device(self) -> Any:
+        """Make the GPU the current one, which the driver's calls go to."""
+        return torch.cuda.device(self.device)
 
     @contextlib.contextmanager
     def capturing(self) -> Iterator[None]:
@@ -93,9 +117,29 @@ class CudaRecorder:
 
     def abort(self) -> None:
         graph, self._open = self._open, None
-        if graph is not None:
-            with contextlib.suppress(RuntimeError):  # it says again that the capture was broken
-                graph.capture_end()
+        if graph is None:
+            return
+        try:
+            graph.capture_end()
+        except RuntimeError:  # it says again that the capture was broken
+            self._clean_up_after(graph)
+
+    def _clean_up_after(self, graph: Any) -> None:
+        """Do what PyTorch leaves undone where a capture was broken, as by `.item()`.
+
+        Its `capture_end` then returns at once: allocator and generator of random numbers go on as
+        if it were under way, and the next `torch.cuda.empty_cache` or `torch.randn` fails.
+        """
+        graph.reset()
+        _broken_graphs.append(graph)
+        index = self.device.index or 0
+        with contextlib.suppress(RuntimeError):  # of a version that did it
+            # as `torch.cuda.use_mem_pool` does
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+            torch._C._cuda_releasePool(index, self.pool)
+        whole = torch.cuda.CUDAGraph()  # a capture that ends well ends that of the generator, too
+        whole.capture_begin(capture_error_mode="thread_local")
+        whole.capture_end()
 
     def current_stream(self) -> int:
         """Return the address of the stream that work is launched on now."""
@@ -115,8 +159,9 @@ class UserCapture:
     """Adds branches to a capture that the user began, with `torch.cuda.graph`.
 
     A body is a capture of its own, on a stream of its own, into a graph that the driver made. The
-    allocator files memory by capture; so a body needs a pool, or its tensors would come from the
-    ordinary one and be given to others later. The pools live as long as this object.
+    allocator files memory by capture; so bodies need a pool, or their tensors would come from the
+    ordinary one and be given to others later. One pool serves all bodies, as they run in the order
+    of their capture; it lives as long as this object.
 
     Args:
         device: the GPU whose current stream is capturing.
@@ -130,7 +175,7 @@ class UserCapture:
         self.device = device
         self.driver = driver
         self.why = why
-        self._pools: list[Any] = []
+        self._pool: Any = None
         self._stream: Any = None
         self._bodies: list[Any] = []
         self._name = ""
@@ -150,12 +195,11 @@ class UserCapture:
                 f"cuda_graph='host' and capture nothing"
             )
         if self._stream is None:
-            self._stream = self._make_stream()
+            self._stream, self._pool = self._make_stream(), self._make_pool()
         self._name = name
         outer = self._outer_stream()
         full, cached = self.driver.branch_capture(outer, decision.flag.data_ptr())
         self._bodies = [cached]
-        self._pools.append(self._make_pool())
         self._enter(full)
         decision.count()
 
@@ -170,7 +214,7 @@ class UserCapture:
         assert self.driver is not None
         with contextlib.ExitStack() as entered:
             entered.enter_context(self._on_stream())
-            entered.enter_context(self._from_pool(self._pools[-1]))
+            entered.enter_context(self._from_pool(self._pool))
             self.driver.begin_body(self._stream.cuda_stream, body)
             self._entered = entered.pop_all()
 

@@ -20,7 +20,9 @@ copies, memsets, empty nodes and child graphs only; no body stays empty, on whic
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 IF_ELSE = 12080
@@ -89,9 +91,17 @@ class CudaDriver:
         """Call a function of the driver.
 
         Raises:
-            RuntimeError: it failed; the error names the function and what the driver said.
+            RuntimeError: it failed; the error names the function and what the driver said, or
+                that this version of cuda-bindings has no such function or takes other arguments.
         """
-        error, *results = getattr(self.cu, name)(*args)
+        try:
+            error, *results = getattr(self.cu, name)(*args)
+        except (AttributeError, TypeError) as unknown:
+            version = ".".join(map(str, self.version))
+            raise RuntimeError(
+                f"{name} must be a function of cuda-bindings with these arguments, got version "
+                f"{version}, which says: {unknown}"
+            ) from unknown
         if int(error) != 0:
             raise RuntimeError(f"{name} must succeed, got {getattr(error, 'name', error)}")
         return results[0] if len(results) == 1 else tuple(results)
@@ -190,7 +200,8 @@ class CudaDriver:
         context = int(self.call("cuCtxGetCurrent"))
         if context not in self._kernels:
             source = ctypes.create_string_buffer(PTX.encode())
-            module = self.call("cuModuleLoadData", ctypes.addressof(source))
+            with self._relaxed():
+                module = self.call("cuModuleLoadData", ctypes.addressof(source))
             kernel = self.call("cuModuleGetFunction", module, b"set_condition")
             self._kernels[context] = (module, kernel)
         return self._kernels[context][1]
@@ -299,10 +310,16 @@ class CudaDriver:
 
     def create_stream(self) -> int:
         """Return the address of a new stream that does not wait for the default stream."""
+        with self._relaxed():
+            return int(self.call("cuStreamCreate", NON_BLOCKING))
+
+    @contextmanager
+    def _relaxed(self) -> Iterator[None]:
+        """Allow what allocates memory, which while capturing would break the capture."""
         mode = self.cu.CUstreamCaptureMode(RELAXED)
         before = self.call("cuThreadExchangeStreamCaptureMode", mode)
         try:
-            return int(self.call("cuStreamCreate", NON_BLOCKING))
+            yield
         finally:
             self.call("cuThreadExchangeStreamCaptureMode", before)
 
@@ -316,6 +333,7 @@ class _Arguments:
         self.address = ctypes.addressof(self.pointers)
 
 
+@functools.cache  # its kernel is compiled once per device, and never unloaded
 def find_driver() -> tuple[CudaDriver | None, str]:
     """Return the driver of this machine, or None and why branches in graphs are impossible."""
     try:

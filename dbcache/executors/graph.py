@@ -219,7 +219,9 @@ class GraphExecutor:
         self.retired += len(self.recordings)
         self.recordings.clear()
         self._seen.clear()
-        self._recorder = None
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
 
     def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do one step: replayed where it can be, else eagerly."""
@@ -235,14 +237,13 @@ class GraphExecutor:
             self.retire()
             recording = None
         if recording is None:
-            if not self._is_due(key, tensors):
+            if self._is_due(key, tensors):
+                recording = self._record(leaves, structure)
+            if recording is None:
                 output = self.transformer.run(args, kwargs)
                 if key in self._seen:
                     self._seen[key] = self._layouts()
                 return output
-            recording = self._record(leaves, structure)
-            if recording is None:
-                return self.transformer.run(args, kwargs)
             self.recordings[key] = recording
         recording(tensors)
         self.replays += 1
@@ -388,7 +389,7 @@ class GraphExecutor:
                 for lane, had_reference in zip(lanes, knew, strict=True):
                     lane.has_reference = had_reference
         if mode == "device":
-            replay: Any = DeviceReplay(cutter.program, recorder.driver, recorder.current_stream)
+            replay: Any = DeviceReplay(cutter.program, recorder)
         else:
             replay = HostReplay(cutter.program)
         outputs, out_structure = tree_flatten(output)

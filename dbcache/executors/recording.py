@@ -164,8 +164,7 @@ class DeviceReplay:
 
     Args:
         program: what was recorded; kept, as its segments own the memory.
-        driver: a `CudaDriver`.
-        current_stream: returns the address of the stream to launch on.
+        recorder: made the segments, for a GPU that has a `driver`.
 
     Raises:
         RuntimeError: a body holds what may not be in one, or the driver refuses.
@@ -173,15 +172,17 @@ class DeviceReplay:
 
     mode = "device"
 
-    def __init__(self, program: Program, driver: Any, current_stream: Any) -> None:
+    def __init__(self, program: Program, recorder: Any) -> None:
         self.program = program
-        self.driver = driver
-        self.current_stream = current_stream
+        self.driver = recorder.driver
+        self.current_stream = recorder.current_stream
+        self.on_device = recorder.on_device
         self.executable: Any = None
-        self.graph = driver.create_graph()
+        self.graph = self.driver.create_graph()
         try:
-            self._assemble()
-            self.executable = driver.instantiate(self.graph)
+            with self.on_device():
+                self._assemble()
+                self.executable = self.driver.instantiate(self.graph)
         except BaseException:
             self.close()
             raise
@@ -201,7 +202,8 @@ class DeviceReplay:
                 after = [self.driver.add_child(self.graph, after, item.raw)]
 
     def __call__(self) -> None:
-        self.driver.launch(self.executable, self.current_stream())
+        with self.on_device():
+            self.driver.launch(self.executable, self.current_stream())
         for item in self.program:
             if isinstance(item, Branch):
                 item.decision.count()

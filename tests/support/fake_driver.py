@@ -5,6 +5,7 @@ It stands in for the module `cuda.bindings.driver`. A graph that PyTorch would h
 nodes") and cuda.h; whatever breaks one gets the error that the driver would give.
 """
 
+import contextlib
 import ctypes
 from enum import IntEnum
 from types import SimpleNamespace
@@ -29,6 +30,7 @@ class CUgraphNodeType(IntEnum):
     CU_GRAPH_NODE_TYPE_CONDITIONAL = 13
 
 
+GLOBAL, THREAD_LOCAL, RELAXED = range(3)  # modes of capturing
 NODE = {kind.name.removeprefix("CU_GRAPH_NODE_TYPE_"): kind for kind in CUgraphNodeType}
 
 
@@ -98,7 +100,18 @@ class FakeDriver:
         self.compiled = 0
         self.on_capture = lambda graph: None
         self.on_launch = lambda: None
+        self.is_current = True
+        self.mode = GLOBAL
         self._next = 100
+
+    @contextlib.contextmanager
+    def on_device(self):
+        """Make the GPU the current one."""
+        before, self.is_current = self.is_current, True
+        try:
+            yield
+        finally:
+            self.is_current = before
 
     def register(self, graph):
         """Give a graph an address."""
@@ -149,6 +162,7 @@ class FakeDriver:
         return self.version
 
     def do_cuCtxGetCurrent(self):
+        assert self.is_current, "another GPU is the current one: its context would be returned"
         return 7
 
     def do_cuGraphCreate(self, flags):
@@ -235,6 +249,8 @@ class FakeDriver:
                 yield from self._inside(body)
 
     def do_cuGraphLaunch(self, executable, stream):
+        if not self.is_current:
+            return Result.CUDA_ERROR_INVALID_VALUE
         self.launches += 1
         graph = self.graphs[executable].owner
         self.conditions = dict(graph.handles)
@@ -252,6 +268,7 @@ class FakeDriver:
         done = []
         for node in graph.nodes:
             assert all(n in done for n in node.after)
+            assert set(node.after) == set(done[-1:]), "nodes that do not wait run at once"
             if node.kind == NODE["CONDITIONAL"]:
                 value = self.conditions[node.handle]
                 assert value is not None, "the condition was never set and has no default"
@@ -268,6 +285,8 @@ class FakeDriver:
     # kernels
 
     def do_cuModuleLoadData(self, address):
+        if self.captures and self.mode != RELAXED:
+            return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         self.compiled += 1
         assert b"cudaGraphSetConditional" in ctypes.string_at(address)
         return "module"
@@ -291,9 +310,12 @@ class FakeDriver:
     # captures
 
     def do_cuThreadExchangeStreamCaptureMode(self, mode):
-        return 1 if mode == 2 else 2
+        before, self.mode = self.mode, mode
+        return before
 
     def do_cuStreamCreate(self, flags):
+        if self.captures and self.mode != RELAXED:
+            return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         self._next += 1
         return self._next
 

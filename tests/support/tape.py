@@ -77,6 +77,11 @@ class TapeMode(TorchDispatchMode):
         self.made = set()
         self.undo = {}
 
+    @classmethod
+    def ignore_compile_internals(cls):
+        """Let compiled code run as such, and write down what it does."""
+        return True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.tape is None:
@@ -128,6 +133,7 @@ class TapeRecorder:
         self.device = device
         self.driver = driver
         self.mode = None
+        self.is_closed = False
 
     @contextlib.contextmanager
     def capturing(self):
@@ -149,6 +155,12 @@ class TapeRecorder:
 
     def abort(self):
         self.mode.tape = None
+
+    def close(self):
+        self.is_closed = True
+
+    def on_device(self):
+        return contextlib.nullcontext() if self.driver is None else self.driver.cu.on_device()
 
     def current_stream(self):
         return 0
@@ -174,6 +186,7 @@ class TapeCapture:
         self.driver.captures[0] = (self.address, [])
         self.driver.on_launch, self.driver.on_capture = self._flush, self._switch
         self.open = contextlib.ExitStack()
+        self.open.enter_context(self.driver.on_device())
         self.open.enter_context(seen_ops())
         self.open.enter_context(self.mode)
         return self
@@ -234,6 +247,7 @@ def use_driver(monkeypatch, fake):
         found = None, "the driver must support CUDA 12.6 or later, got 12040"
     else:
         found = CudaDriver(fake, fake.bindings), ""
+        fake.is_current = False  # as where models lie on another GPU than the current one
     monkeypatch.setitem(cuda_capture.RECORDERS, "cpu", TapeRecorder)
     monkeypatch.setattr(graph, "find_driver", lambda: found)
     monkeypatch.setattr(cuda_capture, "find_driver", lambda: found)

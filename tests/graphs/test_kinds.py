@@ -1,0 +1,117 @@
+"""What makes calls of one kind, so that one recording serves them, and what does not."""
+
+import pytest
+import torch
+from tape import TapeRecorder
+from tiny import noise
+
+import dbcache
+from dbcache import BlockAdapter, ForwardPattern, GraphOptions
+from dbcache.adapters.cached_transformer import handle_of
+
+pytestmark = pytest.mark.usefixtures("one_thread", "driver")
+
+
+class Step(torch.nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.weight = torch.nn.Parameter(noise(4, 4, seed=seed))
+
+    def forward(self, hidden_states):
+        return hidden_states + 0.1 * torch.tanh(hidden_states @ self.weight)
+
+
+class Model(torch.nn.Module):
+    """Its output tells which arguments it got."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Step(seed) for seed in range(4))
+
+    def forward(self, hidden_states, shift=None, scale=None, factor=1, sizes=()):
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        if shift is not None:
+            hidden_states = hidden_states + shift.mean() * (2 if shift.is_floating_point() else 3)
+        if scale is not None:
+            hidden_states = hidden_states * (1 + scale.mean())
+        if isinstance(sizes, dict):
+            hidden_states = hidden_states - sizes["text"]
+        return hidden_states * (5 if factor is True else factor) + len(sizes)
+
+
+def enabled(**options):
+    model = Model()
+    adapter = BlockAdapter(
+        transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3
+    )
+    off = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.0}
+    dbcache.enable(adapter, **off, **options)
+    return model
+
+
+ONE, TWO = torch.ones(3), torch.full((3,), 2.0)
+PAIRS = {
+    "dtype of a tensor": ({"shift": TWO}, {"shift": TWO.double()}),
+    "shape of a tensor": ({"shift": ONE}, {"shift": ONE[:2]}),
+    "name of an argument": ({"shift": ONE}, {"scale": ONE}),
+    "type of a number": ({"factor": 1}, {"factor": True}),
+    "value of a number": ({"factor": 2.0}, {"factor": 3.0}),
+    "form of a container": ({"sizes": (ONE,)}, {"sizes": {"text": ONE.mean()[None]}}),
+    "length of a container": ({"sizes": (ONE, ONE)}, {"sizes": (ONE,)}),
+    "names in a container": ({"sizes": {"text": 1, "image": 2}}, {"sizes": {"text": 1}}),
+    "an argument that is left out": ({"shift": ONE}, {}),
+}
+
+
+@pytest.mark.parametrize("what", PAIRS)
+def test_calls_of_two_kinds_have_two_recordings(what):
+    model, plain = enabled(cuda_graph="device"), Model()
+    first, second = PAIRS[what]
+    with torch.no_grad():
+        for step, how in enumerate((first, first, second, second, first, second)):
+            x = noise(1, 5, 4, seed=step)
+            assert torch.equal(model(x, **how), plain(x, **how)), (step, how)
+    executor = handle_of(model).graphs
+    assert len(executor.recordings) == 2
+    assert executor.replays == 4
+
+
+def test_inference_mode_is_part_of_the_kind():
+    """What one of them makes cannot be used in the other."""
+    model, plain = enabled(cuda_graph=GraphOptions(mode="host", static_outputs=True)), Model()
+    for step, mode in enumerate((torch.inference_mode, torch.no_grad) * 3):
+        with mode():
+            x = noise(1, 5, 4, seed=step)
+            output = model(x, shift=ONE)
+            assert torch.equal(output, plain(x, shift=ONE))
+            assert output.is_inference() is (mode is torch.inference_mode)
+    assert len(handle_of(model).graphs.recordings) == 2
+
+
+def test_the_users_inputs_are_copied_and_never_written():
+    model, plain = enabled(cuda_graph="device"), Model()
+    kept, given = [noise(1, 5, 4, seed=step) for step in range(5)], []
+    with torch.no_grad():
+        for x in kept:
+            given.append(x.clone())
+            output = model(given[-1], shift=given[-1][0, 0])
+            assert torch.equal(output, plain(x, shift=x[0, 0]))
+    assert all(map(torch.equal, kept, given))
+
+
+def test_recordings_that_are_given_up_take_their_pool_and_stream_with_them(monkeypatch):
+    made = []
+    init = TapeRecorder.__init__
+    monkeypatch.setattr(
+        TapeRecorder, "__init__", lambda self, *how: made.append(self) or init(self, *how)
+    )
+    model = enabled(cuda_graph=GraphOptions(mode="device", max_recordings=2))
+    with torch.no_grad():
+        for length in (4, 5, 6):
+            for step in range(3):
+                model(noise(1, length, 4, seed=step))
+    assert handle_of(model).graphs.retired == 2
+    assert [recorder.is_closed for recorder in made] == [True, False]
+    dbcache.disable(model)
+    assert [recorder.is_closed for recorder in made] == [True, True]
