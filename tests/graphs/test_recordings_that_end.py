@@ -106,3 +106,73 @@ def test_a_stack_whose_shapes_change_alone_makes_the_step_a_full_one(driver, mod
     first, second = dbcache.summary(adapter).lanes
     assert first.reasons[9] == first.reasons[11] == "shape changed"
     assert second.reasons == first.reasons
+
+
+def test_a_lane_has_room_for_a_usual_request_from_its_first_recording_on(driver):
+    model = FLUX.build()
+    dbcache.enable(model, **OPTIONS, cuda_graph="device")
+    denoise(model, FLUX, 70)  # more than a lane that is not recorded has room for at first
+    executor = handle_of(model).graphs
+    assert (executor.retired, executor.replays) == (0, 69)
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_a_lane_that_grew_in_a_step_of_another_kind_is_recorded_anew(driver, monkeypatch, mode):
+    monkeypatch.setattr(graph, "CAPACITY", 64)
+    runs = []
+    for how in ({}, {"cuda_graph": mode}):
+        model = dbcache.enable(FLUX.build(), **OPTIONS, **how)
+        x, outputs = noise(*FLUX.latent_shape, seed=1), []
+        with torch.no_grad():
+            for step in range(70):
+                # step 64 runs eagerly, as the first of its kind, and makes room
+                inputs = FLUX.arguments(x, 1.0 - step / 70, "cond") | {"return_dict": step == 64}
+                outputs.append(model(**inputs)[0])
+                x = x - outputs[-1] / 70
+        runs.append((outputs, dbcache.summary(model).lanes[0].reasons))
+    (expected, reasons), (got, recorded) = runs
+    assert recorded == reasons
+    assert same(got, expected)
+    executor = handle_of(model).graphs
+    assert (executor.retired, executor.replays) == (1, 63 + 4)
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("knows", [True, False], ids=["a reference", "no reference"])
+def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
+    """Its trials and the capture count for nothing."""
+    held, record = [], graph.GraphExecutor._record
+
+    def content(lane):
+        names = (*lane.HOST, "layout")
+        tensors = {k: x.clone() for k, x in lane.buffers_by_name().items() if x is not None}
+        tensors |= {f"state {i}": x[:64].clone() for i, x in enumerate(lane.state.tensors())}
+        tensors |= dict(enumerate(x.clone() for x in lane.learned()))
+        return [getattr(lane, name) for name in names], lane.plan[:64], tensors
+
+    def watched(executor, *how):
+        (lane,) = executor._lanes()
+        held.append(content(lane))
+        recording = record(executor, *how)
+        held.append(content(lane))
+        return recording
+
+    monkeypatch.setattr(graph.GraphExecutor, "_record", watched)
+    model = FLUX.build()
+    dbcache.enable(
+        model, **OPTIONS, enable_taylorseer=True, num_inference_steps=8, cuda_graph=mode
+    )
+    (stack,) = handle_of(model).stacks
+    x = noise(*FLUX.latent_shape, seed=1)
+    with torch.no_grad():
+        model(**FLUX.arguments(x, 1.0, "cond"))
+        if not knows:
+            stack.lanes[None].forget_reference()
+        model(**FLUX.arguments(0.9 * x, 0.9, "cond"))
+    (host, plan, tensors), (same_host, same_plan, same_tensors) = held
+    assert host == same_host
+    assert host[1] is knows
+    assert plan == same_plan
+    assert tensors.keys() == same_tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, same_tensors[name]), name
