@@ -1,12 +1,14 @@
 """Latency of full and cached steps: plain, eager cache, graphs, and cache-dit, in one run.
 
-    python -m bench.graphs [--device cuda] [--rounds N] [--models flux-512 ...] [--json FILE]
+    python -m bench.graphs [--device cuda] [--rounds N] [--seconds S] [--models flux-512 ...]
+                           [--json FILE]
 
 Random weights, and two inputs in turn that differ a little: every step is measured and decided, and
 comes out as "full" or "cached" by a threshold far below or far above that difference. Variants take
 turns; a time is that from the call to the end of the device's work, once with the device idle
 before each step ("latency") and once for steps in a row ("throughput"). Decisions that the host
-waits for cost latency in both; graphs save the host's launches.
+waits for cost latency in both; graphs save the host's launches. A variant of dbcache that does not
+run, where the driver allows it, ends the benchmark with status 1, after the table.
 """
 
 from __future__ import annotations
@@ -26,9 +28,14 @@ import torch
 import dbcache
 from bench.loop import build, inputs_of
 from bench.overhead import header
+from dbcache.executors.cuda_driver import find_driver
 
 ROW = 8
-"""Steps in a row whose time is taken together."""
+"""Steps in a row whose time is taken together; half of them where steps are slow."""
+TURNS = 2
+"""How often the variants take turns."""
+FEWEST = 3
+"""Steps whose latency is taken in a turn, however slow they are."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +117,14 @@ def cache_dit_variant(kind: str) -> Variant:
     return Variant(kind, "cache-dit", switch_on, switch_off, cached_steps)
 
 
-def measure(variant: Variant, model: torch.nn.Module, inputs: list[dict], rounds: int) -> None:
+def measure(
+    variant: Variant, model: torch.nn.Module, inputs: list[dict], rounds: int, seconds: float
+) -> None:
     """Fill the variant's times, in ms, or say why it does not run."""
     try:
         variant.switch_on(model)
         try:
-            steps = time_steps(variant, model, inputs, rounds)
+            steps = time_steps(variant, model, inputs, rounds, seconds)
             cached = variant.cached_steps(model)
         finally:
             variant.switch_off(model)
@@ -130,8 +139,18 @@ def measure(variant: Variant, model: torch.nn.Module, inputs: list[dict], rounds
         )
 
 
-def time_steps(variant: Variant, model: torch.nn.Module, inputs: list[dict], rounds: int) -> int:
-    """Fill the times and return the number of steps; the first ones warm up and record."""
+def time_steps(
+    variant: Variant, model: torch.nn.Module, inputs: list[dict], rounds: int, seconds: float
+) -> int:
+    """Fill the times and return the number of steps; the first ones warm up and record.
+
+    Args:
+        variant: is switched on.
+        model: the transformer.
+        inputs: two inputs, that take turns.
+        rounds: steps whose latency is taken, at most.
+        seconds: time for them, and as much again for rows.
+    """
     device = next(model.parameters()).device
     wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     count = 0
@@ -146,9 +165,17 @@ def time_steps(variant: Variant, model: torch.nn.Module, inputs: list[dict], rou
         wait()
         return (time.perf_counter() - start) * 1e3 / row
 
-    timed(4)
-    variant.latency += [timed(1) for _ in range(rounds)]
-    variant.throughput += [timed(ROW) for _ in range(max(1, rounds // ROW))]
+    def several(row: int, most: int, fewest: int) -> list[float]:
+        times: list[float] = []
+        while len(times) < most and (len(times) < fewest or sum(times) * row < seconds * 1e3):
+            times.append(timed(row))
+        return times
+
+    timed(3)
+    latency = several(1, rounds, FEWEST)
+    row = ROW if statistics.median(latency) * ROW < seconds * 1e3 else ROW // 2
+    variant.latency += latency
+    variant.throughput += several(row, max(1, rounds // ROW), 1)
     return count
 
 
@@ -164,7 +191,9 @@ class Line:
     refused: str
 
 
-def run(name: str, spec: Model, device: str, rounds: int, engines: list[str]) -> list[Line]:
+def run(
+    name: str, spec: Model, device: str, rounds: int, seconds: float, engines: list[str]
+) -> list[Line]:
     """Measure all variants on one model."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = build(device, spec.double, spec.single, spec.heads, dtype)
@@ -183,9 +212,9 @@ def run(name: str, spec: Model, device: str, rounds: int, engines: list[str]) ->
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # each variant's steps lie together, as recording takes a while; the rounds alternate
-        for _ in range(3):
+        for _ in range(TURNS):
             for variant in variants:
-                measure(variant, model, inputs, max(ROW, rounds // 3))
+                measure(variant, model, inputs, max(ROW, rounds // TURNS), seconds)
     return [
         Line(
             name,
@@ -203,7 +232,10 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=48, help="steps per variant")
+    parser.add_argument("--rounds", type=int, default=48, help="most steps per variant")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="per variant and turn, for each kind of time"
+    )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--engines", nargs="+", default=["dbcache", "cache-dit"])
     parser.add_argument("--json", metavar="FILE", help="also write the lines here")
@@ -218,7 +250,9 @@ def main() -> None:
     print(f"{'model':<12}{'step':<8}{'engine':<16}{'latency ms':>11}{'in a row ms':>13}")
     rows = []
     for name, spec in chosen.items():
-        for row in run(name, spec, arguments.device, arguments.rounds, arguments.engines):
+        for row in run(
+            name, spec, arguments.device, arguments.rounds, arguments.seconds, arguments.engines
+        ):
             rows.append(row)
             figures = f"  {row.refused[:60]}"
             if row.latency_p50 is not None:
@@ -228,6 +262,20 @@ def main() -> None:
         result = {"header": header(arguments.device), "rows": [asdict(row) for row in rows]}
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(result, file, indent=1)
+    failures = failed(rows) if arguments.device == "cuda" else []
+    if failures:
+        raise SystemExit("bench.graphs: these must run here:\n" + "\n".join(failures))
+
+
+def failed(rows: list[Line]) -> list[str]:
+    """Return what did not run though it should have: all of dbcache that the driver allows."""
+    driver, _ = find_driver()
+    impossible = () if driver is not None else ("dbcache device",)
+    return [
+        f"{row.model}, {row.step}, {row.engine}: {row.refused}"
+        for row in rows
+        if row.refused and row.engine.startswith("dbcache") and row.engine not in impossible
+    ]
 
 
 if __name__ == "__main__":

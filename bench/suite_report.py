@@ -69,7 +69,7 @@ def read_steps(logs: Path) -> list[Step]:
 
 def _what_it_left(logs: Path, name: str) -> tuple[str, bool]:
     """Return a description of a step's results and whether they are there."""
-    if name.endswith("-tests"):
+    if name.endswith("-tests") or name == "sanitizer":
         counts = test_counts(logs / f"{name}.xml")
         text = ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "no result"
         return text, counts["passed"] > 0
@@ -100,6 +100,13 @@ def test_counts(path: Path) -> dict[str, int]:
     return counts
 
 
+def left_out(logs: Path) -> dict[str, str]:
+    """Return the steps that were not run because something is missing, and what that is."""
+    path = logs / "left_out.tsv"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return dict(line.split("\t") for line in lines)
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file, None if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -126,7 +133,13 @@ def main(argv: list[str] | None = None) -> int:
     logs: Path = arguments.logs
     steps, found = read_steps(logs), about(arguments.device)
     results = {name: read_json(logs / file) for name, file in RESULTS.items()}
-    content = {"about": found, "steps": [asdict(step) for step in steps], **results}
+    missing = left_out(logs)
+    content = {
+        "about": found,
+        "steps": [asdict(step) for step in steps],
+        "left_out": missing,
+        **results,
+    }
     arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     for name in ("demo", "methods", "overhead", "loop", "graphs", "kernels"):
@@ -141,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     for step in steps:
         result = "passed" if step.passed else "FAILED"
         print(f"{step.name:<15}{result:<8}{step.seconds:5}{step.limit:7}  {step.detail}")
+    for name, why in missing.items():
+        print(f"{name:<15}{'-':<8}{'':12}  left out: {why}")
     print(" | ".join(f"{key} {value}" for key, value in found.items()))
     return int(not steps or not all(step.passed for step in steps))
 

@@ -64,6 +64,15 @@ def report(tmp_path, capsys):
     return run
 
 
+def test_report_names_what_was_left_out(tmp_path, report):
+    (tmp_path / "kernel-tests.xml").write_text(JUNIT.format(0))
+    (tmp_path / "left_out.tsv").write_text("sanitizer\tcompute-sanitizer is not installed\n")
+    status, table, results = report(("kernel-tests", 0))
+    assert status == 0
+    assert re.search(r"sanitizer +- +left out: compute-sanitizer is not installed", table)
+    assert results["left_out"] == {"sanitizer": "compute-sanitizer is not installed"}
+
+
 def test_report_merges_what_the_steps_left(tmp_path, report):
     (tmp_path / "kernel-tests.xml").write_text(JUNIT.format(0))
     (tmp_path / "overhead.json").write_text('{"rows": [1]}')
@@ -82,6 +91,7 @@ def test_report_merges_what_the_steps_left(tmp_path, report):
         (("kernel-tests", 124), "ended at its limit"),
         (("runtime-tests", 0), "no result"),
         (("overhead", 0), "no overhead.json"),
+        (("sanitizer", 0), "no result"),
     ],
     ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else "",
 )

@@ -56,6 +56,27 @@ def test_the_flag_chooses_the_body(version, bindings):
 
 
 @pytest.mark.parametrize("version", [12060, 13000])
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_body_that_writes_over_the_flag_changes_nothing(version, value):
+    fake, flag, ran = FakeDriver(version), Flag(), []
+    driver = CudaDriver(fake, (13, 0))
+
+    def body(name):
+        def run():
+            ran.append(name)
+            flag.cell.value = 1 - flag.cell.value
+
+        return fake.register(Work(run))
+
+    graph = driver.create_graph()
+    driver.add_branch(graph, [], flag.address, body("full"), body("cached"))
+    executable = driver.instantiate(graph)
+    flag.cell.value = value
+    driver.launch(executable, 0)
+    assert ran == [("full", "cached")[value]]
+
+
+@pytest.mark.parametrize("version", [12060, 13000])
 def test_no_body_stays_empty(version):
     _, launch = build(version, full=False)
     assert [launch(0), launch(1)] == [["pre", "post"], ["pre", "cached", "post"]]
@@ -134,3 +155,52 @@ def test_destroy_frees_the_graph_and_what_was_made_of_it():
     assert fake.destroyed == [executable, graph]
     driver.destroy(None, None)
     assert fake.destroyed == [executable, graph]
+
+
+def capturing(version=13000, bindings=(13, 0)):
+    """Return a driver whose stream 0 is captured, and the graph that it is captured into."""
+    fake = FakeDriver(version, bindings)
+    graph = Graph()
+    fake.captures[0] = (fake.register(graph), [])
+    return CudaDriver(fake, bindings), fake, graph
+
+
+@pytest.mark.parametrize("version", [12060, 13000])
+def test_bodies_in_a_capture_are_not_left_empty_and_come_one_after_the_other(version):
+    driver, fake, graph = capturing(version, (12, 9))
+    flag = Flag()
+    for _ in range(2):
+        for body in driver.branch_capture(0, flag.address):
+            driver.begin_body(1, body)
+            driver.end_body(1, "blocks")
+    for value in (0, 1):
+        flag.cell.value = value
+        fake.conditions = dict(graph.handles)
+        fake.run(graph)  # with rules of its own: no empty bodies, nothing at once
+    assert len(graph.nodes) == 2 * (2 if version >= 12080 else 4)
+
+
+@pytest.mark.parametrize("kind", ["HOST", "MEM_ALLOC", "WAIT_EVENT"])
+def test_forbidden_nodes_in_a_captured_body_are_refused(kind):
+    driver, fake, _ = capturing()
+    full, _ = driver.branch_capture(0, Flag().address)
+    driver.begin_body(1, full)
+    fake.graphs[full].nodes += Work(lambda: None, kind).nodes
+    with pytest.raises(RuntimeError, match=f"blocks: a branch .* got {kind} nodes"):
+        driver.end_body(1, "blocks")
+
+
+def test_a_stream_that_is_not_captured_gets_no_branch():
+    driver, _, _ = capturing()
+    with pytest.raises(RuntimeError, match="the stream must be capturing, got capture status 0"):
+        driver.branch_capture(1, Flag().address)
+
+
+def test_the_mode_of_capturing_is_as_it_was_after_a_stream_was_made_and_a_kernel_loaded():
+    driver, fake, _ = capturing()
+    for mode in (0, 1):
+        fake.mode = mode
+        driver.create_stream()
+        driver.setter()
+        assert fake.mode == mode
+    assert fake.compiled == 1

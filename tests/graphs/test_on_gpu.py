@@ -1,5 +1,11 @@
 """What only a GPU can show: real captures, no waiting, no growth. FLUX blocks of random weights."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import first_use
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -11,6 +17,7 @@ from dbcache.executors.cuda_driver import find_driver
 
 pytestmark = pytest.mark.gpu
 
+ROOT = Path(__file__).parents[2]
 STEPS = 50
 OPTIONS = {
     "Fn_compute_blocks": 1,
@@ -32,9 +39,9 @@ PRUNED = {
 }
 
 
-def build():
+def build(device="cuda"):
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = FluxTransformer2DModel(
             in_channels=16, num_layers=3, num_single_layers=6, attention_head_dim=64,
             num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=32,
@@ -44,11 +51,11 @@ def build():
 
 
 def inputs(x, t):
-    like = {"device": "cuda", "dtype": torch.bfloat16}
-    generator = torch.Generator("cuda").manual_seed(1)
+    like = {"device": x.device, "dtype": torch.bfloat16}
+    generator = torch.Generator(x.device).manual_seed(1)
     ids = torch.zeros(256, 3, **like)
-    ids[:, 1] = torch.arange(256, device="cuda") // 16
-    ids[:, 2] = torch.arange(256, device="cuda") % 16
+    ids[:, 1] = torch.arange(256, device=x.device) // 16
+    ids[:, 2] = torch.arange(256, device=x.device) % 16
     return {
         "hidden_states": x,
         "encoder_hidden_states": torch.randn(1, 32, 64, generator=generator, **like),
@@ -60,14 +67,14 @@ def inputs(x, t):
     }
 
 
-def start():
-    generator = torch.Generator("cuda").manual_seed(2)
-    return torch.randn(1, 256, 16, generator=generator, device="cuda", dtype=torch.bfloat16)
+def start(device="cuda"):
+    generator = torch.Generator(device).manual_seed(2)
+    return torch.randn(1, 256, 16, generator=generator, device=device, dtype=torch.bfloat16)
 
 
 @torch.no_grad()
 def loop(model, steps=STEPS):
-    x, outputs = start(), []
+    x, outputs = start(model.device), []
     for step in range(steps):
         output = model(**inputs(x, 1 - step / steps))[0]
         outputs.append(output)
@@ -145,6 +152,85 @@ def test_memory_does_not_grow(mode):
     after = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
     assert after[0] <= before[0]
     assert after[1] >= before[1] - 2**21
+    assert handle_of(model).graphs._recorder.nbytes() > 2**20, "the cap goes by what it says"
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_memory_does_not_grow_with_recordings_that_are_given_up(mode):
+    if mode not in modes():
+        pytest.skip(find_driver()[1])
+    model = build()
+    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
+    held = []
+    for _ in range(8):
+        loop(model, 6)
+        handle_of(model).graphs.retire()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert held[-1][0] <= held[2][0]
+    assert held[-1][1] <= held[2][1] + 2**21
+
+
+@pytest.mark.parametrize("mode", ["auto", "host"])
+def test_a_capture_that_breaks_leaves_all_of_pytorch_working(mode):
+    """Reading a value breaks a capture, which PyTorch by itself does not clean up after."""
+    model = build()
+    hook = model.transformer_blocks[1].register_forward_hook(
+        lambda module, args, output: (
+            output[0] * (2 if output[0].abs().max().item() < 0 else 1),
+            output[1],
+        )
+    )
+    dbcache.enable(model, **OPTIONS)
+    expected = loop(model, 8)
+    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
+    if mode == "auto":
+        with pytest.warns(UserWarning, match="runs eagerly"):
+            got = loop(model, 8)
+        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    else:
+        with pytest.raises(RuntimeError, match="is impossible here"):
+            loop(model, 8)
+    assert not handle_of(model).graphs.recordings
+    torch.randn(4, device="cuda")
+    torch.cuda.empty_cache()
+    hook.remove()
+    dbcache.enable(model, **OPTIONS, cuda_graph=modes()[-1])
+    again = loop(model, 8)
+    assert all(torch.equal(x, y) for x, y in zip(again, expected, strict=True))
+    assert handle_of(model).graphs.replays == 7
+
+
+def test_a_fresh_process_loads_no_kernel_while_it_captures():
+    done = subprocess.run(
+        [sys.executable, first_use.__file__, modes()[-1]],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *cases, loaded = done.stdout.splitlines()
+    assert cases == list(first_use.CASES), "what stands behind a case was loaded too late"
+    assert int(loaded) > 5
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_a_model_on_another_gpu_than_the_current_one(mode):
+    if mode not in modes():
+        pytest.skip(find_driver()[1])
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = build("cuda:1")
+    dbcache.enable(model, **OPTIONS)
+    expected, decisions = loop(model), trace(model)
+    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
+    got = loop(model)
+    assert trace(model) == decisions
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    assert torch.cuda.current_device() == 0
 
 
 def test_compiled_blocks_are_recorded():
@@ -160,11 +246,13 @@ def test_compiled_blocks_are_recorded():
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
-def test_the_users_own_capture_of_the_whole_loop():
+@pytest.mark.parametrize("options", [OPTIONS, PRUNED], ids=["steps", "blocks"])
+def test_the_users_own_capture_of_the_whole_loop(options):
     if "device" not in modes():
         pytest.skip(find_driver()[1])
     model = build()
-    dbcache.enable(model, **OPTIONS)
+    dbcache.enable(model, **options)
+    handle_of(model).stacks[0].prepare_recording()  # blocks that are left out are so one by one
     expected, decisions = loop(model)[-1], trace(model)
     x = start()
     arguments = [inputs(x, 1 - step / STEPS) for step in range(STEPS)]

@@ -159,9 +159,7 @@ def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
 
     monkeypatch.setattr(graph.GraphExecutor, "_record", watched)
     model = FLUX.build()
-    dbcache.enable(
-        model, **OPTIONS, enable_taylorseer=True, num_inference_steps=8, cuda_graph=mode
-    )
+    dbcache.enable(model, **OPTIONS, enable_taylorseer=True, num_inference_steps=8, cuda_graph=mode)
     (stack,) = handle_of(model).stacks
     x = noise(*FLUX.latent_shape, seed=1)
     with torch.no_grad():

@@ -272,6 +272,7 @@ class FakeDriver:
             if node.kind == NODE["CONDITIONAL"]:
                 value = self.conditions[node.handle]
                 assert value is not None, "the condition was never set and has no default"
+                assert all(body.nodes for body in node.bodies), "drivers hang at an empty body"
                 if value:
                     self.run(node.bodies[0])
                 elif len(node.bodies) == 2:
@@ -325,7 +326,13 @@ class FakeDriver:
         graph, after = self.captures[stream]
         return (1, 1, graph, after, [], len(after))
 
-    do_cuStreamGetCaptureInfo_v3 = do_cuStreamGetCaptureInfo
+    def do_cuStreamGetCaptureInfo_v3(self, stream):
+        self._check_has_older_names()
+        return FakeDriver.do_cuStreamGetCaptureInfo(self, stream)
+
+    def _check_has_older_names(self):
+        if self.bindings >= (13, 0):
+            raise AttributeError("bindings have one name per function from 13 on")
 
     def do_cuLaunchKernel(self, kernel, *rest):
         stream, arguments, _ = rest[-3:]
@@ -336,12 +343,19 @@ class FakeDriver:
         self.captures[stream] = (graph, [node])
         return ()
 
-    def do_cuStreamUpdateCaptureDependencies(self, stream, nodes, edges, count, flag):
+    def do_cuStreamUpdateCaptureDependencies(self, stream, nodes, *rest):
+        edges, (count, flag) = rest[:-2], rest[-2:]
+        if len(edges) != (1 if self.bindings >= (13, 0) else 0):
+            raise TypeError("takes the data of edges from bindings 13 on")
         graph, _ = self.captures[stream]
         self.captures[stream] = (graph, list(nodes))
         return ()
 
-    do_cuStreamUpdateCaptureDependencies_v2 = do_cuStreamUpdateCaptureDependencies
+    def do_cuStreamUpdateCaptureDependencies_v2(self, stream, nodes, edges, count, flag):
+        self._check_has_older_names()
+        graph, _ = self.captures[stream]
+        self.captures[stream] = (graph, list(nodes))
+        return ()
 
     def do_cuStreamBeginCaptureToGraph(self, stream, graph, after, edges, count, mode):
         if stream in self.captures:
