@@ -344,8 +344,7 @@ class FakeDriver:
         return ()
 
     def do_cuStreamUpdateCaptureDependencies(self, stream, nodes, *rest):
-        edges, (count, flag) = rest[:-2], rest[-2:]
-        if len(edges) != (1 if self.bindings >= (13, 0) else 0):
+        if len(rest) != (3 if self.bindings >= (13, 0) else 2):  # edges, count, flag
             raise TypeError("takes the data of edges from bindings 13 on")
         graph, _ = self.captures[stream]
         self.captures[stream] = (graph, list(nodes))
