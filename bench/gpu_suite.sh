@@ -102,7 +102,7 @@ fi
 engines=(dbcache)
 "$python" -c 'import cache_dit' 2>/dev/null && engines+=(cache-dit)
 requests=$([ "$device" = cuda ] && echo 10 || echo 2)
-rounds=$([ "$device" = cuda ] && echo 48 || echo 3)
+seconds=$([ "$device" = cuda ] && echo 1 || echo 0.05)
 
 # shellcheck disable=SC2086  # lists of words
 {
@@ -126,7 +126,7 @@ rounds=$([ "$device" = cuda ] && echo 48 || echo 3)
     fi
     step graph-tests 140 "$python" -m pytest -q --junitxml="$logs/graph-tests.xml" \
         ${PYTEST_ARGS:-} "${graph_tests[@]}"
-    step graphs 170 "$python" -m bench.run graphs --device "$device" --rounds "$rounds" \
+    step graphs 170 "$python" -m bench.run graphs --device "$device" --seconds "$seconds" \
         --engines "${engines[@]}" --json "$logs/graphs.json"
     if [ "$device" != cuda ]; then
         left_out sanitizer "needs a GPU"

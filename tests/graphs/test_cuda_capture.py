@@ -1,16 +1,17 @@
 """What records on a GPU, with PyTorch's captures replaced by ones that keep its rules."""
 
 import contextlib
+import ctypes
 import gc
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_driver import Body, FakeDriver
+from fake_driver import Body, FakeDriver, Graph
 
 from dbcache.executors import cuda_capture
-from dbcache.executors.cuda_capture import CudaRecorder
+from dbcache.executors.cuda_capture import CudaRecorder, UserCapture
 from dbcache.executors.cuda_driver import CudaDriver
 
 DEVICE = torch.device("cuda", 1)
@@ -106,7 +107,7 @@ def fake(monkeypatch):
         "synchronize": lambda device: None,
         "graph_pool_handle": lambda: (0, 7),
         "current_stream": lambda device: current,
-        "ExternalStream": lambda address, device: f"stream {address} of {device}",
+        "ExternalStream": lambda address, device: SimpleNamespace(cuda_stream=address),
         "Stream": lambda device: f"stream of {device}",
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -132,7 +133,7 @@ def test_segments_share_a_pool_and_a_stream_of_their_own(fake):
                 recorder.end()
     assert gc.isenabled()
     assert {graph.pool for graph in fake.graphs} == {(0, 7)}
-    assert {graph.stream for graph in fake.graphs} == {recorder.stream}
+    assert all(graph.stream is recorder.stream for graph in fake.graphs)
     assert fake.streams == ["default"]
 
 
@@ -184,10 +185,10 @@ def test_a_capture_that_is_left_off_leaves_nothing_underway(fake, is_broken):
 def test_streams_serve_again_where_their_workspaces_stay(fake, monkeypatch, keeps):
     monkeypatch.setattr(cuda_capture, "KEEPS_WORKSPACES", keeps)
     first, second = recorder_of(fake), recorder_of(fake)
-    assert first.stream != second.stream
+    assert first.stream is not second.stream
     first.close()
     third = recorder_of(fake)
-    assert (third.stream == first.stream) is keeps
+    assert (third.stream is first.stream) is keeps
     assert recorder_of(fake).stream not in (second.stream, third.stream)
 
 
@@ -197,3 +198,51 @@ def test_without_a_driver_the_stream_is_one_of_pytorchs(fake):
     with recorder.capturing():
         recorder.begin()
         assert recorder.end().raw is not None
+
+
+def test_bodies_of_a_users_capture_have_a_stream_and_a_pool_that_all_share(fake, monkeypatch):
+    """Another capture's tensors would come from the ordinary pool, and be given to others."""
+    pools = []
+
+    @contextlib.contextmanager
+    def within(pool):
+        pools.append(pool)
+        yield
+        pools.append(None)
+
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: f"pool {len(pools)}")
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", within)
+    driver = CudaDriver(fake.driver, (13, 0))
+    graph = Graph()
+    fake.driver.captures[5] = (fake.driver.register(graph), [])
+    flag = SimpleNamespace(data_ptr=lambda: ctypes.addressof(cell))
+    cell, counted, where = ctypes.c_int32(0), [], []
+    decision = SimpleNamespace(flag=flag, count=lambda: counted.append(1))
+    fake.driver.on_capture = lambda body: where.append((fake.streams[-1], [*pools][-1]))
+    capture = UserCapture(DEVICE, driver, "")
+    for _ in range(2):
+        capture.begin_full(decision, "blocks")
+        capture.begin_cached()
+        capture.end_branch()
+    assert counted == [1, 1]
+    assert fake.streams == ["default"]
+    assert pools == ["pool 0", None] * 4
+    assert where == [(capture._stream, "pool 0")] * 8  # each body begins and ends there
+    assert [node.kind.name.rpartition("_")[2] for node in graph.nodes] == [
+        "KERNEL", "CONDITIONAL", "KERNEL", "CONDITIONAL",
+    ]  # fmt: skip
+
+
+def test_a_body_that_is_left_off_ends_its_capture(fake, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "MemPool", object)
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool: contextlib.nullcontext())
+    fake.driver.captures[5] = (fake.driver.register(Graph()), [])
+    cell = ctypes.c_int32(0)
+    flag = SimpleNamespace(data_ptr=lambda: ctypes.addressof(cell))
+    capture = UserCapture(DEVICE, CudaDriver(fake.driver, (13, 0)), "")
+    capture.begin_full(SimpleNamespace(flag=flag, count=lambda: None), "blocks")
+    assert len(fake.driver.captures) == 2
+    capture.abort()
+    capture.abort()
+    assert list(fake.driver.captures) == [5]
+    assert fake.streams == ["default"]

@@ -242,3 +242,62 @@ def test_a_static_plan_needs_no_branch(capture, monkeypatch):
     x.copy_(start(1))
     graph.replay()
     assert torch.equal(x, expected)
+
+
+def test_steps_that_the_plan_fixes_have_no_branch_wherever_they_are(capture):
+    model, fake = FLUX.build(), FakeDriver()
+    mask = [1, 1, 1, 0, 0, 1, 0, 0, 0, 1] * 2
+    dbcache.enable(
+        model,
+        Fn_compute_blocks=1,
+        max_warmup_steps=1,
+        steps_computation_mask=mask,
+        residual_diff_threshold=0.15,
+        num_inference_steps=STEPS,
+    )
+    expected = start(1)
+    loop(model, expected)
+    reasons = dbcache.summary(model).lanes[0].reasons
+    assert {"mask", "below threshold"} <= set(reasons)
+    x = start(2)
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    graph = capture(fake, whole)
+    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
+    assert len(conditional) == mask.count(0)
+    x.copy_(start(1))
+    graph.replay()
+    assert torch.equal(x, expected)
+    assert dbcache.summary(model).lanes[0].reasons == reasons
+
+
+def test_a_failure_in_the_middle_of_a_body_leaves_nothing_captured(capture):
+    model, fake = FLUX.build(), FakeDriver()
+    dbcache.enable(model, **OPTIONS)
+    x, expected = start(1), start(1)
+    loop(model, expected)
+    block, fails = model.transformer_blocks[2], [False]
+    run = block.forward
+
+    def forward(*args, **kwargs):
+        if fails[0] and len(fake.captures) == 2:  # the user's, and that of a body
+            raise RuntimeError("out of memory")
+        return run(*args, **kwargs)
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    block.forward = forward
+    fails[0] = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        capture(fake, whole)
+    assert not fake.captures
+    fails[0] = False
+    graph = capture(fake, whole)
+    x.copy_(start(1))
+    graph.replay()
+    assert torch.equal(x, expected)
