@@ -382,9 +382,19 @@ class CachedTransformer:
         return [lane for lane in lanes if lane is not None]
 
     def _user_capture(self) -> UserCapture | None:
-        """Return what records branches while the user captures a graph; None while not."""
+        """Return what records branches while the user captures a graph; None while not.
+
+        Raises:
+            RuntimeError: there are no lanes yet, which cannot be made inside a capture.
+        """
         if not is_capturing():
             return None
+        if any(stack.entries and self.step_branch not in stack.lanes for stack in self.stacks):
+            branch = "" if self.step_branch is None else f" of the branch {self.step_branch!r}"
+            raise RuntimeError(
+                f"{type(self.module).__name__}: a step{branch} must run before the capture, got "
+                f"none; call the transformer once with inputs of the same shapes, then capture"
+            )
         if self._capture is None:
             self._capture = user_capture(next(self.module.parameters()).device)
         self._capture.fixed_by_plan = self._began_in_capture

@@ -12,17 +12,18 @@
 #   SHAPES="a b ..."   shapes of the kernel benchmark
 #   DEVICE=cpu         rehearse: every step runs on the CPU, to test this script; status 0 proves
 #                      nothing about the kernels
-#   STEPS="a b ..."    only these steps; all of them, in two calls of at most ten minutes:
-#                      STEPS="kernel-tests kernels overhead methods demo loop"
-#                      STEPS="graph-tests graphs sanitizer runtime-tests"
+#   STEPS="a b ..."    only these steps; all of them, in three calls of at most ten minutes:
+#                      STEPS="kernel-tests kernels overhead methods demo"
+#                      STEPS="graph-tests graphs loop"
+#                      STEPS="sanitizer runtime-tests"
 #   PYTEST_ARGS="..."  words passed to the steps that are tests, as in "-k fp8"
 #
 # Needs torch, triton, diffusers, pytest, pytest-timeout, hypothesis, scikit-learn and Pillow;
 # cache-dit is compared with where it is installed; a step that needs what is not there is named in
-# the table. Nothing is downloaded. OUTDIR gets summary.txt,
-# results.json, tuning.json, the plots and logs.tar.gz. Status: 0 all passed, 1 a check failed, 2 no
-# GPU or no way to run. A step that reaches its limit is ended and has failed; the limits add up to
-# 18:45.
+# the table. Nothing is downloaded. OUTDIR gets summary.txt, results.json, tuning.json, the plots and
+# logs.tar.gz. Status: 0 all passed, 1 a check failed, 2 no GPU or no way to run. A step that reaches
+# its limit is ended and has failed; the limits add up to
+# 22:05.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: bench/gpu_suite.sh OUTDIR}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -119,25 +120,25 @@ seconds=$([ "$device" = cuda ] && echo 1 || echo 0.05)
         left_out methods "cache-dit is not installed"
     fi
     step demo 65 "$python" -m dbcache demo --device "$device" --out "$logs/demo" "${demo[@]}"
+    step graph-tests 200 "$python" -m pytest -q --junitxml="$logs/graph-tests.xml" \
+        ${PYTEST_ARGS:-} "${graph_tests[@]}"
+    step graphs 200 "$python" -m bench.run graphs --device "$device" --seconds "$seconds" \
+        --engines "${engines[@]}" --json "$logs/graphs.json"
     if [ "$device" = cuda ]; then
         step loop 80 "$python" -m bench.run loop --json "$logs/loop.json"
     else
         left_out loop "needs a GPU"
     fi
-    step graph-tests 140 "$python" -m pytest -q --junitxml="$logs/graph-tests.xml" \
-        ${PYTEST_ARGS:-} "${graph_tests[@]}"
-    step graphs 170 "$python" -m bench.run graphs --device "$device" --seconds "$seconds" \
-        --engines "${engines[@]}" --json "$logs/graphs.json"
     if [ "$device" != cuda ]; then
         left_out sanitizer "needs a GPU"
     elif command -v compute-sanitizer >/dev/null; then
-        step sanitizer 90 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q \
+        step sanitizer 150 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q \
             --junitxml="$logs/sanitizer.xml" tests/graphs/test_on_gpu.py -k "fifty and device"
     else
         left_out sanitizer "compute-sanitizer is not installed"
     fi
     # most of them on the CPU: what runs there with this build of torch, and attention on the GPU
-    step runtime-tests 150 env OMP_NUM_THREADS=1 "$python" -m pytest -q "${all_cores[@]}" \
+    step runtime-tests 200 env OMP_NUM_THREADS=1 "$python" -m pytest -q "${all_cores[@]}" \
         --junitxml="$logs/runtime-tests.xml" ${PYTEST_ARGS:-} tests/adapters tests/core \
         tests/parallel/test_local_attention.py "${others[@]}"
 }

@@ -116,9 +116,16 @@ class Home:
         return self.state == lane.state.addresses() and lane.step < len(lane.plan)
 
     def move_in(self) -> None:
-        """Give the lane back the buffers of this layout, where another one came in between."""
-        if self.lane.layout != self.layout:
-            self.lane.take_buffers(self.layout, self.buffers)
+        """Give the lane back the buffers of the recording, where others came in between."""
+        lane = self.lane
+        if lane.layout != self.layout:
+            lane.take_buffers(self.layout, self.buffers)
+            return
+        held = lane.buffers_by_name()
+        if any(held.get(name) is not x for name, x in self.buffers.items()):
+            # of the same layout: eager steps went on after other shapes, with tensors of their own
+            lane.forget_reference()
+            lane.take_buffers(self.layout, self.buffers)
 
 
 @dataclass
@@ -325,12 +332,12 @@ class GraphExecutor:
                 self._make_room(mode)
                 return self._record_as(mode, leaves, structure)
             except RuntimeError as error:
-                self._recorder = None
+                self._recorder = None  # of a stream that nothing goes on with
+                self.retire()
                 if self.options.mode != "auto":
                     raise RuntimeError(
                         f"cuda_graph={mode!r} is impossible here: {error}"
                     ) from error
-                self.retire()
                 self._modes.pop(0)
                 then = f"goes on with {self._modes[0]!r}" if self._modes else "runs eagerly"
                 self._failure = f"{mode!r} failed: {error}"

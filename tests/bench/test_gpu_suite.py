@@ -30,10 +30,10 @@ def test_the_limits_of_the_steps_add_up_to_what_it_says():
     assert len(limits) == 11
     minutes, seconds = divmod(sum(limits.values()), 60)
     assert f"# {minutes}:{seconds:02}." in text
-    halves = [line.split() for line in re.findall(r'^# +STEPS="([a-z -]+)"$', text, re.MULTILINE)]
-    assert sorted([*chain(*halves), "wheels"]) == sorted(limits)
-    for half in halves:
-        assert sum(limits[name] for name in (*half, "wheels")) <= 585, "each must fit into a call"
+    parts = [line.split() for line in re.findall(r'^# +STEPS="([a-z -]+)"$', text, re.MULTILINE)]
+    assert sorted([*chain(*parts), "wheels"]) == sorted(limits)
+    for part in parts:
+        assert sum(limits[name] for name in (*part, "wheels")) <= 585, "each must fit into a call"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -6,7 +6,7 @@ from tape import TapeRecorder
 from tiny import noise
 
 import dbcache
-from dbcache import BlockAdapter, ForwardPattern, GraphOptions
+from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern, GraphOptions
 from dbcache.adapters.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "driver")
@@ -115,3 +115,62 @@ def test_recordings_that_are_given_up_take_their_pool_and_stream_with_them(monke
     assert [recorder.is_closed for recorder in made] == [True, False]
     dbcache.disable(model)
     assert [recorder.is_closed for recorder in made] == [True, True]
+
+
+class Choosy(Model):
+    """Reads a value on the host where it is told to."""
+
+    def forward(self, hidden_states, reads=False):
+        output = super().forward(hidden_states)
+        return output * 2 if reads and output.sum().item() > -1e9 else output
+
+
+def test_a_kind_that_cannot_be_recorded_takes_the_others_along_and_they_come_back():
+    model, plain = Choosy(), Choosy()
+    adapter = BlockAdapter(
+        transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3
+    )
+    off = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.0}
+    dbcache.enable(adapter, **off, cuda_graph="device")
+    x = noise(1, 5, 4, seed=1)
+    with torch.no_grad():
+        for reads in (False, False, True):
+            assert torch.equal(model(x, reads=reads), plain(x, reads=reads))
+        with pytest.raises(RuntimeError, match=r"impossible here: .*while capturing"):
+            model(x, reads=True)
+        assert "1 recordings were given up" in " ".join(dbcache.summary(model).notes)
+        for _ in range(3):
+            assert torch.equal(model(x), plain(x))
+    (recording,) = handle_of(model).graphs.recordings.values()
+    assert recording.replay.mode == "device"
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("config", [DBCacheConfig, DBPruneConfig], ids=["steps", "blocks"])
+def test_a_recording_does_not_go_on_from_what_another_kind_stored_elsewhere(config, mode):
+    """Other shapes in between, then the first ones in a kind that is new: it has new buffers."""
+    kinds = [(5, 1.0)] * 4 + [(6, 1.0), (5, 2.0), (5, 1.0), (5, 1.0), (5, 1.0)]
+    runs = []
+    for graphs in (False, mode):
+        model = Model()
+        adapter = BlockAdapter(
+            transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3
+        )
+        always = config(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=0.3)
+        dbcache.enable(adapter, always, cuda_graph=graphs)
+        outputs = []
+        with torch.no_grad():
+            for step, (length, factor) in enumerate(kinds):
+                # far from what came before, where the shapes change
+                x = noise(1, length, 4, seed=step // 4) * (1 + 0.01 * step)
+                outputs.append(model(x, factor=factor))
+        runs.append((outputs, dbcache.summary(adapter).lanes[0].reasons))
+    (expected, eager), (got, recorded) = runs
+    assert eager[:6] == recorded[:6]
+    assert "below threshold" in eager[6:]
+    # the recording starts anew, and then goes on as the eager steps do
+    assert recorded[6] in ("shape changed", "no reference")
+    plain = Model()(noise(1, 5, 4, seed=1) * 1.06)
+    assert torch.equal(got[6], plain)
+    for x, y in zip(got[7:], expected[7:], strict=True):
+        torch.testing.assert_close(x, y, rtol=0.05, atol=0.05)

@@ -301,3 +301,20 @@ def test_a_failure_in_the_middle_of_a_body_leaves_nothing_captured(capture):
     x.copy_(start(1))
     graph.replay()
     assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("config", [OPTIONS, {"cache_config": PRUNED}], ids=["steps", "blocks"])
+def test_a_capture_before_the_first_step_is_refused(capture, config):
+    model, fake = FLUX.build(), FakeDriver()
+    dbcache.enable(model, **config)
+    x = start(1)
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    with pytest.raises(RuntimeError, match=r"a step must run before the capture.*call the"):
+        capture(fake, whole)
+    with torch.no_grad():
+        model(**INPUTS[0])
+    capture(fake, whole)
