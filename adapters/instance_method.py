@@ -1,0 +1,59 @@
+"""Methods that are replaced on one instance, as a handle that puts back what was there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class InstanceMethod:
+    """Replaces a method of one module; copies and pickles as the method that it replaces."""
+
+    def __init__(self, module: torch.nn.Module, name: str, call: Callable[..., Any]) -> None:
+        self.module = module
+        self.name = name
+        self.had_own = name in module.__dict__
+        self.original: Callable[..., Any] = getattr(module, name)
+        self.call: Callable[..., Any] | None = call
+        functools.update_wrapper(self, self.original, updated=())
+        module.__dict__[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.call or self.original
+        if torch.compiler.is_compiling():
+            return _uncompiled(call, args, kwargs)
+        return call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.had_own:
+            return _identity, (self.original,)
+        return _own_method, (self.module, self.name)
+
+    def remove(self) -> None:
+        """Put back what was there. Where others wrapped this since, it passes through from now."""
+        self.call = None
+        own = self.module.__dict__
+        if own.get(self.name) is self:
+            if self.had_own:
+                own[self.name] = self.original
+            else:
+                del own[self.name]
+        elif own.get(f"_old_{self.name}") is self:  # accelerate's hooks keep it there
+            own[f"_old_{self.name}"] = self.original
+
+
+@torch.compiler.disable
+def _uncompiled(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Keep Dynamo out: traced as a whole, the forward would run past the guards."""
+    return call(*args, **kwargs)
+
+
+def _own_method(module: torch.nn.Module, name: str) -> Any:
+    return getattr(type(module), name).__get__(module)
+
+
+def _identity(value: Any) -> Any:
+    return value
