@@ -7,6 +7,7 @@ from tape import TapeCapture, TapeUserCapture, use_driver
 from tiny import FAMILIES, noise
 
 import dbcache
+from dbcache import BlockAdapter, ForwardPattern
 from dbcache.adapters import cached_transformer
 from dbcache.adapters.cached_transformer import handle_of
 from dbcache.executors import cuda_capture
@@ -318,3 +319,33 @@ def test_a_capture_before_the_first_step_is_refused(capture, config):
     with torch.no_grad():
         model(**INPUTS[0])
     capture(fake, whole)
+
+
+@pytest.mark.parametrize("scope", ["stack", "model"])
+def test_a_loop_over_two_stacks_has_two_branches_per_step(capture, scope):
+    model, fake, expected = FLUX.build(), FakeDriver(), []
+    adapter = BlockAdapter(
+        transformer=model,
+        blocks=[model.transformer_blocks, model.single_transformer_blocks],
+        forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_1],
+    )
+    dbcache.enable(adapter, **OPTIONS, decision_scope=scope)
+    for seed in (1, 2):
+        x = start(seed)
+        loop(model, x)
+        expected.append((x, [lane.reasons for lane in dbcache.summary(adapter).lanes]))
+    x = start(3)
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    graph = capture(fake, whole)
+    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
+    assert len(conditional) == 2 * (STEPS - OPTIONS["max_warmup_steps"])
+    for seed, (latents, reasons) in zip((1, 2), expected, strict=True):
+        x.copy_(start(seed))
+        graph.replay()
+        assert torch.equal(x, latents)
+        assert [lane.reasons for lane in dbcache.summary(adapter).lanes] == reasons
+        assert any("below threshold" in steps for steps in reasons)
