@@ -381,6 +381,11 @@ class CachedTransformer:
         lanes = [stack.lanes.get(self.step_branch) for stack in self.stacks]
         return [lane for lane in lanes if lane is not None]
 
+    def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
+        """Return what the host reads of a call's tensors; recorded work holds for that alone."""
+        sources = [stack.source for stack in self.stacks if stack.source is not None]
+        return tuple(source.kind_of(self.module, args, kwargs) for source in sources)
+
     def _user_capture(self) -> UserCapture | None:
         """Return what records branches while the user captures a graph; None while not."""
         if not is_capturing():

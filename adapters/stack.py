@@ -231,8 +231,6 @@ class Stack:
                 f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
                 f"got Bn_compute_blocks_ids, which leave out single blocks; leave out cuda_graph"
             )
-        if self.source is not None:
-            self.source.refuse_recording(self.settings.cache.policy)
 
     def notice_call(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -241,12 +239,13 @@ class Stack:
         if self.cutter is not None:
             self.check_recordable()
         if self.source is not None:
+            self.source.may_read = self.cutter is None
             self.source.start(model, args, kwargs)
 
     def notice_output(self, output: Any) -> None:
         """Take note of what the transformer returns."""
         if self.source is not None and self.lane is not None:
-            self.source.finish(self.lane, output)
+            self.source.finish(self.lane, output, self.cached)
         if self.calibration_notes is not None:
             self.calibration_notes.after_forward(output)
 
@@ -336,14 +335,17 @@ class Stack:
         if self.source is not None:
             compared = self.source.measured()
             layout = (*layout, compared.shape, compared.dtype)
+        serves_all = self.cutter is not None and not self.cutter.fixed_by_plan
+        if serves_all:
+            lane.check_has_run(layout, self.name)
         code = lane.start_step(layout, h_fn.device)
-        is_open = code == PlanCode.DYNAMIC and lane.can_compare
-        if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
+        is_open = code == PlanCode.DYNAMIC and lane.has_reference
+        is_branch = serves_all or (self.cutter is not None and is_open)
+        cached = False
+        if is_branch:
             self._check_needs_no_vote()
             eager.enqueue_decision(lane, self.h_in, compared)
-            self._begin_branch(eager.LaneDecision(lane))
-            return False
-        if not is_open:
+        elif not is_open:
             cached = eager.take_decision(lane, code, None)
         elif self.settings.cache.cfg_diff_compute_separate and not self._votes:
             cached = eager.measure_and_decide(lane, self.h_in, compared)
@@ -352,6 +354,8 @@ class Stack:
             cached = eager.take_decision(lane, code, partials)
         if self.source is not None:
             lane.remember(compared)
+        if is_branch:
+            self._begin_branch(eager.LaneDecision(lane))
         return cached
 
     @property

@@ -13,7 +13,7 @@ import torch
 from dbcache.config import StackSettings
 from dbcache.forecasters import make_forecaster
 from dbcache.kernels import lane_state
-from dbcache.kernels.lane_state import BatchReduce, LaneState, Signal
+from dbcache.kernels.lane_state import BatchReduce, LaneState
 from dbcache.policies import POLICIES, coefficients, decide_ahead
 from dbcache.schedule import make_plan
 
@@ -67,7 +67,6 @@ class Lane:
         self.encoder_scales: torch.Tensor | None = None
         self.full_input: torch.Tensor | None = None
         self.full_output: torch.Tensor | None = None
-        self.full_steps = 0
         self.state = LaneState.allocate(FIRST_CAPACITY, device) if state is None else state
         self.forecaster = make_forecaster(settings, device)
         self._flag: torch.Tensor | None = None
@@ -129,7 +128,7 @@ class Lane:
 
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
-        self.step = self.full_steps = 0
+        self.step = 0
         self.has_reference = False
         self.cached = False
         self.state.reset()
@@ -143,6 +142,15 @@ class Lane:
         if self.step >= len(self.plan):
             self.reserve(2 * len(self.plan))
         return self.plan[self.step]
+
+    def check_has_run(self, layout: Layout, who: str) -> None:
+        """Raise a RuntimeError if no step of this `layout` has left behind what later ones need."""
+        if layout != self.layout or self.ring is None:
+            raise RuntimeError(
+                f"{who}: a step that is captured to serve all steps must find what they are "
+                f"compared with and predicted from, got a lane in which the last step was of "
+                f"another shape, or none has run; run a step before the capture"
+            )
 
     @outside_inference_mode
     def reserve(self, steps: int) -> None:
@@ -197,7 +205,6 @@ class Lane:
         if self.has_reference:
             self.state.invalidate()
             self.has_reference = False
-            self.full_steps = 0
         self.layout = layout
         for name, buffer in buffers.items():
             setattr(self, name, buffer)
@@ -223,12 +230,6 @@ class Lane:
             return ring, None
         return ring, torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
 
-    @property
-    def can_compare(self) -> bool:
-        """Whether there is something that a dynamic step can be compared with."""
-        is_ready = self.policy.signal != Signal.RATE or self.full_steps >= 2
-        return self.has_reference and is_ready
-
     @outside_inference_mode
     @torch.no_grad()
     def remember(self, measured: torch.Tensor) -> None:
@@ -236,13 +237,22 @@ class Lane:
         self.p_ref = _copy(measured, self.p_ref)
 
     @outside_inference_mode
+    def full_buffers(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return input and output of the latest full step; made where there was none yet."""
+        assert self.p_ref is not None
+        if self.full_input is None or self.full_output is None:
+            self.full_input, self.full_output = _like(self.p_ref), _like(output)
+        return self.full_input, self.full_output
+
+    @outside_inference_mode
     @torch.no_grad()
     def remember_full(self, output: torch.Tensor) -> None:
-        """Keep a full step's output and input, which `remember` was given."""
+        """Keep the step's output and input, which `remember` was given, if it is a full one."""
         assert self.p_ref is not None
-        self.full_input = _copy(self.p_ref, self.full_input)
-        self.full_output = _copy(output, self.full_output)
-        self.full_steps += 1
+        cached = self.state.counters[lane_state.CACHED : lane_state.CACHED + 1] != 0
+        before_in, before_out = self.full_buffers(output)
+        torch.where(cached, before_in, self.p_ref, out=before_in)
+        torch.where(cached, before_out, output, out=before_out)
 
     def read_decision(self) -> bool:
         """Return whether the device decided to cache. The only host wait of a dynamic step."""
@@ -260,7 +270,6 @@ class Lane:
     def forget_reference(self) -> None:
         """Make the next step a full one: nothing that was stored holds any more."""
         self.has_reference = False
-        self.full_steps = 0
         self.state.invalidate()
         self.state.counters[lane_state.REFERENCE] = 0
 
@@ -296,9 +305,12 @@ def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
 
 def _copy(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     """Return `buffer` with the content of `x`; made where there is none."""
-    if buffer is None:
-        buffer = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return buffer.copy_(x)
+    return (_like(x) if buffer is None else buffer).copy_(x)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """Return a buffer for what is like `x`."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class LaneCopy:

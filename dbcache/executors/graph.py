@@ -57,6 +57,9 @@ class Recordable(Protocol):
     ) -> Any:
         """Run one step eagerly, or while a `cutter` records it."""
 
+    def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
+        """Return what the host reads of a call's tensors; recorded work holds for that alone."""
+
     def lanes(self) -> list[Lane]:
         """Return the lanes of the step under way, in the order of the stacks."""
 
@@ -225,7 +228,7 @@ class GraphExecutor:
         """Do one step: replayed where it can be, else eagerly."""
         leaves, structure = flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        key = self._key(leaves, structure)
+        key = (self._key(leaves, structure), self.transformer.kind_of(args, kwargs))
         try:
             recording = self.recordings.get(key)
         except TypeError as error:

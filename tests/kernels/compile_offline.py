@@ -129,7 +129,8 @@ def variants():
     yield (
         "decide_rate-bf16",
         rate._transformation_rate_kernel,
-        dict.fromkeys(("values_ptr", "output_ptr", "input_ptr"), "*fp32")
+        {"counters_ptr": "*i32"}
+        | dict.fromkeys(("values_ptr", "output_ptr", "input_ptr"), "*fp32")
         | dict.fromkeys(sizes, "i32"),
         {"LOG_LANES": 10},
         {"num_warps": 4, "enable_fp_fusion": False},

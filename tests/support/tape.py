@@ -30,11 +30,12 @@ from dbcache.kernels import (
     recurrence,
     spectrum,
     store_block,
+    transformation_rate,
 )
 
 OPS = (
     add_residuals, block_changes, commit, decide, decide_blocks, decide_step, fit_recurrence,
-    predict, probe_and_decide, probe_diff, recurrence, spectrum, store_block,
+    predict, probe_and_decide, probe_diff, recurrence, spectrum, store_block, transformation_rate,
 )  # fmt: skip
 READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
 
