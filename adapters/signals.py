@@ -44,9 +44,6 @@ class Source:
         self.who = who
         self.value: torch.Tensor | None = None
 
-    may_read = True
-    """Whether tensors can be read on the host now: not while the step is recorded."""
-
     def start_request(self) -> None:
         """Forget the last request."""
 
@@ -56,8 +53,17 @@ class Source:
         """Return what the host reads of a call's tensors; recorded work holds for that alone."""
         return None
 
-    def start(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take note of what the transformer is called with."""
+    def start(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool = True,
+    ) -> None:
+        """Take note of what the transformer is called with.
+
+        `may_read` says whether its tensors may be read on the host: not while it is recorded.
+        """
 
     def at_block(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of what the stack's first block is called with."""
@@ -77,7 +83,13 @@ class Source:
 class Latents(Source):
     """EasyCache: the latents that go in, and how the output follows them."""
 
-    def start(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def start(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool = True,
+    ) -> None:
         self.value = _latents(self.who, model, args, kwargs)
 
     def finish(self, lane: Lane, output: Any, cached: bool) -> None:
@@ -114,7 +126,13 @@ class Spectrum(Source):
     def start_request(self) -> None:
         self._grids.clear()
 
-    def start(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def start(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool = True,
+    ) -> None:
         x = _latents(self.who, model, args, kwargs)
         timestep = argument(model, "timestep", args, kwargs)
         full_noise = _full_noise(model)
@@ -128,7 +146,7 @@ class Spectrum(Source):
         if x.ndim > 3:  # (B, C, H, W) or (B, C, frames, H, W)
             self.value = sea_filter(x, sigma, tuple(range(2, x.ndim)))
             return
-        grid = self._grid_of(model, args, kwargs)
+        grid = self._grid_of(model, args, kwargs, may_read)
         tokens = grid[0] * grid[1]
         if tokens > x.shape[1]:
             raise ValueError(
@@ -142,10 +160,14 @@ class Spectrum(Source):
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> object:
         x = _latents(self.who, model, args, kwargs)
-        return None if x.ndim > 3 else self._grid_of(model, args, kwargs)
+        return None if x.ndim > 3 else self._grid_of(model, args, kwargs, may_read=True)
 
     def _grid_of(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool,
     ) -> tuple[int, ...]:
         """Return (rows, columns) of packed latents, from `img_ids` read once per request.
 
@@ -164,17 +186,17 @@ class Spectrum(Source):
                 f"latents, got neither; choose another policy"
             )
         if ids.shape not in self._grids:
-            self._grids[ids.shape] = self._read(ids)
+            self._grids[ids.shape] = self._read(ids, may_read)
         return self._grids[ids.shape]
 
-    def _read(self, ids: torch.Tensor) -> tuple[int, ...]:
-        """Return (rows, columns); in a capture, where they were read of this very tensor before.
+    def _read(self, ids: torch.Tensor, may_read: bool) -> tuple[int, ...]:
+        """Return (rows, columns); in a capture, what was read of this very tensor before.
 
         Raises:
-            RuntimeError: they were not.
+            RuntimeError: nothing was.
         """
         version = None if ids.is_inference() else ids._version
-        if self.may_read:
+        if may_read:
             flat = (ids[0] if ids.ndim == 3 else ids).cpu()
             own = flat[flat[:, 0] == flat[0, 0]]
             rows, columns = (own[:, 1:3].amax(0) - own[:, 1:3].amin(0) + 1).tolist()

@@ -239,8 +239,7 @@ class Stack:
         if self.cutter is not None:
             self.check_recordable()
         if self.source is not None:
-            self.source.may_read = self.cutter is None
-            self.source.start(model, args, kwargs)
+            self.source.start(model, args, kwargs, may_read=self.cutter is None)
 
     def notice_output(self, output: Any) -> None:
         """Take note of what the transformer returns."""

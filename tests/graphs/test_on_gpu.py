@@ -21,6 +21,11 @@ OPTIONS = {
     "num_inference_steps": STEPS,
 }
 
+WITHOUT_PROBE = {name: OPTIONS[name] for name in OPTIONS if name != "Fn_compute_blocks"} | {
+    "residual_diff_threshold": 10.0,  # so that the limit of steps in a row decides
+}
+FOLLOWING = {policy: WITHOUT_PROBE | {"policy": policy} for policy in ("easycache", "seacache")}
+
 PRUNED = {
     "cache_type": "DBPrune",
     "Fn_compute_blocks": 1,
@@ -85,7 +90,9 @@ def trace(model):
 
 
 @pytest.mark.parametrize("mode", ["host", "device"])
-@pytest.mark.parametrize("options", [OPTIONS, PRUNED], ids=["steps", "blocks"])
+@pytest.mark.parametrize(
+    "options", [OPTIONS, PRUNED, *FOLLOWING.values()], ids=["steps", "blocks", *FOLLOWING]
+)
 def test_fifty_steps_are_the_same_bit_for_bit(options, mode):
     if mode not in modes():
         pytest.skip(find_driver()[1])
