@@ -390,6 +390,11 @@ class CachedTransformer:
         """Return what records branches while the user captures a graph; None while not."""
         if not is_capturing():
             return None
+        if any(stack.entries and self.step_branch not in stack.lanes for stack in self.stacks):
+            raise RuntimeError(
+                f"{type(self.module).__name__}: a step must have run before one is captured, and "
+                f"made the buffers, got none of branch {self.step_branch!r}; run one first"
+            )
         if self._capture is None:
             self._capture = user_capture(next(self.module.parameters()).device)
         self._capture.fixed_by_plan = self._began_in_capture

@@ -216,8 +216,7 @@ def fails_after_the_branch(monkeypatch):
     ("mode", "break_next"), [("host", fails_after_the_branch), ("device", fails_in_the_driver)]
 )
 @pytest.mark.parametrize("policy", THRESHOLDS)
-def test_a_step_that_failed_is_done_again_as_an_eager_one(driver, monkeypatch, policy, mode,
-                                                          break_next):  # fmt: skip
+def test_a_failed_step_is_repeated_as_an_eager_one(driver, monkeypatch, policy, mode, break_next):
     """Nothing that was measured or kept before it holds any more, the rate included."""
     failed = []
 
@@ -371,6 +370,19 @@ def test_a_step_that_is_to_serve_all_needs_one_of_its_shape_before_it(capture, p
     # nothing was changed
     dbcache.refresh_context(model)
     assert all(map(torch.equal, denoise(model, steps=range(4)), expected))
+
+
+def test_a_capture_needs_a_step_before_it(capture):
+    model, x = FLUX.build(), start(1)
+    dbcache.enable(model, **options("easycache"))
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x, steps=4)
+
+    with pytest.raises(RuntimeError, match=r"FluxTransformer2DModel: a step must have run before"):
+        capture(FakeDriver(), whole)
+    loop(model, x, steps=4)
 
 
 @pytest.mark.parametrize("case", ["another tensor", "written to since"])
