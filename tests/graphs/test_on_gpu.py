@@ -111,7 +111,9 @@ def test_fifty_steps_are_the_same_bit_for_bit(options, mode):
     assert handle_of(model).graphs.replays == 2 * STEPS - 1
 
 
-@pytest.mark.parametrize("options", [OPTIONS, PRUNED], ids=["steps", "blocks"])
+@pytest.mark.parametrize(
+    "options", [OPTIONS, PRUNED, FOLLOWING["easycache"]], ids=["steps", "blocks", "easycache"]
+)
 def test_device_mode_never_waits(options):
     if "device" not in modes():
         pytest.skip(find_driver()[1])
@@ -167,11 +169,12 @@ def test_compiled_blocks_are_recorded():
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
-def test_the_users_own_capture_of_the_whole_loop():
+@pytest.mark.parametrize("options", [OPTIONS, *FOLLOWING.values()], ids=["dbcache", *FOLLOWING])
+def test_the_users_own_capture_of_the_whole_loop(options):
     if "device" not in modes():
         pytest.skip(find_driver()[1])
     model = build()
-    dbcache.enable(model, **OPTIONS)
+    dbcache.enable(model, **options)
     expected, decisions = loop(model)[-1], trace(model)
     x = start()
     arguments = [inputs(x, 1 - step / STEPS) for step in range(STEPS)]
