@@ -25,10 +25,11 @@ from dbcache.adapters.scope import make_stacks
 from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.executors.cuda_capture import UserCapture, is_capturing, user_capture
-from dbcache.executors.graph import GraphExecutor, GraphOptions
+from dbcache.executors.graph import GraphExecutor, GraphOptions, Restorable
 from dbcache.executors.recording import Cutter
-from dbcache.lane import Lane
+from dbcache.lane import Lane, LaneCopy
 from dbcache.sharding import Sharding
+from dbcache.shared_change import SharedCopy
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
@@ -380,6 +381,11 @@ class CachedTransformer:
         """Return the lanes of the step under way."""
         lanes = [stack.lanes.get(self.step_branch) for stack in self.stacks]
         return [lane for lane in lanes if lane is not None]
+
+    def copies(self) -> list[Restorable]:
+        """Return copies of all that the step under way changes."""
+        shared = [SharedCopy(stack.shared) for stack in self.stacks]
+        return [*map(LaneCopy, self.lanes()), *shared]
 
     def _user_capture(self) -> UserCapture | None:
         """Return what records branches while the user captures a graph; None while not."""

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from fake_driver import FakeDriver
-from tape import TapeCapture, TapeUserCapture, use_driver
+from tape import TapeUserCapture
 from tiny import FAMILIES, noise
 
 import dbcache
-from dbcache.adapters import cached_transformer
 from dbcache.adapters.cached_transformer import handle_of
 from dbcache.executors import cuda_capture
 
@@ -24,24 +23,6 @@ OPTIONS = {
     "max_continuous_cached_steps": 3,
     "num_inference_steps": STEPS,
 }
-
-
-@pytest.fixture
-def capture(monkeypatch):
-    """Return a function that captures what another function does."""
-
-    def run(fake, function):
-        use_driver(monkeypatch, fake)
-        monkeypatch.setitem(cuda_capture.USER_CAPTURES, "cpu", TapeUserCapture)
-        monkeypatch.setattr(cached_transformer, "is_capturing", lambda: True)
-        try:
-            with TapeCapture(fake) as graph:
-                function()
-        finally:
-            monkeypatch.setattr(cached_transformer, "is_capturing", lambda: False)
-        return graph
-
-    return run
 
 
 def start(seed):
