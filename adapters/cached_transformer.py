@@ -219,6 +219,8 @@ class CachedTransformer:
             return
         if [stack.recorded for stack in self.stacks] != [stack.recorded for stack in old.stacks]:
             return
+        if self.patches is not old.patches:
+            return  # functors cannot be compared
         for stack, its_old in zip(self.stacks, old.stacks, strict=True):
             stack.inherit(its_old)
         self.graphs = old.graphs

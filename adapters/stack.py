@@ -200,13 +200,15 @@ class Stack:
     @property
     def recorded(self) -> tuple[object, ...]:
         """What recorded work depends on."""
-        return (self.name, self.pattern, self.fn, self.bn, *self.settings.recorded)
+        form = (self.name, self.pattern, self.streams, self.round, self.leader is None)
+        return (*form, self.fn, self.bn, *self.settings.recorded)
 
     def inherit(self, old: Stack) -> None:
-        """Go on with the lanes of another stack, whose `recorded` is the same."""
+        """Take over the lanes of another stack, whose `recorded` is the same, for a new request."""
         self.lanes, self.shared = old.lanes, old.shared
         for lane in self.lanes.values():
             lane.reload(self.settings)
+            lane.start_request()
 
     def start_step(self, branch: str | None) -> None:
         """Prepare for a forward; take up blocks that were exchanged since the last one."""
@@ -395,10 +397,7 @@ class Stack:
         return not all(torch.equal(original, copy) for original, copy in self._originals)
 
     def _measure(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
-        """Return the probe's change, of all ranks that share the sequence; maybe another branch's.
-
-        Whether a change is taken over says `SharedChange`.
-        """
+        """Return the change, of all ranks; or that of another branch, as `SharedChange` says."""
 
         def measure() -> torch.Tensor:
             assert self.h_in is not None
