@@ -25,10 +25,11 @@ from dbcache.adapters.scope import make_stacks
 from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.executors.cuda_capture import UserCapture, is_capturing, user_capture
-from dbcache.executors.graph import GraphExecutor, GraphOptions
+from dbcache.executors.graph import GraphExecutor, GraphOptions, Restorable
 from dbcache.executors.recording import Cutter
-from dbcache.lane import Lane
+from dbcache.lane import Lane, LaneCopy
 from dbcache.sharding import Sharding
+from dbcache.shared_change import SharedCopy
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
@@ -218,6 +219,8 @@ class CachedTransformer:
             return
         if [stack.recorded for stack in self.stacks] != [stack.recorded for stack in old.stacks]:
             return
+        if self.patches is not old.patches:
+            return  # functors cannot be compared
         for stack, its_old in zip(self.stacks, old.stacks, strict=True):
             stack.inherit(its_old)
         self.graphs = old.graphs
@@ -385,6 +388,11 @@ class CachedTransformer:
         """Return what the host reads of a call's tensors; recorded work holds for that alone."""
         sources = [stack.source for stack in self.stacks if stack.source is not None]
         return tuple(source.kind_of(self.module, args, kwargs) for source in sources)
+
+    def copies(self) -> list[Restorable]:
+        """Return copies of all that the step under way changes."""
+        shared = [SharedCopy(stack.shared) for stack in self.stacks]
+        return [*map(LaneCopy, self.lanes()), *shared]
 
     def _user_capture(self) -> UserCapture | None:
         """Return what records branches while the user captures a graph; None while not."""

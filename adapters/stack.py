@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +25,13 @@ from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
 from dbcache.following import FollowedDecision, FollowingLane
 from dbcache.forecasters import check_runs_on_device, check_steps_are_known
+from dbcache.kernels.decide import decide
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout, layout_of
 from dbcache.policies import prepare
 from dbcache.schedule import check_retention, resolve_mask
 from dbcache.sharding import Sharding
+from dbcache.shared_change import SharedChange
 
 if TYPE_CHECKING:
     from dbcache.adapters.calibration_notes import CalibrationNotes
@@ -80,7 +81,7 @@ class Stack:
         self._copies_probe = True
         self._copies_middle = True
         self._originals: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._shared: tuple[str | None, int, torch.Tensor] | None = None
+        self.shared = SharedChange(self.settings.cache)
         self.cutter: Cutter | None = None
         self.sharding: Sharding | None = None  # where the ranks each have a part of the tokens
         self.forget_step()
@@ -160,7 +161,7 @@ class Stack:
 
     def start_request(self) -> None:
         """Forget the last request."""
-        self._shared = None
+        self.shared.start_request()
         if self.source is not None:
             self.source.start_request()
         if self.tail is not None:
@@ -199,13 +200,15 @@ class Stack:
     @property
     def recorded(self) -> tuple[object, ...]:
         """What recorded work depends on."""
-        return (self.name, self.pattern, self.fn, self.bn, *self.settings.recorded)
+        form = (self.name, self.pattern, self.streams, self.round, self.leader is None)
+        return (*form, self.fn, self.bn, *self.settings.recorded)
 
     def inherit(self, old: Stack) -> None:
-        """Go on with the lanes of another stack, whose `recorded` is the same."""
-        self.lanes = old.lanes
+        """Take over the lanes of another stack, whose `recorded` is the same, for a new request."""
+        self.lanes, self.shared = old.lanes, old.shared
         for lane in self.lanes.values():
             lane.reload(self.settings)
+            lane.start_request()
 
     def start_step(self, branch: str | None) -> None:
         """Prepare for a forward; take up blocks that were exchanged since the last one."""
@@ -222,6 +225,7 @@ class Stack:
     def prepare_recording(self) -> None:
         """Get ready for steps that are recorded as graphs; raise a ValueError if they cannot be."""
         self.check_recordable()
+        self.shared.is_recorded = True
 
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
@@ -310,6 +314,7 @@ class Stack:
                 self._originals.append((encoder_in, self.encoder_fn))
 
     def _new_lane(self, device: torch.device) -> Lane:
+        self.shared.prepare(device)
         if self.leader is None:
             return Lane(self.settings, device, branch=self.branch)
         return FollowingLane(self.settings, self._leader_lane())
@@ -343,14 +348,16 @@ class Stack:
         cached = False
         if is_branch:
             self._check_needs_no_vote()
-            eager.enqueue_decision(lane, self.h_in, compared)
+            if self.shared.is_on and lane.p_ref is not None:
+                decide(lane.state, self._measure(lane, compared))
+            else:
+                eager.enqueue_decision(lane, self.h_in, compared)
         elif not is_open:
             cached = eager.take_decision(lane, code, None)
-        elif self.settings.cache.cfg_diff_compute_separate and not self._votes:
-            cached = eager.measure_and_decide(lane, self.h_in, compared)
+        elif self.shared.is_on or self._votes:
+            cached = eager.take_decision(lane, code, self._measure(lane, compared))
         else:
-            partials = self._once_per_step(lane.step, lambda: self._measure(lane, compared))
-            cached = eager.take_decision(lane, code, partials)
+            cached = eager.measure_and_decide(lane, self.h_in, compared)
         if self.source is not None:
             lane.remember(compared)
         if is_branch:
@@ -392,24 +399,19 @@ class Stack:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
         return not all(torch.equal(original, copy) for original, copy in self._originals)
 
-    def _once_per_step(self, step: int, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Measure a change, or take that of the step's other branch, as the config says."""
-        if self.settings.cache.cfg_diff_compute_separate:
-            return measure()
-        shared = self._shared
-        if shared and shared[0] != self.branch and shared[1] == step:
-            return shared[2]
-        partials = measure()
-        self._shared = (self.branch, step, partials)
-        return partials
-
     def _measure(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
-        """Measure the probe's change, of all ranks that share the sequence."""
-        assert self.h_in is not None
-        partials = eager.measure(lane, self.h_in, h_fn)
-        if self.sharding is None or not self._votes:
-            return partials
-        return self.sharding.vote(partials, per_sample=self.settings.cache.batch_reduce == "max")
+        """Return the change, of all ranks; or that of another branch, as `SharedChange` says."""
+
+        def measure() -> torch.Tensor:
+            assert self.h_in is not None
+            partials = eager.measure(lane, self.h_in, h_fn)
+            if self.sharding is None or not self._votes:
+                return partials
+            by_sample = self.settings.cache.batch_reduce == "max"
+            return self.sharding.vote(partials, per_sample=by_sample)
+
+        records = self.cutter is not None
+        return self.shared(self.branch, lane.state, lane.step, h_fn, measure, is_recorded=records)
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of the middle blocks."""

@@ -54,6 +54,8 @@ def enable(
 ) -> Target:
     """Switch the cache on; enabling again replaces the settings.
 
+    CUDA graphs that were recorded are kept where nothing that they hold changes.
+
     Args:
         target: a diffusers pipeline, a transformer of a supported class, or a `BlockAdapter`.
             With a pipeline, each call of it is a request; a transformer alone starts a new one
@@ -111,6 +113,10 @@ def enable(
         ]
     for transformer, patch in zip(transformers, patches, strict=False):
         transformer.patches = patch
+    for transformer in transformers:
+        old = handle_of(transformer.module)
+        if old is not None and old.graphs is not None and old.graphs.recordings:
+            transformer.inherit(old)
     disable(pipe if pipe is not None else target)
     _install_shardings(transformers)
     for transformer in transformers:
@@ -245,6 +251,7 @@ def refresh_context(
     renewed = [transformer.renewed(changes) for transformer in transformers]
     for old, new in zip(transformers, renewed, strict=True):
         if new is not old:
+            new.inherit(old)
             _replace(old, new)
         new.refresh()
         if verbose:
@@ -427,7 +434,6 @@ def _replace(old: CachedTransformer | None, new: CachedTransformer) -> None:
     """Install `new` where `old` was; pipelines that share the transformer go on with it."""
     if old is not None:
         new.pipelines = old.pipelines
-        new.inherit(old)
         old.remove(keep_sharding=old.sharding is new.sharding)
     new.install()
 

@@ -25,7 +25,7 @@ from dbcache.executors.cuda_driver import find_driver
 from dbcache.executors.fingerprint import fingerprint, reason_against
 from dbcache.executors.recording import Cutter, DeviceReplay, HostReplay, SegmentCutter
 from dbcache.kernels.lane_state import PlanCode
-from dbcache.lane import Lane, LaneCopy, outside_inference_mode
+from dbcache.lane import Lane, outside_inference_mode
 from dbcache.options import check_choice, check_flag, check_int, check_number
 
 MODES = ("device", "host")
@@ -42,6 +42,13 @@ TRIED = {PlanCode.MASK: "full", PlanCode.STATIC: "cached", PlanCode.DYNAMIC: "dy
 CAPACITY = 1024
 """Steps that a lane gets room for before it is recorded, at least half of them ahead: to grow later
 means to record anew."""
+
+
+class Restorable(Protocol):
+    """A copy of what there was at one moment."""
+
+    def restore(self) -> None:
+        """Put it back into the same tensors."""
 
 
 class Recordable(Protocol):
@@ -62,6 +69,9 @@ class Recordable(Protocol):
 
     def lanes(self) -> list[Lane]:
         """Return the lanes of the step under way, in the order of the stacks."""
+
+    def copies(self) -> list[Restorable]:
+        """Return copies of all that the step under way changes."""
 
 
 @dataclass(frozen=True)
@@ -289,8 +299,6 @@ class GraphExecutor:
         if len(devices) != 1 or next(iter(devices)).type not in RECORDERS:
             names = sorted(map(str, devices))
             return f"weights and inputs must lie on one GPU, got {', '.join(names)}"
-        if any(not lane.settings.cache.cfg_diff_compute_separate for lane in self._lanes()):
-            return "cfg_diff_compute_separate must be True: branches are recorded one by one"
         return None
 
     def _some_weights(self) -> list[torch.Tensor]:
@@ -434,12 +442,11 @@ class GraphExecutor:
 
         return step
 
-    @staticmethod
     def _try(
-        lanes: list[Lane], leaves: list[Any], step: Callable[[list[Any]], list[Any]]
+        self, lanes: list[Lane], leaves: list[Any], step: Callable[[list[Any]], list[Any]]
     ) -> list[list[Any]]:
         """Do a full, a cached and a dynamic step on inputs that differ a little; undo them all."""
-        copies, results = [LaneCopy(lane) for lane in lanes], []
+        copies, results = self.transformer.copies(), []
         try:
             for code, scale in zip(TRIED, (1.0, 1.0625, 1.125), strict=True):
                 for lane in lanes:

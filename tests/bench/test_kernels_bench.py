@@ -73,7 +73,7 @@ def moved_by(name: str, draw: Draw) -> int:
     def size(*tensors: torch.Tensor) -> int:
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
-    scalar = ("decide", "block_choice M=4", "decide_step", "transformation_rate")
+    scalar = ("decide", "share_change", "block_choice M=4", "decide_step", "transformation_rate")
     if name in scalar or name.endswith("weights"):
         return 0
     if name.startswith("fit_recurrence"):

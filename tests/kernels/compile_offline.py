@@ -29,6 +29,7 @@ from dbcache.kernels import (
     probe_and_decide,
     probe_diff,
     recurrence,
+    share_change,
     spectrum,
     store_block,
 )
@@ -138,6 +139,7 @@ def variants():
     yield from fp8_variants()
     yield from predictor_variants()
     yield from block_variants()
+    yield from shared_variants()
 
 
 SUMS = ("samples", "programs")
@@ -288,6 +290,21 @@ def block_variants():
             {},
             {"num_warps": 1, "enable_fp_fusion": False},
         )  # fmt: skip
+
+
+def shared_variants():
+    """Yield the same of the kernel by which branches share a change."""
+    state = {name: STATE[name] for name in ("counters_ptr", "values_ptr", "limits_ptr")}
+    state |= {name: STATE[name] for name in ("thresholds_ptr", "plan_ptr", "capacity")}
+    numbers = dict.fromkeys(("branch", "kind", "numel"), "i32")
+    for by_rules in (False, True):
+        yield (
+            f"decide_shared-bf16{'-rules' * by_rules}",
+            share_change._share_change_kernel,
+            {"own_ptr": "*fp32", "kept_ptr": "*fp32", "stamps_ptr": "*i32"} | state | numbers,
+            {"BY_RULES": by_rules, "BLOCK": share_change.BLOCK},
+            {"num_warps": 4, "enable_fp_fusion": False},
+        )
 
 
 def spilled(target: GPUTarget, asm: str) -> int:

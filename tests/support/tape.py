@@ -28,6 +28,7 @@ from dbcache.kernels import (
     probe_and_decide,
     probe_diff,
     recurrence,
+    share_change,
     spectrum,
     store_block,
     transformation_rate,
@@ -35,7 +36,8 @@ from dbcache.kernels import (
 
 OPS = (
     add_residuals, block_changes, commit, decide, decide_blocks, decide_step, fit_recurrence,
-    predict, probe_and_decide, probe_diff, recurrence, spectrum, store_block, transformation_rate,
+    predict, probe_and_decide, probe_diff, recurrence, share_change, spectrum, store_block,
+    transformation_rate,
 )  # fmt: skip
 READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
 
