@@ -28,6 +28,7 @@ from dbcache.following import FollowedDecision, FollowingLane
 from dbcache.forecasters import check_runs_on_device, check_steps_are_known
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout, layout_of
+from dbcache.lane_tail import LaneTail
 from dbcache.policies import prepare
 from dbcache.schedule import check_retention, resolve_mask
 from dbcache.sharding import Sharding
@@ -163,8 +164,6 @@ class Stack:
         self._shared = None
         if self.source is not None:
             self.source.start_request()
-        if self.tail is not None:
-            self.tail.start_request()
         for lane in self.lanes.values():
             lane.start_request()
 
@@ -199,7 +198,8 @@ class Stack:
     @property
     def recorded(self) -> tuple[object, ...]:
         """What recorded work depends on."""
-        return (self.name, self.pattern, self.fn, self.bn, *self.settings.recorded)
+        tail = () if self.tail is None else (self.tail.start, *self.tail.run.prunable)
+        return (self.name, self.pattern, self.fn, self.bn, *tail, *self.settings.recorded)
 
     def inherit(self, old: Stack) -> None:
         """Go on with the lanes of another stack, whose `recorded` is the same."""
@@ -218,6 +218,7 @@ class Stack:
             self._learned, self._copies_probe, self._copies_middle = False, True, True
             for lane in self.lanes.values():
                 lane.forget_reference()
+                lane.tail = self._new_tail(lane.device)
 
     def prepare_recording(self) -> None:
         """Get ready for steps that are recorded as graphs; raise a ValueError if they cannot be."""
@@ -226,11 +227,6 @@ class Stack:
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
         check_runs_on_device(self.settings.calibrator, self.name)
-        if self.tail is not None:
-            raise ValueError(
-                f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
-                f"got Bn_compute_blocks_ids, which leave out single blocks; leave out cuda_graph"
-            )
         if self.source is not None:
             self.source.refuse_recording(self.settings.cache.policy)
 
@@ -313,8 +309,16 @@ class Stack:
 
     def _new_lane(self, device: torch.device) -> Lane:
         if self.leader is None:
-            return Lane(self.settings, device, branch=self.branch)
-        return FollowingLane(self.settings, self._leader_lane())
+            lane = Lane(self.settings, device, branch=self.branch)
+        else:
+            lane = FollowingLane(self.settings, self._leader_lane())
+        lane.tail = self._new_tail(device)
+        return lane
+
+    def _new_tail(self, device: torch.device) -> LaneTail | None:
+        if self.tail is None:
+            return None
+        return LaneTail(self.settings, self.tail.run.prunable, device)
 
     def _leader_lane(self) -> Lane:
         """Return the lane that has taken this step's decision."""
@@ -339,7 +343,7 @@ class Stack:
         code = lane.start_step(layout, h_fn.device)
         is_open = code == PlanCode.DYNAMIC and lane.can_compare
         if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
-            self._check_needs_no_vote()
+            self.check_needs_no_vote()
             eager.enqueue_decision(lane, self.h_in, compared)
             self._begin_branch(eager.LaneDecision(lane))
             return False
@@ -359,7 +363,7 @@ class Stack:
         """Whether a rank measures only its part of the tokens."""
         return self.sharding is not None and (self.source is None or not self.source.is_whole)
 
-    def _check_needs_no_vote(self) -> None:
+    def check_needs_no_vote(self) -> None:
         """Raise if the decision needs a message, which a recording would not repeat in time."""
         if self.sharding is not None:
             raise RuntimeError(
@@ -450,10 +454,6 @@ class Stack:
     def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
         """Return the blocks that were left out on each step; None where whole steps are cached."""
         return None
-
-    def tail_nbytes(self, branch: str | None) -> int:
-        """Bytes of what is stored of single blocks among the last ones."""
-        return 0 if self.tail is None else self.tail.nbytes(branch)
 
     def left_blocks_out(self) -> bool:
         """Say whether the model did not run the blocks at which a step is decided and stored.
