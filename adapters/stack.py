@@ -20,7 +20,7 @@ from dbcache.adapters.guards import (
 )
 from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
 from dbcache.adapters.signals import Source, make_source
-from dbcache.adapters.tail import Tail
+from dbcache.adapters.tail import Tail, new_lane_tail
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
@@ -28,7 +28,6 @@ from dbcache.following import FollowedDecision, FollowingLane
 from dbcache.forecasters import check_runs_on_device, check_steps_are_known
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout, layout_of
-from dbcache.lane_tail import LaneTail
 from dbcache.policies import prepare
 from dbcache.schedule import check_retention, resolve_mask
 from dbcache.sharding import Sharding
@@ -155,6 +154,7 @@ class Stack:
         self.prediction: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
+        self.passed: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.encoder_fn: torch.Tensor | None = None
         if self.tail is not None:
             self.tail.run.forget_step()
@@ -218,7 +218,7 @@ class Stack:
             self._learned, self._copies_probe, self._copies_middle = False, True, True
             for lane in self.lanes.values():
                 lane.forget_reference()
-                lane.tail = self._new_tail(lane.device)
+                lane.tail = new_lane_tail(self, lane.device)
 
     def prepare_recording(self) -> None:
         """Get ready for steps that are recorded as graphs; raise a ValueError if they cannot be."""
@@ -296,6 +296,7 @@ class Stack:
         self.is_open = True
         if self.cached and encoder_in is None and lane.encoder_ring is not None:
             encoder_in = h_fn.new_zeros(lane.encoder_ring.shape[1:])  # made by the blocks alone
+        self.passed = h_fn, encoder_in
         copies = self._copies_middle and not self.cached
         self.h_fn = h_fn.clone() if copies else h_fn
         self.encoder_fn = encoder_in.clone() if copies and encoder_in is not None else encoder_in
@@ -312,13 +313,8 @@ class Stack:
             lane = Lane(self.settings, device, branch=self.branch)
         else:
             lane = FollowingLane(self.settings, self._leader_lane())
-        lane.tail = self._new_tail(device)
+        lane.tail = new_lane_tail(self, device)
         return lane
-
-    def _new_tail(self, device: torch.device) -> LaneTail | None:
-        if self.tail is None:
-            return None
-        return LaneTail(self.settings, self.tail.run.prunable, device)
 
     def _leader_lane(self) -> Lane:
         """Return the lane that has taken this step's decision."""
@@ -443,9 +439,11 @@ class Stack:
         if self.is_branch:
             assert self.cutter is not None
             self.cutter.begin_cached()
+            assert self.passed is not None
+            h_fn, encoder_fn = self.passed  # what the full body copied, or made, is not there
             if is_made and encoder is not None:
-                self.encoder_fn = torch.zeros_like(encoder)  # that of the full body is not made
-            eager.forecast_into(self.lane, self.h_fn, self.encoder_fn, h_out, encoder)
+                encoder_fn = torch.zeros_like(encoder)
+            eager.forecast_into(self.lane, h_fn, encoder_fn, h_out, encoder)
             self.cutter.end_branch()
         self.is_open = False
         if self.tail is not None:

@@ -93,3 +93,10 @@ class Tail:
 
     def _close(self) -> None:
         """Nothing is left to do: the step was finished by the middle blocks."""
+
+
+def new_lane_tail(stack: Stack, device: torch.device) -> LaneTail | None:
+    """Return what a new lane of `stack` keeps of its last blocks; None where all of them run."""
+    if stack.tail is None:
+        return None
+    return LaneTail(stack.settings, stack.tail.run.prunable, device)
