@@ -21,6 +21,12 @@ OPTIONS = {
     "num_inference_steps": STEPS,
 }
 
+TAILED = OPTIONS | {
+    "Bn_compute_blocks": 4,
+    "Bn_compute_blocks_ids": [1],
+    "non_compute_blocks_diff_threshold": 0.08,
+}
+
 PRUNED = {
     "cache_type": "DBPrune",
     "Fn_compute_blocks": 1,
@@ -85,7 +91,7 @@ def trace(model):
 
 
 @pytest.mark.parametrize("mode", ["host", "device"])
-@pytest.mark.parametrize("options", [OPTIONS, PRUNED], ids=["steps", "blocks"])
+@pytest.mark.parametrize("options", [OPTIONS, PRUNED, TAILED], ids=["steps", "blocks", "last"])
 def test_fifty_steps_are_the_same_bit_for_bit(options, mode):
     if mode not in modes():
         pytest.skip(find_driver()[1])
@@ -104,7 +110,7 @@ def test_fifty_steps_are_the_same_bit_for_bit(options, mode):
     assert handle_of(model).graphs.replays == 2 * STEPS - 1
 
 
-@pytest.mark.parametrize("options", [OPTIONS, PRUNED], ids=["steps", "blocks"])
+@pytest.mark.parametrize("options", [OPTIONS, PRUNED, TAILED], ids=["steps", "blocks", "last"])
 def test_device_mode_never_waits(options):
     if "device" not in modes():
         pytest.skip(find_driver()[1])
