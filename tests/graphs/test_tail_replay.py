@@ -9,6 +9,7 @@ from tiny import BRANCHES, FAMILIES, denoise, noise
 import dbcache
 from dbcache import BlockAdapter, DBCacheConfig, ForwardPattern
 from dbcache.adapters.cached_transformer import handle_of
+from dbcache.kernels.lane_state import CACHED as CACHED_FLAG
 from dbcache.pruned_lane import BlockCache
 from dbcache.summary import CACHED
 
@@ -27,30 +28,46 @@ SETTINGS = DBCacheConfig(
 
 
 class Watched:
-    """A model of a family, and which of its last blocks each call left out."""
+    """A model of a family, and what each call estimated and left out of its last blocks."""
 
     def __init__(self, family):
         self.family = family
         self.model = family.build()
-        self.left_out = []
+        self.left_out, self.changes = [], []
         self.model.register_forward_hook(self._note)
 
     def _note(self, *_):
         handle = handle_of(self.model)
         lanes = [stack.lanes[handle.step_branch] for stack in handle.stacks]
-        self.left_out.append([lane.tail.flags.tolist() for lane in lanes if lane.tail])
+        self.left_out.append([lane.tail.flags.tolist() for lane in lanes])
+        self.changes.append([self._changes(lane) for lane in lanes])
+
+    @staticmethod
+    def _changes(lane):
+        """Return the changes that were compared with the threshold; None on a full step."""
+        if not lane.state.counters[CACHED_FLAG]:
+            return None
+        return lane.tail.cache.state.decisions.tolist()
 
     def enable(self, *args, target=None, **options):
         dbcache.enable(self.model if target is None else target(self.model), *args, **options)
         return self
 
     def __call__(self, steps, **how):
-        """Denoise; return outputs, what was left out, and the reasons and diffs of each lane."""
-        self.left_out.clear()
+        """Denoise; return the outputs and `notes`."""
+        self.forget()
         outputs = denoise(self.model, self.family, steps, **how)
+        return outputs, *self.notes()
+
+    def forget(self):
+        self.left_out.clear()
+        self.changes.clear()
+
+    def notes(self):
+        """Return what was left out, the reasons and diffs of each lane, and all changes."""
         lanes = dbcache.summary(self.model, logging=False).lanes
         decisions = [(lane.stack, lane.branch, lane.reasons, lane.diffs) for lane in lanes]
-        return outputs, list(self.left_out), decisions
+        return list(self.left_out), decisions, list(self.changes)
 
     @property
     def graphs(self):
@@ -97,7 +114,7 @@ def prunable(watched):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_thirty_steps_are_the_same_bit_for_bit(driver, name, mode):
-    recorded, (_, left_out, ((_, _, reasons, _),)) = both(
+    recorded, (_, left_out, ((_, _, reasons, _),), _) = both(
         FAMILIES[name], 30, SETTINGS, enable_separate_cfg=False, mode=mode
     )
     assert prunable(recorded) == [[True, False, True, True, True]]
@@ -122,7 +139,7 @@ def test_two_stacks_each_have_last_blocks(driver, scope, mode):
         "decision_scope": scope,
         "enable_taylorseer": True,
     }
-    recorded, (_, left_out, _) = both(FLUX, 30, SETTINGS, mode=mode, target=two_stacks, **options)
+    recorded, (_, left_out, *_) = both(FLUX, 30, SETTINGS, mode=mode, target=two_stacks, **options)
     assert prunable(recorded) == [[True], [True]]
     assert len(recorded.branches()) == 2 + 2
     seen = {(first[0], second[0]) for first, second in left_out}
@@ -131,7 +148,7 @@ def test_two_stacks_each_have_last_blocks(driver, scope, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_each_guidance_branch_has_last_blocks_of_its_own(driver, mode):
-    recorded, (_, left_out, decisions) = both(
+    recorded, (_, left_out, decisions, _) = both(
         FAMILIES["qwen"], 16, SETTINGS, mode=mode, how={"branches": BRANCHES, "named": True}
     )
     assert [branch for _, branch, *_ in decisions] == list(BRANCHES)
@@ -186,32 +203,32 @@ def call(model, step, *, batch=1, **how):
 def test_shapes_change_within_a_request(driver, mode):
     """What was stored of another shape is void, whether the host has seen the steps or not."""
     batches = [1] * 6 + [2] * 6 + [1] * 6 + [2] * 4
-    outputs, notes = [], []
+    runs = []
     for options in ({}, {"cuda_graph": mode}):
         watched = Watched(FLUX).enable(SETTINGS, max_warmup_steps=1, **options)
-        outputs.append([call(watched.model, i, batch=n) for i, n in enumerate(batches)])
-        notes.append((list(watched.left_out), dbcache.summary(watched.model).lanes[0].reasons))
-    assert_same((outputs[1], notes[1]), (outputs[0], notes[0]))
-    assert notes[0][1].count("shape changed") == 3
-    assert any(any(flags) for (flags,) in notes[0][0])
+        outputs = [call(watched.model, i, batch=n) for i, n in enumerate(batches)]
+        runs.append((outputs, *watched.notes()))
+    assert_same(runs[1], runs[0])
+    _, left_out, ((_, _, reasons, _),), _ = runs[0]
+    assert reasons.count("shape changed") == 3
+    assert any(any(flags) for (flags,) in left_out)
     assert len(watched.graphs.recordings) == 2
 
 
-@pytest.mark.parametrize("fails_at", [1, 6])
+@pytest.mark.parametrize("fails_at", [2, 6])
 def test_a_failed_launch_counts_as_never_begun(driver, monkeypatch, fails_at):
     """As after an exception of an eager step: nothing that was stored counts."""
 
     def fail(*_):
         raise RuntimeError("lost the GPU")
 
-    outputs, notes = [], []
+    runs = []
     for options in ({}, {"cuda_graph": "device"}):
-        watched = Watched(FLUX).enable(SETTINGS, **options)
+        watched, outputs = Watched(FLUX).enable(SETTINGS, **options), []
         call(watched.model, 0)
         call(watched.model, 1)
         dbcache.refresh_context(watched.model)
-        watched.left_out.clear()
-        outputs.append([])
+        watched.forget()
         for step in range(16):
             if step == fails_at:
                 with monkeypatch.context() as patch:
@@ -220,25 +237,40 @@ def test_a_failed_launch_counts_as_never_begun(driver, monkeypatch, fails_at):
                     with pytest.raises(RuntimeError, match="lost the GPU"):
                         call(watched.model, step)
                     handle.remove()
-            outputs[-1].append(call(watched.model, step))
-        notes.append((list(watched.left_out), dbcache.summary(watched.model).lanes[0].reasons))
-    assert_same((outputs[1], notes[1]), (outputs[0], notes[0]))
-    assert notes[0][1][fails_at] == ("no reference" if fails_at > 3 else "warm-up")
-    assert any(any(flags) for (flags,) in notes[0][0][fails_at:])
+            outputs.append(call(watched.model, step))
+        runs.append((outputs, *watched.notes()))
+    assert_same(runs[1], runs[0])
+    _, left_out, ((_, _, reasons, _),), _ = runs[0]
+    assert reasons[fails_at] == ("no reference" if fails_at > 3 else "warm-up")
+    assert any(any(flags) for (flags,) in left_out[fails_at:])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_eager_steps_between_replayed_ones_leave_out_the_same(driver, mode):
-    outputs, notes = [], []
+    runs = []
     for options in ({}, {"cuda_graph": mode}):
         watched = Watched(FLUX).enable(SETTINGS, **options)
         # the first call of a kind is an eager one: it comes where blocks are left out
-        kinds = [{"return_dict": i == 5, "joint_attention_kwargs": None} for i in range(12)]
-        outputs.append([call(watched.model, i, **how) for i, how in enumerate(kinds)])
-        notes.append((list(watched.left_out), dbcache.summary(watched.model).lanes[0].reasons))
-    assert_same((outputs[1], notes[1]), (outputs[0], notes[0]))
+        outputs = [call(watched.model, step, return_dict=step == 5) for step in range(12)]
+        runs.append((outputs, *watched.notes()))
+    assert_same(runs[1], runs[0])
     assert watched.graphs.replays == 12 - 2
-    assert any(notes[0][0][5][0])
+    assert any(runs[0][1][5][0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_recorded_on_a_first_step_nothing_is_stored_yet(driver, mode):
+    """What the trial of the recording stored must not count as the request's."""
+    runs = []
+    for options in ({}, {"cuda_graph": mode}):
+        watched = Watched(FLUX).enable(SETTINGS, max_warmup_steps=1, **options)
+        call(watched.model, 9)
+        dbcache.refresh_context(watched.model)
+        watched.forget()
+        outputs = [call(watched.model, step) for step in range(8)]
+        runs.append((outputs, *watched.notes()))
+    assert_same(runs[1], runs[0])
+    assert watched.graphs.replays == 8
 
 
 def test_the_host_reads_on_cached_steps_alone_and_in_device_mode_on_none(driver, monkeypatch):
@@ -250,7 +282,7 @@ def test_the_host_reads_on_cached_steps_alone_and_in_device_mode_on_none(driver,
         watched(14)
         reads.clear()
         before = driver.launches
-        _, _, ((_, _, reasons, _),) = watched(14)
+        _, _, ((_, _, reasons, _),), _ = watched(14)
         cached = sum(reason in CACHED for reason in reasons)
         assert 5 < cached < 11
         device = options.get("cuda_graph") == "device"
