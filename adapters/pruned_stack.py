@@ -109,7 +109,7 @@ class PrunedStack(Stack):
 
     def _record(self, lane: PrunedLane, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Let the step's decisions be recorded: each block is a branch, whether it runs or not."""
-        self._check_needs_no_vote()
+        self.check_needs_no_vote()
         if lane.cache.state is None:
             lane.cache.allocate(hidden, encoder)
         decide_step(lane.state, lane.cache.choose(self._changes(lane, hidden)))
@@ -163,3 +163,5 @@ class PrunedStack(Stack):
 
     def _close(self) -> None:
         self.is_open = False
+        assert self.lane is not None
+        self.lane.has_reference |= self.run.due is not None

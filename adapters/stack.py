@@ -19,7 +19,7 @@ from dbcache.adapters.guards import (
 )
 from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
 from dbcache.adapters.signals import Source, make_source
-from dbcache.adapters.tail import Tail
+from dbcache.adapters.tail import Tail, new_lane_tail
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
@@ -155,6 +155,7 @@ class Stack:
         self.prediction: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
+        self.passed: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.encoder_fn: torch.Tensor | None = None
         if self.tail is not None:
             self.tail.run.forget_step()
@@ -164,8 +165,6 @@ class Stack:
         self.shared.start_request()
         if self.source is not None:
             self.source.start_request()
-        if self.tail is not None:
-            self.tail.start_request()
         for lane in self.lanes.values():
             lane.start_request()
 
@@ -201,7 +200,8 @@ class Stack:
     def recorded(self) -> tuple[object, ...]:
         """What recorded work depends on."""
         form = (self.name, self.pattern, self.streams, self.round, self.leader is None)
-        return (*form, self.fn, self.bn, *self.settings.recorded)
+        tail = () if self.tail is None else (self.tail.start, *self.tail.run.prunable)
+        return (*form, self.fn, self.bn, *tail, *self.settings.recorded)
 
     def inherit(self, old: Stack) -> None:
         """Take over the lanes of another stack, whose `recorded` is the same, for a new request."""
@@ -221,6 +221,7 @@ class Stack:
             self._learned, self._copies_probe, self._copies_middle = False, True, True
             for lane in self.lanes.values():
                 lane.forget_reference()
+                lane.tail = new_lane_tail(self, lane.device)
 
     def prepare_recording(self) -> None:
         """Get ready for steps that are recorded as graphs; raise a ValueError if they cannot be."""
@@ -230,11 +231,6 @@ class Stack:
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
         check_runs_on_device(self.settings.calibrator, self.name)
-        if self.tail is not None:
-            raise ValueError(
-                f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
-                f"got Bn_compute_blocks_ids, which leave out single blocks; leave out cuda_graph"
-            )
 
     def notice_call(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -302,6 +298,7 @@ class Stack:
         self.is_open = True
         if self.cached and encoder_in is None and lane.encoder_ring is not None:
             encoder_in = h_fn.new_zeros(lane.encoder_ring.shape[1:])  # made by the blocks alone
+        self.passed = h_fn, encoder_in
         copies = self._copies_middle and not self.cached
         self.h_fn = h_fn.clone() if copies else h_fn
         self.encoder_fn = encoder_in.clone() if copies and encoder_in is not None else encoder_in
@@ -316,8 +313,11 @@ class Stack:
     def _new_lane(self, device: torch.device) -> Lane:
         self.shared.prepare(device)
         if self.leader is None:
-            return Lane(self.settings, device, branch=self.branch)
-        return FollowingLane(self.settings, self._leader_lane())
+            lane = Lane(self.settings, device, branch=self.branch)
+        else:
+            lane = FollowingLane(self.settings, self._leader_lane())
+        lane.tail = new_lane_tail(self, device)
+        return lane
 
     def _leader_lane(self) -> Lane:
         """Return the lane that has taken this step's decision."""
@@ -347,7 +347,7 @@ class Stack:
         is_branch = serves_all or (self.cutter is not None and is_open)
         cached = False
         if is_branch:
-            self._check_needs_no_vote()
+            self.check_needs_no_vote()
             if self.shared.is_on and lane.p_ref is not None:
                 decide(lane.state, self._measure(lane, compared))
             else:
@@ -369,7 +369,7 @@ class Stack:
         """Whether a rank measures only its part of the tokens."""
         return self.sharding is not None and (self.source is None or not self.source.is_whole)
 
-    def _check_needs_no_vote(self) -> None:
+    def check_needs_no_vote(self) -> None:
         """Raise if the decision needs a message, which a recording would not repeat in time."""
         if self.sharding is not None:
             raise RuntimeError(
@@ -444,9 +444,11 @@ class Stack:
         if self.is_branch:
             assert self.cutter is not None
             self.cutter.begin_cached()
+            assert self.passed is not None
+            h_fn, encoder_fn = self.passed  # what the full body copied, or made, is not there
             if is_made and encoder is not None:
-                self.encoder_fn = torch.zeros_like(encoder)  # that of the full body is not made
-            eager.forecast_into(self.lane, self.h_fn, self.encoder_fn, h_out, encoder)
+                encoder_fn = torch.zeros_like(encoder)
+            eager.forecast_into(self.lane, h_fn, encoder_fn, h_out, encoder)
             self.cutter.end_branch()
         self.is_open = False
         if self.tail is not None:
@@ -455,10 +457,6 @@ class Stack:
     def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
         """Return the blocks that were left out on each step; None where whole steps are cached."""
         return None
-
-    def tail_nbytes(self, branch: str | None) -> int:
-        """Bytes of what is stored of single blocks among the last ones."""
-        return 0 if self.tail is None else self.tail.nbytes(branch)
 
     def left_blocks_out(self) -> bool:
         """Say whether the model did not run the blocks at which a step is decided and stored.

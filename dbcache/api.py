@@ -174,7 +174,6 @@ def summary(target: object, details: bool = False, logging: bool = True) -> Summ
             traces = {branch: lane.trace() for branch, lane in stack.lanes.items()}
             traces = {branch: trace for branch, trace in traces.items() if trace[0]}
             for branch, (reasons, diffs) in traces.items():
-                nbytes = stack.lanes[branch].nbytes() + stack.tail_nbytes(branch)
                 lanes.append(
                     LaneSummary.from_trace(
                         reasons,
@@ -185,7 +184,7 @@ def summary(target: object, details: bool = False, logging: bool = True) -> Summ
                         threshold=stack.settings.cache.threshold,
                         policy=stack.settings.cache.policy,
                         follows=stack.leader.name if stack.leader is not None else None,
-                        megabytes=nbytes / 1e6,
+                        megabytes=stack.lanes[branch].nbytes() / 1e6,
                         pruned=stack.pruned_blocks(branch),
                         blocks=stack.num_blocks,
                     )

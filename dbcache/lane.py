@@ -8,6 +8,8 @@ lane whose steps are decided before the first block has no P_ref.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from dbcache.config import StackSettings
@@ -16,6 +18,9 @@ from dbcache.kernels import lane_state
 from dbcache.kernels.lane_state import BatchReduce, LaneState
 from dbcache.policies import POLICIES, coefficients, decide_ahead
 from dbcache.schedule import make_plan
+
+if TYPE_CHECKING:
+    from dbcache.lane_tail import LaneTail
 
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
@@ -69,6 +74,7 @@ class Lane:
         self.full_output: torch.Tensor | None = None
         self.state = LaneState.allocate(FIRST_CAPACITY, device) if state is None else state
         self.forecaster = make_forecaster(settings, device)
+        self.tail: LaneTail | None = None  # of the stack's last blocks, if some may be left out
         self._flag: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
         if state is None:
@@ -125,6 +131,8 @@ class Lane:
         """Take over settings that need no other buffers and no other `forecaster`."""
         self.settings = settings
         self._load_settings()
+        if self.tail is not None:
+            self.tail.reload(settings)
 
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
@@ -132,13 +140,18 @@ class Lane:
         self.has_reference = False
         self.cached = False
         self.state.reset()
+        self._forget_tail()
+
+    def _forget_tail(self) -> None:
+        if self.tail is not None:
+            self.tail.forget()
 
     def start_step(self, layout: Layout, device: torch.device) -> int:
         """Make room for the step and return its plan code; restart if the `layout` changed."""
         if layout != self.layout:
             if device != self.device:
                 self._move(device)
-            self.take_buffers(layout, dict.fromkeys(BUFFERS))
+            self.take_buffers(layout, {})
         if self.step >= len(self.plan):
             self.reserve(2 * len(self.plan))
         return self.plan[self.step]
@@ -166,12 +179,16 @@ class Lane:
         self.state = LaneState.allocate(len(old.plan), device)
         self.state.copy_(old)
         self.forecaster = make_forecaster(self.settings, device)
+        if self.tail is not None:
+            self.tail.move(device)
         self._flag = self._event = None
 
-    def drop_buffers(self) -> None:
-        """Let go of what no longer fits; the next full step allocates anew."""
+    def set_buffers(self, buffers: dict[str, torch.Tensor | None]) -> None:
+        """Go on with `buffers`; for those that are not there the next full step allocates anew."""
         for name in BUFFERS:
-            setattr(self, name, None)
+            setattr(self, name, buffers.get(name))
+        if self.tail is not None:
+            self.tail.take_buffers(buffers)
 
     def buffers(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
@@ -194,11 +211,13 @@ class Lane:
 
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
         """Return the large tensors."""
-        return {name: getattr(self, name) for name in BUFFERS}
+        tail = {} if self.tail is None else self.tail.buffers_by_name()
+        return {name: getattr(self, name) for name in BUFFERS} | tail
 
     def learned(self) -> list[torch.Tensor]:
-        """Return what the predictor keeps besides the ring."""
-        return [] if self.forecaster is None else self.forecaster.tensors()
+        """Return what the predictor keeps besides the ring, and the last blocks."""
+        parts = (self.forecaster, self.tail)
+        return [x for part in parts if part is not None for x in part.tensors()]
 
     def take_buffers(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
         """Go on with the large tensors of another layout; what they hold is void."""
@@ -206,13 +225,14 @@ class Lane:
             self.state.invalidate()
             self.has_reference = False
         self.layout = layout
-        for name, buffer in buffers.items():
-            setattr(self, name, buffer)
+        self.set_buffers(buffers)
 
     def force(self, code: int) -> None:
         """Fix what the next step will be."""
         self.plan[self.step] = code
         self.state.plan[self.step] = code
+        if self.tail is not None:
+            self.tail.force(code)
 
     def rewind(self, step: int) -> None:
         """Go back to `step` after an exception: what came since counts as never begun."""
@@ -272,6 +292,7 @@ class Lane:
         self.has_reference = False
         self.state.invalidate()
         self.state.counters[lane_state.REFERENCE] = 0
+        self._forget_tail()
 
     def abort_step(self) -> None:
         """Undo a step that an exception cut short: it counts as never begun."""
@@ -293,7 +314,9 @@ class Lane:
 
     def nbytes(self) -> int:
         """Bytes of the lane's buffers."""
-        return sum(x.nbytes for x in self.buffers_by_name().values() if x is not None)
+        own = (getattr(self, name) for name in BUFFERS)
+        blocks = 0 if self.tail is None else self.tail.cache.nbytes()
+        return blocks + sum(x.nbytes for x in own if x is not None)
 
 
 def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:

@@ -26,6 +26,12 @@ WITHOUT_PROBE = {name: OPTIONS[name] for name in OPTIONS if name != "Fn_compute_
 }
 FOLLOWING = {policy: WITHOUT_PROBE | {"policy": policy} for policy in ("easycache", "seacache")}
 
+TAILED = OPTIONS | {
+    "Bn_compute_blocks": 4,
+    "Bn_compute_blocks_ids": [1],
+    "non_compute_blocks_diff_threshold": 0.08,
+}
+
 PRUNED = {
     "cache_type": "DBPrune",
     "Fn_compute_blocks": 1,
@@ -35,6 +41,10 @@ PRUNED = {
     "non_prune_block_ids": [4],
     "num_inference_steps": STEPS,
 }
+
+FORMS = {"steps": OPTIONS, "blocks": PRUNED, "last": TAILED, **FOLLOWING}
+NEVER_READ = {name: options for name, options in FORMS.items() if name != "seacache"}
+"""SeaCache reads the size of the latents once per request."""
 
 
 def build():
@@ -90,9 +100,7 @@ def trace(model):
 
 
 @pytest.mark.parametrize("mode", ["host", "device"])
-@pytest.mark.parametrize(
-    "options", [OPTIONS, PRUNED, *FOLLOWING.values()], ids=["steps", "blocks", *FOLLOWING]
-)
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_fifty_steps_are_the_same_bit_for_bit(options, mode):
     if mode not in modes():
         pytest.skip(find_driver()[1])
@@ -111,9 +119,7 @@ def test_fifty_steps_are_the_same_bit_for_bit(options, mode):
     assert handle_of(model).graphs.replays == 2 * STEPS - 1
 
 
-@pytest.mark.parametrize(
-    "options", [OPTIONS, PRUNED, FOLLOWING["easycache"]], ids=["steps", "blocks", "easycache"]
-)
+@pytest.mark.parametrize("options", NEVER_READ.values(), ids=NEVER_READ)
 def test_device_mode_never_waits(options):
     if "device" not in modes():
         pytest.skip(find_driver()[1])

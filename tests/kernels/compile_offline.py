@@ -23,6 +23,7 @@ from dbcache.kernels import (
     decide,
     decide_blocks,
     decide_step,
+    decide_tail,
     e4m3,
     fit_recurrence,
     predict,
@@ -289,6 +290,14 @@ def block_variants():
             | ({"decisions_ptr": "*fp32"} if measured else {}),
             {},
             {"num_warps": 1, "enable_fp_fusion": False},
+        )  # fmt: skip
+        yield (
+            f"decide_tail-{'measured' if measured else 'none'}-bf16",
+            decide_tail._decide_tail_kernel,
+            {f"{name}_ptr": "*i32" for name in ("counters", "flags", "store")} | {"blocks": "i32"}
+            | ({"decisions_ptr": "*fp32"} if measured else {}),
+            {"LOG_BLOCKS": 6},
+            {"num_warps": 1},
         )  # fmt: skip
 
 
