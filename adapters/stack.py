@@ -110,6 +110,8 @@ class Stack:
         if self.fn + self.bn == self.num_blocks:
             return []
         self.tail = Tail.of(self)
+        for lane in self.lanes.values():  # of blocks that were exchanged
+            lane.tail = new_lane_tail(self, lane.device)
         return self._rows()
 
     def _rows(self) -> list[list[Entry]]:
@@ -221,7 +223,6 @@ class Stack:
             self._learned, self._copies_probe, self._copies_middle = False, True, True
             for lane in self.lanes.values():
                 lane.forget_reference()
-                lane.tail = new_lane_tail(self, lane.device)
 
     def prepare_recording(self) -> None:
         """Get ready for steps that are recorded as graphs; raise a ValueError if they cannot be."""

@@ -1,5 +1,6 @@
 """`Bn_compute_blocks_ids`: of the last blocks only some run on a cached step, as in the oracle."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -169,6 +170,25 @@ def test_a_first_step_that_fails_leaves_nothing_behind():
         runs.append((denoise(model, family, 12), changes))
     assert runs[0][1] == runs[1][1]
     assert any(any(flags) for flags, _ in runs[0][1])
+    assert all(map(torch.equal, runs[0][0], runs[1][0]))
+
+
+def test_blocks_that_are_exchanged_start_anew():
+    family, runs = FAMILIES["flux"], []
+    rule = replace(RULES["every second"], max_warmup_steps=1, residual_diff_threshold=1.0)
+    for exchanges in (False, True):
+        model = family.build()
+        run_dbcache(model, family, rule, 5)
+        if exchanges:
+            blocks = model.single_transformer_blocks
+            blocks[-1] = copy.deepcopy(blocks[-1])
+        else:
+            handle_of(model).force_full("to compare with")
+        outputs = denoise(model, family, 10)
+        runs.append((outputs, dbcache.summary(model).lanes[0].reasons))
+    assert runs[0][1] == runs[1][1]
+    always = "threshold is 1 or more"
+    assert runs[0][1] == ["warm-up", *[always] * 4, "no reference", *[always] * 9]
     assert all(map(torch.equal, runs[0][0], runs[1][0]))
 
 
