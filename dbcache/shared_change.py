@@ -8,6 +8,7 @@ import torch
 
 from dbcache.config import DBCacheConfig
 from dbcache.kernels.lane_state import LaneState
+from dbcache.kernels.probe_diff import MAX_PARTIALS
 from dbcache.kernels.share_change import make_stamps, share_change
 from dbcache.lane import outside_inference_mode
 from dbcache.prune_config import DBPruneConfig
@@ -39,7 +40,8 @@ class SharedChange:
         self.is_recorded = False
         self._latest: tuple[str | None, int, torch.Size, torch.Tensor] | None = None
         self._stamps: torch.Tensor | None = None
-        self._kept: dict[tuple[torch.Size, torch.device], torch.Tensor] = {}
+        self._kept: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._kinds: dict[torch.Size, int] = {}
         self._branches: dict[str | None, int] = {}
 
     @outside_inference_mode
@@ -85,7 +87,8 @@ class SharedChange:
             whose, *others, partials = self._latest
             if whose != branch and others == [step, of.shape]:
                 return partials
-        partials = measure()
+        # on the device as well: a graph that the user captures may hold the next branch
+        partials = self._on_device(branch, state, of.shape, measure())
         self._latest = (branch, step, of.shape, partials)
         return partials
 
@@ -96,15 +99,19 @@ class SharedChange:
         self.prepare(own.device)
         assert self._stamps is not None
         number = self._branches.setdefault(branch, len(self._branches))
-        key = (shape, own.device)
-        if key not in self._kept:
-            with outside_inference_mode:
-                self._kept[key] = torch.empty_like(own)
-        kind = list(self._kept).index(key)
-        share_change(
-            own, self._kept[key], self._stamps, state, number, kind, by_rules=self.by_rules
-        )
+        kind = self._kinds.setdefault(shape, len(self._kinds))
+        kept = self._keeper(own)
+        share_change(own, kept, self._stamps, state, number, kind, by_rules=self.by_rules)
         return own
+
+    @outside_inference_mode
+    def _keeper(self, own: torch.Tensor) -> torch.Tensor:
+        """Return a tensor like `own` (..., T, sums); one memory for all T, however many shapes."""
+        rows = own.numel() // own.shape[-2]
+        key = (rows, own.device)
+        if key not in self._kept:
+            self._kept[key] = own.new_empty(rows * MAX_PARTIALS)
+        return self._kept[key][: own.numel()].view(own.shape)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what lies on the device, the stamps first; there may be more later on."""

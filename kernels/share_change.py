@@ -151,7 +151,7 @@ _ACCUMULATED = tl.constexpr(ls.ACCUMULATED)
 _DYNAMIC, _NAN = tl.constexpr(int(PlanCode.DYNAMIC)), tl.constexpr(int(Reason.NAN))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["branch", "kind"])
 def _share_change_kernel(
     own_ptr,
     kept_ptr,
