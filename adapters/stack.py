@@ -227,7 +227,7 @@ class Stack:
     def prepare_recording(self) -> None:
         """Get ready for steps that are recorded as graphs; raise a ValueError if they cannot be."""
         self.check_recordable()
-        self.shared.is_recorded = True
+        self.shared.by_device = True
 
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""

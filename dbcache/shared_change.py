@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 
 from dbcache.config import DBCacheConfig
-from dbcache.kernels.lane_state import LaneState
+from dbcache.kernels.lane_state import LaneState, Signal
+from dbcache.kernels.probe_diff import MAX_PARTIALS
 from dbcache.kernels.share_change import make_stamps, share_change
 from dbcache.lane import outside_inference_mode
+from dbcache.policies import POLICIES
 from dbcache.prune_config import DBPruneConfig
 
 
@@ -22,24 +24,26 @@ class SharedChange:
 
     While steps run eagerly the host knows who has measured, and the others do not measure at all.
     Where steps are recorded it need not know: DBPrune does not measure on a step that a limit
-    decides, and only the device counts. There every branch measures, and the device decides what
-    of it holds, on eager steps in between as well.
+    decides, and only the device counts. Nor does it know whether EasyCache has a rate, without
+    which a change says nothing. There every branch measures, and the device decides what of it
+    holds, on eager steps in between as well.
 
     Args:
         config: of the stack.
 
     Attributes:
         is_on: there is anything to share.
-        is_recorded: steps may be recorded as graphs.
+        by_device: the host need not know who has measured: steps may be recorded, or need a rate.
     """
 
     def __init__(self, config: DBCacheConfig) -> None:
         self.is_on = not config.cfg_diff_compute_separate
         self.by_rules = isinstance(config, DBPruneConfig)
-        self.is_recorded = False
+        self.by_device = POLICIES[config.policy].signal == Signal.RATE
         self._latest: tuple[str | None, int, torch.Size, torch.Tensor] | None = None
         self._stamps: torch.Tensor | None = None
-        self._kept: dict[tuple[torch.Size, torch.device], torch.Tensor] = {}
+        self._kept: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._kinds: dict[torch.Size, int] = {}
         self._branches: dict[str | None, int] = {}
 
     @outside_inference_mode
@@ -79,13 +83,14 @@ class SharedChange:
         """
         if not self.is_on:
             return measure()
-        if self.is_recorded or is_recorded:
+        if self.by_device or is_recorded:
             return self._on_device(branch, state, of.shape, measure())
         if self._latest is not None:
             whose, *others, partials = self._latest
             if whose != branch and others == [step, of.shape]:
                 return partials
-        partials = measure()
+        # on the device as well: a graph that the user captures may hold the next branch
+        partials = self._on_device(branch, state, of.shape, measure())
         self._latest = (branch, step, of.shape, partials)
         return partials
 
@@ -96,15 +101,19 @@ class SharedChange:
         self.prepare(own.device)
         assert self._stamps is not None
         number = self._branches.setdefault(branch, len(self._branches))
-        key = (shape, own.device)
-        if key not in self._kept:
-            with outside_inference_mode:
-                self._kept[key] = torch.empty_like(own)
-        kind = list(self._kept).index(key)
-        share_change(
-            own, self._kept[key], self._stamps, state, number, kind, by_rules=self.by_rules
-        )
+        kind = self._kinds.setdefault(shape, len(self._kinds))
+        kept = self._keeper(own)
+        share_change(own, kept, self._stamps, state, number, kind, by_rules=self.by_rules)
         return own
+
+    @outside_inference_mode
+    def _keeper(self, own: torch.Tensor) -> torch.Tensor:
+        """Return a tensor like `own` (..., T, sums); one memory for all T, however many shapes."""
+        rows = own.numel() // own.shape[-2]
+        key = (rows, own.device)
+        if key not in self._kept:
+            self._kept[key] = own.new_empty(rows * MAX_PARTIALS)
+        return self._kept[key][: own.numel()].view(own.shape)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what lies on the device, the stamps first; there may be more later on."""

@@ -26,7 +26,7 @@ from dbcache.kernels.decide import choose, choose_once
 from dbcache.kernels.lane_state import LaneState, PlanCode, Reason
 from dbcache.kernels.step_signal import is_ready, is_signal_ready
 
-PROGRAMS = 32
+PROGRAMS = 16
 """Programs of a launch, and stamps."""
 BLOCK = 1024
 
@@ -80,10 +80,9 @@ def share_change(
     devices = [x.device for x in (own, kept, stamps, state.counters)]
     if any(device != own.device for device in devices):
         raise invalid("share_change", "all tensors must be on one device", *devices)
-    if is_traced(own):
-        _share_change_op(own, kept, stamps, *state.tensors()[:5], branch, kind, by_rules, impl)
-    else:
-        _run(own, kept, stamps, *state.tensors()[:5], branch, kind, by_rules, impl)
+    decided_by = (state.counters, state.values, state.limits, state.thresholds, state.plan)
+    run = _share_change_op if is_traced(own) else _run
+    run(own, kept, stamps, *decided_by, branch, kind, by_rules, impl)
 
 
 def share_change_reference(
@@ -152,7 +151,7 @@ _ACCUMULATED = tl.constexpr(ls.ACCUMULATED)
 _DYNAMIC, _NAN = tl.constexpr(int(PlanCode.DYNAMIC)), tl.constexpr(int(Reason.NAN))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["branch", "kind"])
 def _share_change_kernel(
     own_ptr,
     kept_ptr,

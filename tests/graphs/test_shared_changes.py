@@ -117,7 +117,7 @@ def eagerly(target, config):
     dbcache.enable(target, config, cfg_diff_compute_separate=False)
     for stack in handle_of(getattr(target, "transformer", target)).stacks:
         stack.prepare_recording()  # each block that is left out adds its own residual
-        stack.shared.is_recorded = False
+        stack.shared.by_device = False
     return target
 
 
@@ -264,3 +264,32 @@ def test_a_users_capture_shares_as_well(capture, name):
             step_graph.replay()
         assert torch.equal(x, latents)
         assert trace(model) == traces
+
+
+@torch.no_grad()
+def test_a_captured_branch_takes_over_what_an_eager_one_measured(capture):
+    times = [1.0 - step / CAPTURED for step in range(CAPTURED)]
+    model = eagerly(build(), METHODS["cache"])
+    x, t = noise(*QWEN.latent_shape, seed=1), torch.ones(1)
+    denoise_in_place(model, x, t, times)
+    expected, traces = x.clone(), trace(model)
+    assert number_shared(traces) >= 3
+    output = torch.empty_like(x)
+
+    def call(branch):
+        with model.cache_context(branch):
+            output.copy_(model(**GIVEN[branch] | {"hidden_states": x, "timestep": t})[0])
+
+    dbcache.refresh_context(model)
+    uncond = capture(FakeDriver(), lambda: call("uncond"))
+    dbcache.refresh_context(model)
+    x.copy_(noise(*QWEN.latent_shape, seed=1))
+    for time in times:
+        t.fill_(time)
+        call("cond")
+        velocity = output * 1.0
+        uncond.replay()
+        velocity += output * -0.4
+        x -= velocity / CAPTURED
+    assert torch.equal(x, expected)
+    assert trace(model) == traces

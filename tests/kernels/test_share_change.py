@@ -13,7 +13,7 @@ from dbcache.kernels.lane_state import BatchReduce, PlanCode
 from dbcache.kernels.share_change import PROGRAMS, make_stamps, share_change
 
 IMPLS = ["triton", "reference"]
-SIZES = [1, 2, 1023, 1025, PROGRAMS * 1024 + 3]
+SIZES = [1, 1023, PROGRAMS * 1024 + 3]
 
 
 def lane_at(
@@ -126,7 +126,7 @@ CODES = [PlanCode.DYNAMIC] * 5 + [PlanCode.WARMUP, PlanCode.MASK, PlanCode.STATI
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
 def test_triton_and_python_agree_bit_for_bit(data):
     """And what is kept is what `decide` and `decide_step` look at."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,7 +175,7 @@ def test_rejects_what_does_not_fit(device):
     for kept in (torch.ones(6, device=device), own.double(), torch.ones(3, 2, device=device).T):
         with pytest.raises(ValueError, match=r"kept must be float32 \(2, 3\), contiguous, got"):
             share_change(own, kept, stamps, state, 0, 0)
-    with pytest.raises(ValueError, match=r"stamps must be int32 \(32, 3\), got"):
+    with pytest.raises(ValueError, match=r"stamps must be int32 \(16, 3\), got"):
         share_change(own, own.clone(), stamps[:3], state, 0, 0)
     with pytest.raises(ValueError, match="must be on one device, got"):
         share_change(own, own.to("meta"), stamps, state, 0, 0)
