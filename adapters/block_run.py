@@ -34,7 +34,7 @@ class BlockRun:
         name: of the stack, for errors.
         prunable: which of the blocks may be left out.
         pattern: what the blocks take and return.
-        open_step: called with the streams that the first block gets; it calls `start`.
+        open_step: called with the streams that the first block gets; it calls `start`, or all run.
         close_step: called when the last block is done.
 
     Attributes:
@@ -114,8 +114,6 @@ class BlockRun:
     def finish(self, index: int) -> None:
         """Note that block `index` is done."""
         if index + 1 == len(self.prunable):
-            assert self.cache is not None
-            self.cache.is_complete |= self.due is not None
             self.close_step()
 
 
@@ -155,9 +153,9 @@ class PruneGuard(Guard):
             encoder = None
         if index == 0:
             run.open_step(hidden, encoder)
-        elif run.cache is None:
+        if run.cache is None:
             return self.run(args, kwargs)  # the model left out the block that decides
-        elif hidden is not run.last:
+        if index > 0 and hidden is not run.last:
             run.breaks.add(index - 1)
         if run.cutter is not None:
             output = self._run_or_not(run.cutter, args, kwargs, hidden, encoder)

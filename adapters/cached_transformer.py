@@ -25,10 +25,11 @@ from dbcache.adapters.scope import make_stacks
 from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.executors.cuda_capture import UserCapture, is_capturing, user_capture
-from dbcache.executors.graph import GraphExecutor, GraphOptions
+from dbcache.executors.graph import GraphExecutor, GraphOptions, Restorable
 from dbcache.executors.recording import Cutter
-from dbcache.lane import Lane
+from dbcache.lane import Lane, LaneCopy
 from dbcache.sharding import Sharding
+from dbcache.shared_change import SharedCopy
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
@@ -168,6 +169,8 @@ class CachedTransformer:
             return
         if [stack.recorded for stack in self.stacks] != [stack.recorded for stack in old.stacks]:
             return
+        if self.patches is not old.patches:
+            return  # functors cannot be compared
         for stack, its_old in zip(self.stacks, old.stacks, strict=True):
             stack.inherit(its_old)
         self.graphs = old.graphs
@@ -331,6 +334,16 @@ class CachedTransformer:
         lanes = [stack.lanes.get(self.step_branch) for stack in self.stacks]
         return [lane for lane in lanes if lane is not None]
 
+    def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
+        """Return what the host reads of a call's tensors; recorded work holds for that alone."""
+        sources = [stack.source for stack in self.stacks if stack.source is not None]
+        return tuple(source.kind_of(self.module, args, kwargs) for source in sources)
+
+    def copies(self) -> list[Restorable]:
+        """Return copies of all that the step under way changes."""
+        shared = [SharedCopy(stack.shared) for stack in self.stacks]
+        return [*map(LaneCopy, self.lanes()), *shared]
+
     def _user_capture(self) -> UserCapture | None:
         """Return what records branches while the user captures a graph; None while not.
 
@@ -340,10 +353,9 @@ class CachedTransformer:
         if not is_capturing():
             return None
         if any(stack.entries and self.step_branch not in stack.lanes for stack in self.stacks):
-            branch = "" if self.step_branch is None else f" of the branch {self.step_branch!r}"
             raise RuntimeError(
-                f"{type(self.module).__name__}: a step{branch} must run before the capture, got "
-                f"none; call the transformer once with inputs of the same shapes, then capture"
+                f"{type(self.module).__name__}: a step must have run before one is captured, and "
+                f"made the buffers, got none of branch {self.step_branch!r}; run one first"
             )
         if self._capture is None:
             self._capture = user_capture(next(self.module.parameters()).device)

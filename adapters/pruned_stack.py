@@ -109,7 +109,7 @@ class PrunedStack(Stack):
 
     def _record(self, lane: PrunedLane, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Let the step's decisions be recorded: each block is a branch, whether it runs or not."""
-        self._check_needs_no_vote()
+        self.check_needs_no_vote()
         if lane.cache.state is None:
             lane.cache.allocate(hidden, encoder)
         decide_step(lane.state, lane.cache.choose(self._changes(lane, hidden)))
@@ -119,6 +119,7 @@ class PrunedStack(Stack):
         self.run.record(self.cutter, decisions)
 
     def _add_lane(self, device: torch.device) -> PrunedLane:
+        self.shared.prepare(device)
         lane = PrunedLane(self.settings, self.run.prunable, device)
         self.lanes[self.branch] = lane
         return lane
@@ -134,7 +135,14 @@ class PrunedStack(Stack):
 
     def _changes(self, lane: PrunedLane, hidden: torch.Tensor) -> torch.Tensor:
         """Measure the changes of the block inputs, or take those of the step's other branch."""
-        return self._once_per_step(lane.step, lambda: lane.cache.measure(hidden))
+        return self.shared(
+            self.branch,
+            lane.state.lane,
+            lane.step,
+            hidden,
+            lambda: lane.cache.measure(hidden),
+            is_recorded=self.cutter is not None,
+        )
 
     def prepare_recording(self) -> None:
         """Let each block that is left out return what it would have, as it does while recorded."""
@@ -155,3 +163,5 @@ class PrunedStack(Stack):
 
     def _close(self) -> None:
         self.is_open = False
+        assert self.lane is not None
+        self.lane.has_reference |= self.run.due is not None

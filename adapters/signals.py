@@ -47,8 +47,23 @@ class Source:
     def start_request(self) -> None:
         """Forget the last request."""
 
-    def start(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take note of what the transformer is called with."""
+    def kind_of(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> object:
+        """Return what the host reads of a call's tensors; recorded work holds for that alone."""
+        return None
+
+    def start(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool = True,
+    ) -> None:
+        """Take note of what the transformer is called with.
+
+        `may_read` says whether its tensors may be read on the host: not while it is recorded.
+        """
 
     def at_block(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of what the stack's first block is called with."""
@@ -58,26 +73,27 @@ class Source:
         assert self.value is not None
         return self.value
 
-    def finish(self, lane: Lane, output: Any) -> None:
-        """Take note of what the transformer returns."""
+    def finish(self, lane: Lane, output: Any, cached: bool) -> None:
+        """Take note of what the transformer returns, on a step that is known to be cached or not.
 
-    def refuse_recording(self, policy: str) -> None:
-        """Raise a ValueError: what a source notes of a call is not part of a recorded graph."""
-        raise ValueError(
-            f"{self.who}: steps recorded as CUDA graphs must be decided by the probe or ahead "
-            f"('dbcache', 'magcache'), got policy={policy!r}, which follows what the transformer "
-            f"is called with; leave out cuda_graph"
-        )
+        In recorded work a step that may be either is not known to be cached.
+        """
 
 
 class Latents(Source):
     """EasyCache: the latents that go in, and how the output follows them."""
 
-    def start(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def start(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool = True,
+    ) -> None:
         self.value = _latents(self.who, model, args, kwargs)
 
-    def finish(self, lane: Lane, output: Any) -> None:
-        if not lane.cached:
+    def finish(self, lane: Lane, output: Any, cached: bool) -> None:
+        if not cached:
             eager.note_output(lane, first_tensor(self.who, output))
 
 
@@ -105,11 +121,18 @@ class Spectrum(Source):
                 f"{type(model).__name__}; known are {', '.join(FULL_NOISE)}; choose another policy"
             )
         self._grids: dict[torch.Size, tuple[int, ...]] = {}
+        self._last_read: tuple[torch.Tensor, int | None, tuple[int, ...]] | None = None
 
     def start_request(self) -> None:
         self._grids.clear()
 
-    def start(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def start(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool = True,
+    ) -> None:
         x = _latents(self.who, model, args, kwargs)
         timestep = argument(model, "timestep", args, kwargs)
         full_noise = _full_noise(model)
@@ -123,7 +146,7 @@ class Spectrum(Source):
         if x.ndim > 3:  # (B, C, H, W) or (B, C, frames, H, W)
             self.value = sea_filter(x, sigma, tuple(range(2, x.ndim)))
             return
-        grid = self._grid_of(model, args, kwargs)
+        grid = self._grid_of(model, args, kwargs, may_read)
         tokens = grid[0] * grid[1]
         if tokens > x.shape[1]:
             raise ValueError(
@@ -133,8 +156,18 @@ class Spectrum(Source):
         # what follows are tokens of pictures that are given, not made
         self.value = sea_filter(x[:, :tokens].unflatten(1, grid), sigma, (1, 2))
 
-    def _grid_of(
+    def kind_of(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> object:
+        x = _latents(self.who, model, args, kwargs)
+        return None if x.ndim > 3 else self._grid_of(model, args, kwargs, may_read=True)
+
+    def _grid_of(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool,
     ) -> tuple[int, ...]:
         """Return (rows, columns) of packed latents, from `img_ids` read once per request.
 
@@ -153,11 +186,29 @@ class Spectrum(Source):
                 f"latents, got neither; choose another policy"
             )
         if ids.shape not in self._grids:
+            self._grids[ids.shape] = self._read(ids, may_read)
+        return self._grids[ids.shape]
+
+    def _read(self, ids: torch.Tensor, may_read: bool) -> tuple[int, ...]:
+        """Return (rows, columns); in a capture, what was read of this very tensor before.
+
+        Raises:
+            RuntimeError: nothing was.
+        """
+        version = None if ids.is_inference() else ids._version
+        if may_read:
             flat = (ids[0] if ids.ndim == 3 else ids).cpu()
             own = flat[flat[:, 0] == flat[0, 0]]
             rows, columns = (own[:, 1:3].amax(0) - own[:, 1:3].amin(0) + 1).tolist()
-            self._grids[ids.shape] = (int(rows), int(columns))
-        return self._grids[ids.shape]
+            self._last_read = ids, version, (int(rows), int(columns))
+        last = self._last_read
+        if last is None or last[0] is not ids or last[1] != version:
+            raise RuntimeError(
+                f"{self.who}: policy='seacache' must know the size of the latents, which is read "
+                f"from img_ids on the host, got ids under capture that were not read before; run a "
+                f"step with the same tensor as img_ids before the capture"
+            )
+        return last[2]
 
 
 def make_source(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +19,19 @@ from dbcache.adapters.guards import (
 )
 from dbcache.adapters.patterns import ENCODER, STREAMS, ForwardPattern, Streams, describe
 from dbcache.adapters.signals import Source, make_source
-from dbcache.adapters.tail import Tail
+from dbcache.adapters.tail import Tail, new_lane_tail
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.executors import eager
 from dbcache.executors.recording import Cutter, Decision
 from dbcache.following import FollowedDecision, FollowingLane
 from dbcache.forecasters import check_runs_on_device, check_steps_are_known
+from dbcache.kernels.decide import decide
 from dbcache.kernels.lane_state import PlanCode
 from dbcache.lane import Lane, Layout, layout_of
 from dbcache.policies import prepare
 from dbcache.schedule import check_retention, resolve_mask
 from dbcache.sharding import Sharding
+from dbcache.shared_change import SharedChange
 
 if TYPE_CHECKING:
     from dbcache.adapters.calibration_notes import CalibrationNotes
@@ -80,7 +81,7 @@ class Stack:
         self._copies_probe = True
         self._copies_middle = True
         self._originals: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._shared: tuple[str | None, int, torch.Tensor] | None = None
+        self.shared = SharedChange(self.settings.cache)
         self.cutter: Cutter | None = None
         self.sharding: Sharding | None = None  # where the ranks each have a part of the tokens
         self.forget_step()
@@ -109,6 +110,8 @@ class Stack:
         if self.fn + self.bn == self.num_blocks:
             return []
         self.tail = Tail.of(self)
+        for lane in self.lanes.values():  # of blocks that were exchanged
+            lane.tail = new_lane_tail(self, lane.device)
         return self._rows()
 
     def _rows(self) -> list[list[Entry]]:
@@ -154,17 +157,16 @@ class Stack:
         self.prediction: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
+        self.passed: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.encoder_fn: torch.Tensor | None = None
         if self.tail is not None:
             self.tail.run.forget_step()
 
     def start_request(self) -> None:
         """Forget the last request."""
-        self._shared = None
+        self.shared.start_request()
         if self.source is not None:
             self.source.start_request()
-        if self.tail is not None:
-            self.tail.start_request()
         for lane in self.lanes.values():
             lane.start_request()
 
@@ -199,13 +201,16 @@ class Stack:
     @property
     def recorded(self) -> tuple[object, ...]:
         """What recorded work depends on."""
-        return (self.name, self.pattern, self.fn, self.bn, *self.settings.recorded)
+        form = (self.name, self.pattern, self.streams, self.round, self.leader is None)
+        tail = () if self.tail is None else (self.tail.start, *self.tail.run.prunable)
+        return (*form, self.fn, self.bn, *tail, *self.settings.recorded)
 
     def inherit(self, old: Stack) -> None:
-        """Go on with the lanes of another stack, whose `recorded` is the same."""
-        self.lanes = old.lanes
+        """Take over the lanes of another stack, whose `recorded` is the same, for a new request."""
+        self.lanes, self.shared = old.lanes, old.shared
         for lane in self.lanes.values():
             lane.reload(self.settings)
+            lane.start_request()
 
     def start_step(self, branch: str | None) -> None:
         """Prepare for a forward; take up blocks that were exchanged since the last one."""
@@ -222,17 +227,11 @@ class Stack:
     def prepare_recording(self) -> None:
         """Get ready for steps that are recorded as graphs; raise a ValueError if they cannot be."""
         self.check_recordable()
+        self.shared.by_device = True
 
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
         check_runs_on_device(self.settings.calibrator, self.name)
-        if self.tail is not None:
-            raise ValueError(
-                f"{self.name}: steps recorded as CUDA graphs must be full or cached as a whole, "
-                f"got Bn_compute_blocks_ids, which leave out single blocks; leave out cuda_graph"
-            )
-        if self.source is not None:
-            self.source.refuse_recording(self.settings.cache.policy)
 
     def notice_call(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -241,12 +240,12 @@ class Stack:
         if self.cutter is not None:
             self.check_recordable()
         if self.source is not None:
-            self.source.start(model, args, kwargs)
+            self.source.start(model, args, kwargs, may_read=self.cutter is None)
 
     def notice_output(self, output: Any) -> None:
         """Take note of what the transformer returns."""
         if self.source is not None and self.lane is not None:
-            self.source.finish(self.lane, output)
+            self.source.finish(self.lane, output, self.cached)
         if self.calibration_notes is not None:
             self.calibration_notes.after_forward(output)
 
@@ -300,6 +299,7 @@ class Stack:
         self.is_open = True
         if self.cached and encoder_in is None and lane.encoder_ring is not None:
             encoder_in = h_fn.new_zeros(lane.encoder_ring.shape[1:])  # made by the blocks alone
+        self.passed = h_fn, encoder_in
         copies = self._copies_middle and not self.cached
         self.h_fn = h_fn.clone() if copies else h_fn
         self.encoder_fn = encoder_in.clone() if copies and encoder_in is not None else encoder_in
@@ -312,9 +312,13 @@ class Stack:
                 self._originals.append((encoder_in, self.encoder_fn))
 
     def _new_lane(self, device: torch.device) -> Lane:
+        self.shared.prepare(device)
         if self.leader is None:
-            return Lane(self.settings, device, branch=self.branch)
-        return FollowingLane(self.settings, self._leader_lane())
+            lane = Lane(self.settings, device, branch=self.branch)
+        else:
+            lane = FollowingLane(self.settings, self._leader_lane())
+        lane.tail = new_lane_tail(self, device)
+        return lane
 
     def _leader_lane(self) -> Lane:
         """Return the lane that has taken this step's decision."""
@@ -336,22 +340,29 @@ class Stack:
         if self.source is not None:
             compared = self.source.measured()
             layout = (*layout, compared.shape, compared.dtype)
+        serves_all = self.cutter is not None and not self.cutter.fixed_by_plan
+        if serves_all:
+            lane.check_has_run(layout, self.name)
         code = lane.start_step(layout, h_fn.device)
-        is_open = code == PlanCode.DYNAMIC and lane.can_compare
-        if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
-            self._check_needs_no_vote()
-            eager.enqueue_decision(lane, self.h_in, compared)
-            self._begin_branch(eager.LaneDecision(lane))
-            return False
-        if not is_open:
+        is_open = code == PlanCode.DYNAMIC and lane.has_reference
+        is_branch = serves_all or (self.cutter is not None and is_open)
+        cached = False
+        if is_branch:
+            self.check_needs_no_vote()
+            if self.shared.is_on and lane.p_ref is not None:
+                decide(lane.state, self._measure(lane, compared))
+            else:
+                eager.enqueue_decision(lane, self.h_in, compared)
+        elif not is_open:
             cached = eager.take_decision(lane, code, None)
-        elif self.settings.cache.cfg_diff_compute_separate and not self._votes:
-            cached = eager.measure_and_decide(lane, self.h_in, compared)
+        elif self.shared.is_on or self._votes:
+            cached = eager.take_decision(lane, code, self._measure(lane, compared))
         else:
-            partials = self._once_per_step(lane.step, lambda: self._measure(lane, compared))
-            cached = eager.take_decision(lane, code, partials)
+            cached = eager.measure_and_decide(lane, self.h_in, compared)
         if self.source is not None:
             lane.remember(compared)
+        if is_branch:
+            self._begin_branch(eager.LaneDecision(lane))
         return cached
 
     @property
@@ -359,7 +370,7 @@ class Stack:
         """Whether a rank measures only its part of the tokens."""
         return self.sharding is not None and (self.source is None or not self.source.is_whole)
 
-    def _check_needs_no_vote(self) -> None:
+    def check_needs_no_vote(self) -> None:
         """Raise if the decision needs a message, which a recording would not repeat in time."""
         if self.sharding is not None:
             raise RuntimeError(
@@ -389,24 +400,19 @@ class Stack:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
         return not all(torch.equal(original, copy) for original, copy in self._originals)
 
-    def _once_per_step(self, step: int, measure: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Measure a change, or take that of the step's other branch, as the config says."""
-        if self.settings.cache.cfg_diff_compute_separate:
-            return measure()
-        shared = self._shared
-        if shared and shared[0] != self.branch and shared[1] == step:
-            return shared[2]
-        partials = measure()
-        self._shared = (self.branch, step, partials)
-        return partials
-
     def _measure(self, lane: Lane, h_fn: torch.Tensor) -> torch.Tensor:
-        """Measure the probe's change, of all ranks that share the sequence."""
-        assert self.h_in is not None
-        partials = eager.measure(lane, self.h_in, h_fn)
-        if self.sharding is None or not self._votes:
-            return partials
-        return self.sharding.vote(partials, per_sample=self.settings.cache.batch_reduce == "max")
+        """Return the change, of all ranks; or that of another branch, as `SharedChange` says."""
+
+        def measure() -> torch.Tensor:
+            assert self.h_in is not None
+            partials = eager.measure(lane, self.h_in, h_fn)
+            if self.sharding is None or not self._votes:
+                return partials
+            by_sample = self.settings.cache.batch_reduce == "max"
+            return self.sharding.vote(partials, per_sample=by_sample)
+
+        records = self.cutter is not None
+        return self.shared(self.branch, lane.state, lane.step, h_fn, measure, is_recorded=records)
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of the middle blocks."""
@@ -439,9 +445,11 @@ class Stack:
         if self.is_branch:
             assert self.cutter is not None
             self.cutter.begin_cached()
+            assert self.passed is not None
+            h_fn, encoder_fn = self.passed  # what the full body copied, or made, is not there
             if is_made and encoder is not None:
-                self.encoder_fn = torch.zeros_like(encoder)  # that of the full body is not made
-            eager.forecast_into(self.lane, self.h_fn, self.encoder_fn, h_out, encoder)
+                encoder_fn = torch.zeros_like(encoder)
+            eager.forecast_into(self.lane, h_fn, encoder_fn, h_out, encoder)
             self.cutter.end_branch()
         self.is_open = False
         if self.tail is not None:
@@ -450,10 +458,6 @@ class Stack:
     def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
         """Return the blocks that were left out on each step; None where whole steps are cached."""
         return None
-
-    def tail_nbytes(self, branch: str | None) -> int:
-        """Bytes of what is stored of single blocks among the last ones."""
-        return 0 if self.tail is None else self.tail.nbytes(branch)
 
     def left_blocks_out(self) -> bool:
         """Say whether the model did not run the blocks at which a step is decided and stored.

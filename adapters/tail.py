@@ -13,8 +13,8 @@ import torch
 
 from dbcache.adapters.block_run import BlockRun, EncoderGuard, PruneGuard
 from dbcache.adapters.guards import CheckGuard, Guard
-from dbcache.kernels import block_state as bs
-from dbcache.pruned_lane import BlockCache
+from dbcache.lane import Lane
+from dbcache.lane_tail import LaneTail, TailDecision
 
 if TYPE_CHECKING:
     from dbcache.adapters.stack import Stack
@@ -45,7 +45,6 @@ class Tail:
         self.run = BlockRun(stack.name, prunable[skip:keep], stack.pattern, self._open, self._close)
         # it is short, and so what the loop takes from a block to a later one is what it would be
         self.run.fuses = False
-        self.caches: dict[str | None, BlockCache] = {}
 
     @classmethod
     def of(cls, stack: Stack) -> Tail | None:
@@ -62,31 +61,42 @@ class Tail:
             return EncoderGuard(self.stack, block, who, self.run)
         return CheckGuard(self.stack, block, who)
 
-    def start_request(self) -> None:
-        """Forget the last request; the buffers stay allocated."""
-        for cache in self.caches.values():
-            cache.is_complete = False
-
     def _open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Decide which blocks are left out on a cached step. None is on a full one."""
-        stack = self.stack
-        cache = self.caches.get(stack.branch)
-        if cache is None:
-            rule = [0.0] * bs.NUM_RULE
-            rule[bs.THRESHOLD] = stack.settings.cache.non_compute_blocks_diff_threshold
-            cache = self.caches[stack.branch] = BlockCache(self.run.prunable, rule)
-        layout: tuple[object, ...] = (hidden.shape, hidden.dtype, hidden.device)
-        cache.fit(layout if encoder is None else (*layout, encoder.shape, encoder.dtype))
-        skipped = [False] * len(self.run.prunable)
-        if stack.cached and cache.is_complete:
-            skipped, _ = cache.decide(cache.measure(hidden), stack.sharding)
-        step = stack.lane.step if stack.lane is not None else 0
-        due = None if stack.cached else cache.due(step, hidden.device)
-        self.run.start(cache, skipped, due)
+        stack, lane = self.stack, self.stack.lane
+        if lane is None:
+            return  # the model left out the block at which the step is decided: all others run
+        tail = lane.tail
+        assert tail is not None
+        tail.fit(hidden, encoder)
+        if stack.cutter is not None and (stack.is_branch or stack.cached):
+            self._record(lane, tail, hidden, encoder)
+            return
+        tail.decide(lane, hidden if stack.cached else None, stack.sharding)
+        due = None if stack.cached else tail.store
+        self.run.start(tail.cache, tail.read(stack.cached), due)
+
+    def _record(
+        self, lane: Lane, tail: LaneTail, hidden: torch.Tensor, encoder: torch.Tensor | None
+    ) -> None:
+        """Let the blocks be recorded: each is a branch, whether it runs or not.
+
+        On a cached step those that run are not stored: the device knows.
+        """
+        self.stack.check_needs_no_vote()
+        if tail.cache.state is None:
+            tail.cache.allocate(hidden, encoder)
+        tail.decide(lane, hidden)
+        self.run.start(tail.cache, [], tail.store)
+        decisions = [TailDecision(lane, i) for i in range(len(self.run.prunable))]
+        self.run.record(self.stack.cutter, decisions)
 
     def _close(self) -> None:
         """Nothing is left to do: the step was finished by the middle blocks."""
 
-    def nbytes(self, branch: str | None) -> int:
-        """Bytes of what is stored of the blocks under a guidance branch."""
-        return self.caches[branch].nbytes() if branch in self.caches else 0
+
+def new_lane_tail(stack: Stack, device: torch.device) -> LaneTail | None:
+    """Return what a new lane of `stack` keeps of its last blocks; None where all of them run."""
+    if stack.tail is None:
+        return None
+    return LaneTail(stack.settings, stack.tail.run.prunable, device)

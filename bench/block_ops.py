@@ -19,6 +19,7 @@ from dbcache.kernels.block_changes import block_changes
 from dbcache.kernels.block_state import BlockState, BlockSteps
 from dbcache.kernels.decide_blocks import decide_blocks
 from dbcache.kernels.decide_step import decide_step
+from dbcache.kernels.decide_tail import decide_tail
 from dbcache.kernels.probe_diff import partition_of
 from dbcache.kernels.store_block import store_block
 
@@ -113,6 +114,18 @@ def _step_eager(x: Inputs) -> Outputs:
     return (torch.tensor(flags, device=x["decisions"].device).float(),)
 
 
+def _make_cached(shape: Shape, draw: Draw) -> Inputs:
+    x = _make_decided(shape, draw)
+    x["steps"].lane.counters[ls.CACHED] = 1
+    return x
+
+
+def _tail(x: Inputs, impl: Backend) -> Outputs:
+    steps = x["steps"]
+    decide_tail(steps.lane.counters, x["decisions"], steps.flags, steps.store, impl=impl)
+    return ()
+
+
 def _make_step(shape: Shape, draw: Draw) -> Inputs:
     x = _make(shape, draw)
     x["h_out"] = x["h"] + draw.hidden(shape, 0.5)
@@ -175,6 +188,15 @@ BLOCK_OPS = [
         name="decide_step",
         make=_make_decided,
         call=_step,
+        eager=_step_eager,
+        results=_left_out,
+        moved=None,
+        eager_waits=True,
+    ),
+    KernelOp(
+        name="decide_tail",
+        make=_make_cached,
+        call=_tail,
         eager=_step_eager,
         results=_left_out,
         moved=None,

@@ -26,6 +26,7 @@ from dbcache.kernels.lane_state import LaneState
 from dbcache.kernels.predict import predict
 from dbcache.kernels.probe_and_decide import probe_and_decide
 from dbcache.kernels.probe_diff import probe_diff
+from dbcache.kernels.share_change import make_stamps, share_change
 
 GAP = 2
 """Steps between the snapshots, and from the latest one to the step that is predicted."""
@@ -111,6 +112,26 @@ def _decide(x: Inputs, impl: Backend) -> Outputs:
 def _decide_eager(x: Inputs) -> Outputs:
     sums = x["partials"].sum((0, 1))
     return ((sums[0] / sums[1]).item() < THRESHOLD,)
+
+
+def _make_shared(shape: Shape, draw: Draw) -> Inputs:
+    """Return what branch 0 has measured on the step that branch 1 begins."""
+    x = _make_decide(shape, draw)
+    stamps = make_stamps(draw.device)
+    stamps[:, 0], stamps[:, 1], stamps[:, 2] = 0, x["state"].counters[ls.STEP], 0
+    kept = draw.normal(*x["partials"].shape, dtype=torch.float32)
+    return x | {"stamps": stamps, "kept": kept}
+
+
+def _share(x: Inputs, impl: Backend) -> Outputs:
+    share_change(x["partials"], x["kept"], x["stamps"], x["state"], 1, 0, impl=impl)
+    return (x["partials"].clone(),)
+
+
+def _share_eager(x: Inputs) -> Outputs:
+    branch, step, kind = x["stamps"][0]
+    is_taken = (branch != 1) & (step == x["state"].counters[ls.STEP]) & (kind == 0)
+    return (torch.where(is_taken, x["kept"], x["partials"]),)
 
 
 def _measure(x: Inputs, impl: Backend) -> Outputs:
@@ -370,6 +391,13 @@ CACHE_OPS = (
         results=_decision,
         moved=None,
         eager_waits=True,
+    ),
+    KernelOp(
+        name="share_change",
+        make=_make_shared,
+        call=_share,
+        eager=_share_eager,
+        moved=None,
     ),
     KernelOp(
         name="probe_diff+decide",

@@ -133,7 +133,7 @@ seconds=$([ "$device" = cuda ] && echo 1 || echo 0.05)
         left_out sanitizer "needs a GPU"
     elif command -v compute-sanitizer >/dev/null; then
         step sanitizer 150 compute-sanitizer --error-exitcode 1 "$python" -m pytest -q \
-            --junitxml="$logs/sanitizer.xml" tests/graphs/test_on_gpu.py -k "fifty and device"
+            --junitxml="$logs/sanitizer.xml" tests/graphs/test_on_gpu.py -k "fifty and (steps-device or blocks-device)"
     else
         left_out sanitizer "compute-sanitizer is not installed"
     fi

@@ -124,11 +124,13 @@ def _make_sums(shape: Shape, draw: Draw) -> Inputs:
     outputs, inputs = (
         draw.normal(shape.batch, programs, 2, dtype=torch.float32).abs_() for _ in range(2)
     )
-    return {"state": cached_lane(draw.device), "outputs": outputs, "inputs": inputs}
+    state = cached_lane(draw.device)
+    state.values[ls.RATE] = 1.0  # what the next full step replaces
+    return {"state": state, "outputs": outputs, "inputs": inputs}
 
 
 def _rate(x: Inputs, impl: Backend) -> Outputs:
-    transformation_rate(x["state"].values, x["outputs"], x["inputs"], impl=impl)
+    transformation_rate(x["state"], x["outputs"], x["inputs"], impl=impl)
     return ()
 
 

@@ -54,6 +54,8 @@ def enable(
 ) -> Target:
     """Switch the cache on; enabling again replaces the settings.
 
+    CUDA graphs that were recorded are kept where nothing that they hold changes.
+
     Args:
         target: a diffusers pipeline, a transformer of a supported class, or a `BlockAdapter`.
             With a pipeline, each call of it is a request; a transformer alone starts a new one
@@ -111,6 +113,10 @@ def enable(
         ]
     for transformer, patch in zip(transformers, patches, strict=False):
         transformer.patches = patch
+    for transformer in transformers:
+        old = handle_of(transformer.module)
+        if old is not None and old.graphs is not None and old.graphs.recordings:
+            transformer.inherit(old)
     disable(pipe if pipe is not None else target)
     _install_shardings(transformers)
     for transformer in transformers:
@@ -168,7 +174,6 @@ def summary(target: object, details: bool = False, logging: bool = True) -> Summ
             traces = {branch: lane.trace() for branch, lane in stack.lanes.items()}
             traces = {branch: trace for branch, trace in traces.items() if trace[0]}
             for branch, (reasons, diffs) in traces.items():
-                nbytes = stack.lanes[branch].nbytes() + stack.tail_nbytes(branch)
                 lanes.append(
                     LaneSummary.from_trace(
                         reasons,
@@ -179,7 +184,7 @@ def summary(target: object, details: bool = False, logging: bool = True) -> Summ
                         threshold=stack.settings.cache.threshold,
                         policy=stack.settings.cache.policy,
                         follows=stack.leader.name if stack.leader is not None else None,
-                        megabytes=nbytes / 1e6,
+                        megabytes=stack.lanes[branch].nbytes() / 1e6,
                         pruned=stack.pruned_blocks(branch),
                         blocks=stack.num_blocks,
                     )
@@ -245,6 +250,7 @@ def refresh_context(
     renewed = [transformer.renewed(changes) for transformer in transformers]
     for old, new in zip(transformers, renewed, strict=True):
         if new is not old:
+            new.inherit(old)
             _replace(old, new)
         new.refresh()
         if verbose:
@@ -427,7 +433,6 @@ def _replace(old: CachedTransformer | None, new: CachedTransformer) -> None:
     """Install `new` where `old` was; pipelines that share the transformer go on with it."""
     if old is not None:
         new.pipelines = old.pipelines
-        new.inherit(old)
         old.remove(keep_sharding=old.sharding is new.sharding)
     new.install()
 

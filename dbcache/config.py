@@ -338,6 +338,7 @@ class StackSettings:
             cache.policy,
             cache.compares_hidden_states,
             cache.important_condition_threshold > 0,
+            cache.cfg_diff_compute_separate,
             self.calibrator.recorded,
         )
 

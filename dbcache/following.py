@@ -35,6 +35,7 @@ class FollowingLane(Lane):
         self.step = 0
         self.has_reference = self.cached = False
         self._overruled.clear()
+        self._forget_tail()
 
     def follow(self, layout: Layout, device: torch.device) -> bool:
         """Take over the decision that the leader took in this step; return it.
@@ -52,7 +53,7 @@ class FollowingLane(Lane):
         missed = self.step != leader.step - 1
         changed = layout != self.layout
         if changed:
-            self.drop_buffers()
+            self.set_buffers({})
             self.layout = layout
         # a leader whose own layout changed in this step, or in its first one, starts anew already
         is_alone = leader.step > 1 and (missed or leader.layout == self._leader_layout)
@@ -80,8 +81,10 @@ class FollowingLane(Lane):
         return self.leader.plan
 
     def reload(self, settings: StackSettings) -> None:
-        """Take over settings; what lies on the device is the leader's."""
+        """Take over settings; but for the last blocks, what lies on the device is the leader's."""
         self.settings = settings
+        if self.tail is not None:
+            self.tail.reload(settings)
 
     def take_buffers(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
         """Go on with the rings of another layout; what they hold is void, and so are the leader's.
@@ -96,19 +99,24 @@ class FollowingLane(Lane):
         """Nothing: the leader makes room."""
 
     def force(self, code: int) -> None:
-        """Nothing: the leader decides."""
+        """The leader decides; the last blocks are as on such a step."""
+        if self.tail is not None:
+            self.tail.force(code)
 
     def rewind(self, step: int) -> None:
         """Go back to `step`; the leader does the rest."""
         self.step = step
+        self._forget_tail()
 
     def forget_reference(self) -> None:
         """Make the leader's next step a full one: what is stored here does not hold any more."""
         self.leader.forget_reference()
+        self._forget_tail()
 
     def abort_step(self) -> None:
         """Undo a step that an exception cut short; the leader does the rest."""
         self.step -= 1
+        self._forget_tail()
 
     def trace(self) -> tuple[list[int], list[float]]:
         """Return the leader's reasons but for overruled steps; nothing is measured here."""

@@ -8,14 +8,19 @@ lane whose steps are decided before the first block has no P_ref.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from dbcache.config import StackSettings
 from dbcache.forecasters import make_forecaster
 from dbcache.kernels import lane_state
-from dbcache.kernels.lane_state import BatchReduce, LaneState, Signal
+from dbcache.kernels.lane_state import BatchReduce, LaneState
 from dbcache.policies import POLICIES, coefficients, decide_ahead
 from dbcache.schedule import make_plan
+
+if TYPE_CHECKING:
+    from dbcache.lane_tail import LaneTail
 
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
@@ -67,9 +72,9 @@ class Lane:
         self.encoder_scales: torch.Tensor | None = None
         self.full_input: torch.Tensor | None = None
         self.full_output: torch.Tensor | None = None
-        self.full_steps = 0
         self.state = LaneState.allocate(FIRST_CAPACITY, device) if state is None else state
         self.forecaster = make_forecaster(settings, device)
+        self.tail: LaneTail | None = None  # of the stack's last blocks, if some may be left out
         self._flag: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
         if state is None:
@@ -126,23 +131,39 @@ class Lane:
         """Take over settings that need no other buffers and no other `forecaster`."""
         self.settings = settings
         self._load_settings()
+        if self.tail is not None:
+            self.tail.reload(settings)
 
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
-        self.step = self.full_steps = 0
+        self.step = 0
         self.has_reference = False
         self.cached = False
         self.state.reset()
+        self._forget_tail()
+
+    def _forget_tail(self) -> None:
+        if self.tail is not None:
+            self.tail.forget()
 
     def start_step(self, layout: Layout, device: torch.device) -> int:
         """Make room for the step and return its plan code; restart if the `layout` changed."""
         if layout != self.layout:
             if device != self.device:
                 self._move(device)
-            self.take_buffers(layout, dict.fromkeys(BUFFERS))
+            self.take_buffers(layout, {})
         if self.step >= len(self.plan):
             self.reserve(2 * len(self.plan))
         return self.plan[self.step]
+
+    def check_has_run(self, layout: Layout, who: str) -> None:
+        """Raise a RuntimeError if no step of this `layout` has left behind what later ones need."""
+        if layout != self.layout or self.ring is None:
+            raise RuntimeError(
+                f"{who}: a step that is captured to serve all steps must find what they are "
+                f"compared with and predicted from, got a lane in which the last step was of "
+                f"another shape, or none has run; run a step before the capture"
+            )
 
     @outside_inference_mode
     def reserve(self, steps: int) -> None:
@@ -158,12 +179,16 @@ class Lane:
         self.state = LaneState.allocate(len(old.plan), device)
         self.state.copy_(old)
         self.forecaster = make_forecaster(self.settings, device)
+        if self.tail is not None:
+            self.tail.move(device)
         self._flag = self._event = None
 
-    def drop_buffers(self) -> None:
-        """Let go of what no longer fits; the next full step allocates anew."""
+    def set_buffers(self, buffers: dict[str, torch.Tensor | None]) -> None:
+        """Go on with `buffers`; for those that are not there the next full step allocates anew."""
         for name in BUFFERS:
-            setattr(self, name, None)
+            setattr(self, name, buffers.get(name))
+        if self.tail is not None:
+            self.tail.take_buffers(buffers)
 
     def buffers(
         self, h_fn: torch.Tensor, h_out: torch.Tensor, encoder_out: torch.Tensor | None
@@ -186,26 +211,28 @@ class Lane:
 
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
         """Return the large tensors."""
-        return {name: getattr(self, name) for name in BUFFERS}
+        tail = {} if self.tail is None else self.tail.buffers_by_name()
+        return {name: getattr(self, name) for name in BUFFERS} | tail
 
     def learned(self) -> list[torch.Tensor]:
-        """Return what the predictor keeps besides the ring."""
-        return [] if self.forecaster is None else self.forecaster.tensors()
+        """Return what the predictor keeps besides the ring, and the last blocks."""
+        parts = (self.forecaster, self.tail)
+        return [x for part in parts if part is not None for x in part.tensors()]
 
     def take_buffers(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
         """Go on with the large tensors of another layout; what they hold is void."""
         if self.has_reference:
             self.state.invalidate()
             self.has_reference = False
-            self.full_steps = 0
         self.layout = layout
-        for name, buffer in buffers.items():
-            setattr(self, name, buffer)
+        self.set_buffers(buffers)
 
     def force(self, code: int) -> None:
         """Fix what the next step will be."""
         self.plan[self.step] = code
         self.state.plan[self.step] = code
+        if self.tail is not None:
+            self.tail.force(code)
 
     def rewind(self, step: int) -> None:
         """Go back to `step` after an exception: what came since counts as never begun."""
@@ -223,12 +250,6 @@ class Lane:
             return ring, None
         return ring, torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
 
-    @property
-    def can_compare(self) -> bool:
-        """Whether there is something that a dynamic step can be compared with."""
-        is_ready = self.policy.signal != Signal.RATE or self.full_steps >= 2
-        return self.has_reference and is_ready
-
     @outside_inference_mode
     @torch.no_grad()
     def remember(self, measured: torch.Tensor) -> None:
@@ -236,13 +257,22 @@ class Lane:
         self.p_ref = _copy(measured, self.p_ref)
 
     @outside_inference_mode
+    def full_buffers(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return input and output of the latest full step; made where there was none yet."""
+        assert self.p_ref is not None
+        if self.full_input is None or self.full_output is None:
+            self.full_input, self.full_output = _like(self.p_ref), _like(output)
+        return self.full_input, self.full_output
+
+    @outside_inference_mode
     @torch.no_grad()
     def remember_full(self, output: torch.Tensor) -> None:
-        """Keep a full step's output and input, which `remember` was given."""
+        """Keep the step's output and input, which `remember` was given, if it is a full one."""
         assert self.p_ref is not None
-        self.full_input = _copy(self.p_ref, self.full_input)
-        self.full_output = _copy(output, self.full_output)
-        self.full_steps += 1
+        cached = self.state.counters[lane_state.CACHED : lane_state.CACHED + 1] != 0
+        before_in, before_out = self.full_buffers(output)
+        torch.where(cached, before_in, self.p_ref, out=before_in)
+        torch.where(cached, before_out, output, out=before_out)
 
     def read_decision(self) -> bool:
         """Return whether the device decided to cache. The only host wait of a dynamic step."""
@@ -260,9 +290,9 @@ class Lane:
     def forget_reference(self) -> None:
         """Make the next step a full one: nothing that was stored holds any more."""
         self.has_reference = False
-        self.full_steps = 0
         self.state.invalidate()
         self.state.counters[lane_state.REFERENCE] = 0
+        self._forget_tail()
 
     def abort_step(self) -> None:
         """Undo a step that an exception cut short: it counts as never begun."""
@@ -284,7 +314,9 @@ class Lane:
 
     def nbytes(self) -> int:
         """Bytes of the lane's buffers."""
-        return sum(x.nbytes for x in self.buffers_by_name().values() if x is not None)
+        own = (getattr(self, name) for name in BUFFERS)
+        blocks = 0 if self.tail is None else self.tail.cache.nbytes()
+        return blocks + sum(x.nbytes for x in own if x is not None)
 
 
 def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
@@ -296,9 +328,12 @@ def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
 
 def _copy(x: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     """Return `buffer` with the content of `x`; made where there is none."""
-    if buffer is None:
-        buffer = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return buffer.copy_(x)
+    return (_like(x) if buffer is None else buffer).copy_(x)
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """Return a buffer for what is like `x`."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class LaneCopy:

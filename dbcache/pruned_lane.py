@@ -9,8 +9,8 @@ one that may be left out, and one of the size of `encoder_hidden_states` where b
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -37,24 +37,41 @@ class BlockCache:
     Args:
         prunable: which of them may be left out.
         rule: the numbers of `block_state` that `decide_blocks` goes by.
+        device: of the blocks.
+
+    Attributes:
+        rule: those numbers on the device, in one tensor for the states of all layouts.
+        state: what is stored; None until the first block is.
     """
 
-    def __init__(self, prunable: Sequence[bool], rule: Sequence[float]) -> None:
+    @outside_inference_mode
+    def __init__(
+        self, prunable: Sequence[bool], rule: Sequence[float], device: torch.device
+    ) -> None:
         self.prunable = list(prunable)
-        self.rule = list(rule)
-        self.layout: Layout | None = None
-        self.is_complete = False
+        self.rule = torch.tensor(rule, dtype=torch.float32, device=device)
         self.state: BlockState | None = None
         self._host: torch.Tensor | None = None
         self._event: torch.cuda.Event | None = None
 
-    def fit(self, layout: Layout) -> bool:
-        """Drop what is stored of tensors of another `layout`; say whether there was any."""
-        if layout == self.layout:
-            return False
-        had_any, self.is_complete = self.is_complete, False
-        self.layout, self.state, self._host, self._event = layout, None, None, None
-        return had_any
+    def write_rule(self, rule: Sequence[float]) -> None:
+        """Go by other numbers from now on."""
+        self.rule.copy_(torch.tensor(rule, dtype=torch.float32))
+
+    def move(self, device: torch.device) -> None:
+        """Take the rule along to another device; what is stored is dropped."""
+        self.rule = self.rule.to(device)
+        self.state = self._host = self._event = None
+
+    def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
+        """Return the tensors of what is stored."""
+        if self.state is None:
+            return {}
+        return {field.name: getattr(self.state, field.name) for field in fields(self.state)}
+
+    def take_buffers(self, buffers: dict[str, Any]) -> None:
+        """Go on with what is stored of tensors of another layout, or with nothing."""
+        self.state = BlockState(**buffers) if buffers else None
 
     def measure(self, h: torch.Tensor) -> torch.Tensor:
         """Return the partial sums of how much each block's input changed, given the first one's."""
@@ -75,29 +92,22 @@ class BlockCache:
             sums = torch.cat([partials.sum(2).flatten(0, 1), state.growth_sums.sum(1)])
             sums = sharding.vote(sums[:, None], per_sample=True)
             partials = sums[: blocks * samples].unflatten(0, (blocks, samples))
-            state = dataclasses.replace(state, growth_sums=sums[blocks * samples :])
+            state = replace(state, growth_sums=sums[blocks * samples :])
         decide_blocks(partials, state)
         return state.decisions
-
-    def decide(
-        self, partials: torch.Tensor, sharding: Sharding | None = None
-    ) -> tuple[list[bool], list[float]]:
-        """Return on the host what `choose` gives. The only host wait of a step."""
-        pairs = self._read(self.choose(partials, sharding)).tolist()
-        return [bool(skipped) for _, skipped in pairs], [diff for diff, _ in pairs]
 
     def read(self, flags: torch.Tensor) -> list[bool]:
         """Return on the host which blocks are left out. The only host wait of a step."""
         return [bool(flag) for flag in self._read(flags).tolist()]
 
-    def _read(self, values: torch.Tensor) -> torch.Tensor:
-        if not values.is_cuda:
-            return values
+    def _read(self, flags: torch.Tensor) -> torch.Tensor:
+        if not flags.is_cuda:
+            return flags
         if self._host is None or self._event is None:
-            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
             self._event = torch.cuda.Event()
-        self._host.copy_(values, non_blocking=True)
-        self._event.record(torch.cuda.current_stream(values.device))
+        self._host.copy_(flags, non_blocking=True)
+        self._event.record(torch.cuda.current_stream(flags.device))
         self._event.synchronize()
         return self._host
 
@@ -115,13 +125,6 @@ class BlockCache:
             encoder_in = encoder_out = None
         state = self.state or self.allocate(h_in, encoder_in)
         store_block(state, due, index, h_in, h_out, encoder_in, encoder_out)
-
-    def due(self, step: int, device: torch.device) -> torch.Tensor:
-        """Return what makes `store` store on this step; for steps that the host decides."""
-        due = torch.empty(bs.NUM_STORE, dtype=torch.int32, device=device)
-        due[bs.DUE].fill_(1 + self.is_complete)
-        due[bs.STAMP].fill_(step)
-        return due
 
     @outside_inference_mode
     def allocate(self, h: torch.Tensor, encoder: torch.Tensor | None) -> BlockState:
@@ -163,15 +166,16 @@ class PrunedLane:
         assert isinstance(settings.cache, DBPruneConfig)
         self.settings = settings
         self.config = settings.cache
-        self.cache = BlockCache(prunable, self.config.rule)
+        self.cache = BlockCache(prunable, self.config.rule, device)
         self.device = device
+        self.layout: Layout | None = None
         self.state = BlockSteps.allocate(FIRST_CAPACITY, prunable, device)
         self._load_settings()
         self.start_request()
 
     def _load_settings(self) -> None:
         """Write the parameters and the plan to the device."""
-        config, lane, blocks = self.config, self.state.lane, self.cache.state
+        config, lane = self.config, self.state.lane
         limits, thresholds = lane.limits.cpu(), lane.thresholds.cpu()
         limits[ls.MAX_CACHED] = config.max_steps
         limits[ls.MAX_CONSECUTIVE] = config.max_continuous_cached_steps
@@ -180,9 +184,7 @@ class PrunedLane:
         lane.thresholds.copy_(thresholds)
         self._limits, self._thresholds = limits.tolist(), thresholds.tolist()
         self.state.store[bs.EVERY] = config.residual_cache_update_interval
-        self.cache.rule = config.rule
-        if blocks is not None:
-            blocks.rule.copy_(torch.tensor(config.rule, dtype=torch.float32))
+        self.cache.write_rule(config.rule)
         self._write_plan()
 
     def _write_plan(self) -> None:
@@ -208,24 +210,9 @@ class PrunedLane:
         """Forget the last request; the buffers stay allocated."""
         self.step = self.cached_steps = self.consecutive = 0
         self.knows_counts = True
-        self.cached = False
-        self.cache.is_complete = False
+        self.cached = self.has_reference = False
         self.skipped: list[bool] = []
         self.state.lane.reset()
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether blocks could be left out on the next step."""
-        return self.cache.is_complete
-
-    @has_reference.setter
-    def has_reference(self, value: bool) -> None:
-        self.cache.is_complete = value
-
-    @property
-    def layout(self) -> Layout | None:
-        """Of what is stored."""
-        return self.cache.layout
 
     def start_step(self, layout: Layout, device: torch.device) -> PlanCode:
         """Return the step's plan code; what is stored is dropped if the `layout` changed."""
@@ -247,13 +234,11 @@ class PrunedLane:
     @outside_inference_mode
     def _move(self, device: torch.device) -> None:
         self.device, self.state = device, self.state.clone(device)
+        self.cache.move(device)
 
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
         """Return what is stored of the blocks."""
-        blocks = self.cache.state
-        if blocks is None:
-            return {}
-        return {field.name: getattr(blocks, field.name) for field in dataclasses.fields(blocks)}
+        return self.cache.buffers_by_name()
 
     def learned(self) -> list[torch.Tensor]:
         """Return nothing: there is no predictor."""
@@ -261,11 +246,11 @@ class PrunedLane:
 
     def take_buffers(self, layout: Layout, buffers: dict[str, Any]) -> None:
         """Go on with what is stored of another layout, or with nothing; what it holds is void."""
-        if self.cache.fit(layout):
+        if self.has_reference:
             self.state.lane.invalidate()
-        if buffers:
-            self.cache.state = BlockState(**buffers)
-            self.cache.state.rule.copy_(torch.tensor(self.cache.rule, dtype=torch.float32))
+            self.has_reference = False
+        self.layout = layout
+        self.cache.take_buffers(buffers)
 
     def force(self, code: PlanCode) -> None:
         """Fix what the next step will be."""

@@ -25,7 +25,7 @@ NUM_RULE = 4
 # entries of BlockSteps.store, int32
 EVERY = 0  # blocks are stored on steps 0, EVERY, 2 * EVERY, ..., and when nothing is stored yet
 DUE = 1  # on the latest step: 0 nothing is stored, 1 for the first time, 2 again
-STAMP = 2  # that step
+STAMP = 2  # that step; the one on which blocks were last stored, where `decide_tail` says it
 NUM_STORE = 3
 
 
@@ -61,7 +61,7 @@ class BlockState:
         h: torch.Tensor,
         encoder: torch.Tensor | None,
         prunable: Sequence[bool],
-        rule: Sequence[float],
+        rule: torch.Tensor | Sequence[float],
         impl: Impl = "auto",
     ) -> "BlockState":
         """Return the state of ``len(prunable)`` blocks of which nothing is stored yet.
@@ -70,7 +70,7 @@ class BlockState:
             h: hidden states as the blocks are called with.
             encoder: encoder states as they return them, None if they return none.
             prunable: which of them may be left out.
-            rule: NUM_RULE numbers.
+            rule: NUM_RULE numbers; a float32 tensor of them, on the device, is taken as it is.
             impl: as in the ops that are to run on it.
         """
         count, device = len(prunable), h.device
@@ -89,10 +89,21 @@ class BlockState:
             stamps=torch.zeros(count, dtype=torch.int32, device=device),
             growth_sums=zeros(count, programs, 2),
             prunable=torch.tensor(prunable, dtype=torch.int32, device=device),
-            rule=torch.tensor(rule, dtype=torch.float32, device=device),
+            rule=torch.as_tensor(rule, dtype=torch.float32, device=device),
             changes=zeros(count, 2),
             decisions=zeros(count, 2),
             ticket=torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+    def fits(self, h: torch.Tensor, encoder: torch.Tensor | None) -> bool:
+        """Whether blocks with these streams can be stored; encoder states are if there is room."""
+        added = self.encoder_residuals
+        pairs = [(h, self.inputs)]
+        if encoder is not None and added is not None:
+            pairs.append((encoder, added))
+        return all(
+            (x.shape, x.dtype, x.device) == (stored.shape[1:], stored.dtype, stored.device)
+            for x, stored in pairs
         )
 
     @property

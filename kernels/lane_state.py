@@ -36,8 +36,10 @@ DIFF = 0  # relative L1 of the latest step, -1 where it was not measured
 ACCUMULATED = 1  # sum of the diffs of cached dynamic steps since the last full step
 WEIGHTS = 2  # MAX_SLOTS entries, by ring slot, for hidden states
 ENCODER_WEIGHTS = WEIGHTS + MAX_SLOTS  # the same for encoder hidden states
-RATE = ENCODER_WEIGHTS + MAX_SLOTS  # of Signal.RATE, -1 before there is one
+RATE = ENCODER_WEIGHTS + MAX_SLOTS  # of Signal.RATE; below 0, there is none yet: one of the two
 NUM_VALUES = RATE + 1
+NO_OUTPUT = -1.0  # no output of a full step is kept
+ONE_OUTPUT = -2.0  # that of one full step is
 
 # entries of LaneState.limits, int32
 MAX_CACHED = 0  # most cached steps per request, -1 for no limit
@@ -246,7 +248,7 @@ class LaneState:
         """
         self.counters[REFERENCE : REFERENCE + 1].fill_(2)
         self.counters[SNAPSHOTS : HEAD + 1].zero_()
-        self.values[RATE : RATE + 1].fill_(-1.0)
+        self.values[RATE : RATE + 1].fill_(NO_OUTPUT)
 
     def clone(self, device: torch.device | str | None = None) -> "LaneState":
         """Return a copy with tensors of its own, on `device` if one is given."""
@@ -266,7 +268,7 @@ TENSORS = tuple(tensor.name for tensor in fields(LaneState) if tensor.init)
 def _blank(capacity: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:
     """Return counters, values and the two traces of a request that has not begun."""
     values = torch.zeros(NUM_VALUES, dtype=torch.float32, device=device)
-    values[DIFF] = values[RATE] = -1.0
+    values[DIFF], values[RATE] = -1.0, NO_OUTPUT
     return (
         torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
         values,

@@ -191,8 +191,8 @@ class UserCapture:
             raise RuntimeError(
                 f"{name}: a step that is decided while it runs must be a branch in the graph, "
                 f"which is impossible here: {self.why}. Capture steps that the plan fixes "
-                f"(steps_computation_mask with steps_computation_policy='static'), or enable with "
-                f"cuda_graph='host' and capture nothing"
+                f"(steps_computation_mask with steps_computation_policy='static', and no "
+                f"Bn_compute_blocks_ids), or enable with cuda_graph='host' and capture nothing"
             )
         if self._stream is None:
             self._stream, self._pool = self._make_stream(), self._make_pool()

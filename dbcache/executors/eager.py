@@ -75,12 +75,15 @@ def take_decision(lane: Lane, code: int, partials: torch.Tensor | None) -> bool:
 
 
 def note_output(lane: Lane, output: torch.Tensor) -> None:
-    """Keep the output of a full step, and measure how it followed the input (EasyCache)."""
-    if lane.full_steps and lane.full_output is not None and lane.full_input is not None:
-        assert lane.p_ref is not None
-        moved_out = probe_diff(None, lane.full_output, output)
-        moved_in = probe_diff(None, lane.full_input, lane.p_ref)
-        transformation_rate(lane.state.values, moved_out, moved_in)
+    """Measure how the output of a full step followed its input, and keep both (EasyCache).
+
+    On a cached step nothing is changed. Which of them it was is seen on the device.
+    """
+    before_in, before_out = lane.full_buffers(output)
+    assert lane.p_ref is not None
+    moved_out = probe_diff(None, before_out, output)
+    moved_in = probe_diff(None, before_in, lane.p_ref)
+    transformation_rate(lane.state, moved_out, moved_in)
     lane.remember_full(output)
 
 

@@ -25,7 +25,7 @@ from dbcache.executors.cuda_driver import find_driver
 from dbcache.executors.fingerprint import fingerprint, reason_against
 from dbcache.executors.recording import Cutter, DeviceReplay, HostReplay, SegmentCutter
 from dbcache.kernels.lane_state import PlanCode
-from dbcache.lane import Lane, LaneCopy, outside_inference_mode
+from dbcache.lane import Lane, outside_inference_mode
 from dbcache.options import check_choice, check_flag, check_int, check_number
 
 MODES = ("device", "host")
@@ -44,6 +44,13 @@ CAPACITY = 1024
 means to record anew."""
 
 
+class Restorable(Protocol):
+    """A copy of what there was at one moment."""
+
+    def restore(self) -> None:
+        """Put it back into the same tensors."""
+
+
 class Recordable(Protocol):
     """What the executor needs of a cached transformer."""
 
@@ -57,8 +64,14 @@ class Recordable(Protocol):
     ) -> Any:
         """Run one step eagerly, or while a `cutter` records it."""
 
+    def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
+        """Return what the host reads of a call's tensors; recorded work holds for that alone."""
+
     def lanes(self) -> list[Lane]:
         """Return the lanes of the step under way, in the order of the stacks."""
+
+    def copies(self) -> list[Restorable]:
+        """Return copies of all that the step under way changes."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +247,7 @@ class GraphExecutor:
         """Do one step: replayed where it can be, else eagerly."""
         leaves, structure = flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        key = self._key(leaves, structure)
+        key = (self._key(leaves, structure), self.transformer.kind_of(args, kwargs))
         try:
             recording = self.recordings.get(key)
         except TypeError as error:
@@ -294,8 +307,6 @@ class GraphExecutor:
         if len(devices) != 1 or next(iter(devices)).type not in RECORDERS:
             names = sorted(map(str, devices))
             return f"weights and inputs must lie on one GPU, got {', '.join(names)}"
-        if any(not lane.settings.cache.cfg_diff_compute_separate for lane in self._lanes()):
-            return "cfg_diff_compute_separate must be True: branches are recorded one by one"
         return None
 
     def _some_weights(self) -> list[torch.Tensor]:
@@ -439,12 +450,11 @@ class GraphExecutor:
 
         return step
 
-    @staticmethod
     def _try(
-        lanes: list[Lane], leaves: list[Any], step: Callable[[list[Any]], list[Any]]
+        self, lanes: list[Lane], leaves: list[Any], step: Callable[[list[Any]], list[Any]]
     ) -> list[list[Any]]:
         """Do a full, a cached and a dynamic step on inputs that differ a little; undo them all."""
-        copies, results = [LaneCopy(lane) for lane in lanes], []
+        copies, results = self.transformer.copies(), []
         try:
             for code, scale in zip(TRIED, (1.0, 1.0625, 1.125), strict=True):
                 for lane in lanes:

@@ -8,7 +8,7 @@ from prune_runs import ENCODER, HIDDEN, STEPS, assert_same, counted, options
 from tape import use_driver
 
 import dbcache
-from dbcache import BlockAdapter, DBPruneConfig, ForwardPattern
+from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern
 from dbcache.pruned_lane import BlockCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -78,8 +78,10 @@ patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: p.name)
 
 
 def enable(model, rule, **how):
+    """Enable DBPrune by `rule`, or what a config says."""
     adapter = BlockAdapter(transformer=model, blocks=model.blocks, forward_pattern=model.pattern)
-    return dbcache.enable(adapter, DBPruneConfig(**options(rule)), **how)
+    config = DBPruneConfig(**options(rule)) if isinstance(rule, PruneRule) else rule
+    return dbcache.enable(adapter, config, **how)
 
 
 def run_pattern(pattern, rule, steps=STEPS, prepare=lambda model: None):
@@ -156,10 +158,28 @@ def test_what_the_loop_begins_to_add_between_blocks_is_kept(pattern):
         torch.testing.assert_close(moved, torch.full_like(moved, 2.1), rtol=0, atol=1e-4)
 
 
+LAST = DBCacheConfig(
+    Fn_compute_blocks=2,
+    Bn_compute_blocks=4,
+    Bn_compute_blocks_ids=[1],
+    max_warmup_steps=2,
+    residual_diff_threshold=0.5,
+    max_continuous_cached_steps=4,
+    non_compute_blocks_diff_threshold=0.15,
+)
+
+
+def left_out_on_last_step(stack):
+    """Return whether each block that may be left out was, of single or of last ones."""
+    (lane,) = stack.lanes.values()
+    return getattr(lane, "tail", lane.state).flags.tolist()
+
+
 @patterns
 @pytest.mark.parametrize("in_place", [False, True], ids=["", "in place"])
 @pytest.mark.parametrize("mode", ["host", "device"])
-def test_every_pattern_is_recorded_bit_for_bit(pattern, in_place, mode, monkeypatch):
+@pytest.mark.parametrize("which", ["single blocks", "last blocks"])
+def test_every_pattern_is_recorded_bit_for_bit(pattern, in_place, mode, which, monkeypatch):
     """With blocks that write into their inputs, and controls that the loop adds between them."""
     use_driver(monkeypatch, FakeDriver())
     rule = PruneRule(residual_diff_threshold=0.1, non_prune_block_ids=(4,), max_warmup_steps=2)
@@ -170,17 +190,18 @@ def test_every_pattern_is_recorded_bit_for_bit(pattern, in_place, mode, monkeypa
         model.controls = 0.01 * torch.arange(7)
         for block in model.blocks:
             block.in_place = in_place
-        enable(model, rule, cuda_graph=cuda_graph)
+        enable(model, LAST if which == "last blocks" else rule, cuda_graph=cuda_graph)
         (stack,) = model._dbcache.stacks
         stack.prepare_recording()
-        outputs = []
+        outputs, flags = [], []
         with torch.no_grad():
             for step in range(14):
                 outputs += [output.clone() for output in model(*inputs(step))]
+                flags.append(left_out_on_last_step(stack))
         (lane,) = dbcache.summary(model).lanes
-        runs.append((outputs, lane.reasons, lane.pruned, lane.diffs))
+        runs.append((outputs, lane.reasons, flags, lane.diffs))
     assert model._dbcache.graphs.replays == 13
-    assert any(runs[0][2])
+    assert {True, False} == {any(step) for step in flags[2:]}
     assert runs[0][1:] == runs[1][1:]
     assert all(map(torch.equal, runs[0][0], runs[1][0]))
 

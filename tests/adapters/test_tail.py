@@ -1,5 +1,6 @@
 """`Bn_compute_blocks_ids`: of the last blocks only some run on a cached step, as in the oracle."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import BRANCHES, FAMILIES, denoise
 
 import dbcache
 from dbcache import DBCacheConfig
+from dbcache.adapters.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,6 +141,55 @@ def test_an_exception_in_the_tail_aborts_the_step():
     always = "threshold is 1 or more"
     reasons = dbcache.summary(model).lanes[0].reasons
     assert reasons == ["warm-up", "warm-up", always, "no reference", always]
+
+
+def test_a_first_step_that_fails_leaves_nothing_behind():
+    """Not all blocks were stored then: how a change grew in them is not known."""
+    family, runs = FAMILIES["flux"], []
+    rule = replace(
+        RULES["the last alone"],
+        Bn_compute_blocks_ids=(1,),
+        max_warmup_steps=1,
+        num_inference_steps=12,
+    )
+    for fails in (False, True):
+        model = family.build()
+        dbcache.enable(model, DBCacheConfig(**options(rule)))
+        if fails:
+            handle = model.single_transformer_blocks[-2].register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                denoise(model, family, 1)
+            handle.remove()
+        changes = []
+
+        def note(model, *_, changes=changes):
+            tail = handle_of(model).stacks[0].lanes[None].tail
+            changes.append((tail.flags.tolist(), tail.cache.state.growth_sums.tolist()))
+
+        model.register_forward_hook(note)
+        runs.append((denoise(model, family, 12), changes))
+    assert runs[0][1] == runs[1][1]
+    assert any(any(flags) for flags, _ in runs[0][1])
+    assert all(map(torch.equal, runs[0][0], runs[1][0]))
+
+
+def test_blocks_that_are_exchanged_start_anew():
+    family, runs = FAMILIES["flux"], []
+    rule = replace(RULES["every second"], max_warmup_steps=1, residual_diff_threshold=1.0)
+    for exchanges in (False, True):
+        model = family.build()
+        run_dbcache(model, family, rule, 5)
+        if exchanges:
+            blocks = model.single_transformer_blocks
+            blocks[-1] = copy.deepcopy(blocks[-1])
+        else:
+            handle_of(model).force_full("to compare with")
+        outputs = denoise(model, family, 10)
+        runs.append((outputs, dbcache.summary(model).lanes[0].reasons))
+    assert runs[0][1] == runs[1][1]
+    always = "threshold is 1 or more"
+    assert runs[0][1] == ["warm-up", *[always] * 4, "no reference", *[always] * 9]
+    assert all(map(torch.equal, runs[0][0], runs[1][0]))
 
 
 @pytest.mark.parametrize(

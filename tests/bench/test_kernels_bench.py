@@ -50,7 +50,7 @@ def test_run_by_its_path_from_anywhere_it_writes_table_json_and_plot(tmp_path):
     assert "CPU: these are the ops' PyTorch references, not the Triton kernels" in done.stdout
 
     names = ["probe_diff", "decide", "probe_diff+decide", "commit K=2"]
-    names += ["probe_diff tokens", "probe_diff block", "decide_step"]
+    names += ["probe_diff tokens", "probe_diff block", "decide_step", "decide_tail"]
     lines = [line for line in done.stdout.splitlines() if line.endswith(tuple("0123456789"))]
     assert [line[:18].strip() for line in lines if "reference" in line] == 2 * names
 
@@ -73,7 +73,8 @@ def moved_by(name: str, draw: Draw) -> int:
     def size(*tensors: torch.Tensor) -> int:
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
-    scalar = ("decide", "block_choice M=4", "decide_step", "transformation_rate")
+    scalar = ("decide", "share_change", "block_choice M=4", "decide_step", "decide_tail")
+    scalar += ("transformation_rate",)
     if name in scalar or name.endswith("weights"):
         return 0
     if name.startswith("fit_recurrence"):

@@ -2,7 +2,10 @@
 
 import pytest
 from fake_driver import FakeDriver
-from tape import use_driver
+from tape import TapeCapture, TapeUserCapture, use_driver
+
+from dbcache.adapters import cached_transformer
+from dbcache.executors import cuda_capture
 
 
 @pytest.fixture
@@ -17,3 +20,21 @@ def driver(monkeypatch):
 def without_driver(monkeypatch):
     """Record on the CPU as on a machine that has no conditional nodes."""
     use_driver(monkeypatch, None)
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """Return a function that captures what another function does."""
+
+    def run(fake, function):
+        use_driver(monkeypatch, fake)
+        monkeypatch.setitem(cuda_capture.USER_CAPTURES, "cpu", TapeUserCapture)
+        monkeypatch.setattr(cached_transformer, "is_capturing", lambda: True)
+        try:
+            with TapeCapture(fake) as graph:
+                function()
+        finally:
+            monkeypatch.setattr(cached_transformer, "is_capturing", lambda: False)
+        return graph
+
+    return run

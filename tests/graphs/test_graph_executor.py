@@ -149,20 +149,6 @@ def test_on_the_cpu_it_runs_eagerly_and_says_so(model):
         denoise(model, FLUX, 1)
 
 
-def test_shared_diffs_run_eagerly_and_say_so(driver):
-    family = FAMILIES["qwen"]
-    model = family.build()
-    dbcache.enable(model, **OPTIONS, cfg_diff_compute_separate=False, cuda_graph=True)
-    how = {"branches": ("cond", "uncond"), "named": True}
-    with pytest.warns(UserWarning, match="cfg_diff_compute_separate must be True"):
-        got = denoise(model, family, 16, **how)
-    assert not graphs(model).recordings
-    assert any("cfg_diff_compute_separate" in note for note in dbcache.summary(model).notes)
-    plain = dbcache.enable(family.build(), **OPTIONS, cfg_diff_compute_separate=False)
-    assert same(got, denoise(plain, family, 16, **how))
-    assert all(lane.cached_steps for lane in dbcache.summary(plain).lanes)
-
-
 def test_arguments_that_cannot_be_compared_run_eagerly_and_say_so(model, driver):
     dbcache.enable(model, **OPTIONS, cuda_graph=True)
     x = noise(*FLUX.latent_shape, seed=1)

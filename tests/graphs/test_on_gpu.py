@@ -28,6 +28,17 @@ OPTIONS = {
     "num_inference_steps": STEPS,
 }
 
+WITHOUT_PROBE = {name: OPTIONS[name] for name in OPTIONS if name != "Fn_compute_blocks"} | {
+    "residual_diff_threshold": 10.0,  # so that the limit of steps in a row decides
+}
+FOLLOWING = {policy: WITHOUT_PROBE | {"policy": policy} for policy in ("easycache", "seacache")}
+
+TAILED = OPTIONS | {
+    "Bn_compute_blocks": 4,
+    "Bn_compute_blocks_ids": [1],
+    "non_compute_blocks_diff_threshold": 0.08,
+}
+
 PRUNED = {
     "cache_type": "DBPrune",
     "Fn_compute_blocks": 1,
@@ -37,6 +48,10 @@ PRUNED = {
     "non_prune_block_ids": [4],
     "num_inference_steps": STEPS,
 }
+
+FORMS = {"steps": OPTIONS, "blocks": PRUNED, "last": TAILED, **FOLLOWING}
+NEVER_READ = {name: options for name, options in FORMS.items() if name != "seacache"}
+"""SeaCache reads the size of the latents once per request."""
 
 
 def build(device="cuda"):
@@ -92,7 +107,7 @@ def trace(model):
 
 
 @pytest.mark.parametrize("mode", ["host", "device"])
-@pytest.mark.parametrize("options", [OPTIONS, PRUNED], ids=["steps", "blocks"])
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_fifty_steps_are_the_same_bit_for_bit(options, mode):
     if mode not in modes():
         pytest.skip(find_driver()[1])
@@ -111,7 +126,45 @@ def test_fifty_steps_are_the_same_bit_for_bit(options, mode):
     assert handle_of(model).graphs.replays == 2 * STEPS - 1
 
 
-@pytest.mark.parametrize("options", [OPTIONS, PRUNED], ids=["steps", "blocks"])
+@torch.no_grad()
+def guided_loop(model):
+    x, outputs = start(), []
+    for step in range(STEPS):
+        given = inputs(x, 1 - step / STEPS)
+        with model.cache_context("cond"):
+            outputs.append(model(**given)[0])
+        given["encoder_hidden_states"] = given["encoder_hidden_states"].flip(1)
+        with model.cache_context("uncond"):
+            outputs.append(model(**given)[0])
+        x = x - (1.5 * outputs[-2] - 0.5 * outputs[-1]) * (2 / STEPS)
+    return outputs
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize(
+    "options", [OPTIONS | {"residual_diff_threshold": 0.42}, PRUNED], ids=["steps", "blocks"]
+)
+def test_branches_share_a_change_as_eager_ones(options, mode):
+    if mode not in modes():
+        pytest.skip(find_driver()[1])
+    model, options = build(), options | {"cfg_diff_compute_separate": False}
+    dbcache.enable(model, **options)
+    (stack,) = handle_of(model).stacks
+    stack.prepare_recording()
+    stack.shared.by_device = False  # the host knows who has measured
+    expected = guided_loop(model)
+    decisions = [lane.trace() for lane in stack.lanes.values()]
+    assert len(decisions) == 2
+    assert all(0 < sum(reason >= 10 for reason in reasons) < STEPS - 4 for reasons, _ in decisions)
+    dbcache.enable(model, **options, cuda_graph=mode)
+    got = guided_loop(model)
+    (stack,) = handle_of(model).stacks
+    assert [lane.trace() for lane in stack.lanes.values()] == decisions
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    assert handle_of(model).graphs.replays == 2 * STEPS - 2
+
+
+@pytest.mark.parametrize("options", NEVER_READ.values(), ids=NEVER_READ)
 def test_device_mode_never_waits(options):
     if "device" not in modes():
         pytest.skip(find_driver()[1])
@@ -246,7 +299,7 @@ def test_compiled_blocks_are_recorded():
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("options", [OPTIONS, PRUNED], ids=["steps", "blocks"])
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_the_users_own_capture_of_the_whole_loop(options):
     if "device" not in modes():
         pytest.skip(find_driver()[1])

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from fake_driver import FakeDriver
-from tape import TapeCapture, TapeUserCapture, use_driver
+from tape import TapeUserCapture
 from tiny import FAMILIES, noise
 
 import dbcache
 from dbcache import BlockAdapter, ForwardPattern
-from dbcache.adapters import cached_transformer
 from dbcache.adapters.cached_transformer import handle_of
 from dbcache.executors import cuda_capture
 
@@ -25,24 +24,6 @@ OPTIONS = {
     "max_continuous_cached_steps": 3,
     "num_inference_steps": STEPS,
 }
-
-
-@pytest.fixture
-def capture(monkeypatch):
-    """Return a function that captures what another function does."""
-
-    def run(fake, function):
-        use_driver(monkeypatch, fake)
-        monkeypatch.setitem(cuda_capture.USER_CAPTURES, "cpu", TapeUserCapture)
-        monkeypatch.setattr(cached_transformer, "is_capturing", lambda: True)
-        try:
-            with TapeCapture(fake) as graph:
-                function()
-        finally:
-            monkeypatch.setattr(cached_transformer, "is_capturing", lambda: False)
-        return graph
-
-    return run
 
 
 def start(seed):
@@ -188,6 +169,120 @@ def test_one_captured_step_that_leaves_out_blocks_serves_all_steps(capture):
     assert blocks_left_out(model) == decisions
 
 
+TAILED = OPTIONS | {
+    "Bn_compute_blocks": 4,
+    "Bn_compute_blocks_ids": [1],
+    "non_compute_blocks_diff_threshold": 0.09,
+    "max_continuous_cached_steps": 4,
+}
+
+
+def calls_of_last_blocks(model):
+    """Return a list that grows by the number of each of the last four blocks as it runs."""
+    calls = []
+    for i, block in enumerate(model.single_transformer_blocks[-4:]):
+        block.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+    return calls
+
+
+@pytest.mark.parametrize("version", [12060, 13000])
+def test_a_loop_that_leaves_out_last_blocks_is_one_graph(capture, version):
+    model, fake, expected = FLUX.build(), FakeDriver(version), []
+    calls = calls_of_last_blocks(model)
+    dbcache.enable(model, **TAILED)
+    for seed in (1, 2):
+        x = start(seed)
+        loop(model, x)
+        expected.append((x, dbcache.summary(model).lanes[0].reasons))
+    ran = [calls.count(i) for i in range(4)]
+    below = sum(reasons.count("below threshold") for _, reasons in expected)
+    assert ran[1] == 2 * STEPS
+    assert all(2 * STEPS - below < ran[i] < 2 * STEPS for i in (0, 2, 3)), "some of both"
+
+    x = start(3)
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    graph = capture(fake, whole)
+    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
+    nodes_per_branch = 1 if version >= 12080 else 2
+    assert len(conditional) == nodes_per_branch * (1 + 3) * (STEPS - 4)
+    for seed, (latents, reasons) in zip((1, 2), expected, strict=True):
+        x.copy_(start(seed))
+        graph.replay()
+        assert torch.equal(x, latents)
+        assert dbcache.summary(model).lanes[0].reasons == reasons
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_one_captured_step_that_leaves_out_last_blocks_serves_all_steps(capture, steps_before):
+    model, fake = FLUX.build(), FakeDriver()
+    dbcache.enable(model, **TAILED)
+    flags, expected = [], start(1)
+
+    def note(*_):
+        flags.append(handle_of(model).stacks[0].lanes[None].tail.flags.tolist())
+
+    handle = model.register_forward_hook(note)
+    loop(model, expected)
+    handle.remove()
+    decided = list(flags)
+    assert {0, 1, 3} & {sum(step) for step in decided} >= {0, 3}
+    reasons = dbcache.summary(model).lanes[0].reasons
+
+    x, t = start(1), torch.ones(1)
+    arguments = FLUX.arguments(x, 1.0, "cond") | {"timestep": t}
+    dbcache.refresh_context(model)
+    with torch.no_grad():
+        for _ in range(steps_before):
+            model(**arguments)
+            dbcache.refresh_context(model)
+
+        def one():
+            x.sub_(model(**arguments)[0] / STEPS)
+
+        graph = capture(fake, one)
+    flags.clear()
+    dbcache.refresh_context(model)
+    x.copy_(start(1))
+    for step in range(STEPS):
+        t.fill_(1.0 - step / STEPS)
+        graph.replay()
+        note()
+    assert torch.equal(x, expected)
+    assert dbcache.summary(model).lanes[0].reasons == reasons
+    assert flags == decided
+
+
+def test_a_static_plan_has_branches_for_last_blocks_alone(capture):
+    model, fake = FLUX.build(), FakeDriver()
+    mask = [1, 1, 1, 0, 0, 1, 0, 0, 0, 1] * 2
+    calls = calls_of_last_blocks(model)
+    dbcache.enable(
+        model,
+        **TAILED | {"non_compute_blocks_diff_threshold": 0.05},
+        steps_computation_mask=mask,
+        steps_computation_policy="static",
+    )
+    expected = start(1)
+    loop(model, expected)
+    assert sum(mask) < calls.count(0) < STEPS
+    x = start(2)
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    graph = capture(fake, whole)
+    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
+    assert len(conditional) == 3 * mask.count(0)
+    x.copy_(start(1))
+    graph.replay()
+    assert torch.equal(x, expected)
+
+
 def test_without_conditional_nodes_the_error_says_what_to_do(capture, monkeypatch):
     model, fake = FLUX.build(), FakeDriver()
     dbcache.enable(model, **OPTIONS)
@@ -314,7 +409,9 @@ def test_a_capture_before_the_first_step_is_refused(capture, config):
         dbcache.refresh_context(model)
         loop(model, x)
 
-    with pytest.raises(RuntimeError, match=r"a step must run before the capture.*call the"):
+    with pytest.raises(
+        RuntimeError, match=r"a step must have run before one is captured.*run one first"
+    ):
         capture(fake, whole)
     with torch.no_grad():
         model(**INPUTS[0])

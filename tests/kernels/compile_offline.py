@@ -23,12 +23,14 @@ from dbcache.kernels import (
     decide,
     decide_blocks,
     decide_step,
+    decide_tail,
     e4m3,
     fit_recurrence,
     predict,
     probe_and_decide,
     probe_diff,
     recurrence,
+    share_change,
     spectrum,
     store_block,
 )
@@ -129,7 +131,8 @@ def variants():
     yield (
         "decide_rate-bf16",
         rate._transformation_rate_kernel,
-        dict.fromkeys(("values_ptr", "output_ptr", "input_ptr"), "*fp32")
+        {"counters_ptr": "*i32"}
+        | dict.fromkeys(("values_ptr", "output_ptr", "input_ptr"), "*fp32")
         | dict.fromkeys(sizes, "i32"),
         {"LOG_LANES": 10},
         {"num_warps": 4, "enable_fp_fusion": False},
@@ -137,6 +140,7 @@ def variants():
     yield from fp8_variants()
     yield from predictor_variants()
     yield from block_variants()
+    yield from shared_variants()
 
 
 SUMS = ("samples", "programs")
@@ -287,6 +291,29 @@ def block_variants():
             {},
             {"num_warps": 1, "enable_fp_fusion": False},
         )  # fmt: skip
+        yield (
+            f"decide_tail-{'measured' if measured else 'none'}-bf16",
+            decide_tail._decide_tail_kernel,
+            {f"{name}_ptr": "*i32" for name in ("counters", "flags", "store")} | {"blocks": "i32"}
+            | ({"decisions_ptr": "*fp32"} if measured else {}),
+            {"LOG_BLOCKS": 6},
+            {"num_warps": 1},
+        )  # fmt: skip
+
+
+def shared_variants():
+    """Yield the same of the kernel by which branches share a change."""
+    state = {name: STATE[name] for name in ("counters_ptr", "values_ptr", "limits_ptr")}
+    state |= {name: STATE[name] for name in ("thresholds_ptr", "plan_ptr", "capacity")}
+    numbers = dict.fromkeys(("branch", "kind", "numel"), "i32")
+    for by_rules in (False, True):
+        yield (
+            f"decide_shared-bf16{'-rules' * by_rules}",
+            share_change._share_change_kernel,
+            {"own_ptr": "*fp32", "kept_ptr": "*fp32", "stamps_ptr": "*i32"} | state | numbers,
+            {"BY_RULES": by_rules, "BLOCK": share_change.BLOCK},
+            {"num_warps": 4, "enable_fp_fusion": False},
+        )
 
 
 def spilled(target: GPUTarget, asm: str) -> int:

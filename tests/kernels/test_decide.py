@@ -248,7 +248,16 @@ def test_a_rate_multiplies_what_moved_and_is_needed(lane):
         "WARMUP NO_REFERENCE BELOW_THRESHOLD ABOVE_THRESHOLD SHAPE_CHANGED STATIC"
     )
     one.state.reset()
-    assert one.state.values[ls.RATE] == -1
+    assert one.state.values[ls.RATE] == ls.NO_OUTPUT
+
+
+@pytest.mark.parametrize("rate", [ls.NO_OUTPUT, ls.ONE_OUTPUT])
+def test_without_a_rate_nothing_is_measured(lane, rate):
+    one = lane("w?s", signal=Signal.RATE, threshold=0.5)
+    one.step()
+    one.state.values[ls.RATE] = rate
+    assert one.run(0.1, None) == "WARMUP NO_REFERENCE STATIC"
+    assert one.state.trace_diff.tolist()[:3] == [-1.0] * 3
 
 
 def test_a_rate_that_is_not_finite_runs_in_full(lane):

@@ -12,13 +12,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in divide:Runtime
 IMPLS = ["triton", "reference"]
 
 
-def rate_of(output_partials, input_partials, impl):
-    values = LaneState.allocate(1, output_partials.device).values
-    assert values[ls.RATE] == -1
-    before = values.clone()
-    transformation_rate(values, output_partials, input_partials, impl=impl)
-    assert torch.equal(values[: ls.RATE], before[: ls.RATE])
-    return values[ls.RATE].item()
+def rate_of(output_partials, input_partials, impl, before=ls.ONE_OUTPUT, cached=0):
+    """Return the rate after a step, given the one before; nothing else of the state changes."""
+    state = LaneState.allocate(1, output_partials.device)
+    assert state.values[ls.RATE] == ls.NO_OUTPUT
+    state.values[ls.RATE], state.counters[ls.CACHED] = before, cached
+    old = state.clone()
+    transformation_rate(state, output_partials, input_partials, impl=impl)
+    assert torch.equal(state.values[: ls.RATE], old.values[: ls.RATE])
+    assert torch.equal(state.counters, old.counters)
+    return state.values[ls.RATE].item()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -44,6 +47,29 @@ def test_both_implementations_agree_bit_for_bit(device, sizes, samples):
     assert rate_of(*partials, "triton") == rate_of(*partials, "reference")
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("noise", [4.0, 0.0, float("nan"), float("inf")])
+def test_the_first_full_step_of_all_has_no_rate(device, noise, impl):
+    """What the sums are made of then lay in memory by chance, and must not matter."""
+    outputs, inputs = (torch.full((2, 3, 2), noise, device=device) for _ in range(2))
+    assert rate_of(outputs, inputs, impl, before=ls.NO_OUTPUT) == ls.ONE_OUTPUT
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("before", [ls.NO_OUTPUT, ls.ONE_OUTPUT, 0.0, 0.25, float("inf")])
+def test_a_cached_step_leaves_the_rate_alone(device, before, impl):
+    partials = torch.full((1, 2, 2), 3.0, device=device)
+    assert rate_of(partials, partials, impl, before=before, cached=1) == before
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("before", [ls.ONE_OUTPUT, 0.0, 0.25, float("inf"), float("nan")])
+def test_a_later_full_step_has_a_new_rate_whatever_the_last_one_was(device, before, impl):
+    outputs = torch.tensor([[[1.0, 2.0]]], device=device)
+    inputs = torch.tensor([[[4.0, 9.0]]], device=device)
+    assert rate_of(outputs, inputs, impl, before=before) == 0.125
+
+
 @pytest.mark.parametrize(
     ("moved_out", "size", "moved_in", "expected"),
     [
@@ -62,9 +88,7 @@ def test_nothing_that_moved_is_defined(device, moved_out, size, moved_in, expect
 
 
 def test_rejects_what_does_not_fit():
-    values, partials = LaneState.allocate(1, "cpu").values, torch.ones(1, 1, 2)
-    with pytest.raises(ValueError, match=r"values must be float32 \(19,\), got torch.float32 and"):
-        transformation_rate(values[:3], partials, partials)
+    state, partials = LaneState.allocate(1, "cpu"), torch.ones(1, 1, 2)
     for bad in (
         torch.ones(1, 2),
         torch.ones(1, 1, 4),
@@ -73,23 +97,28 @@ def test_rejects_what_does_not_fit():
         partials.to("meta"),
     ):
         with pytest.raises(ValueError, match=r"partials must be float32 \(B, T, 2\)"):
-            transformation_rate(values, partials, bad)
+            transformation_rate(state, partials, bad)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_op_is_registered_as_it_behaves(device, impl):
-    values, partials = LaneState.allocate(1, device).values, torch.rand(2, 3, 2, device=device)
+    state, partials = LaneState.allocate(1, device), torch.rand(2, 3, 2, device=device)
     op = torch.ops.dbcache.transformation_rate.default
-    torch.library.opcheck(op, (values, partials, partials.clone(), impl))
+    for _ in range(2):
+        torch.library.opcheck(op, (state.counters, state.values, partials, partials * 2, impl))
+        state.values[ls.RATE] = ls.ONE_OUTPUT
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_it_compiles_without_graph_breaks(device, impl):
-    values, partials = LaneState.allocate(1, device).values, torch.ones(1, 2, 2, device=device)
+    state, partials = LaneState.allocate(1, device), torch.ones(1, 2, 2, device=device)
 
     @torch.compile(fullgraph=True, backend="eager")
-    def run(values):
-        transformation_rate(values, partials, partials, impl=impl)
-        return values
+    def run(partials):
+        transformation_rate(state, partials, partials, impl=impl)
+        return partials + 1
 
-    assert run(values)[ls.RATE] == 0.5
+    run(partials)
+    assert state.values[ls.RATE] == ls.ONE_OUTPUT
+    run(partials)
+    assert state.values[ls.RATE] == 0.5

@@ -23,18 +23,22 @@ from dbcache.kernels import (
     decide,
     decide_blocks,
     decide_step,
+    decide_tail,
     fit_recurrence,
     predict,
     probe_and_decide,
     probe_diff,
     recurrence,
+    share_change,
     spectrum,
     store_block,
+    transformation_rate,
 )
 
 OPS = (
-    add_residuals, block_changes, commit, decide, decide_blocks, decide_step, fit_recurrence,
-    predict, probe_and_decide, probe_diff, recurrence, spectrum, store_block,
+    add_residuals, block_changes, commit, decide, decide_blocks, decide_step, decide_tail,
+    fit_recurrence, predict, probe_and_decide, probe_diff, recurrence, share_change, spectrum,
+    store_block, transformation_rate,
 )  # fmt: skip
 READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
 
