@@ -111,8 +111,9 @@ class CudaRecorder:
         self._open.capture_begin(pool=self.pool, capture_error_mode="thread_local")
 
     def end(self) -> CudaSegment:
-        graph, self._open = self._open, None
-        graph.capture_end()
+        graph = self._open
+        graph.capture_end()  # where it finds the capture broken, `abort` cleans up
+        self._open = None
         return CudaSegment(graph, self.driver)
 
     def abort(self) -> None:

@@ -57,6 +57,7 @@ def graph_class(fake):
     class CUDAGraph:
         def __init__(self, keep_graph=False):
             self.keeps, self.is_whole, self.launches = keep_graph, False, []
+            self.is_over = False
             fake.graphs.append(self)
 
         def capture_begin(self, pool=None, capture_error_mode="global"):
@@ -71,6 +72,9 @@ def graph_class(fake):
 
         def capture_end(self):
             assert fake.streams[-1] == self.stream
+            if self.is_over:
+                raise RuntimeError("the stream is not capturing")
+            self.is_over = True
             if fake.is_broken:
                 fake.is_broken = False
                 raise RuntimeError("operation failed due to a previous error during capture")
@@ -163,8 +167,10 @@ def test_a_segment_is_made_executable_once_and_an_empty_one_never(fake):
     empty.replay()
 
 
-@pytest.mark.parametrize("is_broken", [False, True])
-def test_a_capture_that_is_left_off_leaves_nothing_underway(fake, is_broken):
+@pytest.mark.parametrize(
+    ("is_broken", "is_found_at_the_end"), [(False, False), (True, False), (True, True)]
+)
+def test_a_capture_that_is_left_off_leaves_nothing_underway(fake, is_broken, is_found_at_the_end):
     """A broken one, as by `.item()`, is ended by nobody but PyTorch's allocator and generator."""
     recorder = recorder_of(fake)
     with recorder.capturing():
@@ -172,6 +178,9 @@ def test_a_capture_that_is_left_off_leaves_nothing_underway(fake, is_broken):
         recorder.end()
         recorder.begin()
         fake.is_broken = is_broken
+        if is_found_at_the_end:
+            with pytest.raises(RuntimeError, match="previous error during capture"):
+                recorder.end()
         recorder.abort()
         recorder.abort()
     assert fake.underway == []  # else `torch.cuda.empty_cache` fails
