@@ -174,3 +174,25 @@ def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
     assert tensors.keys() == same_tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(tensor, same_tensors[name]), name
+
+
+@pytest.mark.parametrize("mode", ["host", "device"])
+def test_eager_steps_know_the_reference_that_a_replayed_one_left(driver, mode):
+    runs = []
+    for how in ({}, {"cuda_graph": mode}):
+        always = OPTIONS | {"max_warmup_steps": 1, "residual_diff_threshold": 1.0}
+        model = dbcache.enable(FLUX.build(), **always, **how)
+        (stack,) = handle_of(model).stacks
+        x, outputs = noise(*FLUX.latent_shape, seed=1), []
+        with torch.no_grad():
+            for step in range(8):
+                if step == 4:
+                    stack.lanes[None].forget_reference()
+                inputs = FLUX.arguments(x, 1.0 - step / 8, "cond") | {"return_dict": step == 6}
+                outputs.append(model(**inputs)[0])
+        runs.append((outputs, dbcache.summary(model).lanes[0].reasons))
+    (expected, reasons), (got, recorded) = runs
+    assert recorded == reasons
+    assert "reference" in reasons[4]
+    assert len(set(reasons[5:])) == 1
+    assert same(got, expected)

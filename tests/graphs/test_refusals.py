@@ -151,3 +151,22 @@ def test_a_version_of_the_bindings_that_is_called_otherwise_is_stepped_down_from
     dbcache.enable(model, **OPTIONS, cuda_graph="device")
     with pytest.raises(RuntimeError, match=r"cuGraphCreate must be .*bindings.*version 13\.0"):
         denoise(model, FLUX, 4)
+
+
+def test_a_capture_that_is_found_broken_at_its_end_is_left_off(driver, monkeypatch):
+    end, abort, calls = TapeRecorder.end, TapeRecorder.abort, []
+
+    def breaks(recorder):
+        calls.append("end")
+        if calls.count("end") % 4 == 0:  # of the last segment
+            raise RuntimeError("operation failed due to a previous error during capture")
+        return end(recorder)
+
+    monkeypatch.setattr(TapeRecorder, "end", breaks)
+    monkeypatch.setattr(TapeRecorder, "abort", lambda self: calls.append("abort") or abort(self))
+    model = dbcache.enable(FLUX.build(), **OPTIONS, cuda_graph=True)
+    with pytest.warns(UserWarning, match="runs eagerly: .*previous error during capture"):
+        got = denoise(model, FLUX, 8)
+    assert calls == [*["end"] * 4, "abort"] * 2
+    dbcache.enable(model, **OPTIONS)
+    assert same(got, denoise(model, FLUX, 8))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fake_driver import FakeDriver
-from tape import TapeUserCapture
+from tape import TapeUserCapture, use_driver
 from tiny import FAMILIES, noise
 
 import dbcache
@@ -446,3 +446,26 @@ def test_a_loop_over_two_stacks_has_two_branches_per_step(capture, scope):
         assert torch.equal(x, latents)
         assert [lane.reasons for lane in dbcache.summary(adapter).lanes] == reasons
         assert any("below threshold" in steps for steps in reasons)
+
+
+def test_recordings_of_the_transformers_own_keep_out_of_a_users_capture(capture, monkeypatch):
+    model, fake = FLUX.build(), FakeDriver()
+    use_driver(monkeypatch, fake)
+    dbcache.enable(model, **OPTIONS, cuda_graph="device")
+    x, expected = start(2), start(1)
+    for latents in (x, expected):
+        dbcache.refresh_context(model)
+        loop(model, latents)
+    executor = handle_of(model).graphs
+    replays, launches = executor.replays, fake.launches
+    assert replays > STEPS
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    graph = capture(fake, whole)
+    assert (executor.replays, fake.launches) == (replays, launches)
+    x.copy_(start(1))
+    graph.replay()
+    assert torch.equal(x, expected)
