@@ -275,3 +275,26 @@ def test_eager_steps_between_replayed_ones_know_the_counts(driver):
     always = "threshold is 1 or more"
     assert lane.reasons == ["warm-up"] * 3 + [always] * 6 + ["count limit"] * 5
     assert handle_of(model).graphs.replays == 12
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_eager_steps_do_not_go_by_counts_from_before_replayed_ones(driver, mode):
+    options = {"residual_diff_threshold": 1.0, "max_warmup_steps": 1}
+    rule = config("one by one", **options, max_continuous_cached_steps=2)
+    kinds = "aaaaabac"  # the first call of a kind is an eager one
+    runs = []
+    for how in ({}, {"cuda_graph": mode}):
+        model = dbcache.enable(FLUX.build(), rule, **how)
+        blocks_apart(model)
+        outputs = []
+        with torch.no_grad():
+            for step, kind in enumerate(kinds):
+                x = noise(*FLUX.latent_shape, seed=1) * (1 - step / 20)
+                given = FLUX.arguments(x, 1 - step / 8, "cond")
+                given |= {"return_dict": kind != "a", "joint_attention_kwargs": {"kind": kind}}
+                outputs.append(model(**given)[0])
+        runs.append((outputs, trace(model)))
+    (expected, eager), (got, recorded) = runs
+    assert recorded == eager
+    assert [bool(step) for step in eager[0][4]] == [False, True, True] * 2 + [False, True]
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
