@@ -193,27 +193,40 @@ def denoise_hunyuan_dit(model):
     return outputs
 
 
+LAST = {
+    "Fn_compute_blocks": 2,
+    "Bn_compute_blocks": 2,
+    "Bn_compute_blocks_ids": [1],
+    "non_compute_blocks_diff_threshold": 0.05,
+}
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("bn", [0, 1])
-def test_long_skips_are_recorded_right(driver, mode, bn):
+@pytest.mark.parametrize("last", [{}, {"Bn_compute_blocks": 1}, LAST], ids=["B0", "B1", "B2"])
+def test_long_skips_are_recorded_right(driver, mode, last):
     model = hunyuan_dit()
     adapter = BlockAdapter(
         transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3
     )
     options = {
         "Fn_compute_blocks": 1,
-        "Bn_compute_blocks": bn,
         "max_warmup_steps": 3,
         "residual_diff_threshold": 0.1,
-    }
+    } | last
+    calls = []
+    hook = model.blocks[-2].register_forward_pre_hook(lambda *_: calls.append(0))
     dbcache.enable(adapter, **options)
     expected, eager = denoise_hunyuan_dit(model), trace(model)
+    hook.remove()
     dbcache.enable(adapter, **options, cuda_graph=mode)
     got = denoise_hunyuan_dit(model)
     assert trace(model) == eager
     assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
     (reasons, _) = next(iter(eager.values()))
-    assert 5 < sum(Reason(code).cached for code in reasons) < STEPS - 3
+    cached = sum(Reason(code).cached for code in reasons)
+    assert 5 < cached < STEPS - 3
+    if last is LAST:
+        assert STEPS - cached < len(calls) < STEPS, "left out on some of the cached steps"
     assert handle_of(model).graphs.replays == STEPS - 1
 
 

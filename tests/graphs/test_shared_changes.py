@@ -173,6 +173,27 @@ def test_who_measures_is_told_as_eagerly(driver, name, mode, order, how):
     assert not handle_of(model).graphs.reasons
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_branches_that_get_the_same_latents_may_as_well_share_their_movement(driver, mode):
+    """Only the device knows whether a branch has a rate, and so whether it measured anything."""
+    model, options = build(), {"policy": "easycache", "max_warmup_steps": 3}
+    how = {"lost": [(8, "cond"), (15, "uncond"), (20, "cond"), (20, "uncond")]}
+    runs = []
+    for separate in (True, False):
+        for graphs in ({}, {"cuda_graph": mode}):
+            config = DBCacheConfig(
+                residual_diff_threshold=0.4, cfg_diff_compute_separate=separate, **options
+            )
+            dbcache.enable(model, config, **graphs)
+            runs.append((loop(model, third, **how), trace(model)))
+    expected, eager = runs[0]
+    assert {"no reference", "below threshold"} <= {*eager["cond"][0]} & {*eager["uncond"][0]}
+    for got, traces in runs[1:]:
+        assert traces == eager
+        assert same(got, expected)
+    assert not handle_of(model).graphs.reasons
+
+
 def test_requests_begin_anew_and_recordings_in_their_midst_leave_no_trace(driver):
     """The first calls have another form: what comes after the warm-up is recorded in the loop."""
     model, config = build(), METHODS["cache"]
