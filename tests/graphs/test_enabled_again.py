@@ -139,8 +139,8 @@ def test_what_is_refused_leaves_the_old_cache_and_its_recordings(driver):
     (recorded,) = handle.graphs.recordings.values()
     for refused in (
         {"residual_diff_threshold": "much"},
-        {"Bn_compute_blocks": 2, "Bn_compute_blocks_ids": [0]},
-        {"policy": "easycache"},
+        {"Bn_compute_blocks": 2, "Bn_compute_blocks_ids": [2]},
+        {"policy": "sometimes"},
         {"parms": 1},
     ):
         with pytest.raises((TypeError, ValueError)):
