@@ -137,10 +137,13 @@ def test_what_is_refused_leaves_the_old_cache_and_its_recordings(driver):
     denoise(model, FLUX, 8)
     handle = handle_of(model)
     (recorded,) = handle.graphs.recordings.values()
+    dbcache.register_predictor("asks the host")(lambda steps, step: [1.0])
+    on_host = dbcache.CustomCalibratorConfig(predictor_name="asks the host")
     for refused in (
         {"residual_diff_threshold": "much"},
-        {"Bn_compute_blocks": 2, "Bn_compute_blocks_ids": [2]},
-        {"policy": "sometimes"},
+        {"Bn_compute_blocks": 2, "Bn_compute_blocks_ids": [4]},
+        {"policy": "magcache"},  # without a calibration
+        {"calibrator_config": on_host},
         {"parms": 1},
     ):
         with pytest.raises((TypeError, ValueError)):
