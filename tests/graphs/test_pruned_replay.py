@@ -3,18 +3,29 @@
 import pytest
 import torch
 from fake_driver import FakeDriver
-from tiny import FAMILIES, denoise, noise
+from graph_runs import (
+    FLUX,
+    MODES,
+    both,
+    branches,
+    eagerly,
+    graphs,
+    recordings,
+    same,
+    start,
+    traces,
+    two_stacks,
+)
+from tiny import BRANCHES, FAMILIES, denoise
 
 import dbcache
-from dbcache import BlockAdapter, DBPruneConfig, ForwardPattern
+from dbcache import DBPruneConfig
 from dbcache.adapters.cached_transformer import handle_of
 from dbcache.pruned_lane import BlockCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 50
-MODES = ("host", "device")
-FLUX = FAMILIES["flux"]
 MASK = [1, 1, 1, 1, 0, 0, 1, 0, 0, 1] * 5
 SETTINGS = {
     "one by one": {"max_warmup_steps": 3, "residual_diff_threshold": 0.07},
@@ -42,72 +53,37 @@ def config(setting, **changes):
     return DBPruneConfig(**{"Fn_compute_blocks": 1} | SETTINGS[setting] | changes)
 
 
-def trace(model):
-    """Return what each lane did, the changes to the last bit."""
-    lanes = dbcache.summary(model, logging=False).lanes
-    return [(lane.stack, lane.branch, lane.reasons, lane.diffs, lane.pruned) for lane in lanes]
-
-
-def blocks_apart(model):
-    """Let each block that is left out add its own residual, as while recorded."""
-    for stack in handle_of(model).stacks:
-        stack.prepare_recording()
-
-
-def branches(recording):
-    return [item for item in recording.replay.program if type(item).__name__ == "Branch"]
-
-
-def eagerly(target, model, run, *options, **more):
-    dbcache.enable(target, *options, **more)
-    blocks_apart(model)
-    return run(model), trace(model)
-
-
-def both(model, run, *options, mode, target=None, **more):
-    """Run eagerly and recorded; check that they agree; return the handle and the traces."""
-    target = model if target is None else target
-    expected, eager = eagerly(target, model, run, *options, **more)
-    dbcache.enable(target, *options, **more, cuda_graph=mode)
-    got = run(model)
-    assert trace(model) == eager
-    for x, y in zip(got, expected, strict=True):
-        assert torch.equal(x, y)
-    handle = handle_of(model)
-    assert not handle.graphs.reasons
-    return handle, eager
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("name", "setting"), [*(("flux", s) for s in SETTINGS), ("wan", "one by one"), ("wan", "mask")]
 )
 def test_fifty_steps_are_the_same_bit_for_bit(driver, name, setting, mode):
     family = FAMILIES[name]
-    handle, ((_, _, reasons, _, pruned),) = both(
-        family.build(),
+    model, ((_, _, reasons, _, pruned),) = both(
         lambda m: denoise(m, family, STEPS),
+        family.build,
         config(setting),
         mode=mode,
         enable_separate_cfg=False,
     )
+    (stack,) = handle_of(model).stacks
     assert 10 <= sum(map(bool, pruned)) <= 47
     assert len(reasons) == STEPS
     if setting == "mask" or (name, setting) == ("wan", "one by one"):
-        most = len(handle.stacks[0].run.prunable)
+        most = len(stack.run.prunable)
         assert len({len(step) for step in pruned} - {0, most}) > 1, "blocks must decide apart"
-    assert handle.graphs.replays == STEPS - 1
-    (recording,) = handle.graphs.recordings.values()
-    assert len(branches(recording)) == sum(handle.stacks[0].run.prunable)
+    assert graphs(model).replays == STEPS - 1
+    (recording,) = recordings(model)
+    assert len(branches(recording)) == sum(stack.run.prunable)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_neighbours_that_eager_leaves_out_in_one_go_differ_in_rounding_alone(driver, mode):
     model = FLUX.build()
     dbcache.enable(model, config("limits"))
-    expected, (eager,) = denoise(model, FLUX, STEPS), trace(model)
+    expected, (eager,) = denoise(model, FLUX, STEPS), traces(model)
     dbcache.enable(model, config("limits"), cuda_graph=mode)
-    got, (recorded,) = denoise(model, FLUX, STEPS), trace(model)
+    got, (recorded,) = denoise(model, FLUX, STEPS), traces(model)
     assert recorded[2] == eager[2]
     assert recorded[4] == eager[4]
     assert any({2, 3} <= set(step) for step in eager[4])
@@ -118,36 +94,29 @@ def test_neighbours_that_eager_leaves_out_in_one_go_differ_in_rounding_alone(dri
 @pytest.mark.parametrize("mode", MODES)
 def test_each_guidance_branch_has_its_own_lane_and_recording(driver, mode):
     family = FAMILIES["wan"]
-    handle, traces = both(
-        family.build(),
-        lambda m: denoise(m, family, 20, branches=("cond", "uncond"), named=False),
+    model, (cond, uncond) = both(
+        lambda m: denoise(m, family, 20, branches=BRANCHES, named=False),
+        family.build,
         config("one by one"),
         mode=mode,
         enable_separate_cfg=True,
     )
-    assert [branch for _, branch, *_ in traces] == ["cond", "uncond"]
-    assert traces[0][4] != traces[1][4]
-    assert len(handle.graphs.recordings) == 2
-    assert handle.graphs.replays == 38
+    assert (cond[1], uncond[1]) == BRANCHES
+    assert cond[4] != uncond[4]
+    assert len(recordings(model)) == 2
+    assert graphs(model).replays == 38
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_stacks_have_a_branch_per_block_that_may_be_left_out(driver, mode):
-    model = FLUX.build()
-    adapter = BlockAdapter(
-        transformer=model,
-        blocks=[model.transformer_blocks, model.single_transformer_blocks],
-        forward_pattern=ForwardPattern.Pattern_1,
-    )
-    handle, traces = both(
-        model,
-        lambda m: denoise(m, FLUX, 24),
+    adapter, decided = both(
+        lambda a: denoise(a.transformer, FLUX, 24),
+        lambda: two_stacks(FLUX.build()),
         config("one by one", non_prune_block_ids=[2]),
         mode=mode,
-        target=adapter,
     )
-    assert all(any(pruned) for *_, pruned in traces)
-    (recording,) = handle.graphs.recordings.values()
+    assert all(any(pruned) for *_, pruned in decided)
+    (recording,) = recordings(adapter)
     assert len(branches(recording)) == 2 + 4
     if mode == "device":
         names = [item.name for item in branches(recording)]
@@ -165,7 +134,7 @@ def test_host_mode_reads_once_per_undecided_step(driver, monkeypatch):
     dbcache.refresh_context(model)
     reads.clear()
     denoise(model, FLUX, STEPS)
-    assert handle_of(model).graphs.replays == 3 - 1 + STEPS
+    assert graphs(model).replays == 3 - 1 + STEPS
     assert reads == []
     dbcache.enable(model, config("limits"), cuda_graph="host")
     denoise(model, FLUX, 3)
@@ -201,7 +170,7 @@ def test_numbers_change_without_a_new_recording_and_blocks_do_not(driver, mode):
     model = FLUX.build()
     dbcache.enable(model, config("one by one"), cuda_graph=mode, num_inference_steps=12)
     denoise(model, FLUX, 12)
-    (recorded,) = handle_of(model).graphs.recordings.values()
+    (recorded,) = recordings(model)
     given = {}
     for changes in (
         {"residual_diff_threshold": 0.15, "max_continuous_cached_steps": 1},
@@ -209,15 +178,14 @@ def test_numbers_change_without_a_new_recording_and_blocks_do_not(driver, mode):
         {"non_prune_block_ids": [3]},
     ):
         given |= changes
-        other = FLUX.build()
         expected, eager = eagerly(
-            other, other, lambda m: denoise(m, FLUX, 12), config("one by one", **given)
+            lambda m: denoise(m, FLUX, 12), FLUX.build(), config("one by one", **given)
         )
         dbcache.refresh_context(model, **changes)
         got = denoise(model, FLUX, 12)
-        assert trace(model) == eager
-        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-        (now,) = handle_of(model).graphs.recordings.values()
+        assert traces(model) == eager
+        assert same(got, expected)
+        (now,) = recordings(model)
         assert (now is recorded) == ("non_prune_block_ids" not in changes)
 
 
@@ -228,16 +196,14 @@ def test_other_shapes_have_their_own_recordings_and_a_rule_that_holds_for_all(dr
     for threshold, batch in ((0.07, 1), (0.07, 2), (0.15, 2), (0.15, 1)):
         dbcache.refresh_context(model, residual_diff_threshold=threshold)
         got = denoise(model, FLUX, 8, batch=batch)
-        other = FLUX.build()
         expected, eager = eagerly(
-            other,
-            other,
             lambda m, n=batch: denoise(m, FLUX, 8, batch=n),
+            FLUX.build(),
             config("one by one", residual_diff_threshold=threshold),
         )
-        assert trace(model) == eager
-        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-    assert len(handle_of(model).graphs.recordings) == 2
+        assert traces(model) == eager
+        assert same(got, expected)
+    assert len(recordings(model)) == 2
 
 
 def test_a_failed_launch_counts_as_never_begun(driver, monkeypatch):
@@ -248,7 +214,7 @@ def test_a_failed_launch_counts_as_never_begun(driver, monkeypatch):
     def fail(*_):
         raise RuntimeError("lost the GPU")
 
-    x = noise(*FLUX.latent_shape, seed=1)
+    x = start(1)
     with torch.no_grad(), monkeypatch.context() as patch:
         patch.setattr(FakeDriver, "do_cuGraphLaunch", fail)
         with pytest.raises(RuntimeError, match="lost the GPU"):
@@ -265,7 +231,7 @@ def test_eager_steps_between_replayed_ones_know_the_counts(driver):
     model = FLUX.build()
     options = {"residual_diff_threshold": 1.0, "max_pruned_steps": 6}
     dbcache.enable(model, config("one by one", **options), cuda_graph="device")
-    x = noise(*FLUX.latent_shape, seed=1)
+    x = start(1)
     with torch.no_grad():
         for step in range(14):
             # the first call of a kind is an eager one
@@ -274,7 +240,7 @@ def test_eager_steps_between_replayed_ones_know_the_counts(driver):
     (lane,) = dbcache.summary(model).lanes
     always = "threshold is 1 or more"
     assert lane.reasons == ["warm-up"] * 3 + [always] * 6 + ["count limit"] * 5
-    assert handle_of(model).graphs.replays == 12
+    assert graphs(model).replays == 12
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -282,19 +248,15 @@ def test_eager_steps_do_not_go_by_counts_from_before_replayed_ones(driver, mode)
     options = {"residual_diff_threshold": 1.0, "max_warmup_steps": 1}
     rule = config("one by one", **options, max_continuous_cached_steps=2)
     kinds = "aaaaabac"  # the first call of a kind is an eager one
-    runs = []
-    for how in ({}, {"cuda_graph": mode}):
-        model = dbcache.enable(FLUX.build(), rule, **how)
-        blocks_apart(model)
+
+    @torch.no_grad()
+    def run(model):
         outputs = []
-        with torch.no_grad():
-            for step, kind in enumerate(kinds):
-                x = noise(*FLUX.latent_shape, seed=1) * (1 - step / 20)
-                given = FLUX.arguments(x, 1 - step / 8, "cond")
-                given |= {"return_dict": kind != "a", "joint_attention_kwargs": {"kind": kind}}
-                outputs.append(model(**given)[0])
-        runs.append((outputs, trace(model)))
-    (expected, eager), (got, recorded) = runs
-    assert recorded == eager
-    assert [bool(step) for step in eager[0][4]] == [False, True, True] * 2 + [False, True]
-    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+        for step, kind in enumerate(kinds):
+            given = FLUX.arguments(start(1) * (1 - step / 20), 1 - step / 8, "cond")
+            given |= {"return_dict": kind != "a", "joint_attention_kwargs": {"kind": kind}}
+            outputs.append(model(**given)[0])
+        return outputs
+
+    _, ((*_, pruned),) = both(run, FLUX.build, rule, mode=mode)
+    assert [bool(step) for step in pruned] == [False, True, True] * 2 + [False, True]

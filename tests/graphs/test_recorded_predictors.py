@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, noise
+from graph_runs import FLUX, MODES, both, graphs, start
 
 import dbcache
-from dbcache.adapters.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FLUX = FAMILIES["flux"]
 STEPS = 24
 PREDICTORS = {
     "taylor": dbcache.TaylorSeerCalibratorConfig(taylorseer_order=2),
@@ -31,7 +29,7 @@ OPTIONS = {
 @torch.no_grad()
 def run(model):
     """Denoise; from step 13 on calls are of another kind, whose first recording replays at 14."""
-    x, outputs = noise(*FLUX.latent_shape, seed=5), []
+    x, outputs = start(5), []
     for step in range(STEPS):
         how = FLUX.arguments(x, 1.0 - step / STEPS, "cond") | {"return_dict": step >= 13}
         outputs.append(model(**how)[0])
@@ -39,19 +37,14 @@ def run(model):
     return outputs
 
 
-@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cache_dtype", ["model", "fp8"])
 @pytest.mark.parametrize("predictor", PREDICTORS)
 def test_recorded_forecasts_are_those_of_eager_steps(driver, predictor, cache_dtype, mode):
     if (predictor, cache_dtype) == ("dmd", "fp8"):
         pytest.skip("DMD refuses a ring in fp8")
-    runs = []
-    for how in ({}, {"cuda_graph": mode}):
-        config = dbcache.DBCacheConfig(**OPTIONS, cache_dtype=cache_dtype)
-        model = dbcache.enable(FLUX.build(), config, PREDICTORS[predictor], **how)
-        runs.append((run(model), dbcache.summary(model).lanes[0]))
-    (expected, eager), (got, recorded) = runs
-    assert recorded.reasons == eager.reasons
-    assert all(map(torch.equal, got, expected))
-    assert {13, 14} <= set(eager.cached_steps), "both kinds must begin with a cached step"
-    assert handle_of(model).graphs.replays == STEPS - 2
+    config = dbcache.DBCacheConfig(**OPTIONS, cache_dtype=cache_dtype)
+    model, _ = both(run, FLUX.build, config, PREDICTORS[predictor], mode=mode)
+    (lane,) = dbcache.summary(model).lanes
+    assert {13, 14} <= set(lane.cached_steps), "both kinds must begin with a cached step"
+    assert graphs(model).replays == STEPS - 2

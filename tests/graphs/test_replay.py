@@ -3,17 +3,17 @@
 import diffusers
 import pytest
 import torch
-from tiny import CFG_SCALE, FAMILIES, denoise, fill, noise
+from graph_runs import FLUX, MODES, both, branches, graphs, one_stream, recordings, two_stacks
+from tiny import BRANCHES, CFG_SCALE, FAMILIES, denoise, fill, noise
 
 import dbcache
-from dbcache import BlockAdapter, DBCacheConfig, ForwardPattern, TaylorSeerCalibratorConfig
-from dbcache.adapters.cached_transformer import handle_of
-from dbcache.kernels.lane_state import Reason
+from dbcache import DBCacheConfig, TaylorSeerCalibratorConfig
+from dbcache.lane import Lane
+from dbcache.summary import CACHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 50
-MODES = ("host", "device")
 SETTINGS = {
     "reuse": DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4, residual_diff_threshold=0.12),
     "limits": DBCacheConfig(
@@ -39,90 +39,56 @@ SETTINGS = {
 TAYLOR = TaylorSeerCalibratorConfig(taylorseer_order=2)
 
 
-def trace(model):
-    return {
-        (stack.name, branch): lane.trace()
-        for stack in handle_of(model).stacks
-        for branch, lane in stack.lanes.items()
-    }
-
-
-def both(run, model, *args, mode, **options):
-    """Run eagerly and recorded; check that they agree; return the handle and the traces."""
-    dbcache.enable(model, *args, **options)
-    expected, eager = run(model), trace(model)
-    dbcache.enable(model, *args, **options, cuda_graph=mode)
-    got = run(model)
-    handle = handle_of(model)
-    assert trace(model) == eager
-    for x, y in zip(got, expected, strict=True):
-        assert torch.equal(x, y)
-    assert not handle.graphs.reasons
-    return handle, eager
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("name", "setting"), [*(("flux", s) for s in SETTINGS), ("wan", "reuse"), ("wan", "limits")]
 )
 def test_fifty_steps_are_the_same_bit_for_bit(driver, name, setting, mode):
     family = FAMILIES[name]
-    model = family.build()
-    handle, traces = both(
+    model, _ = both(
         lambda m: denoise(m, family, STEPS),
-        model,
+        family.build,
         SETTINGS[setting],
         TAYLOR,
         mode=mode,
         enable_separate_cfg=False,
     )
-    reasons = next(iter(traces.values()))[0]
-    cached = sum(Reason(code).cached for code in reasons)
-    assert 10 <= cached <= 40
+    (lane,) = dbcache.summary(model).lanes
+    assert 10 <= len(lane.cached_steps) <= 40
     # the first call learns and the others are replayed, warm-up, full and cached steps alike
-    assert handle.graphs.replays == STEPS - 1
-    assert len(handle.graphs.recordings) == 1
+    assert graphs(model).replays == STEPS - 1
+    assert len(recordings(model)) == 1
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("named", [True, False])
 def test_each_guidance_branch_has_its_own_recording(driver, named, mode):
     family = FAMILIES["qwen"]
-    handle, traces = both(
-        lambda m: denoise(m, family, 20, branches=("cond", "uncond"), named=named),
-        family.build(),
+    model, traces = both(
+        lambda m: denoise(m, family, 20, branches=BRANCHES, named=named),
+        family.build,
         SETTINGS["reuse"],
         mode=mode,
         enable_separate_cfg=True,
     )
-    assert {branch for _, branch in traces} == {"cond", "uncond"}
-    assert len(handle.graphs.recordings) == 2
-    assert handle.graphs.replays == 38
+    assert [branch for _, branch, *_ in traces] == list(BRANCHES)
+    assert len(recordings(model)) == 2
+    assert graphs(model).replays == 38
     assert CFG_SCALE > 1  # so that a mix-up of the branches changes what follows
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_stacks_are_two_branches_of_one_graph(driver, mode):
-    family = FAMILIES["flux"]
-    model = family.build()
-    adapter = BlockAdapter(
-        transformer=model,
-        blocks=[model.transformer_blocks, model.single_transformer_blocks],
-        forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_1],
+    adapter, traces = both(
+        lambda a: denoise(a.transformer, FLUX, STEPS),
+        lambda: two_stacks(FLUX.build()),
+        SETTINGS["reuse"],
+        residual_diff_threshold=0.2,
+        mode=mode,
     )
-
-    def run(_):
-        return denoise(model, family, STEPS)
-
-    dbcache.enable(adapter, SETTINGS["reuse"], residual_diff_threshold=0.2)
-    expected, eager = run(model), trace(model)
-    dbcache.enable(adapter, SETTINGS["reuse"], residual_diff_threshold=0.2, cuda_graph=mode)
-    got = run(model)
-    assert trace(model) == eager
-    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-    first, second = ([Reason(code).cached for code in reasons] for reasons, _ in eager.values())
+    first, second = ([reason in CACHED for reason in reasons] for _, _, reasons, *_ in traces)
     assert first != second, "the stacks must decide apart for this test to mean anything"
-    (recording,) = handle_of(model).graphs.recordings.values()
+    (recording,) = recordings(adapter)
     assert [type(item).__name__ for item in recording.replay.program] == [
         "Tape", "Branch", "Tape", "Branch", "Tape",
     ]  # fmt: skip
@@ -131,23 +97,18 @@ def test_two_stacks_are_two_branches_of_one_graph(driver, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_stacks_that_follow_the_first_one_are_branches_on_its_decision(driver, mode):
-    family = FAMILIES["flux"]
-    model = family.build()
-    adapter = BlockAdapter(
-        transformer=model,
-        blocks=[model.transformer_blocks, model.single_transformer_blocks],
-        forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_1],
+    adapter, _ = both(
+        lambda a: denoise(a.transformer, FLUX, STEPS),
+        lambda: two_stacks(FLUX.build()),
+        SETTINGS["reuse"],
+        TAYLOR,
+        decision_scope="model",
+        residual_diff_threshold=0.15,
+        mode=mode,
     )
-    options = {"decision_scope": "model", "residual_diff_threshold": 0.15}
-    dbcache.enable(adapter, SETTINGS["reuse"], TAYLOR, **options)
-    expected, eager = denoise(model, family, STEPS), trace(model)
-    dbcache.enable(adapter, SETTINGS["reuse"], TAYLOR, **options, cuda_graph=mode)
-    got = denoise(model, family, STEPS)
-    assert trace(model) == eager
-    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-    assert 10 < sum(Reason(code).cached for code in next(iter(eager.values()))[0]) < 45
-    (recording,) = handle_of(model).graphs.recordings.values()
-    assert sum(type(item).__name__ == "Branch" for item in recording.replay.program) == 2
+    assert 10 < len(dbcache.summary(adapter).lanes[0].cached_steps) < 45
+    (recording,) = recordings(adapter)
+    assert len(branches(recording)) == 2
 
 
 def hunyuan_dit():
@@ -204,62 +165,53 @@ LAST = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("last", [{}, {"Bn_compute_blocks": 1}, LAST], ids=["B0", "B1", "B2"])
 def test_long_skips_are_recorded_right(driver, mode, last):
-    model = hunyuan_dit()
-    adapter = BlockAdapter(
-        transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3
-    )
+    calls = []
+
+    def build():
+        model = hunyuan_dit()
+        if not calls:  # the eager one's
+            model.blocks[-2].register_forward_pre_hook(lambda *_: calls.append(0))
+        return one_stream(model)
+
     options = {
         "Fn_compute_blocks": 1,
         "max_warmup_steps": 3,
         "residual_diff_threshold": 0.1,
     } | last
-    calls = []
-    hook = model.blocks[-2].register_forward_pre_hook(lambda *_: calls.append(0))
-    dbcache.enable(adapter, **options)
-    expected, eager = denoise_hunyuan_dit(model), trace(model)
-    hook.remove()
-    dbcache.enable(adapter, **options, cuda_graph=mode)
-    got = denoise_hunyuan_dit(model)
-    assert trace(model) == eager
-    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-    (reasons, _) = next(iter(eager.values()))
-    cached = sum(Reason(code).cached for code in reasons)
+    adapter, _ = both(lambda a: denoise_hunyuan_dit(a.transformer), build, **options, mode=mode)
+    (lane,) = dbcache.summary(adapter).lanes
+    cached = len(lane.cached_steps)
     assert 5 < cached < STEPS - 3
     if last is LAST:
         assert STEPS - cached < len(calls) < STEPS, "left out on some of the cached steps"
-    assert handle_of(model).graphs.replays == STEPS - 1
+    assert graphs(adapter).replays == STEPS - 1
 
 
 def test_host_mode_reads_only_what_the_plan_leaves_open(driver, monkeypatch):
-    from dbcache.lane import Lane
-
-    family, reads = FAMILIES["flux"], []
+    reads = []
     read = Lane.read_decision
     monkeypatch.setattr(Lane, "read_decision", lambda lane: reads.append(lane.step) or read(lane))
-    model = family.build()
+    model = FLUX.build()
     dbcache.enable(model, SETTINGS["static"], cuda_graph="host")
-    denoise(model, family, 3)
+    denoise(model, FLUX, 3)
     assert len(reads) == 2  # of the dynamic step that is tried, eager and replayed
     dbcache.refresh_context(model)
     reads.clear()
-    denoise(model, family, STEPS)
-    assert handle_of(model).graphs.replays == 3 - 1 + STEPS
+    denoise(model, FLUX, STEPS)
+    assert graphs(model).replays == 3 - 1 + STEPS
     assert reads == []
     dbcache.enable(model, SETTINGS["reuse"], cuda_graph="host")
-    denoise(model, family, 3)
+    denoise(model, FLUX, 3)
     dbcache.refresh_context(model)
     reads.clear()
-    denoise(model, family, 20)
+    denoise(model, FLUX, 20)
     assert reads == list(range(5, 21))  # the count after steps 4 to 19
 
 
 def test_device_mode_reads_nothing_and_launches_once_per_step(driver, monkeypatch):
-    from dbcache.lane import Lane
-
-    family = FAMILIES["flux"]
-    model = family.build()
+    model = FLUX.build()
     dbcache.enable(model, SETTINGS["reuse"], cuda_graph="device")
-    denoise(model, family, 3)
+    denoise(model, FLUX, 3)
 
     def fail(lane):
         raise AssertionError("the host asked for a decision")
@@ -267,7 +219,7 @@ def test_device_mode_reads_nothing_and_launches_once_per_step(driver, monkeypatc
     monkeypatch.setattr(Lane, "read_decision", fail)
     dbcache.refresh_context(model, num_inference_steps=20)
     before = driver.launches
-    denoise(model, family, 20)
+    denoise(model, FLUX, 20)
     assert driver.launches == before + 20
     summary = dbcache.summary(model)
     assert summary.lanes[0].cached_steps, "the trace is read after the loop"

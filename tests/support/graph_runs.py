@@ -1,0 +1,124 @@
+"""What tests of graphs share: eager runs, recorded ones, and what both are compared by."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fake_driver import Graph
+from tiny import FAMILIES, noise
+
+import dbcache
+from dbcache import BlockAdapter, ForwardPattern
+from dbcache.adapters.cached_transformer import handle_of
+
+FLUX = FAMILIES["flux"]
+MODES = ("host", "device")
+OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 3, "residual_diff_threshold": 0.15}
+
+
+def start(seed: int) -> torch.Tensor:
+    """Return the noise that a FLUX loop begins with."""
+    return noise(*FLUX.latent_shape, seed=seed)
+
+
+def same(xs: list[torch.Tensor], ys: list[torch.Tensor]) -> bool:
+    """Return whether two runs have the same outputs, to the last bit."""
+    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+def traces(target: Any) -> list[tuple]:
+    """Return (stack, branch, reasons, changes, left out blocks) of each lane, to the last bit."""
+    lanes = dbcache.summary(target, logging=False).lanes
+    return [(lane.stack, lane.branch, lane.reasons, lane.diffs, lane.pruned) for lane in lanes]
+
+
+def graphs(target: Any) -> Any:
+    """Return the graph executor of a transformer, or of what holds one."""
+    return handle_of(getattr(target, "transformer", target)).graphs
+
+
+def recordings(target: Any) -> list:
+    """Return what was recorded of a transformer, or of what holds one."""
+    return list(graphs(target).recordings.values())
+
+
+def branches(recording: Any) -> list:
+    """Return the branches of a recording, in their order."""
+    return [item for item in recording.replay.program if type(item).__name__ == "Branch"]
+
+
+def conditional_nodes(graph: Graph) -> int:
+    """Return how many IF nodes a graph has that a user captured."""
+    return sum(node.kind.name.endswith("CONDITIONAL") for node in graph.nodes)
+
+
+def decide_as_recorded(target: Any) -> None:
+    """Make eager steps round as recorded ones: each block that is left out adds its own residual.
+
+    Who measures a change that branches share is still known to the host.
+    """
+    for stack in handle_of(getattr(target, "transformer", target)).stacks:
+        stack.prepare_recording()
+        stack.shared.by_device = False
+
+
+def eagerly(
+    run: Callable, target: Any, *configs: Any, **options: Any
+) -> tuple[list[torch.Tensor], list[tuple]]:
+    """Enable without graphs and run; return the outputs and the traces."""
+    dbcache.enable(target, *configs, **options)
+    decide_as_recorded(target)
+    return run(target), traces(target)
+
+
+def both(
+    run: Callable, build: Callable, *configs: Any, mode: str, **options: Any
+) -> tuple[Any, list[tuple]]:
+    """Run eagerly and recorded, each on a target of its own; check that they agree.
+
+    Args:
+        run: is given what `build` returned; returns the outputs.
+        build: makes a transformer, a pipeline or a `BlockAdapter`.
+        configs: for `enable`, as are the `options`.
+        mode: of the graphs.
+
+    Returns:
+        What was recorded, and the traces.
+    """
+    expected, eager = eagerly(run, build(), *configs, **options)
+    target = build()
+    dbcache.enable(target, *configs, **options, cuda_graph=mode)
+    got = run(target)
+    assert traces(target) == eager
+    assert same(got, expected)
+    assert not graphs(target).reasons
+    return target, eager
+
+
+def two_stacks(model: torch.nn.Module) -> BlockAdapter:
+    """Return an adapter of a FLUX whose lists of blocks decide apart."""
+    return BlockAdapter(
+        transformer=model,
+        blocks=[model.transformer_blocks, model.single_transformer_blocks],
+        forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_1],
+    )
+
+
+def one_stream(model: torch.nn.Module, *names: str) -> BlockAdapter:
+    """Return an adapter of a model whose blocks take hidden states alone."""
+    return BlockAdapter(
+        transformer=model,
+        blocks=[getattr(model, name) for name in names or ("blocks",)],
+        forward_pattern=[ForwardPattern.Pattern_3] * len(names or ("blocks",)),
+    )
+
+
+class Step(torch.nn.Module):
+    """The smallest block whose weights its output tells."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(noise(4, 4, seed=seed))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + 0.1 * torch.tanh(hidden_states @ self.weight)
