@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from graph_runs import FLUX, OPTIONS, graphs, same, start
 from tiny import BRANCHES, FAMILIES, denoise, generate, noise, pipeline
 
 import dbcache
@@ -13,17 +14,10 @@ from dbcache.kernels.lane_state import Reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FLUX = FAMILIES["flux"]
-OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 3, "residual_diff_threshold": 0.15}
-
 
 @pytest.fixture
 def model():
     return FLUX.build()
-
-
-def graphs(model):
-    return handle_of(model).graphs
 
 
 def eager(steps, **options):
@@ -32,13 +26,9 @@ def eager(steps, **options):
     return denoise(model, FLUX, steps)
 
 
-def same(xs, ys):
-    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
-
-
 def test_capture_records_ahead_of_the_first_request(model, driver):
     dbcache.enable(model, **OPTIONS, num_inference_steps=8, cuda_graph="device")
-    x = noise(*FLUX.latent_shape, seed=1)
+    x = start(1)
     (recording,) = dbcache.capture(model, **FLUX.arguments(x, 1.0, "cond"))
     assert re.fullmatch(r"device, 1x16x16 float32", recording.name)
     assert recording.seconds > 0

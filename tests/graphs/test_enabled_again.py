@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, denoise, generate, pipeline
+from graph_runs import FLUX, MODES, OPTIONS, graphs, recordings, same, traces
+from tiny import denoise, generate, pipeline
 
 import dbcache
 from dbcache import BlockAdapter, ForwardPattern
@@ -10,20 +11,7 @@ from dbcache.adapters.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FLUX = FAMILIES["flux"]
-OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 3, "residual_diff_threshold": 0.15}
 PRUNED = {**OPTIONS, "cache_type": "DBPrune", "non_prune_block_ids": [3]}
-
-
-def same(xs, ys):
-    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
-
-
-def lanes(target):
-    return [
-        (lane.branch, lane.reasons, lane.diffs, lane.pruned)
-        for lane in dbcache.summary(target, logging=False).lanes
-    ]
 
 
 def adapter(model, **changes):
@@ -31,13 +19,13 @@ def adapter(model, **changes):
     return BlockAdapter(**parts, forward_pattern=ForwardPattern.Pattern_1, **changes)
 
 
-@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", [OPTIONS, PRUNED], ids=["cache", "prune"])
 def test_other_numbers_are_served_by_the_same_recordings(driver, options, mode):
     model, fresh = FLUX.build(), FLUX.build()
     dbcache.enable(model, **options, cuda_graph=mode)
     denoise(model, FLUX, 6)
-    (recorded,) = handle_of(model).graphs.recordings.values()
+    (recorded,) = recordings(model)
     lane = handle_of(model).stacks[0].lanes[None]
     seen = set()
     for changes in (
@@ -45,19 +33,19 @@ def test_other_numbers_are_served_by_the_same_recordings(driver, options, mode):
         {"max_warmup_steps": 1, "max_continuous_cached_steps": 1},
         {"steps_computation_mask": [1, 0, 1, 0, 0, 1, 0, 0, 0, 0]},
     ):
-        before = handle_of(model).graphs.replays
+        before = graphs(model).replays
         dbcache.enable(model, **options | changes, cuda_graph=mode)
-        assert not lanes(model), "the last request is over"
+        assert not traces(model), "the last request is over"
         got = denoise(model, FLUX, 10)
         # a fresh model's first step is an eager one
         dbcache.enable(fresh, **options | changes, cuda_graph=mode)
-        handle_of(fresh).graphs.retire()
+        graphs(fresh).retire()
         assert same(got, denoise(fresh, FLUX, 10))
-        assert lanes(model) == lanes(fresh)
-        seen.add(str(lanes(model)))
-        assert list(handle_of(model).graphs.recordings.values()) == [recorded]
+        assert traces(model) == traces(fresh)
+        seen.add(str(traces(model)))
+        assert recordings(model) == [recorded]
         assert handle_of(model).stacks[0].lanes[None] is lane
-        assert handle_of(model).graphs.replays == before + 10
+        assert graphs(model).replays == before + 10
     assert len(seen) == 3
     dbcache.disable(model)
     assert recorded.replay.__dict__.get("graph") is None
@@ -70,15 +58,15 @@ def test_pipelines_and_all_their_transformers_keep_theirs(driver, name):
     parts = [x for x in (pipe.transformer, getattr(pipe, "transformer_2", None)) if x is not None]
     dbcache.enable(pipe, **OPTIONS, cuda_graph="device")
     generate(pipe, 12)
-    recorded = [list(handle_of(part).graphs.recordings.values()) for part in parts]
+    recorded = [recordings(part) for part in parts]
     assert [len(each) for each in recorded] == [2] * len(parts)
     dbcache.enable(pipe, **OPTIONS | {"residual_diff_threshold": 0.05}, cuda_graph="device")
     got = generate(pipe, 12)
-    assert [list(handle_of(part).graphs.recordings.values()) for part in parts] == recorded
+    assert [recordings(part) for part in parts] == recorded
     assert not driver.destroyed
     dbcache.enable(fresh, **OPTIONS | {"residual_diff_threshold": 0.05})
     assert same(got, generate(fresh, 12))
-    assert lanes(pipe) == lanes(fresh)
+    assert traces(pipe) == traces(fresh)
     dbcache.disable(pipe)
     assert len(driver.destroyed) == 2 * 2 * len(parts)  # a graph each, and what was made of it
     assert not any("forward" in part.__dict__ for part in parts)
@@ -108,7 +96,7 @@ def test_what_a_recording_holds_makes_it_void(driver, first, then):
     got = denoise(model, FLUX, 8)
     dbcache.enable(fresh, **OPTIONS | {"cuda_graph": "device"} | first | then)
     assert same(got, denoise(fresh, FLUX, 8))
-    assert lanes(model) == lanes(fresh)
+    assert traces(model) == traces(fresh)
 
 
 @pytest.mark.parametrize(
@@ -118,16 +106,16 @@ def test_another_adapter_makes_them_void(driver, changes):
     model = FLUX.build()
     dbcache.enable(adapter(model), **OPTIONS, cuda_graph="device")
     denoise(model, FLUX, 4)
-    executor = handle_of(model).graphs
+    executor = graphs(model)
     dbcache.enable(adapter(model), **OPTIONS | {"max_warmup_steps": 1}, cuda_graph="device")
-    assert handle_of(model).graphs is executor
+    assert graphs(model) is executor
     if "blocks" in changes:
         changes = {"blocks": getattr(model, changes["blocks"])}
         other = BlockAdapter(transformer=model, **changes, forward_pattern=ForwardPattern.Pattern_1)
     else:
         other = adapter(model, **changes)
     dbcache.enable(other, **OPTIONS, cuda_graph="device")
-    assert handle_of(model).graphs is not executor
+    assert graphs(model) is not executor
     assert not executor.recordings
 
 
@@ -136,7 +124,7 @@ def test_what_is_refused_leaves_the_old_cache_and_its_recordings(driver):
     dbcache.enable(model, **OPTIONS, num_inference_steps=8, cuda_graph="device")
     denoise(model, FLUX, 8)
     handle = handle_of(model)
-    (recorded,) = handle.graphs.recordings.values()
+    (recorded,) = recordings(model)
     dbcache.register_predictor("asks the host")(lambda steps, step: [1.0])
     on_host = dbcache.CustomCalibratorConfig(predictor_name="asks the host")
     for refused in (
@@ -150,7 +138,7 @@ def test_what_is_refused_leaves_the_old_cache_and_its_recordings(driver):
             dbcache.enable(model, **OPTIONS | refused, cuda_graph="device")
     assert handle_of(model) is handle
     got = denoise(model, FLUX, 8)
-    assert list(handle.graphs.recordings.values()) == [recorded]
+    assert recordings(model) == [recorded]
     dbcache.enable(fresh, **OPTIONS)
     assert same(got, denoise(fresh, FLUX, 8))
 
@@ -168,7 +156,7 @@ def test_weights_that_moved_meanwhile_are_recorded_anew(driver):
     model = FLUX.build()
     dbcache.enable(model, **OPTIONS, cuda_graph="device")
     denoise(model, FLUX, 4)
-    executor = handle_of(model).graphs
+    executor = graphs(model)
     block = model.transformer_blocks[2]
     block.ff.net[2].weight = torch.nn.Parameter(block.ff.net[2].weight * 1.5)
     dbcache.enable(model, **OPTIONS | {"max_warmup_steps": 2}, cuda_graph="device")
@@ -185,12 +173,12 @@ def test_pipelines_that_share_a_transformer_keep_theirs(driver):
     for each in (pipe, other):
         dbcache.enable(each, **OPTIONS, cuda_graph="device")
     generate(other, 8)
-    executor = handle_of(pipe.transformer).graphs
-    recorded = list(executor.recordings.values())
+    executor = graphs(pipe)
+    recorded = recordings(pipe)
     dbcache.enable(pipe, **OPTIONS | {"residual_diff_threshold": 0.05}, cuda_graph="device")
     generate(other, 8)
-    assert handle_of(pipe.transformer).graphs is executor
-    assert list(executor.recordings.values()) == recorded
+    assert graphs(pipe) is executor
+    assert recordings(pipe) == recorded
     dbcache.disable(pipe)
     assert not driver.destroyed
     dbcache.disable(other)

@@ -2,18 +2,16 @@
 
 import pytest
 import torch
+from graph_runs import FLUX, MODES, graphs, start, two_stacks
 from tape import TapeRecorder, seen_ops
-from tiny import FAMILIES, noise
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import dbcache
-from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern
-from dbcache.adapters.cached_transformer import handle_of
+from dbcache import DBCacheConfig, DBPruneConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread", "driver")
 
-FLUX = FAMILIES["flux"]
 OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 4, "residual_diff_threshold": 0.1}
 CASES = {
     "reuse": (DBCacheConfig(**OPTIONS),),
@@ -59,7 +57,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_capture_uses_only_kernels_that_ran_before(monkeypatch, case, mode):
     watch, begin, end = Watch(), TapeRecorder.begin, TapeRecorder.end
@@ -74,16 +72,10 @@ def test_a_capture_uses_only_kernels_that_ran_before(monkeypatch, case, mode):
     monkeypatch.setattr(TapeRecorder, "begin", switch(begin, True))
     monkeypatch.setattr(TapeRecorder, "end", switch(end, False))
     model = FLUX.build()
-    adapter = BlockAdapter(
-        transformer=model,
-        blocks=[model.transformer_blocks, model.single_transformer_blocks],
-        forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_1],
-    )
-    dbcache.enable(adapter, *CASES[case], num_inference_steps=4, cuda_graph=mode)
+    dbcache.enable(two_stacks(model), *CASES[case], num_inference_steps=4, cuda_graph=mode)
     with torch.no_grad(), seen_ops(), watch:
         for step in range(2):
-            x = noise(*FLUX.latent_shape, seed=step)
-            model(**FLUX.arguments(x, 1.0 - step / 4, "cond"))
-    assert handle_of(model).graphs.replays == 1
+            model(**FLUX.arguments(start(step), 1.0 - step / 4, "cond"))
+    assert graphs(model).replays == 1
     assert watch.captured, "the capture must have been seen"
     assert watch.late == set()

@@ -5,20 +5,18 @@ import re
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
-from fake_driver import FakeDriver
+from fake_driver import NODE, FakeDriver
+from graph_runs import FLUX, OPTIONS, Step, graphs, one_stream, recordings, same, start
 from tape import TapeRecorder, use_driver
-from tiny import FAMILIES, denoise, noise
+from tiny import denoise, noise
 
 import dbcache
-from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern, GraphOptions
+from dbcache import DBCacheConfig, DBPruneConfig, GraphOptions
 from dbcache.adapters.cached_transformer import handle_of
 from dbcache.executors.fingerprint import reason_against
 from dbcache.kernels.lane_state import Reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-FLUX = FAMILIES["flux"]
-OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 3, "residual_diff_threshold": 0.15}
 
 
 @pytest.fixture
@@ -26,18 +24,10 @@ def model():
     return FLUX.build()
 
 
-def graphs(model):
-    return handle_of(model).graphs
-
-
-def eager(steps, **options):
+def eager(steps, *, batch=1, **options):
     model = FLUX.build()
     dbcache.enable(model, **OPTIONS | options)
-    return denoise(model, FLUX, steps)
-
-
-def same(xs, ys):
-    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+    return denoise(model, FLUX, steps, batch=batch)
 
 
 def test_off_unless_asked_for(model, driver):
@@ -57,7 +47,7 @@ def test_refuses_unknown_modes(model, given):
 def test_auto_takes_the_device_where_it_can(model, driver):
     dbcache.enable(model, **OPTIONS, cuda_graph="auto")
     assert same(denoise(model, FLUX, 8), eager(8))
-    assert [r.replay.mode for r in graphs(model).recordings.values()] == ["device"]
+    assert [r.replay.mode for r in recordings(model)] == ["device"]
 
 
 def test_auto_steps_down_to_the_host_loudly(model, without_driver):
@@ -65,7 +55,7 @@ def test_auto_steps_down_to_the_host_loudly(model, without_driver):
     with pytest.warns(UserWarning, match=r"'device' is impossible .* goes on with 'host': .*12040"):
         got = denoise(model, FLUX, 8)
     assert same(got, eager(8))
-    assert [r.replay.mode for r in graphs(model).recordings.values()] == ["host"]
+    assert [r.replay.mode for r in recordings(model)] == ["host"]
     assert any("12040" in note for note in dbcache.summary(model).notes)
 
 
@@ -85,7 +75,7 @@ def test_a_body_that_the_driver_refuses_falls_back_to_the_host(model, driver, mo
     def end(self):
         tape = close(self)
         if tape.raw is not None:
-            driver.graphs[tape.raw].nodes[0].kind = _kind(next(kinds, "KERNEL"))
+            driver.graphs[tape.raw].nodes[0].kind = NODE[next(kinds, "KERNEL")]
         return tape
 
     monkeypatch.setattr(TapeRecorder, "end", end)
@@ -93,12 +83,6 @@ def test_a_body_that_the_driver_refuses_falls_back_to_the_host(model, driver, mo
     with pytest.warns(UserWarning, match="goes on with 'host': .*HOST nodes"):
         got = denoise(model, FLUX, 8)
     assert same(got, eager(8))
-
-
-def _kind(name):
-    from fake_driver import NODE
-
-    return NODE[name]
 
 
 def test_a_failure_in_the_middle_of_recording_leaves_a_working_model(model, driver):
@@ -112,7 +96,7 @@ def test_a_failure_in_the_middle_of_recording_leaves_a_working_model(model, driv
         return run(*args, **kwargs)
 
     block.forward = forward
-    x = noise(*FLUX.latent_shape, seed=1)
+    x = start(1)
     with torch.no_grad():
         model(**FLUX.arguments(x, 1.0, "cond"))
         fails[0] = True
@@ -132,10 +116,10 @@ def test_a_failure_in_the_middle_of_recording_leaves_a_working_model(model, driv
 
 def test_gradients_run_eagerly_and_say_so(model, driver):
     dbcache.enable(model, **OPTIONS, cuda_graph=True)
-    x = noise(*FLUX.latent_shape, seed=1)
+    x = start(1)
     with pytest.warns(UserWarning, match="gradients must be off"):
         model(**FLUX.arguments(x, 1.0, "cond"))
-    assert not graphs(model).recordings
+    assert not recordings(model)
 
 
 def test_on_the_cpu_it_runs_eagerly_and_says_so(model):
@@ -151,13 +135,12 @@ def test_on_the_cpu_it_runs_eagerly_and_says_so(model):
 
 def test_arguments_that_cannot_be_compared_run_eagerly_and_say_so(model, driver):
     dbcache.enable(model, **OPTIONS, cuda_graph=True)
-    x = noise(*FLUX.latent_shape, seed=1)
-    arguments = FLUX.arguments(x, 1.0, "cond") | {"joint_attention_kwargs": {"x": {1, 2}}}
+    arguments = FLUX.arguments(start(1), 1.0, "cond") | {"joint_attention_kwargs": {"x": {1, 2}}}
     with torch.no_grad():
         with pytest.warns(UserWarning, match="must be hashable, got .*'set'"):
             model(**arguments)
         model(**arguments)
-    assert not graphs(model).recordings
+    assert not recordings(model)
     assert any("hashable" in n and "(2 times)" in n for n in dbcache.summary(model).notes)
 
 
@@ -169,7 +152,7 @@ def test_random_numbers_in_the_step_are_refused(model, driver):
     with pytest.warns(UserWarning, match="must not draw random numbers") as warned:
         denoise(model, FLUX, 5)
     assert len(warned) == 2  # one per mode, and none for the calls that follow
-    assert not graphs(model).recordings
+    assert not recordings(model)
     (device, host) = graphs(model).describe()
     assert re.fullmatch(r"cuda_graph: 'device' failed: .*random numbers.* \(1 times\)", device)
     assert re.fullmatch(r"cuda_graph: 'host' failed: .*random numbers.* \(4 times\)", host)
@@ -181,7 +164,7 @@ def test_each_dtype_of_autocast_has_its_own_recording(model, driver, monkeypatch
     for dtype, seen in ((torch.bfloat16, 1), (torch.float16, 2), (torch.bfloat16, 2)):
         monkeypatch.setattr(torch, "get_autocast_dtype", lambda _, dtype=dtype: dtype)
         denoise(model, FLUX, 3)
-        assert len(graphs(model).recordings) == seen
+        assert len(recordings(model)) == seen
 
 
 def test_control_flow_on_tensors_is_refused(model, driver):
@@ -213,33 +196,19 @@ class Leaky(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(4))
+        self.blocks = torch.nn.ModuleList(Step(seed) for seed in range(4))
 
     def forward(self, hidden_states):
         kept = []
         for block in self.blocks:
-            hidden_states = hidden_states + 0.1 * torch.tanh(block(hidden_states))
+            hidden_states = block(hidden_states)
             kept.append(hidden_states.sin())
         return hidden_states + kept[2]
 
 
-class Step(torch.nn.Module):
-    def __init__(self, seed):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = torch.nn.Parameter(torch.randn(4, 4, generator=generator))
-
-    def forward(self, hidden_states):
-        return hidden_states + 0.1 * torch.tanh(hidden_states @ self.weight)
-
-
 def test_values_that_leak_out_of_the_skipped_blocks_are_found(driver):
     model = Leaky()
-    model.blocks = torch.nn.ModuleList(Step(seed) for seed in range(4))
-    adapter = BlockAdapter(
-        transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3
-    )
-    dbcache.enable(adapter, **OPTIONS, cuda_graph="device")
+    dbcache.enable(one_stream(model), **OPTIONS, cuda_graph="device")
     with torch.no_grad():
         model(noise(1, 5, 4, seed=0))
         with pytest.raises(RuntimeError, match="a replayed cached step must equal"):
@@ -272,16 +241,14 @@ def test_new_shapes_are_new_recordings_and_old_ones_still_serve(model, driver):
     for batch in batches:
         dbcache.refresh_context(model)
         got = denoise(model, FLUX, 6, batch=batch)
-        fresh = FLUX.build()
-        dbcache.enable(fresh, **OPTIONS)
-        assert same(got, denoise(fresh, FLUX, 6, batch=batch))
-    assert len(graphs(model).recordings) == 2
+        assert same(got, eager(6, batch=batch))
+    assert len(recordings(model)) == 2
     assert graphs(model).replays == 5 + 5 + 6 + 6 + 6
 
 
 @pytest.mark.parametrize("config", [DBCacheConfig(), DBPruneConfig()], ids=["steps", "blocks"])
 def test_shapes_that_take_turns_within_a_request_are_recorded_once_they_last(model, driver, config):
-    x, reasons = noise(*FLUX.latent_shape, seed=1), []
+    x, reasons = start(1), []
     for mode in (False, "device"):
         dbcache.enable(model, config, **OPTIONS | {"max_warmup_steps": 1}, cuda_graph=mode)
         with torch.no_grad():
@@ -290,19 +257,18 @@ def test_shapes_that_take_turns_within_a_request_are_recorded_once_they_last(mod
         reasons.append(dbcache.summary(model).lanes[0].reasons)
     assert reasons[0] == reasons[1]
     assert reasons[0].count("shape changed") == 6
-    assert len(graphs(model).recordings) == 2
+    assert len(recordings(model)) == 2
     assert graphs(model).replays == 5
 
 
 def test_other_arguments_are_part_of_the_kind(model, driver):
     dbcache.enable(model, **OPTIONS, cuda_graph="host")
-    x = noise(*FLUX.latent_shape, seed=1)
-    arguments = FLUX.arguments(x, 1.0, "cond")
+    arguments = FLUX.arguments(start(1), 1.0, "cond")
     with torch.no_grad():
         for return_dict in (False, False, True, True):
             output = model(**arguments | {"return_dict": return_dict})
             assert isinstance(output, tuple) is not return_dict
-    assert len(graphs(model).recordings) == 2
+    assert len(recordings(model)) == 2
 
 
 def test_the_oldest_recordings_are_given_up_together(model, driver):
@@ -311,7 +277,7 @@ def test_the_oldest_recordings_are_given_up_together(model, driver):
         dbcache.refresh_context(model)
         denoise(model, FLUX, 4, batch=batch)
     executor = graphs(model)
-    assert len(executor.recordings) == 1
+    assert len(recordings(model)) == 1
     assert executor.retired == 2
     assert len(driver.destroyed) == 4
     assert any("2 recordings were given up" in note for note in dbcache.summary(model).notes)
@@ -329,7 +295,7 @@ def test_memory_is_capped(model, driver, monkeypatch):
 def test_numbers_change_without_a_new_recording(model, driver):
     dbcache.enable(model, **OPTIONS, num_inference_steps=8, cuda_graph="device")
     denoise(model, FLUX, 8)
-    recorded = list(graphs(model).recordings.values())
+    recorded = recordings(model)
     for changes in (
         {"residual_diff_threshold": 0.05},
         {"max_cached_steps": 2},
@@ -337,7 +303,7 @@ def test_numbers_change_without_a_new_recording(model, driver):
     ):
         dbcache.refresh_context(model, **changes)
         got = denoise(model, FLUX, 8)
-        assert list(graphs(model).recordings.values()) == recorded
+        assert recordings(model) == recorded
         fresh = FLUX.build()
         dbcache.enable(fresh, handle_of(model).config)
         assert same(got, denoise(fresh, FLUX, 8))
@@ -348,7 +314,7 @@ def test_other_blocks_to_run_are_a_new_recording(model, driver):
     dbcache.enable(model, **OPTIONS, num_inference_steps=6, cuda_graph="device")
     denoise(model, FLUX, 6)
     dbcache.refresh_context(model, Fn_compute_blocks=3)
-    assert not graphs(model).recordings
+    assert not recordings(model)
     assert same(denoise(model, FLUX, 6), eager(6, Fn_compute_blocks=3))
 
 
@@ -388,7 +354,7 @@ def test_weights_elsewhere_and_other_settings_are_a_new_recording(model, driver,
 
 
 def test_outputs_are_the_users_unless_asked_otherwise(model, driver):
-    x = noise(*FLUX.latent_shape, seed=1)
+    x = start(1)
     for static in (False, True):
         dbcache.enable(
             model, **OPTIONS, cuda_graph=GraphOptions(mode="host", static_outputs=static)
@@ -399,27 +365,24 @@ def test_outputs_are_the_users_unless_asked_otherwise(model, driver):
         assert torch.equal(outputs[2], outputs[3]) is static
 
 
-def test_a_failed_launch_counts_as_never_begun(model, driver):
+def test_a_failed_launch_counts_as_never_begun(model, driver, monkeypatch):
     dbcache.enable(model, **OPTIONS, num_inference_steps=8, cuda_graph="device")
     denoise(model, FLUX, 3)
     lane = handle_of(model).stacks[0].lanes[None]
-    launch = FakeDriver.do_cuGraphLaunch
-    x = noise(*FLUX.latent_shape, seed=1)
-    try:
-        FakeDriver.do_cuGraphLaunch = lambda *_: _fail()
-        with torch.no_grad(), pytest.raises(RuntimeError, match="lost the GPU"):
+
+    def fail(*_):
+        raise RuntimeError("lost the GPU")
+
+    x = start(1)
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(FakeDriver, "do_cuGraphLaunch", fail)
+        with pytest.raises(RuntimeError, match="lost the GPU"):
             model(**FLUX.arguments(x, 0.5, "cond"))
-    finally:
-        FakeDriver.do_cuGraphLaunch = launch
     assert lane.step == 3
     assert not lane.has_reference
     with torch.no_grad():
         model(**FLUX.arguments(x, 0.5, "cond"))
     assert Reason(lane.trace()[0][-1]) == Reason.NO_REFERENCE
-
-
-def _fail():
-    raise RuntimeError("lost the GPU")
 
 
 def test_a_cpu_machine_can_import_all_of_it(monkeypatch):

@@ -2,23 +2,14 @@
 
 import pytest
 import torch
+from graph_runs import MODES, Step, graphs, one_stream, recordings
 from tape import TapeRecorder
 from tiny import noise
 
 import dbcache
-from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern, GraphOptions
-from dbcache.adapters.cached_transformer import handle_of
+from dbcache import DBCacheConfig, DBPruneConfig, GraphOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread", "driver")
-
-
-class Step(torch.nn.Module):
-    def __init__(self, seed):
-        super().__init__()
-        self.weight = torch.nn.Parameter(noise(4, 4, seed=seed))
-
-    def forward(self, hidden_states):
-        return hidden_states + 0.1 * torch.tanh(hidden_states @ self.weight)
 
 
 class Model(torch.nn.Module):
@@ -40,13 +31,10 @@ class Model(torch.nn.Module):
         return hidden_states * (5 if factor is True else factor) + len(sizes)
 
 
-def enabled(**options):
-    model = Model()
-    adapter = BlockAdapter(
-        transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3
-    )
+def enabled(model=None, **options):
+    model = Model() if model is None else model
     off = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.0}
-    dbcache.enable(adapter, **off, **options)
+    dbcache.enable(one_stream(model), **off, **options)
     return model
 
 
@@ -72,9 +60,8 @@ def test_calls_of_two_kinds_have_two_recordings(what):
         for step, how in enumerate((first, first, second, second, first, second)):
             x = noise(1, 5, 4, seed=step)
             assert torch.equal(model(x, **how), plain(x, **how)), (step, how)
-    executor = handle_of(model).graphs
-    assert len(executor.recordings) == 2
-    assert executor.replays == 4
+    assert len(recordings(model)) == 2
+    assert graphs(model).replays == 4
 
 
 def test_inference_mode_is_part_of_the_kind():
@@ -86,7 +73,7 @@ def test_inference_mode_is_part_of_the_kind():
             output = model(x, shift=ONE)
             assert torch.equal(output, plain(x, shift=ONE))
             assert output.is_inference() is (mode is torch.inference_mode)
-    assert len(handle_of(model).graphs.recordings) == 2
+    assert len(recordings(model)) == 2
 
 
 def test_the_users_inputs_are_copied_and_never_written():
@@ -111,7 +98,7 @@ def test_recordings_that_are_given_up_take_their_pool_and_stream_with_them(monke
         for length in (4, 5, 6):
             for step in range(3):
                 model(noise(1, length, 4, seed=step))
-    assert handle_of(model).graphs.retired == 2
+    assert graphs(model).retired == 2
     assert [recorder.is_closed for recorder in made] == [True, False]
     dbcache.disable(model)
     assert [recorder.is_closed for recorder in made] == [True, True]
@@ -126,12 +113,7 @@ class Choosy(Model):
 
 
 def test_a_kind_that_cannot_be_recorded_takes_the_others_along_and_they_come_back():
-    model, plain = Choosy(), Choosy()
-    adapter = BlockAdapter(
-        transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3
-    )
-    off = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.0}
-    dbcache.enable(adapter, **off, cuda_graph="device")
+    model, plain = enabled(Choosy(), cuda_graph="device"), Choosy()
     x = noise(1, 5, 4, seed=1)
     with torch.no_grad():
         for reads in (False, False, True):
@@ -141,30 +123,27 @@ def test_a_kind_that_cannot_be_recorded_takes_the_others_along_and_they_come_bac
         assert "1 recordings were given up" in " ".join(dbcache.summary(model).notes)
         for _ in range(3):
             assert torch.equal(model(x), plain(x))
-    (recording,) = handle_of(model).graphs.recordings.values()
+    (recording,) = recordings(model)
     assert recording.replay.mode == "device"
 
 
-@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("config", [DBCacheConfig, DBPruneConfig], ids=["steps", "blocks"])
 def test_a_recording_does_not_go_on_from_what_another_kind_stored_elsewhere(config, mode):
     """Other shapes in between, then the first ones in a kind that is new: it has new buffers."""
     kinds = [(5, 1.0)] * 4 + [(6, 1.0), (5, 2.0), (5, 1.0), (5, 1.0), (5, 1.0)]
     runs = []
-    for graphs in (False, mode):
+    for cuda_graph in (False, mode):
         model = Model()
-        adapter = BlockAdapter(
-            transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3
-        )
         always = config(Fn_compute_blocks=1, max_warmup_steps=1, residual_diff_threshold=0.3)
-        dbcache.enable(adapter, always, cuda_graph=graphs)
+        dbcache.enable(one_stream(model), always, cuda_graph=cuda_graph)
         outputs = []
         with torch.no_grad():
             for step, (length, factor) in enumerate(kinds):
                 # far from what came before, where the shapes change
                 x = noise(1, length, 4, seed=step // 4) * (1 + 0.01 * step)
                 outputs.append(model(x, factor=factor))
-        runs.append((outputs, dbcache.summary(adapter).lanes[0].reasons))
+        runs.append((outputs, dbcache.summary(model).lanes[0].reasons))
     (expected, eager), (got, recorded) = runs
     assert eager[:6] == recorded[:6]
     assert "below threshold" in eager[6:]

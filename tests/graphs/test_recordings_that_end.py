@@ -2,21 +2,14 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, denoise, noise
+from graph_runs import FLUX, MODES, OPTIONS, Step, both, graphs, one_stream, recordings, start
+from tiny import denoise, noise
 
 import dbcache
-from dbcache import BlockAdapter, ForwardPattern
 from dbcache.adapters.cached_transformer import handle_of
 from dbcache.executors import graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-FLUX = FAMILIES["flux"]
-OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 3, "residual_diff_threshold": 0.15}
-
-
-def same(xs, ys):
-    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
 @pytest.mark.parametrize("how", ["disabled", "enabled again", "rebuilt", "renumbered"])
@@ -24,7 +17,7 @@ def test_the_driver_gets_its_graphs_back_with_the_cache(driver, how):
     model = FLUX.build()
     dbcache.enable(model, **OPTIONS, num_inference_steps=4, cuda_graph="device")
     denoise(model, FLUX, 4)
-    executor = handle_of(model).graphs
+    executor = graphs(model)
     assert len(executor.recordings) == 1
     if how == "disabled":
         dbcache.disable(model)
@@ -39,18 +32,12 @@ def test_the_driver_gets_its_graphs_back_with_the_cache(driver, how):
     assert len(executor.recordings) == kept
 
 
-@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("mode", MODES)
 def test_requests_longer_than_the_room_of_a_lane_are_recorded_anew(driver, monkeypatch, mode):
     monkeypatch.setattr(graph, "CAPACITY", 64)
-    plain, model = FLUX.build(), FLUX.build()
-    dbcache.enable(plain, **OPTIONS)
-    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
-    assert same(denoise(model, FLUX, 70), denoise(plain, FLUX, 70))
-    (lane,), (expected,) = (dbcache.summary(m).lanes for m in (model, plain))
-    assert lane.reasons == expected.reasons
-    executor = handle_of(model).graphs
-    assert executor.retired == len(executor.recordings) == 1
-    assert executor.replays == 63 + 5  # steps 0 and 64 ran eagerly
+    model, _ = both(lambda m: denoise(m, FLUX, 70), FLUX.build, **OPTIONS, mode=mode)
+    assert graphs(model).retired == len(recordings(model)) == 1
+    assert graphs(model).replays == 63 + 5  # steps 0 and 64 ran eagerly
 
 
 class Two(torch.nn.Module):
@@ -70,24 +57,11 @@ class Two(torch.nn.Module):
         return hidden_states
 
 
-class Step(torch.nn.Module):
-    def __init__(self, seed):
-        super().__init__()
-        self.weight = torch.nn.Parameter(noise(4, 4, seed=seed))
-
-    def forward(self, hidden_states):
-        return hidden_states + 0.1 * torch.tanh(hidden_states @ self.weight)
-
-
-@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_stack_whose_shapes_change_alone_makes_the_step_a_full_one(driver, mode):
     """A recorded step with other shapes than the last, on a plan that would cache it."""
     model = Two()
-    adapter = BlockAdapter(
-        transformer=model,
-        blocks=[model.first, model.second],
-        forward_pattern=[ForwardPattern.Pattern_3, ForwardPattern.Pattern_3],
-    )
+    adapter = one_stream(model, "first", "second")
     static = {
         "steps_computation_mask": [1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0],
         "steps_computation_policy": "static",
@@ -101,7 +75,7 @@ def test_a_stack_whose_shapes_change_alone_makes_the_step_a_full_one(driver, mod
             x, more = noise(1, 5, 4, seed=step), noise(1, length, 4, seed=100 + step)
             output, plain = model(x, more), Two.forward(model, x, more)
             errors.append(float((output - plain).abs().max()))
-    assert handle_of(model).graphs.replays == 12 - 2
+    assert graphs(model).replays == 12 - 2
     assert [step for step, error in enumerate(errors) if error > 1e-6] == [4, 8, 10]
     first, second = dbcache.summary(adapter).lanes
     assert first.reasons[9] == first.reasons[11] == "shape changed"
@@ -112,32 +86,29 @@ def test_a_lane_has_room_for_a_usual_request_from_its_first_recording_on(driver)
     model = FLUX.build()
     dbcache.enable(model, **OPTIONS, cuda_graph="device")
     denoise(model, FLUX, 70)  # more than a lane that is not recorded has room for at first
-    executor = handle_of(model).graphs
+    executor = graphs(model)
     assert (executor.retired, executor.replays) == (0, 69)
 
 
-@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_lane_that_grew_in_a_step_of_another_kind_is_recorded_anew(driver, monkeypatch, mode):
     monkeypatch.setattr(graph, "CAPACITY", 64)
-    runs = []
-    for how in ({}, {"cuda_graph": mode}):
-        model = dbcache.enable(FLUX.build(), **OPTIONS, **how)
-        x, outputs = noise(*FLUX.latent_shape, seed=1), []
-        with torch.no_grad():
-            for step in range(70):
-                # step 64 runs eagerly, as the first of its kind, and makes room
-                inputs = FLUX.arguments(x, 1.0 - step / 70, "cond") | {"return_dict": step == 64}
-                outputs.append(model(**inputs)[0])
-                x = x - outputs[-1] / 70
-        runs.append((outputs, dbcache.summary(model).lanes[0].reasons))
-    (expected, reasons), (got, recorded) = runs
-    assert recorded == reasons
-    assert same(got, expected)
-    executor = handle_of(model).graphs
-    assert (executor.retired, executor.replays) == (1, 63 + 4)
+
+    @torch.no_grad()
+    def run(model):
+        x, outputs = start(1), []
+        for step in range(70):
+            # step 64 runs eagerly, as the first of its kind, and makes room
+            inputs = FLUX.arguments(x, 1.0 - step / 70, "cond") | {"return_dict": step == 64}
+            outputs.append(model(**inputs)[0])
+            x = x - outputs[-1] / 70
+        return outputs
+
+    model, _ = both(run, FLUX.build, **OPTIONS, mode=mode)
+    assert (graphs(model).retired, graphs(model).replays) == (1, 63 + 4)
 
 
-@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("knows", [True, False], ids=["a reference", "no reference"])
 def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
     """Its trials and the capture count for nothing."""
@@ -161,7 +132,7 @@ def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
     model = FLUX.build()
     dbcache.enable(model, **OPTIONS, enable_taylorseer=True, num_inference_steps=8, cuda_graph=mode)
     (stack,) = handle_of(model).stacks
-    x = noise(*FLUX.latent_shape, seed=1)
+    x = start(1)
     with torch.no_grad():
         model(**FLUX.arguments(x, 1.0, "cond"))
         if not knows:
@@ -176,23 +147,20 @@ def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
         assert torch.equal(tensor, same_tensors[name]), name
 
 
-@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("mode", MODES)
 def test_eager_steps_know_the_reference_that_a_replayed_one_left(driver, mode):
-    runs = []
-    for how in ({}, {"cuda_graph": mode}):
-        always = OPTIONS | {"max_warmup_steps": 1, "residual_diff_threshold": 1.0}
-        model = dbcache.enable(FLUX.build(), **always, **how)
+    @torch.no_grad()
+    def run(model):
         (stack,) = handle_of(model).stacks
-        x, outputs = noise(*FLUX.latent_shape, seed=1), []
-        with torch.no_grad():
-            for step in range(8):
-                if step == 4:
-                    stack.lanes[None].forget_reference()
-                inputs = FLUX.arguments(x, 1.0 - step / 8, "cond") | {"return_dict": step == 6}
-                outputs.append(model(**inputs)[0])
-        runs.append((outputs, dbcache.summary(model).lanes[0].reasons))
-    (expected, reasons), (got, recorded) = runs
-    assert recorded == reasons
+        outputs = []
+        for step in range(8):
+            if step == 4:
+                stack.lanes[None].forget_reference()
+            inputs = FLUX.arguments(start(1), 1.0 - step / 8, "cond") | {"return_dict": step == 6}
+            outputs.append(model(**inputs)[0])
+        return outputs
+
+    always = OPTIONS | {"max_warmup_steps": 1, "residual_diff_threshold": 1.0}
+    _, ((_, _, reasons, *_),) = both(run, FLUX.build, **always, mode=mode)
     assert "reference" in reasons[4]
     assert len(set(reasons[5:])) == 1
-    assert same(got, expected)

@@ -5,22 +5,15 @@ import re
 import pytest
 import torch
 from fake_driver import NODE
+from graph_runs import FLUX, MODES, OPTIONS, graphs, recordings, same
 from tape import TapeRecorder
-from tiny import FAMILIES, denoise
+from tiny import denoise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dbcache
-from dbcache.adapters.cached_transformer import handle_of
 from dbcache.executors.fingerprint import reason_against
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-FLUX = FAMILIES["flux"]
-OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 3, "residual_diff_threshold": 0.15}
-
-
-def same(xs, ys):
-    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
 def cast_layerwise(model):
@@ -70,7 +63,7 @@ def test_weights_that_the_libraries_move_are_refused(driver, move, reason):
     dbcache.enable(model, **OPTIONS, cuda_graph=True)
     with pytest.warns(UserWarning, match=f"runs eagerly: .*{reason}"):
         got = denoise(model, FLUX, 8)
-    assert not handle_of(model).graphs.recordings
+    assert not recordings(model)
     notes = " ".join(dbcache.summary(model).notes)
     assert re.search(r"\((7|8) times\)", notes), "all of them, but perhaps the first of its kind"
     dbcache.enable(model, **OPTIONS)
@@ -103,11 +96,11 @@ def test_either_body_with_other_nodes_is_refused_and_its_graph_freed(driver, mon
     with pytest.warns(UserWarning, match="goes on with 'host': .*got WAIT_EVENT nodes"):
         denoise(model, FLUX, 4)
     assert len(driver.destroyed) == 1
-    (recording,) = handle_of(model).graphs.recordings.values()
+    (recording,) = recordings(model)
     assert recording.replay.mode == "host"
 
 
-@pytest.mark.parametrize("mode", ["host", "device"])
+@pytest.mark.parametrize("mode", MODES)
 def test_blocks_that_are_compiled_one_by_one_are_recorded(driver, mode):
     """Regional compilation; the backend only tells that the compiled code is what was recorded."""
     seen = []
@@ -134,7 +127,7 @@ def test_blocks_that_are_compiled_one_by_one_are_recorded(driver, mode):
     assert eager.cached_steps
     if hasattr(TorchDispatchMode, "ignore_compile_internals"):  # else they are recorded uncompiled
         assert sum(seen) == len(model.transformer_blocks) + len(model.single_transformer_blocks)
-    assert handle_of(model).graphs.replays == 9
+    assert graphs(model).replays == 9
 
 
 def test_a_version_of_the_bindings_that_is_called_otherwise_is_stepped_down_from(

@@ -3,11 +3,22 @@
 import pytest
 import torch
 from fake_driver import FakeDriver
+from graph_runs import (
+    FLUX,
+    MODES,
+    branches,
+    graphs,
+    recordings,
+    same,
+    start,
+    traces,
+    two_stacks,
+)
 from tape import TapeRecorder
 from tiny import BRANCHES, FAMILIES, denoise, noise
 
 import dbcache
-from dbcache import BlockAdapter, DBCacheConfig, ForwardPattern
+from dbcache import DBCacheConfig
 from dbcache.adapters.cached_transformer import handle_of
 from dbcache.kernels.lane_state import CACHED as CACHED_FLAG
 from dbcache.pruned_lane import BlockCache
@@ -15,8 +26,6 @@ from dbcache.summary import CACHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MODES = ("host", "device")
-FLUX = FAMILIES["flux"]
 SETTINGS = DBCacheConfig(
     Fn_compute_blocks=1,
     Bn_compute_blocks=5,
@@ -65,24 +74,12 @@ class Watched:
 
     def notes(self):
         """Return what was left out, the reasons and diffs of each lane, and all changes."""
-        lanes = dbcache.summary(self.model, logging=False).lanes
-        decisions = [(lane.stack, lane.branch, lane.reasons, lane.diffs) for lane in lanes]
-        return list(self.left_out), decisions, list(self.changes)
-
-    @property
-    def graphs(self):
-        return handle_of(self.model).graphs
-
-    def branches(self):
-        """Return the branches of the only recording."""
-        (recording,) = self.graphs.recordings.values()
-        return [item for item in recording.replay.program if type(item).__name__ == "Branch"]
+        return list(self.left_out), traces(self.model), list(self.changes)
 
 
 def assert_same(got, expected):
     """Check that two runs agree to the last bit."""
-    for x, y in zip(got[0], expected[0], strict=True):
-        assert torch.equal(x, y)
+    assert same(got[0], expected[0])
     assert got[1:] == expected[1:]
 
 
@@ -95,31 +92,24 @@ def both(family, steps, *args, mode, target=None, how=None, **options):
     expected = eagerly(family, steps, *args, target=target, how=how, **options)
     recorded = Watched(family).enable(*args, target=target, **options, cuda_graph=mode)
     assert_same(recorded(steps, **(how or {})), expected)
-    assert not recorded.graphs.reasons
-    return recorded, expected
+    assert not graphs(recorded.model).reasons
+    return recorded.model, expected
 
 
-def two_stacks(model):
-    return BlockAdapter(
-        transformer=model,
-        blocks=[model.transformer_blocks, model.single_transformer_blocks],
-        forward_pattern=ForwardPattern.Pattern_1,
-    )
-
-
-def prunable(watched):
-    return [stack.tail.run.prunable for stack in handle_of(watched.model).stacks]
+def prunable(model):
+    return [stack.tail.run.prunable for stack in handle_of(model).stacks]
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_thirty_steps_are_the_same_bit_for_bit(driver, name, mode):
-    recorded, (_, left_out, ((_, _, reasons, _),), _) = both(
+    model, (_, left_out, ((_, _, reasons, *_),), _) = both(
         FAMILIES[name], 30, SETTINGS, enable_separate_cfg=False, mode=mode
     )
-    assert prunable(recorded) == [[True, False, True, True, True]]
-    assert recorded.graphs.replays == 29
-    assert len(recorded.branches()) == 1 + 4
+    assert prunable(model) == [[True, False, True, True, True]]
+    assert graphs(model).replays == 29
+    (recording,) = recordings(model)
+    assert len(branches(recording)) == 1 + 4
     cached = [flags for (flags,), r in zip(left_out, reasons, strict=True) if r in CACHED]
     counts = {sum(flags) for flags in cached}
     assert {0, 4} < counts, "none, all, and some of those that may be left out were"
@@ -139,29 +129,30 @@ def test_two_stacks_each_have_last_blocks(driver, scope, mode):
         "decision_scope": scope,
         "enable_taylorseer": True,
     }
-    recorded, (_, left_out, *_) = both(FLUX, 30, SETTINGS, mode=mode, target=two_stacks, **options)
-    assert prunable(recorded) == [[True], [True]]
-    assert len(recorded.branches()) == 2 + 2
+    model, (_, left_out, *_) = both(FLUX, 30, SETTINGS, mode=mode, target=two_stacks, **options)
+    assert prunable(model) == [[True], [True]]
+    (recording,) = recordings(model)
+    assert len(branches(recording)) == 2 + 2
     seen = {(first[0], second[0]) for first, second in left_out}
     assert {(0, 0), (1, 1)} < seen, "the stacks must decide apart"
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_each_guidance_branch_has_last_blocks_of_its_own(driver, mode):
-    recorded, (_, left_out, decisions, _) = both(
+    model, (_, left_out, decisions, _) = both(
         FAMILIES["qwen"], 16, SETTINGS, mode=mode, how={"branches": BRANCHES, "named": True}
     )
     assert [branch for _, branch, *_ in decisions] == list(BRANCHES)
     assert left_out[::2] != left_out[1::2]
     assert any(any(flags) for (flags,) in left_out)
-    assert recorded.graphs.replays == 2 * 15
+    assert graphs(model).replays == 2 * 15
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_numbers_change_without_a_new_recording_and_blocks_do_not(driver, mode):
     watched = Watched(FLUX).enable(SETTINGS, cuda_graph=mode, num_inference_steps=12)
     watched(12)
-    (recorded,) = watched.graphs.recordings.values()
+    (recorded,) = recordings(watched.model)
     given, seen = {}, []
     for changes in (
         {},
@@ -174,7 +165,7 @@ def test_numbers_change_without_a_new_recording_and_blocks_do_not(driver, mode):
         dbcache.refresh_context(watched.model, **changes)
         got = watched(12)
         assert_same(got, eagerly(FLUX, 12, SETTINGS, **given))
-        (now,) = watched.graphs.recordings.values()
+        (now,) = recordings(watched.model)
         assert (now is recorded) == ("Bn_compute_blocks_ids" not in changes)
         seen.append(sum(sum(flags) for (flags,) in got[1]))
     assert 0 == seen[2] < seen[0] < seen[1]
@@ -189,7 +180,7 @@ def test_other_shapes_come_and_go(driver, mode):
         got = watched(10, batch=batch)
         assert_same(got, eagerly(FLUX, 10, SETTINGS, how={"batch": batch}, **changes))
         assert any(any(flags) for (flags,) in got[1])
-    assert len(watched.graphs.recordings) == 2
+    assert len(recordings(watched.model)) == 2
 
 
 @torch.no_grad()
@@ -209,10 +200,10 @@ def test_shapes_change_within_a_request(driver, mode):
         outputs = [call(watched.model, i, batch=n) for i, n in enumerate(batches)]
         runs.append((outputs, *watched.notes()))
     assert_same(runs[1], runs[0])
-    _, left_out, ((_, _, reasons, _),), _ = runs[0]
+    _, left_out, ((_, _, reasons, *_),), _ = runs[0]
     assert reasons.count("shape changed") == 3
     assert any(any(flags) for (flags,) in left_out)
-    assert len(watched.graphs.recordings) == 2
+    assert len(recordings(watched.model)) == 2
 
 
 @pytest.mark.parametrize("fails_at", [2, 6])
@@ -240,7 +231,7 @@ def test_a_failed_launch_counts_as_never_begun(driver, monkeypatch, fails_at):
             outputs.append(call(watched.model, step))
         runs.append((outputs, *watched.notes()))
     assert_same(runs[1], runs[0])
-    _, left_out, ((_, _, reasons, _),), _ = runs[0]
+    _, left_out, ((_, _, reasons, *_),), _ = runs[0]
     assert reasons[fails_at] == ("no reference" if fails_at > 3 else "warm-up")
     assert any(any(flags) for (flags,) in left_out[fails_at:])
 
@@ -254,7 +245,7 @@ def test_eager_steps_between_replayed_ones_leave_out_the_same(driver, mode):
         outputs = [call(watched.model, step, return_dict=step == 5) for step in range(12)]
         runs.append((outputs, *watched.notes()))
     assert_same(runs[1], runs[0])
-    assert watched.graphs.replays == 12 - 2
+    assert graphs(watched.model).replays == 12 - 2
     assert any(runs[0][1][5][0])
 
 
@@ -270,7 +261,7 @@ def test_recorded_on_a_first_step_nothing_is_stored_yet(driver, mode):
         outputs = [call(watched.model, step) for step in range(8)]
         runs.append((outputs, *watched.notes()))
     assert_same(runs[1], runs[0])
-    assert watched.graphs.replays == 8
+    assert graphs(watched.model).replays == 8
 
 
 def test_the_host_reads_on_cached_steps_alone_and_in_device_mode_on_none(driver, monkeypatch):
@@ -282,7 +273,7 @@ def test_the_host_reads_on_cached_steps_alone_and_in_device_mode_on_none(driver,
         watched(14)
         reads.clear()
         before = driver.launches
-        _, _, ((_, _, reasons, _),), _ = watched(14)
+        _, _, ((_, _, reasons, *_),), _ = watched(14)
         cached = sum(reason in CACHED for reason in reasons)
         assert 5 < cached < 11
         device = options.get("cuda_graph") == "device"
@@ -316,11 +307,10 @@ def test_every_kernel_of_a_recording_has_run_before_it(driver, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_captured_ahead_of_the_first_request(driver, mode):
     watched = Watched(FLUX).enable(SETTINGS, num_inference_steps=14, cuda_graph=mode)
-    x = noise(*FLUX.latent_shape, seed=1)
-    (recording,) = dbcache.capture(watched.model, **FLUX.arguments(x, 1.0, "cond"))
-    before = watched.graphs.replays
+    (recording,) = dbcache.capture(watched.model, **FLUX.arguments(start(1), 1.0, "cond"))
+    before = graphs(watched.model).replays
     expected = eagerly(FLUX, 14, SETTINGS)
     for _ in range(2):
         assert_same(watched(14), expected)
-    assert watched.graphs.replays == before + 28
-    assert list(watched.graphs.recordings.values()) == [recording]
+    assert graphs(watched.model).replays == before + 28
+    assert recordings(watched.model) == [recording]

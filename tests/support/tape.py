@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import torch
 from fake_driver import NODE, Body, Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from dbcache.executors import cuda_capture, graph
 from dbcache.executors.cuda_capture import UserCapture
@@ -43,10 +42,22 @@ OPS = (
 READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
 
 
+def tensors(values):
+    """Return the tensors among an operator's arguments or results, in order.
+
+    They lie in tuples, lists and dicts alone; `tree_flatten` would take most of a capture's time.
+    """
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (tuple, list)):
+        return []
+    return [x for value in values for x in tensors(value)]
+
+
 def storages(values):
-    return {
-        x.untyped_storage()._cdata for x in tree_flatten(values)[0] if isinstance(x, torch.Tensor)
-    }
+    return {x.untyped_storage()._cdata for x in tensors(values)}
 
 
 class Tape:
@@ -63,7 +74,7 @@ class Tape:
         with torch.no_grad():
             for op, args, kwargs, outputs in self.entries:
                 results = op(*args, **kwargs)
-                for old, new in zip(outputs, tree_flatten(results)[0], strict=True):
+                for old, new in zip(outputs, tensors(results), strict=True):
                     if old is not None:
                         old.copy_(new)
 
@@ -96,10 +107,7 @@ class TapeMode(TorchDispatchMode):
             self._remember(func, args, kwargs)
         before = storages((args, kwargs))
         results = func(*args, **kwargs)
-        outputs = tree_flatten(results)[0]
-        fresh = [
-            x if isinstance(x, torch.Tensor) and not storages(x) & before else None for x in outputs
-        ]
+        fresh = [None if storages(x) & before else x for x in tensors(results)]
         self.made |= storages([x for x in fresh if x is not None])
         if func._schema.is_mutable or any(x is not None for x in fresh):
             self.tape.entries.append((func, args, kwargs, fresh))
@@ -111,8 +119,8 @@ class TapeMode(TorchDispatchMode):
         for argument in func._schema.arguments:
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
-            for x in tree_flatten(named.get(argument.name))[0]:
-                if isinstance(x, torch.Tensor) and not storages(x) & self.made:
+            for x in tensors(named.get(argument.name)):
+                if not storages(x) & self.made:
                     key = (x.data_ptr(), x.shape, x.stride())
                     self.undo.setdefault(key, (x, x.detach().clone()))
 
