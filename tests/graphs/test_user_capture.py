@@ -1,19 +1,16 @@
 """A transformer inside a capture that the user began: one step, or the whole loop."""
 
 import pytest
-import torch
 from fake_driver import FakeDriver
+from graph_runs import FLUX, Loop, agree, conditional_nodes, decide_as_recorded, graphs, two_stacks
 from tape import TapeUserCapture, use_driver
-from tiny import FAMILIES, noise
 
 import dbcache
-from dbcache import BlockAdapter, ForwardPattern
 from dbcache.adapters.cached_transformer import handle_of
 from dbcache.executors import cuda_capture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FLUX = FAMILIES["flux"]
 STEPS = 20
 OPTIONS = {
     "Fn_compute_blocks": 1,
@@ -26,73 +23,28 @@ OPTIONS = {
 }
 
 
-def start(seed):
-    return noise(*FLUX.latent_shape, seed=seed)
-
-
-INPUTS = [FLUX.arguments(start(0), 1.0 - step / STEPS, "cond") for step in range(STEPS)]
-
-
-@torch.no_grad()
-def loop(model, x):
-    """Denoise `x` in place."""
-    for inputs in INPUTS:
-        x -= model(**inputs | {"hidden_states": x})[0] / STEPS
-
-
 @pytest.mark.parametrize("version", [12060, 13000])
 def test_the_whole_loop_is_one_graph_that_decides_inside(capture, version):
     model, fake = FLUX.build(), FakeDriver(version)
     dbcache.enable(model, **OPTIONS)
-    expected = []
-    for seed in (1, 2, 3):
-        x = start(seed)
-        loop(model, x)
-        expected.append((x, dbcache.summary(model).lanes[0].reasons))
-    assert expected[0][1] != expected[1][1] or expected[1][1] != expected[2][1]
-
-    x = start(1)
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
-    graph = capture(fake, whole)
-    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
+    loop = Loop(model, STEPS)
+    expected = {seed: loop.run(seed) for seed in (1, 2, 3)}
+    assert len({str(reasons) for _, ((_, _, reasons, *_),) in expected.values()}) > 1
+    graph = capture(fake, loop.whole)
     nodes_per_step = 1 if version >= 12080 else 2
-    assert len(conditional) == nodes_per_step * (STEPS - OPTIONS["max_warmup_steps"])
-    for seed, (latents, reasons) in zip((1, 2, 3), expected, strict=True):
-        x.copy_(start(seed))
-        graph.replay()
-        assert torch.equal(x, latents)
-        assert dbcache.summary(model).lanes[0].reasons == reasons
+    assert conditional_nodes(graph.graph) == nodes_per_step * (STEPS - OPTIONS["max_warmup_steps"])
+    for seed, run in expected.items():
+        assert agree(loop.replay(graph, seed), run)
 
 
 def test_one_captured_step_serves_all_steps(capture):
-    model, fake = FLUX.build(), FakeDriver()
+    model = FLUX.build()
     dbcache.enable(model, **OPTIONS)
-    expected = start(1)
-    loop(model, expected)
-    reasons = dbcache.summary(model).lanes[0].reasons
-
-    x, t = start(1), torch.ones(1)
-    arguments = FLUX.arguments(x, 1.0, "cond") | {"timestep": t}
+    loop = Loop(model, STEPS)
+    expected = loop.run(1)
     dbcache.refresh_context(model)
-    with torch.no_grad():
-        model(**arguments)  # a step before the capture, which makes the buffers
-        dbcache.refresh_context(model)
-
-        def one():
-            x.sub_(model(**arguments)[0] / STEPS)
-
-        graph = capture(fake, one)
-    dbcache.refresh_context(model)
-    x.copy_(start(1))
-    for step in range(STEPS):
-        t.fill_(1.0 - step / STEPS)
-        graph.replay()
-    assert torch.equal(x, expected)
-    assert dbcache.summary(model).lanes[0].reasons == reasons
+    graph = capture(FakeDriver(), loop.one)
+    assert agree(loop.replay_steps(graph, 1), expected)
 
 
 PRUNED = dbcache.DBPruneConfig(
@@ -107,66 +59,33 @@ PRUNED = dbcache.DBPruneConfig(
 )
 
 
-def blocks_left_out(model):
-    (lane,) = dbcache.summary(model).lanes
-    return lane.reasons, lane.pruned
-
-
 @pytest.mark.parametrize("version", [12060, 13000])
 def test_a_loop_that_leaves_out_blocks_is_one_graph(capture, version):
-    model, fake, expected = FLUX.build(), FakeDriver(version), []
+    model, fake = FLUX.build(), FakeDriver(version)
     dbcache.enable(model, PRUNED)
-    (stack,) = handle_of(model).stacks
-    stack.prepare_recording()  # each block that is left out adds its own residual
-    for seed in (1, 2):
-        x = start(seed)
-        loop(model, x)
-        expected.append((x, *blocks_left_out(model)))
-
-    x = start(3)
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
-    graph = capture(fake, whole)
-    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
+    decide_as_recorded(model)
+    loop = Loop(model, STEPS)
+    expected = {seed: loop.run(seed) for seed in (1, 2)}
+    graph = capture(fake, loop.whole)
     nodes_per_block = 1 if version >= 12080 else 2
-    prunable = sum(stack.run.prunable)
+    prunable = sum(handle_of(model).stacks[0].run.prunable)
     assert prunable == 8
-    assert len(conditional) == nodes_per_block * prunable * (STEPS - 6)
-    for seed, (latents, *decisions) in zip((1, 2), expected, strict=True):
-        x.copy_(start(seed))
-        graph.replay()
-        assert torch.equal(x, latents)
-        assert list(blocks_left_out(model)) == decisions
-        assert any(decisions[1])
+    assert conditional_nodes(graph.graph) == nodes_per_block * prunable * (STEPS - 6)
+    for seed, run in expected.items():
+        assert agree(loop.replay(graph, seed), run)
+        ((*_, left_out),) = run[1]
+        assert any(left_out)
 
 
 def test_one_captured_step_that_leaves_out_blocks_serves_all_steps(capture):
-    model, fake = FLUX.build(), FakeDriver()
+    model = FLUX.build()
     dbcache.enable(model, PRUNED)
-    handle_of(model).stacks[0].prepare_recording()
-    expected = start(1)
-    loop(model, expected)
-    decisions = blocks_left_out(model)
-
-    x, t = start(1), torch.ones(1)
-    arguments = FLUX.arguments(x, 1.0, "cond") | {"timestep": t}
+    decide_as_recorded(model)
+    loop = Loop(model, STEPS)
+    expected = loop.run(1)
     dbcache.refresh_context(model)
-
-    def one():
-        x.sub_(model(**arguments)[0] / STEPS)
-
-    with torch.no_grad():
-        graph = capture(fake, one)
-    dbcache.refresh_context(model)
-    x.copy_(start(1))
-    for step in range(STEPS):
-        t.fill_(1.0 - step / STEPS)
-        graph.replay()
-    assert torch.equal(x, expected)
-    assert blocks_left_out(model) == decisions
+    graph = capture(FakeDriver(), loop.one)
+    assert agree(loop.replay_steps(graph, 1), expected)
 
 
 TAILED = OPTIONS | {
@@ -187,72 +106,43 @@ def calls_of_last_blocks(model):
 
 @pytest.mark.parametrize("version", [12060, 13000])
 def test_a_loop_that_leaves_out_last_blocks_is_one_graph(capture, version):
-    model, fake, expected = FLUX.build(), FakeDriver(version), []
+    model, fake = FLUX.build(), FakeDriver(version)
     calls = calls_of_last_blocks(model)
     dbcache.enable(model, **TAILED)
-    for seed in (1, 2):
-        x = start(seed)
-        loop(model, x)
-        expected.append((x, dbcache.summary(model).lanes[0].reasons))
+    loop = Loop(model, STEPS)
+    expected = {seed: loop.run(seed) for seed in (1, 2)}
     ran = [calls.count(i) for i in range(4)]
-    below = sum(reasons.count("below threshold") for _, reasons in expected)
+    below = sum(reasons.count("below threshold") for _, ((_, _, reasons, *_),) in expected.values())
     assert ran[1] == 2 * STEPS
     assert all(2 * STEPS - below < ran[i] < 2 * STEPS for i in (0, 2, 3)), "some of both"
-
-    x = start(3)
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
-    graph = capture(fake, whole)
-    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
+    graph = capture(fake, loop.whole)
     nodes_per_branch = 1 if version >= 12080 else 2
-    assert len(conditional) == nodes_per_branch * (1 + 3) * (STEPS - 4)
-    for seed, (latents, reasons) in zip((1, 2), expected, strict=True):
-        x.copy_(start(seed))
-        graph.replay()
-        assert torch.equal(x, latents)
-        assert dbcache.summary(model).lanes[0].reasons == reasons
+    assert conditional_nodes(graph.graph) == nodes_per_branch * (1 + 3) * (STEPS - 4)
+    for seed, run in expected.items():
+        assert agree(loop.replay(graph, seed), run)
 
 
 @pytest.mark.parametrize("steps_before", [0, 1])
 def test_one_captured_step_that_leaves_out_last_blocks_serves_all_steps(capture, steps_before):
-    model, fake = FLUX.build(), FakeDriver()
+    model = FLUX.build()
     dbcache.enable(model, **TAILED)
-    flags, expected = [], start(1)
+    flags, loop = [], Loop(model, STEPS)
 
     def note(*_):
         flags.append(handle_of(model).stacks[0].lanes[None].tail.flags.tolist())
 
     handle = model.register_forward_hook(note)
-    loop(model, expected)
+    expected = loop.run(1)
     handle.remove()
     decided = list(flags)
     assert {0, 1, 3} & {sum(step) for step in decided} >= {0, 3}
-    reasons = dbcache.summary(model).lanes[0].reasons
-
-    x, t = start(1), torch.ones(1)
-    arguments = FLUX.arguments(x, 1.0, "cond") | {"timestep": t}
     dbcache.refresh_context(model)
-    with torch.no_grad():
-        for _ in range(steps_before):
-            model(**arguments)
-            dbcache.refresh_context(model)
-
-        def one():
-            x.sub_(model(**arguments)[0] / STEPS)
-
-        graph = capture(fake, one)
+    for _ in range(steps_before):
+        loop.one()
+        dbcache.refresh_context(model)
+    graph = capture(FakeDriver(), loop.one)
     flags.clear()
-    dbcache.refresh_context(model)
-    x.copy_(start(1))
-    for step in range(STEPS):
-        t.fill_(1.0 - step / STEPS)
-        graph.replay()
-        note()
-    assert torch.equal(x, expected)
-    assert dbcache.summary(model).lanes[0].reasons == reasons
+    assert agree(loop.replay_steps(graph, 1, note), expected)
     assert flags == decided
 
 
@@ -266,45 +156,25 @@ def test_a_static_plan_has_branches_for_last_blocks_alone(capture):
         steps_computation_mask=mask,
         steps_computation_policy="static",
     )
-    expected = start(1)
-    loop(model, expected)
+    loop = Loop(model, STEPS)
+    expected = loop.run(1)
     assert sum(mask) < calls.count(0) < STEPS
-    x = start(2)
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
-    graph = capture(fake, whole)
-    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
-    assert len(conditional) == 3 * mask.count(0)
-    x.copy_(start(1))
-    graph.replay()
-    assert torch.equal(x, expected)
+    graph = capture(fake, loop.whole)
+    assert conditional_nodes(graph.graph) == 3 * mask.count(0)
+    assert agree(loop.replay(graph, 1), expected)
 
 
 def test_without_conditional_nodes_the_error_says_what_to_do(capture, monkeypatch):
     model, fake = FLUX.build(), FakeDriver()
     dbcache.enable(model, **OPTIONS)
-    x = start(1)
-    loop(model, x)
+    loop = Loop(model, STEPS)
+    expected = loop.run(1)
     why = "the driver must support CUDA 12.6 or later, got 12040"
     monkeypatch.setattr(TapeUserCapture, "__init__", with_reason(why))
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
     with pytest.raises(RuntimeError, match=r"12040.*steps_computation_policy='static'"):
-        capture(fake, whole)
+        capture(fake, loop.whole)
     # the model works on
-    dbcache.refresh_context(model)
-    x, y = start(1), start(1)
-    loop(model, x)
-    dbcache.disable(model)
-    dbcache.enable(model, **OPTIONS)
-    loop(model, y)
-    assert torch.equal(x, y)
+    assert agree(loop.run(1), expected)
 
 
 def with_reason(why):
@@ -325,19 +195,11 @@ def test_a_static_plan_needs_no_branch(capture, monkeypatch):
         steps_computation_policy="static",
         num_inference_steps=STEPS,
     )
-    expected = start(1)
-    loop(model, expected)
-    x = start(2)
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
-    graph = capture(fake, whole)
+    loop = Loop(model, STEPS)
+    expected = loop.run(1)
+    graph = capture(fake, loop.whole)
     assert {n.kind.name for n in graph.graph.nodes} == {"CU_GRAPH_NODE_TYPE_KERNEL"}
-    x.copy_(start(1))
-    graph.replay()
-    assert torch.equal(x, expected)
+    assert agree(loop.replay(graph, 1), expected)
 
 
 def test_steps_that_the_plan_fixes_have_no_branch_wherever_they_are(capture):
@@ -351,30 +213,20 @@ def test_steps_that_the_plan_fixes_have_no_branch_wherever_they_are(capture):
         residual_diff_threshold=0.15,
         num_inference_steps=STEPS,
     )
-    expected = start(1)
-    loop(model, expected)
-    reasons = dbcache.summary(model).lanes[0].reasons
+    loop = Loop(model, STEPS)
+    expected = loop.run(1)
+    ((_, _, reasons, *_),) = expected[1]
     assert {"mask", "below threshold"} <= set(reasons)
-    x = start(2)
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
-    graph = capture(fake, whole)
-    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
-    assert len(conditional) == mask.count(0)
-    x.copy_(start(1))
-    graph.replay()
-    assert torch.equal(x, expected)
-    assert dbcache.summary(model).lanes[0].reasons == reasons
+    graph = capture(fake, loop.whole)
+    assert conditional_nodes(graph.graph) == mask.count(0)
+    assert agree(loop.replay(graph, 1), expected)
 
 
 def test_a_failure_in_the_middle_of_a_body_leaves_nothing_captured(capture):
     model, fake = FLUX.build(), FakeDriver()
     dbcache.enable(model, **OPTIONS)
-    x, expected = start(1), start(1)
-    loop(model, expected)
+    loop = Loop(model, STEPS)
+    expected = loop.run(1)
     block, fails = model.transformer_blocks[2], [False]
     run = block.forward
 
@@ -383,89 +235,50 @@ def test_a_failure_in_the_middle_of_a_body_leaves_nothing_captured(capture):
             raise RuntimeError("out of memory")
         return run(*args, **kwargs)
 
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
     block.forward = forward
     fails[0] = True
     with pytest.raises(RuntimeError, match="out of memory"):
-        capture(fake, whole)
+        capture(fake, loop.whole)
     assert not fake.captures
     fails[0] = False
-    graph = capture(fake, whole)
-    x.copy_(start(1))
-    graph.replay()
-    assert torch.equal(x, expected)
+    graph = capture(fake, loop.whole)
+    assert agree(loop.replay(graph, 1), expected)
 
 
 @pytest.mark.parametrize("config", [OPTIONS, {"cache_config": PRUNED}], ids=["steps", "blocks"])
 def test_a_capture_before_the_first_step_is_refused(capture, config):
     model, fake = FLUX.build(), FakeDriver()
     dbcache.enable(model, **config)
-    x = start(1)
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
+    loop = Loop(model, STEPS)
     with pytest.raises(
         RuntimeError, match=r"a step must have run before one is captured.*run one first"
     ):
-        capture(fake, whole)
-    with torch.no_grad():
-        model(**INPUTS[0])
-    capture(fake, whole)
+        capture(fake, loop.whole)
+    loop.one()
+    capture(fake, loop.whole)
 
 
 @pytest.mark.parametrize("scope", ["stack", "model"])
 def test_a_loop_over_two_stacks_has_two_branches_per_step(capture, scope):
-    model, fake, expected = FLUX.build(), FakeDriver(), []
-    adapter = BlockAdapter(
-        transformer=model,
-        blocks=[model.transformer_blocks, model.single_transformer_blocks],
-        forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_1],
-    )
-    dbcache.enable(adapter, **OPTIONS, decision_scope=scope)
-    for seed in (1, 2):
-        x = start(seed)
-        loop(model, x)
-        expected.append((x, [lane.reasons for lane in dbcache.summary(adapter).lanes]))
-    x = start(3)
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
-    graph = capture(fake, whole)
-    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
-    assert len(conditional) == 2 * (STEPS - OPTIONS["max_warmup_steps"])
-    for seed, (latents, reasons) in zip((1, 2), expected, strict=True):
-        x.copy_(start(seed))
-        graph.replay()
-        assert torch.equal(x, latents)
-        assert [lane.reasons for lane in dbcache.summary(adapter).lanes] == reasons
-        assert any("below threshold" in steps for steps in reasons)
+    model, fake = FLUX.build(), FakeDriver()
+    dbcache.enable(two_stacks(model), **OPTIONS, decision_scope=scope)
+    loop = Loop(model, STEPS)
+    expected = {seed: loop.run(seed) for seed in (1, 2)}
+    graph = capture(fake, loop.whole)
+    assert conditional_nodes(graph.graph) == 2 * (STEPS - OPTIONS["max_warmup_steps"])
+    for seed, run in expected.items():
+        assert agree(loop.replay(graph, seed), run)
+        assert any("below threshold" in reasons for _, _, reasons, *_ in run[1])
 
 
 def test_recordings_of_the_transformers_own_keep_out_of_a_users_capture(capture, monkeypatch):
     model, fake = FLUX.build(), FakeDriver()
     use_driver(monkeypatch, fake)
     dbcache.enable(model, **OPTIONS, cuda_graph="device")
-    x, expected = start(2), start(1)
-    for latents in (x, expected):
-        dbcache.refresh_context(model)
-        loop(model, latents)
-    executor = handle_of(model).graphs
-    replays, launches = executor.replays, fake.launches
+    loop = Loop(model, STEPS)
+    _, expected = loop.run(2), loop.run(1)
+    replays, launches = graphs(model).replays, fake.launches
     assert replays > STEPS
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
-    graph = capture(fake, whole)
-    assert (executor.replays, fake.launches) == (replays, launches)
-    x.copy_(start(1))
-    graph.replay()
-    assert torch.equal(x, expected)
+    graph = capture(fake, loop.whole)
+    assert (graphs(model).replays, fake.launches) == (replays, launches)
+    assert agree(loop.replay(graph, 1), expected)

@@ -95,6 +95,77 @@ def both(
     return target, eager
 
 
+class Loop:
+    """Steps of a model that change latents in place, as those must that a user captures.
+
+    Args:
+        model: a transformer with a cache.
+        steps: of a loop.
+        step: changes x at time t, ``step(x, t)``; an Euler step of FLUX where it is None.
+        shape: of the latents.
+        more: arguments of FLUX's calls.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        steps: int = 20,
+        step: Callable | None = None,
+        shape: tuple[int, ...] = FLUX.latent_shape,
+        **more: Any,
+    ) -> None:
+        self.model, self.shape = model, shape
+        self.times = [1.0 - i / steps for i in range(steps)]
+        self.x, self.t = noise(*shape, seed=3), torch.ones(1)
+        self.given = FLUX.arguments(start(0), 1.0, "cond") | more
+        self.step = self._euler if step is None else step
+
+    def _euler(self, x: torch.Tensor, t: torch.Tensor) -> None:
+        given = self.given | {"hidden_states": x, "timestep": t}
+        x.sub_(self.model(**given)[0] / len(self.times))
+
+    @torch.no_grad()
+    def one(self) -> None:
+        """Take the step that is to serve all."""
+        self.step(self.x, self.t)
+
+    def whole(self) -> None:
+        """Begin a request and take all its steps."""
+        dbcache.refresh_context(self.model)
+        for time in self.times:
+            self.t.fill_(time)
+            self.one()
+
+    def run(self, seed: int) -> tuple[torch.Tensor, list[tuple]]:
+        """Return the latents and the traces of a loop."""
+        self.x.copy_(noise(*self.shape, seed=seed))
+        self.whole()
+        return self.x.clone(), traces(self.model)
+
+    def replay(self, graph: Any, seed: int) -> tuple[torch.Tensor, list[tuple]]:
+        """Return the same of a graph that `whole` was captured in."""
+        self.x.copy_(noise(*self.shape, seed=seed))
+        graph.replay()
+        return self.x.clone(), traces(self.model)
+
+    def replay_steps(
+        self, graph: Any, seed: int, after: Callable = lambda: None
+    ) -> tuple[torch.Tensor, list[tuple]]:
+        """Return the same of a graph that `one` was captured in; `after` is called each time."""
+        dbcache.refresh_context(self.model)
+        self.x.copy_(noise(*self.shape, seed=seed))
+        for time in self.times:
+            self.t.fill_(time)
+            graph.replay()
+            after()
+        return self.x.clone(), traces(self.model)
+
+
+def agree(run: tuple[torch.Tensor, list[tuple]], other: tuple[torch.Tensor, list[tuple]]) -> bool:
+    """Return whether two loops ended in the same latents and decided the same on all steps."""
+    return run[1] == other[1] and torch.equal(run[0], other[0])
+
+
 def two_stacks(model: torch.nn.Module) -> BlockAdapter:
     """Return an adapter of a FLUX whose lists of blocks decide apart."""
     return BlockAdapter(
