@@ -3,20 +3,31 @@
 import pytest
 import torch
 from fake_driver import FakeDriver, Result
+from graph_runs import (
+    FLUX,
+    MODES,
+    Loop,
+    agree,
+    both,
+    conditional_nodes,
+    graphs,
+    recordings,
+    same,
+    start,
+    traces,
+    two_stacks,
+)
 from policy_engines import calibration
 from tape import Tape
 from tiny import BRANCHES, FAMILIES, generate, noise, pipeline
 
 import dbcache
-from dbcache import BlockAdapter, ForwardPattern
 from dbcache.adapters.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FLUX = FAMILIES["flux"]
 STEPS = 30
 THRESHOLDS = {"easycache": 0.1, "teacache": 0.1, "seacache": 0.4}
-MODES = ("host", "device")
 
 
 def options(policy, family="flux", branches=BRANCHES[:1]):
@@ -54,23 +65,6 @@ def denoise(model, family=FLUX, steps=range(STEPS), seed=5, ids=IDS, how=lambda 
     return outputs
 
 
-def traces(target):
-    """Return what was decided, and on which changes."""
-    return [(lane.branch, lane.reasons, lane.diffs) for lane in dbcache.summary(target).lanes]
-
-
-def both(run, build, mode, **settings):
-    """Run eagerly and recorded, each on a model of its own; compare; return the recorded one."""
-    runs = []
-    for how in ({}, {"cuda_graph": mode}):
-        target = dbcache.enable(build(), **settings, **how)
-        runs.append((run(target), traces(target)))
-    (expected, eager), (got, recorded) = runs
-    assert recorded == eager
-    assert all(map(torch.equal, got, expected))
-    return target
-
-
 def cached_steps(target):
     (lane,) = dbcache.summary(target).lanes
     return set(lane.cached_steps)
@@ -86,57 +80,49 @@ def test_decisions_are_those_of_eager_steps_bit_for_bit(driver, name, policy, mo
 
     def run(model):
         outputs = denoise(model, family)
-        traces.append(dbcache.summary(model).lanes[0].reasons)
+        first.append(traces(model))
         dbcache.refresh_context(model)
         other = {13: {"return_dict": True}}
         return outputs + denoise(model, family, seed=6, how=lambda step: other.get(step, {}))
 
-    traces: list[list[str]] = []
+    first = []
     settings = options(policy, name) | {"calibrator_config": predictor}
-    model = both(run, family.build, mode, **settings)
-    assert traces[0] == traces[1]
-    cached = cached_steps(model)
-    assert 8 <= len(cached) <= STEPS - 5
-    assert handle_of(model).graphs.replays == 2 * STEPS - 2
-    assert not handle_of(model).graphs.reasons
+    model, _ = both(run, family.build, **settings, mode=mode)
+    assert first[0] == first[1]
+    assert 8 <= len(cached_steps(model)) <= STEPS - 5
+    assert graphs(model).replays == 2 * STEPS - 2
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("policy", THRESHOLDS)
 def test_the_guidance_branches_of_a_pipeline_decide_apart(driver, policy, mode):
     settings = options(policy, branches=BRANCHES) | {"max_warmup_steps": 3}
-    pipe = both(lambda p: generate(p, 20), lambda: pipeline("flux"), mode, **settings)
-    (_, cond, _), (_, uncond, _) = traces(pipe)
-    assert "below threshold" in cond
-    assert "below threshold" in uncond
-    graphs = handle_of(pipe.transformer).graphs
-    assert len(graphs.recordings) == 2
-    assert graphs.replays == 38
+    pipe, decided = both(lambda p: generate(p, 20), lambda: pipeline("flux"), **settings, mode=mode)
+    assert len(decided) == 2
+    assert all("below threshold" in reasons for _, _, reasons, *_ in decided)
+    assert len(recordings(pipe)) == 2
+    assert graphs(pipe).replays == 38
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("policy", THRESHOLDS)
 def test_later_stacks_follow_the_first_ones_decision(driver, policy, mode):
-    def build():
-        model = FLUX.build()
-        return BlockAdapter(
-            transformer=model,
-            blocks=[model.transformer_blocks, model.single_transformer_blocks],
-            forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_1],
-        )
-
     settings = options(policy)
     if policy == "teacache":
         (content,) = settings["calibration"]["stacks"].values()
         stacks = {"transformer_blocks": content, "single_transformer_blocks": content}
         settings["calibration"] = settings["calibration"] | {"stacks": stacks}
-    adapter = both(
-        lambda a: denoise(a.transformer), build, mode, **settings, decision_scope="model"
+    adapter, _ = both(
+        lambda a: denoise(a.transformer),
+        lambda: two_stacks(FLUX.build()),
+        **settings,
+        decision_scope="model",
+        mode=mode,
     )
     first, second = dbcache.summary(adapter).lanes
     assert len(first.cached_steps) >= 8
     assert second.reasons == first.reasons
-    assert handle_of(adapter.transformer).graphs.replays == STEPS - 1
+    assert graphs(adapter).replays == STEPS - 1
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -149,11 +135,10 @@ def test_other_shapes_in_between_start_the_lane_anew(driver, policy, mode):
         outputs += denoise(model, steps=range(20, 26))
         return outputs + denoise(model, steps=range(26, 30), ids=few)
 
-    model = both(run, FLUX.build, mode, **options(policy))
-    ((_, reasons, _),) = traces(model)
+    model, ((_, _, reasons, *_),) = both(run, FLUX.build, **options(policy), mode=mode)
     # the recordings of both shapes are there when the last two changes come
     assert reasons[10] == reasons[20] == reasons[26] == "shape changed"
-    assert handle_of(model).graphs.replays == STEPS - 2
+    assert graphs(model).replays == STEPS - 2
     assert all(cached_steps(model) & set(part) for part in (range(10), range(11, 20)))
 
 
@@ -170,11 +155,11 @@ def test_the_size_of_the_latents_is_part_of_the_kind_of_a_call(driver, mode):
             decided.append(traces(model))
         return outputs
 
-    model = both(run, FLUX.build, mode, **options("seacache"))
+    model, _ = both(run, FLUX.build, **options("seacache"), mode=mode)
     assert decided[:4] == decided[4:]
-    assert decided[0][0][2] != decided[1][0][2]
-    assert len(handle_of(model).graphs.recordings) == 2
-    assert handle_of(model).graphs.replays == 4 * 16 - 2
+    assert decided[0][0][3] != decided[1][0][3]
+    assert len(recordings(model)) == 2
+    assert graphs(model).replays == 4 * 16 - 2
 
 
 def test_the_ids_are_read_once_per_request_by_recorded_steps(driver, monkeypatch):
@@ -225,8 +210,8 @@ def test_a_failed_step_is_repeated_as_an_eager_one(driver, monkeypatch, policy, 
             if step != 12 or model in failed:
                 return {}
             failed.append(model)
-            given = FLUX.arguments(noise(*FLUX.latent_shape, seed=9), 0.5, "cond")
-            if handle_of(model).graphs is not None:
+            given = FLUX.arguments(start(9), 0.5, "cond")
+            if graphs(model) is not None:
                 break_next(monkeypatch)
                 with pytest.raises(RuntimeError, match=r"out of order|cuGraphLaunch"):
                     model(**given)
@@ -239,14 +224,13 @@ def test_a_failed_step_is_repeated_as_an_eager_one(driver, monkeypatch, policy, 
 
         return denoise(model, how=break_step)
 
-    model = both(run, FLUX.build, mode, **options(policy))
+    model, ((_, _, reasons, diffs, _),) = both(run, FLUX.build, **options(policy), mode=mode)
     assert len(failed) == 2
-    ((_, reasons, diffs),) = traces(model)
     full = 2 if policy == "easycache" else 1
     assert reasons[12 : 12 + full] == ["no reference"] * full
     assert 12 + full in diffs
     assert cached_steps(model) & set(range(13, STEPS))
-    assert handle_of(model).graphs.replays == STEPS - 1
+    assert graphs(model).replays == STEPS - 1
 
 
 def test_a_forced_full_step_voids_the_rate(driver):
@@ -255,8 +239,7 @@ def test_a_forced_full_step_voids_the_rate(driver):
         handle_of(model).force_full("the test wants it")
         return outputs + denoise(model, steps=range(15, STEPS))
 
-    model = both(run, FLUX.build, "device", **options("easycache"))
-    ((_, reasons, _),) = traces(model)
+    model, ((_, _, reasons, *_),) = both(run, FLUX.build, **options("easycache"), mode="device")
     assert reasons[15:17] == ["no reference"] * 2
     assert cached_steps(model) & set(range(17, STEPS))
 
@@ -266,44 +249,18 @@ def test_they_are_recorded_ahead_of_the_first_request(driver, policy):
     expected = dbcache.enable(FLUX.build(), **options(policy))
     outputs = denoise(expected)
     model = dbcache.enable(FLUX.build(), **options(policy), cuda_graph="device")
-    given = FLUX.arguments(noise(*FLUX.latent_shape, seed=1), 1.0, "cond")
+    given = FLUX.arguments(start(1), 1.0, "cond")
     (recording,) = dbcache.capture(model, **given)
     assert recording.name.startswith("device, 1x16x16 float32")
-    before = handle_of(model).graphs.replays
-    assert all(map(torch.equal, denoise(model), outputs))
+    before = graphs(model).replays
+    assert same(denoise(model), outputs)
     assert traces(model) == traces(expected)
-    assert handle_of(model).graphs.replays == before + STEPS
+    assert graphs(model).replays == before + STEPS
 
 
 # --- the user's own capture ---
 
 SHORT = 20
-FIXED = [
-    FLUX.arguments(noise(*FLUX.latent_shape, seed=0), 1.0 - step / SHORT, "cond")
-    for step in range(SHORT)
-]
-
-
-@torch.no_grad()
-def loop(model, x, ids=IDS, steps=SHORT):
-    """Denoise `x` in place."""
-    for given in FIXED[:steps]:
-        x -= model(**given | {"hidden_states": x, "img_ids": ids})[0] / SHORT
-
-
-def start(seed):
-    return noise(*FLUX.latent_shape, seed=seed)
-
-
-def eager_loops(model, seeds):
-    """Return for each seed the latents and the traces of a loop."""
-    expected = []
-    for seed in seeds:
-        x = start(seed)
-        dbcache.refresh_context(model)
-        loop(model, x)
-        expected.append((x, traces(model)))
-    return expected
 
 
 @pytest.mark.parametrize(
@@ -313,46 +270,26 @@ def test_a_captured_loop_decides_inside(capture, policy, version):
     model, fake = FLUX.build(), FakeDriver(version)
     settings = options(policy) | {"max_warmup_steps": 3, "num_inference_steps": SHORT}
     dbcache.enable(model, **settings)
-    expected = eager_loops(model, (1, 2))
-    x = start(3)
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x)
-
-    graph = capture(fake, whole)
-    conditional = [n for n in graph.graph.nodes if n.kind.name.endswith("CONDITIONAL")]
-    assert len(conditional) == (1 if version >= 12080 else 2) * (SHORT - 3)
-    for seed, (latents, trace) in zip((1, 2), expected, strict=True):
-        x.copy_(start(seed))
-        graph.replay()
-        assert traces(model) == trace
-        assert "below threshold" in trace[0][1]
-        assert torch.equal(x, latents)
+    loop = Loop(model, SHORT)
+    expected = {seed: loop.run(seed) for seed in (1, 2)}
+    graph = capture(fake, loop.whole)
+    nodes_per_step = 1 if version >= 12080 else 2
+    assert conditional_nodes(graph.graph) == nodes_per_step * (SHORT - 3)
+    for seed, run in expected.items():
+        assert agree(loop.replay(graph, seed), run)
+        assert "below threshold" in run[1][0][2]
 
 
 @pytest.mark.parametrize("policy", THRESHOLDS)
 def test_one_captured_step_serves_all_steps(capture, policy):
-    model, fake = FLUX.build(), FakeDriver()
+    model = FLUX.build()
     dbcache.enable(model, **options(policy), num_inference_steps=SHORT)
-    expected = eager_loops(model, (1, 2))
-    x, t = start(3), torch.ones(1)
-    given = FLUX.arguments(x, 1.0, "cond") | {"timestep": t, "img_ids": IDS}
+    loop = Loop(model, SHORT)
+    expected = {seed: loop.run(seed) for seed in (1, 2)}
     dbcache.refresh_context(model)
-
-    def one():
-        x.sub_(model(**given)[0] / SHORT)
-
-    with torch.no_grad():
-        graph = capture(fake, one)
-    for seed, (latents, trace) in zip((1, 2), expected, strict=True):
-        dbcache.refresh_context(model)
-        x.copy_(start(seed))
-        for step in range(SHORT):
-            t.fill_(1.0 - step / SHORT)
-            graph.replay()
-        assert traces(model) == trace
-        assert torch.equal(x, latents)
+    graph = capture(FakeDriver(), loop.one)
+    for seed, run in expected.items():
+        assert agree(loop.replay_steps(graph, seed), run)
 
 
 @pytest.mark.parametrize("policy", ["dbcache", *THRESHOLDS])
@@ -369,39 +306,27 @@ def test_a_step_that_is_to_serve_all_needs_one_of_its_shape_before_it(capture, p
         capture(FakeDriver(), lambda: torch.no_grad()(model)(**given))
     # nothing was changed
     dbcache.refresh_context(model)
-    assert all(map(torch.equal, denoise(model, steps=range(4)), expected))
+    assert same(denoise(model, steps=range(4)), expected)
 
 
 def test_a_capture_needs_a_step_before_it(capture):
-    model, x = FLUX.build(), start(1)
-    dbcache.enable(model, **options("easycache"))
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x, steps=4)
-
+    model = dbcache.enable(FLUX.build(), **options("easycache"))
+    loop = Loop(model, steps=4)
     with pytest.raises(RuntimeError, match=r"FluxTransformer2DModel: a step must have run before"):
-        capture(FakeDriver(), whole)
-    loop(model, x, steps=4)
+        capture(FakeDriver(), loop.whole)
+    loop.whole()
 
 
 @pytest.mark.parametrize("case", ["another tensor", "written to since"])
 def test_the_size_of_the_latents_must_be_known_before_a_capture(capture, case):
     model = dbcache.enable(FLUX.build(), **options("seacache"))
-    ids = IDS.clone()
-    x, fake = start(1), FakeDriver()
-    loop(model, x, ids, steps=4)
+    loop, fake = Loop(model, steps=4), FakeDriver()
+    loop.whole()
     if case == "another tensor":
-        ids = ids.clone()
+        loop.given["img_ids"] = loop.given["img_ids"].clone()
     else:
-        ids.mul_(1)
-
-    def whole():
-        dbcache.refresh_context(model)
-        loop(model, x, ids, steps=4)
-
+        loop.given["img_ids"].mul_(1)
     with pytest.raises(RuntimeError, match="run a step with the same tensor as img_ids before the"):
-        capture(fake, whole)
-    dbcache.refresh_context(model)
-    loop(model, x, ids, steps=4)  # the model works on, and has read them now
-    capture(fake, whole)
+        capture(fake, loop.whole)
+    loop.whole()  # the model works on, and has read them now
+    capture(fake, loop.whole)

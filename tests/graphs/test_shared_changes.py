@@ -8,7 +8,19 @@ import pipelines
 import pytest
 import torch
 from fake_driver import FakeDriver
-from tiny import FAMILIES, noise
+from graph_runs import (
+    MODES,
+    Loop,
+    agree,
+    both,
+    decide_as_recorded,
+    eagerly,
+    graphs,
+    recordings,
+    same,
+    traces,
+)
+from tiny import BRANCHES, FAMILIES, noise
 
 import dbcache
 from dbcache import DBCacheConfig, DBPruneConfig
@@ -19,8 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 QWEN = FAMILIES["qwen"]
 STEPS = 30
 CAPTURED = 10
-MODES = ("host", "device")
-BOTH = ("cond", "uncond")
 METHODS = {
     "cache": DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=0.12),
     "cache limits": DBCacheConfig(
@@ -56,11 +66,11 @@ def build():
 
 
 def plain(_):
-    return BOTH
+    return BRANCHES
 
 
 def third(step):
-    return (*BOTH, "third") if step > 5 else BOTH
+    return (*BRANCHES, "third") if step > 5 else BRANCHES
 
 
 def changing(step):
@@ -69,7 +79,7 @@ def changing(step):
         return ("cond",)
     if step in (6, 7, 18, 22):
         return ("uncond",)
-    return BOTH if step % 3 else BOTH[::-1]
+    return BRANCHES if step % 3 else BRANCHES[::-1]
 
 
 ORDERS = {"plain": plain, "third": third, "changing": changing}
@@ -102,50 +112,43 @@ def loop(model, order=plain, *, lost=(), kinds=(), wide=None, steps=STEPS, seed=
     return outputs
 
 
-def trace(target):
-    """Return what each lane did, the changes to the last bit."""
-    lanes = dbcache.summary(target, logging=False).lanes
-    return {lane.branch: (lane.reasons, lane.diffs, lane.pruned) for lane in lanes}
-
-
-def same(xs, ys):
-    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
-
-
-def eagerly(target, config):
-    """Switch on what is compared with: the host knows who has measured."""
-    dbcache.enable(target, config, cfg_diff_compute_separate=False)
-    for stack in handle_of(getattr(target, "transformer", target)).stacks:
-        stack.prepare_recording()  # each block that is left out adds its own residual
-        stack.shared.by_device = False
+def enable_shared(target, config, **options):
+    """Let branches share their changes; without graphs the host knows who has measured."""
+    dbcache.enable(target, config, cfg_diff_compute_separate=False, **options)
+    if not options:
+        decide_as_recorded(target)
     return target
 
 
-def recorded(target, config, mode):
-    dbcache.enable(target, config, cfg_diff_compute_separate=False, cuda_graph=mode)
-    return target
+def changes_of(decided):
+    """Return the changes of each branch, by step."""
+    return {branch: changes for _, branch, _, changes, _ in decided}
 
 
-def number_shared(traces):
+def reasons_of(decided):
+    return {branch: reasons for _, branch, reasons, *_ in decided}
+
+
+def number_shared(decided):
     """Return on how many steps `uncond` has the very change of `cond`."""
-    cond, uncond = traces["cond"][1], traces["uncond"][1]
+    cond, uncond = map(changes_of(decided).get, BRANCHES)
     return sum(cond.get(step) == diff for step, diff in uncond.items())
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_named_branches_decide_as_eager_ones(driver, name):
-    model = build()
-    expected, eager = loop(eagerly(model, METHODS[name])), trace(model)
+    expected, eager = eagerly(loop, build(), METHODS[name], cfg_diff_compute_separate=False)
     assert number_shared(eager) >= 5
-    assert 5 <= eager["uncond"][0].count("below threshold") < STEPS - 3
+    assert 5 <= reasons_of(eager)["uncond"].count("below threshold") < STEPS - 3
+    model = build()
     for mode in MODES:
-        got = loop(recorded(model, METHODS[name], mode))
-        assert trace(model) == eager
+        got = loop(enable_shared(model, METHODS[name], cuda_graph=mode))
+        assert traces(model) == eager
         assert same(got, expected)
-        executor = handle_of(model).graphs
-        assert not executor.reasons
-        assert executor.replays == 2 * STEPS - 2  # the first call of each branch is an eager one
-        assert len(executor.recordings) == 2
+        assert not graphs(model).reasons
+        # the first call of each branch is an eager one
+        assert graphs(model).replays == 2 * STEPS - 2
+        assert len(recordings(model)) == 2
 
 
 @pytest.mark.parametrize("name", ["cache", "prune limits"])
@@ -159,18 +162,18 @@ def test_named_branches_decide_as_eager_ones(driver, name):
     ids=["third", "changing", "wide"],
 )
 def test_who_measures_is_told_as_eagerly(driver, name, mode, order, how):
-    model = build()
-    eagerly(model, METHODS[name])
-    expected, eager = loop(model, ORDERS[order], **how), trace(model)
+    _, eager = both(
+        lambda m: loop(m, ORDERS[order], **how),
+        build,
+        METHODS[name],
+        cfg_diff_compute_separate=False,
+        mode=mode,
+    )
     if "wide" in how:
         assert number_shared(eager) == 0
     else:
         assert number_shared(eager) >= 1
-        assert number_shared(eager) < len(eager["uncond"][1])
-    got = loop(recorded(model, METHODS[name], mode), ORDERS[order], **how)
-    assert trace(model) == eager
-    assert same(got, expected)
-    assert not handle_of(model).graphs.reasons
+        assert number_shared(eager) < len(changes_of(eager)["uncond"])
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -180,38 +183,39 @@ def test_branches_that_get_the_same_latents_may_as_well_share_their_movement(dri
     how = {"lost": [(8, "cond"), (15, "uncond"), (20, "cond"), (20, "uncond")]}
     runs = []
     for separate in (True, False):
-        for graphs in ({}, {"cuda_graph": mode}):
+        for recorded in ({}, {"cuda_graph": mode}):
             config = DBCacheConfig(
                 residual_diff_threshold=0.4, cfg_diff_compute_separate=separate, **options
             )
-            dbcache.enable(model, config, **graphs)
-            runs.append((loop(model, third, **how), trace(model)))
+            dbcache.enable(model, config, **recorded)
+            runs.append((loop(model, third, **how), traces(model)))
     expected, eager = runs[0]
-    assert {"no reference", "below threshold"} <= {*eager["cond"][0]} & {*eager["uncond"][0]}
-    for got, traces in runs[1:]:
-        assert traces == eager
+    reasons = reasons_of(eager)
+    assert {"no reference", "below threshold"} <= {*reasons["cond"]} & {*reasons["uncond"]}
+    for got, decided in runs[1:]:
+        assert decided == eager
         assert same(got, expected)
-    assert not handle_of(model).graphs.reasons
+    assert not graphs(model).reasons
 
 
 def test_requests_begin_anew_and_recordings_in_their_midst_leave_no_trace(driver):
     """The first calls have another form: what comes after the warm-up is recorded in the loop."""
     model, config = build(), METHODS["cache"]
-    kinds = [(step, branch) for step in range(9) for branch in BOTH]
+    kinds = [(step, branch) for step in range(9) for branch in BRANCHES]
     # what the second request shared last, on step 3, must not be taken over on that of the third
     last = {"seed": 7, "steps": 10, "lost": [(3, "cond")]}
     runs = [{"steps": 12, "kinds": kinds}, {"seed": 6, "steps": 4}, last]
     seen = []
-    for switch in (lambda: eagerly(model, config), lambda: recorded(model, config, "device")):
-        switch()
+    for options in ({}, {"cuda_graph": "device"}):
+        enable_shared(model, config, **options)
         seen.append([])
         for how in runs:
             dbcache.refresh_context(model)
-            seen[-1].append((loop(model, **how), trace(model)))
-    for (got, traces), (expected, eager) in zip(seen[1], seen[0], strict=True):
-        assert traces == eager
+            seen[-1].append((loop(model, **how), traces(model)))
+    for (got, decided), (expected, eager) in zip(seen[1], seen[0], strict=True):
+        assert decided == eager
         assert same(got, expected)
-    assert len(handle_of(model).graphs.recordings) == 4
+    assert len(recordings(model)) == 4
 
 
 @pytest.mark.usefixtures("plain_kernels")
@@ -219,82 +223,59 @@ def test_requests_begin_anew_and_recordings_in_their_midst_leave_no_trace(driver
 def test_a_pipeline_that_calls_twice_per_step(driver, name):
     pipe = pipelines.build("Wan 2.1")
     options = {"guided": True, "steps": STEPS}
-    expected = pipelines.draw(eagerly(pipe, METHODS[name]), "Wan 2.1", **options)
-    eager = trace(pipe)
+    expected = pipelines.draw(enable_shared(pipe, METHODS[name]), "Wan 2.1", **options)
+    eager = traces(pipe)
     assert len(eager) == 2
     assert number_shared(eager) >= 8
     for mode in MODES:
-        recorded(pipe, METHODS[name], mode)
+        enable_shared(pipe, METHODS[name], cuda_graph=mode)
         assert torch.equal(pipelines.draw(pipe, "Wan 2.1", **options), expected)
-        assert trace(pipe) == eager
+        assert traces(pipe) == eager
         assert f"{2 * STEPS - 2} steps replayed" in "".join(dbcache.summary(pipe).notes)
     dbcache.disable(pipe)
 
 
-GIVEN = {branch: QWEN.arguments(torch.zeros(QWEN.latent_shape), 1.0, branch) for branch in BOTH}
+GIVEN = {branch: QWEN.arguments(torch.zeros(QWEN.latent_shape), 1.0, branch) for branch in BRANCHES}
 
 
-@torch.no_grad()
-def denoise_in_place(model, x, t, times):
-    for time in times:
-        t.fill_(time)
-        one_step(model, x, t)
+def loop_in_place(model):
+    """Return the same denoising, to be captured."""
 
+    def step(x, t):
+        velocity = torch.zeros_like(x)
+        for branch in BRANCHES:
+            with model.cache_context(branch):
+                output = model(**GIVEN[branch] | {"hidden_states": x, "timestep": t})[0]
+            velocity += output * (1.0 if branch == "cond" else -0.4)
+        x -= velocity / CAPTURED
 
-@torch.no_grad()
-def one_step(model, x, t):
-    velocity = torch.zeros_like(x)
-    for branch in BOTH:
-        with model.cache_context(branch):
-            output = model(**GIVEN[branch] | {"hidden_states": x, "timestep": t})[0]
-        velocity += output * (1.0 if branch == "cond" else -0.4)
-    x -= velocity / CAPTURED
+    return Loop(model, CAPTURED, step, QWEN.latent_shape)
 
 
 @pytest.mark.parametrize("name", ["cache", "prune limits"])
 def test_a_users_capture_shares_as_well(capture, name):
     """The whole loop in one graph, and one graph of a step that serves all steps."""
-    times = [1.0 - step / CAPTURED for step in range(CAPTURED)]
-    model, expected = eagerly(build(), METHODS[name]), []
-    x, t = noise(*QWEN.latent_shape, seed=0), torch.ones(1)
-    for seed in (1, 2):
-        dbcache.refresh_context(model)
-        x.copy_(noise(*QWEN.latent_shape, seed=seed))
-        denoise_in_place(model, x, t, times)
-        expected.append((x.clone(), trace(model)))
-    assert number_shared(expected[0][1]) >= 3
-    assert expected[0][1] != expected[1][1]
-
-    def whole():
-        dbcache.refresh_context(model)
-        denoise_in_place(model, x, t, times)
-
+    model = enable_shared(build(), METHODS[name])
+    denoising = loop_in_place(model)
+    expected = {seed: denoising.run(seed) for seed in (1, 2)}
+    assert number_shared(expected[1][1]) >= 3
+    assert expected[1][1] != expected[2][1]
     driver = FakeDriver()
-    loop_graph = capture(driver, whole)
+    loop_graph = capture(driver, denoising.whole)
     dbcache.refresh_context(model)
-    step_graph = capture(driver, lambda: one_step(model, x, t))
-    for seed, (latents, traces) in zip((1, 2), expected, strict=True):
-        x.copy_(noise(*QWEN.latent_shape, seed=seed))
-        loop_graph.replay()
-        assert torch.equal(x, latents)
-        assert trace(model) == traces
-        dbcache.refresh_context(model)
-        x.copy_(noise(*QWEN.latent_shape, seed=seed))
-        for time in times:
-            t.fill_(time)
-            step_graph.replay()
-        assert torch.equal(x, latents)
-        assert trace(model) == traces
+    step_graph = capture(driver, denoising.one)
+    for seed, run in expected.items():
+        assert agree(denoising.replay(loop_graph, seed), run)
+        assert agree(denoising.replay_steps(step_graph, seed), run)
 
 
 @torch.no_grad()
 def test_a_captured_branch_takes_over_what_an_eager_one_measured(capture):
-    times = [1.0 - step / CAPTURED for step in range(CAPTURED)]
-    model = eagerly(build(), METHODS["cache"])
-    x, t = noise(*QWEN.latent_shape, seed=1), torch.ones(1)
-    denoise_in_place(model, x, t, times)
-    expected, traces = x.clone(), trace(model)
-    assert number_shared(traces) >= 3
+    model = enable_shared(build(), METHODS["cache"])
+    denoising = loop_in_place(model)
+    expected, decided = denoising.run(1)
+    assert number_shared(decided) >= 3
+    x, t = denoising.x, denoising.t
     output = torch.empty_like(x)
 
     def call(branch):
@@ -305,7 +286,7 @@ def test_a_captured_branch_takes_over_what_an_eager_one_measured(capture):
     uncond = capture(FakeDriver(), lambda: call("uncond"))
     dbcache.refresh_context(model)
     x.copy_(noise(*QWEN.latent_shape, seed=1))
-    for time in times:
+    for time in denoising.times:
         t.fill_(time)
         call("cond")
         velocity = output * 1.0
@@ -313,4 +294,4 @@ def test_a_captured_branch_takes_over_what_an_eager_one_measured(capture):
         velocity += output * -0.4
         x -= velocity / CAPTURED
     assert torch.equal(x, expected)
-    assert trace(model) == traces
+    assert traces(model) == decided

@@ -103,7 +103,6 @@ class Loop:
         steps: of a loop.
         step: changes x at time t, ``step(x, t)``; an Euler step of FLUX where it is None.
         shape: of the latents.
-        more: arguments of FLUX's calls.
     """
 
     def __init__(
@@ -112,12 +111,11 @@ class Loop:
         steps: int = 20,
         step: Callable | None = None,
         shape: tuple[int, ...] = FLUX.latent_shape,
-        **more: Any,
     ) -> None:
         self.model, self.shape = model, shape
         self.times = [1.0 - i / steps for i in range(steps)]
         self.x, self.t = noise(*shape, seed=3), torch.ones(1)
-        self.given = FLUX.arguments(start(0), 1.0, "cond") | more
+        self.given = FLUX.arguments(start(0), 1.0, "cond")
         self.step = self._euler if step is None else step
 
     def _euler(self, x: torch.Tensor, t: torch.Tensor) -> None:
