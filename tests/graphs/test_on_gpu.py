@@ -9,6 +9,7 @@ import first_use
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from graph_runs import decide_as_recorded, graphs, same
 
 import dbcache
 from dbcache import GraphOptions
@@ -102,6 +103,11 @@ def modes():
     return ["host", "device"] if driver is not None else ["host"]
 
 
+def require(mode):
+    if mode not in modes():
+        pytest.skip(find_driver()[1])
+
+
 def trace(model):
     return handle_of(model).stacks[0].lanes[None].trace()
 
@@ -109,11 +115,10 @@ def trace(model):
 @pytest.mark.parametrize("mode", ["host", "device"])
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_fifty_steps_are_the_same_bit_for_bit(options, mode):
-    if mode not in modes():
-        pytest.skip(find_driver()[1])
+    require(mode)
     model = build()
     dbcache.enable(model, **options)
-    handle_of(model).stacks[0].prepare_recording()  # blocks that are left out are so one by one
+    decide_as_recorded(model)
     expected, decisions = loop(model), trace(model)
     pruned = dbcache.summary(model).lanes[0].pruned
     assert 5 < sum(reason >= 10 for reason in decisions[0]) < STEPS - 4
@@ -122,8 +127,8 @@ def test_fifty_steps_are_the_same_bit_for_bit(options, mode):
         got = loop(model)
         assert trace(model) == decisions
         assert dbcache.summary(model).lanes[0].pruned == pruned
-        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-    assert handle_of(model).graphs.replays == 2 * STEPS - 1
+        assert same(got, expected)
+    assert graphs(model).replays == 2 * STEPS - 1
 
 
 @torch.no_grad()
@@ -145,13 +150,11 @@ def guided_loop(model):
     "options", [OPTIONS | {"residual_diff_threshold": 0.42}, PRUNED], ids=["steps", "blocks"]
 )
 def test_branches_share_a_change_as_eager_ones(options, mode):
-    if mode not in modes():
-        pytest.skip(find_driver()[1])
+    require(mode)
     model, options = build(), options | {"cfg_diff_compute_separate": False}
     dbcache.enable(model, **options)
+    decide_as_recorded(model)
     (stack,) = handle_of(model).stacks
-    stack.prepare_recording()
-    stack.shared.by_device = False  # the host knows who has measured
     expected = guided_loop(model)
     decisions = [lane.trace() for lane in stack.lanes.values()]
     assert len(decisions) == 2
@@ -160,14 +163,13 @@ def test_branches_share_a_change_as_eager_ones(options, mode):
     got = guided_loop(model)
     (stack,) = handle_of(model).stacks
     assert [lane.trace() for lane in stack.lanes.values()] == decisions
-    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
-    assert handle_of(model).graphs.replays == 2 * STEPS - 2
+    assert same(got, expected)
+    assert graphs(model).replays == 2 * STEPS - 2
 
 
 @pytest.mark.parametrize("options", NEVER_READ.values(), ids=NEVER_READ)
 def test_device_mode_never_waits(options):
-    if "device" not in modes():
-        pytest.skip(find_driver()[1])
+    require("device")
     model = build()
     dbcache.enable(model, **options, cuda_graph=GraphOptions(mode="device"))
     loop(model, 6)
@@ -192,8 +194,7 @@ def test_device_mode_never_waits(options):
 
 @pytest.mark.parametrize("mode", ["host", "device"])
 def test_memory_does_not_grow(mode):
-    if mode not in modes():
-        pytest.skip(find_driver()[1])
+    require(mode)
     model = build()
     dbcache.enable(model, **OPTIONS, cuda_graph=mode)
     loop(model)
@@ -205,19 +206,18 @@ def test_memory_does_not_grow(mode):
     after = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
     assert after[0] <= before[0]
     assert after[1] >= before[1] - 2**21
-    assert handle_of(model).graphs._recorder.nbytes() > 2**20, "the cap goes by what it says"
+    assert graphs(model)._recorder.nbytes() > 2**20, "the cap goes by what it says"
 
 
 @pytest.mark.parametrize("mode", ["host", "device"])
 def test_memory_does_not_grow_with_recordings_that_are_given_up(mode):
-    if mode not in modes():
-        pytest.skip(find_driver()[1])
+    require(mode)
     model = build()
     dbcache.enable(model, **OPTIONS, cuda_graph=mode)
     held = []
     for _ in range(8):
         loop(model, 6)
-        handle_of(model).graphs.retire()
+        graphs(model).retire()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
@@ -241,18 +241,18 @@ def test_a_capture_that_breaks_leaves_all_of_pytorch_working(mode):
     if mode == "auto":
         with pytest.warns(UserWarning, match="runs eagerly"):
             got = loop(model, 8)
-        assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+        assert same(got, expected)
     else:
         with pytest.raises(RuntimeError, match="is impossible here"):
             loop(model, 8)
-    assert not handle_of(model).graphs.recordings
+    assert not graphs(model).recordings
     torch.randn(4, device="cuda")
     torch.cuda.empty_cache()
     hook.remove()
     dbcache.enable(model, **OPTIONS, cuda_graph=modes()[-1])
     again = loop(model, 8)
-    assert all(torch.equal(x, y) for x, y in zip(again, expected, strict=True))
-    assert handle_of(model).graphs.replays == 7
+    assert same(again, expected)
+    assert graphs(model).replays == 7
 
 
 def test_a_fresh_process_loads_no_kernel_while_it_captures():
@@ -272,8 +272,7 @@ def test_a_fresh_process_loads_no_kernel_while_it_captures():
 
 @pytest.mark.parametrize("mode", ["host", "device"])
 def test_a_model_on_another_gpu_than_the_current_one(mode):
-    if mode not in modes():
-        pytest.skip(find_driver()[1])
+    require(mode)
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     model = build("cuda:1")
@@ -282,7 +281,7 @@ def test_a_model_on_another_gpu_than_the_current_one(mode):
     dbcache.enable(model, **OPTIONS, cuda_graph=mode)
     got = loop(model)
     assert trace(model) == decisions
-    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    assert same(got, expected)
     assert torch.cuda.current_device() == 0
 
 
@@ -296,16 +295,15 @@ def test_compiled_blocks_are_recorded():
     dbcache.enable(model, **OPTIONS, cuda_graph=modes()[-1])
     got = loop(model, 20)
     assert trace(model) == decisions
-    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+    assert same(got, expected)
 
 
 @pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_the_users_own_capture_of_the_whole_loop(options):
-    if "device" not in modes():
-        pytest.skip(find_driver()[1])
+    require("device")
     model = build()
     dbcache.enable(model, **options)
-    handle_of(model).stacks[0].prepare_recording()  # blocks that are left out are so one by one
+    decide_as_recorded(model)
     expected, decisions = loop(model)[-1], trace(model)
     x = start()
     arguments = [inputs(x, 1 - step / STEPS) for step in range(STEPS)]
@@ -346,7 +344,7 @@ def test_new_shapes_and_retirement():
             for name in ("encoder_hidden_states", "pooled_projections", "timestep"):
                 big[name] = big[name].repeat(2, *[1] * (big[name].dim() - 1))
             model(**big)
-    assert handle_of(model).graphs.retired == 1
+    assert graphs(model).retired == 1
     dbcache.refresh_context(model)
     again = loop(model, 8)
-    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert same(first, again)

@@ -62,11 +62,13 @@ class Watched:
         dbcache.enable(self.model if target is None else target(self.model), *args, **options)
         return self
 
-    def __call__(self, steps, **how):
+    def denoise(self, steps, **how):
+        return denoise(self.model, self.family, steps, **how)
+
+    def run(self, steps, **how):
         """Denoise; return the outputs and `notes`."""
         self.forget()
-        outputs = denoise(self.model, self.family, steps, **how)
-        return outputs, *self.notes()
+        return self.denoise(steps, **how), *self.notes()
 
     def forget(self):
         self.left_out.clear()
@@ -83,17 +85,22 @@ def assert_same(got, expected):
     assert got[1:] == expected[1:]
 
 
-def eagerly(family, steps, *args, target=None, how=None, **options):
-    return Watched(family).enable(*args, target=target, **options)(steps, **(how or {}))
+def eagerly(steps, *args, how=None, **options):
+    return Watched(FLUX).enable(*args, **options).run(steps, **(how or {}))
 
 
-def both(family, steps, *args, mode, target=None, how=None, **options):
-    """Run eagerly and recorded; check that they agree; return the recorded model and the run."""
-    expected = eagerly(family, steps, *args, target=target, how=how, **options)
-    recorded = Watched(family).enable(*args, target=target, **options, cuda_graph=mode)
-    assert_same(recorded(steps, **(how or {})), expected)
-    assert not graphs(recorded.model).reasons
-    return recorded.model, expected
+def both(run, *args, mode, family=FLUX, target=None, **options):
+    """Run eagerly and recorded; check that they agree; return the recorded model and the run.
+
+    `run` is given a `Watched` and returns the outputs.
+    """
+    runs = []
+    for how in ({}, {"cuda_graph": mode}):
+        watched = Watched(family).enable(*args, target=target, **options, **how)
+        runs.append((run(watched), *watched.notes()))
+    assert_same(runs[1], runs[0])
+    assert not graphs(watched.model).reasons
+    return watched.model, runs[0]
 
 
 def prunable(model):
@@ -104,7 +111,11 @@ def prunable(model):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_thirty_steps_are_the_same_bit_for_bit(driver, name, mode):
     model, (_, left_out, ((_, _, reasons, *_),), _) = both(
-        FAMILIES[name], 30, SETTINGS, enable_separate_cfg=False, mode=mode
+        lambda w: w.denoise(30),
+        SETTINGS,
+        family=FAMILIES[name],
+        enable_separate_cfg=False,
+        mode=mode,
     )
     assert prunable(model) == [[True, False, True, True, True]]
     assert graphs(model).replays == 29
@@ -129,7 +140,9 @@ def test_two_stacks_each_have_last_blocks(driver, scope, mode):
         "decision_scope": scope,
         "enable_taylorseer": True,
     }
-    model, (_, left_out, *_) = both(FLUX, 30, SETTINGS, mode=mode, target=two_stacks, **options)
+    model, (_, left_out, *_) = both(
+        lambda w: w.denoise(30), SETTINGS, mode=mode, target=two_stacks, **options
+    )
     assert prunable(model) == [[True], [True]]
     (recording,) = recordings(model)
     assert len(branches(recording)) == 2 + 2
@@ -140,7 +153,10 @@ def test_two_stacks_each_have_last_blocks(driver, scope, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_each_guidance_branch_has_last_blocks_of_its_own(driver, mode):
     model, (_, left_out, decisions, _) = both(
-        FAMILIES["qwen"], 16, SETTINGS, mode=mode, how={"branches": BRANCHES, "named": True}
+        lambda w: w.denoise(16, branches=BRANCHES, named=True),
+        SETTINGS,
+        family=FAMILIES["qwen"],
+        mode=mode,
     )
     assert [branch for _, branch, *_ in decisions] == list(BRANCHES)
     assert left_out[::2] != left_out[1::2]
@@ -151,7 +167,7 @@ def test_each_guidance_branch_has_last_blocks_of_its_own(driver, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_numbers_change_without_a_new_recording_and_blocks_do_not(driver, mode):
     watched = Watched(FLUX).enable(SETTINGS, cuda_graph=mode, num_inference_steps=12)
-    watched(12)
+    watched.run(12)
     (recorded,) = recordings(watched.model)
     given, seen = {}, []
     for changes in (
@@ -163,8 +179,8 @@ def test_numbers_change_without_a_new_recording_and_blocks_do_not(driver, mode):
     ):
         given |= changes
         dbcache.refresh_context(watched.model, **changes)
-        got = watched(12)
-        assert_same(got, eagerly(FLUX, 12, SETTINGS, **given))
+        got = watched.run(12)
+        assert_same(got, eagerly(12, SETTINGS, **given))
         (now,) = recordings(watched.model)
         assert (now is recorded) == ("Bn_compute_blocks_ids" not in changes)
         seen.append(sum(sum(flags) for (flags,) in got[1]))
@@ -177,8 +193,8 @@ def test_other_shapes_come_and_go(driver, mode):
     for threshold, batch in ((0.08, 1), (0.08, 2), (0.12, 2), (0.12, 1)):
         changes = {"non_compute_blocks_diff_threshold": threshold}
         dbcache.refresh_context(watched.model, **changes)
-        got = watched(10, batch=batch)
-        assert_same(got, eagerly(FLUX, 10, SETTINGS, how={"batch": batch}, **changes))
+        got = watched.run(10, batch=batch)
+        assert_same(got, eagerly(10, SETTINGS, how={"batch": batch}, **changes))
         assert any(any(flags) for (flags,) in got[1])
     assert len(recordings(watched.model)) == 2
 
@@ -194,16 +210,15 @@ def call(model, step, *, batch=1, **how):
 def test_shapes_change_within_a_request(driver, mode):
     """What was stored of another shape is void, whether the host has seen the steps or not."""
     batches = [1] * 6 + [2] * 6 + [1] * 6 + [2] * 4
-    runs = []
-    for options in ({}, {"cuda_graph": mode}):
-        watched = Watched(FLUX).enable(SETTINGS, max_warmup_steps=1, **options)
-        outputs = [call(watched.model, i, batch=n) for i, n in enumerate(batches)]
-        runs.append((outputs, *watched.notes()))
-    assert_same(runs[1], runs[0])
-    _, left_out, ((_, _, reasons, *_),), _ = runs[0]
+    model, (_, left_out, ((_, _, reasons, *_),), _) = both(
+        lambda w: [call(w.model, i, batch=n) for i, n in enumerate(batches)],
+        SETTINGS,
+        max_warmup_steps=1,
+        mode=mode,
+    )
     assert reasons.count("shape changed") == 3
     assert any(any(flags) for (flags,) in left_out)
-    assert len(recordings(watched.model)) == 2
+    assert len(recordings(model)) == 2
 
 
 @pytest.mark.parametrize("fails_at", [2, 6])
@@ -213,9 +228,8 @@ def test_a_failed_launch_counts_as_never_begun(driver, monkeypatch, fails_at):
     def fail(*_):
         raise RuntimeError("lost the GPU")
 
-    runs = []
-    for options in ({}, {"cuda_graph": "device"}):
-        watched, outputs = Watched(FLUX).enable(SETTINGS, **options), []
+    def run(watched):
+        outputs = []
         call(watched.model, 0)
         call(watched.model, 1)
         dbcache.refresh_context(watched.model)
@@ -229,39 +243,37 @@ def test_a_failed_launch_counts_as_never_begun(driver, monkeypatch, fails_at):
                         call(watched.model, step)
                     handle.remove()
             outputs.append(call(watched.model, step))
-        runs.append((outputs, *watched.notes()))
-    assert_same(runs[1], runs[0])
-    _, left_out, ((_, _, reasons, *_),), _ = runs[0]
+        return outputs
+
+    _, (_, left_out, ((_, _, reasons, *_),), _) = both(run, SETTINGS, mode="device")
     assert reasons[fails_at] == ("no reference" if fails_at > 3 else "warm-up")
     assert any(any(flags) for (flags,) in left_out[fails_at:])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_eager_steps_between_replayed_ones_leave_out_the_same(driver, mode):
-    runs = []
-    for options in ({}, {"cuda_graph": mode}):
-        watched = Watched(FLUX).enable(SETTINGS, **options)
-        # the first call of a kind is an eager one: it comes where blocks are left out
-        outputs = [call(watched.model, step, return_dict=step == 5) for step in range(12)]
-        runs.append((outputs, *watched.notes()))
-    assert_same(runs[1], runs[0])
-    assert graphs(watched.model).replays == 12 - 2
-    assert any(runs[0][1][5][0])
+    # the first call of a kind is an eager one: it comes where blocks are left out
+    model, (_, left_out, *_) = both(
+        lambda w: [call(w.model, step, return_dict=step == 5) for step in range(12)],
+        SETTINGS,
+        mode=mode,
+    )
+    assert graphs(model).replays == 12 - 2
+    assert any(left_out[5][0])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_recorded_on_a_first_step_nothing_is_stored_yet(driver, mode):
     """What the trial of the recording stored must not count as the request's."""
-    runs = []
-    for options in ({}, {"cuda_graph": mode}):
-        watched = Watched(FLUX).enable(SETTINGS, max_warmup_steps=1, **options)
+
+    def run(watched):
         call(watched.model, 9)
         dbcache.refresh_context(watched.model)
         watched.forget()
-        outputs = [call(watched.model, step) for step in range(8)]
-        runs.append((outputs, *watched.notes()))
-    assert_same(runs[1], runs[0])
-    assert graphs(watched.model).replays == 8
+        return [call(watched.model, step) for step in range(8)]
+
+    model, _ = both(run, SETTINGS, max_warmup_steps=1, mode=mode)
+    assert graphs(model).replays == 8
 
 
 def test_the_host_reads_on_cached_steps_alone_and_in_device_mode_on_none(driver, monkeypatch):
@@ -270,10 +282,10 @@ def test_the_host_reads_on_cached_steps_alone_and_in_device_mode_on_none(driver,
     watched = Watched(FLUX)
     for options in ({}, {"cuda_graph": "host"}, {"cuda_graph": "device"}):
         watched.enable(SETTINGS, num_inference_steps=14, **options)
-        watched(14)
+        watched.run(14)
         reads.clear()
         before = driver.launches
-        _, _, ((_, _, reasons, *_),), _ = watched(14)
+        _, _, ((_, _, reasons, *_),), _ = watched.run(14)
         cached = sum(reason in CACHED for reason in reasons)
         assert 5 < cached < 11
         device = options.get("cuda_graph") == "device"
@@ -300,7 +312,7 @@ def test_every_kernel_of_a_recording_has_run_before_it(driver, monkeypatch):
     watched = Watched(FLUX).enable(
         SETTINGS, cuda_graph="device", non_compute_blocks_diff_threshold=1e-6
     )
-    assert not any(any(flags) for (flags,) in watched(8)[1])
+    assert not any(any(flags) for (flags,) in watched.run(8)[1])
     assert before == {(0, 1), (2, 1), (3, 1), (4, 1)}
 
 
@@ -309,8 +321,8 @@ def test_captured_ahead_of_the_first_request(driver, mode):
     watched = Watched(FLUX).enable(SETTINGS, num_inference_steps=14, cuda_graph=mode)
     (recording,) = dbcache.capture(watched.model, **FLUX.arguments(start(1), 1.0, "cond"))
     before = graphs(watched.model).replays
-    expected = eagerly(FLUX, 14, SETTINGS)
+    expected = eagerly(14, SETTINGS)
     for _ in range(2):
-        assert_same(watched(14), expected)
+        assert_same(watched.run(14), expected)
     assert graphs(watched.model).replays == before + 28
     assert recordings(watched.model) == [recording]

@@ -55,11 +55,12 @@ def conditional_nodes(graph: Graph) -> int:
 def decide_as_recorded(target: Any) -> None:
     """Make eager steps round as recorded ones: each block that is left out adds its own residual.
 
-    Who measures a change that branches share is still known to the host.
+    Who has measured a change that branches share is still told as without graphs.
     """
     for stack in handle_of(getattr(target, "transformer", target)).stacks:
+        by_device = stack.shared.by_device
         stack.prepare_recording()
-        stack.shared.by_device = False
+        stack.shared.by_device = by_device
 
 
 def eagerly(
