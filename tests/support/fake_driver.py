@@ -328,7 +328,7 @@ class FakeDriver:
 
     def do_cuStreamGetCaptureInfo_v3(self, stream):
         self._check_has_older_names()
-        return FakeDriver.do_cuStreamGetCaptureInfo(self, stream)
+        return self.do_cuStreamGetCaptureInfo(stream)
 
     def _check_has_older_names(self):
         if self.bindings >= (13, 0):
@@ -346,12 +346,13 @@ class FakeDriver:
     def do_cuStreamUpdateCaptureDependencies(self, stream, nodes, *rest):
         if len(rest) != (3 if self.bindings >= (13, 0) else 2):  # edges, count, flag
             raise TypeError("takes the data of edges from bindings 13 on")
-        graph, _ = self.captures[stream]
-        self.captures[stream] = (graph, list(nodes))
-        return ()
+        return self._go_on_after(stream, nodes)
 
     def do_cuStreamUpdateCaptureDependencies_v2(self, stream, nodes, edges, count, flag):
         self._check_has_older_names()
+        return self._go_on_after(stream, nodes)
+
+    def _go_on_after(self, stream, nodes):
         graph, _ = self.captures[stream]
         self.captures[stream] = (graph, list(nodes))
         return ()

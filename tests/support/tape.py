@@ -6,39 +6,27 @@ a value on the host during a recording fails, as it does on a GPU.
 """
 
 import contextlib
+import importlib
+import pkgutil
 from types import SimpleNamespace
 
 import torch
 from fake_driver import NODE, Body, Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dbcache import kernels
 from dbcache.executors import cuda_capture, graph
 from dbcache.executors.cuda_capture import UserCapture
 from dbcache.executors.cuda_driver import CudaDriver
-from dbcache.kernels import (
-    add_residuals,
-    block_changes,
-    commit,
-    decide,
-    decide_blocks,
-    decide_step,
-    decide_tail,
-    fit_recurrence,
-    predict,
-    probe_and_decide,
-    probe_diff,
-    recurrence,
-    share_change,
-    spectrum,
-    store_block,
-    transformation_rate,
-)
 
-OPS = (
-    add_residuals, block_changes, commit, decide, decide_blocks, decide_step, decide_tail,
-    fit_recurrence, predict, probe_and_decide, probe_diff, recurrence, share_change, spectrum,
-    store_block, transformation_rate,
-)  # fmt: skip
+OPS = [
+    module
+    for info in pkgutil.iter_modules(kernels.__path__)
+    if not info.name.startswith("_")
+    and hasattr(module := importlib.import_module(f"{kernels.__name__}.{info.name}"), "is_traced")
+]
+"""The modules of the kernels that are operators."""
+
 READS = {"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero", "aten::nonzero"}
 
 
