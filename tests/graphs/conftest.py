@@ -1,11 +1,19 @@
 """Graphs on the CPU: tapes in place of CUDA graphs, and a driver that keeps CUDA's rules."""
 
+from collections import defaultdict
+
 import pytest
 from fake_driver import FakeDriver
 from tape import TapeCapture, TapeUserCapture, use_driver
 
 from dbcache.adapters import cached_transformer
 from dbcache.executors import cuda_capture
+
+
+@pytest.fixture(scope="module")
+def known():
+    """Return dicts for `graph_runs.both`: eager runs that the tests of several modes share."""
+    return defaultdict(dict)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ MASK = [1, 1, 1, 0, 0, 1, 0, 0] * 3
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("policy", ["dbcache", "magcache"])
 @pytest.mark.parametrize("name", ["flux", "wan"])
-def test_steps_decided_ahead_are_the_same_bit_for_bit(driver, name, policy, mode):
+def test_steps_decided_ahead_are_the_same_bit_for_bit(driver, known, name, policy, mode):
     family = FAMILIES[name]
     settings = {
         "dbcache": {
@@ -32,6 +32,7 @@ def test_steps_decided_ahead_are_the_same_bit_for_bit(driver, name, policy, mode
         **settings,
         enable_separate_cfg=False,
         mode=mode,
+        known=known[name, policy],
     )
     assert recordings(model)
     assert any(reason in ("static", "below threshold") for reason in reasons)

@@ -40,11 +40,18 @@ def run(model):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cache_dtype", ["model", "fp8"])
 @pytest.mark.parametrize("predictor", PREDICTORS)
-def test_recorded_forecasts_are_those_of_eager_steps(driver, predictor, cache_dtype, mode):
+def test_recorded_forecasts_are_those_of_eager_steps(driver, known, predictor, cache_dtype, mode):
     if (predictor, cache_dtype) == ("dmd", "fp8"):
         pytest.skip("DMD refuses a ring in fp8")
     config = dbcache.DBCacheConfig(**OPTIONS, cache_dtype=cache_dtype)
-    model, _ = both(run, FLUX.build, config, PREDICTORS[predictor], mode=mode)
+    model, _ = both(
+        run,
+        FLUX.build,
+        config,
+        PREDICTORS[predictor],
+        mode=mode,
+        known=known[predictor, cache_dtype],
+    )
     (lane,) = dbcache.summary(model).lanes
     assert {13, 14} <= set(lane.cached_steps), "both kinds must begin with a cached step"
     assert graphs(model).replays == STEPS - 2

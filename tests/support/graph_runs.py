@@ -73,7 +73,12 @@ def eagerly(
 
 
 def both(
-    run: Callable, build: Callable, *configs: Any, mode: str, **options: Any
+    run: Callable,
+    build: Callable,
+    *configs: Any,
+    mode: str,
+    known: dict | None = None,
+    **options: Any,
 ) -> tuple[Any, list[tuple]]:
     """Run eagerly and recorded, each on a target of its own; check that they agree.
 
@@ -82,11 +87,15 @@ def both(
         build: makes a transformer, a pipeline or a `BlockAdapter`.
         configs: for `enable`, as are the `options`.
         mode: of the graphs.
+        known: keeps the eager run, which does not depend on the mode, for the next call.
 
     Returns:
         What was recorded, and the traces.
     """
-    expected, eager = eagerly(run, build(), *configs, **options)
+    known = {} if known is None else known
+    if not known:
+        known["eager"] = eagerly(run, build(), *configs, **options)
+    expected, eager = known["eager"]
     target = build()
     dbcache.enable(target, *configs, **options, cuda_graph=mode)
     got = run(target)
