@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from graph_runs import MODES, Step, graphs, one_stream, recordings
+from graph_runs import MODES, Step, graphs, one_stream, recordings, same
 from tape import TapeRecorder
 from tiny import noise
 
@@ -84,7 +84,7 @@ def test_the_users_inputs_are_copied_and_never_written():
             given.append(x.clone())
             output = model(given[-1], shift=given[-1][0, 0])
             assert torch.equal(output, plain(x, shift=x[0, 0]))
-    assert all(map(torch.equal, kept, given))
+    assert same(kept, given)
 
 
 def test_recordings_that_are_given_up_take_their_pool_and_stream_with_them(monkeypatch):

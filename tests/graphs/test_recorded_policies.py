@@ -95,9 +95,15 @@ def test_decisions_are_those_of_eager_steps_bit_for_bit(driver, name, policy, mo
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("policy", THRESHOLDS)
-def test_the_guidance_branches_of_a_pipeline_decide_apart(driver, policy, mode):
+def test_the_guidance_branches_of_a_pipeline_decide_apart(driver, known, policy, mode):
     settings = options(policy, branches=BRANCHES) | {"max_warmup_steps": 3}
-    pipe, decided = both(lambda p: generate(p, 20), lambda: pipeline("flux"), **settings, mode=mode)
+    pipe, decided = both(
+        lambda p: generate(p, 20),
+        lambda: pipeline("flux"),
+        **settings,
+        mode=mode,
+        known=known["guidance", policy],
+    )
     assert len(decided) == 2
     assert all("below threshold" in reasons for _, _, reasons, *_ in decided)
     assert len(recordings(pipe)) == 2
@@ -106,7 +112,7 @@ def test_the_guidance_branches_of_a_pipeline_decide_apart(driver, policy, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("policy", THRESHOLDS)
-def test_later_stacks_follow_the_first_ones_decision(driver, policy, mode):
+def test_later_stacks_follow_the_first_ones_decision(driver, known, policy, mode):
     settings = options(policy)
     if policy == "teacache":
         (content,) = settings["calibration"]["stacks"].values()
@@ -118,6 +124,7 @@ def test_later_stacks_follow_the_first_ones_decision(driver, policy, mode):
         **settings,
         decision_scope="model",
         mode=mode,
+        known=known["stacks", policy],
     )
     first, second = dbcache.summary(adapter).lanes
     assert len(first.cached_steps) >= 8
@@ -127,7 +134,7 @@ def test_later_stacks_follow_the_first_ones_decision(driver, policy, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("policy", THRESHOLDS)
-def test_other_shapes_in_between_start_the_lane_anew(driver, policy, mode):
+def test_other_shapes_in_between_start_the_lane_anew(driver, known, policy, mode):
     def run(model):
         few = ids_of(3, 4)
         outputs = denoise(model, steps=range(10))
@@ -135,7 +142,9 @@ def test_other_shapes_in_between_start_the_lane_anew(driver, policy, mode):
         outputs += denoise(model, steps=range(20, 26))
         return outputs + denoise(model, steps=range(26, 30), ids=few)
 
-    model, ((_, _, reasons, *_),) = both(run, FLUX.build, **options(policy), mode=mode)
+    model, ((_, _, reasons, *_),) = both(
+        run, FLUX.build, **options(policy), mode=mode, known=known["shapes", policy]
+    )
     # the recordings of both shapes are there when the last two changes come
     assert reasons[10] == reasons[20] == reasons[26] == "shape changed"
     assert graphs(model).replays == STEPS - 2
