@@ -154,7 +154,8 @@ class PrunedStack(Stack):
     @property
     def recorded(self) -> tuple[object, ...]:
         """What recorded work depends on."""
-        return (*super().recorded, *(self.run.prunable if self.entries else ()))
+        which = (self.start, *self.run.prunable) if self.entries else ()
+        return (*super().recorded, *which)
 
     def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
         """Return the numbers of the blocks that were left out on each step."""
