@@ -49,7 +49,9 @@ class FollowingLane(Lane):
                 f"decision_scope='model': all stacks must be on one device, got {device} and "
                 f"{leader.device}; use decision_scope='stack'"
             )
-        self.device, self.state = leader.device, leader.state
+        self.state = leader.state
+        if device != self.device:
+            self._move_rest(device)
         missed = self.step != leader.step - 1
         changed = layout != self.layout
         if changed:

@@ -175,9 +175,13 @@ class Lane:
     @outside_inference_mode
     def _move(self, device: torch.device) -> None:
         """Take the scalar state along to another device."""
-        old, self.device = self.state, device
-        self.state = LaneState.allocate(len(old.plan), device)
-        self.state.copy_(old)
+        self.state = self.state.clone(device)
+        self._move_rest(device)
+
+    @outside_inference_mode
+    def _move_rest(self, device: torch.device) -> None:
+        """Take along what there is besides state and buffers."""
+        self.device = device
         self.forecaster = make_forecaster(self.settings, device)
         if self.tail is not None:
             self.tail.move(device)
