@@ -164,8 +164,9 @@ class CachedTransformer:
         return renewed
 
     def inherit(self, old: CachedTransformer) -> None:
-        """Take over recorded graphs, where what changed lies on the device."""
-        if self.graphs is None or old.graphs is None or self.graphs.options != old.graphs.options:
+        """Take over recorded graphs, the user's too, where what changed lies on the device."""
+        options, its_options = (x.graphs and x.graphs.options for x in (self, old))
+        if options != its_options or (options is None and old._capture is None):
             return
         if [stack.recorded for stack in self.stacks] != [stack.recorded for stack in old.stacks]:
             return
@@ -173,8 +174,10 @@ class CachedTransformer:
             return  # functors cannot be compared
         for stack, its_old in zip(self.stacks, old.stacks, strict=True):
             stack.inherit(its_old)
+        self._capture = old._capture  # its pool is the memory of the user's graphs
         self.graphs = old.graphs
-        self.graphs.serve(self)
+        if self.graphs is not None:
+            self.graphs.serve(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_handle, ()  # a copy of the transformer has its cache off

@@ -469,3 +469,32 @@ def test_recordings_of_the_transformers_own_keep_out_of_a_users_capture(capture,
     x.copy_(start(1))
     graph.replay()
     assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("records", [False, "device"])
+def test_a_captured_loop_goes_by_numbers_that_change_later(capture, monkeypatch, records):
+    model, other, fake = FLUX.build(), FLUX.build(), FakeDriver()
+    use_driver(monkeypatch, fake)
+    dbcache.enable(model, **OPTIONS, cuda_graph=records)
+    x = start(1)
+    loop(model, x)
+
+    def whole():
+        dbcache.refresh_context(model)
+        loop(model, x)
+
+    before = dbcache.summary(model).lanes[0].reasons
+    graph = capture(fake, whole)
+    bodies = handle_of(model)._capture
+    changes = {"max_continuous_cached_steps": 1}
+    dbcache.refresh_context(model, **changes)
+    assert handle_of(model)._capture is bodies is not None, "the memory of the graph stays"
+    x.copy_(start(1))
+    graph.replay()
+    dbcache.enable(other, **OPTIONS | changes)
+    expected = start(1)
+    loop(other, expected)
+    assert torch.equal(x, expected)
+    reasons = dbcache.summary(other).lanes[0].reasons
+    assert dbcache.summary(model).lanes[0].reasons == reasons
+    assert reasons != before
