@@ -25,8 +25,9 @@ from dbcache.adapters.scope import make_stacks
 from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.executors.cuda_capture import UserCapture, is_capturing, user_capture
-from dbcache.executors.graph import GraphExecutor, GraphOptions, Restorable
+from dbcache.executors.graph import GraphExecutor, GraphOptions
 from dbcache.executors.recording import Cutter
+from dbcache.executors.trial import Restorable
 from dbcache.lane import Lane, LaneCopy
 from dbcache.sharding import Sharding
 from dbcache.shared_change import SharedCopy
