@@ -123,7 +123,8 @@ class FollowingLane(Lane):
     def trace(self) -> tuple[list[int], list[float]]:
         """Return the leader's reasons but for overruled steps; nothing is measured here."""
         reasons, _ = self.leader.trace()
-        reasons = reasons[: self.step]
+        if self.step != self.leader.step:  # it was left out since
+            reasons = reasons[: self.step]
         for step, reason in self._overruled.items():
             reasons[step] = reason
         return reasons, [-1.0] * len(reasons)

@@ -3,6 +3,7 @@
 import diffusers
 import pytest
 import torch
+from fake_driver import FakeDriver
 from tiny import CFG_SCALE, FAMILIES, denoise, fill, noise
 
 import dbcache
@@ -148,6 +149,39 @@ def test_stacks_that_follow_the_first_one_are_branches_on_its_decision(driver, m
     assert 10 < sum(Reason(code).cached for code in next(iter(eager.values()))[0]) < 45
     (recording,) = handle_of(model).graphs.recordings.values()
     assert sum(type(item).__name__ == "Branch" for item in recording.replay.program) == 2
+
+
+@torch.no_grad()
+def test_stacks_that_follow_tell_all_steps_of_a_captured_one(capture):
+    """The host sees none of the steps that the user's graph takes."""
+    family, steps = FAMILIES["flux"], 12
+    model, x, t = family.build(), noise(*family.latent_shape, seed=1), torch.ones(1)
+    adapter = BlockAdapter(
+        transformer=model,
+        blocks=[model.transformer_blocks, model.single_transformer_blocks],
+        forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_1],
+    )
+    dbcache.enable(adapter, SETTINGS["reuse"], residual_diff_threshold=0.15, decision_scope="model")
+    arguments = family.arguments(x, 1.0, "cond") | {"timestep": t}
+
+    def one():
+        x.sub_(model(**arguments)[0] / steps)
+
+    def loop(do):
+        dbcache.refresh_context(adapter)
+        x.copy_(noise(*family.latent_shape, seed=1))
+        for step in range(steps):
+            t.fill_(1.0 - step / steps)
+            do()
+        return x.clone(), [lane.reasons for lane in dbcache.summary(adapter).lanes]
+
+    expected, reasons = loop(one)
+    assert "below threshold" in reasons[1]
+    dbcache.refresh_context(adapter)
+    graph = capture(FakeDriver(), one)
+    got, told = loop(graph.replay)
+    assert torch.equal(got, expected)
+    assert told == reasons
 
 
 def hunyuan_dit():
