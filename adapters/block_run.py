@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dbcache.adapters.guards import Guard
+from dbcache.adapters.guards import CheckGuard, Guard
 from dbcache.adapters.patterns import ForwardPattern
 from dbcache.executors.recording import Cutter, Decision
 from dbcache.pruned_lane import BlockCache
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from dbcache.adapters.stack import Stack
 
 Streams = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def trimmed(prunable: list[bool]) -> tuple[int, list[bool]]:
+    """Return where the first block is that may be left out, and `prunable` from it to the last."""
+    first, behind = prunable.index(True), len(prunable) - prunable[::-1].index(True)
+    return first, prunable[first:behind]
 
 
 class BlockRun:
@@ -73,13 +79,27 @@ class BlockRun:
         self.encoder: torch.Tensor | None = None
         self.last: torch.Tensor | None = None
 
+    def guard(self, stack: Stack, index: int, block: torch.nn.Module, who: str) -> Guard:
+        """Return what stands for block `index` of the run; it may lie before or behind."""
+        if 0 <= index < len(self.prunable):
+            return PruneGuard(stack, block, who, self, index)
+        if index == -1 and stack.makes_encoder:
+            return EncoderGuard(stack, block, who, self)
+        return CheckGuard(stack, block, who)
+
     def start(self, cache: BlockCache, skipped: list[bool], due: torch.Tensor | None) -> None:
         """Begin the step: which blocks are left out, and how those that run are stored."""
         self.cache, self.skipped, self.due = cache, skipped, due
-        self.cutter, self.decisions = None, ()
 
-    def record(self, cutter: Cutter | None, decisions: Sequence[Decision]) -> None:
-        """Let `cutter` record the step that was begun, whose blocks go by `decisions`."""
+    def record(
+        self,
+        cache: BlockCache,
+        due: torch.Tensor,
+        cutter: Cutter | None,
+        decisions: Sequence[Decision],
+    ) -> None:
+        """Begin the step and let `cutter` record it: its blocks go by `decisions`."""
+        self.start(cache, [], due)
         self.cutter, self.decisions = cutter, decisions
 
     def ends_run(self, index: int) -> bool:

@@ -25,8 +25,9 @@ from dbcache.adapters.scope import make_stacks
 from dbcache.adapters.stack import Stack
 from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.executors.cuda_capture import UserCapture, is_capturing, user_capture
-from dbcache.executors.graph import GraphExecutor, GraphOptions, Restorable
+from dbcache.executors.graph import GraphExecutor, GraphOptions
 from dbcache.executors.recording import Cutter
+from dbcache.executors.trial import Restorable
 from dbcache.lane import Lane, LaneCopy
 from dbcache.sharding import Sharding
 from dbcache.shared_change import SharedCopy
@@ -164,8 +165,9 @@ class CachedTransformer:
         return renewed
 
     def inherit(self, old: CachedTransformer) -> None:
-        """Take over recorded graphs, where what changed lies on the device."""
-        if self.graphs is None or old.graphs is None or self.graphs.options != old.graphs.options:
+        """Take over recorded graphs, the user's too, where what changed lies on the device."""
+        options, its_options = (x.graphs and x.graphs.options for x in (self, old))
+        if options != its_options or (options is None and old._capture is None):
             return
         if [stack.recorded for stack in self.stacks] != [stack.recorded for stack in old.stacks]:
             return
@@ -173,8 +175,10 @@ class CachedTransformer:
             return  # functors cannot be compared
         for stack, its_old in zip(self.stacks, old.stacks, strict=True):
             stack.inherit(its_old)
+        self._capture = old._capture  # its pool is the memory of the user's graphs
         self.graphs = old.graphs
-        self.graphs.serve(self)
+        if self.graphs is not None:
+            self.graphs.serve(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_handle, ()  # a copy of the transformer has its cache off

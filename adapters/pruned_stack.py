@@ -8,8 +8,7 @@ import torch
 
 from dbcache.adapters.block_adapter import StackSpec
 from dbcache.adapters.block_list import Entry
-from dbcache.adapters.block_run import BlockRun, EncoderGuard, PruneGuard
-from dbcache.adapters.guards import CheckGuard
+from dbcache.adapters.block_run import BlockRun, trimmed
 from dbcache.adapters.stack import Stack
 from dbcache.config import StackSettings
 from dbcache.kernels.decide_step import decide_step
@@ -67,9 +66,8 @@ class PrunedStack(Stack):
                     stacklevel=2,
                 )
             return []
-        self.start = start = middle[prunable.index(True)]
-        stop = middle[-1] + 1 - prunable[::-1].index(True)
-        prunable = [i not in always for i in range(start, stop)]
+        first, prunable = trimmed(prunable)
+        self.start = middle[first]
         if any(lane.cache.prunable != prunable for lane in self.lanes.values()):
             self.lanes.clear()  # blocks were added or taken away
         self.run = BlockRun(self.name, prunable, self.pattern, self._open, self._close)
@@ -78,12 +76,7 @@ class PrunedStack(Stack):
 
     def _entry(self, position: int, block: torch.nn.Module, who: str) -> Entry:
         """Return what stands for the block at `position` of the stack."""
-        index = position - self.start
-        if 0 <= index < len(self.run.prunable):
-            return PruneGuard(self, block, who, self.run, index)
-        if index == -1 and self.makes_encoder:
-            return EncoderGuard(self, block, who, self.run)
-        return CheckGuard(self, block, who)
+        return self.run.guard(self, position - self.start, block, who)
 
     def forget_step(self) -> None:
         super().forget_step()
@@ -115,8 +108,7 @@ class PrunedStack(Stack):
         decide_step(lane.state, lane.cache.choose(self._changes(lane, hidden)))
         self.lane, self.cached, self.is_open = lane, False, True
         decisions = [BlockDecision(lane, i, i == 0) for i in range(len(self.run.prunable))]
-        self.run.start(lane.cache, [], lane.state.store)
-        self.run.record(self.cutter, decisions)
+        self.run.record(lane.cache, lane.state.store, self.cutter, decisions)
 
     def _add_lane(self, device: torch.device) -> PrunedLane:
         self.shared.prepare(device)
@@ -154,7 +146,8 @@ class PrunedStack(Stack):
     @property
     def recorded(self) -> tuple[object, ...]:
         """What recorded work depends on."""
-        return (*super().recorded, *(self.run.prunable if self.entries else ()))
+        which = (self.start, *self.run.prunable) if self.entries else ()
+        return (*super().recorded, *which)
 
     def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
         """Return the numbers of the blocks that were left out on each step."""

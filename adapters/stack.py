@@ -142,7 +142,7 @@ class Stack:
                 return MiddleEndGuard(self, block, who, position == first, position == last)
             return MiddleGuard(self, block, who)
         if position > last and self.tail is not None:
-            return self.tail.guard(position, block, who)
+            return self.tail.run.guard(self, position - self.tail.start, block, who)
         if position == first - 1 and self.makes_encoder:
             return ProbeEndGuard(self, block, who, is_first=position == 0)
         return (FirstGuard if position == 0 else CheckGuard)(self, block, who)
@@ -346,19 +346,15 @@ class Stack:
         code = lane.start_step(layout, h_fn.device)
         is_open = code == PlanCode.DYNAMIC and lane.has_reference
         is_branch = serves_all or (self.cutter is not None and is_open)
-        cached = False
         if is_branch:
             self.check_needs_no_vote()
-            if self.shared.is_on and lane.p_ref is not None:
-                decide(lane.state, self._measure(lane, compared))
-            else:
-                eager.enqueue_decision(lane, self.h_in, compared)
-        elif not is_open:
-            cached = eager.take_decision(lane, code, None)
-        elif self.shared.is_on or self._votes:
-            cached = eager.take_decision(lane, code, self._measure(lane, compared))
+        if not (is_branch or is_open):
+            decide(lane.state, None)
+        elif (self.shared.is_on or self._votes) and lane.p_ref is not None:
+            decide(lane.state, self._measure(lane, compared))
         else:
-            cached = eager.measure_and_decide(lane, self.h_in, compared)
+            eager.enqueue_decision(lane, self.h_in, compared)
+        cached = not is_branch and eager.settle(lane, code)
         if self.source is not None:
             lane.remember(compared)
         if is_branch:
@@ -387,6 +383,8 @@ class Stack:
         assert self.cutter is not None
         if self.cutter.fixed_by_plan:
             lane.follow(layout, device)
+        else:
+            lane.check_has_run(layout, self.name)
         self._begin_branch(FollowedDecision(lane))
         return False
 

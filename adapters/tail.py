@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dbcache.adapters.block_run import BlockRun, EncoderGuard, PruneGuard
-from dbcache.adapters.guards import CheckGuard, Guard
+from dbcache.adapters.block_run import BlockRun, trimmed
 from dbcache.lane import Lane
 from dbcache.lane_tail import LaneTail, TailDecision
 
@@ -38,11 +37,9 @@ class Tail:
             )
         self.stack = stack
         listed = set(stack.settings.cache.Bn_compute_blocks_ids)
-        first = stack.num_blocks - stack.bn
-        prunable = [i not in listed for i in range(stack.bn)]
-        skip, keep = prunable.index(True), stack.bn - prunable[::-1].index(True)
-        self.start, self.first = first + skip, first
-        self.run = BlockRun(stack.name, prunable[skip:keep], stack.pattern, self._open, self._close)
+        first, prunable = trimmed([i not in listed for i in range(stack.bn)])
+        self.start = stack.num_blocks - stack.bn + first
+        self.run = BlockRun(stack.name, prunable, stack.pattern, self._open, self._close)
         # it is short, and so what the loop takes from a block to a later one is what it would be
         self.run.fuses = False
 
@@ -51,15 +48,6 @@ class Tail:
         """Return the tail of `stack`, None where all of its last blocks run."""
         listed = stack.settings.cache.Bn_compute_blocks_ids
         return cls(stack) if listed and set(range(stack.bn)) - set(listed) else None
-
-    def guard(self, position: int, block: torch.nn.Module, who: str) -> Guard:
-        """Return what stands for the block at `position` of the stack."""
-        index = position - self.start
-        if 0 <= index < len(self.run.prunable):
-            return PruneGuard(self.stack, block, who, self.run, index)
-        if index == -1 and self.stack.makes_encoder:
-            return EncoderGuard(self.stack, block, who, self.run)
-        return CheckGuard(self.stack, block, who)
 
     def _open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Decide which blocks are left out on a cached step. None is on a full one."""
@@ -87,9 +75,8 @@ class Tail:
         if tail.cache.state is None:
             tail.cache.allocate(hidden, encoder)
         tail.decide(lane, hidden)
-        self.run.start(tail.cache, [], tail.store)
         decisions = [TailDecision(lane, i) for i in range(len(self.run.prunable))]
-        self.run.record(self.stack.cutter, decisions)
+        self.run.record(tail.cache, tail.store, self.stack.cutter, decisions)
 
     def _close(self) -> None:
         """Nothing is left to do: the step was finished by the middle blocks."""

@@ -49,7 +49,9 @@ class FollowingLane(Lane):
                 f"decision_scope='model': all stacks must be on one device, got {device} and "
                 f"{leader.device}; use decision_scope='stack'"
             )
-        self.device, self.state = leader.device, leader.state
+        self.state = leader.state
+        if device != self.device:
+            self._move_rest(device)
         missed = self.step != leader.step - 1
         changed = layout != self.layout
         if changed:
@@ -121,7 +123,8 @@ class FollowingLane(Lane):
     def trace(self) -> tuple[list[int], list[float]]:
         """Return the leader's reasons but for overruled steps; nothing is measured here."""
         reasons, _ = self.leader.trace()
-        reasons = reasons[: self.step]
+        if self.step != self.leader.step:  # it was left out since
+            reasons = reasons[: self.step]
         for step, reason in self._overruled.items():
             reasons[step] = reason
         return reasons, [-1.0] * len(reasons)

@@ -37,6 +37,31 @@ outside_inference_mode = torch.inference_mode(False)
 """Lanes outlive a call: a tensor made in inference mode could not be written to outside of it."""
 
 
+class HostCopy:
+    """Pinned memory of the host, for a few numbers of a GPU that it waits for."""
+
+    def __init__(self) -> None:
+        self._held: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the content of `x`, of one shape and dtype each time; the next call overwrites it.
+
+        Waits for what was enqueued on the current stream of its GPU, and for nothing else.
+        """
+        if self._held is None:
+            self._held = self._make(x)
+        host, event = self._held
+        host.copy_(x, non_blocking=True)
+        event.record(torch.cuda.current_stream(x.device))
+        event.synchronize()
+        return host
+
+    @staticmethod
+    @outside_inference_mode
+    def _make(x: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+
+
 class Lane:
     """Device state and buffers of one lane, and the host's view of where it stands."""
 
@@ -75,8 +100,7 @@ class Lane:
         self.state = LaneState.allocate(FIRST_CAPACITY, device) if state is None else state
         self.forecaster = make_forecaster(settings, device)
         self.tail: LaneTail | None = None  # of the stack's last blocks, if some may be left out
-        self._flag: torch.Tensor | None = None
-        self._event: torch.cuda.Event | None = None
+        self._flag = HostCopy()
         if state is None:
             self._load_settings()
 
@@ -175,13 +199,17 @@ class Lane:
     @outside_inference_mode
     def _move(self, device: torch.device) -> None:
         """Take the scalar state along to another device."""
-        old, self.device = self.state, device
-        self.state = LaneState.allocate(len(old.plan), device)
-        self.state.copy_(old)
+        self.state = self.state.clone(device)
+        self._move_rest(device)
+
+    @outside_inference_mode
+    def _move_rest(self, device: torch.device) -> None:
+        """Take along what there is besides state and buffers."""
+        self.device = device
         self.forecaster = make_forecaster(self.settings, device)
         if self.tail is not None:
             self.tail.move(device)
-        self._flag = self._event = None
+        self._flag = HostCopy()
 
     def set_buffers(self, buffers: dict[str, torch.Tensor | None]) -> None:
         """Go on with `buffers`; for those that are not there the next full step allocates anew."""
@@ -279,13 +307,7 @@ class Lane:
         if self.state.host is not None:
             return bool(self.state.host[0][lane_state.CACHED])
         flag = self.state.counters[lane_state.CACHED : lane_state.CACHED + 1]
-        if self._flag is None or self._event is None:
-            self._flag = torch.empty(1, dtype=torch.int32, pin_memory=True)
-            self._event = torch.cuda.Event()
-        self._flag.copy_(flag, non_blocking=True)
-        self._event.record(torch.cuda.current_stream(self.device))
-        self._event.synchronize()
-        return bool(self._flag)
+        return bool(self._flag.read(flag))
 
     def forget_reference(self) -> None:
         """Make the next step a full one: nothing that was stored holds any more."""

@@ -25,7 +25,7 @@ from dbcache.kernels.decide import choose
 from dbcache.kernels.decide_blocks import decide_blocks
 from dbcache.kernels.lane_state import PlanCode, Reason
 from dbcache.kernels.store_block import store_block
-from dbcache.lane import FIRST_CAPACITY, Layout, outside_inference_mode
+from dbcache.lane import FIRST_CAPACITY, HostCopy, Layout, outside_inference_mode
 from dbcache.prune_config import DBPruneConfig
 from dbcache.schedule import make_plan
 from dbcache.sharding import Sharding
@@ -51,8 +51,7 @@ class BlockCache:
         self.prunable = list(prunable)
         self.rule = torch.tensor(rule, dtype=torch.float32, device=device)
         self.state: BlockState | None = None
-        self._host: torch.Tensor | None = None
-        self._event: torch.cuda.Event | None = None
+        self._host = HostCopy()
 
     def write_rule(self, rule: Sequence[float]) -> None:
         """Go by other numbers from now on."""
@@ -61,7 +60,7 @@ class BlockCache:
     def move(self, device: torch.device) -> None:
         """Take the rule along to another device; what is stored is dropped."""
         self.rule = self.rule.to(device)
-        self.state = self._host = self._event = None
+        self.state, self._host = None, HostCopy()
 
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
         """Return the tensors of what is stored."""
@@ -101,15 +100,7 @@ class BlockCache:
         return [bool(flag) for flag in self._read(flags).tolist()]
 
     def _read(self, flags: torch.Tensor) -> torch.Tensor:
-        if not flags.is_cuda:
-            return flags
-        if self._host is None or self._event is None:
-            self._host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-            self._event = torch.cuda.Event()
-        self._host.copy_(flags, non_blocking=True)
-        self._event.record(torch.cuda.current_stream(flags.device))
-        self._event.synchronize()
-        return self._host
+        return self._host.read(flags) if flags.is_cuda else flags
 
     def store(
         self,

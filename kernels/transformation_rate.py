@@ -59,12 +59,8 @@ def transformation_rate(
             must = f"partials must be float32 (B, T, 2) with T <= {MAX_PARTIALS} on {values.device}"
             got = (tuple(partials.shape), partials.dtype, partials.device)
             raise invalid("transformation_rate", must, *got)
-    if is_traced(values):
-        _transformation_rate_op(counters, values, output_partials, input_partials, impl)
-    elif select(impl, values) == "triton":
-        _transformation_rate_triton(counters, values, output_partials, input_partials)
-    else:
-        transformation_rate_reference(counters, values, output_partials, input_partials)
+    run = _transformation_rate_op if is_traced(values) else _run
+    run(counters, values, output_partials, input_partials, impl)
 
 
 def transformation_rate_reference(
@@ -84,12 +80,16 @@ def transformation_rate_reference(
     values[ls.RATE] = divide(divide(moved_out, moved_in), size)
 
 
-def _transformation_rate_triton(
+def _run(
     counters: torch.Tensor,
     values: torch.Tensor,
     output_partials: torch.Tensor,
     input_partials: torch.Tensor,
+    impl: str,
 ) -> None:
+    if select(impl, values) == "reference":
+        transformation_rate_reference(counters, values, output_partials, input_partials)
+        return
     sizes = (*output_partials.shape[:2], *input_partials.shape[:2])
     log_lanes = max(sizes[1] - 1, sizes[3] - 1, 0).bit_length()
     with torch.cuda.device_of(values):
@@ -99,18 +99,9 @@ def _transformation_rate_triton(
         )  # fmt: skip
 
 
-@torch.library.custom_op("dbcache::transformation_rate", mutates_args=("values",))
-def _transformation_rate_op(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    output_partials: torch.Tensor,
-    input_partials: torch.Tensor,
-    impl: str,
-) -> None:
-    if select(impl, values) == "triton":
-        _transformation_rate_triton(counters, values, output_partials, input_partials)
-    else:
-        transformation_rate_reference(counters, values, output_partials, input_partials)
+_transformation_rate_op = torch.library.custom_op(
+    "dbcache::transformation_rate", _run, mutates_args=("values",)
+)
 
 
 # Triton functions can read globals that are constexpr, and no others

@@ -17,15 +17,6 @@ from dbcache.kernels.transformation_rate import transformation_rate
 from dbcache.lane import Lane
 
 
-def measure_and_decide(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> bool:
-    """Measure and decide the lane's next step, a dynamic one with a reference; return the decision.
-
-    What `take_decision` does with what `measure` gives, in one launch.
-    """
-    enqueue_decision(lane, h_in, h_fn)
-    return settle(lane, PlanCode.DYNAMIC)
-
-
 def enqueue_decision(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> None:
     """Measure and decide the lane's next step on the device, and leave it at that."""
     if lane.p_ref is None:  # without a probe the plan says it all
@@ -35,13 +26,12 @@ def enqueue_decision(lane: Lane, h_in: torch.Tensor, h_fn: torch.Tensor) -> None
     probe_and_decide(before, h_fn, lane.p_ref, lane.state, by_token=lane.by_token)
 
 
-def settle(lane: Lane, code: int, was_measured: bool = True) -> bool:
+def settle(lane: Lane, code: int) -> bool:
     """Count a step that the device decides; return the decision, which is only read if it is open.
 
     Args:
         lane: its step is counted.
         code: the step's plan code, or `KNOWN` plus the reason.
-        was_measured: False where a dynamic step had nothing to be compared with: it is full.
     """
     lane.step += 1
     if not lane.has_reference or code in (PlanCode.WARMUP, PlanCode.MASK):
@@ -51,7 +41,7 @@ def settle(lane: Lane, code: int, was_measured: bool = True) -> bool:
     elif code >= KNOWN:
         lane.cached = Reason(code - KNOWN).cached
     else:
-        lane.cached = was_measured and lane.read_decision()
+        lane.cached = lane.read_decision()
     return lane.cached
 
 
@@ -71,7 +61,7 @@ def take_decision(lane: Lane, code: int, partials: torch.Tensor | None) -> bool:
         partials: what `measure` gave, None where nothing is to be compared.
     """
     decide(lane.state, partials)
-    return settle(lane, code, partials is not None)
+    return settle(lane, code)
 
 
 def note_output(lane: Lane, output: torch.Tensor) -> None:

@@ -24,31 +24,16 @@ from dbcache.executors.cuda_capture import RECORDERS
 from dbcache.executors.cuda_driver import find_driver
 from dbcache.executors.fingerprint import fingerprint, reason_against
 from dbcache.executors.recording import Cutter, DeviceReplay, HostReplay, SegmentCutter
-from dbcache.kernels.lane_state import PlanCode
+from dbcache.executors.trial import Restorable, compare, run_trial
 from dbcache.lane import Lane, outside_inference_mode
 from dbcache.options import check_choice, check_flag, check_int, check_number
 
 MODES = ("device", "host")
 """From best to last resort."""
 
-TOLERANCES = {torch.float32: 1e-4}
-TOLERANCE = 1e-2
-"""Largest relative L2 distance of a replayed step from an eager one that is taken for the noise of
-kernels that add in no fixed order; by dtype, and for the others."""
-
-TRIED = {PlanCode.MASK: "full", PlanCode.STATIC: "cached", PlanCode.DYNAMIC: "dynamic"}
-"""Steps that are tried, and their names. A dynamic step makes the kernels of the decision run."""
-
 CAPACITY = 1024
 """Steps that a lane gets room for before it is recorded, at least half of them ahead: to grow later
 means to record anew."""
-
-
-class Restorable(Protocol):
-    """A copy of what there was at one moment."""
-
-    def restore(self) -> None:
-        """Put it back into the same tensors."""
 
 
 class Recordable(Protocol):
@@ -383,7 +368,8 @@ class GraphExecutor:
         # first of all: it also compiles, tunes and loads what is to be recorded
         expected = self._try_eagerly(lanes, leaves, structure)
         recording = self._capture(mode, leaves, structure)
-        self._compare(self._try(lanes, leaves, self._replayed(recording)), expected)
+        replayed = self._replayed(recording)
+        compare(run_trial(self.transformer.copies(), lanes, leaves, replayed), expected)
         recording.seconds = perf_counter() - start
         return recording
 
@@ -426,7 +412,7 @@ class GraphExecutor:
     def _try_eagerly(
         self, lanes: list[Lane], leaves: list[Any], structure: Structure
     ) -> list[list[Any]]:
-        """Return what the steps of `_try` give when they run eagerly.
+        """Return what the steps of a trial give when they run eagerly.
 
         Raises:
             RuntimeError: they draw random numbers.
@@ -437,7 +423,7 @@ class GraphExecutor:
             return tree_flatten(self.transformer.run(args, kwargs))[0]
 
         random = self._recorder.random_state()
-        results = self._try(lanes, leaves, step)
+        results = run_trial(self.transformer.copies(), lanes, leaves, step)
         if self._recorder.random_state() != random:
             raise RuntimeError("a step must not draw random numbers, which would be repeated")
         return results
@@ -449,47 +435,3 @@ class GraphExecutor:
             return [x.clone() if isinstance(x, torch.Tensor) else x for x in recording.outputs]
 
         return step
-
-    def _try(
-        self, lanes: list[Lane], leaves: list[Any], step: Callable[[list[Any]], list[Any]]
-    ) -> list[list[Any]]:
-        """Do a full, a cached and a dynamic step on inputs that differ a little; undo them all."""
-        copies, results = self.transformer.copies(), []
-        try:
-            for code, scale in zip(TRIED, (1.0, 1.0625, 1.125), strict=True):
-                for lane in lanes:
-                    lane.force(code)
-                results.append(
-                    step(
-                        [
-                            x * scale
-                            if isinstance(x, torch.Tensor) and x.is_floating_point()
-                            else x
-                            for x in leaves
-                        ]
-                    )
-                )
-        finally:
-            for copy in copies:
-                copy.restore()
-        return results
-
-    @staticmethod
-    def _compare(got: list[list[Any]], expected: list[list[Any]]) -> None:
-        """Raise a RuntimeError if replayed steps differ from eager ones."""
-        for code, ours, theirs in zip(TRIED, got, expected, strict=True):
-            for x, y in zip(ours, theirs, strict=True):
-                if isinstance(x, torch.Tensor) and not _agree(x, y):
-                    raise RuntimeError(
-                        f"a replayed {TRIED[code]} step must equal an eager one, but does not: the "
-                        f"forward depends on something that its inputs do not show"
-                    )
-
-
-def _agree(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether two results are equal, or as near as kernels are that add in no fixed order."""
-    if torch.equal(x, y):
-        return True
-    tolerance = TOLERANCES.get(x.dtype, TOLERANCE)
-    x, y = x.double().nan_to_num(), y.double().nan_to_num()
-    return bool((x - y).norm() <= tolerance * y.norm())

@@ -13,10 +13,12 @@ import dbcache
 from dbcache import (
     BlockAdapter,
     DBCacheConfig,
+    DMDCalibratorConfig,
     ForwardPattern,
     ParamsModifier,
     TaylorSeerCalibratorConfig,
 )
+from dbcache.adapters.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -453,3 +455,24 @@ def test_one_stack_is_its_own_model():
         dbcache.enable(model, **FORCED, decision_scope=scope)
         outputs.append(tiny.denoise(model, family, 5))
     assert all(map(torch.equal, *outputs))
+
+
+def test_what_a_follower_keeps_moves_along_with_the_model():
+    model = tiny.FAMILIES["flux"].build()
+    adapter = BlockAdapter(
+        transformer=model,
+        blocks=[getattr(model, name) for name in FLUX_LISTS],
+        forward_pattern=PAIR,
+    )
+    kept = {"Bn_compute_blocks": 2, "Bn_compute_blocks_ids": [0], "decision_scope": "model"}
+    dbcache.enable(adapter, **FORCED | kept, calibrator_config=DMDCalibratorConfig())
+    tiny.denoise(model, tiny.FAMILIES["flux"], 4)
+    leader, follower = (stack.lanes[None] for stack in handle_of(model).stacks)
+    elsewhere = torch.device("meta")  # stands for another GPU
+    for lane in (leader, follower):
+        assert {x.device.type for x in [*lane.learned(), lane.tail.flags]} == {"cpu"}
+    leader.start_step(("another layout",), elsewhere)
+    follower.follow(("another layout",), elsewhere)
+    for lane in (leader, follower):
+        assert {x.device for x in [*lane.learned(), lane.tail.flags]} == {elsewhere}
+    assert follower.state is leader.state

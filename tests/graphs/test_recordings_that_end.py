@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fake_driver import FakeDriver
 from graph_runs import FLUX, MODES, OPTIONS, Step, both, graphs, one_stream, recordings, start
 from tiny import denoise, noise
 
@@ -80,6 +81,20 @@ def test_a_stack_whose_shapes_change_alone_makes_the_step_a_full_one(driver, mod
     first, second = dbcache.summary(adapter).lanes
     assert first.reasons[9] == first.reasons[11] == "shape changed"
     assert second.reasons == first.reasons
+
+
+@torch.no_grad()
+def test_a_stack_whose_shapes_changed_alone_is_not_captured_to_serve_all_steps(capture):
+    model, fake, x = Two(), FakeDriver(), noise(1, 5, 4, seed=1)
+    adapter = one_stream(model, "first", "second")
+    dbcache.enable(adapter, **OPTIONS, decision_scope="model")
+    short, long = noise(1, 2, 4, seed=2), noise(1, 3, 4, seed=3)
+    model(x, short)
+    model(x, long)
+    dbcache.refresh_context(adapter)
+    with pytest.raises(RuntimeError, match="second: a step that is captured to serve all steps"):
+        capture(fake, lambda: model(x, short))
+    capture(fake, lambda: model(x, long))
 
 
 def test_a_lane_has_room_for_a_usual_request_from_its_first_recording_on(driver):

@@ -3,7 +3,19 @@
 import diffusers
 import pytest
 import torch
-from graph_runs import FLUX, MODES, both, branches, graphs, one_stream, recordings, two_stacks
+from fake_driver import FakeDriver
+from graph_runs import (
+    FLUX,
+    MODES,
+    Loop,
+    agree,
+    both,
+    branches,
+    graphs,
+    one_stream,
+    recordings,
+    two_stacks,
+)
 from tiny import BRANCHES, CFG_SCALE, FAMILIES, denoise, fill, noise
 
 import dbcache
@@ -110,6 +122,21 @@ def test_stacks_that_follow_the_first_one_are_branches_on_its_decision(driver, m
     assert 10 < len(dbcache.summary(adapter).lanes[0].cached_steps) < 45
     (recording,) = recordings(adapter)
     assert len(branches(recording)) == 2
+
+
+@torch.no_grad()
+def test_stacks_that_follow_tell_all_steps_of_a_captured_one(capture):
+    """The host sees none of the steps that the user's graph takes."""
+    model = FLUX.build()
+    adapter = two_stacks(model)
+    dbcache.enable(adapter, SETTINGS["reuse"], residual_diff_threshold=0.15, decision_scope="model")
+    loop = Loop(model, steps=12)
+    expected = loop.run(1)
+    _, (_, _, reasons, *_) = expected[1]
+    assert "below threshold" in reasons
+    dbcache.refresh_context(adapter)
+    graph = capture(FakeDriver(), loop.one)
+    assert agree(loop.replay_steps(graph, 1), expected)
 
 
 def hunyuan_dit():

@@ -282,3 +282,21 @@ def test_recordings_of_the_transformers_own_keep_out_of_a_users_capture(capture,
     graph = capture(fake, loop.whole)
     assert (graphs(model).replays, fake.launches) == (replays, launches)
     assert agree(loop.replay(graph, 1), expected)
+
+
+@pytest.mark.parametrize("records", [False, "device"])
+def test_a_captured_loop_goes_by_numbers_that_change_later(capture, monkeypatch, records):
+    model, other, fake = FLUX.build(), FLUX.build(), FakeDriver()
+    use_driver(monkeypatch, fake)
+    dbcache.enable(model, **OPTIONS, cuda_graph=records)
+    loop = Loop(model, STEPS)
+    _, before = loop.run(1)
+    graph = capture(fake, loop.whole)
+    bodies = handle_of(model)._capture
+    changes = {"max_continuous_cached_steps": 1}
+    dbcache.refresh_context(model, **changes)
+    assert handle_of(model)._capture is bodies is not None, "the memory of the graph stays"
+    dbcache.enable(other, **OPTIONS | changes)
+    expected = Loop(other, STEPS).run(1)
+    assert agree(loop.replay(graph, 1), expected)
+    assert [lane[2] for lane in expected[1]] != [lane[2] for lane in before]
