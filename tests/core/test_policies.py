@@ -71,13 +71,16 @@ def test_guidance_branches_have_lanes_of_their_own(policy, name):
 
 @pytest.mark.parametrize(("policy", "name"), [("teacache", "flux"), ("seacache", "wan")])
 def test_the_worst_sample_of_a_batch_decides_if_asked_to(policy, name):
-    rule = replace(BASE, policy=policy, batch_reduce="max", residual_diff_threshold=0.1537)
-    run_both(FAMILIES[name], rule, batch=3)
+    rule = replace(BASE, policy=policy, residual_diff_threshold=0.1537)
+    whole = run_both(FAMILIES[name], rule, batch=3)
+    worst = run_both(FAMILIES[name], replace(rule, batch_reduce="max"), batch=3)
+    assert worst.lanes[0].diffs != whole.lanes[0].diffs
 
 
 @pytest.mark.parametrize("policy", ["easycache", "seacache"])
 def test_a_batch_takes_one_decision_over_all_its_samples(policy):
-    run_both(FAMILIES["qwen"], replace(BASE, policy=policy), batch=3)
+    run = run_both(FAMILIES["qwen"], replace(BASE, policy=policy), batch=3)
+    assert run.lanes[0].cached_steps
 
 
 @pytest.mark.parametrize("policy", ["easycache", "teacache", "seacache"])
