@@ -11,17 +11,17 @@ import torch
 from bench.cache_ops import CAPACITY
 from bench.kernel_op import Draw, Inputs, KernelOp, Outputs
 from bench.shapes import Shape
-from dbcache.kernels import block_state as bs
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels._select import Backend
-from dbcache.kernels.add_residuals import add_residuals
-from dbcache.kernels.block_changes import block_changes
-from dbcache.kernels.block_state import BlockState, BlockSteps
-from dbcache.kernels.decide_blocks import decide_blocks
-from dbcache.kernels.decide_step import decide_step
-from dbcache.kernels.decide_tail import decide_tail
-from dbcache.kernels.probe_diff import partition_of
-from dbcache.kernels.store_block import store_block
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.select import Backend
+from dbcache.kernels.decision.probe_diff import partition_of
+from dbcache.kernels.pruning import block_state as bs
+from dbcache.kernels.pruning.add_residuals import add_residuals
+from dbcache.kernels.pruning.block_changes import block_changes
+from dbcache.kernels.pruning.block_state import BlockState, BlockSteps
+from dbcache.kernels.pruning.decide_blocks import decide_blocks
+from dbcache.kernels.pruning.decide_step import decide_step
+from dbcache.kernels.pruning.decide_tail import decide_tail
+from dbcache.kernels.pruning.store_block import store_block
 
 BLOCKS = 4
 """Blocks of the run; the time is proportional to it."""

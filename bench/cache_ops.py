@@ -17,16 +17,16 @@ import torch
 
 from bench.kernel_op import Draw, Inputs, KernelOp, Outputs
 from bench.shapes import Shape
-from dbcache.kernels import e4m3
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels._select import Backend
-from dbcache.kernels.commit import commit
-from dbcache.kernels.decide import decide
-from dbcache.kernels.lane_state import LaneState
-from dbcache.kernels.predict import predict
-from dbcache.kernels.probe_and_decide import probe_and_decide
-from dbcache.kernels.probe_diff import probe_diff
-from dbcache.kernels.share_change import make_stamps, share_change
+from dbcache.kernels.common import e4m3
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import LaneState
+from dbcache.kernels.common.select import Backend
+from dbcache.kernels.decision.decide import decide
+from dbcache.kernels.decision.probe_and_decide import probe_and_decide
+from dbcache.kernels.decision.probe_diff import probe_diff
+from dbcache.kernels.decision.share_change import make_stamps, share_change
+from dbcache.kernels.prediction.commit import commit
+from dbcache.kernels.prediction.predict import predict
 
 GAP = 2
 """Steps between the snapshots, and from the latest one to the step that is predicted."""

@@ -28,7 +28,7 @@ import torch
 import dbcache
 from bench.loop import build, inputs_of
 from bench.overhead import header
-from dbcache.executors.cuda_driver import find_driver
+from dbcache.graphs.cuda_driver import find_driver
 
 ROW = 8
 """Steps in a row whose time is taken together; half of them where steps are slow."""

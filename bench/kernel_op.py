@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench.shapes import DTYPES, Shape
-from dbcache.kernels._select import Backend
+from dbcache.kernels.common.select import Backend
 
 Inputs = dict[str, Any]
 Outputs = tuple[torch.Tensor | bool | None, ...]

@@ -39,7 +39,7 @@ from bench.kernel_op import Draw, Inputs, KernelOp, Outputs
 from bench.kernel_ops import OPS
 from bench.shapes import DTYPES, SHAPES, Shape
 from bench.timing import Timing, Variant, copy_bandwidth, measure, sets_needed
-from dbcache.kernels._select import Backend
+from dbcache.kernels.common.select import Backend
 from dbcache.kernels.tuning import check_device, tune
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}

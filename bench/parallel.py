@@ -80,11 +80,11 @@ def launch(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def our_modes(own: list[torch.Tensor], world: int, heads: int) -> list[Mode]:
     """Return dbcache's modes on this rank's queries, keys and values."""
+    from dbcache.config.parallelism import ParallelismConfig
     from dbcache.parallel.attention import SequenceAttention
     from dbcache.parallel.mesh import make_mesh
     from dbcache.parallel.ring import gathered_keys, ring_attention
     from dbcache.parallel.sequence import Shards
-    from dbcache.parallelism_config import ParallelismConfig
 
     def attention(float8: bool = False, rotate: str = "p2p", **sizes: int) -> SequenceAttention:
         kwargs: dict[str, Any] = {"ring_rotate_method": rotate}

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from bench.kernel_op import Draw, Inputs, KernelOp, Outputs
 from bench.shapes import DTYPES, Shape
-from dbcache.kernels._select import Backend
-from dbcache.kernels.fp8_pack import fp8_pack, fp8_unpack
-from dbcache.kernels.merge_attention import merge_attention
+from dbcache.kernels.common.select import Backend
+from dbcache.kernels.distributed.fp8_pack import fp8_pack, fp8_unpack
+from dbcache.kernels.distributed.merge_attention import merge_attention
 
 WORLD = 4
 HEAD_WIDTH = 128

@@ -10,14 +10,14 @@ import torch
 from bench.cache_ops import GAP, cached_lane
 from bench.kernel_op import Draw, Inputs, KernelOp, Outputs
 from bench.shapes import Shape
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels import spectrum
-from dbcache.kernels._select import Backend
-from dbcache.kernels.fit_recurrence import fit_recurrence
-from dbcache.kernels.probe_diff import partition_of
-from dbcache.kernels.recurrence import recurrence_weights
-from dbcache.kernels.spectrum import spectrum_weights
-from dbcache.kernels.transformation_rate import transformation_rate
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.select import Backend
+from dbcache.kernels.decision.probe_diff import partition_of
+from dbcache.kernels.decision.transformation_rate import transformation_rate
+from dbcache.kernels.prediction import spectrum
+from dbcache.kernels.prediction.fit_recurrence import fit_recurrence
+from dbcache.kernels.prediction.recurrence import recurrence_weights
+from dbcache.kernels.prediction.spectrum import spectrum_weights
 
 SNAPSHOTS = 4
 """Snapshots in the ring, GAP steps apart, the newest in the last slot."""

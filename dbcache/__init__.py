@@ -18,10 +18,10 @@ if not (_here / "kernels").is_dir():
 
 __version__ = "0.1.0"
 
-from dbcache.adapters.block_adapter import BlockAdapter  # noqa: E402
-from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry  # noqa: E402
-from dbcache.adapters.patch_functor import PatchFunctor  # noqa: E402
-from dbcache.adapters.patterns import ForwardPattern  # noqa: E402
+from dbcache.adapters.blocks.block_adapter import BlockAdapter  # noqa: E402
+from dbcache.adapters.blocks.patterns import ForwardPattern  # noqa: E402
+from dbcache.adapters.blocks.registry import BlockAdapterRegistry  # noqa: E402
+from dbcache.adapters.patching.patch_functor import PatchFunctor  # noqa: E402
 from dbcache.api import (  # noqa: E402
     calibrate,
     capture,
@@ -34,7 +34,11 @@ from dbcache.api import (  # noqa: E402
     supported_pipelines,
 )
 from dbcache.cache_factory import CacheType, block_range, cache_type  # noqa: E402
-from dbcache.calibrators import (  # noqa: E402
+from dbcache.config.cache import DBCacheConfig, ParamsModifier  # noqa: E402
+from dbcache.config.files import load_configs  # noqa: E402
+from dbcache.config.parallelism import ParallelismBackend, ParallelismConfig  # noqa: E402
+from dbcache.config.predictor_registry import register_predictor  # noqa: E402
+from dbcache.config.predictors import (  # noqa: E402
     CalibratorConfig,
     CustomCalibratorConfig,
     DMDCalibratorConfig,
@@ -43,13 +47,9 @@ from dbcache.calibrators import (  # noqa: E402
     SpectrumCalibratorConfig,
     TaylorSeerCalibratorConfig,
 )
-from dbcache.config import DBCacheConfig, ParamsModifier  # noqa: E402
-from dbcache.executors.graph import GraphOptions  # noqa: E402
-from dbcache.load_configs import load_configs  # noqa: E402
-from dbcache.parallelism_config import ParallelismBackend, ParallelismConfig  # noqa: E402
-from dbcache.predictor_registry import register_predictor  # noqa: E402
-from dbcache.prune_config import DBPruneConfig  # noqa: E402
-from dbcache.steps_mask import steps_mask  # noqa: E402
+from dbcache.config.prune import DBPruneConfig  # noqa: E402
+from dbcache.config.steps_mask import steps_mask  # noqa: E402
+from dbcache.graphs.graph import GraphOptions  # noqa: E402
 
 enable_cache, disable_cache = enable, disable
 BlockAdapterRegister = BlockAdapterRegistry

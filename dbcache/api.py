@@ -13,24 +13,24 @@ from typing import Any, TypeVar
 
 import torch
 
-from dbcache.adapters.block_adapter import BlockAdapter, TransformerSpec, like_blocks, unwrap
-from dbcache.adapters.block_adapter_registry import BlockAdapterRegistry
-from dbcache.adapters.cached_pipeline import CachedPipeline
-from dbcache.adapters.cached_transformer import CachedTransformer, handle_of
-from dbcache.adapters.calibration_notes import NOTES, calibration_of, take_notes
-from dbcache.adapters.matrix import matrix
-from dbcache.adapters.models import MODELS
-from dbcache.adapters.patch_functor import on_trial
-from dbcache.adapters.registry import find_specs
-from dbcache.calibration import OPEN
-from dbcache.calibrators import CalibratorConfig
-from dbcache.config import DBCacheConfig, ParamsModifier, StackSettings, merge
-from dbcache.executors.graph import GraphOptions, Recording
-from dbcache.load_configs import partial_config, split_options
-from dbcache.options import check_choice, check_flag, check_type, reject_unknown
-from dbcache.parallelism_config import ParallelismConfig
-from dbcache.sharding import Sharding
-from dbcache.summary import LaneSummary, Summary
+from dbcache.adapters.blocks.block_adapter import BlockAdapter, TransformerSpec, like_blocks, unwrap
+from dbcache.adapters.blocks.registry import BlockAdapterRegistry
+from dbcache.adapters.models.lookup import find_specs
+from dbcache.adapters.models.matrix import matrix
+from dbcache.adapters.models.table import MODELS
+from dbcache.adapters.patching.patch_functor import on_trial
+from dbcache.adapters.requests.cached_pipeline import CachedPipeline
+from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
+from dbcache.adapters.signals.recorders import NOTES, calibration_of, take_notes
+from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.config.calibration import OPEN
+from dbcache.config.files import partial_config, split_options
+from dbcache.config.options import check_choice, check_flag, check_type, reject_unknown
+from dbcache.config.parallelism import ParallelismConfig
+from dbcache.config.predictors import CalibratorConfig
+from dbcache.graphs.graph import GraphOptions, Recording
+from dbcache.lanes.sharding import Sharding
+from dbcache.report import LaneSummary, Summary
 
 Target = TypeVar("Target")
 LOGGER = log.getLogger("dbcache")

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from dbcache.api import enable
-from dbcache.options import check_choice, check_int
+from dbcache.config.options import check_choice, check_int
 
 Pipeline = TypeVar("Pipeline")
 

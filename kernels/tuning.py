@@ -16,14 +16,14 @@ from typing import NamedTuple
 import torch
 import triton.testing
 
-from dbcache.kernels import launches
-from dbcache.kernels._select import DTYPES, invalid
-from dbcache.kernels.commit import commit
-from dbcache.kernels.lane_state import MAX_SLOTS, NUM_COUNTERS, NUM_THRESHOLDS, LaneState
-from dbcache.kernels.launches import CONFIGS, Launch, configs_of
-from dbcache.kernels.predict import predict
-from dbcache.kernels.probe_and_decide import probe_and_decide
-from dbcache.kernels.probe_diff import probe_diff
+from dbcache.kernels.common import launches
+from dbcache.kernels.common.lane_state import MAX_SLOTS, NUM_COUNTERS, NUM_THRESHOLDS, LaneState
+from dbcache.kernels.common.launches import CONFIGS, Launch, configs_of
+from dbcache.kernels.common.select import DTYPES, invalid
+from dbcache.kernels.decision.probe_and_decide import probe_and_decide
+from dbcache.kernels.decision.probe_diff import probe_diff
+from dbcache.kernels.prediction.commit import commit
+from dbcache.kernels.prediction.predict import predict
 
 Call = Callable[[], object]
 Timer = Callable[[Call], float]

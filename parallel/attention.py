@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from diffusers.models import attention_dispatch
 
-from dbcache.kernels._select import invalid
+from dbcache.config.parallelism import ContextOptions
+from dbcache.kernels.common.select import invalid
 from dbcache.parallel.exchange import Pending, to_heads, to_tokens
 from dbcache.parallel.local_attention import attend
 from dbcache.parallel.mesh import Mesh, all_gather_single
 from dbcache.parallel.ring import gathered_keys, ring_attention
 from dbcache.parallel.sequence import Shards, all_gather, part_sizes
-from dbcache.parallelism_config import ContextOptions
 
 
 @dataclass(frozen=True)

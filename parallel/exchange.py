@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dbcache.kernels.fp8_pack import Split, _sections, fp8_pack, fp8_unpack
+from dbcache.kernels.distributed.fp8_pack import Split, _sections, fp8_pack, fp8_unpack
 from dbcache.parallel.mesh import Axis
 
 

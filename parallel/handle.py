@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from diffusers.models.attention_dispatch import AttentionBackendName
 
+from dbcache.config.parallelism import ParallelismConfig
 from dbcache.parallel.attention import SequenceAttention, must_divide_heads
 from dbcache.parallel.guidance import PIPELINES, GuidanceSplit
 from dbcache.parallel.mesh import Mesh, check_world, make_mesh
@@ -16,7 +17,6 @@ from dbcache.parallel.plans import PLANS, TOKENS, PlanRow
 from dbcache.parallel.processors import Site, reach
 from dbcache.parallel.sequence import Each, PlanHooks, Shards, check_plan, input_entry, matching
 from dbcache.parallel.tensor import SplitLayers
-from dbcache.parallelism_config import ParallelismConfig
 
 
 def prepare(

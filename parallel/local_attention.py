@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from dbcache.kernels._select import invalid
+from dbcache.kernels.common.select import invalid
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 """Output (B, S, H, D) and log-sum-exp, float32 (B, S, H), natural logarithm."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dbcache.parallelism_config import AXES, ParallelismConfig
+from dbcache.config.parallelism import AXES, ParallelismConfig
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 
-from dbcache.kernels._select import invalid
+from dbcache.kernels.common.select import invalid
 from dbcache.parallel.attention import SequenceAttention
 
 _SDPA = "scaled_dot_product_attention"

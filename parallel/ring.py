@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from dbcache.kernels.merge_attention import merge_attention
+from dbcache.kernels.distributed.merge_attention import merge_attention
 from dbcache.parallel.local_attention import Partial
 from dbcache.parallel.mesh import Axis
 from dbcache.parallel.sequence import all_gather

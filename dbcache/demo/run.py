@@ -14,8 +14,8 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from tqdm import tqdm
 
 import dbcache
-from dbcache.calibrators import CalibratorConfig, TaylorSeerCalibratorConfig
-from dbcache.config import DBCacheConfig
+from dbcache.config.cache import DBCacheConfig
+from dbcache.config.predictors import CalibratorConfig, TaylorSeerCalibratorConfig
 from dbcache.demo import digits
 from dbcache.demo.picture import draw_grid
 from dbcache.demo.quality import DigitClassifier, psnr, ssim

@@ -15,7 +15,7 @@ from model_case import find_class
 
 import dbcache
 from dbcache import BlockAdapter, DBCacheConfig, ForwardPattern, ParamsModifier
-from dbcache.adapters.auto import guess_pattern
+from dbcache.adapters.blocks.discover import guess_pattern
 
 FORCED = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 1.0}
 

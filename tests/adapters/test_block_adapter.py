@@ -7,8 +7,8 @@ from diffusers import FluxTransformer2DModel
 
 import dbcache
 from dbcache import BlockAdapter, DBCacheConfig, ForwardPattern, ParamsModifier
-from dbcache.adapters.models import MODELS
-from dbcache.adapters.registry import row_of
+from dbcache.adapters.models.lookup import row_of
+from dbcache.adapters.models.table import MODELS
 
 FLUX = tiny.FAMILIES["flux"]
 LISTS = FLUX.lists

@@ -12,7 +12,7 @@ import torch
 
 import dbcache
 from dbcache import BlockAdapter, ForwardPattern
-from dbcache.adapters.watch import OBSERVERS
+from dbcache.adapters.requests.events import OBSERVERS
 
 FORCED = {
     "Fn_compute_blocks": 1,

@@ -13,7 +13,7 @@ from tiny import BRANCHES, FAMILIES, denoise
 
 import dbcache
 from dbcache import BlockAdapter, DBPruneConfig, ForwardPattern
-from dbcache.pruned_lane import BlockCache
+from dbcache.lanes.pruned_lane import BlockCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

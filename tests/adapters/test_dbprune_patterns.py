@@ -9,7 +9,7 @@ from tape import use_driver
 
 import dbcache
 from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern
-from dbcache.pruned_lane import BlockCache
+from dbcache.lanes.pruned_lane import BlockCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from dbcache import (
     ParamsModifier,
     TaylorSeerCalibratorConfig,
 )
-from dbcache.adapters.cached_transformer import handle_of
+from dbcache.adapters.requests.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,8 +14,8 @@ from diffusers.models import transformers
 from diffusers.models.modeling_utils import ModelMixin
 
 import dbcache
-from dbcache.adapters import registry
-from dbcache.adapters.models import MODELS, REFUSED
+from dbcache.adapters.models import lookup as registry
+from dbcache.adapters.models.table import MODELS, REFUSED
 
 
 def transformer_classes():

@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import dbcache
-from dbcache.adapters.models import VIDEO
+from dbcache.adapters.models.table import VIDEO
 
 FORCED = {
     "Fn_compute_blocks": 1,

@@ -10,7 +10,7 @@ from oracle import CACHED, Rule
 from tiny import FAMILIES
 
 import dbcache.kernels
-from dbcache.kernels import _select
+from dbcache.kernels.common import select as _select
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,8 +46,8 @@ def launches(monkeypatch):
     monkeypatch.setenv("DBCACHE_KERNELS", "triton")
     _select.reset_environment()
     log: list[str] = []
-    for info in pkgutil.iter_modules(dbcache.kernels.__path__):
-        module = importlib.import_module(f"dbcache.kernels.{info.name}")
+    for info in pkgutil.walk_packages(dbcache.kernels.__path__, "dbcache.kernels."):
+        module = importlib.import_module(info.name)
         for attribute, kernel in list(vars(module).items()):
             if attribute.endswith("_kernel"):
                 name = attribute.removeprefix("_").removesuffix("_kernel")

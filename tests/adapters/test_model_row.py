@@ -5,7 +5,7 @@ import torch
 
 import dbcache
 from dbcache import ForwardPattern
-from dbcache.adapters.model_row import StackRow, parse_stacks
+from dbcache.adapters.models.row import StackRow, parse_stacks
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from model_case import find_class
 from replay import replayed
 
 import dbcache
-from dbcache.adapters import registry
-from dbcache.adapters.models import MODELS
+from dbcache.adapters.models import lookup as registry
+from dbcache.adapters.models.table import MODELS
 
 NAMES = list(models.CASES)
 STEPS = 6

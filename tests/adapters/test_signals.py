@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import dbcache
-from dbcache.adapters.cached_transformer import handle_of
-from dbcache.adapters.modulated import MODULATED
-from dbcache.adapters.signals import FULL_NOISE, first_tensor
+from dbcache.adapters.requests.cached_transformer import handle_of
+from dbcache.adapters.signals.measurements import FULL_NOISE, first_tensor
+from dbcache.adapters.signals.modulated import MODULATED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

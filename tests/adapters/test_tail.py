@@ -11,7 +11,7 @@ from tiny import BRANCHES, FAMILIES, denoise
 
 import dbcache
 from dbcache import DBCacheConfig
-from dbcache.adapters.cached_transformer import handle_of
+from dbcache.adapters.requests.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

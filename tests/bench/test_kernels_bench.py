@@ -20,7 +20,7 @@ from bench import kernels, timing  # noqa: E402
 from bench.kernel_op import Draw  # noqa: E402
 from bench.kernel_ops import OPS  # noqa: E402
 from bench.shapes import SHAPES, Shape, parse  # noqa: E402
-from dbcache.kernels.launches import CONFIGS  # noqa: E402
+from dbcache.kernels.common.launches import CONFIGS  # noqa: E402
 from dbcache.kernels.tuning import Choice  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,8 +15,8 @@ if str(ROOT) not in sys.path:  # `bench` is not installed
 
 import dbcache  # noqa: E402
 from bench.loop import OPTIONS, denoise  # noqa: E402
-from dbcache.adapters import cached_transformer  # noqa: E402
-from dbcache.executors import cuda_capture  # noqa: E402
+from dbcache.adapters.requests import cached_transformer  # noqa: E402
+from dbcache.graphs import cuda_capture  # noqa: E402
 
 STEPS = 12
 

@@ -15,8 +15,8 @@ if str(ROOT) not in sys.path:  # `bench` is not installed
 import dbcache  # noqa: E402
 from bench import methods  # noqa: E402
 from bench.methods import BEGIN, END, LEVELS, METHODS, Method  # noqa: E402
+from dbcache.config.policies import POLICIES  # noqa: E402
 from dbcache.demo import digits  # noqa: E402
-from dbcache.policies import POLICIES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONLY = "TaylorSeer 2"

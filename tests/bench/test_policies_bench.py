@@ -13,7 +13,7 @@ if str(ROOT) not in sys.path:  # `bench` is not installed
     sys.path.append(str(ROOT))
 
 from bench import methods, policies  # noqa: E402
-from dbcache.policies import POLICIES  # noqa: E402
+from dbcache.config.policies import POLICIES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from policy_engines import BASE, CALIBRATED, STEPS, calibration, entry, run_both
 from tiny import BRANCHES, FAMILIES, denoise, generate, pipeline
 
 import dbcache
-from dbcache.calibration import PUBLISHED
+from dbcache.config.calibration import PUBLISHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from dbcache import (
     SpectrumCalibratorConfig,
     TaylorSeerCalibratorConfig,
 )
-from dbcache.config import StackSettings, merge
+from dbcache.config.cache import StackSettings, merge
 
 
 def test_defaults_are_the_peers():

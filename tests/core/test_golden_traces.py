@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from oracle import Decider, Rule
 
 import dbcache
-from dbcache.config import StackSettings
-from dbcache.executors import eager
-from dbcache.lane import Lane
-from dbcache.summary import REASONS
+from dbcache.config.cache import StackSettings
+from dbcache.lanes import eager
+from dbcache.lanes.lane import Lane
+from dbcache.report import REASONS
 
 STEPS = 14
 LETTERS = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from dbcache.lane import HostCopy
+from dbcache.lanes.lane import HostCopy
 
 
 class Event:

@@ -11,8 +11,8 @@ from policy_engines import BASE, CALIBRATED, STEPS, calibration, entry, run_both
 from tiny import BRANCHES, FAMILIES, denoise, generate, pipeline
 
 import dbcache
-from dbcache.kernels._select import reset_environment
-from dbcache.lane import Lane
+from dbcache.kernels.common.select import reset_environment
+from dbcache.lanes.lane import Lane
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

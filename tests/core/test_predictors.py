@@ -21,10 +21,10 @@ from dbcache import (
     SpectrumCalibratorConfig,
     TaylorSeerCalibratorConfig,
 )
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels.decide import decide
-from dbcache.kernels.lane_state import LaneState, PlanCode
-from dbcache.predictor_registry import registered
+from dbcache.config.predictor_registry import registered
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import LaneState, PlanCode
+from dbcache.kernels.decision.decide import decide
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,7 +5,7 @@ import tiny
 
 import dbcache
 from dbcache import DBCacheConfig, DBPruneConfig
-from dbcache.schedule import make_plan
+from dbcache.lanes.plan import make_plan
 
 LETTERS = {0: "d", 1: "s", 2: "W", 3: "M"}  # dynamic, static, warm-up, mask
 

@@ -5,7 +5,7 @@ import torch
 from policy_oracle import filtered
 from tiny import noise
 
-from dbcache.sea_filter import sea_filter
+from dbcache.adapters.signals.sea_filter import sea_filter
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import tiny
 
 import dbcache
 from dbcache import DBCacheConfig, ParamsModifier, steps_mask
-from dbcache.steps_mask import POLICIES
+from dbcache.config.steps_mask import POLICIES
 
 GOLDEN = {
     (4, "slow"): "1101",

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from dbcache.kernels.lane_state import Reason
-from dbcache.summary import REASONS, LaneSummary, Summary
+from dbcache.kernels.common.lane_state import Reason
+from dbcache.report import REASONS, LaneSummary, Summary
 
 
 def lane(reasons, diffs, threshold=0.1):

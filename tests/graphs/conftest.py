@@ -6,8 +6,8 @@ import pytest
 from fake_driver import FakeDriver
 from tape import TapeCapture, TapeUserCapture, use_driver
 
-from dbcache.adapters import cached_transformer
-from dbcache.executors import cuda_capture
+from dbcache.adapters.requests import cached_transformer
+from dbcache.graphs import cuda_capture
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from collections import namedtuple
 import torch
 from torch.utils._pytree import tree_flatten
 
-from dbcache.executors.arguments import flatten, unflatten
+from dbcache.graphs.arguments import flatten, unflatten
 
 Size = namedtuple("Size", "height width")
 CALLS = [

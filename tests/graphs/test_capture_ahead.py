@@ -9,8 +9,8 @@ from tiny import BRANCHES, FAMILIES, denoise, generate, noise, pipeline
 
 import dbcache
 from dbcache import BlockAdapter
-from dbcache.adapters.cached_transformer import handle_of
-from dbcache.kernels.lane_state import Reason
+from dbcache.adapters.requests.cached_transformer import handle_of
+from dbcache.kernels.common.lane_state import Reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from fake_driver import Body, FakeDriver, Graph
 
-from dbcache.executors import cuda_capture
-from dbcache.executors.cuda_capture import CudaRecorder, UserCapture
-from dbcache.executors.cuda_driver import CudaDriver
+from dbcache.graphs import cuda_capture
+from dbcache.graphs.cuda_capture import CudaRecorder, UserCapture
+from dbcache.graphs.cuda_driver import CudaDriver
 
 DEVICE = torch.device("cuda", 1)
 

@@ -6,7 +6,7 @@ import pytest
 from fake_driver import Body as Work
 from fake_driver import CUgraphConditionalNodeType, FakeDriver, Graph, Result
 
-from dbcache.executors.cuda_driver import CudaDriver
+from dbcache.graphs.cuda_driver import CudaDriver
 
 
 class Flag:

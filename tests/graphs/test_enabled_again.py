@@ -7,7 +7,7 @@ from tiny import denoise, generate, pipeline
 
 import dbcache
 from dbcache import BlockAdapter, ForwardPattern
-from dbcache.adapters.cached_transformer import handle_of
+from dbcache.adapters.requests.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from dbcache.executors.fingerprint import fingerprint
+from dbcache.graphs.fingerprint import fingerprint
 
 
 class Processor:

@@ -12,9 +12,9 @@ from tiny import denoise, noise
 
 import dbcache
 from dbcache import DBCacheConfig, DBPruneConfig, GraphOptions
-from dbcache.adapters.cached_transformer import handle_of
-from dbcache.executors.fingerprint import reason_against
-from dbcache.kernels.lane_state import Reason
+from dbcache.adapters.requests.cached_transformer import handle_of
+from dbcache.graphs.fingerprint import reason_against
+from dbcache.kernels.common.lane_state import Reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -386,7 +386,7 @@ def test_a_failed_launch_counts_as_never_begun(model, driver, monkeypatch):
 
 
 def test_a_cpu_machine_can_import_all_of_it(monkeypatch):
-    from dbcache.executors.cuda_driver import find_driver
+    from dbcache.graphs.cuda_driver import find_driver
 
     driver, why = find_driver()
     assert driver is None

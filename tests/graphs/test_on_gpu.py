@@ -13,8 +13,8 @@ from graph_runs import decide_as_recorded, graphs, same
 
 import dbcache
 from dbcache import GraphOptions
-from dbcache.adapters.cached_transformer import handle_of
-from dbcache.executors.cuda_driver import find_driver
+from dbcache.adapters.requests.cached_transformer import handle_of
+from dbcache.graphs.cuda_driver import find_driver
 
 pytestmark = pytest.mark.gpu
 

@@ -20,8 +20,8 @@ from tiny import BRANCHES, FAMILIES, denoise
 
 import dbcache
 from dbcache import DBPruneConfig
-from dbcache.adapters.cached_transformer import handle_of
-from dbcache.pruned_lane import BlockCache
+from dbcache.adapters.requests.cached_transformer import handle_of
+from dbcache.lanes.pruned_lane import BlockCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,7 +22,7 @@ from tape import Tape
 from tiny import BRANCHES, FAMILIES, generate, noise, pipeline
 
 import dbcache
-from dbcache.adapters.cached_transformer import handle_of
+from dbcache.adapters.requests.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,8 +7,8 @@ from graph_runs import FLUX, MODES, OPTIONS, Step, both, graphs, one_stream, rec
 from tiny import denoise, noise
 
 import dbcache
-from dbcache.adapters.cached_transformer import handle_of
-from dbcache.executors import graph
+from dbcache.adapters.requests.cached_transformer import handle_of
+from dbcache.graphs import graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

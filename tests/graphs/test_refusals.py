@@ -11,7 +11,7 @@ from tiny import denoise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dbcache
-from dbcache.executors.fingerprint import reason_against
+from dbcache.graphs.fingerprint import reason_against
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,8 +20,8 @@ from tiny import BRANCHES, CFG_SCALE, FAMILIES, denoise, fill, noise
 
 import dbcache
 from dbcache import DBCacheConfig, TaylorSeerCalibratorConfig
-from dbcache.lane import Lane
-from dbcache.summary import CACHED
+from dbcache.lanes.lane import Lane
+from dbcache.report import CACHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

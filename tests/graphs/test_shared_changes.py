@@ -24,7 +24,7 @@ from tiny import BRANCHES, FAMILIES, noise
 
 import dbcache
 from dbcache import DBCacheConfig, DBPruneConfig
-from dbcache.adapters.cached_transformer import handle_of
+from dbcache.adapters.requests.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

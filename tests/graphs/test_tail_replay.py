@@ -19,10 +19,10 @@ from tiny import BRANCHES, FAMILIES, denoise, noise
 
 import dbcache
 from dbcache import DBCacheConfig
-from dbcache.adapters.cached_transformer import handle_of
-from dbcache.kernels.lane_state import CACHED as CACHED_FLAG
-from dbcache.pruned_lane import BlockCache
-from dbcache.summary import CACHED
+from dbcache.adapters.requests.cached_transformer import handle_of
+from dbcache.kernels.common.lane_state import CACHED as CACHED_FLAG
+from dbcache.lanes.pruned_lane import BlockCache
+from dbcache.report import CACHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

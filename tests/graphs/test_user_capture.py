@@ -6,8 +6,8 @@ from graph_runs import FLUX, Loop, agree, conditional_nodes, decide_as_recorded,
 from tape import TapeUserCapture, use_driver
 
 import dbcache
-from dbcache.adapters.cached_transformer import handle_of
-from dbcache.executors import cuda_capture
+from dbcache.adapters.requests.cached_transformer import handle_of
+from dbcache.graphs import cuda_capture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,26 +16,19 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from dbcache.kernels import (
+from dbcache.kernels.common import e4m3
+from dbcache.kernels.common.launches import CONFIGS, DEFAULTS, configs_of
+from dbcache.kernels.decision import decide, probe_and_decide, probe_diff, share_change
+from dbcache.kernels.decision import transformation_rate as rate
+from dbcache.kernels.prediction import commit, fit_recurrence, predict, recurrence, spectrum
+from dbcache.kernels.pruning import (
     add_residuals,
     block_changes,
-    commit,
-    decide,
     decide_blocks,
     decide_step,
     decide_tail,
-    e4m3,
-    fit_recurrence,
-    predict,
-    probe_and_decide,
-    probe_diff,
-    recurrence,
-    share_change,
-    spectrum,
     store_block,
 )
-from dbcache.kernels import transformation_rate as rate
-from dbcache.kernels.launches import CONFIGS, DEFAULTS, configs_of
 
 WIDE = re.compile(r"(ld|st)\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b32|v4\.b64)\b")
 WIDE_AMD = re.compile(r"(?:global|buffer)_(load|store)_(?:dwordx4|b128)\b")

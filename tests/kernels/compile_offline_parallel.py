@@ -11,7 +11,7 @@ import sys
 import triton
 from compile_offline import main
 
-from dbcache.kernels import fp8_pack, merge_attention
+from dbcache.kernels.distributed import fp8_pack, merge_attention
 
 WIDTHS = (40, 72, 128)
 """Of a head: multiples of 8, which is 16 bytes of bfloat16."""

@@ -8,8 +8,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    for name in ("probe_diff", "decide", "probe_and_decide", "predict", "commit"):
-        module = sys.modules.get(f"dbcache.kernels.{name}")
+    kernels = ("decision.probe_diff", "decision.decide", "prediction.predict", "prediction.commit")
+    for path in kernels:
+        module, name = sys.modules.get(f"dbcache.kernels.{path}"), path.partition(".")[2]
         kernel = getattr(module, f"_{name}_kernel", None)
         if kernel is not None and type(kernel).__name__ != "InterpretedFunction":
             raise pytest.UsageError(

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dbcache.kernels import add_residuals as module
-from dbcache.kernels.add_residuals import add_residuals
+from dbcache.kernels.pruning import add_residuals as module
+from dbcache.kernels.pruning.add_residuals import add_residuals
 from dbcache.testing import assert_as_accurate, poisoned
 
 IMPLS = ["triton", "reference"]

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from dbcache.kernels import commit as module
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels.commit import commit
-from dbcache.kernels.probe_diff import probe_diff
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.decision.probe_diff import probe_diff
+from dbcache.kernels.prediction import commit as module
+from dbcache.kernels.prediction.commit import commit
 from dbcache.testing import poisoned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -6,10 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import decide as module
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels.decide import decide
-from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode, Predictor, Reason, Signal
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import (
+    BatchReduce,
+    LaneState,
+    PlanCode,
+    Predictor,
+    Reason,
+    Signal,
+)
+from dbcache.kernels.decision import decide as module
+from dbcache.kernels.decision.decide import decide
 
 # the interpreter divides with NumPy, which warns of what the tests do on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in divide:RuntimeWarning")

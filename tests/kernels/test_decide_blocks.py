@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import block_state as bs
-from dbcache.kernels.block_state import BlockState
-from dbcache.kernels.decide_blocks import choose_blocks, decide_blocks
+from dbcache.kernels.pruning import block_state as bs
+from dbcache.kernels.pruning.block_state import BlockState
+from dbcache.kernels.pruning.decide_blocks import choose_blocks, decide_blocks
 
 # the interpreter computes with NumPy, which warns of what the tests do on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import block_state as bs
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels.block_state import BlockSteps
-from dbcache.kernels.decide_step import decide_step
-from dbcache.kernels.lane_state import PlanCode, Reason
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import PlanCode, Reason
+from dbcache.kernels.pruning import block_state as bs
+from dbcache.kernels.pruning.block_state import BlockSteps
+from dbcache.kernels.pruning.decide_step import decide_step
 
 IMPLS = ["triton", "reference"]
 NAN = math.nan

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import block_state as bs
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels.decide_tail import decide_tail
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.pruning import block_state as bs
+from dbcache.kernels.pruning.decide_tail import decide_tail
 
 IMPLS = ["triton", "reference"]
 NAN = math.nan

@@ -5,8 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels import e4m3
-from dbcache.kernels.e4m3 import decode, dequantize, encode, quantize, quantize_rows
+from dbcache.kernels.common import e4m3
+from dbcache.kernels.common.e4m3 import decode, dequantize, encode, quantize, quantize_rows
 
 NAN = float("nan")
 INF = float("inf")

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import fp8_pack as module
-from dbcache.kernels.fp8_pack import fp8_pack, fp8_unpack
+from dbcache.kernels.distributed import fp8_pack as module
+from dbcache.kernels.distributed.fp8_pack import fp8_pack, fp8_unpack
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 IMPLS = ["triton", "reference"]

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import commit as commit_module
-from dbcache.kernels import e4m3
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels import predict as predict_module
-from dbcache.kernels.commit import commit
-from dbcache.kernels.predict import predict
+from dbcache.kernels.common import e4m3
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.prediction import commit as commit_module
+from dbcache.kernels.prediction import predict as predict_module
+from dbcache.kernels.prediction.commit import commit
+from dbcache.kernels.prediction.predict import predict
 from dbcache.testing import poisoned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels.commit import commit
-from dbcache.kernels.decide import decide
-from dbcache.kernels.lane_state import LaneState
-from dbcache.kernels.predict import predict
-from dbcache.kernels.probe_diff import probe_diff
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import LaneState
+from dbcache.kernels.decision.decide import decide
+from dbcache.kernels.decision.probe_diff import probe_diff
+from dbcache.kernels.prediction.commit import commit
+from dbcache.kernels.prediction.predict import predict
 
 IMPLS = ["triton", "reference"]
 

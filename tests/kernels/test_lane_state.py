@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels.lane_state import LaneState, PlanCode, Reason
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import LaneState, PlanCode, Reason
 
 
 def test_entries_do_not_overlap():

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels.add_residuals import add_residuals
-from dbcache.kernels.block_changes import block_changes
-from dbcache.kernels.block_state import BlockState
-from dbcache.kernels.commit import commit
-from dbcache.kernels.fit_recurrence import fit_recurrence
-from dbcache.kernels.lane_state import LaneState
-from dbcache.kernels.predict import predict
-from dbcache.kernels.probe_and_decide import probe_and_decide
-from dbcache.kernels.store_block import store_block
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import LaneState
+from dbcache.kernels.decision.probe_and_decide import probe_and_decide
+from dbcache.kernels.prediction.commit import commit
+from dbcache.kernels.prediction.fit_recurrence import fit_recurrence
+from dbcache.kernels.prediction.predict import predict
+from dbcache.kernels.pruning.add_residuals import add_residuals
+from dbcache.kernels.pruning.block_changes import block_changes
+from dbcache.kernels.pruning.block_state import BlockState
+from dbcache.kernels.pruning.store_block import store_block
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="counts in Triton's interpreter, which is off beside a GPU"

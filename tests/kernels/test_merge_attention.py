@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import merge_attention as module
-from dbcache.kernels.merge_attention import merge_attention
+from dbcache.kernels.distributed import merge_attention as module
+from dbcache.kernels.distributed.merge_attention import merge_attention
 from dbcache.testing import assert_as_accurate, poisoned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,12 +7,12 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels import launches
-from dbcache.kernels import probe_diff as probe_module
-from dbcache.kernels.commit import _commit_block, commit
-from dbcache.kernels.predict import _predict_block, predict
-from dbcache.kernels.probe_diff import probe_diff
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common import launches
+from dbcache.kernels.decision import probe_diff as probe_module
+from dbcache.kernels.decision.probe_diff import probe_diff
+from dbcache.kernels.prediction.commit import _commit_block, commit
+from dbcache.kernels.prediction.predict import _predict_block, predict
 from dbcache.testing import assert_as_accurate, poisoned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dbcache.kernels.launches import CONFIGS
+from dbcache.kernels.common.launches import CONFIGS
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 SCRIPT = Path(__file__).with_name("compile_offline.py")

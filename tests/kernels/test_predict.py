@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dbcache.kernels import predict as module
-from dbcache.kernels.predict import predict
+from dbcache.kernels.prediction import predict as module
+from dbcache.kernels.prediction.predict import predict
 from dbcache.testing import assert_as_accurate, poisoned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -4,12 +4,12 @@ import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels import probe_and_decide as module
-from dbcache.kernels.decide import decide
-from dbcache.kernels.lane_state import BatchReduce, LaneState, PlanCode, Reason
-from dbcache.kernels.probe_and_decide import probe_and_decide
-from dbcache.kernels.probe_diff import BLOCK, probe_diff
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import BatchReduce, LaneState, PlanCode, Reason
+from dbcache.kernels.decision import probe_and_decide as module
+from dbcache.kernels.decision.decide import decide
+from dbcache.kernels.decision.probe_and_decide import probe_and_decide
+from dbcache.kernels.decision.probe_diff import BLOCK, probe_diff
 
 # the interpreter divides with NumPy, which warns of what the tests do on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in divide:RuntimeWarning")
@@ -146,7 +146,7 @@ def test_the_order_in_which_programs_finish_changes_no_bit(random, device, monke
     builder = triton.runtime.interpreter.interpreter_builder
     plain = builder.set_grid_idx
     monkeypatch.setattr(module, "BLOCK", 32)
-    monkeypatch.setattr("dbcache.kernels.probe_diff.BLOCK", 32)
+    monkeypatch.setattr("dbcache.kernels.decision.probe_diff.BLOCK", 32)
     h_in, p_ref = random(3, 7, 23), random(3, 7, 23)
     h_fn = h_in + p_ref + 0.5 * random(3, 7, 23)
     orders = {

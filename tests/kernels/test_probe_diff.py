@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from dbcache.kernels import probe_diff as module
-from dbcache.kernels.probe_diff import MAX_PARTIALS, probe_diff, probe_diff_reference
-from dbcache.kernels.sums import tree_sum
+from dbcache.kernels.common.sums import tree_sum
+from dbcache.kernels.decision import probe_diff as module
+from dbcache.kernels.decision.probe_diff import MAX_PARTIALS, probe_diff, probe_diff_reference
 from dbcache.testing import assert_as_accurate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

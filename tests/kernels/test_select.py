@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dbcache.kernels import _select
-from dbcache.kernels._select import select
+from dbcache.kernels.common import select as _select
+from dbcache.kernels.common.select import select
 
 CPU = torch.zeros(1)
 

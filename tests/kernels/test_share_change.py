@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels.block_state import BlockSteps
-from dbcache.kernels.decide import decide
-from dbcache.kernels.decide_step import decide_step
-from dbcache.kernels.lane_state import BatchReduce, PlanCode
-from dbcache.kernels.share_change import PROGRAMS, make_stamps, share_change
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import BatchReduce, PlanCode
+from dbcache.kernels.decision.decide import decide
+from dbcache.kernels.decision.share_change import PROGRAMS, make_stamps, share_change
+from dbcache.kernels.pruning.block_state import BlockSteps
+from dbcache.kernels.pruning.decide_step import decide_step
 
 IMPLS = ["triton", "reference"]
 SIZES = [1, 1023, PROGRAMS * 1024 + 3]

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels.decide import decide
-from dbcache.kernels.lane_state import LaneState, PlanCode
-from dbcache.kernels.spectrum import MAX_ORDER, chebyshev_weights, spectrum_weights
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import LaneState, PlanCode
+from dbcache.kernels.decision.decide import decide
+from dbcache.kernels.prediction.spectrum import MAX_ORDER, chebyshev_weights, spectrum_weights
 
 LAST = 49.0
 ORDERS = st.integers(1, MAX_ORDER)

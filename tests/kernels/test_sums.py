@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.probe_diff import lanes_of
-from dbcache.kernels.sums import divide, f32, relative_l1, tree_sum, tree_sum_lanes
+from dbcache.kernels.common.sums import divide, f32, relative_l1, tree_sum, tree_sum_lanes
+from dbcache.kernels.decision.probe_diff import lanes_of
 
 
 @triton.jit

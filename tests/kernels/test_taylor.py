@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbcache.kernels.lane_state import Predictor
-from dbcache.kernels.sums import f32
-from dbcache.kernels.taylor import taylor_weights
+from dbcache.kernels.common.lane_state import Predictor
+from dbcache.kernels.common.sums import f32
+from dbcache.kernels.prediction.taylor import taylor_weights
 
 
 def ladder(snapshots, ages, order):

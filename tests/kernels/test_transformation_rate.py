@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels.lane_state import LaneState
-from dbcache.kernels.probe_diff import MAX_PARTIALS, probe_diff
-from dbcache.kernels.transformation_rate import transformation_rate
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import LaneState
+from dbcache.kernels.decision.probe_diff import MAX_PARTIALS, probe_diff
+from dbcache.kernels.decision.transformation_rate import transformation_rate
 
 # the interpreter divides with NumPy, which warns of what the tests do on purpose
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in divide:RuntimeWarning")

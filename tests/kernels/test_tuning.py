@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbcache.kernels import lane_state as ls
-from dbcache.kernels import launches, tuning
-from dbcache.kernels.commit import commit
-from dbcache.kernels.launches import BLOCK, CONFIGS, DEFAULTS, Launch, launch_of
-from dbcache.kernels.predict import predict
-from dbcache.kernels.probe_and_decide import probe_and_decide
-from dbcache.kernels.probe_diff import probe_diff
+from dbcache.kernels import tuning
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common import launches
+from dbcache.kernels.common.launches import BLOCK, CONFIGS, DEFAULTS, Launch, launch_of
+from dbcache.kernels.decision.probe_and_decide import probe_and_decide
+from dbcache.kernels.decision.probe_diff import probe_diff
+from dbcache.kernels.prediction.commit import commit
+from dbcache.kernels.prediction.predict import predict
 from dbcache.testing import poisoned
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +80,7 @@ def test_a_choice_is_found_again_after_a_reset_and_in_another_process(may_tune, 
     assert launch_of("predict", x, 3) == best
     code = f"""
 import torch
-from dbcache.kernels.launches import launch_of
+from dbcache.kernels.common.launches import launch_of
 print(*launch_of("predict", torch.empty({SHAPE}, device={device.type!r}), 3))
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}

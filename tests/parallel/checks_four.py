@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 import dbcache
-from dbcache.adapters.models import MODELS
-from dbcache.executors import eager
-from dbcache.kernels import e4m3
-from dbcache.kernels.lane_state import Reason
+from dbcache.adapters.models.table import MODELS
+from dbcache.config.parallelism import ParallelismConfig
+from dbcache.kernels.common import e4m3
+from dbcache.kernels.common.lane_state import Reason
+from dbcache.lanes import eager
 from dbcache.parallel.attention import SequenceAttention
 from dbcache.parallel.mesh import make_mesh
 from dbcache.parallel.sequence import Shards
-from dbcache.parallelism_config import ParallelismConfig
 
 EXACT = 1e-5
 ANYTHING = {"experimental_ulysses_anything": True}

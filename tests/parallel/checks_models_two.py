@@ -13,8 +13,8 @@ import tiny
 import torch
 
 import dbcache
+from dbcache.config.parallelism import ParallelismConfig
 from dbcache.parallel.plans import PLANS
-from dbcache.parallelism_config import ParallelismConfig
 
 EXACT = 1e-5
 MODES: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 import dbcache
-from dbcache.kernels.lane_state import Reason
-from dbcache.parallelism_config import ParallelismConfig
+from dbcache.config.parallelism import ParallelismConfig
+from dbcache.kernels.common.lane_state import Reason
 
 STEPS = 8
 ASKED = {"max_warmup_steps": 2, "residual_diff_threshold": 0.4}

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 
 import dbcache
+from dbcache.config.parallelism import ParallelismConfig
 from dbcache.parallel import mesh
 from dbcache.parallel.handle import prepare
 from dbcache.parallel.plans import PLANS
 from dbcache.parallel.sequence import Shards, part_sizes
-from dbcache.parallelism_config import ParallelismConfig
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "parallel.md"
 

@@ -7,8 +7,8 @@ import write_models
 from model_case import find_class
 
 import dbcache
-from dbcache.adapters import covered, matrix
-from dbcache.adapters.models import MODELS, REFUSED
+from dbcache.adapters.models import covered, matrix
+from dbcache.adapters.models.table import MODELS, REFUSED
 
 RENEW = "run `python tests/support/write_models.py`"
 

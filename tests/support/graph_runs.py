@@ -9,7 +9,7 @@ from tiny import FAMILIES, noise
 
 import dbcache
 from dbcache import BlockAdapter, ForwardPattern
-from dbcache.adapters.cached_transformer import handle_of
+from dbcache.adapters.requests.cached_transformer import handle_of
 
 FLUX = FAMILIES["flux"]
 MODES = ("host", "device")

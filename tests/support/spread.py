@@ -10,9 +10,9 @@ import models_image
 import tiny
 import torch
 
+from dbcache.config.parallelism import ParallelismConfig
 from dbcache.parallel.handle import Parallelized, prepare
 from dbcache.parallel.plans import PLANS
-from dbcache.parallelism_config import ParallelismConfig
 
 WIDTH = 12
 """Of a head."""

@@ -15,15 +15,15 @@ from fake_driver import NODE, Body, Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbcache import kernels
-from dbcache.executors import cuda_capture, graph
-from dbcache.executors.cuda_capture import UserCapture
-from dbcache.executors.cuda_driver import CudaDriver
+from dbcache.graphs import cuda_capture, graph
+from dbcache.graphs.cuda_capture import UserCapture
+from dbcache.graphs.cuda_driver import CudaDriver
 
 OPS = [
     module
-    for info in pkgutil.iter_modules(kernels.__path__)
+    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
     if not info.name.startswith("_")
-    and hasattr(module := importlib.import_module(f"{kernels.__name__}.{info.name}"), "is_traced")
+    and hasattr(module := importlib.import_module(info.name), "is_traced")
 ]
 """The modules of the kernels that are operators."""
 

@@ -1,4 +1,4 @@
-"""Writes adapters/covered.py and docs/models.md from the tests that there are.
+"""Writes adapters/models/covered.py and docs/models.md from the tests that there are.
 
 python tests/support/write_models.py
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULE, PAGE = ROOT / "adapters" / "covered.py", ROOT / "docs" / "models.md"
+MODULE, PAGE = ROOT / "adapters" / "models" / "covered.py", ROOT / "docs" / "models.md"
 BY_ID = {
     "Cache": "test_cached_outputs_are_those_of_a_replay_in_plain_torch",
     "ControlNet": "test_controlnet_residuals_are_right_on_full_and_on_cached_steps",
@@ -33,7 +33,7 @@ def scan() -> Covered:
     """Return what the tests cover."""
     from model_case import find_class
 
-    from dbcache.adapters.models import MODELS
+    from dbcache.adapters.models.table import MODELS
 
     files = [
         path
@@ -82,7 +82,7 @@ def _ranks() -> Covered:
 
 
 def module_text(covered: Covered) -> str:
-    """Return the source of adapters/covered.py."""
+    """Return the source of adapters/models/covered.py."""
     lines = [
         '"""Which test covers which transformer classes, by column of the matrix.',
         "",
@@ -108,8 +108,8 @@ def module_text(covered: Covered) -> str:
 def main() -> None:
     covered = scan()
     MODULE.write_text(module_text(covered))
-    from dbcache.adapters import covered as written
-    from dbcache.adapters.matrix import page
+    from dbcache.adapters.models import covered as written
+    from dbcache.adapters.models.matrix import page
 
     written.COVERED.clear()
     written.COVERED.update(

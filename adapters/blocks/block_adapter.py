@@ -1,0 +1,273 @@
+"""`BlockAdapter`: says which blocks of which transformers are cached, and what they look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dbcache.adapters.blocks.block_list import BlockList
+from dbcache.adapters.blocks.discover import find_blocks, guess_pattern
+from dbcache.adapters.blocks.patterns import STREAMS, ForwardPattern, Streams
+from dbcache.adapters.patching.patch_functor import Functor, check_functor
+from dbcache.adapters.stacks.proxies import parameter_names
+from dbcache.config.cache import ParamsModifier
+from dbcache.config.options import check_flag, check_type
+
+Fills = Callable[[dict[str, Any]], bool]
+"""Tells by the keyword arguments of a call that it is no denoising step."""
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """One block stack of one transformer: a chain of lists under one pattern.
+
+    `pattern` is None where the first forward has to tell it (`learning`). With `interleaved` the
+    forward runs a block of each list in turn; with `long_skips` the j-th block from the end takes
+    what the j-th block made.
+    """
+
+    lists: tuple[BlockList, ...]
+    pattern: ForwardPattern | None
+    modifier: ParamsModifier | None = None
+    streams: Streams = STREAMS
+    interleaved: bool = False
+    long_skips: bool = False
+
+
+@dataclass(frozen=True)
+class TransformerSpec:
+    """One transformer and its block stacks.
+
+    `fills` tells by the keyword arguments of a call that it is no denoising step: its blocks keep
+    keys and values for the loop that follows, so all of them must run.
+    """
+
+    transformer: torch.nn.Module
+    stacks: tuple[StackSpec, ...]
+    separate_cfg: bool = False
+    fills: Fills | None = None
+
+
+@dataclass(kw_only=True)
+class BlockAdapter:
+    """Describes any model to `dbcache.enable`.
+
+    Each list of blocks is a stack with a decision of its own. For two transformers give lists of
+    lists, one per transformer.
+
+    Args:
+        pipe: the pipeline whose calls are requests; without it see `dbcache.refresh_context`.
+        transformer: the module, or a list of modules, whose forward runs the blocks.
+        blocks: an `nn.ModuleList` of the transformer, a list of them, or one list per transformer.
+        forward_pattern: the pattern of the blocks, in the same nesting as `blocks`; one alone
+            holds for all.
+        params_modifiers: what single stacks do differently, in the same nesting as `blocks`.
+        streams: names of the parameters of the blocks that take the hidden states and, where they
+            take any, the encoder states.
+        has_separate_cfg: calls alternate between two guidance branches, where nothing else tells
+            them apart: no `cache_context`, no pipeline or one without a scheduler.
+        fills: takes the keyword arguments of a call as a dictionary and tells whether the call is
+            no denoising step, but one whose blocks keep keys and values for the loop that follows.
+            It runs all blocks, and a request begins after it.
+        long_skips: the last block takes, beside the streams, what the first one made, the last but
+            one what the second made, and so on (U-ViT, HunyuanDiT). Then `Bn_compute_blocks` may be
+            at most `Fn_compute_blocks`.
+        patch_functor: a `PatchFunctor`, or a function of the transformer, that rewrites parts of
+            the instance for as long as the cache is on, for blocks that follow no pattern.
+        auto: find what was not given: `blocks`, the lists of blocks of the transformer that hold
+            most of its parameters, each a stack of its own; `forward_pattern`, from the source
+            of the blocks or, where that leaves it open, from the first forward, which is full.
+
+    Raises:
+        ValueError, TypeError: from `dbcache.enable`, for what does not fit together.
+    """
+
+    pipe: Any = None
+    transformer: torch.nn.Module | Sequence[torch.nn.Module] | None = None
+    blocks: Any = None
+    forward_pattern: Any = None
+    params_modifiers: Any = None
+    streams: Sequence[str] = STREAMS
+    has_separate_cfg: bool = False
+    fills: Fills | None = None
+    long_skips: bool = False
+    patch_functor: Functor | None = None
+    auto: bool = False
+
+    def specs(self) -> list[TransformerSpec]:
+        """Return what is to be cached, checked and in one shape."""
+        transformers, streams = self.transformers(), _stream_names(self.streams)
+        check_flag("BlockAdapter.long_skips", self.long_skips)
+        given, pattern = self.blocks, self.forward_pattern
+        if self.auto and given is None:
+            check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
+            found = [find_blocks(transformer, pattern) for transformer in transformers]
+            given, pattern = [lists for lists, _ in found], [patterns for _, patterns in found]
+        blocks = _per_transformer("blocks", given, transformers, torch.nn.ModuleList)
+        counts = [len(lists) for lists in blocks]
+        if self.auto and pattern is None:
+            pattern = [[guess_pattern(blocks_[0]) for blocks_ in lists] for lists in blocks]
+        if not self.auto:
+            _check_given(pattern)
+        patterns = like_blocks("BlockAdapter.forward_pattern", pattern, counts, ForwardPattern)
+        modifiers = like_blocks(
+            "BlockAdapter.params_modifiers", self.params_modifiers, counts, ParamsModifier
+        )
+        return [
+            TransformerSpec(
+                transformer,
+                tuple(
+                    _stack_spec(transformer, *stack, streams, self.long_skips)
+                    for stack in zip(blocks[i], patterns[i], modifiers[i], strict=True)
+                ),
+                self.has_separate_cfg,
+                self.fills,
+            )
+            for i, transformer in enumerate(transformers)
+        ]
+
+    def transformers(self) -> list[torch.nn.Module]:
+        """Return the transformers, without what `torch.compile` wrapped around them."""
+        given = self.transformer
+        if given is None:
+            given = getattr(self.pipe, "transformer", None)
+        transformers = list(given) if isinstance(given, list | tuple) else [given]
+        for transformer in transformers:
+            if not isinstance(transformer, torch.nn.Module):
+                raise TypeError(
+                    f"BlockAdapter.transformer must be an nn.Module or a list of them, got "
+                    f"{transformer!r}"
+                )
+        check_functor(self.patch_functor)
+        if self.fills is not None and not callable(self.fills):
+            raise TypeError(
+                f"BlockAdapter.fills must be a function of a call's keyword arguments, as in "
+                f'lambda call: call.get("return_kv", False), got {self.fills!r}'
+            )
+        return list(map(unwrap, transformers))
+
+
+def unwrap(module: Any) -> Any:
+    """Return the module that `torch.compile` wrapped."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _per_transformer(
+    name: str, given: Any, transformers: list[torch.nn.Module], kind: type
+) -> list[list[Any]]:
+    """Bring `given` (one, a list, a list of lists) into one list per transformer."""
+    if isinstance(given, kind):
+        given = [given]
+    if not isinstance(given, list | tuple) or not given:
+        raise TypeError(
+            f"BlockAdapter.{name} must be a {kind.__name__} of the transformer or a list of them, "
+            f"got {type(given).__name__}; pass the attribute itself, as in "
+            f"transformer.transformer_blocks"
+        )
+    if all(isinstance(entry, kind) for entry in given):
+        one_each = len(transformers) > 1 and len(given) == len(transformers)
+        nested = [[entry] for entry in given] if one_each else [list(given)]
+    else:
+        nested = [list(row) if isinstance(row, list | tuple) else [row] for row in given]
+    if len(nested) != len(transformers) or any(
+        not isinstance(entry, kind) for row in nested for entry in row
+    ):
+        raise ValueError(
+            f"BlockAdapter.{name} must hold one {kind.__name__} or one list of them per "
+            f"transformer, got {len(nested)} for {len(transformers)}"
+        )
+    return nested
+
+
+def like_blocks(who: str, given: Any, counts: list[int], kind: type) -> list[list[Any]]:
+    """Bring `given` into the nesting of the blocks; one alone (or none) holds for all."""
+    if given is None or isinstance(given, kind):
+        return [[given] * count for count in counts]
+    if not isinstance(given, list | tuple):
+        raise TypeError(f"{who} must be a {kind.__name__} or a list of them, got {given!r}")
+    if any(isinstance(row, list | tuple) for row in given):
+        nested = [list(row) if isinstance(row, list | tuple) else [row] for row in given]
+    elif len(given) == sum(counts):
+        flat = iter(given)
+        nested = [[next(flat) for _ in range(count)] for count in counts]
+    else:
+        nested = [list(given)]
+    if [len(row) for row in nested] != counts:
+        raise ValueError(
+            f"{who} must have one entry per block stack, got {[len(row) for row in nested]} for "
+            f"{counts} (stacks of each transformer)"
+        )
+    for row in nested:
+        for entry in row:
+            check_type(f"{who}: each entry", entry, kind)
+    return nested
+
+
+def _stack_spec(
+    transformer: torch.nn.Module,
+    blocks: torch.nn.ModuleList,
+    pattern: ForwardPattern | None,
+    modifier: ParamsModifier | None,
+    streams: Streams,
+    long_skips: bool,
+) -> StackSpec:
+    """Find where the transformer holds `blocks` and check them against the pattern."""
+    block_list = find_list(transformer, blocks)
+    if pattern is not None:
+        check_signatures(block_list, pattern, streams)
+    return StackSpec((block_list,), pattern, modifier, streams, long_skips=long_skips)
+
+
+def _check_given(pattern: Any) -> None:
+    """Raise if a pattern is missing where nothing finds it."""
+    if pattern is None:
+        raise TypeError(
+            f"BlockAdapter.forward_pattern must be one of {[p.name for p in ForwardPattern]}, "
+            f"got None; give one, or auto=True"
+        )
+    for entry in pattern if isinstance(pattern, list | tuple) else []:
+        _check_given(entry)
+
+
+def _stream_names(given: Any) -> Streams:
+    """Return the names of both streams; one alone leaves the other its usual name."""
+    names = list(given) if isinstance(given, list | tuple) else [given]
+    if not 1 <= len(names) <= 2 or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"BlockAdapter.streams must be the names of one or two parameters of the blocks, as in "
+            f'("hidden_states", "audio_hidden_states"), got {given!r}'
+        )
+    return names[0], names[1] if len(names) == 2 else STREAMS[1]
+
+
+def find_list(transformer: torch.nn.Module, blocks: torch.nn.ModuleList) -> BlockList:
+    """Return the place at which `transformer` holds `blocks`."""
+    for path, module in transformer.named_modules():
+        if module is blocks:
+            return BlockList(transformer, path)
+    raise ValueError(
+        f"BlockAdapter.blocks must be lists of {type(transformer).__name__} itself, got a "
+        f"{type(blocks).__name__} of {len(blocks)} that is none of its modules; pass the "
+        f"attribute, not a copy or a slice"
+    )
+
+
+def check_signatures(
+    block_list: BlockList, pattern: ForwardPattern, streams: Streams = STREAMS
+) -> None:
+    """Raise if a block cannot be called with the streams that the pattern names."""
+    if not block_list.blocks:
+        raise ValueError(f"{block_list.path}: must hold at least one block, got none")
+    for index, block in enumerate(block_list.blocks):
+        names = parameter_names(block)
+        taken = streams[: len(pattern.takes)]
+        # under the usual names the first two parameters count, whatever they are called
+        lacks = not set(taken) <= set(names) | set(STREAMS) or len(names) < len(taken)
+        if lacks and not {"args", "kwargs"} & set(names):
+            raise ValueError(
+                f"{block_list.path}[{index}] ({type(block).__name__}): a block of {pattern.name} "
+                f"must take ({', '.join(taken)}), got ({', '.join(names)})"
+            )

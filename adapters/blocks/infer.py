@@ -1,0 +1,161 @@
+"""Learns from one forward what blocks take and return, where their source does not tell.
+
+While the model runs as it is, an observer per block compares the tensors that a block gets with
+those that the block before it returned: that is which parameter is a stream, and in which order the
+block returns them. Names do not matter, except that of two streams the one called `hidden_states`
+(or as `BlockAdapter.streams` says) is the hidden states, else the larger one, else the first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dbcache.adapters.blocks.block_adapter import StackSpec, TransformerSpec
+from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, describe
+from dbcache.adapters.stacks.proxies import parameter_names
+
+
+def learn(
+    spec: TransformerSpec, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, list[StackSpec | None]]:
+    """Run a forward; return its output and the stacks with their patterns, in the same order.
+
+    None stands for lists that are no chain of blocks: they were not run, or what a block returns is
+    not what the next one takes. Where they nearly are, a warning says what is in the way.
+
+    Raises:
+        ValueError: no list is a chain of blocks.
+    """
+    chains = {i: _Chain(stack) for i, stack in enumerate(spec.stacks) if stack.pattern is None}
+    shadowed = []
+    try:
+        for chain in chains.values():
+            for block_list, row in zip(chain.stack.lists, chain.rows, strict=True):
+                block_list.shadow(row)
+                shadowed.append(block_list)
+        output = run(*args, **kwargs)
+    finally:
+        for block_list in shadowed:
+            block_list.unshadow()
+    learned = [chains[i].learned() if i in chains else s for i, s in enumerate(spec.stacks)]
+    reasons = [f"{chain.name}: {chain.reason}" for chain in chains.values() if chain.reason]
+    if not any(learned):
+        raise ValueError(
+            f"BlockAdapter(auto=True): {type(spec.transformer).__name__} must have blocks of which "
+            f"each takes what the one before returned, got none ({'; '.join(reasons)}); name the "
+            f"lists and their pattern as BlockAdapter(blocks=..., forward_pattern=...)"
+        )
+    for chain in chains.values():
+        if chain.reason and chain.fed:
+            who = f"BlockAdapter(auto=True): {chain.name} is not cached"
+            warnings.warn(f"{who}: a block {chain.reason}", stacklevel=5)
+    return output, learned
+
+
+class _Observer:
+    """Stands for one block while a chain is learned. Reads of attributes go to the block."""
+
+    def __init__(self, chain: _Chain, block: torch.nn.Module) -> None:
+        self.chain = chain
+        self.block = block
+        self.names = parameter_names(block)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(self.names, args, strict=False)) | kwargs
+        taken = {name: x for name, x in named.items() if isinstance(x, torch.Tensor)}
+        self.chain.note_inputs(taken)
+        output = self.block(*args, **kwargs)
+        self.chain.note_output(output, taken, self.names)
+        return output
+
+
+class _Chain:
+    """What is known so far of the blocks of one stack.
+
+    Attributes:
+        fed: which parameter of the next block takes the output at a position.
+        reason: why this is no chain of blocks, None if it is one.
+    """
+
+    def __init__(self, stack: StackSpec) -> None:
+        self.stack = stack
+        self.name = "+".join(block_list.path for block_list in stack.lists)
+        self.rows: list[list[Any]] = [
+            [_Observer(self, block) for block in block_list.blocks] for block_list in stack.lists
+        ]
+        self.fed: dict[int, str] = {}
+        self.reason: str | None = None
+        self._names: list[str] = []
+        self._form: Any = None
+        self._sizes: list[int] = []  # numbers of elements, -1 for what is no tensor
+        self._taken: dict[str, torch.Tensor] = {}
+        self._output: tuple[Any, ...] = ()
+
+    def note_inputs(self, taken: dict[str, torch.Tensor]) -> None:
+        """Find what the last block returned among what the next one takes."""
+        for position, x in enumerate(self._output):
+            if not isinstance(x, torch.Tensor):
+                continue
+            found = [name for name, given in taken.items() if given is x]
+            if not found:  # the loop may have added to it: it is what is new and fits
+                found = [name for name, given in taken.items() if self._may_be(x, name, given)]
+            if len(found) == 1 and self.fed.setdefault(position, found[0]) != found[0]:
+                self.reason = f"output {position} goes to {self.fed[position]} and to {found[0]}"
+
+    def _may_be(self, x: torch.Tensor, name: str, given: torch.Tensor) -> bool:
+        is_other = any(given is other for other in self._output)
+        is_new = given is not self._taken.get(name) and not is_other
+        return is_new and (given.shape, given.dtype) == (x.shape, x.dtype)
+
+    def note_output(self, output: Any, taken: dict[str, torch.Tensor], names: list[str]) -> None:
+        """Keep what a block returned until the next one runs."""
+        self._output = tuple(output) if isinstance(output, tuple | list) else (output,)
+        self._taken = taken
+        if self._form is None:
+            self._form, self._names = describe(output), names
+            self._sizes = [x.numel() if isinstance(x, torch.Tensor) else -1 for x in self._output]
+
+    def learned(self) -> StackSpec | None:
+        """Return the stack with the pattern that was seen, None with a `reason`."""
+        self._taken, self._output = {}, ()
+        tensors = {position for position, size in enumerate(self._sizes) if size >= 0}
+        if self.reason is None:
+            self.reason = self._what_is_in_the_way(tensors)
+        if self.reason is not None:
+            return None
+        names = list(self.fed.values())
+        hidden = self.stack.streams[0]
+        if hidden not in names:
+            sizes = {name: self._sizes[position] for position, name in self.fed.items()}
+            hidden = min(names, key=lambda name: (-sizes[name], self._names.index(name)))
+        if len(names) == 1:
+            return replace(
+                self.stack,
+                pattern=ForwardPattern.HIDDEN_TO_HIDDEN,
+                streams=(hidden, STREAMS[1]),
+            )
+        order = (HIDDEN, ENCODER) if self.fed[0] == hidden else (ENCODER, HIDDEN)
+        (other,) = set(names) - {hidden}
+        return replace(
+            self.stack, pattern=ForwardPattern((STREAMS, order)), streams=(hidden, other)
+        )
+
+    def _what_is_in_the_way(self, tensors: set[int]) -> str | None:
+        if self._form is None:
+            return "was not run"
+        if not self.fed:
+            return f"returns {self._form}, which the next block does not take"
+        if set(self.fed) != tensors or len(set(self.fed.values())) != len(self.fed):
+            return f"returns {self._form}, of which the next block takes {sorted(self.fed)}"
+        unfit = len(self.fed) > 2 or (len(self.fed) == 2 and len(self._sizes) > 2)
+        if unfit or 0 not in self.fed or any(name not in self._names for name in self.fed.values()):
+            return f"returns {self._form}, which no ForwardPattern describes"
+        return None

@@ -1,0 +1,94 @@
+"""Finds what to cache of a model that the table of models knows.
+
+A transformer's class is matched by name along the method resolution order, so that nothing is
+imported and subclasses count; a pipeline is supported if one of its components is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dbcache.adapters.blocks.block_adapter import (
+    StackSpec,
+    TransformerSpec,
+    check_signatures,
+    unwrap,
+)
+from dbcache.adapters.blocks.block_list import BlockList
+from dbcache.adapters.models.row import ModelRow
+from dbcache.adapters.models.table import MODELS, REFUSED
+
+_ROWS = {row.transformer: row for row in MODELS}
+
+
+def _known(module: object) -> str | None:
+    """Return the name of the nearest class that has a row or a refusal, None without."""
+    names = (cls.__name__ for cls in type(module).__mro__)
+    return next((name for name in names if name in _ROWS or name in REFUSED), None)
+
+
+def row_of(module: object) -> ModelRow | None:
+    """Return the row of a transformer's class or of the nearest base that has one."""
+    return _ROWS.get(_known(module) or "")
+
+
+def refusal_of(module: object) -> str | None:
+    """Return why a transformer's class cannot be cached, None where nothing speaks against it."""
+    name = _known(module)
+    return f"{name} {REFUSED[name]}" if name in REFUSED else None
+
+
+def find_specs(target: Any) -> list[TransformerSpec]:
+    """Return what to cache of a transformer or of a pipeline's transformers.
+
+    Raises:
+        ValueError: no row fits; the error tells why, or lists the rows there are.
+    """
+    if isinstance(target, torch.nn.Module):
+        candidates = [unwrap(target)]
+    else:
+        parts = getattr(target, "__dict__", {}).values()
+        candidates = [unwrap(part) for part in parts if isinstance(part, torch.nn.Module)]
+    specs = [_spec(module, row) for module in candidates if (row := row_of(module)) is not None]
+    refusals = [reason for module in candidates if (reason := refusal_of(module)) is not None]
+    if not specs and refusals:
+        raise ValueError(
+            f"dbcache.enable: {type(target).__name__} cannot be cached: {'; '.join(refusals)}"
+        )
+    if not specs:
+        known = "\n".join(f"  {row.transformer}: {row.models}" for row in MODELS)
+        raise ValueError(
+            f"dbcache.enable: the transformer must be a supported one, got "
+            f"{type(target).__name__} with {[type(c).__name__ for c in candidates]}.\n"
+            f"Supported:\n{known}\n"
+            f"Any other model works through a BlockAdapter that names its lists of blocks:\n"
+            f"  dbcache.enable(dbcache.BlockAdapter(pipe=pipe, transformer=pipe.transformer,\n"
+            f"      blocks=pipe.transformer.transformer_blocks,\n"
+            f"      forward_pattern=dbcache.ForwardPattern.Pattern_0))"
+        )
+    return specs
+
+
+def _spec(module: torch.nn.Module, row: ModelRow) -> TransformerSpec:
+    """Find the lists of a row in the module; lists that its config leaves empty do not count."""
+    stacks = []
+    for stack in row.stacks:
+        lists = []
+        for path in stack.lists:
+            block_list = BlockList(module, path)
+            if block_list.blocks:
+                check_signatures(block_list, stack.pattern, stack.streams)
+                lists.append(block_list)
+        if lists:
+            stacks.append(
+                StackSpec(
+                    tuple(lists),
+                    stack.pattern,
+                    streams=stack.streams,
+                    interleaved=stack.interleaved,
+                    long_skips=row.long_skips,
+                )
+            )
+    return TransformerSpec(module, tuple(stacks), row.separate_cfg, row.fills)

@@ -1,0 +1,100 @@
+"""What a row of the table of models holds, and the notation for block stacks in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from dbcache.adapters.blocks.block_adapter import Fills
+from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, Streams
+
+SHORT = {"h": HIDDEN, "e": ENCODER}
+"""What rows write for the usual names of the two streams."""
+
+
+@dataclass(frozen=True)
+class StackRow:
+    """One block stack: a chain of lists, and what each block takes and returns.
+
+    Attributes:
+        lists: paths of the lists seen from the transformer, in the order of the forward.
+        pattern: what the blocks take and return.
+        streams: the names that their parameters have.
+        interleaved: the forward runs a block of each list in turn.
+    """
+
+    lists: tuple[str, ...]
+    pattern: ForwardPattern
+    streams: Streams = STREAMS
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One transformer class.
+
+    Attributes:
+        transformer: class name in diffusers.
+        models: what users call the models that have it.
+        blocks: its block stacks, in the notation of `parse_stacks`.
+        separate_cfg: called without a pipeline, and without names, calls alternate between two
+            guidance branches.
+        fills: tells by the keyword arguments of a call that it is no denoising step: its blocks
+            keep keys and values for the loop that follows.
+        long_skips: the last blocks take what the first ones made, the last of all from the first.
+    """
+
+    transformer: str
+    models: str
+    blocks: str
+    separate_cfg: bool = False
+    fills: Fills | None = None
+    long_skips: bool = False
+
+    @cached_property
+    def stacks(self) -> tuple[StackRow, ...]:
+        """Its block stacks."""
+        return parse_stacks(self.blocks)
+
+
+def parse_stacks(text: str) -> tuple[StackRow, ...]:
+    """Read ``"<list> + <list>: <takes> -> <returns>; <list>: <takes> -> <returns>"``.
+
+    Lists joined by ``+`` are a chain with one decision, lists joined by ``&`` take turns in one,
+    ``;`` separates stacks. ``blocks[:-n]`` are all but the last n blocks and ``blocks[-n:]`` these,
+    n being an attribute of the transformer. The streams go by the names of the block's parameters,
+    hidden states first in what it takes; ``h`` and ``e`` stand for `hidden_states` and
+    `encoder_hidden_states`. For example
+
+        double_blocks: h, e -> e, h; single_blocks: x -> x
+
+    Raises:
+        ValueError: it reads differently.
+    """
+    return tuple(_parse_stack(part) for part in text.split(";"))
+
+
+def _parse_stack(text: str) -> StackRow:
+    lists, _, signature = text.rpartition(":")
+    taken, _, returned = signature.partition("->")
+    takes, returns = _names(taken), _names(returned)
+    names = list(dict.fromkeys(takes + returns))
+    roles = dict(zip(names, STREAMS, strict=False))
+    try:
+        pattern = ForwardPattern(
+            (tuple(roles[name] for name in takes), tuple(roles[name] for name in returns))
+        )
+    except (KeyError, ValueError):
+        pattern = None
+    interleaved = "&" in lists
+    chain = tuple(name.strip() for name in lists.split("&" if interleaved else "+"))
+    if pattern is None or not all((*names, *chain)):
+        raise ValueError(
+            f"parse_stacks: each stack must read '<list>: <takes> -> <returns>' with one or two "
+            f"streams, as in 'blocks: h, e -> e, h', got {text.strip()!r}"
+        )
+    return StackRow(chain, pattern, (names[0], (*names, ENCODER)[1]), interleaved)
+
+
+def _names(text: str) -> list[str]:
+    return [SHORT.get(name.strip(), name.strip()) for name in text.split(",")]

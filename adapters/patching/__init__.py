@@ -1,0 +1,1 @@
+"""Changes to instances that can be taken back."""

@@ -1,0 +1,1 @@
+"""Which request, step and guidance branch a call belongs to."""

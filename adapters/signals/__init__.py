@@ -1,0 +1,1 @@
+"""What policies without a probe look at."""

@@ -1,0 +1,288 @@
+"""What the policies without a probe measure: one source per stack, asked before its first block.
+
+A source sees the arguments of each forward, those of the stack's first block, and the output. What
+it returns from `measured` is compared with what it returned one step before.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+
+from dbcache.adapters.blocks.patterns import describe
+from dbcache.adapters.signals.modulated import check_block, modulated_input
+from dbcache.adapters.signals.sea_filter import sea_filter
+from dbcache.config.cache import StackSettings
+from dbcache.config.policies import POLICIES
+from dbcache.lanes import eager
+from dbcache.lanes.lane import Lane
+
+FULL_NOISE = {
+    "FluxTransformer2DModel": 1.0,
+    "Flux2Transformer2DModel": 1.0,
+    "ChromaTransformer2DModel": 1.0,
+    "QwenImageTransformer2DModel": 1.0,
+    "SD3Transformer2DModel": 1000.0,
+    "CogView4Transformer2DModel": 1000.0,
+    "WanTransformer3DModel": 1000.0,
+    "HunyuanVideoTransformer3DModel": 1000.0,
+}
+"""The timestep that a transformer is given for pure noise, by class; models of flow matching only,
+whose share of noise is the timestep over this."""
+
+
+class Source:
+    """What all sources have in common: they measure a tensor, and learn nothing from the output."""
+
+    is_whole = True
+    """Whether every rank that shares a sequence measures all of it, so that none needs to ask."""
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+        self.value: torch.Tensor | None = None
+
+    def start_request(self) -> None:
+        """Forget the last request."""
+
+    def kind_of(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> object:
+        """Return what the host reads of a call's tensors; recorded work holds for that alone."""
+        return None
+
+    def start(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool = True,
+    ) -> None:
+        """Take note of what the transformer is called with.
+
+        `may_read` says whether its tensors may be read on the host: not while it is recorded.
+        """
+
+    def at_block(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take note of what the stack's first block is called with."""
+
+    def measured(self) -> torch.Tensor:
+        """Return what is compared, (B, ...)."""
+        assert self.value is not None
+        return self.value
+
+    def finish(self, lane: Lane, output: Any, cached: bool) -> None:
+        """Take note of what the transformer returns, on a step that is known to be cached or not.
+
+        In recorded work a step that may be either is not known to be cached.
+        """
+
+
+class Latents(Source):
+    """EasyCache: the latents that go in, and how the output follows them."""
+
+    def start(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool = True,
+    ) -> None:
+        self.value = _latents(self.who, model, args, kwargs)
+
+    def finish(self, lane: Lane, output: Any, cached: bool) -> None:
+        if not cached:
+            eager.note_output(lane, first_tensor(self.who, output))
+
+
+class ModulatedInput(Source):
+    """TeaCache: what enters the attention of the first block, or the embedding of the time."""
+
+    is_whole = False
+
+    def __init__(self, who: str, first_block: torch.nn.Module) -> None:
+        super().__init__(who)
+        check_block(first_block, who)
+
+    def at_block(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.value = modulated_input(block, args, kwargs).detach()
+
+
+class Spectrum(Source):
+    """SeaCache: the latents that go in, filtered by what is signal at this share of noise."""
+
+    def __init__(self, who: str, model: torch.nn.Module) -> None:
+        super().__init__(who)
+        if _full_noise(model) is None:
+            raise ValueError(
+                f"{who}: policy='seacache' must know the timesteps of the model, got "
+                f"{type(model).__name__}; known are {', '.join(FULL_NOISE)}; choose another policy"
+            )
+        self._grids: dict[torch.Size, tuple[int, ...]] = {}
+        self._last_read: tuple[torch.Tensor, int | None, tuple[int, ...]] | None = None
+
+    def start_request(self) -> None:
+        self._grids.clear()
+
+    def start(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool = True,
+    ) -> None:
+        x = _latents(self.who, model, args, kwargs)
+        timestep = argument(model, "timestep", args, kwargs)
+        full_noise = _full_noise(model)
+        assert full_noise is not None
+        if not isinstance(timestep, torch.Tensor) or timestep.ndim > 1:
+            raise ValueError(
+                f"{self.who}: policy='seacache' must get one timestep per sample, got "
+                f"{timestep if timestep is None else tuple(timestep.shape)}; choose another policy"
+            )
+        sigma = timestep.to(x.device) / full_noise
+        if x.ndim > 3:  # (B, C, H, W) or (B, C, frames, H, W)
+            self.value = sea_filter(x, sigma, tuple(range(2, x.ndim)))
+            return
+        grid = self._grid_of(model, args, kwargs, may_read)
+        tokens = grid[0] * grid[1]
+        if tokens > x.shape[1]:
+            raise ValueError(
+                f"{self.who}: the latents must have one token per point of their grid, got "
+                f"{x.shape[1]} tokens for a grid of {grid}"
+            )
+        # what follows are tokens of pictures that are given, not made
+        self.value = sea_filter(x[:, :tokens].unflatten(1, grid), sigma, (1, 2))
+
+    def kind_of(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> object:
+        x = _latents(self.who, model, args, kwargs)
+        return None if x.ndim > 3 else self._grid_of(model, args, kwargs, may_read=True)
+
+    def _grid_of(
+        self,
+        model: torch.nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        may_read: bool,
+    ) -> tuple[int, ...]:
+        """Return (rows, columns) of packed latents, from `img_ids` read once per request.
+
+        They are read once for each of their shapes: some pipelines make them anew at each step
+        (FLUX.2, behind given pictures), but the size of what is made does not change in a request.
+        """
+        shapes = argument(model, "img_shapes", args, kwargs)
+        if shapes is not None:
+            first = shapes[0]
+            _, rows, columns = first[0] if isinstance(first, list) else first
+            return rows, columns
+        ids = argument(model, "img_ids", args, kwargs)
+        if ids is None:
+            raise ValueError(
+                f"{self.who}: policy='seacache' must get img_ids or img_shapes with packed "
+                f"latents, got neither; choose another policy"
+            )
+        if ids.shape not in self._grids:
+            self._grids[ids.shape] = self._read(ids, may_read)
+        return self._grids[ids.shape]
+
+    def _read(self, ids: torch.Tensor, may_read: bool) -> tuple[int, ...]:
+        """Return (rows, columns); in a capture, what was read of this very tensor before.
+
+        Raises:
+            RuntimeError: nothing was.
+        """
+        version = None if ids.is_inference() else ids._version
+        if may_read:
+            flat = (ids[0] if ids.ndim == 3 else ids).cpu()
+            own = flat[flat[:, 0] == flat[0, 0]]
+            rows, columns = (own[:, 1:3].amax(0) - own[:, 1:3].amin(0) + 1).tolist()
+            self._last_read = ids, version, (int(rows), int(columns))
+        last = self._last_read
+        if last is None or last[0] is not ids or last[1] != version:
+            raise RuntimeError(
+                f"{self.who}: policy='seacache' must know the size of the latents, which is read "
+                f"from img_ids on the host, got ids under capture that were not read before; run a "
+                f"step with the same tensor as img_ids before the capture"
+            )
+        return last[2]
+
+
+def make_source(
+    settings: StackSettings, who: str, model: torch.nn.Module, first_block: torch.nn.Module
+) -> Source | None:
+    """Return what a stack's policy measures; None where it is the probe, or nothing.
+
+    Raises:
+        ValueError: the policy does not know the class of the block or model.
+    """
+    source = POLICIES[settings.cache.policy].source
+    if source == "latents":
+        return Latents(who)
+    if source == "modulated":
+        return ModulatedInput(who, first_block)
+    return Spectrum(who, model) if source == "spectrum" else None
+
+
+@functools.cache
+def _names(cls: Any) -> list[str]:
+    return list(inspect.signature(cls.forward).parameters)[1:]
+
+
+def argument(
+    model: torch.nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Return an argument of the model's forward by name; None where it is not given."""
+    if name in kwargs:
+        return kwargs[name]
+    cls: Any = type(model)
+    names = _names(cls)
+    at = names.index(name) if name in names else len(args)
+    return args[at] if at < len(args) else None
+
+
+def _latents(
+    who: str, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """Return what the transformer denoises: `hidden_states`, or its first parameter."""
+    cls: Any = type(model)
+    names = _names(cls)
+    name = "hidden_states" if "hidden_states" in names else names[0]
+    x = _one_tensor(argument(model, name, args, kwargs))
+    if x is None:
+        raise ValueError(
+            f"{who}: the transformer must be called with its latents, tensors of one shape in "
+            f"floating point, as {name}; choose another policy"
+        )
+    return x
+
+
+def first_tensor(who: str, output: Any) -> torch.Tensor:
+    """Return the prediction that a transformer returns, from a tuple or an output class."""
+    first = output
+    if isinstance(output, tuple | list | dict) and len(output):
+        first = output[0]
+    prediction = _one_tensor(first)
+    if prediction is None:
+        raise ValueError(
+            f"{who}: the transformer must return its prediction as tensors of one shape, got "
+            f"{describe(output)}; choose another policy"
+        )
+    return prediction
+
+
+def _one_tensor(value: Any) -> torch.Tensor | None:
+    """Return a tensor, or a list of them (one per sample) as one; None where there is neither."""
+    if isinstance(value, tuple | list) and value:
+        shapes = {x.shape if isinstance(x, torch.Tensor) else None for x in value}
+        value = torch.stack(list(value)) if len(shapes) == 1 and None not in shapes else None
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.detach() if is_float else None
+
+
+def _full_noise(model: torch.nn.Module) -> float | None:
+    names = (cls.__name__ for cls in type(model).__mro__)
+    return next((FULL_NOISE[name] for name in names if name in FULL_NOISE), None)

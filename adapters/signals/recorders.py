@@ -1,0 +1,166 @@
+"""What `dbcache.calibrate` notes of full steps, and what it makes of it.
+
+MagCache (arXiv:2506.09045): per step and branch, how large the residual of all blocks is relative
+to that of the step before: the mean over tokens of the ratio of L2 norms; 1 at the first step.
+
+TeaCache (arXiv:2411.19108): pairs of relative L1 changes from step to step, of the first block's
+modulated input and of the transformer's output, and the polynomial of degree 4 that fits them best.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy
+import torch
+
+from dbcache.adapters.requests.cached_transformer import CachedTransformer
+from dbcache.adapters.signals.measurements import first_tensor
+from dbcache.adapters.stacks.stack import Stack
+from dbcache.config.calibration import new_calibration
+from dbcache.kernels.common.lane_state import DEGREE
+
+TINY = 1e-8
+"""Added to the norm that a ratio is taken over, for tokens that nothing was added to."""
+LEAST_PAIRS = 2 * (DEGREE + 1)
+
+
+class _Rows:
+    """Notes one row of numbers per step, for each branch and request; the numbers stay on device.
+
+    Args:
+        stack: whose steps are noted; all of them must be full.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.runs: dict[str, list[list[torch.Tensor]]] = defaultdict(list)
+        self._before: dict[str, Any] = {}
+
+    def after_blocks(self, h_out: torch.Tensor) -> None:
+        """Take note of what comes out of the stack's blocks."""
+
+    def after_forward(self, output: Any) -> None:
+        """Take note of what the transformer returns."""
+
+    def _note(self, now: Any, row: torch.Tensor | None) -> None:
+        """Append a step's row, None on the first step of a request, and keep what it is made of."""
+        branch = self.stack.branch or ""
+        if row is None:
+            self.runs[branch].append([])
+        else:
+            self.runs[branch][-1].append(row)
+        self._before[branch] = now
+
+    def _previous(self) -> Any:
+        """Return what the step before left; None on the first step of a request."""
+        lane = self.stack.lane
+        is_first = lane is None or lane.step == 1
+        return None if is_first else self._before.get(self.stack.branch or "")
+
+    def rows(self) -> dict[str, numpy.ndarray[Any, Any]]:
+        """Return per branch what was noted: (requests, steps - 1, numbers of a row).
+
+        Raises:
+            ValueError: requests had different numbers of steps. RuntimeError: there were no two
+                steps.
+        """
+        lengths = {len(run) for runs in self.runs.values() for run in runs}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"calibrate: all requests and branches must have as many steps, got "
+                f"{sorted(length + 1 for length in lengths)}; calibrate each by itself"
+            )
+        if not lengths or lengths == {0}:
+            raise RuntimeError(
+                f"calibrate: {self.stack.name} must have run two steps or more, got none; call the "
+                f"pipeline inside the with block"
+            )
+        return {
+            branch: torch.stack([torch.stack(run) for run in runs]).double().cpu().numpy()
+            for branch, runs in self.runs.items()
+        }
+
+
+class Magnitudes(_Rows):
+    """MagCache's ratios."""
+
+    @torch.no_grad()
+    def after_blocks(self, h_out: torch.Tensor) -> None:
+        assert self.stack.h_fn is not None
+        norm = (h_out.float() - self.stack.h_fn.float()).norm(dim=-1)
+        before = self._previous()
+        self._note(norm, None if before is None else (norm / (before + TINY)).mean().reshape(1))
+
+    def result(self) -> dict[str, Any]:
+        """Return the stack's entry of the calibration."""
+        means = {branch: rows.mean((0, 2)).tolist() for branch, rows in self.rows().items()}
+        return {"ratios": {branch: [1.0, *ratios] for branch, ratios in means.items()}}
+
+
+class Changes(_Rows):
+    """TeaCache's polynomial."""
+
+    @torch.no_grad()
+    def after_forward(self, output: Any) -> None:
+        assert self.stack.source is not None
+        now = [
+            tensor.float().clone()
+            for tensor in (self.stack.source.measured(), first_tensor(self.stack.name, output))
+        ]
+        before = self._previous()
+        row = None
+        if before is not None:
+            pairs = zip(now, before, strict=True)
+            row = torch.stack([(a - b).abs().mean() / b.abs().mean() for a, b in pairs])
+        self._note(now, row)
+
+    def result(self) -> dict[str, Any]:
+        """Return the stack's entry of the calibration."""
+        pairs = numpy.concatenate([rows.reshape(-1, 2) for rows in self.rows().values()])
+        if len(pairs) < LEAST_PAIRS:
+            raise ValueError(
+                f"calibrate: a polynomial needs at least {LEAST_PAIRS} steps after the first, got "
+                f"{len(pairs)}; run more steps or more requests inside the with block"
+            )
+        coefficients = numpy.polyfit(pairs[:, 0], pairs[:, 1], DEGREE)
+        return {"coefficients": coefficients.tolist(), "pairs": len(pairs)}
+
+
+CalibrationNotes = Magnitudes | Changes
+
+NOTES: dict[str, type[CalibrationNotes]] = {"magcache": Magnitudes, "teacache": Changes}
+
+
+def take_notes(transformers: list[CachedTransformer], policy: str) -> list[CalibrationNotes]:
+    """Make the stacks of an enabled transformer note their steps from now on.
+
+    Raises:
+        ValueError: there are several transformers, or it is not known yet what is cached.
+    """
+    if len(transformers) != 1:
+        raise ValueError(
+            f"calibrate: the target must have one transformer, got {len(transformers)}; calibrate "
+            f"each by itself (as in calibrate(pipe.transformer, ...)) and give each its file by a "
+            f"ParamsModifier"
+        )
+    stacks = [stack for stack in transformers[0].stacks if stack.entries]
+    if not stacks:
+        raise ValueError(
+            f"calibrate: {type(transformers[0].module).__name__} must have blocks to skip that are "
+            f"known before the first forward, got none; name forward_pattern in the BlockAdapter"
+        )
+    notes = [NOTES[policy](stack) for stack in stacks]
+    for stack, its_notes in zip(stacks, notes, strict=True):
+        stack.calibration_notes = its_notes
+    return notes
+
+
+def calibration_of(policy: str, notes: list[CalibrationNotes]) -> dict[str, Any]:
+    """Return the content of the calibration; raises as `rows` and `result` of the notes."""
+    stacks = {its_notes.stack.name: its_notes.result() for its_notes in notes}
+    runs = next(iter(notes[0].runs.values()))
+    # the blocks are what counts: a transformer may hold them in a module of another class
+    model = type(notes[0].stack.lists[0].owner).__name__
+    return new_calibration(policy, model, len(runs[0]) + 1, stacks)

@@ -1,0 +1,99 @@
+"""Who decides in a model of several block stacks: each for itself, or the first one for all.
+
+With ``decision_scope="model"`` the probe of the first stack decides. Later stacks run no probe of
+their own: all their blocks but the Bn last can be skipped, their lanes share the first one's state.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+from dbcache.adapters.blocks.block_adapter import StackSpec
+from dbcache.adapters.stacks.pruned_stack import PrunedStack
+from dbcache.adapters.stacks.stack import Stack
+from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings
+from dbcache.config.prune import DBPruneConfig
+
+OF_EACH_STACK = ("Bn_compute_blocks", "cache_dtype")
+"""What stacks under one decision may differ in."""
+
+
+def make_stacks(
+    specs: tuple[StackSpec, ...], settings: StackSettings, modifiers: list[ParamsModifier | None]
+) -> list[Stack]:
+    """Return the stacks of one transformer; none as long as a pattern is open.
+
+    Args:
+        specs: in the order of the forward, if one is to decide for all.
+        settings: what holds for all; the scope is that of the first stack.
+        modifiers: what each stack does differently.
+
+    Raises:
+        ValueError: with ``decision_scope="model"``, the first stack has no block to skip after its
+            probe, or a later one has a rule of its own.
+    """
+    if any(spec.pattern is None for spec in specs):
+        return []
+    each = [settings.modified(modifier) for modifier in modifiers]
+    if each[0].cache.decision_scope == "stack" or len(specs) == 1:
+        return [_stack(spec, own) for spec, own in zip(specs, each, strict=True)]
+    leader = _stack(specs[0], _with_a_middle(specs[0], each[0]))
+    stacks = [leader]
+    for spec, own in zip(specs[1:], each[1:], strict=True):
+        _check_rule(_name(spec), own, leader.name, each[0])
+        stacks.append(_stack(spec, own, leader))
+    return stacks
+
+
+def _stack(spec: StackSpec, settings: StackSettings, leader: Stack | None = None) -> Stack:
+    assert spec.pattern is not None
+    lists = list(spec.lists)
+    if isinstance(settings.cache, DBPruneConfig):
+        return PrunedStack(spec, settings)
+    return Stack(lists, spec.pattern, settings, spec.streams, spec.interleaved, leader)
+
+
+def _with_a_middle(spec: StackSpec, settings: StackSettings) -> StackSettings:
+    """Return settings whose probe leaves a block to skip: the decision is taken there."""
+    name = _name(spec)
+    blocks = sum(len(block_list.blocks) for block_list in spec.lists)
+    blocks //= len(spec.lists) if spec.interleaved else 1
+    fn, bn = settings.cache.probe_blocks, settings.cache.Bn_compute_blocks
+    most = blocks - bn - 1
+    if fn <= most:
+        return settings
+    if most < 1:
+        raise ValueError(
+            f"decision_scope='model': the first stack must have a probe block and a block to skip, "
+            f"got {blocks} blocks in {name} with Bn_compute_blocks={bn}; lower it for this stack "
+            f"(ParamsModifier), or use decision_scope='stack'"
+        )
+    warnings.warn(
+        f"{name}: Fn_compute_blocks={fn} leaves none of the {blocks} blocks to skip, and this "
+        f"stack decides for the model; runs Fn={most}",
+        stacklevel=2,
+    )
+    changes = DBCacheConfig(Fn_compute_blocks=most)
+    return settings.modified(ParamsModifier(cache_config=changes))
+
+
+def _name(spec: StackSpec) -> str:
+    return "+".join(block_list.path for block_list in spec.lists)
+
+
+def _check_rule(name: str, own: StackSettings, leader: str, rule: StackSettings) -> None:
+    """Raise if a stack was given a rule that it would not follow."""
+    theirs = rule.cache.as_dict()
+    differing = [
+        option
+        for option, value in own.cache.as_dict().items()
+        if option not in OF_EACH_STACK and value != theirs[option]
+    ]
+    if own.calibrator != rule.calibrator:
+        differing.append("calibrator_config")
+    if differing:
+        raise ValueError(
+            f"decision_scope='model': {name} must have the rule of {leader}, got another "
+            f"{', '.join(differing)}; a ParamsModifier of a later stack may set "
+            f"{', '.join(OF_EACH_STACK)}"
+        )

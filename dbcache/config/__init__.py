@@ -1,0 +1,1 @@
+"""What users say: checked options, from Python or from files."""

@@ -1,0 +1,211 @@
+"""How a model is spread over the ranks of `torch.distributed` (`ParallelismConfig`).
+
+Names and defaults are cache-dit's, so that its users can switch; `cfg_size`, `dp_size` and
+`timeout` are additions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal
+
+from dbcache.config.options import (
+    Options,
+    check_choice,
+    check_flag,
+    check_int,
+    check_number,
+    check_type,
+    reject_unknown,
+)
+
+Size = int | Literal["auto"] | None
+
+AXES = ("dp", "cfg", "ring", "ulysses", "tp")
+"""Dimensions of the mesh of ranks, the slowest first: ranks of one `tp` group are neighbours."""
+
+
+class ParallelismBackend(str, Enum):
+    """Who does the work: diffusers' plans (context parallel), PyTorch's (tensor parallel), both."""
+
+    AUTO = "auto"
+    NATIVE_DIFFUSER = "native_diffuser"
+    NATIVE_PYTORCH = "native_pytorch"
+
+
+@dataclass(kw_only=True)
+class ContextOptions(Options):
+    """The keys of `ParallelismConfig.parallel_kwargs`, all of which concern the sequence."""
+
+    cp_plan: Mapping[str, Any] | None = None
+    """What is split and gathered where, in the form of diffusers' `_cp_plan`. None: the model's."""
+
+    attention_backend: str | None = None
+    """diffusers' name of the attention within a rank, as in "native" or "flash". None: as set."""
+
+    experimental_ulysses_anything: bool = False
+    """Ulysses with head counts and lengths that its size does not divide."""
+
+    experimental_ulysses_async: bool = False
+    """Exchange V while Q is projected, and Q while K is; for the models whose row says how."""
+
+    experimental_ulysses_float8: bool = False
+    """Q, K, V and the output travel as e4m3 with a float32 scale per token and head."""
+
+    ring_rotate_method: Literal["p2p", "allgather"] = "p2p"
+    """Keys and values go round while attention runs ("p2p"), or are gathered first."""
+
+    ring_convert_to_fp32: bool = True
+    """Partial outputs of the ring are added up in float32; False: in the model's dtype."""
+
+    def validate(self) -> None:
+        who = "ParallelismConfig.parallel_kwargs"
+        check_type(f"{who}: cp_plan", self.cp_plan, Mapping)
+        check_type(f"{who}: attention_backend", self.attention_backend, str)
+        for name in (
+            "experimental_ulysses_anything",
+            "experimental_ulysses_async",
+            "experimental_ulysses_float8",
+            "ring_convert_to_fp32",
+        ):
+            check_flag(f"{who}: {name}", getattr(self, name))
+        name = "ring_rotate_method"
+        check_choice(f"{who}: {name}", getattr(self, name), ("p2p", "allgather"))
+
+
+@dataclass(kw_only=True)
+class ParallelismConfig(Options):
+    """How many ranks share a model, and in which ways.
+
+    The product of all sizes is the number of ranks; "auto", for one of them, is what is left.
+
+    Raises:
+        TypeError: an unknown option (the error names the nearest one).
+        ValueError: a value that is not allowed, or options that exclude each other.
+    """
+
+    backend: ParallelismBackend = ParallelismBackend.AUTO
+    """NATIVE_DIFFUSER: `ulysses_size` and `ring_size` only; NATIVE_PYTORCH: `tp_size` only;
+    AUTO: any of them together."""
+
+    ulysses_size: Size = None
+    """Ranks that exchange tokens for heads around each attention (arXiv:2309.14509)."""
+
+    ring_size: Size = None
+    """Ranks among which keys and values go round (arXiv:2310.01889)."""
+
+    tp_size: Size = None
+    """Ranks that share each weight matrix (arXiv:1909.08053)."""
+
+    cfg_size: Size = None
+    """2: the conditional branch on one half of the ranks, the unconditional one on the other."""
+
+    dp_size: Size = None
+    """Replicas that generate on their own; they never wait for each other."""
+
+    parallel_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `ulysses_size` and `ring_size`: the fields of `ContextOptions`."""
+
+    timeout: float = 600.0
+    """Seconds after which a rank that waits for another one raises."""
+
+    def validate(self) -> None:
+        who = type(self).__name__
+        names = tuple(backend.value for backend in ParallelismBackend)
+        name = getattr(self.backend, "value", self.backend)
+        check_choice(f"{who}.backend", name.lower() if isinstance(name, str) else name, names)
+        self.backend = ParallelismBackend(name.lower())
+        sizes = {axis: getattr(self, f"{axis}_size") for axis in AXES}
+        for axis, size in sizes.items():
+            if size is not None and size != "auto":
+                check_int(f"{who}.{axis}_size", size, 1)
+        if list(sizes.values()).count("auto") > 1:
+            raise ValueError(f"{who}: at most one size may be 'auto', got {sizes}")
+        if all(size in (None, 1) for axis, size in sizes.items() if axis != "dp"):
+            raise ValueError(
+                f"{who}: one of ulysses_size, ring_size, tp_size and cfg_size must be above 1, "
+                f"got {sizes}"
+            )
+        if self.cfg_size not in (None, "auto", 1, 2):
+            raise ValueError(f"{who}.cfg_size must be 1 or 2, got {self.cfg_size!r}")
+        self._check_backend(sizes)
+        check_number(f"{who}.timeout", self.timeout, positive=True)
+        check_type(f"{who}.parallel_kwargs", self.parallel_kwargs, Mapping)
+        self.parallel_kwargs = dict(self.parallel_kwargs or {})
+        known = ContextOptions().as_dict()
+        reject_unknown(f"{who}.parallel_kwargs", self.parallel_kwargs, known)
+        self._check_options(sizes)
+
+    def _check_backend(self, sizes: Mapping[str, Size]) -> None:
+        foreign = {
+            ParallelismBackend.NATIVE_DIFFUSER: ("tp",),
+            ParallelismBackend.NATIVE_PYTORCH: ("ulysses", "ring"),
+        }
+        for axis in foreign.get(self.backend, ()):
+            if sizes[axis] not in (None, 1):
+                raise ValueError(
+                    f"ParallelismConfig.{axis}_size must be None or 1 with backend "
+                    f"{self.backend.name}, got {sizes[axis]!r}; use backend AUTO"
+                )
+
+    def _check_options(self, sizes: Mapping[str, Size]) -> None:
+        if sizes["ulysses"] not in (None, 1):
+            return
+        for name, value in self.context.given.items():
+            if name.startswith("experimental_ulysses") and value:
+                raise ValueError(
+                    f"ParallelismConfig.parallel_kwargs: {name} needs ulysses_size above 1, got "
+                    f"{sizes['ulysses']!r}"
+                )
+
+    @property
+    def context(self) -> ContextOptions:
+        """The options of `parallel_kwargs`, checked, with their defaults."""
+        return ContextOptions(**self.parallel_kwargs)
+
+    def sizes(self, world: int) -> dict[str, int]:
+        """Return the size of each axis of `AXES` in a world of that many ranks.
+
+        Raises:
+            ValueError: they do not multiply to `world`.
+        """
+        given = {axis: getattr(self, f"{axis}_size") or 1 for axis in AXES}
+        product = 1
+        for size in given.values():
+            product *= 1 if size == "auto" else size
+        text = " x ".join(f"{axis} {size}" for axis, size in given.items() if size != 1)
+        if world % product or ("auto" not in given.values() and product != world):
+            raise ValueError(
+                f"ParallelismConfig: the sizes must multiply to the {world} ranks of this run, got "
+                f"{text}; change a size, make one 'auto', set dp_size to run replicas, or start "
+                f"another number of processes (torchrun --nproc_per_node)"
+            )
+        sizes = {axis: world // product if s == "auto" else s for axis, s in given.items()}
+        if sizes["cfg"] > 2:
+            raise ValueError(
+                f"ParallelismConfig: cfg_size must be 1 or 2, got {sizes['cfg']} as what is left "
+                f"of {world} ranks"
+            )
+        return sizes
+
+    def strify(self) -> str:
+        """Return a short name of these settings, for file names and tables."""
+        names = {"dp": "DP", "cfg": "CFG", "ring": "Ring", "ulysses": "Ulysses", "tp": "TP"}
+        parts = [
+            f"{names[axis]}{getattr(self, f'{axis}_size')}"
+            for axis in AXES
+            if getattr(self, f"{axis}_size") not in (None, 1)
+        ]
+        options = self.context
+        parts += [
+            short
+            for name, short in (
+                ("experimental_ulysses_anything", "UAA"),
+                ("experimental_ulysses_async", "UAS"),
+                ("experimental_ulysses_float8", "UF8"),
+            )
+            if getattr(options, name)
+        ]
+        return "_".join(parts)

@@ -1,1 +1,0 @@
-"""How the steps of a lane are carried out: eagerly, one host read per dynamic step."""

@@ -1,0 +1,266 @@
+"""Segments as CUDA graphs: recorded one after another, on one stream and from one memory pool.
+
+In one pool, what one segment freed the next may use: the two bodies of a branch share their memory,
+and what follows takes it over. That holds because segments replay in the order of recording.
+
+The stream belongs to the recordings alone. PyTorch keeps a cuBLAS workspace per stream, which then
+comes from the pool. From PyTorch 2.12 on the end of any graph frees the workspace of its stream
+(pytorch#193402), so that recordings are only given up together with their stream. Before, it is
+never freed (32 MiB on Hopper): there the next recorder goes on with the stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dbcache.graphs.cuda_driver import CudaDriver, find_driver
+
+KEEPS_WORKSPACES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+"""Whether PyTorch keeps the workspace of a stream for good."""
+
+_idle_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
+"""Streams of recorders that are closed, where workspaces are kept."""
+
+_broken_graphs: list[Any] = []
+"""Graphs whose capture failed: the allocator of pinned memory goes on to ask them."""
+
+
+class CudaSegment:
+    """One CUDA graph.
+
+    Args:
+        graph: recorded with ``keep_graph=True``.
+        driver: tells whether the graph is empty; None without one, and then it is not asked.
+    """
+
+    def __init__(self, graph: Any, driver: CudaDriver | None) -> None:
+        self.graph = graph
+        self.raw: int | None = int(graph.raw_cuda_graph())
+        if driver is not None and not driver.node_types(driver.cu.CUgraph(self.raw)):
+            self.raw = None
+        self._is_ready = False
+
+    def replay(self) -> None:
+        """Launch the graph on the current stream."""
+        if self.raw is None:
+            return
+        if not self._is_ready:
+            self.graph.instantiate()
+            self._is_ready = True
+        self.graph.replay()
+
+
+class CudaRecorder:
+    """Records on a GPU.
+
+    Args:
+        device: the GPU.
+        driver: None where the driver's own calls are not to be used (ROCm).
+    """
+
+    def __init__(self, device: torch.device, driver: CudaDriver | None) -> None:
+        self.device = device
+        self.driver = driver
+        with self.on_device():
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = self._find_stream()
+        self._open: Any = None
+
+    def _find_stream(self) -> torch.cuda.Stream:
+        idle = _idle_streams.get(self.device)
+        if idle:
+            return idle.pop()
+        if self.driver is None:
+            return torch.cuda.Stream(self.device)
+        # PyTorch hands its 32 streams out in turn: one of them may be in use elsewhere
+        torch.cuda.current_stream(self.device).synchronize()
+        return torch.cuda.ExternalStream(self.driver.create_stream(), device=self.device)
+
+    def close(self) -> None:
+        """Hand the stream on, where its workspace would stay for good; nothing records after."""
+        if KEEPS_WORKSPACES:
+            _idle_streams.setdefault(self.device, []).append(self.stream)
+
+    def on_device(self) -> Any:
+        """Make the GPU the current one, which the driver's calls go to."""
+        return torch.cuda.device(self.device)
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Hold while segments are recorded: the device idle, nothing freed in between."""
+        torch.cuda.synchronize(self.device)
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()  # a finaliser that frees memory of the device would end the capture
+        try:
+            with torch.cuda.stream(self.stream), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*CUDA Graph is empty.*")
+                yield
+        finally:
+            if collects:
+                gc.enable()
+
+    def begin(self) -> None:
+        self._open = torch.cuda.CUDAGraph(keep_graph=True)
+        self._open.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+
+    def end(self) -> CudaSegment:
+        graph = self._open
+        graph.capture_end()  # where it finds the capture broken, `abort` cleans up
+        self._open = None
+        return CudaSegment(graph, self.driver)
+
+    def abort(self) -> None:
+        graph, self._open = self._open, None
+        if graph is None:
+            return
+        try:
+            graph.capture_end()
+        except RuntimeError:  # it says again that the capture was broken
+            self._clean_up_after(graph)
+
+    def _clean_up_after(self, graph: Any) -> None:
+        """Do what PyTorch leaves undone where a capture was broken, as by `.item()`.
+
+        Its `capture_end` then returns at once: allocator and generator of random numbers go on as
+        if it were under way, and the next `torch.cuda.empty_cache` or `torch.randn` fails.
+        """
+        graph.reset()
+        _broken_graphs.append(graph)
+        index = self.device.index or 0
+        with contextlib.suppress(RuntimeError):  # of a version that did it
+            # as `torch.cuda.use_mem_pool` does
+            torch._C._cuda_endAllocateToPool(index, self.pool)
+            torch._C._cuda_releasePool(index, self.pool)
+        whole = torch.cuda.CUDAGraph()  # a capture that ends well ends that of the generator, too
+        whole.capture_begin(capture_error_mode="thread_local")
+        whole.capture_end()
+
+    def current_stream(self) -> int:
+        """Return the address of the stream that work is launched on now."""
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def random_state(self) -> Any:
+        """Return what changes when the step draws random numbers."""
+        return torch.cuda.default_generators[self.device.index or 0].get_offset()
+
+    def nbytes(self) -> int:
+        """Bytes that the pool holds on to."""
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if s.get("segment_pool_id") == self.pool)
+
+
+class UserCapture:
+    """Adds branches to a capture that the user began, with `torch.cuda.graph`.
+
+    A body is a capture of its own, on a stream of its own, into a graph that the driver made. The
+    allocator files memory by capture; so bodies need a pool, or their tensors would come from the
+    ordinary one and be given to others later. One pool serves all bodies, as they run in the order
+    of their capture; it lives as long as this object.
+
+    Args:
+        device: the GPU whose current stream is capturing.
+        driver: as found by `find_driver`; None where branches are impossible.
+        why: why they are impossible.
+    """
+
+    fixed_by_plan = True
+
+    def __init__(self, device: torch.device, driver: CudaDriver | None, why: str) -> None:
+        self.device = device
+        self.driver = driver
+        self.why = why
+        self._pool: Any = None
+        self._stream: Any = None
+        self._bodies: list[Any] = []
+        self._name = ""
+        self._entered: contextlib.ExitStack | None = None
+
+    def begin_full(self, decision: Any, name: str) -> None:
+        """Put a branch into the user's graph; what follows belongs to its full body.
+
+        Raises:
+            RuntimeError: branches are impossible here.
+        """
+        if self.driver is None:
+            raise RuntimeError(
+                f"{name}: a step that is decided while it runs must be a branch in the graph, "
+                f"which is impossible here: {self.why}. Capture steps that the plan fixes "
+                f"(steps_computation_mask with steps_computation_policy='static', and no "
+                f"Bn_compute_blocks_ids), or enable with cuda_graph='host' and capture nothing"
+            )
+        if self._stream is None:
+            self._stream, self._pool = self._make_stream(), self._make_pool()
+        self._name = name
+        outer = self._outer_stream()
+        full, cached = self.driver.branch_capture(outer, decision.flag.data_ptr())
+        self._bodies = [cached]
+        self._enter(full)
+        decision.count()
+
+    def begin_cached(self) -> None:
+        self._leave()
+        self._enter(self._bodies.pop())
+
+    def end_branch(self) -> None:
+        self._leave()
+
+    def _enter(self, body: Any) -> None:
+        assert self.driver is not None
+        with contextlib.ExitStack() as entered:
+            entered.enter_context(self._on_stream())
+            entered.enter_context(self._from_pool(self._pool))
+            self.driver.begin_body(self._stream.cuda_stream, body)
+            self._entered = entered.pop_all()
+
+    def _leave(self) -> None:
+        assert self.driver is not None
+        assert self._entered is not None
+        entered, self._entered = self._entered, None
+        with entered:
+            self.driver.end_body(self._stream.cuda_stream, self._name)
+
+    def abort(self) -> None:
+        """Leave off after an exception."""
+        if self._entered is not None:
+            with contextlib.suppress(RuntimeError):
+                self._leave()
+
+    def _outer_stream(self) -> int:
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def _make_stream(self) -> Any:
+        assert self.driver is not None
+        return torch.cuda.ExternalStream(self.driver.create_stream(), device=self.device)
+
+    def _make_pool(self) -> Any:
+        return torch.cuda.MemPool()
+
+    def _on_stream(self) -> Any:
+        return torch.cuda.stream(self._stream)
+
+    def _from_pool(self, pool: Any) -> Any:
+        return torch.cuda.use_mem_pool(pool)
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is captured by someone. CPU builds of PyTorch cannot tell."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+RECORDERS: dict[str, Any] = {"cuda": CudaRecorder}
+"""What records, by type of device."""
+
+USER_CAPTURES: dict[str, Any] = {"cuda": UserCapture}
+"""What adds branches to a user's capture, by type of device."""
+
+
+def user_capture(device: torch.device) -> UserCapture:
+    """Return what adds branches to the user's capture on `device`."""
+    return USER_CAPTURES[device.type](device, *find_driver())

@@ -1,0 +1,437 @@
+"""The graph executor: a forward recorded once per kind of call, then replayed.
+
+The first call of a kind (shapes, dtypes, other arguments, guidance branch) runs eagerly, which also
+compiles and tunes what needs it. The second is recorded: as segments that the host strings together
+("host"), or as one CUDA graph with the branches inside ("device"). Each recording is tried: a full,
+a cached and a dynamic step, run eagerly before it and replayed after it on the same state, must
+agree. What cannot be recorded runs eagerly, and says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from dbcache.config.options import check_choice, check_flag, check_int, check_number
+from dbcache.graphs.arguments import Structure, flatten, unflatten
+from dbcache.graphs.cuda_capture import RECORDERS
+from dbcache.graphs.cuda_driver import find_driver
+from dbcache.graphs.fingerprint import fingerprint, reason_against
+from dbcache.graphs.recording import Cutter, DeviceReplay, HostReplay, SegmentCutter
+from dbcache.graphs.trial import Restorable, compare, run_trial
+from dbcache.lanes.lane import Lane, outside_inference_mode
+
+MODES = ("device", "host")
+"""From best to last resort."""
+
+CAPACITY = 1024
+"""Steps that a lane gets room for before it is recorded, at least half of them ahead: to grow later
+means to record anew."""
+
+
+class Recordable(Protocol):
+    """What the executor needs of a cached transformer."""
+
+    module: torch.nn.Module
+
+    step_branch: str | None
+    """Guidance branch of the step under way."""
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cutter: Cutter | None = None
+    ) -> Any:
+        """Run one step eagerly, or while a `cutter` records it."""
+
+    def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
+        """Return what the host reads of a call's tensors; recorded work holds for that alone."""
+
+    def lanes(self) -> list[Lane]:
+        """Return the lanes of the step under way, in the order of the stacks."""
+
+    def copies(self) -> list[Restorable]:
+        """Return copies of all that the step under way changes."""
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """How to record.
+
+    Attributes:
+        mode: "device", "host", or "auto": the best that works, stepping down with a warning.
+        static_outputs: return the recording's own tensors, which the next step overwrites.
+        max_recordings: recordings that are kept; one more gives all of them up.
+        max_gigabytes: the same for the memory (1e9 bytes) of their pool.
+    """
+
+    mode: str = "auto"
+    static_outputs: bool = False
+    max_recordings: int = 16
+    max_gigabytes: float = 16.0
+
+    def __post_init__(self) -> None:
+        check_choice("cuda_graph", self.mode, ("auto", *MODES))
+        check_flag("cuda_graph: static_outputs", self.static_outputs)
+        check_int("cuda_graph: max_recordings", self.max_recordings, 1)
+        check_number("cuda_graph: max_gigabytes", self.max_gigabytes, positive=True)
+
+    @classmethod
+    def of(cls, given: bool | str | GraphOptions) -> GraphOptions | None:
+        """Return what `enable` was given as options, None for no graphs.
+
+        Raises:
+            ValueError, TypeError: it is none of those.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, bool):
+            return cls() if given else None
+        return cls(str(given))
+
+
+@dataclass(frozen=True)
+class Home:
+    """A lane and the tensors that a recording found in it."""
+
+    lane: Lane
+    state: tuple[int, ...]
+    layout: Any
+    buffers: dict[str, torch.Tensor | None]
+
+    @classmethod
+    def of(cls, lane: Lane) -> Home:
+        return cls(lane, lane.state.addresses(), lane.layout, lane.buffers_by_name())
+
+    def fits(self) -> bool:
+        """Whether the lane's state still lies where it was, and has room for one more step."""
+        lane = self.lane
+        return self.state == lane.state.addresses() and lane.step < len(lane.plan)
+
+    def move_in(self) -> None:
+        """Give the lane back the buffers of the recording, where others came in between."""
+        lane = self.lane
+        if lane.layout != self.layout:
+            lane.take_buffers(self.layout, self.buffers)
+            return
+        held = lane.buffers_by_name()
+        if any(held.get(name) is not x for name, x in self.buffers.items()):
+            # of the same layout: eager steps went on after other shapes, with tensors of their own
+            lane.forget_reference()
+            lane.take_buffers(self.layout, self.buffers)
+
+
+@dataclass
+class Recording:
+    """One recorded forward.
+
+    Attributes:
+        name: kind of call, for people.
+        replay: does a step's work on what `inputs` hold.
+        inputs: the tensors that it reads.
+        outputs: the leaves of what it returns.
+        structure: how the leaves make the output.
+        homes: the lanes, and where their tensors lay.
+        seconds: what it took to record and to try it.
+    """
+
+    name: str
+    replay: HostReplay | DeviceReplay
+    inputs: list[torch.Tensor]
+    outputs: list[Any]
+    structure: Any
+    homes: list[Home]
+    seconds: float = 0.0
+
+    def __call__(self, tensors: list[torch.Tensor]) -> None:
+        """Do one step on `tensors`; the outputs then hold its results."""
+        for home in self.homes:
+            home.move_in()
+        if tensors:
+            torch._foreach_copy_(self.inputs, tensors)
+        before = [home.lane.step for home in self.homes]
+        try:
+            self.replay()
+        except BaseException:
+            for home, step in zip(self.homes, before, strict=True):
+                home.lane.rewind(step)
+            raise
+
+
+class GraphExecutor:
+    """Records and replays the forwards of one cached transformer.
+
+    Args:
+        transformer: what it works for.
+        options: how to record.
+    """
+
+    def __init__(self, transformer: Recordable, options: GraphOptions) -> None:
+        self.transformer = transformer
+        self.options = options
+        self.recordings: dict[Any, Recording] = {}
+        self.reasons: Counter[str] = Counter()
+        self.retired = 0
+        self.replays = 0
+        self._modes = list(MODES) if options.mode == "auto" else [options.mode]
+        self._failure = ""
+        self._seen: dict[Any, Any] = {}
+        self._recorder: Any = None
+        self._fingerprint: int | None = None
+
+    def serve(self, transformer: Recordable) -> None:
+        """Go on for another transformer, which has the same lanes."""
+        self.transformer = transformer
+        self._seen.clear()  # it learns from an eager step before the next recording
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all kinds of calls that came are recorded, or it is known why they are not."""
+        knows = bool(self.recordings or self.reasons)
+        return knows and self._seen.keys() <= self.recordings.keys()
+
+    def describe(self) -> list[str]:
+        """Return what was recorded, and why calls ran eagerly, a line each."""
+        lines = []
+        if self.recordings:
+            seconds = sum(recording.seconds for recording in self.recordings.values())
+            kinds = "; ".join(recording.name for recording in self.recordings.values())
+            lines.append(
+                f"cuda_graph: {self.replays} steps replayed, {len(self.recordings)} recordings "
+                f"({kinds}) in {seconds:.1f} s and {self._recorder.nbytes() / 1e9:.2f} GB"
+            )
+        if self.retired:
+            lines.append(f"cuda_graph: {self.retired} recordings were given up")
+        lines += [f"cuda_graph: {reason} ({n} times)" for reason, n in self.reasons.items()]
+        return lines
+
+    def start_request(self) -> None:
+        """Give recordings up that no longer hold for the weights."""
+        if not self.recordings:
+            return
+        if self._fingerprint != fingerprint(self.transformer.module):
+            self.retire()
+
+    def retire(self) -> None:
+        """Give all recordings up, with their memory and their stream."""
+        for recording in self.recordings.values():
+            recording.replay.close()
+        self.retired += len(self.recordings)
+        self.recordings.clear()
+        self._seen.clear()
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+
+    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do one step: replayed where it can be, else eagerly."""
+        leaves, structure = flatten(args, kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        key = (self._key(leaves, structure), self.transformer.kind_of(args, kwargs))
+        try:
+            recording = self.recordings.get(key)
+        except TypeError as error:
+            self._give_up(f"the other arguments must be hashable, got {error}")
+            return self.transformer.run(args, kwargs)
+        if recording is not None and not all(home.fits() for home in recording.homes):
+            self.retire()
+            recording = None
+        if recording is None:
+            if self._is_due(key, tensors):
+                recording = self._record(leaves, structure)
+            if recording is None:
+                output = self.transformer.run(args, kwargs)
+                if key in self._seen:
+                    self._seen[key] = self._layouts()
+                return output
+            self.recordings[key] = recording
+        recording(tensors)
+        self.replays += 1
+        outputs = recording.outputs
+        if not self.options.static_outputs:
+            outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in outputs]
+        return tree_unflatten(outputs, recording.structure)
+
+    def _key(self, leaves: list[Any], structure: Structure) -> Any:
+        """Return what must be the same for a recording to serve."""
+        kinds = tuple(
+            (leaf.shape, leaf.dtype, leaf.device)
+            if isinstance(leaf, torch.Tensor)
+            else (type(leaf), leaf)
+            for leaf in leaves
+        )
+        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        modes = (torch.is_inference_mode_enabled(), autocast)
+        return (self.transformer.step_branch, structure, kinds, modes)
+
+    def _is_due(self, key: Any, tensors: list[torch.Tensor]) -> bool:
+        """Whether to record now: the call is recordable, and it is not the first of its kind.
+
+        Nor is it the first one after calls of other shapes within a request: the lanes then start
+        anew, which is not to be recorded.
+        """
+        reason = self._reason_against(tensors)
+        if reason is not None:
+            self._give_up(reason)
+            return False
+        is_due = key in self._seen and self._seen[key] == self._layouts()
+        self._seen[key] = None
+        return is_due
+
+    def _reason_against(self, tensors: list[torch.Tensor]) -> str | None:
+        if not self._modes:
+            return self._failure
+        if torch.is_grad_enabled():
+            return "gradients must be off (torch.no_grad or torch.inference_mode)"
+        devices = {x.device for x in tensors} | {x.device for x in self._some_weights()}
+        if len(devices) != 1 or next(iter(devices)).type not in RECORDERS:
+            names = sorted(map(str, devices))
+            return f"weights and inputs must lie on one GPU, got {', '.join(names)}"
+        return None
+
+    def _some_weights(self) -> list[torch.Tensor]:
+        """Return the first weight, which shows where the module lies."""
+        return [x for _, x in zip(range(1), self.transformer.module.parameters(), strict=False)]
+
+    def _lanes(self) -> list[Lane]:
+        return self.transformer.lanes()
+
+    def _layouts(self) -> list[Any]:
+        return [lane.layout for lane in self._lanes()]
+
+    def _give_up(self, reason: str) -> None:
+        """Run this call eagerly and say why, the first time; unless a mode was asked for by name.
+
+        Raises:
+            RuntimeError: it was.
+        """
+        if self.options.mode != "auto":
+            raise RuntimeError(f"cuda_graph={self.options.mode!r} is impossible here: {reason}")
+        if not self.reasons[reason]:
+            warnings.warn(f"dbcache: cuda_graph: runs eagerly: {reason}", stacklevel=6)
+        self.reasons[reason] += 1
+
+    def _record(self, leaves: list[Any], structure: Structure) -> Recording | None:
+        """Return a recording that was tried, None if none can be had."""
+        reason = reason_against(self.transformer.module)
+        if reason is not None:
+            self._give_up(reason)
+            return None
+        while self._modes:
+            mode = self._modes[0]
+            try:
+                self._make_room(mode)
+                return self._record_as(mode, leaves, structure)
+            except RuntimeError as error:
+                self._recorder = None  # of a stream that nothing goes on with
+                self.retire()
+                if self.options.mode != "auto":
+                    raise RuntimeError(
+                        f"cuda_graph={mode!r} is impossible here: {error}"
+                    ) from error
+                self._modes.pop(0)
+                then = f"goes on with {self._modes[0]!r}" if self._modes else "runs eagerly"
+                self._failure = f"{mode!r} failed: {error}"
+                self.reasons[self._failure] += 1
+                warnings.warn(
+                    f"dbcache: cuda_graph={mode!r} is impossible here and {then}: {error}",
+                    stacklevel=5,
+                )
+        return None
+
+    def _make_room(self, mode: str) -> None:
+        """See to a recorder with room for one more recording, and to the driver."""
+        options = self.options
+        if len(self.recordings) >= options.max_recordings:
+            self.retire()
+        if self._recorder is not None and self._recorder.nbytes() > options.max_gigabytes * 1e9:
+            self.retire()
+        if self._recorder is None:
+            device = self._some_weights()[0].device
+            driver, why = find_driver()
+            if driver is None and mode == "device":
+                raise RuntimeError(why)
+            self._recorder = RECORDERS[device.type](device, driver)
+            self._fingerprint = fingerprint(self.transformer.module)
+
+    def _record_as(self, mode: str, leaves: list[Any], structure: Structure) -> Recording:
+        start = perf_counter()
+        lanes = self._lanes()
+        for lane in lanes:
+            # the same for all kinds that are recorded early on: growing voids what was recorded
+            lane.reserve(CAPACITY * (1 + 2 * lane.step // CAPACITY))
+        # first of all: it also compiles, tunes and loads what is to be recorded
+        expected = self._try_eagerly(lanes, leaves, structure)
+        recording = self._capture(mode, leaves, structure)
+        replayed = self._replayed(recording)
+        compare(run_trial(self.transformer.copies(), lanes, leaves, replayed), expected)
+        recording.seconds = perf_counter() - start
+        return recording
+
+    def _capture(self, mode: str, leaves: list[Any], structure: Structure) -> Recording:
+        """Record one step."""
+        recorder, lanes = self._recorder, self._lanes()
+        with outside_inference_mode:
+            static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+        args, kwargs = unflatten(static, structure)
+        knew = [lane.has_reference for lane in lanes]
+        cutter = SegmentCutter(recorder)
+        with recorder.capturing():
+            cutter.start()
+            try:
+                output = self.transformer.run(args, kwargs, cutter)
+                cutter.finish()
+            except BaseException:
+                cutter.abort()
+                raise
+            finally:
+                for lane, had_reference in zip(lanes, knew, strict=True):
+                    lane.has_reference = had_reference
+        if mode == "device":
+            replay: Any = DeviceReplay(cutter.program, recorder)
+        else:
+            replay = HostReplay(cutter.program)
+        outputs, out_structure = tree_flatten(output)
+        inputs = [x for x in static if isinstance(x, torch.Tensor)]
+        homes = [Home.of(lane) for lane in lanes]
+        return Recording(self._name(mode, inputs), replay, inputs, outputs, out_structure, homes)
+
+    def _name(self, mode: str, inputs: list[torch.Tensor]) -> str:
+        branch = self.transformer.step_branch
+        largest = max(inputs, key=torch.Tensor.numel, default=torch.empty(0))
+        shape = "x".join(map(str, largest.shape))
+        return f"{mode}, {shape} {str(largest.dtype).removeprefix('torch.')}" + (
+            f", {branch}" if branch else ""
+        )
+
+    def _try_eagerly(
+        self, lanes: list[Lane], leaves: list[Any], structure: Structure
+    ) -> list[list[Any]]:
+        """Return what the steps of a trial give when they run eagerly.
+
+        Raises:
+            RuntimeError: they draw random numbers.
+        """
+
+        def step(values: list[Any]) -> list[Any]:
+            args, kwargs = unflatten(values, structure)
+            return tree_flatten(self.transformer.run(args, kwargs))[0]
+
+        random = self._recorder.random_state()
+        results = run_trial(self.transformer.copies(), lanes, leaves, step)
+        if self._recorder.random_state() != random:
+            raise RuntimeError("a step must not draw random numbers, which would be repeated")
+        return results
+
+    @staticmethod
+    def _replayed(recording: Recording) -> Callable[[list[Any]], list[Any]]:
+        def step(values: list[Any]) -> list[Any]:
+            recording([x for x in values if isinstance(x, torch.Tensor)])
+            return [x.clone() if isinstance(x, torch.Tensor) else x for x in recording.outputs]
+
+        return step

@@ -1,0 +1,157 @@
+"""Predictors whose weights `decide` does not compute: what a lane keeps for them, and when it asks.
+
+`decide` computes the weights of all that is a series in differences. The others overwrite these
+weights at a cached step, before `predict`, with an op of their own or on the host.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dbcache.config.cache import StackSettings
+from dbcache.config.predictor_registry import registered
+from dbcache.config.predictors import (
+    CalibratorConfig,
+    CustomCalibratorConfig,
+    DMDCalibratorConfig,
+    SpectrumCalibratorConfig,
+)
+from dbcache.kernels.common.lane_state import LaneState, spread
+from dbcache.kernels.prediction import spectrum
+from dbcache.kernels.prediction.fit_recurrence import fit_recurrence
+from dbcache.kernels.prediction.recurrence import recurrence_weights
+from dbcache.kernels.prediction.spectrum import spectrum_weights
+
+Rings = tuple[torch.Tensor, torch.Tensor | None]
+"""The snapshots of hidden and of encoder states."""
+
+
+class Forecaster:
+    """What a lane asks of its predictor. Some need not take note of anything."""
+
+    def replan(self, steps: int | None) -> None:
+        """Take note of the number of steps of the request that begins, None if it is unknown."""
+
+    def learn(self, state: LaneState, rings: Rings, step: int, is_first: bool) -> None:
+        """Take note of the full step that was just stored; `is_first`: the ring was empty."""
+
+    def weigh(self, state: LaneState, step: int) -> None:
+        """Write the weights of the cached `step` over those of `decide`, where it has its own."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what it learned and keeps on the device."""
+        return []
+
+
+def make_forecaster(settings: StackSettings, device: torch.device) -> Forecaster | None:
+    """Return what the predictor in `settings` needs, None where `decide` does it all."""
+    calibrator, used = settings.calibrator, settings.predicts
+    if not any(used):
+        return None
+    if isinstance(calibrator, SpectrumCalibratorConfig):
+        return _Spectrum(calibrator, used, device, settings.steps)
+    if isinstance(calibrator, DMDCalibratorConfig):
+        return _Recurrence(calibrator, used, device)
+    if isinstance(calibrator, CustomCalibratorConfig):
+        return _OnHost(calibrator, used)
+    return None
+
+
+def check_steps_are_known(calibrator: CalibratorConfig, steps: int | None, who: str) -> None:
+    """Raise a ValueError if a request of `who` needs to know its number of steps and does not."""
+    if steps is None and isinstance(calibrator, SpectrumCalibratorConfig):
+        raise ValueError(
+            f"{who}: SpectrumCalibratorConfig must know the number of steps, got none; set "
+            f"num_inference_steps, or call the pipeline that the cache is enabled on"
+        )
+
+
+def check_runs_on_device(calibrator: CalibratorConfig, who: str) -> None:
+    """Raise a ValueError if the weights of `who` are computed on the host."""
+    if isinstance(calibrator, CustomCalibratorConfig):
+        raise ValueError(
+            f"{who}: steps recorded as CUDA graphs must have a predictor that runs on the device, "
+            f"got {calibrator.strify()}, a function of the host; leave out cuda_graph"
+        )
+
+
+class _Spectrum(Forecaster):
+    """A ridge regression on Chebyshev polynomials: needs to know how long a request is."""
+
+    def __init__(
+        self,
+        config: SpectrumCalibratorConfig,
+        used: tuple[bool, bool],
+        device: torch.device,
+        steps: int | None,
+    ) -> None:
+        parameters = torch.zeros(spectrum.NUM_PARAMETERS, dtype=torch.float64)
+        parameters[spectrum.ORDER] = config.spectrum_order * used[0]
+        parameters[spectrum.ENCODER_ORDER] = config.spectrum_order * used[1]
+        parameters[spectrum.RIDGE] = config.spectrum_ridge
+        parameters[spectrum.BLEND] = config.spectrum_blend
+        self._parameters = parameters.to(device)
+        self.replan(steps)
+
+    def replan(self, steps: int | None) -> None:
+        last = spectrum.LAST_STEP
+        self._parameters[last : last + 1].fill_(float(max(1, (steps or 0) - 1)))
+
+    def weigh(self, state: LaneState, step: int) -> None:
+        spectrum_weights(state, self._parameters)
+
+
+class _Recurrence(Forecaster):
+    """A linear recurrence per stream, fitted anew at each full step."""
+
+    def __init__(
+        self, config: DMDCalibratorConfig, used: tuple[bool, bool], device: torch.device
+    ) -> None:
+        self._ridge = config.dmd_ridge
+        self._fits = [
+            torch.full((2,), math.nan, dtype=torch.float64, device=device) if is_used else None
+            for is_used in used
+        ]
+
+    def learn(self, state: LaneState, rings: Rings, step: int, is_first: bool) -> None:
+        for fit, stored in zip(self._fits, rings, strict=True):
+            if fit is not None and stored is not None:
+                fit_recurrence(stored, state, fit, ridge=self._ridge)
+
+    def weigh(self, state: LaneState, step: int) -> None:
+        recurrence_weights(state, *self._fits)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [fit for fit in self._fits if fit is not None]
+
+
+class _OnHost(Forecaster):
+    """A function of the user: the host knows the steps in the ring without reading them."""
+
+    def __init__(self, config: CustomCalibratorConfig, used: tuple[bool, bool]) -> None:
+        self._predictor = registered(config.predictor_name)
+        self._used = used
+        self._full_steps: list[int] = []
+
+    def learn(self, state: LaneState, rings: Rings, step: int, is_first: bool) -> None:
+        if is_first:
+            self._full_steps.clear()
+        self._full_steps.append(step)
+
+    def weigh(self, state: LaneState, step: int) -> None:
+        slots = self._predictor.snapshots
+        steps = tuple(self._full_steps[: -slots - 1 : -1])
+        weights = [float(w) for w in self._predictor.weigh(steps, step)]
+        if len(weights) > len(steps) or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"predictor {self._predictor.name!r}: at most {len(steps)} finite weights must be "
+                f"returned for the steps {steps} and step {step}, got {weights}"
+            )
+        by_slot = torch.tensor(spread(weights, len(self._full_steps), slots))
+        if state.weights.is_cuda:
+            by_slot = by_slot.pin_memory()
+        for is_used, target in zip(self._used, (state.weights, state.encoder_weights), strict=True):
+            if is_used:
+                target.copy_(by_slot, non_blocking=True)

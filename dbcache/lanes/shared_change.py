@@ -1,0 +1,137 @@
+"""The change of a step that one branch of guidance measures and the others take over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from dbcache.config.cache import DBCacheConfig
+from dbcache.config.policies import POLICIES
+from dbcache.config.prune import DBPruneConfig
+from dbcache.kernels.common.lane_state import LaneState, Signal
+from dbcache.kernels.decision.probe_diff import MAX_PARTIALS
+from dbcache.kernels.decision.share_change import make_stamps, share_change
+from dbcache.lanes.lane import outside_inference_mode
+
+
+class SharedChange:
+    """What the branches of guidance of one block stack share.
+
+    With ``cfg_diff_compute_separate=False`` a branch takes over what another one measured on the
+    step of the same number, on hidden states of the same shape. Else it measures itself, and that
+    is what the next ones take over.
+
+    While steps run eagerly the host knows who has measured, and the others do not measure at all.
+    Where steps are recorded it need not know: DBPrune does not measure on a step that a limit
+    decides, and only the device counts. Nor does it know whether EasyCache has a rate, without
+    which a change says nothing. There every branch measures, and the device decides what of it
+    holds, on eager steps in between as well.
+
+    Args:
+        config: of the stack.
+
+    Attributes:
+        is_on: there is anything to share.
+        by_device: the host need not know who has measured: steps may be recorded, or need a rate.
+    """
+
+    def __init__(self, config: DBCacheConfig) -> None:
+        self.is_on = not config.cfg_diff_compute_separate
+        self.by_rules = isinstance(config, DBPruneConfig)
+        self.by_device = POLICIES[config.policy].signal == Signal.RATE
+        self._latest: tuple[str | None, int, torch.Size, torch.Tensor] | None = None
+        self._stamps: torch.Tensor | None = None
+        self._kept: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._kinds: dict[torch.Size, int] = {}
+        self._branches: dict[str | None, int] = {}
+
+    @outside_inference_mode
+    def prepare(self, device: torch.device) -> None:
+        """Make stamps where they will be needed: not in a capture, whose replays would reset them.
+
+        To be called when a lane is made.
+        """
+        if self.is_on and (self._stamps is None or self._stamps.device != device):
+            self._stamps = make_stamps(device)
+
+    def start_request(self) -> None:
+        """Forget the last request."""
+        self._latest = None
+        if self._stamps is not None:
+            self._stamps.fill_(-1)
+
+    def __call__(
+        self,
+        branch: str | None,
+        state: LaneState,
+        step: int,
+        of: torch.Tensor,
+        measure: Callable[[], torch.Tensor],
+        *,
+        is_recorded: bool,
+    ) -> torch.Tensor:
+        """Return the partial sums that decide a step of a branch.
+
+        Args:
+            branch: whose step it is.
+            state: that of its lane, before the decision.
+            step: number of the step; it is open, unless it is recorded.
+            of: what is measured; the shape counts.
+            measure: returns the partial sums of the branch's own change.
+            is_recorded: what is enqueued now will serve other steps, too.
+        """
+        if not self.is_on:
+            return measure()
+        if self.by_device or is_recorded:
+            return self._on_device(branch, state, of.shape, measure())
+        if self._latest is not None:
+            whose, *others, partials = self._latest
+            if whose != branch and others == [step, of.shape]:
+                return partials
+        # on the device as well: a graph that the user captures may hold the next branch
+        partials = self._on_device(branch, state, of.shape, measure())
+        self._latest = (branch, step, of.shape, partials)
+        return partials
+
+    def _on_device(
+        self, branch: str | None, state: LaneState, shape: torch.Size, own: torch.Tensor
+    ) -> torch.Tensor:
+        """Return `own`, with another branch's sums written over it if they hold for this step."""
+        self.prepare(own.device)
+        assert self._stamps is not None
+        number = self._branches.setdefault(branch, len(self._branches))
+        kind = self._kinds.setdefault(shape, len(self._kinds))
+        kept = self._keeper(own)
+        share_change(own, kept, self._stamps, state, number, kind, by_rules=self.by_rules)
+        return own
+
+    @outside_inference_mode
+    def _keeper(self, own: torch.Tensor) -> torch.Tensor:
+        """Return a tensor like `own` (..., T, sums); one memory for all T, however many shapes."""
+        rows = own.numel() // own.shape[-2]
+        key = (rows, own.device)
+        if key not in self._kept:
+            self._kept[key] = own.new_empty(rows * MAX_PARTIALS)
+        return self._kept[key][: own.numel()].view(own.shape)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what lies on the device, the stamps first; there may be more later on."""
+        return [] if self._stamps is None else [self._stamps, *self._kept.values()]
+
+
+class SharedCopy:
+    """What was shared at one moment, to be put back into the same tensors."""
+
+    @outside_inference_mode
+    def __init__(self, shared: SharedChange) -> None:
+        self.shared = shared
+        self.latest = shared._latest
+        self.contents = [x.clone() for x in shared.tensors()]
+
+    @outside_inference_mode
+    def restore(self) -> None:
+        """Put everything back. By the stamps, sums that were not there yet are not looked at."""
+        self.shared._latest = self.latest
+        for tensor, content in zip(self.shared.tensors(), self.contents, strict=False):
+            tensor.copy_(content)

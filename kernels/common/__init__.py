@@ -1,0 +1,1 @@
+"""What all kernels share: choice of implementation, sums, launches, the state of a lane."""

@@ -1,0 +1,106 @@
+"""The fp8 format of stored activations: e4m3 codes with one float32 scale per token.
+
+    scale = max(max|x| / 448, 2**-126)      over the token, the last dimension
+    code  = e4m3(x / scale)                 rounded to nearest even
+    x'    = code * scale
+
+So |x' - x| <= max(|x| / 16, scale / 1024): 3 bits of mantissa, and subnormals below scale / 64.
+An element that is not finite comes back as NaN and does not touch the rest of its token; the
+lower bound of the scale is what tokens of zeros have, and keeps it a normal number.
+
+A code is a uint8, made and read by integer arithmetic: Triton has no e4m3 before sm_89, gfx942's
+own format is another one, and the bytes are to be the same everywhere.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels.common.select import invalid
+
+LARGEST = 448.0
+SMALLEST_SCALE = 2.0**-126
+NAN_CODE = 0x7F
+MAX_WIDTH = 16384
+"""Longest token: a program of `commit` keeps one in registers."""
+
+
+def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of float32 `x` (..., D), uint8, and its scales (...), float32."""
+    if x.numel() == 0:
+        return x.to(torch.uint8), x.new_full(x.shape[:-1], SMALLEST_SCALE)
+    lost = ~x.isfinite()
+    largest = x.abs().masked_fill_(lost, 0.0).amax(-1)
+    # by a tensor: on a GPU PyTorch divides by a number as a product with its rounded reciprocal
+    scales = (largest / torch.full_like(largest, LARGEST)).clamp_(min=SMALLEST_SCALE)
+    codes = (x / scales[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes.masked_fill_(lost, NAN_CODE), scales
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return what uint8 `codes` (..., D) and float32 `scales` (...) stand for, float32."""
+    return codes.view(torch.float8_e4m3fn).float() * scales[..., None]
+
+
+def tokens_and_width(x: torch.Tensor | None) -> tuple[int, int]:
+    """Return how many tokens `x` (..., D) has, and D; (0, 0) for none."""
+    if x is None or x.numel() == 0:
+        return 0, 0
+    return x.numel() // x.shape[-1], x.shape[-1]
+
+
+def check_scales(op: str, name: str, ring: torch.Tensor, scales: torch.Tensor) -> None:
+    """Raise unless `scales` fit the fp8 `ring` (K, ..., D) of the stream `name`."""
+    if ring.ndim < 2 or ring.shape[-1] > MAX_WIDTH:
+        must = f"the fp8 ring of {name} must have tokens (..., D) with D <= {MAX_WIDTH}"
+        raise invalid(op, must, tuple(ring.shape[1:]))
+    if scales.dtype != torch.float32 or scales.shape != ring.shape[:-1]:
+        must = f"the scales of {name} must be float32 {tuple(ring.shape[:-1])}"
+        raise invalid(op, must, scales.dtype, tuple(scales.shape))
+    if not scales.is_contiguous() or scales.device != ring.device:
+        must = f"the scales of {name} must be contiguous, on {ring.device}"
+        raise invalid(op, must, scales.stride(), scales.device)
+
+
+_LARGEST = tl.constexpr(LARGEST)
+_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
+_NAN_CODE = tl.constexpr(NAN_CODE)
+
+
+@triton.jit
+def quantize_rows(x):
+    """Return the codes of a float32 tile, a token per row, and the scales of its rows."""
+    magnitude = tl.abs(x)
+    finite = magnitude < float("inf")  # not so for NaN
+    largest = tl.max(tl.where(finite, magnitude, 0.0), 1)
+    # div_rn: `/` is off by an ulp on a GPU, which would change the bytes
+    scales = tl.maximum(tl.div_rn(largest, _LARGEST), _SMALLEST_SCALE)
+    codes = encode(tl.div_rn(x, tl.broadcast_to(scales[:, None], x.shape)))
+    return tl.where(finite, codes, _NAN_CODE).to(tl.uint8), scales
+
+
+@triton.jit
+def encode(x):
+    """Return the e4m3 codes of float32 `x` in the low 8 bits of uint32; beyond 448 they are 448."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # nearest even: add half of the last place that stays, less one where that place is even;
+    # then 120 is what float32's exponents are biased more than e4m3's
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    # below 2**-6: the last place of 2**14 + |x| is 2**-9, as that of e4m3's subnormals
+    shifted = magnitude.to(tl.float32, bitcast=True) + 16384.0
+    subnormal = shifted.to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, subnormal, tl.minimum(normal, 0x7E))
+    code = tl.where(magnitude > 0x7F800000, _NAN_CODE, code)
+    return code | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def decode(codes):
+    """Return what uint8 e4m3 `codes` stand for, exactly, as float32."""
+    codes = codes.to(tl.uint16)
+    magnitude = codes & 0x7F
+    # the bits of a float16 with the same sign, exponent and mantissa, whose bias is larger by 8
+    bits = (magnitude << 7) | ((codes & 0x80) << 8)
+    value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where(magnitude == _NAN_CODE, float("nan"), value)

@@ -1,0 +1,1 @@
+"""Whether a step is cached: measure the change, decide on the device."""

@@ -1,0 +1,1 @@
+"""Attention and messages across ranks."""

@@ -1,0 +1,367 @@
+"""What a Ulysses all-to-all sends, packed in one pass: the layout and, if wanted, fp8.
+
+Chunk r of the buffer is what rank r gets: the rows (a row is one head of one token, D numbers) of
+its heads, or of its part of the sequence, ordered by sample, token and head. In fp8 (`e4m3`: uint8
+codes and a float32 scale per row) a chunk is bytes, each section a multiple of 16 of them:
+
+    codes (B, S, H, D) | zeros | scales (B, S, H) | zeros
+
+That is D + 4 bytes per row, where bfloat16 has 2 * D. Each byte of the tensor and of the message
+moves once, in one launch. The layout alone is bound by memory bandwidth; with fp8, the integer
+arithmetic of the conversion counts too.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels.common import e4m3
+from dbcache.kernels.common.e4m3 import decode, quantize_rows
+from dbcache.kernels.common.select import (
+    DTYPES,
+    Impl,
+    invalid,
+    is_traced,
+    select,
+    without_gradient,
+)
+
+Split = Literal["heads", "sequence"]
+
+BLOCK = 4096
+
+
+def fp8_pack(
+    x: torch.Tensor,
+    *,
+    world: int,
+    scatter: Split,
+    quantize: bool = True,
+    impl: Impl = "auto",
+) -> torch.Tensor:
+    """Return the buffer of an all-to-all over `world` ranks that scatters `x` by a dimension.
+
+    In fp8 an element is off by at most 1/16 of itself or 1/1024 of its row's scale, whichever is
+    larger; rows of zeros stay zeros. An element that is not finite becomes NaN, without touching
+    the rest of its row.
+
+    Args:
+        x: (B, S, H, D), float32, float16 or bfloat16. Any strides; copied first where D is not
+            contiguous.
+        world: number of ranks; divides the dimension that is scattered.
+        scatter: ``"heads"`` before attention, where `x` has this rank's tokens and all heads;
+            ``"sequence"`` after it, where `x` has all tokens and this rank's heads.
+        quantize: False to change the layout only.
+        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
+            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+
+    Returns:
+        A new contiguous buffer of one row per rank: uint8 (world, bytes), where bytes is a
+        multiple of 16, or (world, numel / world) in the dtype of `x` without quantisation. No
+        gradient, no synchronisation.
+
+    Raises:
+        ValueError: the shape, the dtype or `scatter` does not fit.
+    """
+    _check_pack(x, world, scatter)
+    if is_traced(x):
+        with torch.no_grad():
+            return _fp8_pack_op(x, world, scatter, quantize, impl)
+    if select(impl, x) == "triton":
+        return _fp8_pack_triton(x, world, scatter, quantize)
+    return fp8_pack_reference(x, world=world, scatter=scatter, quantize=quantize)
+
+
+def fp8_unpack(
+    buffer: torch.Tensor,
+    shape: Sequence[int],
+    *,
+    gather: Split,
+    dtype: torch.dtype | None = None,
+    impl: Impl = "auto",
+) -> torch.Tensor:
+    """Return the tensor whose parts an all-to-all of `fp8_pack`'s buffers delivered.
+
+    Args:
+        buffer: what was received, one row per rank: uint8 with values and scales, or a layout
+            without quantisation; contiguous.
+        shape: of the result, (B, S, H, D).
+        gather: the dimension of which each rank sent a part: ``"sequence"`` before attention
+            (the ranks scattered heads), ``"heads"`` after it (they scattered the sequence).
+        dtype: of the result, float32, float16 or bfloat16; None for bfloat16 if quantised, else
+            the buffer's.
+        impl: as of `fp8_pack`.
+
+    Returns:
+        A new contiguous tensor of that shape, ``value * scale`` in float32 rounded once. No
+        gradient, no synchronisation.
+
+    Raises:
+        ValueError: the buffer's shape or dtype, `shape`, `dtype` or `gather` does not fit.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if buffer.dtype == torch.uint8 else buffer.dtype
+    shape = list(shape)
+    _check_unpack(buffer, shape, gather, dtype)
+    if is_traced(buffer):
+        with torch.no_grad():
+            return _fp8_unpack_op(buffer, shape, gather, dtype, impl)
+    if select(impl, buffer) == "triton":
+        return _fp8_unpack_triton(buffer, shape, gather, dtype)
+    return fp8_unpack_reference(buffer, shape, gather=gather, dtype=dtype)
+
+
+@without_gradient
+def fp8_pack_reference(
+    x: torch.Tensor, *, world: int, scatter: str, quantize: bool = True
+) -> torch.Tensor:
+    """Plain PyTorch, the meaning of `fp8_pack`."""
+    chunks = _by_rank(x, world, scatter)
+    if not quantize:
+        return chunks.clone(memory_format=torch.contiguous_format).view(world, -1)
+    buffer = _allocate(x, world, quantize)
+    codes, scales = e4m3.quantize(chunks.float())
+    _codes(buffer, chunks.shape).copy_(codes)
+    _scales(buffer, chunks.shape).copy_(scales)
+    return buffer
+
+
+@without_gradient
+def fp8_unpack_reference(
+    buffer: torch.Tensor, shape: Sequence[int], *, gather: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """Plain PyTorch, the meaning of `fp8_unpack`."""
+    out = torch.empty(list(shape), dtype=dtype, device=buffer.device)
+    chunks = _by_rank(out, buffer.shape[0], gather)
+    if buffer.dtype == torch.uint8:
+        shape = chunks.shape
+        chunks.copy_(e4m3.dequantize(_codes(buffer, shape), _scales(buffer, shape)))
+    else:
+        chunks.copy_(buffer.view(chunks.shape))
+    return out
+
+
+def _by_rank(x: torch.Tensor, world: int, split: str) -> torch.Tensor:
+    """View (B, S, H, D) as (world, B, S, H, D) with the ranks' parts of a dimension apart."""
+    dim = 2 if split == "heads" else 1
+    return x.unflatten(dim, (world, x.shape[dim] // world)).movedim(dim, 0)
+
+
+def _sections(rows: int, width: int) -> tuple[int, int]:
+    """Return where a chunk's scales start and where it ends, in bytes; both multiples of 16."""
+    start = (rows * width + 15) // 16 * 16
+    return start, start + (rows * 4 + 15) // 16 * 16
+
+
+def _allocate(x: torch.Tensor, world: int, quantize: bool) -> torch.Tensor:
+    if not quantize:
+        return x.new_empty((world, x.numel() // world))
+    rows = x.shape[0] * x.shape[1] * x.shape[2] // world
+    size = _sections(rows, x.shape[3])[1]
+    # where nothing is padded, no byte stays unwritten
+    allocate = x.new_empty if size == rows * (x.shape[3] + 4) else x.new_zeros
+    return allocate((world, size), dtype=torch.uint8)
+
+
+def _codes(buffer: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """View the codes' section of all chunks, of `shape` (world, B, S, H, D)."""
+    return buffer[:, : math.prod(shape[1:])].unflatten(1, list(shape[1:]))
+
+
+def _scales(buffer: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """View the scales' section of all chunks, of `shape` (world, B, S, H, D) without D."""
+    if buffer.storage_offset() % 4:  # not in _check_unpack: torch.compile cannot trace it
+        must = "the buffer must start at a multiple of 4 bytes, for the scales"
+        raise invalid("fp8_unpack", must, buffer.storage_offset())
+    rows = math.prod(shape[1:4])
+    start, end = _sections(rows, shape[4])
+    words = buffer.flatten().view(torch.float32).view(shape[0], end // 4)
+    return words[:, start // 4 : start // 4 + rows].unflatten(1, list(shape[1:4]))
+
+
+def _check_split(op: str, name: str, split: str, shape: Sequence[int], world: int) -> None:
+    if split not in get_args(Split):
+        raise invalid(op, f"{name} must be one of {get_args(Split)}", repr(split))
+    if len(shape) != 4 or shape[3] < 1:
+        raise invalid(op, "the shape must be (B, S, H, D) with D >= 1", tuple(shape))
+    size = shape[2 if split == "heads" else 1]
+    if world < 1 or size % world:
+        must = f"the {split} must be divisible by the number of ranks"
+        raise invalid(op, must, size, world)
+
+
+def _check_pack(x: torch.Tensor, world: int, scatter: str) -> None:
+    _check_split("fp8_pack", "scatter", scatter, x.shape, world)
+    if x.dtype not in DTYPES:
+        raise invalid("fp8_pack", f"x must have a dtype of {DTYPES}", x.dtype)
+
+
+def _check_unpack(
+    buffer: torch.Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype
+) -> None:
+    if buffer.ndim != 2 or not buffer.is_contiguous():
+        must = "the buffer must be (world, size) and contiguous"
+        raise invalid("fp8_unpack", must, tuple(buffer.shape), buffer.stride())
+    world = buffer.shape[0]
+    _check_split("fp8_unpack", "gather", gather, shape, world)
+    if buffer.dtype not in (torch.uint8, *DTYPES) or dtype not in DTYPES:
+        must = f"the buffer must be uint8 or of {DTYPES}, and dtype one of the latter"
+        raise invalid("fp8_unpack", must, buffer.dtype, dtype)
+    rows = shape[0] * shape[1] * shape[2] // world
+    quantized = buffer.dtype == torch.uint8
+    size = _sections(rows, shape[3])[1] if quantized else rows * shape[3]
+    if buffer.shape[1] != size:
+        must = f"a buffer of {tuple(shape)} from {world} ranks must be {(world, size)}"
+        raise invalid("fp8_unpack", must, tuple(buffer.shape))
+
+
+def _launch(kernel: triton.JITFunction, x: torch.Tensor, buffer: torch.Tensor, split: str) -> None:
+    """Run a kernel between a tensor (B, S, H, D) whose D is contiguous and a buffer."""
+    if x.numel() == 0:
+        return
+    world = buffer.shape[0]
+    chunks = _by_rank(x, world, split)
+    _, batch, tokens, heads, width = chunks.shape
+    scales = _scales(buffer, chunks.shape) if buffer.dtype == torch.uint8 else None
+    strides = chunks.stride()[:4]
+    block_d = triton.next_power_of_2(width)
+    block_rows = max(1, BLOCK // block_d)
+    with torch.cuda.device_of(x):
+        kernel[(triton.cdiv(tokens * heads, block_rows), batch, world)](
+            x, buffer, scales, tokens * heads, heads, *strides, buffer.stride(0),
+            0 if scales is None else scales.stride(0), D=width, ALIGN=math.gcd(16, *strides),
+            BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _fp8_pack_triton(x: torch.Tensor, world: int, scatter: str, quantize: bool) -> torch.Tensor:
+    buffer = _allocate(x, world, quantize)
+    _launch(_fp8_pack_kernel, x if x.stride(3) == 1 else x.contiguous(), buffer, scatter)
+    return buffer
+
+
+def _fp8_unpack_triton(
+    buffer: torch.Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype
+) -> torch.Tensor:
+    out = torch.empty(list(shape), dtype=dtype, device=buffer.device)
+    _launch(_fp8_unpack_kernel, out, buffer, gather)
+    return out
+
+
+@torch.library.custom_op("dbcache::fp8_pack", mutates_args=())
+def _fp8_pack_op(
+    x: torch.Tensor, world: int, scatter: str, quantize: bool, impl: str
+) -> torch.Tensor:
+    if select(impl, x) == "triton":
+        return _fp8_pack_triton(x, world, scatter, quantize)
+    return fp8_pack_reference(x, world=world, scatter=scatter, quantize=quantize)
+
+
+@_fp8_pack_op.register_fake
+def _(x: torch.Tensor, world: int, scatter: str, quantize: bool, impl: str) -> torch.Tensor:
+    return _allocate(x, world, quantize)
+
+
+@torch.library.custom_op("dbcache::fp8_unpack", mutates_args=())
+def _fp8_unpack_op(
+    buffer: torch.Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype, impl: str
+) -> torch.Tensor:
+    if select(impl, buffer) == "triton":
+        return _fp8_unpack_triton(buffer, shape, gather, dtype)
+    return fp8_unpack_reference(buffer, shape, gather=gather, dtype=dtype)
+
+
+@_fp8_unpack_op.register_fake
+def _(
+    buffer: torch.Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype, impl: str
+) -> torch.Tensor:
+    return buffer.new_empty(list(shape), dtype=dtype)
+
+
+@triton.jit
+def _fp8_pack_kernel(
+    x_ptr,
+    buffer_ptr,
+    scales_ptr,
+    rows,
+    heads,
+    stride_w,
+    stride_b,
+    stride_s,
+    stride_h,
+    chunk_size,
+    scales_size,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program packs `BLOCK_ROWS` of the `rows` of one sample for one rank.
+
+    The strides of x are multiples of `ALIGN`, which lets the compiler widen the loads.
+    """
+    row, packed_row, x_row = _locate(
+        rows, heads, stride_w, stride_b, stride_s, stride_h, BLOCK_ROWS
+    )
+    x_row = tl.multiple_of(x_row, ALIGN)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (row < rows)[:, None] & (d < D)
+    chunk = tl.program_id(2).to(tl.int64)
+    out_ptrs = buffer_ptr + chunk * chunk_size + (packed_row * D)[:, None] + d
+    x = tl.load(x_ptr + x_row[:, None] + d, mask=mask, other=0.0)
+    if scales_ptr is None:
+        tl.store(out_ptrs, x, mask=mask)
+    else:
+        codes, scales = quantize_rows(x.to(tl.float32))
+        tl.store(out_ptrs, codes, mask=mask)
+        tl.store(scales_ptr + chunk * scales_size + packed_row, scales, mask=row < rows)
+
+
+@triton.jit
+def _fp8_unpack_kernel(
+    out_ptr,
+    buffer_ptr,
+    scales_ptr,
+    rows,
+    heads,
+    stride_w,
+    stride_b,
+    stride_s,
+    stride_h,
+    chunk_size,
+    scales_size,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The inverse of `_fp8_pack_kernel`, program by program."""
+    row, packed_row, out_row = _locate(
+        rows, heads, stride_w, stride_b, stride_s, stride_h, BLOCK_ROWS
+    )
+    out_row = tl.multiple_of(out_row, ALIGN)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (row < rows)[:, None] & (d < D)
+    chunk = tl.program_id(2).to(tl.int64)
+    in_ptrs = buffer_ptr + chunk * chunk_size + (packed_row * D)[:, None] + d
+    x = tl.load(in_ptrs, mask=mask, other=0)
+    if scales_ptr is not None:
+        scale_ptrs = scales_ptr + chunk * scales_size + packed_row
+        x = decode(x) * tl.load(scale_ptrs, mask=row < rows, other=0.0)[:, None]
+    tl.store(out_ptr + out_row[:, None] + d, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _locate(rows, heads, stride_w, stride_b, stride_s, stride_h, BLOCK_ROWS: tl.constexpr):
+    """Return this program's rows: in the sample, in the chunk, and as offsets in the tensor."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    batch = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(2).to(tl.int64)
+    s = (row // heads).to(tl.int64)
+    h = (row % heads).to(tl.int64)
+    offsets = chunk * stride_w + batch * stride_b + s * stride_s + h * stride_h
+    return row, batch * rows + row, offsets

@@ -1,0 +1,1 @@
+"""What is stored of a full step, and what a cached step predicts from it."""

@@ -1,0 +1,470 @@
+"""What a full step leaves behind: its probe residual and a snapshot of the block residual.
+
+    p_ref      := h_fn - h_in                  (h_in None: h_fn; p_ref None: nothing)
+    ring[slot] := h_out - h_fn                 (replace: h_out)
+
+One launch for hidden and encoder states, in place. `slot` is read on the device, from the state
+that `decide` left, so the host need not know it. With scales, the ring holds fp8 (`e4m3`): half
+the bytes of bfloat16. Then a program takes whole tokens, as it needs their largest element first.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels.common import e4m3
+from dbcache.kernels.common.e4m3 import quantize_rows
+from dbcache.kernels.common.lane_state import MAX_SLOTS, NUM_COUNTERS, SLOT
+from dbcache.kernels.common.launches import BLOCK, launch_of
+from dbcache.kernels.common.select import (
+    DTYPES,
+    Impl,
+    invalid,
+    is_traced,
+    select,
+    without_gradient,
+)
+
+
+def commit(
+    h_in: torch.Tensor | None,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor | None,
+    ring: torch.Tensor,
+    counters: torch.Tensor,
+    encoder_fn: torch.Tensor | None = None,
+    encoder_out: torch.Tensor | None = None,
+    encoder_ring: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    encoder_scales: torch.Tensor | None = None,
+    *,
+    replace: bool = False,
+    impl: Impl = "auto",
+) -> None:
+    """Store ``h_fn - h_in`` (or `h_fn`) in `p_ref` and ``h_out - h_fn`` in ``ring[slot]``.
+
+    Differences are taken in float32 and rounded once, to the dtype of `p_ref` and of `ring`.
+
+    Args:
+        h_in: activations before the probe blocks, any shape, float32, float16 or bfloat16. Any
+            strides; copied first where not contiguous. None stores `h_fn` itself in `p_ref`, for
+            `probe_diff` without `h_in`, which compares hidden states.
+        h_fn: activations between the probe blocks and the skippable ones, same shape and dtype.
+        h_out: activations after the skippable blocks, same shape and dtype.
+        p_ref: written, same shape, contiguous, one of the dtypes. None, with h_in None, stores
+            nothing: for blocks whose decision is taken elsewhere.
+        ring: (K, *h_fn.shape), contiguous, 1 <= K <= MAX_SLOTS, one of the dtypes, or uint8 for
+            fp8; one slot is written.
+        counters: int32 (NUM_COUNTERS,), of a `LaneState`; ``counters[SLOT]`` is below K.
+        encoder_fn: second stream, as `h_fn`, of any size of its own; the next two come with it.
+        encoder_out: as `h_out`.
+        encoder_ring: as `ring`, with the same K.
+        scales: the fp8 ring's, float32 (K, *h_fn.shape[:-1]), contiguous; one slot is written. It
+            comes with a uint8 ring, whose tokens are at most `e4m3.MAX_WIDTH` long.
+        encoder_scales: as `scales`, for `encoder_ring`: both rings are fp8, or none.
+        replace: store `h_out` itself, for rings that hold outputs rather than residuals.
+        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
+            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+
+    The reference reads the slot on the host, which synchronises if it is on a GPU; Triton does not.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check(h_in, h_fn, h_out, p_ref, counters)
+    _check_ring("h_out", h_out, ring, scales)
+    if encoder_fn is not None:
+        if encoder_out is None or encoder_ring is None:
+            raise ValueError("commit: encoder_fn must come with its output and ring, got None")
+        _check_encoder(h_fn, ring, encoder_fn, encoder_out, encoder_ring, encoder_scales)
+    encoder = (encoder_fn, encoder_out, encoder_ring)
+    args = (h_in, h_fn, h_out, p_ref, ring, counters, *encoder, scales, encoder_scales)
+    if is_traced(h_fn):
+        with torch.no_grad():
+            _commit_op(*args, replace, impl)
+    elif select(impl, h_fn) == "triton":
+        _commit_triton(*args, replace)
+    else:
+        commit_reference(*args, replace=replace)
+
+
+@without_gradient
+def commit_reference(
+    h_in: torch.Tensor | None,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor | None,
+    ring: torch.Tensor,
+    counters: torch.Tensor,
+    encoder_fn: torch.Tensor | None = None,
+    encoder_out: torch.Tensor | None = None,
+    encoder_ring: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    encoder_scales: torch.Tensor | None = None,
+    *,
+    replace: bool = False,
+) -> None:
+    """Plain PyTorch, the meaning of `commit`."""
+    slot = counters.tolist()[SLOT]
+    if p_ref is not None:
+        _store_difference(h_fn, h_in, p_ref)
+    streams = [(h_fn, h_out, ring, scales)]
+    if encoder_fn is not None and encoder_out is not None and encoder_ring is not None:
+        streams.append((encoder_fn, encoder_out, encoder_ring, encoder_scales))
+    for before, after, stored, its_scales in streams:
+        base = None if replace else before
+        if its_scales is None:
+            _store_difference(after, base, stored[slot])
+        else:
+            residual = after.float() if base is None else after.float() - base.float()
+            codes, token_scales = e4m3.quantize(residual)
+            stored[slot].copy_(codes)
+            its_scales[slot].copy_(token_scales)
+
+
+def _store_difference(a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> None:
+    if b is None:
+        out.copy_(a)
+    elif out.dtype == a.dtype:
+        torch.sub(a, b, out=out)  # PyTorch subtracts in float32 and rounds once
+    else:
+        out.copy_(a.float() - b.float())
+
+
+def _check(
+    h_in: torch.Tensor | None,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor | None,
+    counters: torch.Tensor,
+) -> None:
+    if h_in is not None and p_ref is None:
+        raise invalid("commit", "h_in must come with p_ref", tuple(h_in.shape), None)
+    inputs = [x for x in (h_in, h_fn, h_out) if x is not None]
+    written = [] if p_ref is None else [p_ref]
+    if any(x.shape != h_fn.shape for x in (*inputs, *written)):
+        shapes = (tuple(x.shape) for x in (*inputs, *written))
+        raise invalid("commit", "h_in, h_fn, h_out and p_ref must share a shape", *shapes)
+    dtypes = [x.dtype for x in inputs]
+    if len(set(dtypes)) != 1 or h_fn.dtype not in DTYPES:
+        must = f"h_in, h_fn and h_out must share a dtype of {DTYPES}"
+        raise invalid("commit", must, *dtypes)
+    if p_ref is not None and (p_ref.dtype not in DTYPES or not p_ref.is_contiguous()):
+        must = f"p_ref must be contiguous with a dtype of {DTYPES}"
+        raise invalid("commit", must, p_ref.dtype, p_ref.stride())
+    if counters.dtype != torch.int32 or counters.shape != (NUM_COUNTERS,):
+        must = f"counters must be int32 ({NUM_COUNTERS},)"
+        raise invalid("commit", must, counters.dtype, tuple(counters.shape))
+    devices = [x.device for x in (*inputs, *written, counters)]
+    if any(device != devices[0] for device in devices):
+        must = "h_in, h_fn, h_out, p_ref and counters must be on one device"
+        raise invalid("commit", must, *devices)
+
+
+def _check_ring(
+    name: str, x: torch.Tensor, ring: torch.Tensor, scales: torch.Tensor | None
+) -> None:
+    if ring.shape[1:] != x.shape or not 1 <= ring.shape[0] <= MAX_SLOTS:
+        must = f"the ring of {name} must be (K, *{name}.shape) with 1 <= K <= {MAX_SLOTS}"
+        raise invalid("commit", must, tuple(ring.shape), tuple(x.shape))
+    dtypes = DTYPES if scales is None else (torch.uint8,)
+    if ring.dtype not in dtypes or not ring.is_contiguous() or ring.device != x.device:
+        which = f"the ring of {name}{' with scales' * (scales is not None)}"
+        must = f"{which} must be contiguous, on {x.device}, with a dtype of {dtypes}"
+        raise invalid("commit", must, ring.dtype, ring.stride(), ring.device)
+    if scales is not None:
+        e4m3.check_scales("commit", name, ring, scales)
+
+
+def _check_encoder(
+    h_fn: torch.Tensor,
+    ring: torch.Tensor,
+    encoder_fn: torch.Tensor,
+    encoder_out: torch.Tensor,
+    encoder_ring: torch.Tensor,
+    encoder_scales: torch.Tensor | None,
+) -> None:
+    if encoder_fn.shape != encoder_out.shape:
+        shapes = (tuple(encoder_fn.shape), tuple(encoder_out.shape))
+        raise invalid("commit", "encoder_fn and encoder_out must share a shape", *shapes)
+    if encoder_fn.dtype != encoder_out.dtype or encoder_fn.dtype not in DTYPES:
+        must = f"encoder_fn and encoder_out must share a dtype of {DTYPES}"
+        raise invalid("commit", must, encoder_fn.dtype, encoder_out.dtype)
+    _check_ring("encoder_out", encoder_out, encoder_ring, encoder_scales)
+    if (ring.dtype == torch.uint8) != (encoder_scales is not None):
+        must = "both rings must be fp8 or none"
+        raise invalid("commit", must, ring.dtype, encoder_ring.dtype)
+    slots, devices = (ring.shape[0], encoder_ring.shape[0]), (h_fn.device, encoder_fn.device)
+    if slots[0] != slots[1] or any(
+        device != h_fn.device for device in (*devices, encoder_out.device)
+    ):
+        must = "both streams must share the slots and the device"
+        raise invalid("commit", must, (slots[0], devices[0]), (slots[1], devices[1]))
+
+
+def _commit_triton(
+    h_in: torch.Tensor | None,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor | None,
+    ring: torch.Tensor,
+    counters: torch.Tensor,
+    encoder_fn: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+    encoder_ring: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    encoder_scales: torch.Tensor | None,
+    replace: bool,
+) -> None:
+    h_in = None if h_in is None else h_in.contiguous()
+    h_fn, h_out = h_fn.contiguous(), h_out.contiguous()
+    if encoder_fn is not None and encoder_out is not None:
+        encoder_fn, encoder_out = encoder_fn.contiguous(), encoder_out.contiguous()
+    if scales is not None:
+        _launch_fp8(
+            h_in, h_fn, h_out, p_ref, ring, counters,
+            encoder_fn, encoder_out, encoder_ring, scales, encoder_scales, replace,
+        )  # fmt: skip
+        return
+    encoder_size = 0 if encoder_fn is None else encoder_fn.numel()
+    block, num_warps = launch_of("commit", h_fn)
+    blocks, encoder_blocks = triton.cdiv(h_fn.numel(), block), triton.cdiv(encoder_size, block)
+    if blocks + encoder_blocks == 0:
+        return
+    with torch.cuda.device_of(h_fn):
+        _commit_kernel[(blocks + encoder_blocks,)](
+            h_in, h_fn, h_out, p_ref, ring, counters, h_fn.numel(), blocks,
+            encoder_fn, encoder_out, encoder_ring, encoder_size,
+            REPLACE=replace, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def fp8_tile(width: int) -> tuple[int, int, int]:
+    """Return rows and columns of a program's tile of whole tokens, and its warps."""
+    columns = triton.next_power_of_2(max(width, 16))
+    rows = max(1, BLOCK // columns)
+    # 16 elements per thread: a load of 16 bytes where they are codes
+    return rows, columns, min(max(rows * columns // 512, 4), 16)
+
+
+def _launch_fp8(
+    h_in: torch.Tensor | None,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor | None,
+    ring: torch.Tensor,
+    counters: torch.Tensor,
+    encoder_fn: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+    encoder_ring: torch.Tensor | None,
+    scales: torch.Tensor,
+    encoder_scales: torch.Tensor | None,
+    replace: bool,
+) -> None:
+    tokens, width = e4m3.tokens_and_width(h_fn)
+    encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
+    rows, columns, warps = fp8_tile(max(width, encoder_width))
+    blocks, encoder_blocks = triton.cdiv(tokens, rows), triton.cdiv(encoder_tokens, rows)
+    if blocks + encoder_blocks == 0:
+        return
+    with torch.cuda.device_of(h_fn):
+        _commit_fp8_kernel[(blocks + encoder_blocks,)](
+            h_in, h_fn, h_out, p_ref, ring, scales, counters, tokens, width, blocks,
+            encoder_fn, encoder_out, encoder_ring, encoder_scales, encoder_tokens, encoder_width,
+            REPLACE=replace, ROWS=rows, COLUMNS=columns,
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "dbcache::commit",
+    mutates_args=("p_ref", "ring", "encoder_ring", "scales", "encoder_scales"),
+)
+def _commit_op(
+    h_in: torch.Tensor | None,
+    h_fn: torch.Tensor,
+    h_out: torch.Tensor,
+    p_ref: torch.Tensor | None,
+    ring: torch.Tensor,
+    counters: torch.Tensor,
+    encoder_fn: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+    encoder_ring: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    encoder_scales: torch.Tensor | None,
+    replace: bool,
+    impl: str,
+) -> None:
+    encoder = (encoder_fn, encoder_out, encoder_ring)
+    args = (h_in, h_fn, h_out, p_ref, ring, counters, *encoder, scales, encoder_scales)
+    if select(impl, h_fn) == "triton":
+        _commit_triton(*args, replace)
+    else:
+        commit_reference(*args, replace=replace)
+
+
+_SLOT = tl.constexpr(SLOT)
+
+
+@triton.jit
+def _commit_kernel(
+    h_in_ptr,
+    h_fn_ptr,
+    h_out_ptr,
+    p_ref_ptr,
+    ring_ptr,
+    counters_ptr,
+    size,
+    blocks,
+    encoder_fn_ptr,
+    encoder_out_ptr,
+    encoder_ring_ptr,
+    encoder_size,
+    REPLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first `blocks` programs take the hidden states, the others the encoder states."""
+    block = tl.program_id(0)
+    slot = tl.load(counters_ptr + _SLOT).to(tl.int64)
+    if encoder_fn_ptr is None or block < blocks:
+        _commit_block(
+            h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr, slot, size, block, REPLACE, BLOCK
+        )
+    else:
+        _commit_block(
+            None,
+            encoder_fn_ptr,
+            encoder_out_ptr,
+            None,
+            encoder_ring_ptr,
+            slot,
+            encoder_size,
+            block - blocks,
+            REPLACE,
+            BLOCK,
+        )
+
+
+@triton.jit
+def _commit_block(
+    h_in_ptr,
+    h_fn_ptr,
+    h_out_ptr,
+    p_ref_ptr,
+    ring_ptr,
+    slot,
+    size,
+    block,
+    REPLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    residual = _residual(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, offsets, mask, REPLACE)
+    slot_ptr = ring_ptr + slot * size
+    tl.store(slot_ptr + offsets, residual.to(ring_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _residual(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, offsets, mask, REPLACE: tl.constexpr):
+    """Return what the ring is to hold, in float32, and store the probe residual on the way."""
+    h_out = tl.load(h_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    residual = h_out
+    if p_ref_ptr is not None:
+        h_fn = tl.load(h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        compared = h_fn
+        if h_in_ptr is not None:
+            compared -= tl.load(h_in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(p_ref_ptr + offsets, compared.to(p_ref_ptr.dtype.element_ty), mask=mask)
+        if not REPLACE:
+            residual = h_out - h_fn
+    elif not REPLACE:
+        residual = h_out - tl.load(h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return residual
+
+
+@triton.jit
+def _commit_fp8_kernel(
+    h_in_ptr,
+    h_fn_ptr,
+    h_out_ptr,
+    p_ref_ptr,
+    ring_ptr,
+    scales_ptr,
+    counters_ptr,
+    tokens,
+    width,
+    blocks,
+    encoder_fn_ptr,
+    encoder_out_ptr,
+    encoder_ring_ptr,
+    encoder_scales_ptr,
+    encoder_tokens,
+    encoder_width,
+    REPLACE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """As `_commit_kernel`, with ROWS whole tokens per program."""
+    block = tl.program_id(0)
+    slot = tl.load(counters_ptr + _SLOT).to(tl.int64)
+    if encoder_fn_ptr is None or block < blocks:
+        _commit_tokens(
+            h_in_ptr,
+            h_fn_ptr,
+            h_out_ptr,
+            p_ref_ptr,
+            ring_ptr,
+            scales_ptr,
+            slot,
+            tokens,
+            width,
+            block,
+            REPLACE,
+            ROWS,
+            COLUMNS,
+        )
+    else:
+        _commit_tokens(
+            None,
+            encoder_fn_ptr,
+            encoder_out_ptr,
+            None,
+            encoder_ring_ptr,
+            encoder_scales_ptr,
+            slot,
+            encoder_tokens,
+            encoder_width,
+            block - blocks,
+            REPLACE,
+            ROWS,
+            COLUMNS,
+        )
+
+
+@triton.jit
+def _commit_tokens(
+    h_in_ptr,
+    h_fn_ptr,
+    h_out_ptr,
+    p_ref_ptr,
+    ring_ptr,
+    scales_ptr,
+    slot,
+    tokens,
+    width,
+    block,
+    REPLACE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    offsets = rows[:, None] * width + columns[None, :]
+    mask = (rows < tokens)[:, None] & (columns < width)[None, :]
+    residual = _residual(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, offsets, mask, REPLACE)
+    codes, scales = quantize_rows(residual)
+    slot_ptr = ring_ptr + slot * tokens * width
+    tl.store(slot_ptr + offsets, codes, mask=mask)
+    tl.store(scales_ptr + slot * tokens + rows, scales, mask=rows < tokens)

@@ -1,0 +1,457 @@
+"""The output of the skipped blocks, predicted as a weighted sum over the ring of residuals.
+
+    out = h + sum_j weights[j] * ring[j]       (replace: without h)
+
+One launch for hidden and encoder states. It reads h and those slots whose weight is not 0, and
+writes out, so the kernel is bound by memory bandwidth. A ring may hold fp8 (`e4m3`), which is
+read in the same pass, with one scale per token.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels.common import e4m3
+from dbcache.kernels.common.e4m3 import decode
+from dbcache.kernels.common.lane_state import MAX_SLOTS
+from dbcache.kernels.common.launches import BLOCK, launch_of
+from dbcache.kernels.common.select import (
+    DTYPES,
+    Impl,
+    invalid,
+    is_traced,
+    select,
+    without_gradient,
+)
+
+MAX_COLUMNS = 512
+"""Widest tile of fp8 tokens; widths of models are multiples of it, or nearly."""
+
+
+def predict(
+    h: torch.Tensor,
+    ring: torch.Tensor,
+    weights: torch.Tensor,
+    encoder: torch.Tensor | None = None,
+    encoder_ring: torch.Tensor | None = None,
+    encoder_weights: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    encoder_scales: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    encoder_out: torch.Tensor | None = None,
+    replace: bool = False,
+    impl: Impl = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return ``h + sum_j weights[j] * ring[j]``, and the same for the encoder states.
+
+    The sum is float32, rounded once to the dtype of `h`. A slot whose weight is exactly 0 does not
+    contribute, whatever it holds; it may be uninitialised.
+
+    Args:
+        h: activations before the skipped blocks, any shape, float32, float16 or bfloat16. Any
+            strides; copied first where not contiguous.
+        ring: (K, *h.shape), contiguous, 1 <= K <= MAX_SLOTS, one of the dtypes, or uint8 for fp8.
+        weights: float32 (MAX_SLOTS,), the first K are used.
+        encoder: second stream, as `h`, of any size of its own; its ring and weights come with it.
+        encoder_ring: as `ring`, with the same K.
+        encoder_weights: as `weights`.
+        scales: of an fp8 ring, as `commit` left them, float32 (K, *h.shape[:-1]), contiguous.
+        encoder_scales: as `scales`, for `encoder_ring`: both rings are fp8, or none.
+        out: written instead of a new tensor: shape, dtype and device of `h`, contiguous. It may
+            be `h` itself; it must not overlap the rest.
+        encoder_out: as `out`, for `encoder`.
+        replace: leave `h` out of the sum, for rings that hold outputs rather than residuals.
+        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
+            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+
+    Returns:
+        Contiguous tensors (`out` and `encoder_out` where given, else new ones), or None for a
+        stream that was not given. No gradient. The reference reads the weights on the host, which
+        synchronises if they are on a GPU; Triton does not.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check("h", h, ring, weights, scales)
+    if encoder is not None:
+        _check_encoder(h, ring, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
+    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
+    if is_traced(h):
+        out, encoder_out = _outputs(h, out, encoder, encoder_out)
+        with torch.no_grad():
+            _predict_op(out, encoder_out, *streams, replace, impl)
+        return out, encoder_out
+    backend = select(impl, h)
+    if backend == "reference" and out is None and encoder_out is None:
+        return predict_reference(*streams, replace=replace)
+    out, encoder_out = _outputs(h, out, encoder, encoder_out)
+    _predict_into(out, encoder_out, *streams, replace, backend)
+    return out, encoder_out
+
+
+def _outputs(
+    h: torch.Tensor,
+    out: torch.Tensor | None,
+    encoder: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    out = _output("h", h, out)
+    return out, None if encoder is None else _output("encoder", encoder, encoder_out)
+
+
+def _output(name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """Return `out` if it is one for `x`, or a new tensor for None."""
+    if out is None:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.shape != x.shape or not out.is_contiguous():
+        must = f"the output for {name} must be contiguous with the shape {tuple(x.shape)}"
+        raise invalid("predict", must, tuple(out.shape), out.stride())
+    if out.dtype != x.dtype or out.device != x.device:
+        must = f"the output for {name} must be {x.dtype} on {x.device}"
+        raise invalid("predict", must, out.dtype, out.device)
+    return out
+
+
+@without_gradient
+def predict_reference(
+    h: torch.Tensor,
+    ring: torch.Tensor,
+    weights: torch.Tensor,
+    encoder: torch.Tensor | None = None,
+    encoder_ring: torch.Tensor | None = None,
+    encoder_weights: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    encoder_scales: torch.Tensor | None = None,
+    *,
+    replace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Plain PyTorch, the meaning of `predict`."""
+    out = _weighted_sum(h, ring, weights, scales, replace)
+    if encoder is None or encoder_ring is None or encoder_weights is None:
+        return out, None
+    return out, _weighted_sum(encoder, encoder_ring, encoder_weights, encoder_scales, replace)
+
+
+def _weighted_sum(
+    h: torch.Tensor,
+    ring: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor | None,
+    replace: bool,
+) -> torch.Tensor:
+    """Add up in float32, one op per slot that is used; h first, so that it needs no pass."""
+    total = None if replace else h.float()
+    for slot, weight in enumerate(weights.tolist()[: ring.shape[0]]):
+        if weight == 0:
+            continue
+        snapshot = ring[slot] if scales is None else e4m3.dequantize(ring[slot], scales[slot])
+        if total is None:
+            total = snapshot.float() * weight
+        else:
+            total = torch.add(total, snapshot, alpha=weight)
+    if total is None:
+        return torch.zeros(h.shape, dtype=h.dtype, device=h.device)
+    out = total.to(h.dtype)
+    return out.clone(memory_format=torch.contiguous_format) if total is h else out.contiguous()
+
+
+def _check(
+    name: str,
+    h: torch.Tensor,
+    ring: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor | None,
+) -> None:
+    if ring.shape[1:] != h.shape or not 1 <= ring.shape[0] <= MAX_SLOTS:
+        must = f"the ring of {name} must be (K, *{name}.shape) with 1 <= K <= {MAX_SLOTS}"
+        raise invalid("predict", must, tuple(ring.shape), tuple(h.shape))
+    if h.dtype not in DTYPES or (scales is None and ring.dtype not in DTYPES):
+        must = f"{name} and its ring without scales must have a dtype of {DTYPES}"
+        raise invalid("predict", must, h.dtype, ring.dtype)
+    if scales is not None:
+        if ring.dtype != torch.uint8:
+            must = f"the ring of {name} with scales must be {torch.uint8}"
+            raise invalid("predict", must, ring.dtype)
+        e4m3.check_scales("predict", name, ring, scales)
+    if not ring.is_contiguous():
+        raise invalid("predict", f"the ring of {name} must be contiguous", ring.stride())
+    if weights.dtype != torch.float32 or weights.shape != (MAX_SLOTS,):
+        must = f"the weights of {name} must be float32 ({MAX_SLOTS},)"
+        raise invalid("predict", must, weights.dtype, tuple(weights.shape))
+    if not (h.device == ring.device == weights.device):
+        must = f"{name}, its ring and its weights must be on one device"
+        raise invalid("predict", must, h.device, ring.device, weights.device)
+
+
+def _check_encoder(
+    h: torch.Tensor,
+    ring: torch.Tensor,
+    encoder: torch.Tensor,
+    encoder_ring: torch.Tensor | None,
+    encoder_weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    encoder_scales: torch.Tensor | None,
+) -> None:
+    if encoder_ring is None or encoder_weights is None:
+        raise ValueError("predict: encoder must come with its ring and weights, got None")
+    _check("encoder", encoder, encoder_ring, encoder_weights, encoder_scales)
+    if encoder_ring.shape[0] != ring.shape[0] or encoder.device != h.device:
+        must = "both streams must share the slots and the device"
+        got = ((ring.shape[0], h.device), (encoder_ring.shape[0], encoder.device))
+        raise invalid("predict", must, *got)
+    if (scales is None) != (encoder_scales is None):
+        must = "both rings must be fp8 or none"
+        raise invalid("predict", must, ring.dtype, encoder_ring.dtype)
+
+
+def _predict_triton(
+    out: torch.Tensor,
+    encoder_out: torch.Tensor | None,
+    h: torch.Tensor,
+    ring: torch.Tensor,
+    weights: torch.Tensor,
+    encoder: torch.Tensor | None,
+    encoder_ring: torch.Tensor | None,
+    encoder_weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    encoder_scales: torch.Tensor | None,
+    replace: bool,
+) -> None:
+    h, encoder = h.contiguous(), None if encoder is None else encoder.contiguous()
+    if scales is not None:
+        _launch_fp8(
+            out, encoder_out, h, ring, weights, encoder, encoder_ring, encoder_weights,
+            scales, encoder_scales, replace,
+        )  # fmt: skip
+        return
+    encoder_size = 0 if encoder is None else encoder.numel()
+    slots = ring.shape[0]
+    block, num_warps = launch_of("predict", h, slots)
+    blocks, encoder_blocks = triton.cdiv(h.numel(), block), triton.cdiv(encoder_size, block)
+    if blocks + encoder_blocks:
+        with torch.cuda.device_of(h):
+            _predict_kernel[(blocks + encoder_blocks,)](
+                h, ring, weights, out, h.numel(), blocks,
+                encoder, encoder_ring, encoder_weights, encoder_out, encoder_size,
+                K=slots, REPLACE=replace, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+def fp8_tile(width: int) -> tuple[int, int]:
+    """Return rows (tokens) and columns of a program's tile, BLOCK elements."""
+    columns = min(triton.next_power_of_2(max(width, 16)), MAX_COLUMNS)
+    return BLOCK // columns, columns
+
+
+def _launch_fp8(
+    out: torch.Tensor,
+    encoder_out: torch.Tensor | None,
+    h: torch.Tensor,
+    ring: torch.Tensor,
+    weights: torch.Tensor,
+    encoder: torch.Tensor | None,
+    encoder_ring: torch.Tensor | None,
+    encoder_weights: torch.Tensor | None,
+    scales: torch.Tensor,
+    encoder_scales: torch.Tensor | None,
+    replace: bool,
+) -> None:
+    tokens, width = e4m3.tokens_and_width(h)
+    encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder)
+    rows, columns = fp8_tile(max(width, encoder_width))
+    blocks = triton.cdiv(tokens, rows) * triton.cdiv(width, columns)
+    encoder_blocks = triton.cdiv(encoder_tokens, rows) * triton.cdiv(encoder_width, columns)
+    if blocks + encoder_blocks == 0:
+        return
+    with torch.cuda.device_of(h):
+        _predict_fp8_kernel[(blocks + encoder_blocks,)](
+            h, ring, scales, weights, out, tokens, width, blocks,
+            encoder, encoder_ring, encoder_scales, encoder_weights, encoder_out,
+            encoder_tokens, encoder_width,
+            K=ring.shape[0], REPLACE=replace, ROWS=rows, COLUMNS=columns,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _predict_into(
+    out: torch.Tensor,
+    encoder_out: torch.Tensor | None,
+    h: torch.Tensor,
+    ring: torch.Tensor,
+    weights: torch.Tensor,
+    encoder: torch.Tensor | None,
+    encoder_ring: torch.Tensor | None,
+    encoder_weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    encoder_scales: torch.Tensor | None,
+    replace: bool,
+    impl: str,
+) -> None:
+    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
+    if select(impl, h) == "triton":
+        _predict_triton(out, encoder_out, *streams, replace)
+        return
+    with torch.no_grad():
+        predicted, encoder_predicted = predict_reference(*streams, replace=replace)
+        out.copy_(predicted)
+        if encoder_out is not None and encoder_predicted is not None:
+            encoder_out.copy_(encoder_predicted)
+
+
+_predict_op = torch.library.custom_op(
+    "dbcache::predict", _predict_into, mutates_args=("out", "encoder_out")
+)
+
+
+@triton.jit
+def _predict_kernel(
+    h_ptr,
+    ring_ptr,
+    weights_ptr,
+    out_ptr,
+    size,
+    blocks,
+    encoder_ptr,
+    encoder_ring_ptr,
+    encoder_weights_ptr,
+    encoder_out_ptr,
+    encoder_size,
+    K: tl.constexpr,
+    REPLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first `blocks` programs take the hidden states, the others the encoder states."""
+    block = tl.program_id(0)
+    if encoder_ptr is None or block < blocks:
+        _predict_block(h_ptr, ring_ptr, weights_ptr, out_ptr, size, block, K, REPLACE, BLOCK)
+    else:
+        _predict_block(
+            encoder_ptr,
+            encoder_ring_ptr,
+            encoder_weights_ptr,
+            encoder_out_ptr,
+            encoder_size,
+            block - blocks,
+            K,
+            REPLACE,
+            BLOCK,
+        )
+
+
+@triton.jit
+def _predict_block(
+    h_ptr,
+    ring_ptr,
+    weights_ptr,
+    out_ptr,
+    size,
+    block,
+    K: tl.constexpr,
+    REPLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    for slot in tl.static_range(K):
+        weight = tl.load(weights_ptr + slot)
+        # a slot of weight 0 is not read: it saves the bytes, and it may hold anything
+        used = offsets < tl.where(weight != 0.0, size, 0)
+        slot_ptr = ring_ptr + tl.cast(size, tl.int64) * slot
+        total += weight * tl.load(slot_ptr + offsets, mask=used, other=0.0).to(tl.float32)
+    if not REPLACE:
+        total += tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _predict_fp8_kernel(
+    h_ptr,
+    ring_ptr,
+    scales_ptr,
+    weights_ptr,
+    out_ptr,
+    tokens,
+    width,
+    blocks,
+    encoder_ptr,
+    encoder_ring_ptr,
+    encoder_scales_ptr,
+    encoder_weights_ptr,
+    encoder_out_ptr,
+    encoder_tokens,
+    encoder_width,
+    K: tl.constexpr,
+    REPLACE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """As `_predict_kernel`, with a tile of tokens per program."""
+    block = tl.program_id(0)
+    if encoder_ptr is None or block < blocks:
+        _predict_tile(
+            h_ptr,
+            ring_ptr,
+            scales_ptr,
+            weights_ptr,
+            out_ptr,
+            tokens,
+            width,
+            block,
+            K,
+            REPLACE,
+            ROWS,
+            COLUMNS,
+        )
+    else:
+        _predict_tile(
+            encoder_ptr,
+            encoder_ring_ptr,
+            encoder_scales_ptr,
+            encoder_weights_ptr,
+            encoder_out_ptr,
+            encoder_tokens,
+            encoder_width,
+            block - blocks,
+            K,
+            REPLACE,
+            ROWS,
+            COLUMNS,
+        )
+
+
+@triton.jit
+def _predict_tile(
+    h_ptr,
+    ring_ptr,
+    scales_ptr,
+    weights_ptr,
+    out_ptr,
+    tokens,
+    width,
+    block,
+    K: tl.constexpr,
+    REPLACE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tiles = tl.cdiv(width, COLUMNS)  # per row of tiles
+    rows = (block // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = (block % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    offsets = rows[:, None] * width + columns[None, :]
+    mask = (rows < tokens)[:, None] & (columns < width)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for slot in tl.static_range(K):
+        weight = tl.load(weights_ptr + slot)
+        # a slot of weight 0 is not read: it saves the bytes, and it may hold anything
+        end = tl.where(weight != 0.0, tokens, 0)
+        used = (rows < end)[:, None] & (columns < width)[None, :]
+        slot_ptr = ring_ptr + tl.cast(tokens, tl.int64) * width * slot
+        codes = tl.load(slot_ptr + offsets, mask=used, other=0)
+        slot_scales_ptr = scales_ptr + tl.cast(tokens, tl.int64) * slot
+        scales = tl.load(slot_scales_ptr + rows, mask=rows < end, other=0.0)
+        total += (weight * scales)[:, None] * decode(codes)
+    if not REPLACE:
+        total += tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,273 @@
+"""Weights that continue a linear recurrence between and beyond its steps, in Python and Triton.
+
+Snapshots Y_0 (newest) and Y_1, a gap g apart, that follow Y_{i-1} = c_1 Y_i + c_2 Y_{i+1} are sums
+of two exponentials, whose bases per gap are the roots a and b of x^2 = c_1 x + c_2. So k steps
+after the newest, with q = k / g,
+
+    prediction = Re(a^(q+1) - b^(q+1)) / (a - b) Y_0 + c_2 Re(a^q - b^q) / (a - b) Y_1
+
+Roots may be complex or negative. The powers are products of the roots' repeated square roots along
+the binary digits of q, as square roots are rounded alike everywhere and logarithms are not.
+
+Without a fit (NaN) or with a root so large that predictions explode, the weights are those of the
+straight line through the two newest snapshots. The two implementations agree bit for bit: each
+operation is float64, rounded once, in the same order; the weights are rounded to float32.
+"""
+
+from math import sqrt
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import MAX_SLOTS, LaneState
+from dbcache.kernels.common.select import Impl, invalid, is_traced, select
+from dbcache.kernels.common.sums import f32
+
+DIGITS = 32
+"""Binary digits of the fraction of q."""
+
+LARGEST_ROOT = 2.0
+"""Largest absolute value of a root per gap: what doubles between two full steps is not forecast."""
+
+CLOSE = 1e-12
+"""Square of the distance of two roots, relative to theirs from 0, below which they are one."""
+
+
+def recurrence_weights(
+    state: LaneState,
+    fit: torch.Tensor | None,
+    encoder_fit: torch.Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+) -> None:
+    """Overwrite the weights of the cached step that `decide` has just decided, in place.
+
+    Args:
+        state: state of the lane, after `decide` and before the next step.
+        fit: float64 (2,), (alpha, gamma) from `fit_recurrence` for the hidden states, so that
+            c_1 = 1 + alpha + gamma and c_2 = -alpha. None leaves their weights alone.
+        encoder_fit: the same for encoder hidden states.
+        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
+            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+
+    The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
+    not.
+
+    Raises:
+        ValueError: a fit does not fit the interface.
+    """
+    counters = state.counters
+    for one in (fit, encoder_fit):
+        if one is None:
+            continue
+        if one.shape != (2,) or one.dtype != torch.float64 or one.device != counters.device:
+            must = f"a fit must be float64 (2,) on {counters.device}"
+            raise invalid("recurrence_weights", must, one.dtype, tuple(one.shape), one.device)
+    args = (counters, state.values, state.limits, fit, encoder_fit)
+    if is_traced(counters):
+        _recurrence_op(*args, impl)
+    elif select(impl, counters) == "triton":
+        _recurrence_triton(*args)
+    else:
+        recurrence_weights_reference(*args)
+
+
+def recurrence_weights_reference(
+    counters: torch.Tensor,
+    values: torch.Tensor,
+    limits: torch.Tensor,
+    fit: torch.Tensor | None,
+    encoder_fit: torch.Tensor | None,
+) -> None:
+    """Plain Python, the meaning of `recurrence_weights`."""
+    numbers, slots = counters.tolist(), limits.tolist()[ls.SLOTS]
+    step = numbers[ls.STEP] - 1
+    ages = [step - s for s in ls.steps_newest_first(numbers, slots)]
+    for base, one in ((ls.WEIGHTS, fit), (ls.ENCODER_WEIGHTS, encoder_fit)):
+        if one is not None:
+            by_slot = ls.spread(continued(ages, *one.tolist()), numbers[ls.HEAD], slots)
+            values[base : base + MAX_SLOTS] = torch.tensor(by_slot, dtype=values.dtype)
+
+
+def continued(ages: list[int], alpha: float, gamma: float) -> list[float]:
+    """Return the weights of the newest two snapshots (of one, where there is one)."""
+    if len(ages) < 2:
+        return [1.0]
+    gap = ages[1] - ages[0]
+    ahead = ages[0] / gap
+    line = [f32(1.0 + ahead), f32(-ahead)]
+    first = 1.0 + alpha + gamma
+    middle = first / 2.0
+    inside = middle * middle - alpha
+    apart = _root(inside, 0.0)
+    a = (middle + apart[0], apart[1])
+    b = (middle - apart[0], -apart[1])
+    size_a, size_b = _square(a), _square(b)
+    if not (size_a <= LARGEST_ROOT**2 and size_b <= LARGEST_ROOT**2):
+        return line
+    power_a, power_b = _power(a, ages[0], gap), _power(b, ages[0], gap)
+    if 4.0 * _square(apart) <= CLOSE * (size_a + size_b):
+        w0 = (ahead + 1.0) * power_a[0]
+        w1 = -(ahead * (a[0] * power_a[0] - a[1] * power_a[1]))
+        return [f32(w0), f32(w1)]
+    next_a, next_b = _times(a, power_a), _times(b, power_b)
+    twice = (2.0 * apart[0], 2.0 * apart[1])
+    w0 = _real_quotient(next_a[0] - next_b[0], next_a[1] - next_b[1], twice)
+    w1 = _real_quotient(power_a[0] - power_b[0], power_a[1] - power_b[1], twice)
+    return [f32(w0), f32(-(alpha * w1))]
+
+
+Complex = tuple[float, float]
+
+
+def _square(z: Complex) -> float:
+    return z[0] * z[0] + z[1] * z[1]
+
+
+def _times(y: Complex, z: Complex) -> Complex:
+    return y[0] * z[0] - y[1] * z[1], y[0] * z[1] + y[1] * z[0]
+
+
+def _real_quotient(x: float, y: float, divisor: Complex) -> float:
+    """Return the real part of (x + iy) / divisor."""
+    return (x * divisor[0] + y * divisor[1]) / _square(divisor)
+
+
+def _root(x: float, y: float) -> Complex:
+    """Return the principal square root of x + iy."""
+    if x == 0.0 and y == 0.0:
+        return 0.0, 0.0
+    large = sqrt((sqrt(x * x + y * y) + abs(x)) / 2.0)
+    small = y / (2.0 * large)
+    if x >= 0.0:
+        return large, small
+    return abs(small), -large if y < 0.0 else large
+
+
+def _power(z: Complex, steps: int, gap: int) -> Complex:
+    """Return z^(steps / gap), the fraction to DIGITS binary digits."""
+    result = (1.0, 0.0)
+    for _ in range(steps // gap):
+        result = _times(result, z)
+    rest = steps % gap
+    for _ in range(DIGITS):
+        z = _root(*z)
+        rest *= 2
+        if rest >= gap:
+            rest -= gap
+            result = _times(result, z)
+    return result
+
+
+def _recurrence_triton(
+    counters: torch.Tensor,
+    values: torch.Tensor,
+    limits: torch.Tensor,
+    fit: torch.Tensor | None,
+    encoder_fit: torch.Tensor | None,
+) -> None:
+    with torch.cuda.device_of(counters):
+        _recurrence_kernel[(1,)](
+            counters, values, limits, fit, encoder_fit, num_warps=1, enable_fp_fusion=False
+        )
+
+
+@torch.library.custom_op("dbcache::recurrence_weights", mutates_args=("values",))
+def _recurrence_op(
+    counters: torch.Tensor,
+    values: torch.Tensor,
+    limits: torch.Tensor,
+    fit: torch.Tensor | None,
+    encoder_fit: torch.Tensor | None,
+    impl: str,
+) -> None:
+    if select(impl, counters) == "triton":
+        _recurrence_triton(counters, values, limits, fit, encoder_fit)
+    else:
+        recurrence_weights_reference(counters, values, limits, fit, encoder_fit)
+
+
+_MAX_SLOTS = tl.constexpr(MAX_SLOTS)
+_DIGITS, _CLOSE = tl.constexpr(DIGITS), tl.constexpr(CLOSE)
+_LARGEST_SQUARE = tl.constexpr(LARGEST_ROOT**2)
+_STEP, _HEAD, _SNAPSHOTS = tl.constexpr(ls.STEP), tl.constexpr(ls.HEAD), tl.constexpr(ls.SNAPSHOTS)
+_RING_STEPS, _SLOTS = tl.constexpr(ls.RING_STEPS), tl.constexpr(ls.SLOTS)
+_WEIGHTS, _ENCODER_WEIGHTS = tl.constexpr(ls.WEIGHTS), tl.constexpr(ls.ENCODER_WEIGHTS)
+
+
+@triton.jit
+def _recurrence_kernel(counters_ptr, values_ptr, limits_ptr, fit_ptr, encoder_fit_ptr):
+    if fit_ptr is not None:
+        _store(counters_ptr, values_ptr + _WEIGHTS, limits_ptr, fit_ptr)
+    if encoder_fit_ptr is not None:
+        _store(counters_ptr, values_ptr + _ENCODER_WEIGHTS, limits_ptr, encoder_fit_ptr)
+
+
+@triton.jit
+def _store(counters_ptr, weights_ptr, limits_ptr, fit_ptr):
+    """The function `continued` above, stored by slot."""
+    slots = tl.load(limits_ptr + _SLOTS)
+    step, snapshots = tl.load(counters_ptr + _STEP) - 1, tl.load(counters_ptr + _SNAPSHOTS)
+    newest = tl.load(counters_ptr + _HEAD) - 1 + 2 * slots
+    steps = step - tl.load(counters_ptr + _RING_STEPS + newest % slots)
+    second = step - tl.load(counters_ptr + _RING_STEPS + (newest - 1) % slots)
+    several = snapshots > 1
+    gap = tl.where(several, second - steps, 1)
+    ahead = steps.to(tl.float64) / gap.to(tl.float64)
+    alpha, gamma = tl.load(fit_ptr), tl.load(fit_ptr + 1)
+    middle = (1.0 + alpha + gamma) / 2.0
+    zero = alpha * 0.0
+    apart_x, apart_y = _root_of(middle * middle - alpha, tl.full((), 0.0, tl.float64))
+    ax, ay = middle + apart_x, apart_y
+    bx, by = middle - apart_x, 0.0 - apart_y
+    size_a, size_b = ax * ax + ay * ay, bx * bx + by * by
+    usable = (size_a <= _LARGEST_SQUARE) & (size_b <= _LARGEST_SQUARE) & (zero == 0.0)
+    pax, pay = _power_of(ax, ay, steps, gap)
+    pbx, pby = _power_of(bx, by, steps, gap)
+    is_one = 4.0 * (apart_x * apart_x + apart_y * apart_y) <= _CLOSE * (size_a + size_b)
+    twice_x, twice_y = 2.0 * apart_x, 2.0 * apart_y
+    divisor = tl.where(is_one, 1.0, twice_x * twice_x + twice_y * twice_y)
+    nax, nay = ax * pax - ay * pay, ax * pay + ay * pax
+    nbx, nby = bx * pbx - by * pby, bx * pby + by * pbx
+    w0 = ((nax - nbx) * twice_x + (nay - nby) * twice_y) / divisor
+    w1 = ((pax - pbx) * twice_x + (pay - pby) * twice_y) / divisor
+    w1 = 0.0 - alpha * w1
+    w0 = tl.where(is_one, (ahead + 1.0) * pax, w0)
+    w1 = tl.where(is_one, 0.0 - ahead * (ax * pax - ay * pay), w1)
+    w0, w1 = tl.where(usable, w0, 1.0 + ahead), tl.where(usable, w1, 0.0 - ahead)
+    w0, w1 = tl.where(several, w0, 1.0), tl.where(several, w1, 0.0)
+    m = tl.arange(0, _MAX_SLOTS)
+    weights = tl.where(m == 0, w0, tl.where(m == 1, w1, 0.0)).to(tl.float32)
+    slot = (newest + _MAX_SLOTS * slots - m) % slots
+    tl.store(weights_ptr + tl.where(m < slots, slot, m), weights)
+
+
+@triton.jit
+def _root_of(x, y):
+    """The function `_root` above."""
+    is_zero = (x == 0.0) & (y == 0.0)
+    large = tl.sqrt((tl.sqrt(x * x + y * y) + tl.abs(x)) / 2.0)
+    small = y / (2.0 * tl.where(is_zero, 1.0, large))
+    signed = tl.where(y < 0.0, 0.0 - large, large)
+    root_x = tl.where(x >= 0.0, large, tl.abs(small))
+    root_y = tl.where(x >= 0.0, small, signed)
+    return tl.where(is_zero, 0.0, root_x), tl.where(is_zero, 0.0, root_y)
+
+
+@triton.jit
+def _power_of(x, y, steps, gap):
+    """The function `_power` above, of x + iy."""
+    result_x, result_y = tl.full((), 1.0, tl.float64), tl.full((), 0.0, tl.float64)
+    for _ in range(steps // gap):
+        result_x, result_y = result_x * x - result_y * y, result_x * y + result_y * x
+    rest = steps % gap
+    for _ in range(_DIGITS):
+        x, y = _root_of(x, y)
+        rest *= 2
+        bit = rest >= gap
+        rest = tl.where(bit, rest - gap, rest)
+        next_x, next_y = result_x * x - result_y * y, result_x * y + result_y * x
+        result_x, result_y = tl.where(bit, next_x, result_x), tl.where(bit, next_y, result_y)
+    return result_x, result_y

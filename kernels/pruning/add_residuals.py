@@ -1,0 +1,198 @@
+"""What a run of blocks that is left out would have returned, from what each of them added before.
+
+    out = h + R_first + ... + R_{first + count - 1}
+
+One launch for hidden and encoder states, however many blocks: it reads h and `count` residuals and
+writes out once, so the kernel is bound by memory bandwidth. The sum is float32, rounded once, where
+block after block would round (and move h) `count` times.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels.common.launches import BLOCK
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
+
+
+def add_residuals(
+    h: torch.Tensor,
+    residuals: torch.Tensor,
+    first: int,
+    count: int,
+    encoder: torch.Tensor | None = None,
+    encoder_residuals: torch.Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return ``h + residuals[first : first + count].sum(0)``, and the same for the encoder states.
+
+    Args:
+        h: what the first block is called with, any shape, float32, float16 or bfloat16. Any
+            strides; copied first where not contiguous.
+        residuals: (M, *h.shape), contiguous, of the dtype of `h`; others of its M entries are not
+            read and may hold anything.
+        first: first block of the run, at least 0.
+        count: blocks in it, at least 1, with ``first + count <= M``.
+        encoder: second stream, as `h`, of any size of its own; its residuals come with it.
+        encoder_residuals: as `residuals`, with the same M.
+        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
+            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+
+    Returns:
+        New contiguous tensors, None for a stream that was not given. No gradient, no
+        synchronisation.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or the run do not fit.
+    """
+    blocks = residuals.shape[0]
+    if not (first >= 0 and count >= 1 and first + count <= blocks):
+        must = f"the run must have at least 1 of the {blocks} blocks"
+        raise invalid("add_residuals", must, f"first = {first}", f"count = {count}")
+    _check("h", h, residuals, blocks)
+    if encoder is not None:
+        if encoder_residuals is None:
+            raise ValueError("add_residuals: encoder must come with its residuals, got None")
+        _check("encoder", encoder, encoder_residuals, blocks)
+    else:
+        encoder_residuals = None
+    args = (h, residuals, first, count, encoder, encoder_residuals)
+    if select(impl, h) == "reference" and not is_traced(h):
+        return add_residuals_reference(*args)
+    out = torch.empty_like(h, memory_format=torch.contiguous_format)
+    encoder_out = None
+    if encoder is not None:
+        encoder_out = torch.empty_like(encoder, memory_format=torch.contiguous_format)
+    if is_traced(h):
+        with torch.no_grad():
+            _add_residuals_op(out, encoder_out, *args, impl)
+    else:
+        _add_residuals_triton(out, encoder_out, *args)
+    return out, encoder_out
+
+
+@without_gradient
+def add_residuals_reference(
+    h: torch.Tensor,
+    residuals: torch.Tensor,
+    first: int,
+    count: int,
+    encoder: torch.Tensor | None = None,
+    encoder_residuals: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Plain PyTorch, the meaning of `add_residuals`."""
+
+    def total(x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        sum_of_all = x.float()
+        for block in range(first, first + count):
+            sum_of_all = sum_of_all + added[block]
+        return sum_of_all.to(x.dtype).contiguous()
+
+    if encoder is None or encoder_residuals is None:
+        return total(h, residuals), None
+    return total(h, residuals), total(encoder, encoder_residuals)
+
+
+def _check(name: str, x: torch.Tensor, residuals: torch.Tensor, blocks: int) -> None:
+    if residuals.shape != (blocks, *x.shape) or not residuals.is_contiguous():
+        must = f"the residuals of {name} must be ({blocks}, *{tuple(x.shape)}) and contiguous"
+        raise invalid("add_residuals", must, tuple(residuals.shape), residuals.stride())
+    if residuals.dtype != x.dtype or x.dtype not in DTYPES:
+        must = f"{name} and its residuals must share a dtype of {DTYPES}"
+        raise invalid("add_residuals", must, x.dtype, residuals.dtype)
+    if residuals.device != x.device:
+        must = f"{name} and its residuals must be on one device"
+        raise invalid("add_residuals", must, x.device, residuals.device)
+
+
+def _add_residuals_triton(
+    out: torch.Tensor,
+    encoder_out: torch.Tensor | None,
+    h: torch.Tensor,
+    residuals: torch.Tensor,
+    first: int,
+    count: int,
+    encoder: torch.Tensor | None,
+    encoder_residuals: torch.Tensor | None,
+) -> None:
+    h, encoder = h.contiguous(), None if encoder is None else encoder.contiguous()
+    size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()
+    blocks, encoder_blocks = triton.cdiv(size, BLOCK), triton.cdiv(encoder_size, BLOCK)
+    if blocks + encoder_blocks == 0:
+        return
+    with torch.cuda.device_of(h):
+        _add_residuals_kernel[(blocks + encoder_blocks,)](
+            h, residuals, out, size, first, count, blocks,
+            encoder, encoder_residuals, encoder_out, encoder_size,
+            BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _run(
+    out: torch.Tensor,
+    encoder_out: torch.Tensor | None,
+    h: torch.Tensor,
+    residuals: torch.Tensor,
+    first: int,
+    count: int,
+    encoder: torch.Tensor | None,
+    encoder_residuals: torch.Tensor | None,
+    impl: str,
+) -> None:
+    args = (h, residuals, first, count, encoder, encoder_residuals)
+    if select(impl, h) == "triton":
+        _add_residuals_triton(out, encoder_out, *args)
+        return
+    total, encoder_total = add_residuals_reference(*args)
+    out.copy_(total)
+    if encoder_out is not None and encoder_total is not None:
+        encoder_out.copy_(encoder_total)
+
+
+_add_residuals_op = torch.library.custom_op(
+    "dbcache::add_residuals", _run, mutates_args=("out", "encoder_out")
+)
+
+
+@triton.jit
+def _add_residuals_kernel(
+    h_ptr,
+    residuals_ptr,
+    out_ptr,
+    size,
+    first,
+    count,
+    blocks,
+    encoder_ptr,
+    encoder_residuals_ptr,
+    encoder_out_ptr,
+    encoder_size,
+    BLOCK: tl.constexpr,
+):
+    """The first `blocks` programs take the hidden states, the others the encoder states."""
+    block = tl.program_id(0)
+    if encoder_ptr is None or block < blocks:
+        _add_block(h_ptr, residuals_ptr, out_ptr, size, first, count, block, BLOCK)
+    else:
+        _add_block(
+            encoder_ptr,
+            encoder_residuals_ptr,
+            encoder_out_ptr,
+            encoder_size,
+            first,
+            count,
+            block - blocks,
+            BLOCK,
+        )
+
+
+@triton.jit
+def _add_block(h_ptr, residuals_ptr, out_ptr, size, first, count, block, BLOCK: tl.constexpr):
+    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    total = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    for i in range(count):
+        added_ptr = residuals_ptr + tl.cast(size, tl.int64) * (first + i)
+        total += tl.load(added_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,192 @@
+"""How much the input of each block of a run changed since the block was stored, before any runs.
+
+What a block will get is what the first one gets now, plus what the blocks before it added when they
+were stored. With X_i the stored inputs and R_i the stored residuals, the difference to X_i is
+
+    b_0     = h - X_0
+    b_{i+1} = b_i                          if blocks i and i + 1 were stored on the same step,
+              b_i + X_i + R_i - X_{i+1}    else
+
+since X_{i+1} = X_i + R_i on one step. The op sums |b_i| and |X_i| of all blocks in one pass over X,
+and over those R_i where the step changes: bound by memory bandwidth, (M + 1) * numel * itemsize
+bytes after a step on which all blocks ran. Neither the estimated inputs nor the differences are
+ever in memory.
+
+For the blocks up to the first that runs this is exact, and it is what DBPrune compares
+(github.com/vipshop/cache-dit); `decide_blocks` corrects it behind that one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels.common.launches import BLOCK
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
+from dbcache.kernels.common.sums import tree_sum_lanes
+from dbcache.kernels.decision.probe_diff import lanes_of, log2, partition
+
+
+def block_changes(
+    h: torch.Tensor,
+    inputs: torch.Tensor,
+    residuals: torch.Tensor,
+    stamps: torch.Tensor,
+    *,
+    impl: Impl = "auto",
+) -> torch.Tensor:
+    """Return partial sums of ``|b_i|`` and ``|X_i|`` for each block i and each sample.
+
+    Differences and sums are float32. The same inputs give the same bits on every run.
+
+    Args:
+        h: what the first block is called with, (B, ...) with B >= 1, float32, float16 or bfloat16.
+            Any strides; copied first where not contiguous.
+        inputs: X, (M, *h.shape), contiguous, of the dtype of `h`, as `store_block` left it.
+        residuals: R, the same.
+        stamps: int32 (M,): the step on which each block was stored.
+        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
+            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+
+    Returns:
+        float32 (M, B, T, 2) on the same device: ``[..., 0]`` of ``|b|``, ``[..., 1]`` of ``|X|``;
+        T as in `probe_diff`. No gradient. The reference reads the stamps on the host, which
+        synchronises if they are on a GPU; Triton does not.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check(h, inputs, residuals, stamps)
+    if is_traced(h):
+        with torch.no_grad():
+            return _block_changes_op(h, inputs, residuals, stamps, impl)
+    if select(impl, h) == "triton":
+        return _block_changes_triton(h, inputs, residuals, stamps)
+    return block_changes_reference(h, inputs, residuals, stamps)
+
+
+@without_gradient
+def block_changes_reference(
+    h: torch.Tensor, inputs: torch.Tensor, residuals: torch.Tensor, stamps: torch.Tensor
+) -> torch.Tensor:
+    """Plain PyTorch, the meaning of `block_changes`."""
+    steps, partials = stamps.tolist(), []
+    for i, step in enumerate(steps):
+        x = inputs[i].float()
+        if i == 0:
+            difference = h.float() - x
+        elif step != steps[i - 1]:
+            expected = inputs[i - 1].float() + residuals[i - 1].float()
+            difference = difference + (expected - x)
+        sums = [y.abs().flatten(1).sum(1) for y in (difference, x)]
+        partials.append(torch.stack(sums, -1).unsqueeze_(1))
+    return torch.stack(partials)
+
+
+def _check(
+    h: torch.Tensor, inputs: torch.Tensor, residuals: torch.Tensor, stamps: torch.Tensor
+) -> None:
+    who, blocks = "block_changes", inputs.shape[0]
+    if h.ndim < 2 or h.shape[0] == 0 or blocks == 0:
+        raise invalid(who, "h must be (B, ...) and the stored ones (M, B, ...)", tuple(h.shape))
+    for name, stored in (("inputs", inputs), ("residuals", residuals)):
+        if stored.shape != (blocks, *h.shape) or not stored.is_contiguous():
+            must = f"{name} must be ({blocks}, *{tuple(h.shape)}) and contiguous"
+            raise invalid(who, must, tuple(stored.shape), stored.stride())
+        if stored.dtype != h.dtype or h.dtype not in DTYPES:
+            raise invalid(
+                who, f"h and {name} must share a dtype of {DTYPES}", h.dtype, stored.dtype
+            )
+    if stamps.dtype != torch.int32 or stamps.shape != (blocks,):
+        raise invalid(who, f"stamps must be int32 ({blocks},)", stamps.dtype, tuple(stamps.shape))
+    devices = [x.device for x in (h, inputs, residuals, stamps)]
+    if any(device != h.device for device in devices):
+        raise invalid(who, "all tensors must be on one device", *devices)
+
+
+def _block_changes_triton(
+    h: torch.Tensor, inputs: torch.Tensor, residuals: torch.Tensor, stamps: torch.Tensor
+) -> torch.Tensor:
+    h = h.contiguous()
+    blocks, batch = inputs.shape[0], h.shape[0]
+    per_program, programs = partition(h.shape, by_token=False)
+    partials = torch.empty(blocks, batch, programs, 2, device=h.device, dtype=torch.float32)
+    with torch.cuda.device_of(h):
+        _block_changes_kernel[(programs, batch)](
+            h, inputs, residuals, stamps, partials, h.numel() // batch, per_program, blocks,
+            LOG_BLOCK=log2(BLOCK), num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return partials
+
+
+@torch.library.custom_op("dbcache::block_changes", mutates_args=())
+def _block_changes_op(
+    h: torch.Tensor,
+    inputs: torch.Tensor,
+    residuals: torch.Tensor,
+    stamps: torch.Tensor,
+    impl: str,
+) -> torch.Tensor:
+    if select(impl, h) == "triton":
+        return _block_changes_triton(h, inputs, residuals, stamps)
+    return block_changes_reference(h, inputs, residuals, stamps)
+
+
+@_block_changes_op.register_fake
+def _(
+    h: torch.Tensor,
+    inputs: torch.Tensor,
+    residuals: torch.Tensor,
+    stamps: torch.Tensor,
+    impl: str,
+) -> torch.Tensor:
+    programs = partition(h.shape, by_token=False)[1] if select(impl, h) == "triton" else 1
+    return h.new_empty((inputs.shape[0], h.shape[0], programs, 2), dtype=torch.float32)
+
+
+@triton.jit
+def _block_changes_kernel(
+    h_ptr,
+    inputs_ptr,
+    residuals_ptr,
+    stamps_ptr,
+    partials_ptr,
+    size,
+    per_program,
+    blocks,
+    LOG_BLOCK: tl.constexpr,
+):
+    """Program (p, sample) takes the same elements of all blocks, and adds to sums of its own."""
+    program, sample = tl.program_id(0), tl.program_id(1)
+    programs, samples = tl.num_programs(0), tl.num_programs(1)
+    start = sample.to(tl.int64) * size
+    between = tl.cast(size, tl.int64) * samples  # from one block's tensor to the next one's
+    for i in range(per_program):
+        inside = lanes_of(program, per_program, i, LOG_BLOCK)
+        mask = inside < size
+        offsets = start + inside
+        # the first block is compared with itself, so that the sum of h and nothing is h
+        difference = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        before = tl.zeros((1 << LOG_BLOCK,), tl.float32)
+        step = tl.load(stamps_ptr) - 1
+        for block in range(blocks):
+            x = tl.load(inputs_ptr + between * block + offsets, mask=mask, other=0.0)
+            x = x.to(tl.float32)
+            stamp = tl.load(stamps_ptr + block)
+            moved = stamp != step
+            # block 0 has none before it, and one of the same step is not read
+            used = mask & (inside < tl.where(moved & (block > 0), size, 0))
+            last = tl.maximum(block - 1, 0)
+            added = tl.load(residuals_ptr + between * last + offsets, mask=used, other=0.0)
+            shifted = difference + ((before + added.to(tl.float32)) - x)
+            difference = tl.where(moved, shifted, difference)
+            before, step = x, stamp
+            num = tree_sum_lanes(tl.abs(difference), LOG_BLOCK)
+            den = tree_sum_lanes(tl.abs(x), LOG_BLOCK)
+            out_ptr = partials_ptr + ((block * samples + sample) * programs + program) * 2
+            if i > 0:
+                num += tl.load(out_ptr)
+                den += tl.load(out_ptr + 1)
+            tl.store(out_ptr, num)
+            tl.store(out_ptr + 1, den)
+        # the stores of this round are read in the next one, by other threads
+        tl.debug_barrier()

@@ -1,0 +1,175 @@
+"""What is stored of each block of a run of blocks, so that single ones can be left out.
+
+Per block: the hidden states that it was called with when it was last stored, what it added to them
+(and to the encoder states), the step of that, and by how much it let a change of its input grow. So
+a run of M blocks holds 2 M tensors of the size of `hidden_states`, and M of `encoder_hidden_states`
+where the blocks return them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dbcache.kernels.common.lane_state import LaneState
+from dbcache.kernels.common.select import Impl, select
+from dbcache.kernels.decision.probe_diff import partition_of
+
+# entries of BlockState.rule, float32
+THRESHOLD = 0  # a block is left out below this change; <= 0 never, >= 1 always
+RELAX = 1  # > 0: the threshold rises to this times the mean of the first changes of the step
+MAX_RELAXED = 2  # but not to this or more
+WORST_SAMPLE = 3  # 1: the sample that changed most counts, 0: the batch as a whole
+NUM_RULE = 4
+
+# entries of BlockSteps.store, int32
+EVERY = 0  # blocks are stored on steps 0, EVERY, 2 * EVERY, ..., and when nothing is stored yet
+DUE = 1  # on the latest step: 0 nothing is stored, 1 for the first time, 2 again
+STAMP = 2  # that step; the one on which blocks were last stored, where `decide_tail` says it
+NUM_STORE = 3
+
+
+@dataclass(slots=True, eq=False)
+class BlockState:
+    """The tensors of a run of M blocks, all on one device, contiguous. Make one with `allocate`."""
+
+    inputs: torch.Tensor
+    """(M, *shape): hidden states before each block, when it was last stored"""
+    residuals: torch.Tensor
+    """(M, *shape): what each block added to them"""
+    encoder_residuals: torch.Tensor | None
+    """(M, *encoder shape): what each block added to the encoder states, 0 for one that returns
+    none"""
+    stamps: torch.Tensor
+    """int32 (M,): step at which each block was last stored"""
+    growth_sums: torch.Tensor
+    """float32 (M, T, 2): partial sums of how much each block's output and input changed"""
+    prunable: torch.Tensor
+    """int32 (M,): 1 for a block that may be left out"""
+    rule: torch.Tensor
+    """float32 (NUM_RULE,)"""
+    changes: torch.Tensor
+    """float32 (M, 2), for `decide_blocks`: change and growth of each block"""
+    decisions: torch.Tensor
+    """float32 (M, 2): the change that was compared, and 1 for a block that is left out, else 0"""
+    ticket: torch.Tensor
+    """int32 (1,): programs of `decide_blocks` that are done; 0 between launches"""
+
+    @classmethod
+    def allocate(
+        cls,
+        h: torch.Tensor,
+        encoder: torch.Tensor | None,
+        prunable: Sequence[bool],
+        rule: torch.Tensor | Sequence[float],
+        impl: Impl = "auto",
+    ) -> "BlockState":
+        """Return the state of ``len(prunable)`` blocks of which nothing is stored yet.
+
+        Args:
+            h: hidden states as the blocks are called with.
+            encoder: encoder states as they return them, None if they return none.
+            prunable: which of them may be left out.
+            rule: NUM_RULE numbers; a float32 tensor of them, on the device, is taken as it is.
+            impl: as in the ops that are to run on it.
+        """
+        count, device = len(prunable), h.device
+        triton_runs = select(impl, h) == "triton"
+        programs = partition_of(h.numel())[1] if triton_runs else 1
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, device=device)
+
+        # a block that returns no encoder states adds nothing to them
+        added = None if encoder is None else encoder.new_zeros((count, *encoder.shape))
+        return cls(
+            inputs=h.new_empty((count, *h.shape)),
+            residuals=h.new_empty((count, *h.shape)),
+            encoder_residuals=added,
+            stamps=torch.zeros(count, dtype=torch.int32, device=device),
+            growth_sums=zeros(count, programs, 2),
+            prunable=torch.tensor(prunable, dtype=torch.int32, device=device),
+            rule=torch.as_tensor(rule, dtype=torch.float32, device=device),
+            changes=zeros(count, 2),
+            decisions=zeros(count, 2),
+            ticket=torch.zeros(1, dtype=torch.int32, device=device),
+        )
+
+    def fits(self, h: torch.Tensor, encoder: torch.Tensor | None) -> bool:
+        """Whether blocks with these streams can be stored; encoder states are if there is room."""
+        added = self.encoder_residuals
+        pairs = [(h, self.inputs)]
+        if encoder is not None and added is not None:
+            pairs.append((encoder, added))
+        return all(
+            (x.shape, x.dtype, x.device) == (stored.shape[1:], stored.dtype, stored.device)
+            for x, stored in pairs
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that have the size of a stream."""
+        streams = (self.inputs, self.residuals, self.encoder_residuals)
+        return sum(x.nbytes for x in streams if x is not None)
+
+
+@dataclass(slots=True, eq=False)
+class BlockSteps:
+    """The steps of a run of M blocks, all on one device. Make one with `allocate`."""
+
+    lane: LaneState
+    """what `decide` goes by; its ring, weights and accumulated change are not used"""
+    prunable: torch.Tensor
+    """int32 (M,): 1 for a block that may be left out"""
+    flags: torch.Tensor
+    """int32 (M,): 1 for a block that is left out on the latest step"""
+    store: torch.Tensor
+    """int32 (NUM_STORE,): what `store_block` does on the latest step"""
+    trace: torch.Tensor
+    """int32 (capacity, M): `flags` of each step"""
+
+    @classmethod
+    def allocate(
+        cls, capacity: int, prunable: Sequence[bool], device: torch.device | str
+    ) -> "BlockSteps":
+        """Return the state of a new request of at most `capacity` steps, see `LaneState`."""
+        count = len(prunable)
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        store = zeros(NUM_STORE)
+        store[EVERY] = 1
+        return cls(
+            lane=LaneState.allocate(capacity, device),
+            prunable=torch.tensor(prunable, dtype=torch.int32, device=device),
+            flags=zeros(count),
+            store=store,
+            trace=zeros(capacity, count),
+        )
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Return those of the lane, and the four in the order of the fields."""
+        return (*self.lane.tensors(), self.prunable, self.flags, self.store, self.trace)
+
+    def addresses(self) -> tuple[int, ...]:
+        """Return where the tensors lie: recorded work holds while this stays the same."""
+        return tuple(x.data_ptr() for x in self.tensors())
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` steps, as `LaneState.grow`."""
+        extra = capacity - self.lane.capacity
+        if extra > 0:
+            self.lane.grow(capacity)
+            self.trace = torch.nn.functional.pad(self.trace, (0, 0, 0, extra))
+
+    def clone(self, device: torch.device | str | None = None) -> "BlockSteps":
+        """Return a copy with tensors of its own, on `device` if one is given."""
+        own = (self.prunable, self.flags, self.store, self.trace)
+        copies = (x.to(device or x.device, copy=True) for x in own)
+        return BlockSteps(self.lane.clone(device), *copies)
+
+    def copy_(self, other: "BlockSteps") -> None:
+        """Copy the contents of a state of the same capacity."""
+        for mine, its in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(its)

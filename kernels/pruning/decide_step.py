@@ -1,0 +1,253 @@
+"""The decision of one step on which single blocks may be left out (DBPrune), for all its blocks.
+
+The rules of `decide` for the plan, the limits and the reference come first. Where none of them
+applies, the blocks that `decide_blocks` found are left out, and
+
+    at least one is left out                   THRESHOLD_ALWAYS if the threshold is >= 1,
+                                               else BELOW_THRESHOLD
+    none is, and the change of each is NaN     NAN, also where nothing was measured
+    none is                                    ABOVE_THRESHOLD
+
+A step on which a block is left out counts as a cached one, and what the plan caches leaves out all
+blocks that may be. The blocks that run are stored (`store_block`) where nothing is stored yet, and
+else on every ``store[EVERY]``-th step.
+
+Scalar arithmetic, once in Python (the reference) and once as a Triton kernel; the two agree bit for
+bit.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.lane_state import LaneState, PlanCode, Reason
+from dbcache.kernels.common.select import Impl, invalid, is_traced, select
+from dbcache.kernels.decision.decide import choose, choose_once
+from dbcache.kernels.pruning import block_state as bs
+from dbcache.kernels.pruning.block_state import BlockSteps
+
+
+def decide_step(state: BlockSteps, decisions: torch.Tensor | None, *, impl: Impl = "auto") -> None:
+    """Decide the next step of `state` and advance it, in place.
+
+    ``flags`` then says which blocks are left out, and ``store`` what becomes of the others;
+    ``lane.counters[CACHED]`` and ``[REASON]`` are those of the step. Its trace has them too, with
+    the smallest change of a block that may be left out: NaN if all are, -1 if it was not measured.
+
+    Args:
+        state: state of the steps, with ``lane.counters[STEP] < lane.capacity``.
+        decisions: float32 (M, 2), on the state's device, as `decide_blocks` left them; looked at
+            where no other rule decides. None if nothing was measured.
+        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
+            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+
+    The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
+    not.
+
+    Raises:
+        ValueError: `decisions` do not fit.
+        RuntimeError: the state has no room for the step (reference only; Triton decides it as
+            DYNAMIC and leaves it out of the traces).
+    """
+    flags = state.flags
+    if decisions is not None:
+        if decisions.shape != (*flags.shape, 2) or decisions.dtype != torch.float32:
+            must = f"decisions must be float32 ({flags.shape[0]}, 2)"
+            raise invalid("decide_step", must, decisions.dtype, tuple(decisions.shape))
+        if decisions.device != flags.device:
+            must = f"decisions must be on {flags.device}"
+            raise invalid("decide_step", must, decisions.device)
+    if is_traced(flags):
+        _decide_step_op(*state.tensors(), decisions, impl)
+    elif select(impl, flags) == "triton":
+        _decide_step_triton(state, decisions)
+    else:
+        decide_step_reference(state, decisions)
+
+
+def advance_blocks(
+    counters: list[int],
+    limits: Sequence[int],
+    thresholds: Sequence[float],
+    store: list[int],
+    code: int,
+    prunable: Sequence[int],
+    decisions: Sequence[Sequence[float]] | None,
+) -> tuple[list[int], float]:
+    """Advance `counters` and `store` by a step of plan code `code`; return (flags, diff)."""
+    had_reference, step = counters[ls.REFERENCE] == 1, counters[ls.STEP]
+    reason = choose(counters, [0.0] * ls.NUM_VALUES, limits, thresholds, code, None)
+    flags, diff = [0] * len(prunable), -1.0
+    if reason == Reason.NAN and decisions is not None:
+        flags, diff, reason = _of_blocks(prunable, decisions, thresholds[ls.THRESHOLD])
+    elif reason == Reason.STATIC:
+        flags = list(prunable)
+    cached = reason >= Reason.STATIC
+    counters[ls.CACHED], counters[ls.REASON] = int(cached), reason
+    counters[ls.CACHED_STEPS] += cached
+    counters[ls.CONSECUTIVE] = counters[ls.CONSECUTIVE] + 1 if cached else 0
+    counters[ls.REFERENCE] = 1
+    counters[ls.STEP] = step + 1
+    store[bs.DUE] = 1 if not had_reference else 2 * (step % store[bs.EVERY] == 0)
+    store[bs.STAMP] = step
+    return flags, diff
+
+
+def _of_blocks(
+    prunable: Sequence[int], decisions: Sequence[Sequence[float]], threshold: float
+) -> tuple[list[int], float, Reason]:
+    """Return which blocks are left out, the smallest change of one that may be, and the reason."""
+    flags = [int(skipped > 0) for _, skipped in decisions]
+    known = [diff for diff, _ in decisions if diff == diff]
+    own = [diff for (diff, _), may in zip(decisions, prunable, strict=True) if may and diff == diff]
+    reason = Reason.ABOVE_THRESHOLD if known else Reason.NAN
+    if any(flags):
+        reason = Reason.THRESHOLD_ALWAYS if threshold >= 1 else Reason.BELOW_THRESHOLD
+    return flags, min(own, default=float("nan")), reason
+
+
+def decide_step_reference(state: BlockSteps, decisions: torch.Tensor | None) -> None:
+    """Plain Python, the meaning of `decide_step`."""
+    lane = state.lane
+    counters, store = lane.counters.tolist(), state.store.tolist()
+    step = counters[ls.STEP]
+    if step >= lane.capacity:
+        raise RuntimeError(
+            f"decide_step: the step must be below the capacity of the state, {lane.capacity}, "
+            f"got {step}; call BlockSteps.grow"
+        )
+    flags, diff = advance_blocks(
+        counters,
+        lane.limits.tolist(),
+        lane.thresholds.tolist(),
+        store,
+        int(lane.plan[step]),
+        state.prunable.tolist(),
+        None if decisions is None else decisions.tolist(),
+    )
+    lane.counters.copy_(torch.tensor(counters, dtype=torch.int32))
+    state.store.copy_(torch.tensor(store, dtype=torch.int32))
+    state.flags.copy_(torch.tensor(flags, dtype=torch.int32))
+    lane.values[ls.DIFF] = lane.trace_diff[step] = diff
+    lane.trace_reason[step] = counters[ls.REASON]
+    state.trace[step] = state.flags
+
+
+def _decide_step_triton(state: BlockSteps, decisions: torch.Tensor | None) -> None:
+    with torch.cuda.device_of(state.flags):
+        _decide_step_kernel[(1,)](
+            *state.tensors(), decisions, state.lane.capacity, state.flags.shape[0],
+            num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@torch.library.custom_op(
+    "dbcache::decide_step",
+    mutates_args=("counters", "values", "trace_reason", "trace_diff", "flags", "store", "trace"),
+)
+def _decide_step_op(
+    counters: torch.Tensor,
+    values: torch.Tensor,
+    limits: torch.Tensor,
+    thresholds: torch.Tensor,
+    plan: torch.Tensor,
+    trace_reason: torch.Tensor,
+    trace_diff: torch.Tensor,
+    prunable: torch.Tensor,
+    flags: torch.Tensor,
+    store: torch.Tensor,
+    trace: torch.Tensor,
+    decisions: torch.Tensor | None,
+    impl: str,
+) -> None:
+    lane = LaneState(counters, values, limits, thresholds, plan, trace_reason, trace_diff)
+    state = BlockSteps(lane, prunable, flags, store, trace)
+    if select(impl, flags) == "triton":
+        _decide_step_triton(state, decisions)
+    else:
+        decide_step_reference(state, decisions)
+
+
+_STEP, _CACHED, _REASON = tl.constexpr(ls.STEP), tl.constexpr(ls.CACHED), tl.constexpr(ls.REASON)
+_CACHED_STEPS, _CONSECUTIVE = tl.constexpr(ls.CACHED_STEPS), tl.constexpr(ls.CONSECUTIVE)
+_REFERENCE, _DIFF = tl.constexpr(ls.REFERENCE), tl.constexpr(ls.DIFF)
+_THRESHOLD = tl.constexpr(ls.THRESHOLD)
+_DYNAMIC = tl.constexpr(int(PlanCode.DYNAMIC))
+_NAN, _STATIC = tl.constexpr(int(Reason.NAN)), tl.constexpr(int(Reason.STATIC))
+_ABOVE = tl.constexpr(int(Reason.ABOVE_THRESHOLD))
+_BELOW = tl.constexpr(int(Reason.BELOW_THRESHOLD))
+_ALWAYS = tl.constexpr(int(Reason.THRESHOLD_ALWAYS))
+_EVERY, _DUE, _STAMP = tl.constexpr(bs.EVERY), tl.constexpr(bs.DUE), tl.constexpr(bs.STAMP)
+
+
+@triton.jit
+def _decide_step_kernel(
+    counters_ptr,
+    values_ptr,
+    limits_ptr,
+    thresholds_ptr,
+    plan_ptr,
+    trace_reason_ptr,
+    trace_diff_ptr,
+    prunable_ptr,
+    flags_ptr,
+    store_ptr,
+    trace_ptr,
+    decisions_ptr,
+    capacity,
+    blocks,
+):
+    """The function `decide_step_reference` above; one program of one warp."""
+    step = tl.load(counters_ptr + _STEP)
+    planned = step < capacity
+    code = tl.load(plan_ptr + step, mask=planned, other=_DYNAMIC)
+    reference = tl.load(counters_ptr + _REFERENCE)
+    cached_steps = tl.load(counters_ptr + _CACHED_STEPS)
+    consecutive = tl.load(counters_ptr + _CONSECUTIVE)
+    zero = tl.full((), 0.0, tl.float32)
+    ready = reference == reference
+    reason = choose_once(
+        limits_ptr, thresholds_ptr, code, reference, ready, cached_steps, consecutive, zero, zero,
+        False,
+    )  # fmt: skip
+    every = tl.load(store_ptr + _EVERY)
+    # all threads read before the first one writes
+    tl.debug_barrier()
+    static = reason == _STATIC
+    open_ = (reason == _NAN) & (decisions_ptr is not None)
+    any_skipped, any_known, any_own = static & False, static & False, static & False
+    smallest = tl.full((), float("inf"), tl.float32)
+    for i in range(blocks):
+        may = tl.load(prunable_ptr + i) != 0
+        skipped = static & may
+        if decisions_ptr is not None:
+            diff = tl.load(decisions_ptr + 2 * i)
+            skipped |= open_ & (tl.load(decisions_ptr + 2 * i + 1) > 0)
+            known = diff == diff
+            any_known |= known
+            any_own |= known & may
+            smallest = tl.where(known & may & (diff < smallest), diff, smallest)
+        any_skipped |= skipped
+        tl.store(flags_ptr + i, skipped.to(tl.int32))
+        tl.store(trace_ptr + step * blocks + i, skipped.to(tl.int32), mask=planned)
+    always = tl.load(thresholds_ptr + _THRESHOLD) >= 1.0
+    decided = tl.where(any_known, _ABOVE, _NAN)
+    decided = tl.where(any_skipped, tl.where(always, _ALWAYS, _BELOW), decided)
+    reason = tl.where(open_, decided, reason)
+    diff = tl.where(open_, tl.where(any_own, smallest, float("nan")), -1.0)
+    cached = reason >= _STATIC
+    due = tl.where(reference == 1, tl.where(step % every == 0, 2, 0), 1)
+    tl.store(counters_ptr + _CACHED, cached.to(tl.int32))
+    tl.store(counters_ptr + _REASON, reason)
+    tl.store(counters_ptr + _CACHED_STEPS, cached_steps + cached.to(tl.int32))
+    tl.store(counters_ptr + _CONSECUTIVE, tl.where(cached, consecutive + 1, 0))
+    tl.store(counters_ptr + _REFERENCE, 1)
+    tl.store(counters_ptr + _STEP, step + 1)
+    tl.store(store_ptr + _DUE, due)
+    tl.store(store_ptr + _STAMP, step)
+    tl.store(values_ptr + _DIFF, diff)
+    tl.store(trace_reason_ptr + step, reason, mask=planned)
+    tl.store(trace_diff_ptr + step, diff, mask=planned)

@@ -1,0 +1,131 @@
+"""What becomes of the last blocks of a stack on a step that was decided (`Bn_compute_blocks_ids`).
+
+    full step      all run, and are stored:  DUE := 1 for the first time, else 2;  STAMP := the step
+    cached step    nothing is stored:        DUE := 0;  STAMP stays
+                   those are left out that `decide_blocks` found, if there is something stored
+
+So ``store[STAMP]`` is the step on which the blocks were stored, and -1 means that nothing is stored
+of them. The step is the latest one that `decide` took: neither it nor what is stored has to be
+known to the host.
+
+Integer arithmetic, once in Python (the reference) and once as a Triton kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.select import Impl, invalid, is_traced, select
+from dbcache.kernels.pruning import block_state as bs
+
+
+def decide_tail(
+    counters: torch.Tensor,
+    decisions: torch.Tensor | None,
+    flags: torch.Tensor,
+    store: torch.Tensor,
+    *,
+    impl: Impl = "auto",
+) -> None:
+    """Write `flags` and `store` for the latest step, in place.
+
+    Args:
+        counters: int32 (NUM_COUNTERS,), of the lane's state, after the step was decided.
+        decisions: float32 (M, 2), as `decide_blocks` left them; looked at on cached steps. None if
+            nothing was measured: all blocks run.
+        flags: int32 (M,): becomes 1 for a block that is left out, else 0.
+        store: int32 (NUM_STORE,), for `store_block`; ``store[EVERY]`` is not used.
+        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
+            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+
+    The reference reads the tensors on the host, which synchronises if they are on a GPU; Triton
+    does not.
+
+    Raises:
+        ValueError: the tensors do not fit.
+    """
+    who = "decide_tail"
+    if flags.ndim != 1 or flags.dtype != torch.int32:
+        raise invalid(who, "flags must be int32 (M,)", flags.dtype, tuple(flags.shape))
+    sizes = {"counters": (counters, ls.NUM_COUNTERS), "store": (store, bs.NUM_STORE)}
+    for name, (x, size) in sizes.items():
+        if x.shape != (size,) or x.dtype != torch.int32 or x.device != flags.device:
+            must = f"{name} must be int32 ({size},) on {flags.device}"
+            raise invalid(who, must, x.dtype, tuple(x.shape), x.device)
+    if decisions is not None:
+        must = f"decisions must be float32 ({flags.shape[0]}, 2) on {flags.device}"
+        is_like = decisions.dtype == torch.float32 and decisions.device == flags.device
+        if decisions.shape != (*flags.shape, 2) or not is_like:
+            raise invalid(who, must, decisions.dtype, tuple(decisions.shape), decisions.device)
+    if is_traced(flags):
+        _decide_tail_op(counters, decisions, flags, store, impl)
+    else:
+        _run(counters, decisions, flags, store, impl)
+
+
+def decide_tail_reference(
+    counters: torch.Tensor,
+    decisions: torch.Tensor | None,
+    flags: torch.Tensor,
+    store: torch.Tensor,
+) -> None:
+    """Plain Python, the meaning of `decide_tail`."""
+    latest, last_stored = counters.tolist(), int(store[bs.STAMP])
+    left_out = [0] * flags.shape[0]
+    if latest[ls.CACHED]:
+        if decisions is not None and last_stored >= 0:
+            left_out = [int(skipped > 0) for _, skipped in decisions.tolist()]
+        store[bs.DUE] = 0
+    else:
+        store[bs.DUE] = 2 if last_stored >= 0 else 1
+        store[bs.STAMP] = latest[ls.STEP] - 1
+    flags.copy_(torch.tensor(left_out, dtype=torch.int32))
+
+
+def _run(
+    counters: torch.Tensor,
+    decisions: torch.Tensor | None,
+    flags: torch.Tensor,
+    store: torch.Tensor,
+    impl: str,
+) -> None:
+    if select(impl, flags) == "reference":
+        decide_tail_reference(counters, decisions, flags, store)
+        return
+    with torch.cuda.device_of(flags):
+        _decide_tail_kernel[(1,)](
+            counters, decisions, flags, store, flags.shape[0],
+            LOG_BLOCKS=(flags.shape[0] - 1).bit_length(), num_warps=1,
+        )  # fmt: skip
+
+
+_decide_tail_op = torch.library.custom_op(
+    "dbcache::decide_tail", _run, mutates_args=("flags", "store")
+)
+
+
+_STEP, _CACHED = tl.constexpr(ls.STEP), tl.constexpr(ls.CACHED)
+_DUE, _STAMP = tl.constexpr(bs.DUE), tl.constexpr(bs.STAMP)
+
+
+@triton.jit
+def _decide_tail_kernel(
+    counters_ptr, decisions_ptr, flags_ptr, store_ptr, blocks, LOG_BLOCKS: tl.constexpr
+):
+    """The function `decide_tail_reference` above; one program of one warp."""
+    step = tl.load(counters_ptr + _STEP) - 1
+    cached = tl.load(counters_ptr + _CACHED) != 0
+    last_stored = tl.load(store_ptr + _STAMP)
+    # all threads read before the first one writes
+    tl.debug_barrier()
+    offsets = tl.arange(0, 1 << LOG_BLOCKS)
+    mask = offsets < blocks
+    left_out = offsets < 0
+    if decisions_ptr is not None:
+        looked_at = tl.where(cached & (last_stored >= 0), blocks, 0)
+        skipped = tl.load(decisions_ptr + 2 * offsets + 1, mask=offsets < looked_at, other=0.0)
+        left_out = skipped > 0
+    tl.store(flags_ptr + offsets, left_out.to(tl.int32), mask=mask)
+    tl.store(store_ptr + _DUE, tl.where(cached, 0, tl.where(last_stored >= 0, 2, 1)))
+    tl.store(store_ptr + _STAMP, tl.where(cached, last_stored, step))

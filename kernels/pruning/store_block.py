@@ -1,0 +1,240 @@
+"""What a block that ran leaves behind, so that it can be left out later.
+
+    growth_sums[i] := sums of |h_out - (X + R)| and |h_in - X|     of what was stored before
+    X := h_in,   R := h_out - h_in,   the same residual of the encoder states
+    stamps[i] := step
+
+all of it only on a step on which it is due, as `decide_step` found: neither that nor the step has
+to be known to the host.
+
+One launch for hidden and encoder states, in place, so that the kernel is bound by memory bandwidth:
+it reads four tensors and writes two. The growth, the quotient of the two sums, is how much more
+(or less) the block's output changed than its input; see `decide_blocks`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dbcache.kernels.common.launches import BLOCK
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
+from dbcache.kernels.common.sums import tree_sum_lanes
+from dbcache.kernels.decision.probe_diff import lanes_of, log2, partition_of
+from dbcache.kernels.pruning import block_state as bs
+from dbcache.kernels.pruning.block_state import BlockState
+
+WARPS = 8
+"""With 4, sixteen elements of four tensors and two sums per thread spill on sm_100."""
+
+
+def store_block(
+    state: BlockState,
+    store: torch.Tensor,
+    index: int,
+    h_in: torch.Tensor,
+    h_out: torch.Tensor,
+    encoder_in: torch.Tensor | None = None,
+    encoder_out: torch.Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+) -> None:
+    """Store the input, the residuals and the growth of block `index`.
+
+    Differences are taken in float32 and rounded once, to the dtype of the model.
+
+    Args:
+        state: state of the run, of the dtype and shapes of the streams.
+        store: int32 (NUM_STORE,), on the device of the state: ``store[DUE]`` is 0 where nothing is
+            to be stored, 1 where nothing was stored of the block yet, so that there is no growth
+            (both sums are 0), else 2; ``store[STAMP]`` is the step, written to ``stamps[index]``.
+        index: which block of the run, 0 to M - 1.
+        h_in: what the block was called with, float32, float16 or bfloat16. Any strides; copied
+            first where not contiguous.
+        h_out: what it returned, same shape and dtype.
+        encoder_in: second stream, of any size of its own; None where the block returned none.
+        encoder_out: as `h_out`.
+        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
+            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+
+    Triton does not synchronise; the reference reads `store` on the host.
+
+    Raises:
+        ValueError: index, shapes, dtypes or devices do not fit.
+    """
+    _check(state, store, index, h_in, h_out, encoder_in, encoder_out)
+    added = None if encoder_in is None else state.encoder_residuals
+    stored = (state.inputs, state.residuals, added, state.stamps, state.growth_sums)
+    args = (*stored, store, index, h_in, h_out, encoder_in, encoder_out)
+    if is_traced(h_in):
+        with torch.no_grad():
+            _store_block_op(*args, impl)
+    else:
+        _run(*args, impl)
+
+
+@without_gradient
+def store_block_reference(
+    inputs: torch.Tensor,
+    residuals: torch.Tensor,
+    encoder_residuals: torch.Tensor | None,
+    stamps: torch.Tensor,
+    growth_sums: torch.Tensor,
+    store: torch.Tensor,
+    index: int,
+    h_in: torch.Tensor,
+    h_out: torch.Tensor,
+    encoder_in: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+) -> None:
+    """Plain PyTorch, the meaning of `store_block`."""
+    _, due, step = store.tolist()
+    if not due:
+        return
+    x, added, sums = inputs[index], residuals[index], growth_sums[index]
+    sums.zero_()
+    if due > 1:
+        expected = x.float() + added.float()
+        sums[0, 0] = (h_out.float() - expected).abs_().sum()
+        sums[0, 1] = (h_in.float() - x.float()).abs_().sum()
+    x.copy_(h_in)
+    torch.sub(h_out, h_in, out=added)  # PyTorch subtracts in float32 and rounds once
+    if encoder_residuals is not None and encoder_in is not None and encoder_out is not None:
+        torch.sub(encoder_out, encoder_in, out=encoder_residuals[index])
+    stamps[index] = step
+
+
+def _check(
+    state: BlockState,
+    store: torch.Tensor,
+    index: int,
+    h_in: torch.Tensor,
+    h_out: torch.Tensor,
+    encoder_in: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+) -> None:
+    who, blocks = "store_block", state.inputs.shape[0]
+    if not 0 <= index < blocks:
+        raise invalid(who, f"index must be from 0 to {blocks - 1}", index)
+    if store.dtype != torch.int32 or store.shape != (bs.NUM_STORE,):
+        must = f"store must be int32 ({bs.NUM_STORE},)"
+        raise invalid(who, must, store.dtype, tuple(store.shape))
+    if store.device != state.stamps.device:
+        raise invalid(who, f"store must be on {state.stamps.device}", store.device)
+    if (encoder_in is None) != (encoder_out is None):
+        raise ValueError(f"{who}: encoder_in and encoder_out must come together, got one of them")
+    streams = [("h", h_in, h_out, state.inputs)]
+    if encoder_in is not None and encoder_out is not None:
+        if state.encoder_residuals is None:
+            must = "the state must have been allocated with encoder states"
+            raise invalid(who, must, "one without")
+        streams.append(("encoder", encoder_in, encoder_out, state.encoder_residuals))
+    for name, before, after, stored in streams:
+        if not (before.shape == after.shape == stored.shape[1:]):
+            must = f"{name}_in and {name}_out must have the shape {tuple(stored.shape[1:])}"
+            raise invalid(who, must, tuple(before.shape), tuple(after.shape))
+        if not (before.dtype == after.dtype == stored.dtype) or before.dtype not in DTYPES:
+            must = f"{name}_in and {name}_out must be {stored.dtype}, one of {DTYPES}"
+            raise invalid(who, must, before.dtype, after.dtype)
+        if not (before.device == after.device == stored.device):
+            must = f"{name}_in and {name}_out must be on {stored.device}"
+            raise invalid(who, must, before.device, after.device)
+
+
+def _run(
+    inputs: torch.Tensor,
+    residuals: torch.Tensor,
+    encoder_residuals: torch.Tensor | None,
+    stamps: torch.Tensor,
+    growth_sums: torch.Tensor,
+    store: torch.Tensor,
+    index: int,
+    h_in: torch.Tensor,
+    h_out: torch.Tensor,
+    encoder_in: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+    impl: str,
+) -> None:
+    if select(impl, h_in) == "reference":
+        stored = (inputs, residuals, encoder_residuals, stamps, growth_sums)
+        store_block_reference(*stored, store, index, h_in, h_out, encoder_in, encoder_out)
+        return
+    h_in, h_out = h_in.contiguous(), h_out.contiguous()
+    encoder_size, added = 0, None
+    if encoder_in is not None and encoder_out is not None and encoder_residuals is not None:
+        encoder_in, encoder_out = encoder_in.contiguous(), encoder_out.contiguous()
+        encoder_size, added = encoder_in.numel(), encoder_residuals[index]
+    per_program, programs = partition_of(h_in.numel())
+    if growth_sums.shape[1] != programs:
+        must = f"the state must have been allocated for Triton, with {programs} sums per block"
+        raise invalid("store_block", must, growth_sums.shape[1])
+    with torch.cuda.device_of(h_in):
+        _store_block_kernel[(programs + triton.cdiv(encoder_size, BLOCK),)](
+            h_in, h_out, inputs[index], residuals[index], growth_sums[index], stamps,
+            store, index, h_in.numel(), per_program, programs,
+            encoder_in, encoder_out, added, encoder_size,
+            LOG_BLOCK=log2(BLOCK), num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+_store_block_op = torch.library.custom_op(
+    "dbcache::store_block",
+    _run,
+    mutates_args=("inputs", "residuals", "encoder_residuals", "stamps", "growth_sums"),
+)
+
+
+_DUE, _STAMP = tl.constexpr(bs.DUE), tl.constexpr(bs.STAMP)
+
+
+@triton.jit
+def _store_block_kernel(
+    h_in_ptr,
+    h_out_ptr,
+    x_ptr,
+    added_ptr,
+    sums_ptr,
+    stamps_ptr,
+    store_ptr,
+    index,
+    size,
+    per_program,
+    programs,
+    encoder_in_ptr,
+    encoder_out_ptr,
+    encoder_added_ptr,
+    encoder_size,
+    LOG_BLOCK: tl.constexpr,
+):
+    """The first `programs` programs take the hidden states, the others the encoder states."""
+    program = tl.program_id(0)
+    due = tl.load(store_ptr + _DUE)
+    if due == 0:
+        return
+    if encoder_in_ptr is None or program < programs:
+        num = tl.zeros((1 << LOG_BLOCK,), tl.float32)
+        den = num
+        for i in range(per_program):
+            offsets = lanes_of(program, per_program, i, LOG_BLOCK)
+            mask = offsets < size
+            h_in = tl.load(h_in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            h_out = tl.load(h_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            known = mask & (offsets < tl.where(due > 1, size, 0))
+            x = tl.load(x_ptr + offsets, mask=known, other=0.0).to(tl.float32)
+            added = tl.load(added_ptr + offsets, mask=known, other=0.0).to(tl.float32)
+            num += tl.where(known, tl.abs(h_out - (x + added)), 0.0)
+            den += tl.where(known, tl.abs(h_in - x), 0.0)
+            tl.store(x_ptr + offsets, h_in.to(x_ptr.dtype.element_ty), mask=mask)
+            residual = (h_out - h_in).to(added_ptr.dtype.element_ty)
+            tl.store(added_ptr + offsets, residual, mask=mask)
+        tl.store(sums_ptr + program * 2, tree_sum_lanes(num, LOG_BLOCK))
+        tl.store(sums_ptr + program * 2 + 1, tree_sum_lanes(den, LOG_BLOCK))
+        if program == 0:
+            tl.store(stamps_ptr + index, tl.load(store_ptr + _STAMP))
+    else:
+        block = program - programs
+        offsets = lanes_of(block, 1, 0, LOG_BLOCK)
+        mask = offsets < encoder_size
+        before = tl.load(encoder_in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        after = tl.load(encoder_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        residual = (after - before).to(encoder_added_ptr.dtype.element_ty)
+        tl.store(encoder_added_ptr + offsets, residual, mask=mask)
