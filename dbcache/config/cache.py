@@ -328,8 +328,8 @@ class StackSettings:
         return any(self.predicts) and self.calibrator.calibrator_cache_type == "hidden_states"
 
     @property
-    def recorded(self) -> tuple[object, ...]:
-        """What recorded work depends on. The rest lies on the device and may change."""
+    def buffers(self) -> tuple[object, ...]:
+        """What the buffers of a lane depend on."""
         cache = self.cache
         return (
             self.slots,
@@ -339,8 +339,12 @@ class StackSettings:
             cache.compares_hidden_states,
             cache.important_condition_threshold > 0,
             cache.cfg_diff_compute_separate,
-            self.calibrator.recorded,
         )
+
+    @property
+    def recorded(self) -> tuple[object, ...]:
+        """What recorded work depends on. The rest lies on the device and may change."""
+        return (*self.buffers, self.calibrator.recorded)
 
     def modified(self, modifier: ParamsModifier | None) -> StackSettings:
         """Return these settings with the given fields of `modifier` on top."""
