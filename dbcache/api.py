@@ -171,7 +171,7 @@ def summary(target: object, details: bool = False, logging: bool = True) -> Summ
         for stack in transformer.stacks:
             if not stack.entries:
                 notes.append(f"{stack.name}: all {stack.num_blocks} blocks run on every step")
-            traces = {branch: lane.trace() for branch, lane in stack.lanes.items()}
+            traces = {branch: lane.steps.trace() for branch, lane in stack.lanes.items()}
             traces = {branch: trace for branch, trace in traces.items() if trace[0]}
             for branch, (reasons, diffs) in traces.items():
                 lanes.append(

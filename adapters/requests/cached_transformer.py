@@ -28,7 +28,7 @@ from dbcache.graphs.cuda_capture import UserCapture, is_capturing, user_capture
 from dbcache.graphs.graph import GraphExecutor, GraphOptions
 from dbcache.graphs.recording import Cutter
 from dbcache.graphs.trial import Restorable
-from dbcache.lanes.lane import Lane, LaneCopy
+from dbcache.lanes.lane_copy import AnyLane, LaneCopy
 from dbcache.lanes.sharding import Sharding
 from dbcache.lanes.shared_change import SharedCopy
 
@@ -333,8 +333,9 @@ class CachedTransformer:
             stack.forget_step()
         return output
 
-    def lanes(self) -> list[Lane]:
+    def lanes(self) -> list[AnyLane]:
         """Return the lanes of the step under way."""
+        lanes: list[AnyLane | None]
         lanes = [stack.lanes.get(self.step_branch) for stack in self.stacks]
         return [lane for lane in lanes if lane is not None]
 

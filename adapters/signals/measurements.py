@@ -17,7 +17,6 @@ from dbcache.adapters.signals.modulated import check_block, modulated_input
 from dbcache.adapters.signals.sea_filter import sea_filter
 from dbcache.config.cache import StackSettings
 from dbcache.config.policies import POLICIES
-from dbcache.lanes import eager
 from dbcache.lanes.lane import Lane
 
 FULL_NOISE = {
@@ -94,7 +93,7 @@ class Latents(Source):
 
     def finish(self, lane: Lane, output: Any, cached: bool) -> None:
         if not cached:
-            eager.note_output(lane, first_tensor(self.who, output))
+            lane.record_output(first_tensor(self.who, output))
 
 
 class ModulatedInput(Source):

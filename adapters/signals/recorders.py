@@ -56,7 +56,7 @@ class _Rows:
     def _previous(self) -> Any:
         """Return what the step before left; None on the first step of a request."""
         lane = self.stack.lane
-        is_first = lane is None or lane.step == 1
+        is_first = lane is None or lane.steps.step == 1
         return None if is_first else self._before.get(self.stack.branch or "")
 
     def rows(self) -> dict[str, numpy.ndarray[Any, Any]]:

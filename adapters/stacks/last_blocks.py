@@ -13,7 +13,7 @@ import torch
 
 from dbcache.adapters.stacks.prunable_blocks import BlockRun, trimmed
 from dbcache.lanes.lane import Lane
-from dbcache.lanes.last_blocks import LaneTail, TailDecision
+from dbcache.lanes.last_blocks import LaneTail
 
 if TYPE_CHECKING:
     from dbcache.adapters.stacks.stack import Stack
@@ -60,9 +60,9 @@ class Tail:
         if stack.cutter is not None and (stack.is_branch or stack.cached):
             self._record(lane, tail, hidden, encoder)
             return
-        tail.decide(lane, hidden if stack.cached else None, stack.sharding)
+        tail.decide(lane.state.counters, hidden if stack.cached else None, stack.sharding)
         due = None if stack.cached else tail.store
-        self.run.start(tail.cache, tail.read(stack.cached), due)
+        self.run.start(tail.blocks, tail.read(stack.cached), due)
 
     def _record(
         self, lane: Lane, tail: LaneTail, hidden: torch.Tensor, encoder: torch.Tensor | None
@@ -72,11 +72,10 @@ class Tail:
         On a cached step those that run are not stored: the device knows.
         """
         self.stack.check_needs_no_vote()
-        if tail.cache.state is None:
-            tail.cache.allocate(hidden, encoder)
-        tail.decide(lane, hidden)
-        decisions = [TailDecision(lane, i) for i in range(len(self.run.prunable))]
-        self.run.record(tail.cache, tail.store, self.stack.cutter, decisions)
+        if tail.blocks.state is None:
+            tail.blocks.allocate(hidden, encoder)
+        tail.decide(lane.state.counters, hidden)
+        self.run.record(tail.blocks, tail.store, self.stack.cutter, lane.tail_decisions())
 
     def _close(self) -> None:
         """Nothing is left to do: the step was finished by the middle blocks."""

@@ -18,8 +18,9 @@ import torch
 
 from dbcache.adapters.blocks.patterns import ForwardPattern
 from dbcache.adapters.stacks.proxies import CheckGuard, Guard
-from dbcache.graphs.recording import Cutter, Decision
-from dbcache.lanes.pruned_lane import BlockCache
+from dbcache.graphs.recording import Cutter
+from dbcache.lanes.block_store import BlockStore
+from dbcache.lanes.decision import Decision
 
 if TYPE_CHECKING:
     from dbcache.adapters.stacks.stack import Stack
@@ -70,7 +71,7 @@ class BlockRun:
 
     def forget_step(self) -> None:
         """Drop what belongs to the step under way."""
-        self.cache: BlockCache | None = None
+        self.cache: BlockStore | None = None
         self.skipped: list[bool] = []
         self.due: torch.Tensor | None = None
         self.cutter: Cutter | None = None
@@ -87,13 +88,13 @@ class BlockRun:
             return EncoderGuard(stack, block, who, self)
         return CheckGuard(stack, block, who)
 
-    def start(self, cache: BlockCache, skipped: list[bool], due: torch.Tensor | None) -> None:
+    def start(self, cache: BlockStore, skipped: list[bool], due: torch.Tensor | None) -> None:
         """Begin the step: which blocks are left out, and how those that run are stored."""
         self.cache, self.skipped, self.due = cache, skipped, due
 
     def record(
         self,
-        cache: BlockCache,
+        cache: BlockStore,
         due: torch.Tensor,
         cutter: Cutter | None,
         decisions: Sequence[Decision],

@@ -13,9 +13,8 @@ from dbcache.adapters.stacks.stack import Stack
 from dbcache.config.cache import StackSettings
 from dbcache.config.prune import DBPruneConfig
 from dbcache.kernels.common.lane_state import PlanCode
-from dbcache.kernels.pruning.decide_step import decide_step
-from dbcache.lanes.lane import layout_of
-from dbcache.lanes.pruned_lane import BlockDecision, PrunedLane
+from dbcache.lanes.buffers import layout_of
+from dbcache.lanes.pruned_lane import PrunedLane
 
 
 class PrunedStack(Stack):
@@ -68,7 +67,7 @@ class PrunedStack(Stack):
             return []
         first, prunable = trimmed(prunable)
         self.start = middle[first]
-        if any(lane.cache.prunable != prunable for lane in self.lanes.values()):
+        if any(lane.blocks.prunable != prunable for lane in self.lanes.values()):
             self.lanes.clear()  # blocks were added or taken away
         self.run = BlockRun(self.name, prunable, self.pattern, self._open, self._close)
         self.run.fuses = self.fuses
@@ -87,28 +86,26 @@ class PrunedStack(Stack):
         """Take the step's decisions. Called with what the first block gets that may be left out."""
         self._check_stream(hidden)
         lane = self.lanes.get(self.branch) or self._add_lane(hidden.device)
-        code = lane.start_step(layout_of(hidden, encoder), hidden.device)
-        is_open = code == PlanCode.DYNAMIC and lane.has_reference
+        code = lane.begin(layout_of(hidden, encoder), hidden.device)
+        is_open = code == PlanCode.DYNAMIC and lane.steps.has_reference
         if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
             self._record(lane, hidden, encoder)
             return
-        known, decisions = lane.known(), None
-        if known is None:
-            decisions = lane.cache.choose(self._changes(lane, hidden), self.sharding)
-        decide_step(lane.state, decisions)
+        known = lane.known()
+        change = self._changes(lane, hidden) if known is None else None
+        lane.decide(change, self.sharding)
         skipped = lane.settle(known)
-        self.lane, self.cached, self.is_open = lane, lane.cached, True
-        self.run.start(lane.cache, skipped, lane.state.store if lane.stores() else None)
+        self.lane, self.cached, self.is_open = lane, lane.steps.cached, True
+        self.run.start(lane.blocks, skipped, lane.state.store if lane.stores() else None)
 
     def _record(self, lane: PrunedLane, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Let the step's decisions be recorded: each block is a branch, whether it runs or not."""
         self.check_needs_no_vote()
-        if lane.cache.state is None:
-            lane.cache.allocate(hidden, encoder)
-        decide_step(lane.state, lane.cache.choose(self._changes(lane, hidden)))
+        if lane.blocks.state is None:
+            lane.blocks.allocate(hidden, encoder)
+        lane.decide(self._changes(lane, hidden))
         self.lane, self.cached, self.is_open = lane, False, True
-        decisions = [BlockDecision(lane, i, i == 0) for i in range(len(self.run.prunable))]
-        self.run.record(lane.cache, lane.state.store, self.cutter, decisions)
+        self.run.record(lane.blocks, lane.state.store, self.cutter, lane.decisions())
 
     def _add_lane(self, device: torch.device) -> PrunedLane:
         self.shared.prepare(device)
@@ -121,7 +118,7 @@ class PrunedStack(Stack):
         self.branch = branch
         if self.entries:
             self.lane = lane = self._add_lane(device)
-            decide_step(lane.state, None)
+            lane.decide(None)
             lane.settle(lane.known())
             lane.forget_reference()
 
@@ -130,9 +127,9 @@ class PrunedStack(Stack):
         return self.shared(
             self.branch,
             lane.state.lane,
-            lane.step,
+            lane.steps.step,
             hidden,
-            lambda: lane.cache.measure(hidden),
+            lambda: lane.measure(hidden),
             is_recorded=self.cutter is not None,
         )
 
@@ -157,4 +154,4 @@ class PrunedStack(Stack):
     def _close(self) -> None:
         self.is_open = False
         assert self.lane is not None
-        self.lane.has_reference |= self.run.due is not None
+        self.lane.steps.has_reference |= self.run.due is not None

@@ -22,12 +22,11 @@ from dbcache.adapters.stacks.proxies import (
 )
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.config.policies import prepare
-from dbcache.graphs.recording import Cutter, Decision
+from dbcache.graphs.recording import Cutter
 from dbcache.kernels.common.lane_state import PlanCode
-from dbcache.kernels.decision.decide import decide
-from dbcache.lanes import eager
-from dbcache.lanes.following import FollowedDecision, FollowingLane
-from dbcache.lanes.lane import Lane, Layout, layout_of
+from dbcache.lanes.buffers import Layout, layout_of
+from dbcache.lanes.following import FollowedSteps
+from dbcache.lanes.lane import Lane
 from dbcache.lanes.plan import check_retention, resolve_mask
 from dbcache.lanes.predictors import check_runs_on_device, check_steps_are_known
 from dbcache.lanes.sharding import Sharding
@@ -193,7 +192,7 @@ class Stack:
     def forget(self, branch: str | None) -> bool:
         """Make the next step of a branch a full one; say whether it could have been cached."""
         lane = self.lanes.get(branch)
-        if lane is None or not lane.has_reference:
+        if lane is None or not lane.steps.has_reference:
             return False
         lane.forget_reference()
         return True
@@ -297,15 +296,16 @@ class Stack:
         self.cached = self._take_decision(lane, h_fn, layout_of(h_fn, encoder_in))
         self.lane = lane
         self.is_open = True
-        if self.cached and encoder_in is None and lane.encoder_ring is not None:
-            encoder_in = h_fn.new_zeros(lane.encoder_ring.shape[1:])  # made by the blocks alone
+        stored = lane.history.encoder_snapshots
+        if self.cached and encoder_in is None and stored is not None:
+            encoder_in = h_fn.new_zeros(stored.shape[1:])  # made by the blocks alone
         self.passed = h_fn, encoder_in
         copies = self._copies_middle and not self.cached
         self.h_fn = h_fn.clone() if copies else h_fn
         self.encoder_fn = encoder_in.clone() if copies and encoder_in is not None else encoder_in
         if self.cached:
             # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
-            self.prediction = eager.forecast(lane, self.h_fn, self.encoder_fn)
+            self.prediction = lane.predict(self.h_fn, self.encoder_fn)
         if not self._learned:
             self._originals = [(h_fn, self.h_fn)]
             if encoder_in is not None and self.encoder_fn is not None:
@@ -313,10 +313,8 @@ class Stack:
 
     def _new_lane(self, device: torch.device) -> Lane:
         self.shared.prepare(device)
-        if self.leader is None:
-            lane = Lane(self.settings, device, branch=self.branch)
-        else:
-            lane = FollowingLane(self.settings, self._leader_lane())
+        leader = None if self.leader is None else self._leader_lane()
+        lane = Lane(self.settings, device if leader is None else leader.device, self.branch, leader)
         lane.tail = new_lane_tail(self, device)
         return lane
 
@@ -333,8 +331,8 @@ class Stack:
 
     def _take_decision(self, lane: Lane, h_fn: torch.Tensor, layout: Layout) -> bool:
         """Decide the step of `lane`, or take over what the leader decided."""
-        if isinstance(lane, FollowingLane):
-            return self._follow(lane, layout, h_fn.device)
+        if isinstance(lane.steps, FollowedSteps):
+            return self._follow(lane, lane.steps, layout, h_fn.device)
         assert self.h_in is not None
         compared = h_fn
         if self.source is not None:
@@ -343,22 +341,22 @@ class Stack:
         serves_all = self.cutter is not None and not self.cutter.fixed_by_plan
         if serves_all:
             lane.check_has_run(layout, self.name)
-        code = lane.start_step(layout, h_fn.device)
-        is_open = code == PlanCode.DYNAMIC and lane.has_reference
+        code = lane.begin(layout, h_fn.device)
+        is_open = code == PlanCode.DYNAMIC and lane.steps.has_reference
         is_branch = serves_all or (self.cutter is not None and is_open)
         if is_branch:
             self.check_needs_no_vote()
         if not (is_branch or is_open):
-            decide(lane.state, None)
-        elif (self.shared.is_on or self._votes) and lane.p_ref is not None:
-            decide(lane.state, self._measure(lane, compared))
+            lane.decide(None)
+        elif (self.shared.is_on or self._votes) and lane.history.p_ref is not None:
+            lane.decide(self._measure(lane, compared))
         else:
-            eager.enqueue_decision(lane, self.h_in, compared)
-        cached = not is_branch and eager.settle(lane, code)
+            lane.measure_and_decide(self.h_in, compared)
+        cached = not is_branch and lane.settle(code)
         if self.source is not None:
             lane.remember(compared)
         if is_branch:
-            self._begin_branch(eager.LaneDecision(lane))
+            self._begin_branch(lane)
         return cached
 
     @property
@@ -374,25 +372,27 @@ class Stack:
                 f"captured, got one under capture; run it outside of the graph, or use tp_size"
             )
 
-    def _follow(self, lane: FollowingLane, layout: Layout, device: torch.device) -> bool:
+    def _follow(
+        self, lane: Lane, steps: FollowedSteps, layout: Layout, device: torch.device
+    ) -> bool:
         """Take over what the leader decided; a branch, where that is one."""
-        lane.leader = self._leader_lane()
+        steps.leader = self._leader_lane()
         assert self.leader is not None
         if not self.leader.is_branch:
-            return lane.follow(layout, device)
+            return lane.settle(lane.begin(layout, device))
         assert self.cutter is not None
         if self.cutter.fixed_by_plan:
-            lane.follow(layout, device)
+            lane.begin(layout, device)
         else:
             lane.check_has_run(layout, self.name)
-        self._begin_branch(FollowedDecision(lane))
+        self._begin_branch(lane)
         return False
 
-    def _begin_branch(self, decision: Decision) -> None:
+    def _begin_branch(self, lane: Lane) -> None:
         """Let what follows be recorded as one of two ways."""
         assert self.cutter is not None
         self.is_branch = True
-        self.cutter.begin_full(decision, self.name)
+        self.cutter.begin_full(lane.decision(), self.name)
 
     def _were_overwritten(self) -> bool:
         """Say whether blocks wrote into their inputs, so that a copy is needed from now on."""
@@ -403,14 +403,15 @@ class Stack:
 
         def measure() -> torch.Tensor:
             assert self.h_in is not None
-            partials = eager.measure(lane, self.h_in, h_fn)
+            partials = lane.measure(self.h_in, h_fn)
             if self.sharding is None or not self._votes:
                 return partials
             by_sample = self.settings.cache.batch_reduce == "max"
             return self.sharding.vote(partials, per_sample=by_sample)
 
         records = self.cutter is not None
-        return self.shared(self.branch, lane.state, lane.step, h_fn, measure, is_recorded=records)
+        step = lane.steps.step
+        return self.shared(self.branch, lane.state, step, h_fn, measure, is_recorded=records)
 
     def finish_cached(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of the middle blocks."""
@@ -439,7 +440,7 @@ class Stack:
         is_made = self.fn == 0 and self.encoder_fn is None
         if is_made and encoder is not None:
             self.encoder_fn = torch.zeros_like(encoder)  # made by the blocks alone
-        eager.keep(self.lane, self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
+        self.lane.commit(self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
         if self.is_branch:
             assert self.cutter is not None
             self.cutter.begin_cached()
@@ -447,7 +448,7 @@ class Stack:
             h_fn, encoder_fn = self.passed  # what the full body copied, or made, is not there
             if is_made and encoder is not None:
                 encoder_fn = torch.zeros_like(encoder)
-            eager.forecast_into(self.lane, h_fn, encoder_fn, h_out, encoder)
+            self.lane.predict(h_fn, encoder_fn, out=h_out, encoder_out=encoder)
             self.cutter.end_branch()
         self.is_open = False
         if self.tail is not None:
@@ -484,15 +485,16 @@ class Stack:
         """Count a step that ran without the guards: full, with nothing kept of it."""
         self.branch = branch
         lane = self.lanes[branch] = self._new_lane(device)
-        if isinstance(lane, FollowingLane):
-            lane.step = lane.leader.step
+        if isinstance(lane.steps, FollowedSteps):
+            lane.steps.read()
         else:
-            eager.take_decision(lane, lane.plan[0], None)
+            lane.decide(None)
+            lane.settle(lane.steps.plan[0])
             lane.forget_reference()
         self.lane = lane
 
     def abort_forward(self) -> None:
         """Clean up after an exception: the step counts as never begun."""
         if self.lane is not None and self.cutter is None:
-            self.lane.abort_step()
+            self.lane.abort()
         self.forget_step()

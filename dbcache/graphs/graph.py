@@ -26,7 +26,7 @@ from dbcache.graphs.cuda_driver import find_driver
 from dbcache.graphs.fingerprint import fingerprint, reason_against
 from dbcache.graphs.recording import Cutter, DeviceReplay, HostReplay, SegmentCutter
 from dbcache.graphs.trial import Restorable, compare, run_trial
-from dbcache.lanes.lane import Lane, outside_inference_mode
+from dbcache.lanes.lane_copy import AnyLane
 
 MODES = ("device", "host")
 """From best to last resort."""
@@ -52,7 +52,7 @@ class Recordable(Protocol):
     def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
         """Return what the host reads of a call's tensors; recorded work holds for that alone."""
 
-    def lanes(self) -> list[Lane]:
+    def lanes(self) -> list[AnyLane]:
         """Return the lanes of the step under way, in the order of the stacks."""
 
     def copies(self) -> list[Restorable]:
@@ -99,19 +99,19 @@ class GraphOptions:
 class Home:
     """A lane and the tensors that a recording found in it."""
 
-    lane: Lane
+    lane: AnyLane
     state: tuple[int, ...]
     layout: Any
     buffers: dict[str, torch.Tensor | None]
 
     @classmethod
-    def of(cls, lane: Lane) -> Home:
+    def of(cls, lane: AnyLane) -> Home:
         return cls(lane, lane.state.addresses(), lane.layout, lane.buffers_by_name())
 
     def fits(self) -> bool:
         """Whether the lane's state still lies where it was, and has room for one more step."""
         lane = self.lane
-        return self.state == lane.state.addresses() and lane.step < len(lane.plan)
+        return self.state == lane.state.addresses() and lane.steps.step < len(lane.steps.plan)
 
     def move_in(self) -> None:
         """Give the lane back the buffers of the recording, where others came in between."""
@@ -154,7 +154,7 @@ class Recording:
             home.move_in()
         if tensors:
             torch._foreach_copy_(self.inputs, tensors)
-        before = [home.lane.step for home in self.homes]
+        before = [home.lane.steps.step for home in self.homes]
         try:
             self.replay()
         except BaseException:
@@ -298,7 +298,7 @@ class GraphExecutor:
         """Return the first weight, which shows where the module lies."""
         return [x for _, x in zip(range(1), self.transformer.module.parameters(), strict=False)]
 
-    def _lanes(self) -> list[Lane]:
+    def _lanes(self) -> list[AnyLane]:
         return self.transformer.lanes()
 
     def _layouts(self) -> list[Any]:
@@ -364,7 +364,7 @@ class GraphExecutor:
         lanes = self._lanes()
         for lane in lanes:
             # the same for all kinds that are recorded early on: growing voids what was recorded
-            lane.reserve(CAPACITY * (1 + 2 * lane.step // CAPACITY))
+            lane.steps.reserve(CAPACITY * (1 + 2 * lane.steps.step // CAPACITY))
         # first of all: it also compiles, tunes and loads what is to be recorded
         expected = self._try_eagerly(lanes, leaves, structure)
         recording = self._capture(mode, leaves, structure)
@@ -376,10 +376,10 @@ class GraphExecutor:
     def _capture(self, mode: str, leaves: list[Any], structure: Structure) -> Recording:
         """Record one step."""
         recorder, lanes = self._recorder, self._lanes()
-        with outside_inference_mode:
+        with torch.inference_mode(False):
             static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         args, kwargs = unflatten(static, structure)
-        knew = [lane.has_reference for lane in lanes]
+        knew = [lane.steps.has_reference for lane in lanes]
         cutter = SegmentCutter(recorder)
         with recorder.capturing():
             cutter.start()
@@ -391,7 +391,7 @@ class GraphExecutor:
                 raise
             finally:
                 for lane, had_reference in zip(lanes, knew, strict=True):
-                    lane.has_reference = had_reference
+                    lane.steps.has_reference = had_reference
         if mode == "device":
             replay: Any = DeviceReplay(cutter.program, recorder)
         else:
@@ -410,7 +410,7 @@ class GraphExecutor:
         )
 
     def _try_eagerly(
-        self, lanes: list[Lane], leaves: list[Any], structure: Structure
+        self, lanes: list[AnyLane], leaves: list[Any], structure: Structure
     ) -> list[list[Any]]:
         """Return what the steps of a trial give when they run eagerly.
 

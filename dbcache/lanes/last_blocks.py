@@ -6,7 +6,8 @@ The host reads which blocks are left out, on cached steps only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from dbcache.config.cache import StackSettings
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.kernels.pruning import block_state as bs
 from dbcache.kernels.pruning.decide_tail import decide_tail
-from dbcache.lanes.lane import Lane, outside_inference_mode
-from dbcache.lanes.pruned_lane import BlockCache
+from dbcache.lanes.block_store import BlockStore
+from dbcache.lanes.buffers import outside_inference_mode
+from dbcache.lanes.decision import Decision
 from dbcache.lanes.sharding import Sharding
 
 PREFIX = "tail."
@@ -40,7 +42,7 @@ class LaneTail:
     def __init__(
         self, settings: StackSettings, prunable: Sequence[bool], device: torch.device
     ) -> None:
-        self.cache = BlockCache(prunable, [0.0] * bs.NUM_RULE, device)
+        self.blocks = BlockStore(prunable, [0.0] * bs.NUM_RULE, device)
         self.flags = torch.zeros(len(prunable), dtype=torch.int32, device=device)
         self.store = torch.zeros(bs.NUM_STORE, dtype=torch.int32, device=device)
         self.skipped = [False] * len(prunable)
@@ -59,7 +61,7 @@ class LaneTail:
     def _write_threshold(self, threshold: float) -> None:
         rule = [0.0] * bs.NUM_RULE
         rule[bs.THRESHOLD] = threshold
-        self.cache.write_rule(rule)
+        self.blocks.write_rule(rule)
 
     def forget(self) -> None:
         """Let nothing that is stored count any more; the buffers stay allocated."""
@@ -68,72 +70,69 @@ class LaneTail:
     def move(self, device: torch.device) -> None:
         """Take what is not stored along to another device."""
         self.flags, self.store = self.flags.to(device), self.store.to(device)
-        self.cache.move(device)
+        self.blocks.move(device)
 
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
         """Return what is stored of the blocks."""
-        return {PREFIX + name: x for name, x in self.cache.buffers_by_name().items()}
+        return {PREFIX + name: x for name, x in self.blocks.buffers_by_name().items()}
 
     def take_buffers(self, buffers: dict[str, Any]) -> None:
         """Go on with those of the lane's `buffers` that are the tail's; what they hold is void."""
         own = {k.removeprefix(PREFIX): x for k, x in buffers.items() if k.startswith(PREFIX)}
-        self.cache.take_buffers(own)
+        self.blocks.take_buffers(own)
         self.forget()
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what a step, or `force`, writes to besides the buffers."""
-        return [self.store, self.cache.rule]
+        return [self.store, self.blocks.rule]
 
     def fit(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Drop what is stored if it does not fit these streams."""
-        if self.cache.state is not None and not self.cache.state.fits(hidden, encoder):
+        if self.blocks.state is not None and not self.blocks.state.fits(hidden, encoder):
             self.take_buffers({})
 
     def decide(
-        self, lane: Lane, hidden: torch.Tensor | None, sharding: Sharding | None = None
+        self,
+        counters: torch.Tensor,
+        hidden: torch.Tensor | None,
+        sharding: Sharding | None = None,
     ) -> None:
-        """Say on the device which blocks the lane's latest step leaves out, and what it stores.
+        """Say on the device which blocks the latest step leaves out, and what it stores.
 
         Args:
-            lane: its step was decided.
+            counters: of the lane's state, after the step was decided.
             hidden: what the first of the blocks is called with; None on a step known to be full.
-            sharding: as in `BlockCache.choose`.
+            sharding: as in `BlockStore.choose`.
         """
         decisions = None
-        if hidden is not None and self.cache.state is not None:
-            decisions = self.cache.choose(self.cache.measure(hidden), sharding)
-        decide_tail(lane.state.counters, decisions, self.flags, self.store)
+        if hidden is not None and self.blocks.state is not None:
+            decisions = self.blocks.choose(self.blocks.measure(hidden), sharding)
+        decide_tail(counters, decisions, self.flags, self.store)
 
     def read(self, cached: bool) -> list[bool]:
         """Return which blocks are left out; waits for the device where the step is `cached`."""
         nothing = [False] * len(self.skipped)
-        self.skipped = self.cache.read(self.flags) if cached else nothing
+        self.skipped = self.blocks.read(self.flags) if cached else nothing
         return self.skipped
 
+    def decisions(self, is_cached: Callable[[], bool]) -> list[Decision]:
+        """Return whether each block is left out of the step, for recorded work.
 
-class TailDecision:
-    """Whether one of the last blocks is left out, for recorded work; see `recording.Decision`.
+        The lane has counted the step, and what is stored is known to the device.
 
-    Args:
-        lane: its step was decided, and counted.
-        index: which block of the run; the first one reads for all.
-    """
+        Args:
+            is_cached: says whether the lane's latest step is; asked once, by the first block.
+        """
 
-    def __init__(self, lane: Lane, index: int) -> None:
-        assert lane.tail is not None
-        self.lane = lane
-        self.tail = lane.tail
-        self.index = index
-        self.flag = self.tail.flags[index : index + 1]
+        def read(index: int) -> bool:
+            if index == 0:
+                self.read(is_cached())
+            return self.skipped[index]
 
-    def read(self) -> bool:
-        """Return how it was decided."""
-        if self.index == 0:
-            self.tail.read(self.lane.cached)
-        return self.tail.skipped[self.index]
+        def nothing(*_: object) -> None:
+            """Nothing is left to count."""
 
-    def has_run(self, cached: bool) -> None:
-        """Nothing is to be noted: what is stored is known to the device."""
-
-    def count(self) -> None:
-        """Nothing is to be counted: the lane has counted the step."""
+        return [
+            Decision(self.flags[i : i + 1], partial(read, i), nothing, nothing)
+            for i in range(len(self.skipped))
+        ]

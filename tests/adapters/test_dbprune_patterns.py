@@ -9,7 +9,7 @@ from tape import use_driver
 
 import dbcache
 from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern
-from dbcache.lanes.pruned_lane import BlockCache
+from dbcache.lanes.block_store import BlockStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -208,13 +208,13 @@ def test_every_pattern_is_recorded_bit_for_bit(pattern, in_place, mode, which, m
 
 def test_runs_of_blocks_are_left_out_in_one_go(monkeypatch):
     counts = []
-    plain = BlockCache.replace
+    plain = BlockStore.replace
 
     def replace_(self, first, count, *streams):
         counts.append(count)
         return plain(self, first, count, *streams)
 
-    monkeypatch.setattr(BlockCache, "replace", replace_)
+    monkeypatch.setattr(BlockStore, "replace", replace_)
     for controls, expected in ((None, [2, 3]), (torch.ones(7), [1] * 5)):
         model = Model(PATTERNS[0])
         model.controls = controls

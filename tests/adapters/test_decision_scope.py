@@ -218,9 +218,9 @@ def test_lanes_share_weights_and_the_later_one_has_no_reference():
     lanes = [stack.lanes[None] for stack in model._dbcache.stacks]
     assert lanes[0].state is lanes[1].state
     assert lanes[0].state.weights[:2].tolist() == [-3.0, 4.0]  # steps 0 and 1, seen from step 4
-    assert lanes[0].p_ref is not None
-    assert lanes[1].p_ref is None
-    assert lanes[1].ring.shape == (2, 1, 16 + tiny.TEXT_TOKENS, 32)
+    assert lanes[0].history.p_ref is not None
+    assert lanes[1].history.p_ref is None
+    assert lanes[1].history.snapshots.shape == (2, 1, 16 + tiny.TEXT_TOKENS, 32)
 
 
 def test_branches_and_requests_go_with_the_first_stack():
@@ -471,8 +471,8 @@ def test_what_a_follower_keeps_moves_along_with_the_model():
     elsewhere = torch.device("meta")  # stands for another GPU
     for lane in (leader, follower):
         assert {x.device.type for x in [*lane.learned(), lane.tail.flags]} == {"cpu"}
-    leader.start_step(("another layout",), elsewhere)
-    follower.follow(("another layout",), elsewhere)
+    leader.begin(("another layout",), elsewhere)
+    follower.begin(("another layout",), elsewhere)
     for lane in (leader, follower):
         assert {x.device for x in [*lane.learned(), lane.tail.flags]} == {elsewhere}
     assert follower.state is leader.state

@@ -294,8 +294,8 @@ def test_lanes_hold_no_autograd_graph():
     enable(model)
     model(*inputs(0))
     lane = model._dbcache.stacks[0].lanes[None]
-    assert not lane.p_ref.requires_grad
-    assert not lane.ring.requires_grad
+    assert not lane.history.p_ref.requires_grad
+    assert not lane.history.snapshots.requires_grad
 
 
 def test_memory_is_the_reference_and_the_ring():

@@ -164,7 +164,7 @@ def test_a_first_step_that_fails_leaves_nothing_behind():
 
         def note(model, *_, changes=changes):
             tail = handle_of(model).stacks[0].lanes[None].tail
-            changes.append((tail.flags.tolist(), tail.cache.state.growth_sums.tolist()))
+            changes.append((tail.flags.tolist(), tail.blocks.state.growth_sums.tolist()))
 
         model.register_forward_hook(note)
         runs.append((denoise(model, family, 12), changes))

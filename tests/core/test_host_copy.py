@@ -2,7 +2,7 @@
 
 import torch
 
-from dbcache.lanes.lane import HostCopy
+from dbcache.lanes.buffers import HostCopy
 
 
 class Event:

@@ -12,7 +12,7 @@ from tiny import BRANCHES, FAMILIES, denoise, generate, pipeline
 
 import dbcache
 from dbcache.kernels.common.select import reset_environment
-from dbcache.lanes.lane import Lane
+from dbcache.lanes.step_state import StepState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -346,7 +346,7 @@ def test_magcache_never_waits_for_the_device(monkeypatch):
     def read(_):
         raise AssertionError("the host read a decision")
 
-    monkeypatch.setattr(Lane, "read_decision", read)
+    monkeypatch.setattr(StepState, "read_flag", read)
     family = FAMILIES["flux"]
     model = dbcache.enable(family.build(), policy="magcache", calibration=known(RATIOS))
     denoise(model, family, STEPS)

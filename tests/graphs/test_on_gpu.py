@@ -109,7 +109,7 @@ def require(mode):
 
 
 def trace(model):
-    return handle_of(model).stacks[0].lanes[None].trace()
+    return handle_of(model).stacks[0].lanes[None].steps.trace()
 
 
 @pytest.mark.parametrize("mode", ["host", "device"])
@@ -156,13 +156,13 @@ def test_branches_share_a_change_as_eager_ones(options, mode):
     decide_as_recorded(model)
     (stack,) = handle_of(model).stacks
     expected = guided_loop(model)
-    decisions = [lane.trace() for lane in stack.lanes.values()]
+    decisions = [lane.steps.trace() for lane in stack.lanes.values()]
     assert len(decisions) == 2
     assert all(0 < sum(reason >= 10 for reason in reasons) < STEPS - 4 for reasons, _ in decisions)
     dbcache.enable(model, **options, cuda_graph=mode)
     got = guided_loop(model)
     (stack,) = handle_of(model).stacks
-    assert [lane.trace() for lane in stack.lanes.values()] == decisions
+    assert [lane.steps.trace() for lane in stack.lanes.values()] == decisions
     assert same(got, expected)
     assert graphs(model).replays == 2 * STEPS - 2
 

@@ -130,11 +130,12 @@ def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
     held, record = [], graph.GraphExecutor._record
 
     def content(lane):
-        names = (*lane.HOST, "layout")
+        steps = lane.steps
         tensors = {k: x.clone() for k, x in lane.buffers_by_name().items() if x is not None}
         tensors |= {f"state {i}": x[:64].clone() for i, x in enumerate(lane.state.tensors())}
         tensors |= dict(enumerate(x.clone() for x in lane.learned()))
-        return [getattr(lane, name) for name in names], lane.plan[:64], tensors
+        host = [getattr(steps, name) for name in steps.HOST]
+        return [*host, lane.layout], steps.plan[:64], tensors
 
     def watched(executor, *how):
         (lane,) = executor._lanes()

@@ -1,0 +1,74 @@
+"""How a lane's tensors are made, what they must fit, and how the host reads a few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+Layout = tuple[object, ...]
+"""Shapes, dtypes and device of a step's tensors; a change of it restarts the lane."""
+
+Given = ParamSpec("Given")
+Returned = TypeVar("Returned")
+
+
+def outside_inference_mode(function: Callable[Given, Returned]) -> Callable[Given, Returned]:
+    """Let `function` run outside of inference mode, whatever mode the caller is in.
+
+    Lanes outlive a call: a tensor made in inference mode could not be written to outside of it.
+    """
+    return torch.inference_mode(False)(function)
+
+
+def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
+    """Return what must stay the same for a lane's buffers to fit."""
+    if encoder is None:
+        return (h_fn.shape, h_fn.dtype, h_fn.device)
+    return (h_fn.shape, h_fn.dtype, h_fn.device, encoder.shape, encoder.dtype)
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous buffer of the shape, dtype and device of `x`."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether the memory from the first to the last element of `x` meets that of `y`."""
+    (start, stop), (other_start, other_stop) = _span(x), _span(y)
+    return start < other_stop and other_start < stop
+
+
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte of `x`, and of the one after its last."""
+    start = x.data_ptr()
+    if x.numel() == 0:
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + (last + 1) * x.element_size()
+
+
+class HostCopy:
+    """Pinned memory of the host, for a few numbers of a GPU that it waits for."""
+
+    def __init__(self) -> None:
+        self._held: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the content of `x`, of one shape and dtype each time; the next call overwrites it.
+
+        Waits for what was enqueued on the current stream of its GPU, and for nothing else.
+        """
+        if self._held is None:
+            self._held = self._make(x)
+        host, event = self._held
+        host.copy_(x, non_blocking=True)
+        event.record(torch.cuda.current_stream(x.device))
+        event.synchronize()
+        return host
+
+    @staticmethod
+    @outside_inference_mode
+    def _make(x: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
