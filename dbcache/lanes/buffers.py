@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -34,19 +35,19 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether the memory from the first to the last element of `x` meets that of `y`."""
-    (start, stop), (other_start, other_stop) = _span(x), _span(y)
-    return start < other_stop and other_start < stop
+def can_write(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    """Whether a kernel may write outputs element by element while it still reads inputs.
 
-
-def _span(x: torch.Tensor) -> tuple[int, int]:
-    """Return the addresses of the first byte of `x`, and of the one after its last."""
-    start = x.data_ptr()
-    if x.numel() == 0:
-        return start, start
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return start, start + (last + 1) * x.element_size()
+    Args:
+        pairs: inputs, each with its output, which may be the same memory. All else must lie apart,
+            contiguous, and an output must have the shape and the dtype of its input.
+    """
+    if any((x.shape, x.dtype) != (out.shape, out.dtype) for x, out in pairs):
+        return False
+    if not all(x.is_contiguous() for pair in pairs for x in pair):
+        return False
+    spans = sorted(span for pair in pairs for span in {(x.data_ptr(), x.nbytes) for x in pair})
+    return all(start + size <= after for (start, size), (after, _) in pairwise(spans))
 
 
 class HostCopy:

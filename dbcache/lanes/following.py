@@ -6,7 +6,6 @@ weights and the slot to write are those of the leader, without a launch and with
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -112,11 +111,6 @@ class FollowedSteps:
         self.read()
         self.has_reference = True
 
-    def has_run(self, cached: bool) -> None:
-        """Know of what a full step has left to predict from."""
-        if not cached:
-            self.has_reference = True
-
     def replan(self, settings: StackSettings) -> None:
         """Do nothing: the plan is the leader's."""
 
@@ -155,13 +149,3 @@ class FollowedSteps:
         for step, reason in self._overruled.items():
             reasons[step] = reason
         return reasons, [-1.0] * len(reasons)
-
-    def copy(self) -> Callable[[], None]:
-        """Return a function that puts back what is not the leader's."""
-        host = {name: getattr(self, name) for name in self.HOST}
-
-        def restore() -> None:
-            for name, value in host.items():
-                setattr(self, name, value)
-
-        return restore

@@ -11,13 +11,39 @@ from dbcache.kernels.common.lane_state import BatchReduce, LaneState
 from dbcache.kernels.decision.decide import decide
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
 from dbcache.kernels.decision.probe_diff import probe_diff
-from dbcache.lanes.buffers import Layout, outside_inference_mode
+from dbcache.kernels.prediction.commit import commit
+from dbcache.kernels.prediction.predict import predict
+from dbcache.lanes.buffers import Layout, can_write, outside_inference_mode
 from dbcache.lanes.decision import Decision
 from dbcache.lanes.following import FollowedSteps, Leader
 from dbcache.lanes.history import History
 from dbcache.lanes.last_blocks import LaneTail
 from dbcache.lanes.predictors import make_forecaster
 from dbcache.lanes.step_state import FIRST_CAPACITY, StepState
+
+
+def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
+    """Return the limits and thresholds of `settings`, by their entries in a `LaneState`."""
+    cache = settings.cache
+    order, encoder_order = settings.orders
+    limits = {
+        ls.MAX_CACHED: cache.max_cached_steps,
+        ls.MAX_CONSECUTIVE: cache.max_continuous_cached_steps,
+        ls.SLOTS: settings.slots,
+        ls.ORDER: order,
+        ls.ENCODER_ORDER: encoder_order,
+        ls.BATCH_REDUCE: BatchReduce[cache.batch_reduce.upper()],
+        ls.PREDICTOR: settings.calibrator.predictor,
+        ls.SIGNAL: POLICIES[cache.policy].signal,
+    }
+    thresholds = {
+        ls.THRESHOLD: cache.threshold,
+        ls.MAX_ACCUMULATED: cache.max_accumulated_residual_diff_threshold or 0.0,
+        ls.IMPORTANT: cache.important_condition_threshold,
+        ls.SCALE: settings.calibrator.scale,
+    }
+    polynomial = coefficients(cache, settings.calibration)
+    return limits, thresholds | dict(enumerate(polynomial, ls.POLYNOMIAL))
 
 
 class Lane:
@@ -59,7 +85,11 @@ class Lane:
             self.steps = StepState(LaneState.allocate(FIRST_CAPACITY, device), branch)
         else:
             self.steps = FollowedSteps(leader)
-        self.history = History(settings, leader is None and settings.cache.probe_blocks > 0)
+        cache = settings.cache
+        self.compares = leader is None and cache.probe_blocks > 0
+        self.by_residual = self.compares and not cache.compares_hidden_states
+        self.by_token = cache.important_condition_threshold > 0
+        self.history = History()
         self.forecaster = make_forecaster(settings, device)
         self.tail: LaneTail | None = None
         self._load()
@@ -71,28 +101,8 @@ class Lane:
 
     def _load(self) -> None:
         """Write the parameters and the plan to the device."""
-        if isinstance(self.steps, FollowedSteps):
-            return
-        settings, cache = self.settings, self.settings.cache
-        order, encoder_order = settings.orders
-        limits = {
-            ls.MAX_CACHED: cache.max_cached_steps,
-            ls.MAX_CONSECUTIVE: cache.max_continuous_cached_steps,
-            ls.SLOTS: settings.slots,
-            ls.ORDER: order,
-            ls.ENCODER_ORDER: encoder_order,
-            ls.BATCH_REDUCE: BatchReduce[cache.batch_reduce.upper()],
-            ls.PREDICTOR: settings.calibrator.predictor,
-            ls.SIGNAL: POLICIES[cache.policy].signal,
-        }
-        thresholds = {
-            ls.THRESHOLD: cache.threshold,
-            ls.MAX_ACCUMULATED: cache.max_accumulated_residual_diff_threshold or 0.0,
-            ls.IMPORTANT: cache.important_condition_threshold,
-            ls.SCALE: settings.calibrator.scale,
-        }
-        polynomial = coefficients(cache, settings.calibration)
-        self.steps.load(settings, limits, thresholds | dict(enumerate(polynomial, ls.POLYNOMIAL)))
+        if isinstance(self.steps, StepState):
+            self.steps.load(self.settings, *rule_of(self.settings))
 
     @outside_inference_mode
     def replan(self, settings: StackSettings) -> None:
@@ -153,11 +163,10 @@ class Lane:
             h_in: activations before the probe blocks, (B, ...).
             h_fn: activations behind them; for policies without a probe, what was measured.
         """
-        history = self.history
-        assert history.p_ref is not None
-        before = h_in if history.by_residual else None
-        thresholds = self.state.thresholds if history.by_token else None
-        return probe_diff(before, h_fn, history.p_ref, thresholds)
+        p_ref = self.history.p_ref
+        assert p_ref is not None
+        before = h_in if self.by_residual else None
+        return probe_diff(before, h_fn, p_ref, self.state.thresholds if self.by_token else None)
 
     def decide(self, change: torch.Tensor | None) -> None:
         """Decide the next step on the device.
@@ -169,12 +178,12 @@ class Lane:
 
     def measure_and_decide(self, h_in: torch.Tensor, h_fn: torch.Tensor) -> None:
         """Measure and decide in one launch; without a reference there is nothing to measure."""
-        history = self.history
-        if history.p_ref is None:
+        p_ref = self.history.p_ref
+        if p_ref is None:
             decide(self.state, None)
             return
-        before = h_in if history.by_residual else None
-        probe_and_decide(before, h_fn, history.p_ref, self.state, by_token=history.by_token)
+        before = h_in if self.by_residual else None
+        probe_and_decide(before, h_fn, p_ref, self.state, by_token=self.by_token)
 
     def settle(self, code: int) -> bool:
         """Count the step; return whether it is cached, which is only read where it is open.
@@ -187,7 +196,11 @@ class Lane:
     def decision(self) -> Decision:
         """Return the next decision, for recorded work."""
         steps = self.steps
-        return Decision(steps.flag(), steps.read, steps.count, steps.has_run)
+
+        def has_run(cached: bool) -> None:
+            steps.has_reference |= not cached  # a full step has left one
+
+        return Decision(steps.flag(), steps.read, steps.count, has_run)
 
     def tail_decisions(self) -> list[Decision]:
         """Return whether each of the last blocks is left out of the step, for recorded work."""
@@ -209,9 +222,28 @@ class Lane:
             out: written in place of a new tensor; any strides, and it may share memory with them.
             encoder_out: as `out`, for the encoder states.
         """
+        state, history, replace = self.state, self.history, self.settings.replace
+        assert history.snapshots is not None
         if self.forecaster is not None:
-            self.forecaster.weigh(self.state, self.steps.step - 1)
-        return self.history.predict(self.state, h_fn, encoder_fn, out, encoder_out)
+            self.forecaster.weigh(state, self.steps.step - 1)
+        if history.encoder_snapshots is None:
+            encoder_fn = encoder_out = None
+        encoder_weights = None if encoder_fn is None else state.encoder_weights
+        streams = [(h_fn, out)] if encoder_fn is None else [(h_fn, out), (encoder_fn, encoder_out)]
+        pairs = [(x, y) for x, y in streams if y is not None]
+        direct = len(pairs) == len(streams) and can_write(pairs)
+        hidden, encoder = predict(
+            h_fn, history.snapshots, state.weights,
+            encoder_fn, history.encoder_snapshots, encoder_weights,
+            history.scales, history.encoder_scales,
+            out=out if direct else None, encoder_out=encoder_out if direct else None,
+            replace=replace,
+        )  # fmt: skip
+        if out is not None and not direct:
+            hidden = out.copy_(hidden)
+        if encoder is not None and encoder_out is not None and not direct:
+            encoder = encoder_out.copy_(encoder)
+        return hidden, encoder
 
     def commit(
         self,
@@ -222,9 +254,21 @@ class Lane:
         encoder_out: torch.Tensor | None,
     ) -> None:
         """Store what later steps are compared with, and what the blocks did on a full step."""
-        state, steps = self.state, self.steps
-        stored = self.history.commit(state.counters, h_in, h_fn, h_out, encoder_fn, encoder_out)
+        state, steps, history = self.state, self.steps, self.history
+        if encoder_fn is None or encoder_out is None:
+            encoder_fn = encoder_out = None
+        snapshots = history.snapshots
+        if snapshots is None:
+            compared = h_fn if self.compares else None
+            snapshots = history.allocate(self.settings, compared, h_out, encoder_out)
+        commit(
+            h_in if self.by_residual else None, h_fn, h_out,
+            history.p_ref if self.compares else None, snapshots, state.counters,
+            encoder_fn, encoder_out, history.encoder_snapshots,
+            history.scales, history.encoder_scales, replace=self.settings.replace,
+        )  # fmt: skip
         if self.forecaster is not None:
+            stored = snapshots, history.encoder_snapshots
             self.forecaster.learn(state, stored, steps.step - 1, steps.is_first)
         steps.has_reference = True
 
@@ -239,7 +283,7 @@ class Lane:
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
         """Return the large tensors."""
         tail = {} if self.tail is None else self.tail.buffers_by_name()
-        return self.history.buffers_by_name() | tail
+        return self.history.by_name() | tail
 
     def take_buffers(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
         """Go on with the large tensors of another layout; what they hold is void."""
@@ -248,7 +292,7 @@ class Lane:
 
     def _take(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
         self.layout = layout
-        self.history.take(buffers)
+        self.history = History.of(buffers)
         if self.tail is not None:
             self.tail.take_buffers(buffers)
 

@@ -6,7 +6,7 @@ reference do not say it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -43,8 +43,8 @@ class StepState(Generic[Tensors]):
             device knows.
     """
 
-    HOST = ("step", "has_reference", "cached", "counts")
-    """What the host keeps of a request, besides the plan."""
+    HOST = ("step", "has_reference", "cached", "counts", "plan")
+    """What the host keeps of a request."""
 
     def __init__(self, tensors: Tensors, branch: str | None = None) -> None:
         self.branch = branch
@@ -164,11 +164,6 @@ class StepState(Generic[Tensors]):
         self.has_reference = True
         self.cached, self.counts = False, None
 
-    def has_run(self, cached: bool) -> None:
-        """Know of the reference that a full step has left."""
-        if not cached:
-            self.has_reference = True
-
     def learn_counts(self) -> tuple[int, int]:
         """Return `counts`, read from the device after steps that the host did not follow."""
         if self.counts is None:
@@ -217,20 +212,6 @@ class StepState(Generic[Tensors]):
             if step < steps:
                 changes[step] = change
         return self.state.trace_reason[:steps].tolist(), changes
-
-    @outside_inference_mode
-    def copy(self) -> Callable[[], None]:
-        """Return a function that puts everything back as it is now, into the same tensors."""
-        tensors, plan = self.tensors.clone(), list(self.plan)
-        host = {name: getattr(self, name) for name in self.HOST}
-
-        def restore() -> None:
-            self.tensors.copy_(tensors)
-            self.plan[:] = plan
-            for name, value in host.items():
-                setattr(self, name, value)
-
-        return restore
 
 
 def _write(tensor: torch.Tensor, entries: Mapping[int, float]) -> list[Any]:

@@ -8,7 +8,7 @@ import torch
 import dbcache
 from dbcache import CustomCalibratorConfig, DBCacheConfig, TaylorSeerCalibratorConfig
 from dbcache.config.cache import StackSettings
-from dbcache.lanes import history
+from dbcache.lanes import lane as lanes
 from dbcache.lanes.buffers import layout_of
 from dbcache.lanes.lane import Lane
 
@@ -85,13 +85,13 @@ def test_predictions_written_into_a_tensor_are_those_returned(dtype, cache_dtype
 
 def asked_of_the_kernel(monkeypatch):
     """Return a list that collects the outputs that the kernel is given."""
-    given, predict = [], history.predict
+    given, predict = [], lanes.predict
 
     def watched(*args, out, encoder_out, **options):
         given.append((out, encoder_out))
         return predict(*args, out=out, encoder_out=encoder_out, **options)
 
-    monkeypatch.setattr(history, "predict", watched)
+    monkeypatch.setattr(lanes, "predict", watched)
     return given
 
 
@@ -184,10 +184,10 @@ def test_lanes_of_two_requests_share_nothing():
     """Step by step in turn, and each on a thread of its own, they do what each does alone."""
     alone = [steps_of(Lane(settings(), CPU), seed) for seed in (1, 10)]
     assert all(True in decisions[2:] and False in decisions[2:] for decisions, _ in alone)
-    lanes = [Lane(settings(), CPU) for _ in alone]
-    *_, in_turn = zip(run(lanes[0], 1), run(lanes[1], 10), strict=True)
+    both = [Lane(settings(), CPU) for _ in alone]
+    *_, in_turn = zip(run(both[0], 1), run(both[1], 10), strict=True)
     assert all(map(same, in_turn, alone))
-    kept = [{*lane.state.addresses(), *(x.data_ptr() for x in held(lane))} for lane in lanes]
+    kept = [{*lane.state.addresses(), *(x.data_ptr() for x in held(lane))} for lane in both]
     assert not kept[0] & kept[1]
     with ThreadPoolExecutor(2) as pool:
         on_threads = pool.map(steps_of, [Lane(settings(), CPU) for _ in alone], (1, 10))
