@@ -1,4 +1,4 @@
-"""How a lane's tensors are made, what they must fit, and how the host reads a few numbers."""
+"""Helpers for the tensors of a lane: layout, allocation, and small copies to the host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def outside_inference_mode(function: Callable[Given, Returned]) -> Callable[Give
 
 
 def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
-    """Return what must stay the same for a lane's buffers to fit."""
+    """Return shapes, dtypes and device of a step, which the buffers of a lane must fit."""
     if encoder is None:
         return (h_fn.shape, h_fn.dtype, h_fn.device)
     return (h_fn.shape, h_fn.dtype, h_fn.device, encoder.shape, encoder.dtype)
@@ -51,7 +51,7 @@ def can_write(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
 
 
 class HostCopy:
-    """Pinned memory of the host, for a few numbers of a GPU that it waits for."""
+    """A buffer in pinned memory, through which the host reads a few numbers of a GPU."""
 
     def __init__(self) -> None:
         self._held: tuple[torch.Tensor, torch.cuda.Event] | None = None

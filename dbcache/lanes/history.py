@@ -1,4 +1,4 @@
-"""What one lane remembers of its full steps: the probe's reference, and snapshots of the residual.
+"""The tensors that one lane keeps of its full steps: the probe's reference, and snapshots.
 
 Memory: P_ref and K snapshots of the size of `hidden_states`, plus K of the size of
 `encoder_hidden_states` where the blocks return them; K is the predictor's `slots`. P_ref has the
@@ -41,7 +41,7 @@ class History:
 
     @classmethod
     def of(cls, buffers: Mapping[str, torch.Tensor | None]) -> History:
-        """Return the history of those of `buffers` that are one's."""
+        """Return a history of `buffers`; other names are ignored."""
         return cls(**{field.name: buffers.get(field.name) for field in fields(cls)})
 
     def by_name(self) -> dict[str, torch.Tensor | None]:
@@ -56,7 +56,7 @@ class History:
         h_out: torch.Tensor,
         encoder_out: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Make room for P_ref, like `compared`, and for snapshots; return those of `h_out`."""
+        """Allocate P_ref, like `compared`, and the snapshots; return those of `h_out`."""
         if compared is not None:
             self.p_ref = empty_like(compared)
         self.snapshots, self.scales = _room(settings, h_out)
@@ -67,7 +67,7 @@ class History:
     @outside_inference_mode
     @torch.no_grad()
     def remember(self, measured: torch.Tensor) -> None:
-        """Keep what this step measured, for the next one; for policies without a probe."""
+        """Keep the measurement of this step for the next one (policies without a probe)."""
         if self.p_ref is None:
             self.p_ref = empty_like(measured)
         self.p_ref.copy_(measured)
@@ -95,7 +95,7 @@ class History:
 
 
 def _room(settings: StackSettings, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return room for snapshots of residuals like `x`, and for their scales if it is fp8."""
+    """Return empty snapshots of residuals like `x`, and their scales if they are fp8."""
     shape = (settings.slots, *x.shape)
     dtypes = {"model": x.dtype, "float32": torch.float32, "fp8": torch.uint8}
     dtype = dtypes[settings.cache.cache_dtype]

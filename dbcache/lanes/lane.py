@@ -1,4 +1,4 @@
-"""One lane: the steps of one block stack under one guidance branch, and what they remember."""
+"""One lane: the steps of one block stack under one guidance branch, and their history."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
 
 
 class Lane:
-    """The steps of one lane, its history, and in the order of a step the verbs of the kernels.
+    """One lane, with the verbs of the kernels in the order of a step.
 
         code   = lane.begin(layout, device)
         lane.decide(lane.measure(h_in, h_fn))             # or lane.measure_and_decide(h_in, h_fn)
@@ -106,7 +106,7 @@ class Lane:
 
     @outside_inference_mode
     def replan(self, settings: StackSettings) -> None:
-        """Take over settings that differ in the mask or the number of steps."""
+        """Use settings that differ in the mask or the number of steps."""
         self.settings = settings
         if self.forecaster is not None:
             self.forecaster.replan(settings.steps)
@@ -114,7 +114,7 @@ class Lane:
 
     @outside_inference_mode
     def reload(self, settings: StackSettings) -> None:
-        """Take over settings that need no other buffers and no other `forecaster`."""
+        """Use settings that need no other buffers and no other `forecaster`."""
         self.settings = settings
         self._load()
         if self.tail is not None:
@@ -141,14 +141,14 @@ class Lane:
 
     @outside_inference_mode
     def _move(self, device: torch.device) -> None:
-        """Take along to another device what is neither state nor history."""
+        """Move the predictor and the last blocks to another device."""
         self.device = device
         self.forecaster = make_forecaster(self.settings, device)
         if self.tail is not None:
             self.tail.move(device)
 
     def check_has_run(self, layout: Layout, who: str) -> None:
-        """Raise a RuntimeError if no step of this `layout` has left behind what later ones need."""
+        """Raise a RuntimeError if no full step of this `layout` has run."""
         if layout != self.layout or self.history.snapshots is None:
             raise RuntimeError(
                 f"{who}: a step that is captured to serve all steps must find what they are "
@@ -186,7 +186,7 @@ class Lane:
         probe_and_decide(before, h_fn, p_ref, self.state, by_token=self.by_token)
 
     def settle(self, code: int) -> bool:
-        """Count the step; return whether it is cached, which is only read where it is open.
+        """Count the step; return the decision, which the host reads only where it is open.
 
         Args:
             code: what `begin` gave.
@@ -203,7 +203,7 @@ class Lane:
         return Decision(steps.flag(), steps.read, steps.count, has_run)
 
     def tail_decisions(self) -> list[Decision]:
-        """Return whether each of the last blocks is left out of the step, for recorded work."""
+        """Return the decisions on the last blocks, for recorded work."""
         assert self.tail is not None
         return self.tail.decisions(lambda: self.steps.cached)
 
@@ -214,7 +214,7 @@ class Lane:
         out: torch.Tensor | None = None,
         encoder_out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what the skipped blocks would have made of `h_fn` and `encoder_fn`.
+        """Return the predicted output of the skipped blocks, for both streams.
 
         Args:
             h_fn: hidden states before the skipped blocks.
@@ -253,7 +253,7 @@ class Lane:
         encoder_fn: torch.Tensor | None,
         encoder_out: torch.Tensor | None,
     ) -> None:
-        """Store what later steps are compared with, and what the blocks did on a full step."""
+        """Store the reference of the probe and the residual of the blocks, after a full step."""
         state, steps, history = self.state, self.steps, self.history
         if encoder_fn is None or encoder_out is None:
             encoder_fn = encoder_out = None
@@ -273,7 +273,7 @@ class Lane:
         steps.has_reference = True
 
     def remember(self, measured: torch.Tensor) -> None:
-        """Keep what this step measured, for the next one; for policies without a probe."""
+        """Keep the measurement of this step for the next one (policies without a probe)."""
         self.history.remember(measured)
 
     def record_output(self, output: torch.Tensor) -> None:
@@ -286,7 +286,7 @@ class Lane:
         return self.history.by_name() | tail
 
     def take_buffers(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
-        """Go on with the large tensors of another layout; what they hold is void."""
+        """Continue with the large tensors of another layout; their content is void."""
         self.steps.invalidate()
         self._take(layout, buffers)
 
@@ -297,28 +297,28 @@ class Lane:
             self.tail.take_buffers(buffers)
 
     def learned(self) -> list[torch.Tensor]:
-        """Return what the predictor keeps besides the snapshots, and the last blocks."""
+        """Return the small tensors of the predictor and of the last blocks."""
         parts = (self.forecaster, self.tail)
         return [x for part in parts if part is not None for x in part.tensors()]
 
     def force(self, code: int) -> None:
-        """Fix what the next step will be."""
+        """Fix the plan code of the next step."""
         self.steps.force(code)
         if self.tail is not None:
             self.tail.force(code)
 
     def forget_reference(self) -> None:
-        """Make the next step a full one: nothing that was stored holds any more."""
+        """Make the next step a full one: everything stored is void."""
         self.steps.forget()
         self._forget_tail()
 
     def rewind(self, step: int) -> None:
-        """Go back to `step` after an exception: what came since counts as never begun."""
+        """Go back to `step` after an exception; later steps count as never begun."""
         self.steps.rewind(step)
         self._forget_tail()
 
     def abort(self) -> None:
-        """Undo a step that an exception cut short: it counts as never begun."""
+        """Undo a step after an exception: the step counts as never begun."""
         self.steps.abort()
         self._forget_tail()
 

@@ -1,4 +1,4 @@
-"""A lane at one moment, to go back to."""
+"""A copy of a lane, to go back to after a trial."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AnyLane = Lane | PrunedLane
 
 
 class LaneCopy:
-    """What a lane held at one moment, to be put back into the same tensors."""
+    """A copy of all that a step changes, to be written back into the same tensors."""
 
     @outside_inference_mode
     def __init__(self, lane: AnyLane) -> None:
