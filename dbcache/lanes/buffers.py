@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import ParamSpec, TypeVar
 
@@ -35,18 +35,24 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def can_write(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+def can_write(*pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> bool:
     """Whether a kernel may write outputs element by element while it still reads inputs.
 
     Args:
         pairs: inputs, each with its output, which may be the same memory. All else must lie apart,
-            contiguous, and an output must have the shape and the dtype of its input.
+            contiguous, and an output must have the shape and the dtype of its input. Without an
+            input there is no output.
     """
-    if any((x.shape, x.dtype) != (out.shape, out.dtype) for x, out in pairs):
-        return False
-    if not all(x.is_contiguous() for pair in pairs for x in pair):
-        return False
-    spans = sorted(span for pair in pairs for span in {(x.data_ptr(), x.nbytes) for x in pair})
+    spans: list[tuple[int, int]] = []
+    for x, out in pairs:
+        if x is None:
+            continue
+        if out is None or (x.shape, x.dtype) != (out.shape, out.dtype):
+            return False
+        if not (x.is_contiguous() and out.is_contiguous()):
+            return False
+        spans += {(x.data_ptr(), x.nbytes), (out.data_ptr(), out.nbytes)}
+    spans.sort()
     return all(start + size <= after for (start, size), (after, _) in pairwise(spans))
 
 

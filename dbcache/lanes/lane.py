@@ -222,22 +222,20 @@ class Lane:
             out: written in place of a new tensor; any strides, and it may share memory with them.
             encoder_out: as `out`, for the encoder states.
         """
-        state, history, replace = self.state, self.history, self.settings.replace
+        state, history = self.state, self.history
         assert history.snapshots is not None
         if self.forecaster is not None:
             self.forecaster.weigh(state, self.steps.step - 1)
         if history.encoder_snapshots is None:
             encoder_fn = encoder_out = None
         encoder_weights = None if encoder_fn is None else state.encoder_weights
-        streams = [(h_fn, out)] if encoder_fn is None else [(h_fn, out), (encoder_fn, encoder_out)]
-        pairs = [(x, y) for x, y in streams if y is not None]
-        direct = len(pairs) == len(streams) and can_write(pairs)
+        direct = out is not None and can_write((h_fn, out), (encoder_fn, encoder_out))
         hidden, encoder = predict(
             h_fn, history.snapshots, state.weights,
             encoder_fn, history.encoder_snapshots, encoder_weights,
             history.scales, history.encoder_scales,
             out=out if direct else None, encoder_out=encoder_out if direct else None,
-            replace=replace,
+            replace=self.settings.replace,
         )  # fmt: skip
         if out is not None and not direct:
             hidden = out.copy_(hidden)
