@@ -1,4 +1,4 @@
-"""What is stored of the blocks of a run, to leave single ones out, and how the host reads which.
+"""What is stored of a run of blocks, so that single ones can be left out.
 
 Memory: two tensors of the size of `hidden_states` per block between the first and the last one that
 may be left out, and one of the size of `encoder_hidden_states` where blocks return them.
@@ -22,7 +22,7 @@ from dbcache.lanes.sharding import Sharding
 
 
 class BlockStore:
-    """What is stored of a run of blocks.
+    """The stored inputs and residuals of a run of blocks.
 
     Args:
         prunable: which of them may be left out.
@@ -44,22 +44,22 @@ class BlockStore:
         self._host = HostCopy()
 
     def write_rule(self, rule: Sequence[float]) -> None:
-        """Go by other numbers from now on."""
+        """Write other numbers to the device."""
         self.rule.copy_(torch.tensor(rule, dtype=torch.float32))
 
     def move(self, device: torch.device) -> None:
-        """Take the rule along to another device; what is stored is dropped."""
+        """Move the rule to another device and drop what is stored."""
         self.rule = self.rule.to(device)
         self.state, self._host = None, HostCopy()
 
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
-        """Return the tensors of what is stored."""
+        """Return the stored tensors; empty before the first block was stored."""
         if self.state is None:
             return {}
         return {field.name: getattr(self.state, field.name) for field in fields(self.state)}
 
     def take_buffers(self, buffers: dict[str, Any]) -> None:
-        """Go on with what is stored of tensors of another layout, or with nothing."""
+        """Continue with `buffers`, tensors of another layout; empty: with nothing stored."""
         self.state = BlockState(**buffers) if buffers else None
 
     def measure(self, h: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ class BlockStore:
         return block_changes(h, self.state.inputs, self.state.residuals, self.state.stamps)
 
     def choose(self, partials: torch.Tensor, sharding: Sharding | None = None) -> torch.Tensor:
-        """Return (M, 2) of the device: the changes, and which blocks may be left out by them.
+        """Return (M, 2) on the device: each block's change, and 1 where it can be left out.
 
         Args:
             partials: what `measure` gave.
@@ -101,7 +101,7 @@ class BlockStore:
         encoder_in: torch.Tensor | None,
         encoder_out: torch.Tensor | None,
     ) -> None:
-        """Store what block `index` was given and added, if the step's `due` says so."""
+        """Store the input and the residual of block `index`, if the step's `due` says so."""
         if encoder_in is None or encoder_out is None:
             encoder_in = encoder_out = None
         state = self.state or self.allocate(h_in, encoder_in)
@@ -109,14 +109,14 @@ class BlockStore:
 
     @outside_inference_mode
     def allocate(self, h: torch.Tensor, encoder: torch.Tensor | None) -> BlockState:
-        """Make room for what is stored of each block."""
+        """Allocate the tensors of all blocks."""
         self.state = BlockState.allocate(h, encoder, self.prunable, self.rule)
         return self.state
 
     def replace(
         self, first: int, count: int, h: torch.Tensor, encoder: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what blocks `first` to ``first + count - 1`` would have made of the streams."""
+        """Return the predicted output of blocks `first` to ``first + count - 1``."""
         assert self.state is not None
         added = self.state.encoder_residuals
         if encoder is None or added is None:

@@ -1,8 +1,9 @@
-"""How a lane's tensors are made, what they must fit, and how the host reads a few numbers."""
+"""Helpers for the tensors of a lane: layout, allocation, and small copies to the host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ def outside_inference_mode(function: Callable[Given, Returned]) -> Callable[Give
 
 
 def layout_of(h_fn: torch.Tensor, encoder: torch.Tensor | None) -> Layout:
-    """Return what must stay the same for a lane's buffers to fit."""
+    """Return shapes, dtypes and device of a step, which the buffers of a lane must fit."""
     if encoder is None:
         return (h_fn.shape, h_fn.dtype, h_fn.device)
     return (h_fn.shape, h_fn.dtype, h_fn.device, encoder.shape, encoder.dtype)
@@ -34,23 +35,29 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether the memory from the first to the last element of `x` meets that of `y`."""
-    (start, stop), (other_start, other_stop) = _span(x), _span(y)
-    return start < other_stop and other_start < stop
+def can_write(*pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> bool:
+    """Whether a kernel may write outputs element by element while it still reads inputs.
 
-
-def _span(x: torch.Tensor) -> tuple[int, int]:
-    """Return the addresses of the first byte of `x`, and of the one after its last."""
-    start = x.data_ptr()
-    if x.numel() == 0:
-        return start, start
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return start, start + (last + 1) * x.element_size()
+    Args:
+        pairs: inputs, each with its output, which may be the same memory. All else must lie apart,
+            contiguous, and an output must have the shape and the dtype of its input. Without an
+            input there is no output.
+    """
+    spans: list[tuple[int, int]] = []
+    for x, out in pairs:
+        if x is None:
+            continue
+        if out is None or (x.shape, x.dtype) != (out.shape, out.dtype):
+            return False
+        if not (x.is_contiguous() and out.is_contiguous()):
+            return False
+        spans += {(x.data_ptr(), x.nbytes), (out.data_ptr(), out.nbytes)}
+    spans.sort()
+    return all(start + size <= after for (start, size), (after, _) in pairwise(spans))
 
 
 class HostCopy:
-    """Pinned memory of the host, for a few numbers of a GPU that it waits for."""
+    """A buffer in pinned memory, through which the host reads a few numbers of a GPU."""
 
     def __init__(self) -> None:
         self._held: tuple[torch.Tensor, torch.cuda.Event] | None = None

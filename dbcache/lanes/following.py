@@ -1,4 +1,4 @@
-"""The steps of a lane that takes the decisions of another one: later stacks may have no probe.
+"""The steps of a lane without a probe, which follows the decisions of another lane.
 
 The lane has a history of its own and shares the leader's state on the device: the decision, the
 weights and the slot to write are those of the leader, without a launch and without waiting.
@@ -14,7 +14,7 @@ import torch
 from dbcache.config.cache import StackSettings
 from dbcache.kernels.common.lane_state import LaneState, Reason
 from dbcache.lanes.buffers import Layout
-from dbcache.lanes.step_state import StepState
+from dbcache.lanes.step_state import StepState, Trace
 
 
 class Leader(Protocol):
@@ -25,14 +25,14 @@ class Leader(Protocol):
 
     @property
     def steps(self) -> StepState[LaneState] | FollowedSteps:
-        """The steps that it decides."""
+        """The leader's own steps."""
 
     def forget_reference(self) -> None:
-        """Make its next step a full one."""
+        """Make the next step a full one."""
 
 
 class FollowedSteps:
-    """The steps of `leader`, as a lane takes them over; in all else as `StepState`.
+    """The steps of `leader`, as another lane follows them; used like a `StepState`.
 
     A step that the leader caches is full here where nothing was stored that fits: the shapes
     changed, or this stack was left out of the step before. The leader then starts anew at the next
@@ -49,12 +49,12 @@ class FollowedSteps:
 
     @property
     def state(self) -> LaneState:
-        """The leader's."""
+        """The scalars of the leader."""
         return self.leader.steps.state
 
     @property
     def plan(self) -> list[int]:
-        """The leader's."""
+        """The plan of the leader."""
         return self.leader.steps.plan
 
     @property
@@ -69,7 +69,7 @@ class FollowedSteps:
         self._overruled.clear()
 
     def begin(self, changed: bool, device: torch.device) -> int:
-        """Take over the decision that the leader took in this step; return its plan code.
+        """Follow the leader's decision of this step; return the plan code of the step.
 
         Raises:
             ValueError: the blocks are on another device than the leader's state.
@@ -95,7 +95,7 @@ class FollowedSteps:
         return self.plan[self.step - 1]
 
     def settle(self, code: int) -> bool:
-        """Return the decision that `begin` took over."""
+        """Return the decision, which `begin` has found."""
         return self.cached
 
     def flag(self) -> torch.Tensor:
@@ -103,7 +103,7 @@ class FollowedSteps:
         return self.leader.steps.flag()
 
     def read(self) -> bool:
-        """Take over the step that the leader has counted; return what it has read."""
+        """Follow the step that the leader has counted; return its decision."""
         self.step, self.cached = self.leader.steps.step, self.leader.steps.cached
         return self.cached
 
@@ -111,11 +111,6 @@ class FollowedSteps:
         """Count a replayed step, after the leader has; full or cached, it leaves a reference."""
         self.read()
         self.has_reference = True
-
-    def has_run(self, cached: bool) -> None:
-        """Know of what a full step has left to predict from."""
-        if not cached:
-            self.has_reference = True
 
     def replan(self, settings: StackSettings) -> None:
         """Do nothing: the plan is the leader's."""
@@ -127,16 +122,16 @@ class FollowedSteps:
         """Do nothing: the leader decides."""
 
     def invalidate(self) -> None:
-        """Let the step that begins be a full one of all lanes: all histories hold the same steps.
+        """Make the next step a full one of all lanes, since the layout changed here.
 
-        What is stored here has another layout.
+        All histories hold the same steps.
         """
         if self.has_reference:
             self.leader.steps.has_reference = self.has_reference = False
             self.state.invalidate()
 
     def forget(self) -> None:
-        """Let the leader's next step be a full one: what is stored here does not hold any more."""
+        """Make the leader's next step a full one: this history is void."""
         self.leader.forget_reference()
 
     def rewind(self, step: int) -> None:
@@ -147,16 +142,16 @@ class FollowedSteps:
         """Undo a step that an exception cut short; the leader does the rest."""
         self.step -= 1
 
-    def trace(self) -> tuple[list[int], list[float]]:
-        """Return the leader's reasons but for overruled steps; nothing is measured here."""
+    def trace(self) -> Trace:
+        """Read back the leader's reasons, with those of overruled steps, and no changes."""
         return self.snapshot()()
 
-    def snapshot(self) -> Callable[[], tuple[list[int], list[float]]]:
+    def snapshot(self) -> Callable[[], Trace]:
         """Return a function that reads back what `trace` gives now."""
         leaders, overruled = self.leader.steps.snapshot(), dict(self._overruled)
         was_left_out, steps = self.step != self.leader.steps.step, self.step
 
-        def read() -> tuple[list[int], list[float]]:
+        def read() -> Trace:
             reasons, _ = leaders()
             if was_left_out:
                 reasons = reasons[:steps]
@@ -165,13 +160,3 @@ class FollowedSteps:
             return reasons, [-1.0] * len(reasons)
 
         return read
-
-    def copy(self) -> Callable[[], None]:
-        """Return a function that puts back what is not the leader's."""
-        host = {name: getattr(self, name) for name in self.HOST}
-
-        def restore() -> None:
-            for name, value in host.items():
-                setattr(self, name, value)
-
-        return restore

@@ -1,4 +1,4 @@
-"""One lane: the steps of one block stack under one guidance branch, and what they remember."""
+"""One lane: the steps of one block stack under one guidance branch, and their history."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from dbcache.kernels.common.lane_state import BatchReduce, LaneState
 from dbcache.kernels.decision.decide import decide
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
 from dbcache.kernels.decision.probe_diff import probe_diff
-from dbcache.lanes.buffers import Layout, outside_inference_mode
+from dbcache.kernels.prediction.commit import commit
+from dbcache.kernels.prediction.predict import predict
+from dbcache.lanes.buffers import Layout, can_write, outside_inference_mode
 from dbcache.lanes.decision import Decision
 from dbcache.lanes.following import FollowedSteps, Leader
 from dbcache.lanes.history import History
@@ -20,8 +22,32 @@ from dbcache.lanes.predictors import make_forecaster
 from dbcache.lanes.step_state import FIRST_CAPACITY, StepState
 
 
+def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
+    """Return the limits and thresholds of `settings`, by their entries in a `LaneState`."""
+    cache = settings.cache
+    order, encoder_order = settings.orders
+    limits = {
+        ls.MAX_CACHED: cache.max_cached_steps,
+        ls.MAX_CONSECUTIVE: cache.max_continuous_cached_steps,
+        ls.SLOTS: settings.slots,
+        ls.ORDER: order,
+        ls.ENCODER_ORDER: encoder_order,
+        ls.BATCH_REDUCE: BatchReduce[cache.batch_reduce.upper()],
+        ls.PREDICTOR: settings.calibrator.predictor,
+        ls.SIGNAL: POLICIES[cache.policy].signal,
+    }
+    thresholds = {
+        ls.THRESHOLD: cache.threshold,
+        ls.MAX_ACCUMULATED: cache.max_accumulated_residual_diff_threshold or 0.0,
+        ls.IMPORTANT: cache.important_condition_threshold,
+        ls.SCALE: settings.calibrator.scale,
+    }
+    polynomial = coefficients(cache, settings.calibration)
+    return limits, thresholds | dict(enumerate(polynomial, ls.POLYNOMIAL))
+
+
 class Lane:
-    """The steps of one lane, its history, and in the order of a step the verbs of the kernels.
+    """One lane, with the verbs of the kernels in the order of a step.
 
         code   = lane.begin(layout, device)
         lane.decide(lane.measure(h_in, h_fn))             # or lane.measure_and_decide(h_in, h_fn)
@@ -59,7 +85,11 @@ class Lane:
             self.steps = StepState(LaneState.allocate(FIRST_CAPACITY, device), branch)
         else:
             self.steps = FollowedSteps(leader)
-        self.history = History(settings, leader is None and settings.cache.probe_blocks > 0)
+        cache = settings.cache
+        self.compares = leader is None and cache.probe_blocks > 0
+        self.by_residual = self.compares and not cache.compares_hidden_states
+        self.by_token = cache.important_condition_threshold > 0
+        self.history = History()
         self.forecaster = make_forecaster(settings, device)
         self.tail: LaneTail | None = None
         self._load()
@@ -71,32 +101,12 @@ class Lane:
 
     def _load(self) -> None:
         """Write the parameters and the plan to the device."""
-        if isinstance(self.steps, FollowedSteps):
-            return
-        settings, cache = self.settings, self.settings.cache
-        order, encoder_order = settings.orders
-        limits = {
-            ls.MAX_CACHED: cache.max_cached_steps,
-            ls.MAX_CONSECUTIVE: cache.max_continuous_cached_steps,
-            ls.SLOTS: settings.slots,
-            ls.ORDER: order,
-            ls.ENCODER_ORDER: encoder_order,
-            ls.BATCH_REDUCE: BatchReduce[cache.batch_reduce.upper()],
-            ls.PREDICTOR: settings.calibrator.predictor,
-            ls.SIGNAL: POLICIES[cache.policy].signal,
-        }
-        thresholds = {
-            ls.THRESHOLD: cache.threshold,
-            ls.MAX_ACCUMULATED: cache.max_accumulated_residual_diff_threshold or 0.0,
-            ls.IMPORTANT: cache.important_condition_threshold,
-            ls.SCALE: settings.calibrator.scale,
-        }
-        polynomial = coefficients(cache, settings.calibration)
-        self.steps.load(settings, limits, thresholds | dict(enumerate(polynomial, ls.POLYNOMIAL)))
+        if isinstance(self.steps, StepState):
+            self.steps.load(self.settings, *rule_of(self.settings))
 
     @outside_inference_mode
     def replan(self, settings: StackSettings) -> None:
-        """Take over settings that differ in the mask or the number of steps."""
+        """Use settings that differ in the mask or the number of steps."""
         self.settings = settings
         if self.forecaster is not None:
             self.forecaster.replan(settings.steps)
@@ -104,7 +114,7 @@ class Lane:
 
     @outside_inference_mode
     def reload(self, settings: StackSettings) -> None:
-        """Take over settings that need no other buffers and no other `forecaster`."""
+        """Use settings that need no other buffers and no other `forecaster`."""
         self.settings = settings
         self._load()
         if self.tail is not None:
@@ -131,14 +141,14 @@ class Lane:
 
     @outside_inference_mode
     def _move(self, device: torch.device) -> None:
-        """Take along to another device what is neither state nor history."""
+        """Move the predictor and the last blocks to another device."""
         self.device = device
         self.forecaster = make_forecaster(self.settings, device)
         if self.tail is not None:
             self.tail.move(device)
 
     def check_has_run(self, layout: Layout, who: str) -> None:
-        """Raise a RuntimeError if no step of this `layout` has left behind what later ones need."""
+        """Raise a RuntimeError if no full step of this `layout` has run."""
         if layout != self.layout or self.history.snapshots is None:
             raise RuntimeError(
                 f"{who}: a step that is captured to serve all steps must find what they are "
@@ -153,11 +163,10 @@ class Lane:
             h_in: activations before the probe blocks, (B, ...).
             h_fn: activations behind them; for policies without a probe, what was measured.
         """
-        history = self.history
-        assert history.p_ref is not None
-        before = h_in if history.by_residual else None
-        thresholds = self.state.thresholds if history.by_token else None
-        return probe_diff(before, h_fn, history.p_ref, thresholds)
+        p_ref = self.history.p_ref
+        assert p_ref is not None
+        before = h_in if self.by_residual else None
+        return probe_diff(before, h_fn, p_ref, self.state.thresholds if self.by_token else None)
 
     def decide(self, change: torch.Tensor | None) -> None:
         """Decide the next step on the device.
@@ -169,15 +178,15 @@ class Lane:
 
     def measure_and_decide(self, h_in: torch.Tensor, h_fn: torch.Tensor) -> None:
         """Measure and decide in one launch; without a reference there is nothing to measure."""
-        history = self.history
-        if history.p_ref is None:
+        p_ref = self.history.p_ref
+        if p_ref is None:
             decide(self.state, None)
             return
-        before = h_in if history.by_residual else None
-        probe_and_decide(before, h_fn, history.p_ref, self.state, by_token=history.by_token)
+        before = h_in if self.by_residual else None
+        probe_and_decide(before, h_fn, p_ref, self.state, by_token=self.by_token)
 
     def settle(self, code: int) -> bool:
-        """Count the step; return whether it is cached, which is only read where it is open.
+        """Count the step; return the decision, which the host reads only where it is open.
 
         Args:
             code: what `begin` gave.
@@ -187,10 +196,14 @@ class Lane:
     def decision(self) -> Decision:
         """Return the next decision, for recorded work."""
         steps = self.steps
-        return Decision(steps.flag(), steps.read, steps.count, steps.has_run)
+
+        def has_run(cached: bool) -> None:
+            steps.has_reference |= not cached  # a full step has left one
+
+        return Decision(steps.flag(), steps.read, steps.count, has_run)
 
     def tail_decisions(self) -> list[Decision]:
-        """Return whether each of the last blocks is left out of the step, for recorded work."""
+        """Return the decisions on the last blocks, for recorded work."""
         assert self.tail is not None
         return self.tail.decisions(lambda: self.steps.cached)
 
@@ -201,7 +214,7 @@ class Lane:
         out: torch.Tensor | None = None,
         encoder_out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return what the skipped blocks would have made of `h_fn` and `encoder_fn`.
+        """Return the predicted output of the skipped blocks, for both streams.
 
         Args:
             h_fn: hidden states before the skipped blocks.
@@ -209,9 +222,26 @@ class Lane:
             out: written in place of a new tensor; any strides, and it may share memory with them.
             encoder_out: as `out`, for the encoder states.
         """
+        state, history = self.state, self.history
+        assert history.snapshots is not None
         if self.forecaster is not None:
-            self.forecaster.weigh(self.state, self.steps.step - 1)
-        return self.history.predict(self.state, h_fn, encoder_fn, out, encoder_out)
+            self.forecaster.weigh(state, self.steps.step - 1)
+        if history.encoder_snapshots is None:
+            encoder_fn = encoder_out = None
+        encoder_weights = None if encoder_fn is None else state.encoder_weights
+        direct = out is not None and can_write((h_fn, out), (encoder_fn, encoder_out))
+        hidden, encoder = predict(
+            h_fn, history.snapshots, state.weights,
+            encoder_fn, history.encoder_snapshots, encoder_weights,
+            history.scales, history.encoder_scales,
+            out=out if direct else None, encoder_out=encoder_out if direct else None,
+            replace=self.settings.replace,
+        )  # fmt: skip
+        if out is not None and not direct:
+            hidden = out.copy_(hidden)
+        if encoder is not None and encoder_out is not None and not direct:
+            encoder = encoder_out.copy_(encoder)
+        return hidden, encoder
 
     def commit(
         self,
@@ -221,15 +251,27 @@ class Lane:
         encoder_fn: torch.Tensor | None,
         encoder_out: torch.Tensor | None,
     ) -> None:
-        """Store what later steps are compared with, and what the blocks did on a full step."""
-        state, steps = self.state, self.steps
-        stored = self.history.commit(state.counters, h_in, h_fn, h_out, encoder_fn, encoder_out)
+        """Store the reference of the probe and the residual of the blocks, after a full step."""
+        state, steps, history = self.state, self.steps, self.history
+        if encoder_fn is None or encoder_out is None:
+            encoder_fn = encoder_out = None
+        snapshots = history.snapshots
+        if snapshots is None:
+            compared = h_fn if self.compares else None
+            snapshots = history.allocate(self.settings, compared, h_out, encoder_out)
+        commit(
+            h_in if self.by_residual else None, h_fn, h_out,
+            history.p_ref if self.compares else None, snapshots, state.counters,
+            encoder_fn, encoder_out, history.encoder_snapshots,
+            history.scales, history.encoder_scales, replace=self.settings.replace,
+        )  # fmt: skip
         if self.forecaster is not None:
+            stored = snapshots, history.encoder_snapshots
             self.forecaster.learn(state, stored, steps.step - 1, steps.is_first)
         steps.has_reference = True
 
     def remember(self, measured: torch.Tensor) -> None:
-        """Keep what this step measured, for the next one; for policies without a probe."""
+        """Keep the measurement of this step for the next one (policies without a probe)."""
         self.history.remember(measured)
 
     def record_output(self, output: torch.Tensor) -> None:
@@ -239,42 +281,42 @@ class Lane:
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
         """Return the large tensors."""
         tail = {} if self.tail is None else self.tail.buffers_by_name()
-        return self.history.buffers_by_name() | tail
+        return self.history.by_name() | tail
 
     def take_buffers(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
-        """Go on with the large tensors of another layout; what they hold is void."""
+        """Continue with the large tensors of another layout; their content is void."""
         self.steps.invalidate()
         self._take(layout, buffers)
 
     def _take(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
         self.layout = layout
-        self.history.take(buffers)
+        self.history = History.of(buffers)
         if self.tail is not None:
             self.tail.take_buffers(buffers)
 
     def learned(self) -> list[torch.Tensor]:
-        """Return what the predictor keeps besides the snapshots, and the last blocks."""
+        """Return the small tensors of the predictor and of the last blocks."""
         parts = (self.forecaster, self.tail)
         return [x for part in parts if part is not None for x in part.tensors()]
 
     def force(self, code: int) -> None:
-        """Fix what the next step will be."""
+        """Fix the plan code of the next step."""
         self.steps.force(code)
         if self.tail is not None:
             self.tail.force(code)
 
     def forget_reference(self) -> None:
-        """Make the next step a full one: nothing that was stored holds any more."""
+        """Make the next step a full one: everything stored is void."""
         self.steps.forget()
         self._forget_tail()
 
     def rewind(self, step: int) -> None:
-        """Go back to `step` after an exception: what came since counts as never begun."""
+        """Go back to `step` after an exception; later steps count as never begun."""
         self.steps.rewind(step)
         self._forget_tail()
 
     def abort(self) -> None:
-        """Undo a step that an exception cut short: it counts as never begun."""
+        """Undo a step after an exception: the step counts as never begun."""
         self.steps.abort()
         self._forget_tail()
 

@@ -1,4 +1,4 @@
-"""The last blocks of a stack in one lane, of which some are left out on cached steps.
+"""The last blocks of a stack in one lane; some are left out on cached steps.
 
 All that says whether they are lies on the device: the step's decision, what is stored, the rule.
 The host reads which blocks are left out, on cached steps only.
@@ -26,7 +26,7 @@ PREFIX = "tail."
 
 
 class LaneTail:
-    """What a lane keeps of the last blocks, from the first to the last that may be left out.
+    """The stored last blocks of a lane, from the first to the last that can be left out.
 
     Args:
         settings: of the stack.
@@ -50,12 +50,12 @@ class LaneTail:
         self.forget()
 
     def reload(self, settings: StackSettings) -> None:
-        """Take over another threshold."""
+        """Use the threshold of other settings."""
         self._threshold = settings.cache.non_compute_blocks_diff_threshold
         self._write_threshold(self._threshold)
 
     def force(self, code: int) -> None:
-        """Leave all blocks out that may be if the next step is fixed as cached, for a trial."""
+        """Leave out as many blocks as possible if the next step is fixed as cached (trials)."""
         self._write_threshold(1.0 if code == PlanCode.STATIC else self._threshold)
 
     def _write_threshold(self, threshold: float) -> None:
@@ -64,30 +64,30 @@ class LaneTail:
         self.blocks.write_rule(rule)
 
     def forget(self) -> None:
-        """Let nothing that is stored count any more; the buffers stay allocated."""
+        """Make everything stored void; the buffers stay allocated."""
         self.store[bs.STAMP].fill_(-1)
 
     def move(self, device: torch.device) -> None:
-        """Take what is not stored along to another device."""
+        """Move all but the stored tensors to another device."""
         self.flags, self.store = self.flags.to(device), self.store.to(device)
         self.blocks.move(device)
 
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
-        """Return what is stored of the blocks."""
+        """Return the stored tensors, by names of the lane."""
         return {PREFIX + name: x for name, x in self.blocks.buffers_by_name().items()}
 
     def take_buffers(self, buffers: dict[str, Any]) -> None:
-        """Go on with those of the lane's `buffers` that are the tail's; what they hold is void."""
+        """Continue with the tail's part of the lane's `buffers`; their content is void."""
         own = {k.removeprefix(PREFIX): x for k, x in buffers.items() if k.startswith(PREFIX)}
         self.blocks.take_buffers(own)
         self.forget()
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return what a step, or `force`, writes to besides the buffers."""
+        """Return the small tensors that a step, or `force`, writes to."""
         return [self.store, self.blocks.rule]
 
     def fit(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
-        """Drop what is stored if it does not fit these streams."""
+        """Drop the stored tensors if they do not fit these streams."""
         if self.blocks.state is not None and not self.blocks.state.fits(hidden, encoder):
             self.take_buffers({})
 
@@ -97,7 +97,7 @@ class LaneTail:
         hidden: torch.Tensor | None,
         sharding: Sharding | None = None,
     ) -> None:
-        """Say on the device which blocks the latest step leaves out, and what it stores.
+        """Decide on the device which blocks the latest step leaves out, and what it stores.
 
         Args:
             counters: of the lane's state, after the step was decided.
@@ -116,7 +116,7 @@ class LaneTail:
         return self.skipped
 
     def decisions(self, is_cached: Callable[[], bool]) -> list[Decision]:
-        """Return whether each block is left out of the step, for recorded work.
+        """Return the decisions on the blocks, for recorded work.
 
         The lane has counted the step, and what is stored is known to the device.
 

@@ -1,4 +1,4 @@
-"""One lane of DBPrune: its steps, what is stored of each block, and which ones a step leaves out.
+"""One lane of DBPrune: its steps, its stored blocks, and the decision which ones to leave out.
 
 All decisions are taken on the device. The host reads which blocks are left out, once per step;
 where plan, limits or a missing reference say it, it knows by the same rules, and reads nothing.
@@ -28,7 +28,7 @@ from dbcache.lanes.step_state import FIRST_CAPACITY, StepState
 
 
 class PrunedLane:
-    """The steps of one block stack under one guidance branch, and its blocks.
+    """One lane whose steps leave out single blocks.
 
         code    = lane.begin(layout, device)
         known   = lane.known()
@@ -64,7 +64,7 @@ class PrunedLane:
 
     @outside_inference_mode
     def reload(self, settings: StackSettings) -> None:
-        """Take over settings that need no other buffers."""
+        """Use settings that need no other buffers."""
         config = settings.cache
         assert isinstance(config, DBPruneConfig)
         self._interval = config.residual_cache_update_interval
@@ -77,7 +77,7 @@ class PrunedLane:
         self.steps.load(settings, limits, {ls.THRESHOLD: config.threshold})
 
     def replan(self, settings: StackSettings) -> None:
-        """Take over settings that differ in the mask."""
+        """Use settings that differ in the mask."""
         self.steps.replan(settings)
 
     def start_request(self) -> None:
@@ -86,7 +86,7 @@ class PrunedLane:
         self.skipped = []
 
     def begin(self, layout: Layout, device: torch.device) -> int:
-        """Return the next step's plan code; what is stored is dropped if the `layout` changed."""
+        """Return the next step's plan code; a changed `layout` drops all that is stored."""
         changed = layout != self.layout
         is_moved = device != self.steps.device
         code = self.steps.begin(changed, device)
@@ -126,7 +126,7 @@ class PrunedLane:
         decide_step(self.state, decisions)
 
     def settle(self, known: list[bool] | None) -> list[bool]:
-        """Count the step; return which blocks it leaves out, which is read where it is open.
+        """Count the step; return which blocks it leaves out, read only where the step is open.
 
         Args:
             known: what `known` gave, before the step.
@@ -136,7 +136,7 @@ class PrunedLane:
         return self.skipped
 
     def decisions(self) -> list[Decision]:
-        """Return whether each block is left out of the next step, for recorded work.
+        """Return the decisions of the next step, one per block, for recorded work.
 
         The first one counts the step, and reads for all.
         """
@@ -160,15 +160,15 @@ class PrunedLane:
         ]
 
     def stores(self) -> bool:
-        """Whether the blocks that run on the step just counted are to be stored."""
+        """Whether the step just counted stores the blocks that run."""
         return not self.steps.has_reference or (self.steps.step - 1) % self._interval == 0
 
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
-        """Return what is stored of the blocks."""
+        """Return the stored tensors of the blocks."""
         return self.blocks.buffers_by_name()
 
     def take_buffers(self, layout: Layout, buffers: dict[str, Any]) -> None:
-        """Go on with what is stored of another layout, or with nothing; what it holds is void."""
+        """Continue with the tensors of another layout, or with none; their content is void."""
         self.steps.invalidate()
         self._take(layout, buffers)
 
@@ -181,19 +181,19 @@ class PrunedLane:
         return []
 
     def force(self, code: int) -> None:
-        """Fix what the next step will be."""
+        """Fix the plan code of the next step."""
         self.steps.force(code)
 
     def forget_reference(self) -> None:
-        """Make the next step a full one: nothing that was stored holds any more."""
+        """Make the next step a full one: everything stored is void."""
         self.steps.forget()
 
     def rewind(self, step: int) -> None:
-        """Go back to `step` after an exception: what came since counts as never begun."""
+        """Go back to `step` after an exception; later steps count as never begun."""
         self.steps.rewind(step)
 
     def abort(self) -> None:
-        """Undo a step that an exception cut short: it counts as never begun."""
+        """Undo a step after an exception: the step counts as never begun."""
         self.steps.abort()
 
     @outside_inference_mode

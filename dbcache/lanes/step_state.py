@@ -22,11 +22,14 @@ from dbcache.lanes.plan import make_plan
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
 
+Trace = tuple[list[int], list[float]]
+"""Reasons and changes of the steps of a request."""
+
 Tensors = TypeVar("Tensors", LaneState, BlockSteps)
 
 
 class StepState(Generic[Tensors]):
-    """Where a lane stands in its request.
+    """The position of a lane in its request.
 
     Args:
         tensors: on the device, of a request that has not begun.
@@ -39,17 +42,20 @@ class StepState(Generic[Tensors]):
         has_reference: a full step has left behind what later ones need.
         is_first: nothing was stored yet when the step under way began.
         cached: how the latest step was decided, as far as the host knows.
+        limits: those of `state`, on the host; `thresholds` likewise.
         counts: cached steps of the request, and those since the last full one; None: only the
             device knows.
     """
 
-    HOST = ("step", "has_reference", "cached", "counts")
-    """What the host keeps of a request, besides the plan."""
+    HOST = ("step", "has_reference", "cached", "counts", "plan")
+    """What the host keeps of a request."""
 
     def __init__(self, tensors: Tensors, branch: str | None = None) -> None:
-        self.branch = branch
+        self.branch: str | None = branch
         self.plan: list[int] = []
         self._bind(tensors)
+        self.limits: list[int] = self.state.limits.tolist()
+        self.thresholds: list[float] = self.state.thresholds.tolist()
         self._forget_request()
 
     def _bind(self, tensors: Tensors) -> None:
@@ -65,14 +71,14 @@ class StepState(Generic[Tensors]):
         limits: Mapping[int, int],
         thresholds: Mapping[int, float],
     ) -> None:
-        """Write entries of the rule to the device, by number, and the plan."""
-        self.limits: list[int] = _write(self.state.limits, limits)
-        self.thresholds: list[float] = _write(self.state.thresholds, thresholds)
+        """Write limits, thresholds (by entry) and the plan to the device."""
+        self.limits = _write(self.state.limits, self.limits, limits)
+        self.thresholds = _write(self.state.thresholds, self.thresholds, thresholds)
         self.replan(settings)
 
     @outside_inference_mode
     def replan(self, settings: StackSettings) -> None:
-        """Write the plan of settings that may differ in the mask or the number of steps."""
+        """Write the plan of `settings` to the device."""
         self._settings = settings
         plan: list[int] = [*make_plan(settings.cache, self.state.capacity, settings.steps)]
         self._known_changes: dict[int, float] = {}
@@ -122,7 +128,7 @@ class StepState(Generic[Tensors]):
         self._bind(self.tensors.clone(device))
 
     def settle(self, code: int) -> bool:
-        """Count a step that the device decides; return the decision, which is read if it is open.
+        """Count a step that the device decides; return the decision.
 
         Args:
             code: the step's plan code, or `KNOWN` plus the reason.
@@ -146,7 +152,7 @@ class StepState(Generic[Tensors]):
         return self.state.counters[ls.CACHED : ls.CACHED + 1]
 
     def advance(self, cached: bool) -> bool:
-        """Count a step of which the host knows whether it is `cached`; return that."""
+        """Count a step that the host knows to be `cached` or full; return `cached`."""
         self.step += 1
         self.cached = cached
         if self.counts is not None:
@@ -164,11 +170,6 @@ class StepState(Generic[Tensors]):
         self.has_reference = True
         self.cached, self.counts = False, None
 
-    def has_run(self, cached: bool) -> None:
-        """Know of the reference that a full step has left."""
-        if not cached:
-            self.has_reference = True
-
     def learn_counts(self) -> tuple[int, int]:
         """Return `counts`, read from the device after steps that the host did not follow."""
         if self.counts is None:
@@ -177,35 +178,35 @@ class StepState(Generic[Tensors]):
         return self.counts
 
     def force(self, code: int) -> None:
-        """Fix what the next step will be."""
+        """Fix the plan code of the next step."""
         self.plan[self.step] = code
         self.state.plan[self.step] = code
 
     def invalidate(self) -> None:
-        """Let the next step be a full one, since what is stored has another layout."""
+        """Make the next step a full one, since the layout changed."""
         if self.has_reference:
             self.state.invalidate()
             self.has_reference = False
 
     def forget(self) -> None:
-        """Let the next step be a full one: nothing that was stored holds any more."""
+        """Make the next step a full one: everything stored is void."""
         self.has_reference = False
         self.state.invalidate()
         self.state.counters[ls.REFERENCE] = 0
 
     def rewind(self, step: int) -> None:
-        """Go back to `step` after an exception: what came since counts as never begun."""
+        """Go back to `step` after an exception; later steps count as never begun."""
         self.step, self.counts = step, None
         self.forget()
         self.state.counters[ls.STEP] = step
 
     def abort(self) -> None:
-        """Undo a step that an exception cut short: it counts as never begun."""
+        """Undo a step after an exception: the step counts as never begun."""
         self.rewind(self.step - 1)
         if self.cached:
             self.state.counters[ls.CACHED_STEPS] -= 1
 
-    def trace(self) -> tuple[list[int], list[float]]:
+    def trace(self) -> Trace:
         """Read back the reasons and the changes (-1: not measured) of this request's steps.
 
         Under DBPrune a change is the smallest one of a block that may be left out.
@@ -213,14 +214,14 @@ class StepState(Generic[Tensors]):
         return self.snapshot()()
 
     @outside_inference_mode
-    def snapshot(self) -> Callable[[], tuple[list[int], list[float]]]:
+    def snapshot(self) -> Callable[[], Trace]:
         """Return a function that reads back what `trace` gives now; enqueues copies, no waiting."""
         state, known = self.state, self._known_changes
         # a graph that the user captured takes steps that the host does not see
         counters = state.counters.clone()
         reasons, diffs = state.trace_reason.clone(), state.trace_diff.clone()
 
-        def read() -> tuple[list[int], list[float]]:
+        def read() -> Trace:
             steps = int(counters[ls.STEP])
             changes = diffs[:steps].tolist()
             for step, change in known.items():
@@ -230,24 +231,10 @@ class StepState(Generic[Tensors]):
 
         return read
 
-    @outside_inference_mode
-    def copy(self) -> Callable[[], None]:
-        """Return a function that puts everything back as it is now, into the same tensors."""
-        tensors, plan = self.tensors.clone(), list(self.plan)
-        host = {name: getattr(self, name) for name in self.HOST}
 
-        def restore() -> None:
-            self.tensors.copy_(tensors)
-            self.plan[:] = plan
-            for name, value in host.items():
-                setattr(self, name, value)
-
-        return restore
-
-
-def _write(tensor: torch.Tensor, entries: Mapping[int, float]) -> list[Any]:
-    """Change `entries` of a tensor; return all of it."""
-    values = tensor.cpu()
+def _write(tensor: torch.Tensor, known: list[Any], entries: Mapping[int, float]) -> list[Any]:
+    """Write a tensor, of which the host knows the content, with other `entries`; return all."""
+    values = torch.tensor(known, dtype=tensor.dtype)
     for entry, value in entries.items():
         values[entry] = value
     tensor.copy_(values)

@@ -218,7 +218,7 @@ def test_long_skips_are_recorded_right(driver, mode, last):
 def test_host_mode_reads_only_what_the_plan_leaves_open(driver, monkeypatch):
     reads = []
     read = StepState.read_flag
-    monkeypatch.setattr(StepState, "read_flag", lambda steps: reads.append(0) or read(steps))
+    monkeypatch.setattr(StepState, "read_flag", lambda s: reads.append(s.step) or read(s))
     model = FLUX.build()
     dbcache.enable(model, SETTINGS["static"], cuda_graph="host")
     denoise(model, FLUX, 3)
@@ -233,7 +233,19 @@ def test_host_mode_reads_only_what_the_plan_leaves_open(driver, monkeypatch):
     dbcache.refresh_context(model)
     reads.clear()
     denoise(model, FLUX, 20)
-    assert reads == list(range(5, 21))  # the count after steps 4 to 19
+    assert reads == list(range(4, 20))
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("calibrator", [None, TAYLOR], ids=["reuse", "order 2"])
+def test_a_cached_body_predicts_in_place_and_copies_nothing(driver, name, calibrator):
+    family = FAMILIES[name]
+    model = family.build()
+    dbcache.enable(model, SETTINGS["reuse"], calibrator, cuda_graph="host")
+    denoise(model, family, 3)
+    for recording in graphs(model).recordings.values():
+        (branch,) = [part for part in recording.replay.program if hasattr(part, "cached")]
+        assert [op._schema.name for op, *_ in branch.cached.entries] == ["dbcache::predict"]
 
 
 def test_device_mode_reads_nothing_and_launches_once_per_step(driver, monkeypatch):
