@@ -209,7 +209,7 @@ def strify(target: object) -> str:
         RuntimeError: the cache is not enabled on it.
     """
     transformer = _enabled(target, "strify")[0]
-    parts = [transformer.config.strify(), transformer.settings.calibrator.strify()]
+    parts = [transformer.config.strify(), transformer.settings.predictor.strify()]
     lanes = summary(target, logging=False).lanes
     if lanes:
         parts.append(f"S{len(lanes[0].cached_steps)}")
@@ -254,7 +254,7 @@ def refresh_context(
             _replace(old, new)
         new.refresh()
         if verbose:
-            settings = f"{new.config.strify()}_{new.settings.calibrator.strify()}"
+            settings = f"{new.config.strify()}_{new.settings.predictor.strify()}"
             print(f"dbcache: {type(new.module).__name__} goes on with {settings}")
 
 
@@ -369,7 +369,9 @@ def supported_matrix() -> str:
     The columns are the cache, ControlNet residuals, and the model spread over ranks along the
     sequence or by its weights. docs/models.md names the tests.
     """
-    return matrix()
+    from dbcache.parallel.plans import PLANS  # torch.distributed only where it is used
+
+    return matrix(PLANS)
 
 
 def _from_options(

@@ -147,7 +147,7 @@ class CachedTransformer:
         """Return one with the given fields of `changes` on top; itself if that needs no rebuild."""
         settings = self.settings.modified(changes)
         config = merge(self.config, changes.cache_config)
-        same_calibrator = settings.calibrator == self.settings.calibrator
+        same_calibrator = settings.predictor == self.settings.predictor
         if same_calibrator and _without_steps(config) == _without_steps(self.config):
             self.settings, self.config = settings, config
             return self

@@ -21,7 +21,7 @@ from dbcache.adapters.stacks.proxies import (
     ProbeEndGuard,
 )
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings
-from dbcache.config.policies import prepare
+from dbcache.config.checks import prepare
 from dbcache.graphs.recording import Cutter, Decision
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.kernels.decision.decide import decide
@@ -178,7 +178,7 @@ class Stack:
         """
         mask = resolve_mask(self._given, steps, self.name)
         check_retention(self._given, steps, self.name)
-        check_steps_are_known(self.settings.calibrator, steps, self.name)
+        check_steps_are_known(self.settings.predictor, steps, self.name)
         is_new = mask != self.settings.cache.steps_computation_mask
         if not is_new and steps == self.settings.steps:
             return
@@ -231,7 +231,7 @@ class Stack:
 
     def check_recordable(self) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
-        check_runs_on_device(self.settings.calibrator, self.name)
+        check_runs_on_device(self.settings.predictor, self.name)
 
     def notice_call(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

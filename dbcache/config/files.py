@@ -14,15 +14,7 @@ from typing import Any
 from dbcache.config.cache import DBCacheConfig
 from dbcache.config.options import check_choice, reject_unknown
 from dbcache.config.parallelism import ParallelismConfig
-from dbcache.config.predictors import (
-    CalibratorConfig,
-    CustomCalibratorConfig,
-    DMDCalibratorConfig,
-    FoCaCalibratorConfig,
-    HermiteCalibratorConfig,
-    SpectrumCalibratorConfig,
-    TaylorSeerCalibratorConfig,
-)
+from dbcache.config.predictors import PREDICTORS, CalibratorConfig
 from dbcache.config.prune import DBPruneConfig
 
 SECTION = "cache_config"
@@ -31,37 +23,26 @@ _OTHER_SECTIONS = ("attention_backend", "quantize_config")
 _ALIASES = {
     "scm_steps_mask_policy": "steps_computation_mask",
     "scm_steps_policy": "steps_computation_policy",
+    "taylorseer_cache_type": "calibrator_cache_type",
 }
-_CALIBRATORS: dict[str, tuple[type[CalibratorConfig], dict[str, str]]] = {
-    "taylorseer": (
-        TaylorSeerCalibratorConfig,
-        {"taylorseer_order": "taylorseer_order", "taylorseer_exact": "exact"}
-        | {"taylorseer_cache_type": "calibrator_cache_type"},
-    ),
-    "hermite": (
-        HermiteCalibratorConfig,
-        {"hermite_order": "hermite_order", "hermite_sigma": "sigma"},
-    ),
-    "foca": (FoCaCalibratorConfig, {"foca_horizon": "foca_horizon"}),
-    "dmd": (
-        DMDCalibratorConfig,
-        {f"dmd_{name}": f"dmd_{name}" for name in ("history", "ridge", "rank", "svd_precision")},
-    ),
-    "spectrum": (
-        SpectrumCalibratorConfig,
-        {f"spectrum_{name}": f"spectrum_{name}" for name in ("order", "window", "ridge", "blend")},
-    ),
-    "custom": (CustomCalibratorConfig, {"predictor_name": "predictor_name"}),
+_SWITCHES = {
+    f"{switch}_{name}": name for name in PREDICTORS for switch in ("enable", "enable_encoder")
 }
-"""Per predictor its config, and flat names of its fields besides the two switches."""
+"""Flat options that switch a predictor on."""
+
+_FIELDS = {
+    name: {
+        field.metadata.get("flat", field.name): field.name
+        for field in dataclasses.fields(config)
+        if field.name not in CalibratorConfig.names()
+    }
+    for name, config in PREDICTORS.items()
+}
+"""Per predictor the flat names of its own fields."""
 
 _CACHE_TYPE = "calibrator_cache_type"
-_PREDICTION = (
-    _CACHE_TYPE,
-    *(f"{switch}_{name}" for name in _CALIBRATORS for switch in ("enable", "enable_encoder")),
-    *(flat for _, fields in _CALIBRATORS.values() for flat in fields),
-)
-_FLAT = (*(field.name for field in dataclasses.fields(DBPruneConfig)), *_ALIASES, *_PREDICTION)
+_PREDICTION = (_CACHE_TYPE, *_SWITCHES, *(flat for fields in _FIELDS.values() for flat in fields))
+_FLAT = (*DBPruneConfig.names(), *_ALIASES, *_PREDICTION)
 _METHODS: dict[str, type[DBCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
 
 
@@ -113,11 +94,9 @@ def load_configs(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str
 
 
 def _cache_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    options, calibrator = split_options("load_configs", given)
-    return {
-        "cache_config": partial_config("load_configs", options),
-        "calibrator_config": calibrator,
-    }
+    options, predictor = split_options("load_configs", given)
+    config = partial_config("load_configs", options)
+    return {SECTION: config, "calibrator_config": predictor}
 
 
 def partial_config(
@@ -133,9 +112,8 @@ def partial_config(
     method = options.get("cache_type", base.cache_type)
     check_choice(f"{who}: cache_type", method, tuple(_METHODS))
     config = _METHODS[method]
-    known = [field.name for field in dataclasses.fields(config)]
     for name in options:
-        if name not in known:
+        if name not in config.names():
             raise TypeError(
                 f"{who}: {name} is an option of DBPrune, got it for {config().cache_type}; set "
                 f"cache_type='DBPrune' or pass a DBPruneConfig"
@@ -169,55 +147,48 @@ def split_options(
         TypeError: an unknown option. ValueError: one that contradicts another or lacks it.
     """
     reject_unknown(who, given, _FLAT)
-    options = {name: given[name] for name in given if name not in (*_ALIASES, *_PREDICTION)}
+    options = {name: value for name, value in given.items() if name not in _ALIASES}
     for alias, name in _ALIASES.items():
+        if alias in given and name in given:
+            raise ValueError(f"{who}: {alias} and {name} must not both be given; remove one")
         if alias in given:
-            if name in given:
-                raise ValueError(f"{who}: {alias} and {name} must not both be given; remove one")
             options[name] = given[alias]
-    prediction = {name: given[name] for name in given if name in _PREDICTION}
-    return options, _calibrator(who, prediction) if prediction else None
+    prediction = {name: options.pop(name) for name in _PREDICTION if name in options}
+    return options, _predictor(who, prediction) if prediction else None
 
 
-def _calibrator(who: str, given: dict[str, Any]) -> CalibratorConfig:
+def _predictor(who: str, given: dict[str, Any]) -> CalibratorConfig:
     """Return the predictor that flat options name."""
-    switches = {
-        switch: name
-        for name in _CALIBRATORS
-        for switch in (f"enable_{name}", f"enable_encoder_{name}")
-    }
-    named = dict.fromkeys(switches[switch] for switch in given if switch in switches)
-    on = dict.fromkeys(switches[s] for s in given if s in switches and given[s] is not False)
+    switches = [option for option in given if option in _SWITCHES]
+    named = dict.fromkeys(_SWITCHES[switch] for switch in switches)
+    on = dict.fromkeys(_SWITCHES[switch] for switch in switches if given[switch] is not False)
     if len(on) > 1:
         raise ValueError(f"{who}: one predictor must be switched on, got {', '.join(on)}")
     if not named:
-        first = next(
-            (n for n, (_, fields) in _CALIBRATORS.items() if set(fields) & set(given)), None
-        )
-        switch = f"enable_{first or next(iter(_CALIBRATORS))}"
+        first = next((name for name, fields in _FIELDS.items() if set(fields) & set(given)), None)
+        name = first or next(iter(PREDICTORS))
         raise ValueError(
-            f"{who}: {switch} must be given with {', '.join(given)}, got neither it nor "
-            f"{switch.replace('enable', 'enable_encoder')}; add {switch}=True"
+            f"{who}: enable_{name} must be given with {', '.join(given)}, got neither it nor "
+            f"enable_encoder_{name}; add enable_{name}=True"
         )
     name = next(iter(on or named))
-    config, fields = _CALIBRATORS[name]
     if not on and name == "custom":
         return CalibratorConfig()
     # engines pass on all fields of a predictor that is switched off
-    allowed = [flat for each in named for flat in _CALIBRATORS[each][1]]
-    stray = [flat for flat in given if flat not in (*allowed, *switches, _CACHE_TYPE)]
+    allowed = {flat for each in named for flat in _FIELDS[each]}
+    stray = [flat for flat in given if flat not in (*allowed, *_SWITCHES, _CACHE_TYPE)]
     if stray:
         raise ValueError(f"{who}: {stray[0]} must not be given with enable_{name}, got both")
+    fields = {**_FIELDS[name], _CACHE_TYPE: _CACHE_TYPE}
     values = {field: given[flat] for flat, field in fields.items() if flat in given}
-    cache_type = given.get(_CACHE_TYPE, values.get(_CACHE_TYPE))
-    if cache_type is not None and values.setdefault(_CACHE_TYPE, cache_type) != cache_type:
-        raise ValueError(f"{who}: {_CACHE_TYPE} must be given once, got two values")
     hidden = given.get(f"enable_{name}", False)
     # cache-dit's DMD takes the encoder states along unless it is told otherwise, the others do not
     encoder = given.get(f"enable_encoder_{name}", hidden if name == "dmd" else False)
-    calibrator = config(enable_calibrator=hidden, enable_encoder_calibrator=encoder, **values)
-    is_on = calibrator.enable_calibrator or calibrator.enable_encoder_calibrator
-    return calibrator if is_on else CalibratorConfig()
+    predictor = PREDICTORS[name](
+        enable_calibrator=hidden, enable_encoder_calibrator=encoder, **values
+    )
+    is_on = predictor.enable_calibrator or predictor.enable_encoder_calibrator
+    return predictor if is_on else CalibratorConfig()
 
 
 def _read(source: str | os.PathLike[str]) -> Any:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from dbcache.config.cache import StackSettings
-from dbcache.config.policies import POLICIES, coefficients, decide_ahead
+from dbcache.config.policies import POLICIES
 from dbcache.kernels.common import lane_state
 from dbcache.kernels.common.lane_state import BatchReduce, LaneState
-from dbcache.lanes.plan import make_plan
+from dbcache.lanes.plan import coefficients, decide_ahead, make_plan
 from dbcache.lanes.predictors import make_forecaster
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Lane:
         limits[lane_state.ORDER] = order
         limits[lane_state.ENCODER_ORDER] = encoder_order
         limits[lane_state.BATCH_REDUCE] = BatchReduce[cache.batch_reduce.upper()]
-        limits[lane_state.PREDICTOR] = self.settings.calibrator.predictor
+        limits[lane_state.PREDICTOR] = self.settings.predictor.kind
         limits[lane_state.SIGNAL] = self.policy.signal
         state.limits.copy_(limits)
         thresholds = torch.zeros_like(state.thresholds, device="cpu")
@@ -123,7 +123,7 @@ class Lane:
         accumulated = cache.max_accumulated_residual_diff_threshold
         thresholds[lane_state.MAX_ACCUMULATED] = accumulated or 0.0
         thresholds[lane_state.IMPORTANT] = cache.important_condition_threshold
-        thresholds[lane_state.SCALE] = self.settings.calibrator.scale
+        thresholds[lane_state.SCALE] = self.settings.predictor.scale
         polynomial = coefficients(cache, self.settings.calibration)
         thresholds[lane_state.POLYNOMIAL : lane_state.NUM_THRESHOLDS] = torch.tensor(
             polynomial, dtype=torch.float32
@@ -136,7 +136,7 @@ class Lane:
         settings = self.settings
         self.plan: list[int] = [*make_plan(settings.cache, len(self.state.plan), settings.steps)]
         self._known_changes: dict[int, float] = {}
-        if self.policy.source == "calibration":
+        if self.policy.measures == "calibration":
             assert settings.calibration is not None
             ratios = settings.calibration.ratios_for(self.branch, settings.steps)
             self.plan, self._known_changes = decide_ahead(self.plan, ratios, *self._rule)
