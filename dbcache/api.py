@@ -290,10 +290,13 @@ def calibrate(
     Raises:
         RuntimeError: the cache is on, or nothing ran. ValueError: another policy, several
             transformers or one whose blocks are not known yet, or requests of different lengths.
-            TypeError: another option. Nothing is written then.
+            TypeError: another option. FileNotFoundError: there is no folder for `path`. Nothing
+            is written then.
     """
     check_choice("calibrate: policy", policy, tuple(NOTES))
     reject_unknown("calibrate", options, OF_REQUESTS)
+    if path is not None and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"calibrate: the folder of path must exist, got {path}; make it")
     if any(handle_of(part) is not None for part in _parts(target)):
         raise RuntimeError("calibrate: the cache must be off, got an enabled one; disable it first")
     all_full = {"max_warmup_steps": 10**9, "calibration": OPEN}

@@ -19,6 +19,7 @@ from dbcache.adapters.blocks.block_adapter import (
 from dbcache.adapters.blocks.block_list import BlockList
 from dbcache.adapters.models.row import ModelRow
 from dbcache.adapters.models.table import MODELS, REFUSED
+from dbcache.config.options import shown
 
 _ROWS = {row.transformer: row for row in MODELS}
 
@@ -44,8 +45,14 @@ def find_specs(target: Any) -> list[TransformerSpec]:
     """Return what to cache of a transformer or of a pipeline's transformers.
 
     Raises:
-        ValueError: no row fits; the error tells why, or lists the rows there are.
+        TypeError: it is neither. ValueError: no row fits; the error tells why, or lists the rows
+            there are.
     """
+    if not hasattr(target, "__dict__"):
+        raise TypeError(
+            f"dbcache.enable: target must be a pipeline, a transformer or a BlockAdapter, got "
+            f"{shown(target)}; enable each pipeline by itself"
+        )
     if isinstance(target, torch.nn.Module):
         candidates = [unwrap(target)]
     else:

@@ -12,7 +12,16 @@ from functools import partial
 from typing import Any, Literal
 
 from dbcache.config.calibration import Calibration
-from dbcache.config.options import Options, check_choice, check_ids, check_type, option, shown
+from dbcache.config.flat import PREDICTION, split
+from dbcache.config.options import (
+    Options,
+    check_choice,
+    check_ids,
+    check_type,
+    option,
+    reject_unknown,
+    shown,
+)
 from dbcache.config.policies import POLICIES
 from dbcache.config.predictors import CalibratorConfig, DMDCalibratorConfig
 from dbcache.config.steps_mask import check_mask, steps_mask
@@ -221,21 +230,43 @@ def _limit(steps: int) -> str:
     return "0" if steps == UNLIMITED else str(steps) if steps else "never"
 
 
-@dataclass(kw_only=True)
+@dataclass(init=False)
 class ParamsModifier:
     """What one block stack does differently: only the fields that were given count.
 
     Args:
         cache_config: fields for this stack, as in ``DBCacheConfig(max_warmup_steps=4)``.
         calibrator_config: the predictor of this stack.
+        **options: such fields by themselves, on top of `cache_config`, and those of a predictor,
+            as in ``ParamsModifier(max_warmup_steps=4, enable_taylorseer=True)``.
+
+    Raises:
+        TypeError: an unknown option or a wrong type. ValueError: a value that is not allowed.
     """
 
-    cache_config: DBCacheConfig | None = None
-    calibrator_config: CalibratorConfig | None = None
+    cache_config: DBCacheConfig | None
+    calibrator_config: CalibratorConfig | None
 
-    def __post_init__(self) -> None:
-        check_type("ParamsModifier.cache_config", self.cache_config, DBCacheConfig)
-        check_type("ParamsModifier.calibrator_config", self.calibrator_config, CalibratorConfig)
+    def __init__(
+        self,
+        cache_config: DBCacheConfig | None = None,
+        calibrator_config: CalibratorConfig | None = None,
+        **options: Any,
+    ) -> None:
+        check_type("ParamsModifier.cache_config", cache_config, DBCacheConfig)
+        check_type("ParamsModifier.calibrator_config", calibrator_config, CalibratorConfig)
+        fields, predictor = split("ParamsModifier", options)
+        if predictor is not None and calibrator_config is not None:
+            raise ValueError(
+                "ParamsModifier: calibrator_config must not be given together with a predictor's "
+                "options, got both; set them in the config"
+            )
+        if fields:
+            config = type(cache_config or DBCacheConfig())
+            reject_unknown("ParamsModifier", fields, (*config.names(), *PREDICTION))
+            cache_config = config(**{**(cache_config.given if cache_config else {}), **fields})
+        self.cache_config = cache_config
+        self.calibrator_config = calibrator_config or predictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,4 +344,6 @@ def merge(config: DBCacheConfig, partial: DBCacheConfig | None) -> DBCacheConfig
     if partial is not None and changes.get("cache_type", config.cache_type) != config.cache_type:
         kept = {name: value for name, value in config.given.items() if name != "cache_type"}
         return type(partial)(**{**kept, **changes})
-    return type(config)(**{**config.as_dict(), **changes})
+    merged = type(config)(**{**config.as_dict(), **changes})
+    merged.__dict__["_given"] = config._given | frozenset(changes)
+    return merged

@@ -28,6 +28,17 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 120, 200
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 16
 
+INSTEAD = {
+    "do_separate_classifier_free_guidance": "enable_separate_cfg is its name now",
+    "do_separate_cfg": "enable_separate_cfg is its name now",
+    "taylorseer_kwargs": "its n_derivatives is taylorseer_order now",
+    "extra_parallel_modules": "only transformers are spread over ranks; leave it out",
+    "extra_parallel_kwargs": "there are no options of single models; leave it out",
+    "use_ray": "start one process per GPU with torchrun",
+    "force_reduce_calibrator_vram": "a lane keeps no more than its predictor needs; leave it out",
+}
+"""Options of other versions and of cache-dit, and what to do about them."""
+
 _WORDS = {str: "a string", os.PathLike: "a path", Mapping: "a mapping", Callable: "a function"}
 
 
@@ -48,6 +59,8 @@ def unknown(who: str, name: Any, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
     hint = f"did you mean {near[0]!r}? " if near else ""
+    if isinstance(name, str) and name in INSTEAD:
+        hint = f"{INSTEAD[name]}; "
     return f"{who}: unknown option {shown(name)}; {hint}known: {', '.join(known)}"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
-from dbcache.config.options import Options, check_choice, check_type, option, reject_unknown
+from dbcache.config.options import Options, check_choice, check_type, option, reject_unknown, shown
 
 Size = int | Literal["auto"] | None
 
@@ -27,10 +27,17 @@ class ParallelismBackend(str, Enum):
     NATIVE_PYTORCH = "native_pytorch"
 
 
+_LONG = {
+    f"ulysses_{name}": f"experimental_ulysses_{name}" for name in ("anything", "async", "float8")
+}
+"""Fields of `ParallelismConfig` that have a longer name among the options of the sequence."""
+
+
 def _kwargs(who: str, options: Any) -> dict[str, Any]:
     check_type(who, options, Mapping)
-    reject_unknown(who, options or {}, ContextOptions.names())
-    return dict(options or {})
+    options = {_LONG.get(name, name): value for name, value in (options or {}).items()}
+    reject_unknown(who, options, ContextOptions.names())
+    return options
 
 
 def _backend(who: str, backend: Any) -> ParallelismBackend:
@@ -101,6 +108,27 @@ class ParallelismConfig(Options):
     parallel_kwargs: Mapping[str, Any] = option(None, check=_kwargs)
     """Options of `ulysses_size` and `ring_size`: the fields of `ContextOptions`."""
 
+    cp_plan: Mapping[str, Any] | None = None
+    """This and the next fields, where given, are the options in `parallel_kwargs` of that name."""
+
+    attention_backend: str | None = None
+    """See `cp_plan`."""
+
+    ulysses_anything: bool | None = None
+    """Is `experimental_ulysses_anything`."""
+
+    ulysses_async: bool | None = None
+    """Is `experimental_ulysses_async`."""
+
+    ulysses_float8: bool | None = None
+    """Is `experimental_ulysses_float8`."""
+
+    ring_rotate_method: Literal["p2p", "allgather"] | None = None
+    """See `cp_plan`."""
+
+    ring_convert_to_fp32: bool | None = None
+    """See `cp_plan`."""
+
     timeout: float = option(600.0, positive=True)
     """Seconds after which a rank that waits for another one raises."""
 
@@ -130,9 +158,10 @@ class ParallelismConfig(Options):
                 )
 
     def _check_options(self, sizes: Mapping[str, Size]) -> None:
+        context = self.context
         if sizes["ulysses"] not in (None, 1):
             return
-        for name, value in self.context.given.items():
+        for name, value in context.given.items():
             if name.startswith("experimental_ulysses") and value:
                 raise ValueError(
                     f"ParallelismConfig.parallel_kwargs: {name} needs ulysses_size above 1, got "
@@ -141,8 +170,17 @@ class ParallelismConfig(Options):
 
     @property
     def context(self) -> ContextOptions:
-        """The options of `parallel_kwargs`, checked, with their defaults."""
-        return ContextOptions(**self.parallel_kwargs)
+        """The options of the sequence, checked, with their defaults."""
+        options = dict(self.parallel_kwargs)
+        for name in ContextOptions.names():
+            flat = name.removeprefix("experimental_")
+            value = getattr(self, flat)
+            if value is not None and options.setdefault(name, value) != value:
+                raise ValueError(
+                    f"ParallelismConfig: {flat} and parallel_kwargs must not differ, got "
+                    f"{shown(value)} and {shown(options[name])}; set one of them"
+                )
+        return ContextOptions(**options)
 
     def sizes(self, world: int) -> dict[str, int]:
         """Return the size of each axis of `AXES` in a world of that many ranks.

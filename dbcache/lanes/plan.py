@@ -51,18 +51,29 @@ def check_retention(config: DBCacheConfig, steps: int | None, who: str) -> None:
         )
 
 
+def warmup_steps(config: DBCacheConfig, request_steps: int | None) -> int:
+    """Return how long the warm-up of a request of `request_steps` is.
+
+    Where `max_warmup_steps` was not given that is half of the steps, and its default at most: the
+    default would leave nothing to cache in a request of few steps (docs/options.md).
+    """
+    if request_steps is None or "max_warmup_steps" in config.given:
+        return config.max_warmup_steps
+    return min(config.max_warmup_steps, request_steps // 2)
+
+
 def make_plan(
     config: DBCacheConfig, steps: int, request_steps: int | None = None
 ) -> list[PlanCode]:
     """Return the `PlanCode` of each of `steps` steps, of a request of `request_steps`.
 
-    Warm-up first: steps ``0, i, 2i, ... < max_warmup_steps`` are full, and so are the first ones
+    Warm-up first: steps ``0, i, 2i, ... < warmup_steps(...)`` are full, and so are the first ones
     that make up `retention_ratio`; with a mask both are capped at its leading ones. Then the mask,
     a list by now (`resolve_mask`). Steps beyond the mask are as a 0 in it.
     """
     mask = config.steps_computation_mask
     assert not isinstance(mask, str)
-    warmup = config.max_warmup_steps
+    warmup = warmup_steps(config, request_steps)
     retained = int(config.retention_ratio * (request_steps or 0) + 0.5)
     if mask is not None:
         leading_ones = mask.index(0) if 0 in mask else len(mask)
