@@ -37,7 +37,11 @@ from dbcache.api import (  # noqa: E402
 )
 from dbcache.cache_factory import CacheType, block_range, cache_type  # noqa: E402
 from dbcache.config.cache import DBCacheConfig, ParamsModifier  # noqa: E402
-from dbcache.config.files import load_configs  # noqa: E402
+from dbcache.config.files import (  # noqa: E402
+    load_cache_config,
+    load_configs,
+    load_parallelism_config,
+)
 from dbcache.config.parallelism import ParallelismBackend, ParallelismConfig  # noqa: E402
 from dbcache.config.predictor_registry import register_predictor  # noqa: E402
 from dbcache.config.predictors import (  # noqa: E402
@@ -86,7 +90,9 @@ __all__ = [
     "enable",
     "enable_cache",
     "is_enabled",
+    "load_cache_config",
     "load_configs",
+    "load_parallelism_config",
     "refresh_context",
     "register_predictor",
     "start_request",

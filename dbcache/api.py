@@ -273,7 +273,7 @@ def strify(target: object) -> str:
         RuntimeError: the cache is not enabled on it.
     """
     setup = _enabled(target, "strify")[0].setup
-    parts = [setup.config.strify(), setup.base.calibrator.strify()]
+    parts = [setup.config.strify(), setup.base.predictor.strify()]
     lanes = summary(target, logging=False).lanes
     if lanes:
         parts.append(f"S{len(lanes[0].cached_steps)}")
@@ -310,7 +310,7 @@ def refresh_context(
     for handle, setup in zip(handles, renewed, strict=True):
         handle.refresh(setup)
         if verbose:
-            settings = f"{setup.config.strify()}_{setup.base.calibrator.strify()}"
+            settings = f"{setup.config.strify()}_{setup.base.predictor.strify()}"
             print(f"dbcache: {type(setup.module).__name__} goes on with {settings}")
 
 
@@ -363,10 +363,13 @@ def calibrate(
     Raises:
         RuntimeError: the cache is on, or nothing ran. ValueError: another policy, several
             transformers or one whose blocks are not known yet, or requests of different lengths.
-            TypeError: another option. Nothing is written then.
+            TypeError: another option. FileNotFoundError: there is no folder for `path`. Nothing
+            is written then.
     """
     check_choice("calibrate: policy", policy, tuple(RECORDERS))
     reject_unknown("calibrate", options, OF_REQUESTS)
+    if path is not None and not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"calibrate: the folder of path must exist, got {path}; make it")
     if any(handle_of(part) is not None for part in _parts(target)):
         raise RuntimeError("calibrate: the cache must be off, got an enabled one; disable it first")
     all_full = {"max_warmup_steps": 10**9, "calibration": OPEN}
@@ -443,7 +446,9 @@ def supported_matrix() -> str:
     The columns are the cache, ControlNet residuals, and the model spread over ranks along the
     sequence or by its weights. docs/models.md names the tests.
     """
-    return matrix()
+    from dbcache.parallel.plans import PLANS  # torch.distributed only where it is used
+
+    return matrix(PLANS)
 
 
 def _from_options(

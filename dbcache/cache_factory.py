@@ -8,15 +8,22 @@ apply_cache_on_pipe(pipe, **options | {"residual_diff_threshold": 0.12})
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
 from dbcache.api import enable
-from dbcache.config.options import check_choice, check_int
+from dbcache.config.options import check_choice, check_int, check_type, reject_unknown
 
 Pipeline = TypeVar("Pipeline")
 
-_NEW_NAMES = {"warmup_steps": "max_warmup_steps", "non_prune_blocks_ids": "non_prune_block_ids"}
+_NEW_NAMES = {
+    "warmup_steps": "max_warmup_steps",
+    "non_prune_blocks_ids": "non_prune_block_ids",
+    "do_separate_classifier_free_guidance": "enable_separate_cfg",
+}
+_TAYLOR_ORDER = 2
+"""Where `taylorseer_kwargs` does not say."""
 
 
 class CacheType(str, Enum):
@@ -34,14 +41,14 @@ class CacheType(str, Enum):
             ValueError: an unknown method.
         """
         kind = cache_type(kind)
-        blocks = (1, 0) if kind is CacheType.FBCache else (8, 8)
+        is_first_block = kind is CacheType.FBCache
         return {
             "cache_type": kind,
             "warmup_steps": 8,
-            "max_cached_steps": -1,
-            "Fn_compute_blocks": blocks[0],
-            "Bn_compute_blocks": blocks[1],
-            "residual_diff_threshold": 0.08 if kind is CacheType.DBPrune else 0.12,
+            "max_cached_steps": 8 if is_first_block else -1,
+            "Fn_compute_blocks": 1 if is_first_block else 8,
+            "Bn_compute_blocks": 0 if is_first_block else 8,
+            "residual_diff_threshold": 0.12 if kind is CacheType.DBCache else 0.08,
         }
 
     @staticmethod
@@ -82,17 +89,23 @@ def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
 
     Args:
         pipe: as for `enable`.
-        **options: of `enable`, or `warmup_steps`, `non_prune_blocks_ids`, and with
-            `enable_taylorseer` ``taylorseer_kwargs={"n_derivatives": 2}``.
+        **options: of `enable`, or `warmup_steps` (-1: none), `non_prune_blocks_ids`,
+            `do_separate_classifier_free_guidance`, and ``taylorseer_kwargs={"n_derivatives": 2}``
+            (that is its default), which counts with `enable_taylorseer` only.
 
     Raises:
         TypeError, ValueError: as `enable`.
     """
     options = {_NEW_NAMES.get(name, name): value for name, value in options.items()}
     kind = cache_type(options.pop("cache_type", CacheType.DBCache))
+    if options.get("max_warmup_steps") == -1:
+        options["max_warmup_steps"] = 0
     taylorseer = options.pop("taylorseer_kwargs", None)
-    if taylorseer is not None and options.get("enable_taylorseer"):
-        options["taylorseer_order"] = taylorseer["n_derivatives"]
+    check_type("apply_cache_on_pipe: taylorseer_kwargs", taylorseer, Mapping)
+    reject_unknown("apply_cache_on_pipe: taylorseer_kwargs", taylorseer or {}, ("n_derivatives",))
+    if options.get("enable_taylorseer") or options.get("enable_encoder_taylorseer"):
+        order = (taylorseer or {}).get("n_derivatives", _TAYLOR_ORDER)
+        options.setdefault("taylorseer_order", order)
     is_prune = kind is CacheType.DBPrune
     defaults = CacheType.default_options(kind)
     defaults = {_NEW_NAMES.get(name, name): value for name, value in defaults.items()}

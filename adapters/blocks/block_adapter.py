@@ -15,7 +15,7 @@ from dbcache.adapters.blocks.signature import parameter_names, unwrap
 from dbcache.adapters.blocks.spec import Fills, StackSpec, TransformerSpec
 from dbcache.adapters.patching.patch_functor import Functor, check_functor
 from dbcache.config.cache import ParamsModifier
-from dbcache.config.options import check_flag, check_type
+from dbcache.config.options import check_flag, check_type, shown
 
 
 @dataclass(kw_only=True)
@@ -106,13 +106,13 @@ class BlockAdapter:
             if not isinstance(transformer, torch.nn.Module):
                 raise TypeError(
                     f"BlockAdapter.transformer must be an nn.Module or a list of them, got "
-                    f"{transformer!r}"
+                    f"{shown(transformer)}"
                 )
         check_functor(self.patch_functor)
         if self.fills is not None and not callable(self.fills):
             raise TypeError(
                 f"BlockAdapter.fills must be a function of a call's keyword arguments, as in "
-                f'lambda call: call.get("return_kv", False), got {self.fills!r}'
+                f'lambda call: call.get("return_kv", False), got {shown(self.fills)}'
             )
         return list(map(unwrap, transformers))
 
@@ -149,7 +149,7 @@ def like_blocks(who: str, given: Any, counts: list[int], kind: type) -> list[lis
     if given is None or isinstance(given, kind):
         return [[given] * count for count in counts]
     if not isinstance(given, list | tuple):
-        raise TypeError(f"{who} must be a {kind.__name__} or a list of them, got {given!r}")
+        raise TypeError(f"{who} must be a {kind.__name__} or a list of them, got {shown(given)}")
     if any(isinstance(row, list | tuple) for row in given):
         nested = [list(row) if isinstance(row, list | tuple) else [row] for row in given]
     elif len(given) == sum(counts):
@@ -200,7 +200,7 @@ def _stream_names(given: Any) -> Streams:
     if not 1 <= len(names) <= 2 or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"BlockAdapter.streams must be the names of one or two parameters of the blocks, as in "
-            f'("hidden_states", "audio_hidden_states"), got {given!r}'
+            f'("hidden_states", "audio_hidden_states"), got {shown(given)}'
         )
     return names[0], names[1] if len(names) == 2 else STREAMS[1]
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from dbcache.adapters.blocks.block_adapter import BlockAdapter
+from dbcache.config.options import shown
 
 Factory = Callable[..., BlockAdapter]
 
@@ -38,14 +39,14 @@ class BlockAdapterRegistry:
         """
         if not isinstance(name, str) or not name:
             raise TypeError(
-                f"BlockAdapterRegistry.register: name must be that of a class, got {name!r}; "
+                f"BlockAdapterRegistry.register: name must be that of a class, got {shown(name)}; "
                 f'use it as @BlockAdapterRegistry.register("MyPipeline")'
             )
 
         def decorate(factory: Factory) -> Factory:
             if not callable(factory):
                 raise TypeError(
-                    f"BlockAdapterRegistry.register: must decorate a function, got {factory!r}"
+                    f"BlockAdapterRegistry.register: must decorate a function, got {shown(factory)}"
                 )
             cls._factories[name] = factory
             return factory
@@ -72,7 +73,7 @@ class BlockAdapterRegistry:
                 if not isinstance(adapter, BlockAdapter):
                     raise TypeError(
                         f"BlockAdapterRegistry: the function registered as {name!r} must return a "
-                        f"BlockAdapter, got {adapter!r}"
+                        f"BlockAdapter, got {shown(adapter)}"
                     )
                 return adapter
         return None

@@ -18,6 +18,7 @@ from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
 from dbcache.adapters.models.row import ModelRow
 from dbcache.adapters.models.table import MODELS, REFUSED
+from dbcache.config.options import shown
 
 _ROWS = {row.transformer: row for row in MODELS}
 
@@ -43,8 +44,14 @@ def find_specs(target: Any) -> list[TransformerSpec]:
     """Return what to cache of a transformer or of a pipeline's transformers.
 
     Raises:
-        ValueError: no row fits; the error tells why, or lists the rows there are.
+        TypeError: it is neither. ValueError: no row fits; the error tells why, or lists the rows
+            there are.
     """
+    if not hasattr(target, "__dict__"):
+        raise TypeError(
+            f"dbcache.enable: target must be a pipeline, a transformer or a BlockAdapter, got "
+            f"{shown(target)}; enable each pipeline by itself"
+        )
     if isinstance(target, torch.nn.Module):
         candidates = [unwrap(target)]
     else:

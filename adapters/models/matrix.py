@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
-from dbcache.adapters.models.covered import COVERED
+from collections.abc import Mapping
+from typing import Any
+
 from dbcache.adapters.models.table import MODELS, REFUSED
+
+_RANKS = "tests/parallel/checks_models_two.py::check_models_are_equal_in_every_mode"
+TESTS = {
+    "Cache": (
+        "tests/adapters/test_models.py::test_cached_outputs_are_those_of_a_replay_in_plain_torch"
+    ),
+    "ControlNet": (
+        "tests/adapters/test_added_residuals.py"
+        "::test_controlnet_residuals_are_right_on_full_and_on_cached_steps"
+    ),
+    "Context parallel": _RANKS,
+    "Tensor parallel": _RANKS,
+}
+"""The columns, each with the test that runs the classes which are ticked."""
 
 YES, NO = "✅", "–"
 
 
-def matrix() -> str:
+def covered(plans: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Return the classes that a test runs, by column.
+
+    Args:
+        plans: `PLANS` of `dbcache.parallel.plans`, by class.
+    """
+    return {
+        "Cache": {row.transformer for row in MODELS},
+        "ControlNet": {row.transformer for row in MODELS if row.controlnet},
+        "Context parallel": {name for name, plan in plans.items() if plan.attention},
+        "Tensor parallel": {name for name, plan in plans.items() if plan.layers != {}},
+    }
+
+
+def matrix(plans: Mapping[str, Any]) -> str:
     """Return a Markdown table, a line per transformer class, with what a test covers ticked."""
-    header = ["Models", "Transformer", *COVERED]
-    lines = [header, ["---", "---", *(":---:" for _ in COVERED)]]
+    columns = covered(plans)
+    header = ["Models", "Transformer", *columns]
+    lines = [header, ["---", "---", *(":---:" for _ in columns)]]
     for row in sorted(MODELS, key=lambda row: row.models.lower()):
-        ticks = [YES if row.transformer in classes else NO for _, classes in COVERED.values()]
+        ticks = [YES if row.transformer in classes else NO for classes in columns.values()]
         lines.append([row.models, f"`{row.transformer}`", *ticks])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def page() -> str:
+def page(plans: Mapping[str, Any]) -> str:
     """Return the page of the documentation that shows the table."""
-    tests = [f"- {column}: `{test}`" for column, (test, _) in COVERED.items() if test]
+    tests = [f"- {column}: `{test}`" for column, test in TESTS.items()]
     refused = [f"- `{name}` {reason}." for name, reason in sorted(REFUSED.items())]
     return "\n".join(
         [
@@ -33,7 +64,7 @@ def page() -> str:
             "through a [`BlockAdapter`](options.md#blockadapter-a-model-that-is-not-in-the-table). "
             "What is particular about video: [video.md](video.md).",
             "",
-            matrix(),
+            matrix(plans),
             "",
             "The tests, each run with the class as its parameter or in its loop:",
             "",

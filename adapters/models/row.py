@@ -42,6 +42,7 @@ class ModelRow:
         fills: tells by the keyword arguments of a call that it is no denoising step: its blocks
             keep keys and values for the loop that follows.
         long_skips: the last blocks take what the first ones made, the last of all from the first.
+        controlnet: a test adds the residuals of a ControlNet.
     """
 
     transformer: str
@@ -50,6 +51,7 @@ class ModelRow:
     separate_cfg: bool = False
     fills: Fills | None = None
     long_skips: bool = False
+    controlnet: bool = False
 
     @cached_property
     def stacks(self) -> tuple[StackRow, ...]:

@@ -3,7 +3,7 @@
 A row is the class, what users call its models, and its block stacks in the notation of
 `dbcache.adapters.models.row.parse_stacks`: lists joined by + are a chain with one decision, stacks
 are separated by ;, and after the colon stands what a block takes and returns, h for hidden_states
-and e for encoder_hidden_states. separate_cfg, fills and long_skips are told in `ModelRow`.
+and e for encoder_hidden_states. `ModelRow` tells of separate_cfg, fills, long_skips and controlnet.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dbcache.adapters.models.row import ModelRow as Row
 # fmt: off
 IMAGE = (
     Row("FluxTransformer2DModel", "FLUX.1 (dev, schnell, Kontext, Fill, Control), VisualCloze",
-        "transformer_blocks + single_transformer_blocks: h, e -> e, h"),
+        "transformer_blocks + single_transformer_blocks: h, e -> e, h", controlnet=True),
     Row("QwenImageTransformer2DModel", "Qwen-Image (Edit, Layered, Lightning)",
-        "transformer_blocks: h, e -> e, h", separate_cfg=True),
+        "transformer_blocks: h, e -> e, h", separate_cfg=True, controlnet=True),
     Row("CogView3PlusTransformer2DModel", "CogView3-Plus",
         "transformer_blocks: h, e -> h, e"),
     Row("CogView4Transformer2DModel", "CogView4",
@@ -23,9 +23,9 @@ IMAGE = (
     Row("PixArtTransformer2DModel", "PixArt-alpha, PixArt-sigma",
         "transformer_blocks: h -> h"),
     Row("SanaTransformer2DModel", "Sana, Sana-Sprint",
-        "transformer_blocks: h -> h"),
+        "transformer_blocks: h -> h", controlnet=True),
     Row("BriaTransformer2DModel", "Bria 3.2",
-        "transformer_blocks + single_transformer_blocks: h, e -> e, h"),
+        "transformer_blocks + single_transformer_blocks: h, e -> e, h", controlnet=True),
     Row("OvisImageTransformer2DModel", "Ovis-Image",
         "transformer_blocks + single_transformer_blocks: h, e -> e, h", separate_cfg=True),
     Row("LongCatImageTransformer2DModel", "LongCat-Image",
@@ -33,13 +33,14 @@ IMAGE = (
     Row("Flux2Transformer2DModel", "FLUX.2, FLUX.2 Klein",
         "transformer_blocks: h, e -> e, h; single_transformer_blocks: h -> h"),
     Row("SD3Transformer2DModel", "Stable Diffusion 3, 3.5",
-        "transformer_blocks: h, e -> e, h"),
+        "transformer_blocks: h, e -> e, h", controlnet=True),
     Row("BriaFiboTransformer2DModel", "Bria FIBO",
         "transformer_blocks: h, e -> e, h; single_transformer_blocks: h -> h"),
     Row("AuraFlowTransformer2DModel", "AuraFlow",
         "joint_transformer_blocks: h, e -> e, h; single_transformer_blocks: h -> h"),
     Row("ChromaTransformer2DModel", "Chroma",
-        "transformer_blocks: h, e -> e, h; single_transformer_blocks: h -> h", separate_cfg=True),
+        "transformer_blocks: h, e -> e, h; single_transformer_blocks: h -> h", separate_cfg=True,
+        controlnet=True),
     Row("LuminaNextDiT2DModel", "Lumina-Next",
         "layers: h -> h"),
     Row("Lumina2Transformer2DModel", "Lumina 2",
@@ -55,7 +56,7 @@ IMAGE = (
     Row("HiDreamImageTransformer2DModel", "HiDream-I1",
         "double_stream_blocks: h, e -> h, e; single_stream_blocks: h -> h"),
     Row("HunyuanDiT2DModel", "HunyuanDiT (also with PAG)",
-        "blocks: h -> h", long_skips=True),
+        "blocks: h -> h", long_skips=True, controlnet=True),
     Row("GlmImageTransformer2DModel", "GLM-Image",
         "transformer_blocks: h, e -> h, e", separate_cfg=True,
         fills=lambda call: "kv_caches" in call and call["kv_caches"][0].mode == "write"),
@@ -68,7 +69,7 @@ IMAGE = (
     Row("JoyImageEditPlusTransformer3DModel", "JoyImage-Edit-Plus",
         "double_blocks: h, e -> h, e"),
     Row("ZImageTransformer2DModel", "Z-Image (Turbo, Omni)",
-        "layers: x -> x"),
+        "layers: x -> x", controlnet=True),
     Row("PRXTransformer2DModel", "PRX",
         "blocks: h -> h"),
     Row("HunyuanImageTransformer2DModel", "HunyuanImage 2.1",
@@ -130,11 +131,11 @@ VIDEO = (
         "transformer_blocks: h, e -> h",
         fills=lambda call: "capture" in (call.get("kv_cache_mode") or "")),
     Row("CosmosTransformer3DModel", "Cosmos 1.0, 2.0, 2.5",
-        "transformer_blocks: h, e -> h", separate_cfg=True),
+        "transformer_blocks: h, e -> h", separate_cfg=True, controlnet=True),
     Row("Cosmos3OmniTransformer", "Cosmos 3 Omni",
         "layers: gen_seq, und_seq -> und_seq, gen_seq", separate_cfg=True),
     Row("SanaVideoTransformer3DModel", "Sana-Video",
-        "transformer_blocks: h, e -> h"),
+        "transformer_blocks: h, e -> h", controlnet=True),
     Row("SanaWMTransformer3DModel", "Sana-WM",
         "blocks: x -> x"),
     Row("Kandinsky5Transformer3DModel", "Kandinsky 5 (image and video)",

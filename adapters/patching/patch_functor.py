@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from dbcache.config.options import shown
+
 _ABSENT = object()
 _SPECIAL = ("__call__", "__getattr__", "__setattr__")
 
@@ -47,7 +49,7 @@ def check_functor(functor: Any) -> None:
     if is_class or not fits:
         raise TypeError(
             f"BlockAdapter.patch_functor must be a PatchFunctor or a function of the transformer, "
-            f"got {functor!r}{'; make an instance of it' if is_class else ''}"
+            f"got {shown(functor)}{'; make an instance of it' if is_class else ''}"
         )
 
 
@@ -78,7 +80,7 @@ class Patches:
         changed = _restore_classes(classes)
         if changed or (returned is not None and returned is not transformer):
             self.undo()
-            got = f"changed {', '.join(changed)}" if changed else f"returned {returned!r}"
+            got = f"changed {', '.join(changed)}" if changed else f"returned {shown(returned)}"
             raise TypeError(
                 f"{who}: must set attributes of the transformer's own modules alone and return the "
                 f"transformer or None, {got}; set them on the instances, as in block.forward = "

@@ -178,7 +178,7 @@ class Setup:
         """
         base = self.base.modified(changes)
         config = merge(self.config, changes.cache_config)
-        if base.calibrator == self.base.calibrator:
+        if base.predictor == self.base.predictor:
             if config.as_dict() == self.config.as_dict():
                 return self
             if _without_steps(config) == _without_steps(self.config):

@@ -217,7 +217,7 @@ def make_source(
     Raises:
         ValueError: the policy does not know the class of the block or model.
     """
-    source = POLICIES[settings.cache.policy].source
+    source = POLICIES[settings.cache.policy].measures
     if source == "latents":
         return Latents(who)
     if source == "modulated":

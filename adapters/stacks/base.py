@@ -15,7 +15,7 @@ from dbcache.adapters.signals.measurements import Source
 from dbcache.adapters.stacks.proxies import CheckedBlock
 from dbcache.adapters.stacks.stack_run import Recorder, StackRun
 from dbcache.config.cache import StackSettings
-from dbcache.config.policies import prepare
+from dbcache.config.checks import prepare
 from dbcache.lanes.sharding import Sharding
 
 

@@ -86,7 +86,7 @@ def _check_rule(name: str, own: StackSettings, leader: str, rule: StackSettings)
         for option, value in own.cache.as_dict().items()
         if option not in OF_EACH_STACK and value != theirs[option]
     ]
-    if own.calibrator != rule.calibrator:
+    if own.predictor != rule.predictor:
         differing.append("calibrator_config")
     if differing:
         raise ValueError(

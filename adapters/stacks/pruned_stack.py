@@ -38,7 +38,7 @@ class PrunedStack(BlockStack):
         if settings.slots > 1 or settings.replace:
             raise ValueError(
                 f"DBPruneConfig: a block that is left out must add what it last added, got the "
-                f"predictor {settings.calibrator.strify()}; leave the calibrator out, or use a "
+                f"predictor {settings.predictor.strify()}; leave the calibrator out, or use a "
                 f"DBCacheConfig"
             )
         if spec.interleaved:

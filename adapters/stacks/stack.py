@@ -111,4 +111,4 @@ class Stack(BlockStack):
         return Step(self, run, branch, forward)
 
     def check_recordable(self, settings: StackSettings) -> None:
-        check_runs_on_device(settings.calibrator, self.name)
+        check_runs_on_device(settings.predictor, self.name)

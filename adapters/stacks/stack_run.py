@@ -83,7 +83,7 @@ class StackRun:
         is_named = isinstance(cache.steps_computation_mask, str)
         mask = resolve_mask(cache, steps if is_named else given, name)
         check_retention(cache, steps, name)
-        check_steps_are_known(self.settings.calibrator, steps, name)
+        check_steps_are_known(self.settings.predictor, steps, name)
         is_new = mask != self.settings.cache.steps_computation_mask
         if not is_new and steps == self.settings.steps:
             return

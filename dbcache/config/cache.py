@@ -8,40 +8,44 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import Any, Literal
 
 from dbcache.config.calibration import Calibration
+from dbcache.config.flat import PREDICTION, split
 from dbcache.config.options import (
     Options,
     check_choice,
-    check_flag,
     check_ids,
-    check_int,
-    check_number,
     check_type,
+    option,
+    reject_unknown,
+    shown,
 )
 from dbcache.config.policies import POLICIES
 from dbcache.config.predictors import CalibratorConfig, DMDCalibratorConfig
-from dbcache.lanes.plan import check_mask
+from dbcache.config.steps_mask import check_mask, steps_mask
 
 UNLIMITED = -1
 
-_LOWEST = {
-    "Fn_compute_blocks": 1,
-    "Bn_compute_blocks": 0,
-    "max_warmup_steps": 0,
-    "warmup_interval": 1,
-    "max_cached_steps": UNLIMITED,
-    "max_continuous_cached_steps": UNLIMITED,
+_SHORT = {
+    "steps_computation_mask": "SCM{0.mask_digits}_{0.steps_computation_policy}",
+    "num_inference_steps": "N{0.num_inference_steps}",
+    "force_refresh_step_hint": "FR{0.force_refresh_step_hint}_{0.force_refresh_step_policy}",
+    "Bn_compute_blocks_ids": "BI{0.ids}R{0.non_compute_blocks_diff_threshold:g}",
+    "retention_ratio": "RR{0.retention_ratio:g}",
+    "batch_reduce": "BR{0.batch_reduce}",
+    "l1_hidden_states_diff_threshold": "HS{0.l1_hidden_states_diff_threshold:g}",
+    "important_condition_threshold": "IC{0.important_condition_threshold:g}",
+    "cache_dtype": "D{0.cache_dtype}",
+    "decision_scope": "DS{0.decision_scope}",
+    "enable_separate_cfg": "CFG{0.enable_separate_cfg:d}",
 }
-_CHOICES = {
-    "steps_computation_policy": ("dynamic", "static"),
-    "force_refresh_step_policy": ("once", "repeat"),
-    "batch_reduce": ("mean", "max"),
-    "cache_dtype": ("model", "float32", "fp8"),
-    "decision_scope": ("stack", "model"),
-    "policy": tuple(POLICIES),
-}
+"""What `strify` says of fields that have another value than their default."""
+
+
+def _mask(who: str, mask: Any) -> list[int] | str | None:
+    return None if mask is None else check_mask(mask, steps=None, static=False)
 
 
 @dataclass(kw_only=True)
@@ -57,7 +61,7 @@ class DBCacheConfig(Options):
     """What decides: the change of the probe residual, or a signal that needs no block. See
     `policies`."""
 
-    Fn_compute_blocks: int = 8
+    Fn_compute_blocks: int = option(8, low=1)
     """First n blocks, always run: the probe whose residual is compared. At least 1. Policies other
     than "dbcache" have no probe and run none of them on a cached step."""
 
@@ -91,23 +95,23 @@ class DBCacheConfig(Options):
     """Above 0: compare what comes out of the probe blocks rather than what they add, and take this
     as the threshold. 0: compare the residuals, by `residual_diff_threshold`."""
 
-    max_accumulated_residual_diff_threshold: float | None = None
+    max_accumulated_residual_diff_threshold: float | None = option(None, positive=True)
     """A full step is due once the diffs since the last full step sum up to this. None: no limit."""
 
     max_warmup_steps: int = 8
     """Steps ``0, warmup_interval, 2 * warmup_interval, ... < max_warmup_steps`` are full."""
 
-    retention_ratio: float = 0.0
+    retention_ratio: float = option(0.0, high=1)
     """Share of a request's steps, at its beginning, that are full as well, rounded to the nearest
     step. Above 0 the number of steps must be known."""
 
-    warmup_interval: int = 1
+    warmup_interval: int = option(1, low=1)
     """Distance of the full steps in the warm-up; those between them are decided by the diff."""
 
-    max_cached_steps: int = UNLIMITED
+    max_cached_steps: int = option(UNLIMITED, low=UNLIMITED)
     """Largest number of cached steps per request and lane; -1: no limit, 0: never cache."""
 
-    max_continuous_cached_steps: int = UNLIMITED
+    max_continuous_cached_steps: int = option(UNLIMITED, low=UNLIMITED)
     """Largest number of cached steps in a row; -1: no limit, 0: never cache."""
 
     enable_separate_cfg: bool | None = None
@@ -121,11 +125,11 @@ class DBCacheConfig(Options):
     cfg_diff_compute_separate: bool = True
     """False: the second branch of a step takes the diff of the first."""
 
-    num_inference_steps: int | None = None
+    num_inference_steps: int | None = option(None, low=1)
     """Steps per request. A transformer that is called without its pipeline starts a new request
     after so many; a pipeline call always starts one."""
 
-    steps_computation_mask: list[int] | str | None = None
+    steps_computation_mask: list[int] | str | None = option(None, check=_mask)
     """One entry per step: 1 full, 0 cached as `steps_computation_policy` says. A name ("slow",
     "medium", "fast", "ultra") stands for `steps_mask` of that policy, made for the steps that a
     request has."""
@@ -137,7 +141,7 @@ class DBCacheConfig(Options):
     """With a mask and the policy "static": cached steps skip the first n blocks as well. No step of
     such a request measures anything, so none is needed as a probe."""
 
-    force_refresh_step_hint: int | None = None
+    force_refresh_step_hint: int | None = option(None, low=1)
     """Start a new request after this many calls of the transformer (several chunks per call)."""
 
     force_refresh_step_policy: Literal["once", "repeat"] = "once"
@@ -152,65 +156,31 @@ class DBCacheConfig(Options):
     of the first one decides for all, and all blocks of the later ones (but their Bn) can be
     skipped."""
 
-    cache_type: Literal["DBCache", "DBPrune"] = "DBCache"
+    cache_type: str = option("DBCache", check=partial(check_choice, allowed=("DBCache",)))
     """The method, as serving engines name it; that of another config is an error."""
 
-    cache_types: ClassVar[tuple[str, ...]] = ("DBCache",)
-    """What `cache_type` may be."""
-
     def validate(self) -> None:
-        who = type(self).__name__
-        for name, low in _LOWEST.items():
-            check_int(f"{who}.{name}", getattr(self, name), low)
-        for name in ("num_inference_steps", "force_refresh_step_hint"):
-            if getattr(self, name) is not None:
-                check_int(f"{who}.{name}", getattr(self, name), 1)
-        for name in (
-            "residual_diff_threshold",
-            "non_compute_blocks_diff_threshold",
-            "retention_ratio",
-            "important_condition_threshold",
-            "l1_hidden_states_diff_threshold",
-        ):
-            check_number(f"{who}.{name}", getattr(self, name))
-        if self.retention_ratio > 1:
-            raise ValueError(
-                f"{who}.retention_ratio must be at most 1, got {self.retention_ratio!r}"
-            )
-        calibration: Any = self.calibration
-        if not isinstance(calibration, str | os.PathLike | Mapping | None):
-            must = "a path, a mapping or None"
-            raise TypeError(f"{who}.calibration must be {must}, got {calibration!r}")
-        name = "max_accumulated_residual_diff_threshold"
-        if getattr(self, name) is not None:
-            check_number(f"{who}.{name}", getattr(self, name), positive=True)
-        for name in ("cfg_compute_first", "cfg_diff_compute_separate", "static_skip_probe"):
-            check_flag(f"{who}.{name}", getattr(self, name))
-        if self.enable_separate_cfg is not None:
-            check_flag(f"{who}.enable_separate_cfg", self.enable_separate_cfg)
-        for name, allowed in _CHOICES.items():
-            check_choice(f"{who}.{name}", getattr(self, name), allowed)
-        check_choice(f"{who}.cache_type", self.cache_type, self.cache_types)
+        who = f"{type(self).__name__}.Bn_compute_blocks_ids"
         if self.Bn_compute_blocks_ids and not self.Bn_compute_blocks:
             raise ValueError(
-                f"{who}.Bn_compute_blocks_ids must be empty where Bn_compute_blocks is 0, got "
-                f"{self.Bn_compute_blocks_ids!r}; set Bn_compute_blocks, too"
+                f"{who} must be empty where Bn_compute_blocks is 0, got "
+                f"{shown(self.Bn_compute_blocks_ids)}; set Bn_compute_blocks, too"
             )
-        self.Bn_compute_blocks_ids = check_ids(
-            f"{who}.Bn_compute_blocks_ids", self.Bn_compute_blocks_ids, self.Bn_compute_blocks
-        )
+        check_ids(who, self.Bn_compute_blocks_ids, self.Bn_compute_blocks)
         if self.steps_computation_mask is not None:
-            self.steps_computation_mask = check_mask(
-                self.steps_computation_mask,
-                steps=self.num_inference_steps,
-                static=self.steps_computation_policy == "static",
-            )
+            static = self.steps_computation_policy == "static"
+            check_mask(self.steps_computation_mask, steps=self.num_inference_steps, static=static)
 
     @property
     def probe_blocks(self) -> int:
         """Blocks that run before the step is decided; 0 decides before the first block."""
-        has_probe = POLICIES[self.policy].source == "probe" and not self.static_skip_probe
+        has_probe = POLICIES[self.policy].measures == "probe" and not self.static_skip_probe
         return self.Fn_compute_blocks if has_probe else 0
+
+    @property
+    def max_steps(self) -> int:
+        """Most cached steps of a request; -1: no limit."""
+        return self.max_cached_steps
 
     @property
     def compares_hidden_states(self) -> bool:
@@ -225,6 +195,19 @@ class DBCacheConfig(Options):
         return self.residual_diff_threshold
 
     @property
+    def ids(self) -> str:
+        """`Bn_compute_blocks_ids` for a name."""
+        return "-".join(map(str, self.Bn_compute_blocks_ids))
+
+    @property
+    def mask_digits(self) -> str:
+        """The mask for a name: a digit per step, or the mask's own name while steps are unknown."""
+        mask, steps = self.steps_computation_mask, self.num_inference_steps
+        if isinstance(mask, str) and steps is not None:
+            mask = steps_mask(total_steps=steps, mask_policy=mask)
+        return "".join(map(str, mask or ()))
+
+    @property
     def label(self) -> str:
         """Name of the method."""
         return POLICIES[self.policy].label
@@ -234,33 +217,11 @@ class DBCacheConfig(Options):
         parts = [
             f"{self.label}_F{self.probe_blocks}B{self.Bn_compute_blocks}",
             f"W{self.max_warmup_steps}I{self.warmup_interval}"
-            f"M{_limit(self.max_cached_steps)}MC{_limit(self.max_continuous_cached_steps)}",
+            f"M{_limit(self.max_steps)}MC{_limit(self.max_continuous_cached_steps)}",
             f"R{self.residual_diff_threshold:g}",
         ]
-        if self.steps_computation_mask is not None:
-            mask = "".join(map(str, self.steps_computation_mask))
-            parts.append(f"SCM{mask}_{self.steps_computation_policy}")
-        if self.num_inference_steps is not None:
-            parts.append(f"N{self.num_inference_steps}")
-        if self.force_refresh_step_hint is not None:
-            parts.append(f"FR{self.force_refresh_step_hint}_{self.force_refresh_step_policy}")
-        if self.Bn_compute_blocks_ids:
-            ids = "-".join(map(str, self.Bn_compute_blocks_ids))
-            parts.append(f"BI{ids}R{self.non_compute_blocks_diff_threshold:g}")
-        if self.retention_ratio > 0:
-            parts.append(f"RR{self.retention_ratio:g}")
-        if self.batch_reduce != "mean":
-            parts.append(f"BR{self.batch_reduce}")
-        if self.compares_hidden_states:
-            parts.append(f"HS{self.l1_hidden_states_diff_threshold:g}")
-        if self.important_condition_threshold > 0:
-            parts.append(f"IC{self.important_condition_threshold:g}")
-        if self.cache_dtype != "model":
-            parts.append(f"D{self.cache_dtype}")
-        if self.decision_scope != "stack":
-            parts.append(f"DS{self.decision_scope}")
-        if self.enable_separate_cfg is not None:
-            parts.append(f"CFG{int(self.enable_separate_cfg)}")
+        defaults = DBCacheConfig().as_dict()
+        parts += [s.format(self) for n, s in _SHORT.items() if getattr(self, n) != defaults[n]]
         return "_".join(parts)
 
 
@@ -269,21 +230,43 @@ def _limit(steps: int) -> str:
     return "0" if steps == UNLIMITED else str(steps) if steps else "never"
 
 
-@dataclass(kw_only=True)
+@dataclass(init=False)
 class ParamsModifier:
     """What one block stack does differently: only the fields that were given count.
 
     Args:
         cache_config: fields for this stack, as in ``DBCacheConfig(max_warmup_steps=4)``.
         calibrator_config: the predictor of this stack.
+        **options: such fields by themselves, on top of `cache_config`, and those of a predictor,
+            as in ``ParamsModifier(max_warmup_steps=4, enable_taylorseer=True)``.
+
+    Raises:
+        TypeError: an unknown option or a wrong type. ValueError: a value that is not allowed.
     """
 
-    cache_config: DBCacheConfig | None = None
-    calibrator_config: CalibratorConfig | None = None
+    cache_config: DBCacheConfig | None
+    calibrator_config: CalibratorConfig | None
 
-    def __post_init__(self) -> None:
-        check_type("ParamsModifier.cache_config", self.cache_config, DBCacheConfig)
-        check_type("ParamsModifier.calibrator_config", self.calibrator_config, CalibratorConfig)
+    def __init__(
+        self,
+        cache_config: DBCacheConfig | None = None,
+        calibrator_config: CalibratorConfig | None = None,
+        **options: Any,
+    ) -> None:
+        check_type("ParamsModifier.cache_config", cache_config, DBCacheConfig)
+        check_type("ParamsModifier.calibrator_config", calibrator_config, CalibratorConfig)
+        fields, predictor = split("ParamsModifier", options)
+        if predictor is not None and calibrator_config is not None:
+            raise ValueError(
+                "ParamsModifier: calibrator_config must not be given together with a predictor's "
+                "options, got both; set them in the config"
+            )
+        if fields:
+            config = type(cache_config or DBCacheConfig())
+            reject_unknown("ParamsModifier", fields, (*config.names(), *PREDICTION))
+            cache_config = config(**{**(cache_config.given if cache_config else {}), **fields})
+        self.cache_config = cache_config
+        self.calibrator_config = calibrator_config or predictor
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,14 +274,14 @@ class StackSettings:
     """The settings of one block stack, after modifiers: a private, checked copy."""
 
     cache: DBCacheConfig
-    calibrator: CalibratorConfig
+    predictor: CalibratorConfig
     calibration: Calibration | None = None
     """The stack's part of `DBCacheConfig.calibration`, where the policy takes one."""
     steps: int | None = None
     """Steps of the request, as far as they are known."""
 
     def __post_init__(self) -> None:
-        if self.cache.cache_dtype == "fp8" and isinstance(self.calibrator, DMDCalibratorConfig):
+        if self.cache.cache_dtype == "fp8" and isinstance(self.predictor, DMDCalibratorConfig):
             raise ValueError(
                 "DMDCalibratorConfig: the ring must be in the model's dtype or float32, got "
                 "cache_dtype='fp8'; choose another cache_dtype or calibrator"
@@ -307,25 +290,25 @@ class StackSettings:
     @property
     def predicts(self) -> tuple[bool, bool]:
         """Whether hidden and encoder states are predicted, rather than reused."""
-        calibrator = self.calibrator
-        return calibrator.enable_calibrator, calibrator.enable_encoder_calibrator
+        predictor = self.predictor
+        return predictor.enable_calibrator, predictor.enable_encoder_calibrator
 
     @property
     def orders(self) -> tuple[int, int]:
         """Orders of the series that `decide` computes, for hidden and encoder states."""
-        order = self.calibrator.order
+        order = self.predictor.order
         hidden, encoder = self.predicts
         return order if hidden else 0, order if encoder else 0
 
     @property
     def slots(self) -> int:
         """Ring slots: what the predictor wants, or one."""
-        return self.calibrator.slots if any(self.predicts) else 1
+        return self.predictor.slots if any(self.predicts) else 1
 
     @property
     def replace(self) -> bool:
         """Whether whole hidden states are predicted rather than residuals."""
-        return any(self.predicts) and self.calibrator.calibrator_cache_type == "hidden_states"
+        return any(self.predicts) and self.predictor.calibrator_cache_type == "hidden_states"
 
     @property
     def buffers(self) -> tuple[object, ...]:
@@ -344,15 +327,15 @@ class StackSettings:
     @property
     def recorded(self) -> tuple[object, ...]:
         """What recorded work depends on. The rest lies on the device and may change."""
-        return (*self.buffers, self.calibrator.recorded)
+        return (*self.buffers, self.predictor.recorded)
 
     def modified(self, modifier: ParamsModifier | None) -> StackSettings:
         """Return these settings with the given fields of `modifier` on top."""
         if modifier is None:
             return self
         cache = merge(self.cache, modifier.cache_config)
-        calibrator = modifier.calibrator_config or self.calibrator
-        return replace(self, cache=cache, calibrator=calibrator)
+        predictor = modifier.calibrator_config or self.predictor
+        return replace(self, cache=cache, predictor=predictor)
 
 
 def merge(config: DBCacheConfig, partial: DBCacheConfig | None) -> DBCacheConfig:
@@ -365,4 +348,6 @@ def merge(config: DBCacheConfig, partial: DBCacheConfig | None) -> DBCacheConfig
     if partial is not None and changes.get("cache_type", config.cache_type) != config.cache_type:
         kept = {name: value for name, value in config.given.items() if name != "cache_type"}
         return type(partial)(**{**kept, **changes})
-    return type(config)(**{**config.as_dict(), **changes})
+    merged = type(config)(**{**config.as_dict(), **changes})
+    merged.__dict__["_given"] = config._given | frozenset(changes)
+    return merged

@@ -12,15 +12,15 @@ without a name is "".
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
+from dbcache.config.options import shown
+from dbcache.config.reading import read
 from dbcache.kernels.common.lane_state import DEGREE
 
 FORMAT = "dbcache calibration 1"
@@ -155,14 +155,14 @@ def find_calibration(policy: str, source: Any, model: object, stack: str) -> Cal
     for key, value in wanted.items():
         if content.get(key) != value:
             raise ValueError(
-                f"calibration: it must be of {key} {value!r}, got one of {content.get(key)!r}; "
-                f"make another with dbcache.calibrate"
+                f"calibration: it must be of {key} {value!r}, got one of "
+                f"{shown(content.get(key))}; make another with dbcache.calibrate"
             )
     stacks = content["stacks"]
     if stack not in stacks:
         raise ValueError(
-            f"calibration: it must have the stack {stack!r}, got {sorted(stacks)}; make another "
-            f"with dbcache.calibrate"
+            f"calibration: it must have the stack {stack!r}, got {shown(list(stacks))}; "
+            f"make another with dbcache.calibrate"
         )
     return _parse(policy, stacks[stack], stack)
 
@@ -173,11 +173,13 @@ def _parse(policy: str, entry: Any, stack: str) -> Calibration:
     if policy == "teacache":
         values = entry.get("coefficients") if isinstance(entry, Mapping) else None
         if values is None or not _are_numbers(values) or len(values) != DEGREE + 1:
-            raise ValueError(f"{who}: coefficients must be {DEGREE + 1} numbers, got {values!r}")
+            raise ValueError(
+                f"{who}: coefficients must be {DEGREE + 1} numbers, got {shown(values)}"
+            )
         return Calibration(tuple(map(float, values)))
     ratios = entry.get("ratios") if isinstance(entry, Mapping) else None
     if not isinstance(ratios, Mapping) or not ratios or not all(map(_are_numbers, ratios.values())):
-        raise ValueError(f"{who}: ratios must be a list of numbers per branch, got {ratios!r}")
+        raise ValueError(f"{who}: ratios must be a list of numbers per branch, got {shown(ratios)}")
     return Calibration(
         ratios={branch: tuple(map(float, values)) for branch, values in ratios.items()}
     )
@@ -203,16 +205,13 @@ def read_calibration(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapp
     if isinstance(source, Mapping):
         content: Any = source
     else:
-        try:
-            content = json.loads(Path(source).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"calibration: {source} must be JSON, got {error}") from error
+        content = read("calibration", source)
     is_ours = isinstance(content, Mapping) and content.get("format") == FORMAT
     if not is_ours or not isinstance(content.get("stacks"), Mapping):
         what = content.get("format") if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(
-            f"calibration: it must be of format {FORMAT!r} with stacks, got {what!r}; make one "
-            f"with dbcache.calibrate"
+            f"calibration: it must be of format {FORMAT!r} with stacks, got {shown(what)}; "
+            f"make one with dbcache.calibrate"
         )
     return content
 

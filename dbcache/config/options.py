@@ -1,35 +1,91 @@
 """What all configs have in common: checked names and values, and which fields were given.
 
-A config that knows which of its fields were given can be partial: where it modifies another one,
-only those count (see `ParamsModifier`).
+A field is checked by its annotation (bool, int, float, names, a list of block numbers), within the
+range that `option` gives it. A config that knows which of its fields were given can be partial:
+where it modifies another one, only those count (see `ParamsModifier`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Iterable
-from typing import Any
+import os
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+LARGEST_INT = 2**31 - 1
+LARGEST_FLOAT = 3.4028234663852886e38
+"""What the device holds: int32 and float32."""
+
+LONGEST = 300
+"""Characters of a value in an error."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 120, 200
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 16
+
+INSTEAD = {
+    "do_separate_classifier_free_guidance": "enable_separate_cfg is its name now",
+    "do_separate_cfg": "enable_separate_cfg is its name now",
+    "taylorseer_kwargs": "its n_derivatives is taylorseer_order now",
+    "extra_parallel_modules": "only transformers are spread over ranks; leave it out",
+    "extra_parallel_kwargs": "there are no options of single models; leave it out",
+    "use_ray": "start one process per GPU with torchrun",
+    "force_reduce_calibrator_vram": "a lane keeps no more than its predictor needs; leave it out",
+}
+"""Options of other versions and of cache-dit, and what to do about them."""
+
+_WORDS = {str: "a string", os.PathLike: "a path", Mapping: "a mapping", Callable: "a function"}
 
 
-def reject_unknown(who: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise a TypeError that names the nearest known option, if one of `names` is not `known`."""
+def shown(value: Any) -> str:
+    """Return `repr` of a value for an error: one line, bounded in time and length.
+
+    Values come from files, too, in which a few aliases stand for billions of entries.
+    """
+    try:
+        text = " ".join(_SHORT.repr(value).split())
+    except ValueError:  # an int of too many digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def unknown(who: str, name: Any, known: Iterable[str]) -> str:
+    """Return the text of an error that names the nearest known option."""
     known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    if isinstance(name, str) and name in INSTEAD:
+        hint = f"{INSTEAD[name]}; "
+    return f"{who}: unknown option {shown(name)}; {hint}known: {', '.join(known)}"
+
+
+def reject_unknown(who: str, names: Iterable[Any], known: Iterable[str]) -> None:
+    """Raise a TypeError that names the nearest known option, if one of `names` is not `known`."""
+    known = set(known)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise TypeError(f"{who}: unknown option {name!r}; {hint}known: {', '.join(known)}")
+            raise TypeError(unknown(who, name, known))
 
 
-def check_int(who: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise unless `value` is an integer from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{who} must be an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
-        allowed = f">= {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{who} must be an integer {allowed}, got {value!r}")
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is a number of that kind, NumPy's too; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_int(who: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return `value` as an int; raise unless it is an integer from `low` to `high`."""
+    if not _is(value, Integral):
+        raise TypeError(f"{who} must be an integer, got {shown(value)}{_number_hint(value)}")
+    most = LARGEST_INT if high is None else high
+    if not low <= value <= most:
+        allowed = f">= {low}" if high is None and value < low else f"from {low} to {most}"
+        raise ValueError(f"{who} must be an integer {allowed}, got {shown(value)}")
+    return int(value)
 
 
 def check_ids(who: str, value: Any, count: int | None = None) -> list[int]:
@@ -40,61 +96,163 @@ def check_ids(who: str, value: Any, count: int | None = None) -> list[int]:
             `count`.
     """
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"{who} must be a list of block numbers, got {value!r}")
+        raise TypeError(f"{who} must be a list of block numbers, got {shown(value)}")
     ids = list(value)
     for entry in ids:
-        if isinstance(entry, bool) or not isinstance(entry, int):
-            raise TypeError(f"{who} must be a list of block numbers, got {ids!r}")
+        if not _is(entry, Integral):
+            raise TypeError(f"{who} must be a list of block numbers, got {shown(ids)}")
         if entry < 0 or (count is not None and entry >= count):
             allowed = "at least 0" if count is None else f"from 0 to {count - 1}"
-            raise ValueError(f"{who}: each number must be {allowed}, got {entry} in {ids!r}")
-    return sorted(set(ids))
+            raise ValueError(
+                f"{who}: each number must be {allowed}, got {shown(entry)} in {shown(ids)}"
+            )
+    return sorted(set(map(int, ids)))
 
 
-def check_number(who: str, value: Any, *, positive: bool = False) -> None:
-    """Raise unless `value` is a finite number, at least 0 or (`positive`) above it."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{who} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
-        raise ValueError(f"{who} must be a number {'>' if positive else '>='} 0, got {value!r}")
+def check_number(
+    who: str, value: Any, *, low: float = 0.0, high: float | None = None, positive: bool = False
+) -> float:
+    """Return `value` as a Python number.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is not finite in float32, below `low` or above `high`, or (`positive`) not
+            above 0.
+    """
+    if not _is(value, Real):
+        raise TypeError(f"{who} must be a number, got {shown(value)}{_number_hint(value)}")
+    number: float = value if isinstance(value, int | float) else float(value)
+    if number != number or number < low or (positive and number == 0):
+        raise ValueError(
+            f"{who} must be a number {'> 0' if positive else f'>= {low:g}'}, got {shown(number)}"
+        )
+    most = LARGEST_FLOAT if high is None else high
+    if number > most:
+        raise ValueError(f"{who} must be at most {most:g}, got {shown(number)}")
+    return number
 
 
-def check_flag(who: str, value: Any) -> None:
-    """Raise unless `value` is True or False."""
+def _number_hint(value: Any) -> str:
+    """Return what to do about a number that is written as text."""
+    try:
+        float(value if isinstance(value, str) else "")
+    except ValueError:
+        return ""
+    return ", which is text; write it without quotes, and in YAML with a point, as in 1.0e-2"
+
+
+def check_flag(who: str, value: Any) -> bool:
+    """Return `value`; raise unless it is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{who} must be True or False, got {value!r}")
+        raise TypeError(f"{who} must be True or False, got {shown(value)}")
+    return value
 
 
-def check_choice(who: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{who} must be one of {allowed}, got {value!r}")
+def check_choice(who: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    """Return the entry of `allowed` (names or integers) that `value` is; raise if there is none."""
+    for entry in allowed:
+        if isinstance(value, type(entry)) and not isinstance(value, bool) and value == entry:
+            return entry
+    raise ValueError(f"{who} must be one of {allowed}, got {shown(value)}")
 
 
 def check_type(who: str, value: Any, kind: type) -> None:
     """Raise a TypeError unless `value` is None or a `kind`."""
     if value is not None and not isinstance(value, kind):
-        raise TypeError(f"{who} must be a {kind.__name__} or None, got {value!r}")
+        name = _WORDS.get(kind, f"a {kind.__name__}")
+        raise TypeError(f"{who} must be {name} or None, got {shown(value)}")
+
+
+def option(default: Any, *, check: Callable[[str, Any], Any] | None = None, **rules: Any) -> Any:
+    """Return a field of `Options` whose values are more than what its annotation says.
+
+    Args:
+        default: its default.
+        check: called with the name for errors and a value, in place of the check by annotation;
+            returns what is stored.
+        **rules: of a number: `low`, `high`, and `positive` of floats; `flat`: another name of the
+            field among flat options.
+    """
+    return dataclasses.field(default=default, metadata={"check": check, **rules})
+
+
+def _check(who: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> Any:
+    """Return a value as a field of this annotation stores it.
+
+    Raises:
+        TypeError, ValueError: it may not have this value.
+    """
+    if rules.get("check") is not None:
+        return rules["check"](who, value)
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    words = tuple(word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind))
+    if (value is None and NoneType in kinds) or (isinstance(value, str) and value in words):
+        return value
+    within = {name: rules[name] for name in ("low", "high", "positive") if name in rules}
+    if bool in kinds:
+        return check_flag(who, value)
+    if int in kinds:
+        return check_int(who, value, **{"low": 0, **within})
+    if float in kinds:
+        return check_number(who, value, **within)
+    if words:
+        return check_choice(who, value, words)
+    types = tuple(get_origin(kind) or kind for kind in kinds)
+    if list in types:
+        return check_ids(who, value)
+    if not isinstance(value, types):
+        *names, last = ["None" if kind is NoneType else _WORDS.get(kind, kind) for kind in types]
+        allowed = f"{', '.join(names)} or {last}" if names else last
+        raise TypeError(f"{who} must be {allowed}, got {shown(value)}")
+    return value
+
+
+@cache
+def _hints(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
+@cache
+def _names(config: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(config))
 
 
 class Options:
     """Base of the configs: remembers which fields were given, checks names and values."""
 
     _given: frozenset[str]
+    _who: ClassVar[str] = ""
+    """What stands before a field's name in errors; "" is the name of the class and a point."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if args:
-            raise TypeError(f"{cls.__name__}: options are given by name, got {args!r}")
-        reject_unknown(cls.__name__, kwargs, [f.name for f in dataclasses.fields(cls)])  # type: ignore[arg-type]
+            raise TypeError(f"{cls.__name__}: options are given by name, got {shown(args)}")
+        reject_unknown(cls.__name__, kwargs, cls.names())
         self = super().__new__(cls)
-        self._given = frozenset(kwargs)
+        self.__dict__["_given"] = frozenset(kwargs)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        cls: Any = type(self)
+        if name not in cls.names():
+            raise AttributeError(unknown(cls.__name__, name, cls.names()))
+        rules = cls.__dataclass_fields__[name].metadata
+        value = _check(f"{cls._who or f'{cls.__name__}.'}{name}", value, _hints(cls)[name], rules)
+        if name in self.__dict__:  # `__init__` is over, this is the user
+            self.__dict__["_given"] |= {name}
+        self.__dict__[name] = value
 
     def __post_init__(self) -> None:
         self.validate()
 
     def validate(self) -> None:
-        """Raise if a field has a value that is not allowed."""
+        """Raise if fields do not go together; each one's own value has been checked."""
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of all fields."""
+        config: Any = cls  # mypy takes the class for as unhashable as its instances
+        return _names(config)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -108,28 +266,24 @@ class Options:
             TypeError: an option that does not exist.
             ValueError: a value that is not allowed; nothing is changed then.
         """
-        names = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
-        reject_unknown(type(self).__name__, options, names)
+        reject_unknown(type(self).__name__, options, self.names())
         options = {name: value for name, value in options.items() if value is not None}
         merged = type(self)(**{**self.as_dict(), **options})
-        for name in names:
-            setattr(self, name, getattr(merged, name))
-        self._given = self._given | frozenset(options)
+        self.__dict__.update(merged.__dict__, _given=self._given | frozenset(options))
         return self
 
     def reset(self, **options: Any) -> Any:
-        """Forget everything that was set, then set `options`; return self.
+        """Forget everything that was set, then set `options` but for those of None; return self.
 
         The result is partial: where it modifies another config, only `options` count.
         """
-        fresh = type(self)(**options)
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            setattr(self, field.name, getattr(fresh, field.name))
-        self._given = fresh._given
+        given = {name: value for name, value in options.items() if value is not None}
+        reject_unknown(type(self).__name__, options, self.names())
+        self.__dict__.update(type(self)(**given).__dict__)
         return self
 
     empty = reset
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields, by name."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in self.names()}

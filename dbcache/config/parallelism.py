@@ -7,19 +7,11 @@ Names and defaults are cache-dit's, so that its users can switch; `cfg_size`, `d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from dbcache.config.options import (
-    Options,
-    check_choice,
-    check_flag,
-    check_int,
-    check_number,
-    check_type,
-    reject_unknown,
-)
+from dbcache.config.options import Options, check_choice, check_type, option, reject_unknown, shown
 
 Size = int | Literal["auto"] | None
 
@@ -35,10 +27,32 @@ class ParallelismBackend(str, Enum):
     NATIVE_PYTORCH = "native_pytorch"
 
 
+_LONG = {
+    f"ulysses_{name}": f"experimental_ulysses_{name}" for name in ("anything", "async", "float8")
+}
+"""Fields of `ParallelismConfig` that have a longer name among the options of the sequence."""
+
+
+def _kwargs(who: str, options: Any) -> dict[str, Any]:
+    check_type(who, options, Mapping)
+    options = {_LONG.get(name, name): value for name, value in (options or {}).items()}
+    reject_unknown(who, options, ContextOptions.names())
+    return options
+
+
+def _backend(who: str, backend: Any) -> ParallelismBackend:
+    name = getattr(backend, "value", backend)
+    names = tuple(known.value for known in ParallelismBackend)
+    return ParallelismBackend(
+        check_choice(who, name.lower() if isinstance(name, str) else name, names)
+    )
+
+
 @dataclass(kw_only=True)
 class ContextOptions(Options):
     """The keys of `ParallelismConfig.parallel_kwargs`, all of which concern the sequence."""
 
+    _who: ClassVar[str] = "ParallelismConfig.parallel_kwargs: "
     cp_plan: Mapping[str, Any] | None = None
     """What is split and gathered where, in the form of diffusers' `_cp_plan`. None: the model's."""
 
@@ -60,20 +74,6 @@ class ContextOptions(Options):
     ring_convert_to_fp32: bool = True
     """Partial outputs of the ring are added up in float32; False: in the model's dtype."""
 
-    def validate(self) -> None:
-        who = "ParallelismConfig.parallel_kwargs"
-        check_type(f"{who}: cp_plan", self.cp_plan, Mapping)
-        check_type(f"{who}: attention_backend", self.attention_backend, str)
-        for name in (
-            "experimental_ulysses_anything",
-            "experimental_ulysses_async",
-            "experimental_ulysses_float8",
-            "ring_convert_to_fp32",
-        ):
-            check_flag(f"{who}: {name}", getattr(self, name))
-        name = "ring_rotate_method"
-        check_choice(f"{who}: {name}", getattr(self, name), ("p2p", "allgather"))
-
 
 @dataclass(kw_only=True)
 class ParallelismConfig(Options):
@@ -86,41 +86,55 @@ class ParallelismConfig(Options):
         ValueError: a value that is not allowed, or options that exclude each other.
     """
 
-    backend: ParallelismBackend = ParallelismBackend.AUTO
+    backend: ParallelismBackend = option(ParallelismBackend.AUTO, check=_backend)
     """NATIVE_DIFFUSER: `ulysses_size` and `ring_size` only; NATIVE_PYTORCH: `tp_size` only;
     AUTO: any of them together."""
 
-    ulysses_size: Size = None
+    ulysses_size: Size = option(None, low=1)
     """Ranks that exchange tokens for heads around each attention (arXiv:2309.14509)."""
 
-    ring_size: Size = None
+    ring_size: Size = option(None, low=1)
     """Ranks among which keys and values go round (arXiv:2310.01889)."""
 
-    tp_size: Size = None
+    tp_size: Size = option(None, low=1)
     """Ranks that share each weight matrix (arXiv:1909.08053)."""
 
-    cfg_size: Size = None
+    cfg_size: Size = option(None, low=1, high=2)
     """2: the conditional branch on one half of the ranks, the unconditional one on the other."""
 
-    dp_size: Size = None
+    dp_size: Size = option(None, low=1)
     """Replicas that generate on their own; they never wait for each other."""
 
-    parallel_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    parallel_kwargs: Mapping[str, Any] = option(None, check=_kwargs)
     """Options of `ulysses_size` and `ring_size`: the fields of `ContextOptions`."""
 
-    timeout: float = 600.0
+    cp_plan: Mapping[str, Any] | None = None
+    """This and the next fields, where given, are the options in `parallel_kwargs` of that name."""
+
+    attention_backend: str | None = None
+    """See `cp_plan`."""
+
+    ulysses_anything: bool | None = None
+    """Is `experimental_ulysses_anything`."""
+
+    ulysses_async: bool | None = None
+    """Is `experimental_ulysses_async`."""
+
+    ulysses_float8: bool | None = None
+    """Is `experimental_ulysses_float8`."""
+
+    ring_rotate_method: Literal["p2p", "allgather"] | None = None
+    """See `cp_plan`."""
+
+    ring_convert_to_fp32: bool | None = None
+    """See `cp_plan`."""
+
+    timeout: float = option(600.0, positive=True)
     """Seconds after which a rank that waits for another one raises."""
 
     def validate(self) -> None:
         who = type(self).__name__
-        names = tuple(backend.value for backend in ParallelismBackend)
-        name = getattr(self.backend, "value", self.backend)
-        check_choice(f"{who}.backend", name.lower() if isinstance(name, str) else name, names)
-        self.backend = ParallelismBackend(name.lower())
         sizes = {axis: getattr(self, f"{axis}_size") for axis in AXES}
-        for axis, size in sizes.items():
-            if size is not None and size != "auto":
-                check_int(f"{who}.{axis}_size", size, 1)
         if list(sizes.values()).count("auto") > 1:
             raise ValueError(f"{who}: at most one size may be 'auto', got {sizes}")
         if all(size in (None, 1) for axis, size in sizes.items() if axis != "dp"):
@@ -128,14 +142,7 @@ class ParallelismConfig(Options):
                 f"{who}: one of ulysses_size, ring_size, tp_size and cfg_size must be above 1, "
                 f"got {sizes}"
             )
-        if self.cfg_size not in (None, "auto", 1, 2):
-            raise ValueError(f"{who}.cfg_size must be 1 or 2, got {self.cfg_size!r}")
         self._check_backend(sizes)
-        check_number(f"{who}.timeout", self.timeout, positive=True)
-        check_type(f"{who}.parallel_kwargs", self.parallel_kwargs, Mapping)
-        self.parallel_kwargs = dict(self.parallel_kwargs or {})
-        known = ContextOptions().as_dict()
-        reject_unknown(f"{who}.parallel_kwargs", self.parallel_kwargs, known)
         self._check_options(sizes)
 
     def _check_backend(self, sizes: Mapping[str, Size]) -> None:
@@ -151,9 +158,10 @@ class ParallelismConfig(Options):
                 )
 
     def _check_options(self, sizes: Mapping[str, Size]) -> None:
+        context = self.context
         if sizes["ulysses"] not in (None, 1):
             return
-        for name, value in self.context.given.items():
+        for name, value in context.given.items():
             if name.startswith("experimental_ulysses") and value:
                 raise ValueError(
                     f"ParallelismConfig.parallel_kwargs: {name} needs ulysses_size above 1, got "
@@ -162,8 +170,17 @@ class ParallelismConfig(Options):
 
     @property
     def context(self) -> ContextOptions:
-        """The options of `parallel_kwargs`, checked, with their defaults."""
-        return ContextOptions(**self.parallel_kwargs)
+        """The options of the sequence, checked, with their defaults."""
+        options = dict(self.parallel_kwargs)
+        for name in ContextOptions.names():
+            flat = name.removeprefix("experimental_")
+            value = getattr(self, flat)
+            if value is not None and options.setdefault(name, value) != value:
+                raise ValueError(
+                    f"ParallelismConfig: {flat} and parallel_kwargs must not differ, got "
+                    f"{shown(value)} and {shown(options[name])}; set one of them"
+                )
+        return ContextOptions(**options)
 
     def sizes(self, world: int) -> dict[str, int]:
         """Return the size of each axis of `AXES` in a world of that many ranks.
@@ -193,19 +210,9 @@ class ParallelismConfig(Options):
     def strify(self) -> str:
         """Return a short name of these settings, for file names and tables."""
         names = {"dp": "DP", "cfg": "CFG", "ring": "Ring", "ulysses": "Ulysses", "tp": "TP"}
-        parts = [
-            f"{names[axis]}{getattr(self, f'{axis}_size')}"
-            for axis in AXES
-            if getattr(self, f"{axis}_size") not in (None, 1)
-        ]
-        options = self.context
-        parts += [
-            short
-            for name, short in (
-                ("experimental_ulysses_anything", "UAA"),
-                ("experimental_ulysses_async", "UAS"),
-                ("experimental_ulysses_float8", "UF8"),
-            )
-            if getattr(options, name)
-        ]
+        sizes = {axis: getattr(self, f"{axis}_size") for axis in AXES}
+        parts = [f"{names[axis]}{size}" for axis, size in sizes.items() if size not in (None, 1)]
+        short = {"anything": "UAA", "async": "UAS", "float8": "UF8"}
+        on = self.context.as_dict()
+        parts += [text for name, text in short.items() if on[f"experimental_ulysses_{name}"]]
         return "_".join(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dbcache.config.options import check_int
+from dbcache.config.options import check_int, shown
 from dbcache.kernels.common.lane_state import MAX_SLOTS
 
 Weigh = Callable[[Sequence[int], int], Sequence[float]]
@@ -52,12 +52,12 @@ def register_predictor(name: str, *, snapshots: int = 2) -> Callable[[Weigh], We
         TypeError, ValueError: a name or number that is not allowed.
     """
     if not isinstance(name, str) or not name:
-        raise TypeError(f"register_predictor: name must be a string, got {name!r}")
+        raise TypeError(f"register_predictor: name must be a string, got {shown(name)}")
     check_int("register_predictor: snapshots", snapshots, 1, MAX_SLOTS)
 
     def register(weigh: Weigh) -> Weigh:
         if not callable(weigh):
-            raise TypeError(f"register_predictor: {name!r} must be a function, got {weigh!r}")
+            raise TypeError(f"register_predictor: {name!r} must be a function, got {shown(weigh)}")
         _PREDICTORS[name] = RegisteredPredictor(name, snapshots, weigh)
         return weigh
 
@@ -70,10 +70,10 @@ def registered(name: str) -> RegisteredPredictor:
     Raises:
         ValueError: there is none; the error lists those there are.
     """
-    if name not in _PREDICTORS:
+    if not isinstance(name, str) or name not in _PREDICTORS:
         known = ", ".join(sorted(_PREDICTORS)) or "none"
         raise ValueError(
-            f"CustomCalibratorConfig.predictor_name must be registered, got {name!r}; known: "
-            f"{known}. Register it with dbcache.register_predictor first"
+            f"CustomCalibratorConfig.predictor_name must be registered, got {shown(name)}; "
+            f"known: {known}. Register it with dbcache.register_predictor first"
         )
     return _PREDICTORS[name]

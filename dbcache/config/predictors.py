@@ -5,10 +5,10 @@ Names and defaults are cache-dit's, so that its users can switch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import ClassVar, Literal
 
-from dbcache.config.options import Options, check_choice, check_flag, check_int, check_number
+from dbcache.config.options import Options, option
 from dbcache.config.predictor_registry import registered
 from dbcache.kernels.common.lane_state import MAX_SLOTS, Predictor
 
@@ -19,8 +19,11 @@ HIGHEST_ORDER = 4
 class CalibratorConfig(Options):
     """How the skipped residual is predicted. This base reuses the last one (order 0)."""
 
-    has_forecaster: ClassVar[bool] = False
-    """Whether its weights come from `forecasters`, and not from `decide`."""
+    by_forecaster: ClassVar[bool] = False
+    """Whether its weights come from `lanes.predictors`, and not from `decide`."""
+
+    series: ClassVar[int | str] = 0
+    """Degree of the series that `decide` computes, or the field that says so."""
 
     enable_calibrator: bool = False
     """Predict `hidden_states`; False reuses the last residual."""
@@ -31,17 +34,10 @@ class CalibratorConfig(Options):
     calibrator_cache_type: Literal["residual", "hidden_states"] = "residual"
     """What is predicted: what the skipped blocks add, or what comes out of them."""
 
-    def validate(self) -> None:
-        who = type(self).__name__
-        for name in ("enable_calibrator", "enable_encoder_calibrator"):
-            check_flag(f"{who}.{name}", getattr(self, name))
-        name = "calibrator_cache_type"
-        check_choice(f"{who}.{name}", getattr(self, name), ("residual", "hidden_states"))
-
     @property
     def order(self) -> int:
         """Degree of the series that `decide` computes; it needs ``order + 1`` snapshots."""
-        return 0
+        return getattr(self, self.series) if isinstance(self.series, str) else self.series
 
     @property
     def slots(self) -> int:
@@ -49,19 +45,19 @@ class CalibratorConfig(Options):
         return self.order + 1
 
     @property
-    def predictor(self) -> Predictor:
+    def kind(self) -> Predictor:
         """How the weights follow from the steps of the snapshots."""
         return Predictor.TAYLOR
 
     @property
     def scale(self) -> float:
-        """What `kernels.taylor` calls so; 0 where the predictor has none."""
+        """The predictor's parameter in `kernels.prediction.taylor`; 0 where there is none."""
         return 0.0
 
     @property
     def recorded(self) -> str:
         """What recorded work depends on: "" where `decide` computes the weights."""
-        if not self.has_forecaster:
+        if not self.by_forecaster:
             return ""
         return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
 
@@ -71,31 +67,27 @@ class CalibratorConfig(Options):
 
 
 @dataclass(kw_only=True)
-class TaylorSeerCalibratorConfig(CalibratorConfig):
-    """Taylor series in the step number, by backward differences (TaylorSeer, arXiv:2503.06923)."""
+class SwitchedOn(CalibratorConfig):
+    """A predictor that takes both streams unless it is told otherwise."""
 
     enable_calibrator: bool = True
     enable_encoder_calibrator: bool = True
-    taylorseer_order: int = 1
+
+
+@dataclass(kw_only=True)
+class TaylorSeerCalibratorConfig(SwitchedOn):
+    """Taylor series in the step number, by backward differences (TaylorSeer, arXiv:2503.06923)."""
+
+    series: ClassVar[int | str] = "taylorseer_order"
+    taylorseer_order: int = option(1, high=HIGHEST_ORDER)
     """0 (reuse) to 4; the lane keeps ``order + 1`` snapshots."""
 
-    exact: bool = False
+    exact: bool = option(False, flat="taylorseer_exact")
     """Predict with the polynomial through the snapshots (Newton's divided differences), whatever
     the distances between them. The series of TaylorSeer is exact for straight lines only."""
 
-    def validate(self) -> None:
-        super().validate()
-        check_flag(f"{type(self).__name__}.exact", self.exact)
-        check_int(
-            f"{type(self).__name__}.taylorseer_order", self.taylorseer_order, 0, HIGHEST_ORDER
-        )
-
     @property
-    def order(self) -> int:
-        return self.taylorseer_order
-
-    @property
-    def predictor(self) -> Predictor:
+    def kind(self) -> Predictor:
         return Predictor.NEWTON if self.exact else Predictor.TAYLOR
 
     def strify(self) -> str:
@@ -104,34 +96,21 @@ class TaylorSeerCalibratorConfig(CalibratorConfig):
 
 
 @dataclass(kw_only=True)
-class HermiteCalibratorConfig(CalibratorConfig):
+class HermiteCalibratorConfig(SwitchedOn):
     """Contracted Hermite polynomials in place of the powers of Taylor's series (HiCache).
 
     ``k**i`` becomes ``sigma**i * H_i(sigma * k)`` with H_i the physicists' Hermite polynomials.
     """
 
-    enable_calibrator: bool = True
-    enable_encoder_calibrator: bool = True
-    hermite_order: int = 1
+    series: ClassVar[int | str] = "hermite_order"
+    hermite_order: int = option(1, high=HIGHEST_ORDER)
     """0 (reuse) to 4; the lane keeps ``order + 1`` snapshots."""
 
-    sigma: float = 0.5
+    sigma: float = option(0.5, high=1, positive=True, flat="hermite_sigma")
     """Contraction, above 0 and at most 1: the first difference counts ``2 * sigma**2`` times."""
 
-    def validate(self) -> None:
-        super().validate()
-        who = type(self).__name__
-        check_int(f"{who}.hermite_order", self.hermite_order, 0, HIGHEST_ORDER)
-        check_number(f"{who}.sigma", self.sigma, positive=True)
-        if self.sigma > 1:
-            raise ValueError(f"{who}.sigma must be at most 1, got {self.sigma!r}")
-
     @property
-    def order(self) -> int:
-        return self.hermite_order
-
-    @property
-    def predictor(self) -> Predictor:
+    def kind(self) -> Predictor:
         return Predictor.HERMITE
 
     @property
@@ -143,7 +122,7 @@ class HermiteCalibratorConfig(CalibratorConfig):
 
 
 @dataclass(kw_only=True)
-class FoCaCalibratorConfig(CalibratorConfig):
+class FoCaCalibratorConfig(SwitchedOn):
     """The slope of the parabola through three snapshots, as far as it holds (after FoCa).
 
     That slope is BDF2's with the distances between full steps that there are; cache-dit's FoCa
@@ -151,22 +130,12 @@ class FoCaCalibratorConfig(CalibratorConfig):
     Source: arXiv:2508.16211; what bounds the forecast is this project's.
     """
 
-    enable_calibrator: bool = True
-    enable_encoder_calibrator: bool = True
-    foca_horizon: float = 0.5
+    series: ClassVar[int | str] = 2
+    foca_horizon: float = option(0.5, positive=True)
     """How far the parabola's slope holds, in gaps between the two newest full steps, above 0."""
 
-    def validate(self) -> None:
-        super().validate()
-        who = type(self).__name__
-        check_number(f"{who}.foca_horizon", self.foca_horizon, positive=True)
-
     @property
-    def order(self) -> int:
-        return 2
-
-    @property
-    def predictor(self) -> Predictor:
+    def kind(self) -> Predictor:
         return Predictor.FOCA
 
     @property
@@ -178,7 +147,7 @@ class FoCaCalibratorConfig(CalibratorConfig):
 
 
 @dataclass(kw_only=True)
-class DMDCalibratorConfig(CalibratorConfig):
+class DMDCalibratorConfig(SwitchedOn):
     """Linear prediction: the snapshots are taken for sums of two exponentials.
 
     What dynamic mode decomposition of rank 2 computes, from a few sums over the ring at each full
@@ -186,35 +155,20 @@ class DMDCalibratorConfig(CalibratorConfig):
     equally far apart, a straight line, as TaylorSeer of order 1. Needs a ring that is not fp8.
     """
 
-    has_forecaster = True
-    enable_calibrator: bool = True
-    enable_encoder_calibrator: bool = True
-    dmd_history: int = 4
+    by_forecaster: ClassVar[bool] = True
+    series: ClassVar[int | str] = 1
+    dmd_history: int = option(4, low=3, high=MAX_SLOTS)
     """Snapshots that are fitted, 3 to 8; the lane keeps as many."""
 
-    dmd_ridge: float = 1.0
+    dmd_ridge: float = option(1.0, positive=True)
     """Pull towards straight lines, above 0; 1 goes about half the way. What is small (1e-6) follows
     exponentials exactly, and is misled by what changes at random."""
 
-    dmd_rank: int = 0
+    dmd_rank: Literal[0, 2] = 0
     """0 or 2, which are the same: there are two exponentials."""
 
     dmd_svd_precision: Literal["low", "medium", "high"] = "medium"
     """As cache-dit has it; there is no SVD here, all three are the same."""
-
-    def validate(self) -> None:
-        super().validate()
-        who = type(self).__name__
-        check_int(f"{who}.dmd_history", self.dmd_history, 3, MAX_SLOTS)
-        check_number(f"{who}.dmd_ridge", self.dmd_ridge, positive=True)
-        if self.dmd_rank not in (0, 2):
-            raise ValueError(f"{who}.dmd_rank must be 0 or 2, got {self.dmd_rank!r}")
-        allowed = ("low", "medium", "high")
-        check_choice(f"{who}.dmd_svd_precision", self.dmd_svd_precision, allowed)
-
-    @property
-    def order(self) -> int:
-        return 1
 
     @property
     def slots(self) -> int:
@@ -226,7 +180,7 @@ class DMDCalibratorConfig(CalibratorConfig):
 
 
 @dataclass(kw_only=True)
-class SpectrumCalibratorConfig(CalibratorConfig):
+class SpectrumCalibratorConfig(SwitchedOn):
     """A ridge regression on Chebyshev polynomials of the step, blended with a straight line.
 
     Source: Spectrum, arXiv:2603.01623, which fits all full steps of the request with a ridge of
@@ -234,34 +188,19 @@ class SpectrumCalibratorConfig(CalibratorConfig):
     The steps of the request must be known: from the pipeline's call or `num_inference_steps`.
     """
 
-    has_forecaster = True
-    enable_calibrator: bool = True
-    enable_encoder_calibrator: bool = True
-    spectrum_order: int = 4
+    by_forecaster: ClassVar[bool] = True
+    series: ClassVar[int | str] = 1
+    spectrum_order: int = option(4, low=1, high=HIGHEST_ORDER)
     """Highest degree of the polynomials, 1 to 4."""
 
-    spectrum_window: int = 8
+    spectrum_window: int = option(8, low=2, high=MAX_SLOTS)
     """Snapshots that are fitted, 2 to 8; the lane keeps as many."""
 
-    spectrum_ridge: float = 1e-4
+    spectrum_ridge: float = option(1e-4, positive=True)
     """Added to the diagonal of the normal equations, above 0."""
 
-    spectrum_blend: float = 0.5
+    spectrum_blend: float = option(0.5, high=1)
     """Parts of the regression, 0 to 1; the rest is the line through the two newest snapshots."""
-
-    def validate(self) -> None:
-        super().validate()
-        who = type(self).__name__
-        check_int(f"{who}.spectrum_order", self.spectrum_order, 1, HIGHEST_ORDER)
-        check_int(f"{who}.spectrum_window", self.spectrum_window, 2, MAX_SLOTS)
-        check_number(f"{who}.spectrum_ridge", self.spectrum_ridge, positive=True)
-        check_number(f"{who}.spectrum_blend", self.spectrum_blend)
-        if self.spectrum_blend > 1:
-            raise ValueError(f"{who}.spectrum_blend must be at most 1, got {self.spectrum_blend!r}")
-
-    @property
-    def order(self) -> int:
-        return 1
 
     @property
     def slots(self) -> int:
@@ -275,22 +214,13 @@ class SpectrumCalibratorConfig(CalibratorConfig):
 
 
 @dataclass(kw_only=True)
-class CustomCalibratorConfig(CalibratorConfig):
+class CustomCalibratorConfig(SwitchedOn):
     """A predictor of your own, by the name under which `register_predictor` knows it."""
 
-    has_forecaster = True
-    enable_calibrator: bool = True
-    enable_encoder_calibrator: bool = True
-    predictor_name: str
+    by_forecaster: ClassVar[bool] = True
+    series: ClassVar[int | str] = 1
+    predictor_name: str = option(MISSING, check=lambda who, name: registered(name).name)
     """What was registered."""
-
-    def validate(self) -> None:
-        super().validate()
-        registered(self.predictor_name)
-
-    @property
-    def order(self) -> int:
-        return 1
 
     @property
     def slots(self) -> int:
@@ -298,3 +228,14 @@ class CustomCalibratorConfig(CalibratorConfig):
 
     def strify(self) -> str:
         return f"Custom_{self.predictor_name}"
+
+
+PREDICTORS: dict[str, type[CalibratorConfig]] = {
+    "taylorseer": TaylorSeerCalibratorConfig,
+    "hermite": HermiteCalibratorConfig,
+    "foca": FoCaCalibratorConfig,
+    "dmd": DMDCalibratorConfig,
+    "spectrum": SpectrumCalibratorConfig,
+    "custom": CustomCalibratorConfig,
+}
+"""By the name that they have among flat options, as in `enable_foca`."""

@@ -6,10 +6,10 @@ Names and defaults are cache-dit's, so that its users can switch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from functools import partial
 
 from dbcache.config.cache import UNLIMITED, DBCacheConfig
-from dbcache.config.options import check_flag, check_ids, check_int, check_number
+from dbcache.config.options import check_choice, option, shown
 from dbcache.kernels.pruning import block_state as bs
 
 _WITHOUT_MEANING = (
@@ -42,55 +42,44 @@ class DBPruneConfig(DBCacheConfig):
     """Let the threshold of a block rise to `dynamic_prune_threshold_relax_ratio` times the mean
     change of the blocks before it (of the first five of the step)."""
 
-    max_dynamic_prune_threshold: float | None = None
+    max_dynamic_prune_threshold: float | None = option(None, positive=True)
     """Where it would rise to this or more, `residual_diff_threshold` holds. None: twice that."""
 
-    dynamic_prune_threshold_relax_ratio: float = 1.25
+    dynamic_prune_threshold_relax_ratio: float = option(1.25, positive=True)
     """See `enable_dynamic_prune_threshold`."""
 
     non_prune_block_ids: list[int] = field(default_factory=list)
     """Blocks that always run, besides the first Fn and the last Bn: numbers in the stack."""
 
-    max_pruned_steps: int = UNLIMITED
+    max_pruned_steps: int = option(UNLIMITED, low=UNLIMITED)
     """Another name of `max_cached_steps`."""
 
-    residual_cache_update_interval: int = 1
+    residual_cache_update_interval: int = option(1, low=1)
     """What blocks add is stored on steps 0, i, 2i, ... only (and when nothing is stored yet)."""
 
-    cache_type: Literal["DBCache", "DBPrune"] = "DBPrune"
+    cache_type: str = option("DBPrune", check=partial(check_choice, allowed=("DBPrune",)))
     """The method, as serving engines name it."""
-
-    cache_types: ClassVar[tuple[str, ...]] = ("DBPrune",)
 
     def validate(self) -> None:
         super().validate()
         who = type(self).__name__
-        check_flag(f"{who}.enable_dynamic_prune_threshold", self.enable_dynamic_prune_threshold)
-        if self.max_dynamic_prune_threshold is not None:
-            name = "max_dynamic_prune_threshold"
-            check_number(f"{who}.{name}", self.max_dynamic_prune_threshold, positive=True)
-        name = "dynamic_prune_threshold_relax_ratio"
-        check_number(f"{who}.{name}", self.dynamic_prune_threshold_relax_ratio, positive=True)
-        self.non_prune_block_ids = check_ids(f"{who}.non_prune_block_ids", self.non_prune_block_ids)
-        check_int(f"{who}.max_pruned_steps", self.max_pruned_steps, UNLIMITED)
-        check_int(f"{who}.residual_cache_update_interval", self.residual_cache_update_interval, 1)
         limits = (self.max_cached_steps, self.max_pruned_steps)
         if UNLIMITED not in limits and limits[0] != limits[1]:
             raise ValueError(
                 f"{who}: max_cached_steps and max_pruned_steps must not differ, got {limits[0]} "
                 f"and {limits[1]}; set one of them"
             )
+        defaults = DBCacheConfig().as_dict()
         for name in _WITHOUT_MEANING:
-            default = getattr(DBCacheConfig(), name)
+            default = defaults[name]
             if getattr(self, name) != default:
                 raise ValueError(
                     f"{who}.{name} must be {default!r}, as it has no meaning here, got "
-                    f"{getattr(self, name)!r}; remove it"
+                    f"{shown(getattr(self, name))}; remove it"
                 )
 
     @property
     def max_steps(self) -> int:
-        """Most steps on which blocks are left out; -1: no limit."""
         return max(self.max_cached_steps, self.max_pruned_steps)
 
     @property

@@ -6,15 +6,15 @@ that project took the idea of non-uniform steps from LeMiCa and EasyCache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
-from dbcache.config.options import check_choice, check_int
+from dbcache.config.options import check_choice, check_int, shown
 
 Bins = tuple[tuple[int, ...], tuple[int, ...]]
 """Lengths of the runs of full steps and, between them, of cached ones."""
 
-POLICIES = ("slow", "medium", "fast", "ultra")
+MASKS = ("slow", "medium", "fast", "ultra")
 """From few cached steps to many."""
 
 _BASE_STEPS = 28
@@ -31,7 +31,7 @@ _UP_TO_15: dict[str, Bins] = {
     "ultra": ((2, 1, 1, 1, 1), (1, 2, 3, 3)),
 }
 _FEW = {
-    steps: dict.fromkeys(POLICIES, mask)
+    steps: dict.fromkeys(MASKS, mask)
     for steps, mask in enumerate(("1", "11", "111", "1101", "11101", "111001", "1110101"), 1)
 } | {
     8: {"slow": "11111011", "medium": "11110101", "fast": "11101001", "ultra": "11001001"},
@@ -64,7 +64,7 @@ def steps_mask(
         check_int("steps_mask: total_steps", total_steps, 1)
     if compute_bins is not None or cache_bins is not None:
         return _from_bins(compute_bins, cache_bins, total_steps)
-    check_choice("steps_mask: mask_policy", mask_policy, POLICIES)
+    check_choice("steps_mask: mask_policy", mask_policy, MASKS)
     if total_steps is None:
         raise ValueError(
             f"steps_mask: total_steps must be given with mask_policy={mask_policy!r}, got None"
@@ -75,6 +75,35 @@ def steps_mask(
     mask = _alternate(*_shrunk(_grown((computed, cached), total_steps), total_steps))
     mask[-1] = 1
     return mask
+
+
+def check_mask(mask: Sequence[int] | str, *, steps: int | None, static: bool) -> list[int] | str:
+    """Return `mask` as a list of 0 and 1, or the name of a policy as it is.
+
+    Raises:
+        TypeError: it is neither. ValueError: it is empty, has other values, another length
+            than `steps`, or would cache the first step without anything to take it from
+            (`static`); an unknown name.
+    """
+    if isinstance(mask, str):
+        check_choice("steps_computation_mask: a policy's name", mask, MASKS)
+        return mask
+    if not isinstance(mask, Iterable):
+        raise TypeError(f"steps_computation_mask must be a list or a name, got {shown(mask)}")
+    values = [int(entry) for entry in mask if entry in (0, 1)]
+    if not values or len(values) < len(list(mask)):
+        raise ValueError(f"steps_computation_mask must hold only 0 and 1, got {shown(mask)}")
+    if steps is not None and len(values) != steps:
+        raise ValueError(
+            f"steps_computation_mask must have one entry per step, got {len(values)} for "
+            f"{steps} steps; make it as long as the steps that the transformer runs"
+        )
+    if static and values[0] == 0:
+        raise ValueError(
+            "steps_computation_mask must begin with 1 under the static policy, got 0: nothing is "
+            "cached yet at the first step"
+        )
+    return values
 
 
 def _from_bins(

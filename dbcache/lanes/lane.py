@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dbcache.config.cache import StackSettings
-from dbcache.config.policies import POLICIES, coefficients
+from dbcache.config.policies import POLICIES
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import BatchReduce, LaneState
 from dbcache.kernels.decision.decide import decide
@@ -18,6 +18,7 @@ from dbcache.lanes.decision import Decision
 from dbcache.lanes.following import FollowedSteps, Leader
 from dbcache.lanes.history import History
 from dbcache.lanes.last_blocks import LaneTail
+from dbcache.lanes.plan import coefficients
 from dbcache.lanes.predictors import make_forecaster
 from dbcache.lanes.step_state import FIRST_CAPACITY, StepState
 
@@ -33,14 +34,14 @@ def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
         ls.ORDER: order,
         ls.ENCODER_ORDER: encoder_order,
         ls.BATCH_REDUCE: BatchReduce[cache.batch_reduce.upper()],
-        ls.PREDICTOR: settings.calibrator.predictor,
+        ls.PREDICTOR: settings.predictor.kind,
         ls.SIGNAL: POLICIES[cache.policy].signal,
     }
     thresholds = {
         ls.THRESHOLD: cache.threshold,
         ls.MAX_ACCUMULATED: cache.max_accumulated_residual_diff_threshold or 0.0,
         ls.IMPORTANT: cache.important_condition_threshold,
-        ls.SCALE: settings.calibrator.scale,
+        ls.SCALE: settings.predictor.scale,
     }
     polynomial = coefficients(cache, settings.calibration)
     return limits, thresholds | dict(enumerate(polynomial, ls.POLYNOMIAL))

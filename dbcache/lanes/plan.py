@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from dbcache.config.options import check_choice
-from dbcache.config.steps_mask import POLICIES, steps_mask
+from dbcache.config.cache import DBCacheConfig
+from dbcache.config.calibration import Calibration
+from dbcache.config.steps_mask import check_mask, steps_mask
+from dbcache.kernels.common import lane_state
 from dbcache.kernels.common.lane_state import PlanCode
-
-if TYPE_CHECKING:
-    from dbcache.config.cache import DBCacheConfig
-
-
-def check_mask(mask: Sequence[int] | str, *, steps: int | None, static: bool) -> list[int] | str:
-    """Return `mask` as a list of 0 and 1, or the name of a policy as it is.
-
-    Raises:
-        ValueError: it is empty, has other values, another length than `steps`, or would cache the
-            first step without anything to take it from (`static`); an unknown name.
-    """
-    if isinstance(mask, str):
-        check_choice("steps_computation_mask: a policy's name", mask, POLICIES)
-        return mask
-    values = [int(entry) if entry in (0, 1) else entry for entry in mask]
-    if not values or any(not isinstance(entry, int) or entry not in (0, 1) for entry in values):
-        raise ValueError(f"steps_computation_mask must hold only 0 and 1, got {list(mask)!r}")
-    if steps is not None and len(values) != steps:
-        raise ValueError(
-            f"steps_computation_mask must have one entry per step, got {len(values)} for "
-            f"{steps} steps; make it as long as the steps that the transformer runs"
-        )
-    if static and values[0] == 0:
-        raise ValueError(
-            "steps_computation_mask must begin with 1 under the static policy, got 0: nothing is "
-            "cached yet at the first step"
-        )
-    return values
+from dbcache.kernels.decision.decide import advance
 
 
 def resolve_mask(config: DBCacheConfig, steps: int | None, who: str) -> list[int] | None:
@@ -78,18 +51,29 @@ def check_retention(config: DBCacheConfig, steps: int | None, who: str) -> None:
         )
 
 
+def warmup_steps(config: DBCacheConfig, request_steps: int | None) -> int:
+    """Return how long the warm-up of a request of `request_steps` is.
+
+    Where `max_warmup_steps` was not given that is half of the steps, and its default at most: the
+    default would leave nothing to cache in a request of few steps (docs/options.md).
+    """
+    if request_steps is None or "max_warmup_steps" in config.given:
+        return config.max_warmup_steps
+    return min(config.max_warmup_steps, request_steps // 2)
+
+
 def make_plan(
     config: DBCacheConfig, steps: int, request_steps: int | None = None
 ) -> list[PlanCode]:
     """Return the `PlanCode` of each of `steps` steps, of a request of `request_steps`.
 
-    Warm-up first: steps ``0, i, 2i, ... < max_warmup_steps`` are full, and so are the first ones
+    Warm-up first: steps ``0, i, 2i, ... < warmup_steps(...)`` are full, and so are the first ones
     that make up `retention_ratio`; with a mask both are capped at its leading ones. Then the mask,
     a list by now (`resolve_mask`). Steps beyond the mask are as a 0 in it.
     """
     mask = config.steps_computation_mask
     assert not isinstance(mask, str)
-    warmup = config.max_warmup_steps
+    warmup = warmup_steps(config, request_steps)
     retained = int(config.retention_ratio * (request_steps or 0) + 0.5)
     if mask is not None:
         leading_ones = mask.index(0) if 0 in mask else len(mask)
@@ -106,3 +90,44 @@ def make_plan(
         else:
             plan.append(skip)
     return plan
+
+
+def coefficients(cache: DBCacheConfig, calibration: Calibration | None) -> tuple[float, ...]:
+    """Return the polynomial of `Signal.SUM`, from the highest power down; the identity if open."""
+    if calibration is not None and calibration.coefficients:
+        return calibration.coefficients
+    return (0.0,) * (lane_state.DEGREE - 1) + (1.0, 0.0)
+
+
+def decide_ahead(
+    plan: Sequence[int],
+    ratios: Sequence[float],
+    limits: Sequence[int],
+    thresholds: Sequence[float],
+) -> tuple[list[int], dict[int, float]]:
+    """Return a plan whose dynamic steps are decided by MagCache's rule, and what each contributed.
+
+        q := q * ratio,  E := E + |1 - q|       cached while E < threshold; q = 1, E = 0 when full
+
+    Nothing is measured, so all of it is known before the first step and no step waits. The rest of
+    the rule (limits, reference) is that of `decide`, which is run here on the host.
+
+    Args:
+        plan: plan codes.
+        ratios: size of a step's residual over that of the step before; beyond the last: the last.
+        limits: those of the lane's state.
+        thresholds: those of the lane's state.
+    """
+    counters, values = [0] * lane_state.NUM_COUNTERS, [0.0] * lane_state.NUM_VALUES
+    codes, changes, q = [], {}, 1.0
+    for step, code in enumerate(plan):
+        q *= ratios[min(step, len(ratios) - 1)]
+        is_open = code == PlanCode.DYNAMIC
+        change = abs(1 - q) if is_open and counters[lane_state.REFERENCE] else None
+        advance(counters, values, limits, thresholds, code, change)
+        codes.append(lane_state.KNOWN + counters[lane_state.REASON] if is_open else int(code))
+        if change is not None:
+            changes[step] = change
+        if not counters[lane_state.CACHED]:
+            q = 1.0
+    return codes, changes

@@ -47,7 +47,7 @@ class Forecaster:
 
 def make_forecaster(settings: StackSettings, device: torch.device) -> Forecaster | None:
     """Return what the predictor in `settings` needs, None where `decide` does it all."""
-    calibrator, used = settings.calibrator, settings.predicts
+    calibrator, used = settings.predictor, settings.predicts
     if not any(used):
         return None
     if isinstance(calibrator, SpectrumCalibratorConfig):

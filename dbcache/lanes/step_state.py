@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from dbcache.config.cache import StackSettings
-from dbcache.config.policies import POLICIES, decide_ahead
+from dbcache.config.policies import POLICIES
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LaneState, PlanCode, Reason
 from dbcache.kernels.pruning.block_state import BlockSteps
 from dbcache.lanes.buffers import HostCopy, outside_inference_mode
-from dbcache.lanes.plan import make_plan
+from dbcache.lanes.plan import decide_ahead, make_plan
 
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
@@ -82,7 +82,7 @@ class StepState(Generic[Tensors]):
         self._settings = settings
         plan: list[int] = [*make_plan(settings.cache, self.state.capacity, settings.steps)]
         self._known_changes: dict[int, float] = {}
-        if POLICIES[settings.cache.policy].source == "calibration":
+        if POLICIES[settings.cache.policy].measures == "calibration":
             assert settings.calibration is not None
             ratios = settings.calibration.ratios_for(self.branch, settings.steps)
             plan, self._known_changes = decide_ahead(plan, ratios, self.limits, self.thresholds)

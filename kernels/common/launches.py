@@ -140,9 +140,9 @@ def read(path: Path) -> dict[str, Table]:
             raise ValueError(f"its format is {content['format']!r}")
         devices = content["devices"].items()
         return {name: dict(map(_entry, entries)) for name, entries in devices}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} must be a file of format {FORMAT!r}, got {error!r}; delete it or set "
+            f"{path} must be a file of format {FORMAT!r}, got {str(error)[:200]}; delete it or set "
             "DBCACHE_TUNING to another"
         ) from error
 

@@ -94,7 +94,7 @@ def test_rejects_bad_calibrators():
         (FoCaCalibratorConfig, "foca_horizon", 0, "a number > 0"),
         (DMDCalibratorConfig, "dmd_history", 2, "an integer from 3 to 8"),
         (DMDCalibratorConfig, "dmd_ridge", 0.0, "a number > 0"),
-        (DMDCalibratorConfig, "dmd_rank", 3, "0 or 2"),
+        (DMDCalibratorConfig, "dmd_rank", 3, r"one of \(0, 2\)"),
         (DMDCalibratorConfig, "dmd_svd_precision", "exact", "one of"),
         (SpectrumCalibratorConfig, "spectrum_order", 5, "an integer from 1 to 4"),
         (SpectrumCalibratorConfig, "spectrum_window", 9, "an integer from 2 to 8"),

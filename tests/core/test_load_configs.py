@@ -163,7 +163,7 @@ def test_only_what_was_given_counts_and_switched_off_is_said():
             {"enable_taylorseer": True, "taylorseer_cache_type": "residual"}
             | {"calibrator_cache_type": "hidden_states"},
             ValueError,
-            "given once, got two values",
+            "must not both be given",
         ),
         ({"enable_taylorseer": "yes"}, TypeError, "must be True or False, got 'yes'"),
         ({"scm_steps_mask_policy": "quick"}, ValueError, "got 'quick'"),

@@ -5,7 +5,7 @@ import tiny
 
 import dbcache
 from dbcache import DBCacheConfig, ParamsModifier, steps_mask
-from dbcache.config.steps_mask import POLICIES
+from dbcache.config.steps_mask import MASKS
 
 GOLDEN = {
     (4, "slow"): "1101",
@@ -37,12 +37,12 @@ def test_equals_cache_dit_at_every_number_of_steps_that_it_accepts():
     cache_dit = pytest.importorskip("cache_dit", minversion="1.5.3")
     # from 101 on: where its arithmetic in floats shows
     for steps in (4, 6, *range(8, 101), 488, 920, 976):
-        for policy in POLICIES:
+        for policy in MASKS:
             expected = cache_dit.steps_mask(total_steps=steps, mask_policy=policy)
             assert steps_mask(total_steps=steps, mask_policy=policy) == expected, (steps, policy)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", MASKS)
 def test_short_requests_begin_and_end_with_full_steps(policy):
     masks = [text(steps_mask(total_steps=n, mask_policy=policy)) for n in (1, 2, 3, 5, 7)]
     assert masks == ["1", "11", "111", "11101", "1110101"]
@@ -161,4 +161,4 @@ def test_an_unknown_name_is_refused_at_once():
     with pytest.raises(ValueError, match=r"'ultra'.* got 'ultrafast'"):
         DBCacheConfig(steps_computation_mask="ultrafast")
     config = DBCacheConfig(steps_computation_mask="fast", num_inference_steps=8)
-    assert config.strify().endswith("_SCMfast_dynamic_N8")
+    assert config.strify().endswith("_SCM11101001_dynamic_N8")

@@ -1,5 +1,6 @@
 """Imports go downwards only: kernels <- core <- adapters <- API, with parallel beside the core.
 
+The same holds inside each part, folder by folder (`ORDER`), and no imports go round in circles.
 Read from the syntax tree, so imports inside functions and under TYPE_CHECKING count too.
 """
 
@@ -14,7 +15,34 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("kernels", "adapters", "parallel")
-FACADE = ("api", "cache_factory", "__init__", "__main__", "cli", "demo")
+SURFACE = ("integrations", "metrics")
+"""Facades that nothing imports but what users call."""
+
+FACADE = ("api", "cache_factory", "__init__", "__main__", "cli", "demo", *SURFACE)
+
+ORDER = {
+    "kernels": (
+        ("common",),
+        ("prediction", "distributed"),
+        ("decision",),
+        ("pruning",),
+        ("tuning",),
+    ),
+    "core": (("config",), ("lanes",), ("graphs",), ("report",)),
+    "adapters": (("patching",), ("blocks",), ("signals", "models"), ("stacks",), ("requests",)),
+}
+"""Folders of each part, from the bottom up: a folder imports of those below it."""
+
+OPEN = (
+    "dbcache.adapters.blocks",
+    "dbcache.adapters.requests",
+    "dbcache.adapters.signals",
+    "dbcache.adapters.stacks",
+    "dbcache.graphs",
+    "dbcache.kernels.prediction",
+    "dbcache.lanes",
+)
+"""Folders whose imports may still go round in circles, or up to another folder of their part."""
 
 CONFIGS = ("dbcache.config.options", "dbcache.config.parallelism")
 
@@ -35,13 +63,40 @@ def layer(module: str) -> str:
     return "facade" if head in FACADE else "core"
 
 
+def is_in(module: str, folders: tuple[str, ...]) -> bool:
+    """Whether a module lies in one of these folders, or is one."""
+    return any(f"{module}.".startswith(f"{folder}.") for folder in folders)
+
+
+def place(module: str) -> tuple[int, str] | None:
+    """Return how high a module's folder is in the `ORDER` of its part, and the folder.
+
+    None where the part has no order, or the order does not name the folder.
+    """
+    part = layer(module)
+    above = "dbcache" if part == "core" else f"dbcache.{part}"
+    for height, names in enumerate(ORDER.get(part, ())):
+        for name in names:
+            if is_in(module, (f"{above}.{name}",)):
+                return height, name
+    return None
+
+
 def is_upward(module: str, name: str) -> bool:
     """Whether `module` must not import `name`."""
-    if not f"{name}.".startswith("dbcache."):
+    if not is_in(name, ("dbcache",)):
         return False
+    if is_in(name, tuple(f"dbcache.{facade}" for facade in SURFACE)):
+        head = module.split(".")[1:2]
+        return head not in (["api"], ["cli"], ["__main__"], name.split(".")[1:2])
     if layer(module) == "parallel" and name in CONFIGS:
         return False
-    return layer(name) not in MAY_IMPORT[layer(module)]
+    if layer(name) not in MAY_IMPORT[layer(module)]:
+        return True
+    own, other = place(module), place(name)
+    if layer(name) != layer(module) or own is None or other is None or own == other:
+        return False
+    return own[0] <= other[0] and not is_in(module, OPEN)
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -82,8 +137,71 @@ def violations(root: Path) -> list[str]:
     ]
 
 
+def circles(root: Path) -> list[list[str]]:
+    """Return the groups of modules that import each other, directly or by way of others.
+
+    The package's own `__init__` is left out: it imports all that users call.
+    """
+    known = modules(root)
+    graph = {
+        module: {name for _, name in imports(module, path, known) if name in known}
+        for module, path in known.items()
+        if module != "dbcache"
+    }
+    reached = {module: _reached(graph, module) for module in graph}
+    groups = {
+        tuple(sorted(other for other in reached[module] if module in reached[other]))
+        for module in graph
+        if module in reached[module]
+    }
+    return [list(group) for group in sorted(groups)]
+
+
+def _reached(graph: dict[str, set[str]], start: str) -> set[str]:
+    """Return what a module imports, directly or by way of others; `dbcache` itself leads on to
+    nothing."""
+    found: set[str] = set()
+    ahead = [start]
+    while ahead:
+        new = graph[ahead.pop()] - found - {"dbcache"}
+        found |= new
+        ahead += new
+    return found
+
+
 def test_imports_go_downwards() -> None:
     assert violations(ROOT) == []
+
+
+def test_no_imports_go_round_in_circles() -> None:
+    closed = [group for group in circles(ROOT) if not all(is_in(name, OPEN) for name in group)]
+    assert closed == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from dbcache.lanes import plan",
+        "def f():\n    import dbcache.lanes.plan",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..lanes.plan import Plan",
+    ],
+)
+def test_a_circle_is_found_wherever_the_import_stands(tmp_path: Path, back: str) -> None:
+    sources = {
+        "__init__": "from dbcache.lanes import lane",
+        "config/cache": back,
+        "config/options": "import dbcache",
+        "lanes/plan": "from dbcache.lanes.lane import Lane",
+        "lanes/lane": "from dbcache.config.cache import Config\nfrom dbcache.config import options",
+    }
+    for name, text in sources.items():
+        path = tmp_path / "dbcache" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    names = ["dbcache.config.cache", "dbcache.lanes.lane", "dbcache.lanes.plan"]
+    assert circles(tmp_path) == [names]
+    (tmp_path / "dbcache/config/cache.py").write_text("")
+    assert circles(tmp_path) == []
 
 
 def test_kernels_need_only_torch_and_triton() -> None:
@@ -114,6 +232,14 @@ def test_kernels_need_only_torch_and_triton() -> None:
         ("dbcache/lane.py", "from dbcache import adapters"),
         ("dbcache/lane.py", "def f():\n    from . import api"),
         ("dbcache/graphs/graph.py", "from ..api import enable"),
+        ("dbcache/config/cache.py", "from dbcache.lanes.plan import make_plan"),
+        ("dbcache/config/cache.py", "from dbcache.report import Summary"),
+        ("kernels/common/sums.py", "from dbcache.kernels.tuning import tune"),
+        ("kernels/decision/decide.py", "from dbcache.kernels.pruning import decide_tail"),
+        ("adapters/models/table.py", "from dbcache.adapters.signals.modulated import f"),
+        ("adapters/patching/functor.py", "from ..blocks.patterns import f"),
+        ("dbcache/demo/run.py", "from dbcache.metrics import compute_psnr"),
+        ("dbcache/cache_factory.py", "import dbcache.integrations.comfy"),
     ],
 )
 def test_upward_import_is_found(tmp_path: Path, file: str, statement: str) -> None:
@@ -121,7 +247,7 @@ def test_upward_import_is_found(tmp_path: Path, file: str, statement: str) -> No
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
     (tmp_path / file).write_text(statement)
     assert len(violations(tmp_path)) == 1
 
@@ -135,6 +261,12 @@ def test_upward_import_is_found(tmp_path: Path, file: str, statement: str) -> No
         ("dbcache/lane.py", "from dbcache.kernels.op import f\nfrom . import config"),
         ("dbcache/api.py", "from dbcache.adapters.auto import f\nimport dbcache.parallel.ring"),
         ("dbcache/demo/run.py", "import dbcache\nfrom dbcache import adapters"),
+        ("dbcache/lanes/plan.py", "from dbcache.config.cache import f\nfrom . import lane"),
+        ("adapters/models/lookup.py", "from .table import MODELS\nfrom ..blocks import patterns"),
+        ("kernels/decision/decide.py", "from dbcache.kernels.prediction.taylor import f"),
+        ("dbcache/cli.py", "from dbcache.metrics import compute_psnr"),
+        ("dbcache/api.py", "from dbcache.integrations import comfy"),
+        ("dbcache/metrics/table.py", "from dbcache.metrics import compute_psnr"),
     ],
 )
 def test_downward_import_is_allowed(tmp_path: Path, file: str, statement: str) -> None:
@@ -142,6 +274,6 @@ def test_downward_import_is_allowed(tmp_path: Path, file: str, statement: str) -
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).parent.mkdir(exist_ok=True, parents=True)
     (tmp_path / file).write_text(statement)
     assert violations(tmp_path) == []

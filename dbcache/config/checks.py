@@ -1,0 +1,54 @@
+"""What makes the settings of a stack complete: options that go together, and its calibration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dbcache.config.cache import DBCacheConfig, StackSettings
+from dbcache.config.calibration import find_calibration
+from dbcache.config.options import shown
+from dbcache.config.policies import CALIBRATED, POLICIES
+
+
+def prepare(settings: StackSettings, model: object, stack: str) -> StackSettings:
+    """Return the settings of one stack, checked as a whole, with its part of the calibration.
+
+    Args:
+        settings: after all modifiers: partial configs may lack what belongs together.
+        model: the module that has the stack's blocks.
+        stack: name of the stack.
+
+    Raises:
+        ValueError: options that do not go together, or a calibration that is missing or is for
+            another policy, model or stack.
+    """
+    cache = settings.cache
+    _check_options(cache)
+    if cache.policy not in CALIBRATED:
+        return settings
+    found = find_calibration(cache.policy, cache.calibration, model, stack)
+    return replace(settings, calibration=found)
+
+
+def _check_options(cache: DBCacheConfig) -> None:
+    who, defaults = "DBCacheConfig", type(cache)()
+    for option, why in POLICIES[cache.policy].refuses.items():
+        value, default = getattr(cache, option), getattr(defaults, option)
+        if value != default:
+            raise ValueError(
+                f"{who}.{option} must be {default!r} with policy={cache.policy!r}, got "
+                f"{shown(value)}: {why}; leave it out, or use policy='dbcache'"
+            )
+    if cache.calibration is not None and cache.policy not in CALIBRATED:
+        raise ValueError(
+            f"{who}.calibration must come with a policy of {CALIBRATED}, got policy="
+            f"{cache.policy!r}; leave it out"
+        )
+    is_static = cache.steps_computation_policy == "static" and cache.steps_computation_mask
+    if cache.static_skip_probe and not is_static:
+        raise ValueError(
+            f"{who}.static_skip_probe must come with a steps_computation_mask and "
+            f"steps_computation_policy='static', got "
+            f"{shown(cache.steps_computation_mask)} and "
+            f"{cache.steps_computation_policy!r}: dynamic steps need the probe"
+        )
