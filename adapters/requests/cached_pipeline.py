@@ -55,7 +55,7 @@ class CachedPipeline:
             stack.callback(call.close)
             call.open()
             has_scheduler = stack.enter_context(watched(self.pipe, call))
-            call.follow(tells_steps=has_scheduler and not self.doubts_scheduler)
+            call.follow(has_scheduler=has_scheduler)
             stack.enter_context(active(call.requests))
             kwargs = {name: _outside(name, value) for name, value in kwargs.items()}
             return run(*args, **kwargs)
@@ -95,10 +95,12 @@ class PipelineCall:
         """Return the steps of the call, where the pipeline tells them, and the scheduler's."""
         return getattr(self.pipeline.pipe, "_num_timesteps", None), self._steps_of_scheduler
 
-    def follow(self, *, tells_steps: bool) -> None:
+    def follow(self, *, has_scheduler: bool) -> None:
         """Find the guidance branches from the calls."""
+        doubts = self.pipeline.doubts_scheduler
         for request in self.requests.values():
-            request.follow(tells_steps=tells_steps)
+            request.branches.is_doubted = doubts
+            request.follow(tells_steps=has_scheduler and not doubts)
 
     def is_current(self) -> bool:
         """Whether the code that runs now belongs to this call."""

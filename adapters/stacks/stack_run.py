@@ -109,7 +109,7 @@ class StackRun:
     def forget(self, branch: str | None) -> bool:
         """Make the next step of a branch a full one; say whether it could have been cached."""
         lane = self.lanes.get(branch)
-        if lane is None or not lane.has_reference:
+        if lane is None or not lane.steps.has_reference:
             return False
         lane.forget_reference()
         return True

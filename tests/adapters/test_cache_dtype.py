@@ -1,5 +1,6 @@
 """The dtype of the ring: what it costs, what it saves, and what it leaves as it is."""
 
+import inside
 import pytest
 import torch
 from tiny import FAMILIES, denoise, noise
@@ -25,7 +26,7 @@ def options(cache_dtype, **changes):
 
 
 def lane_of(model):
-    return model._dbcache.stacks[0].lanes[None]
+    return inside.stacks(model)[0].lanes[None]
 
 
 class Block(torch.nn.Module):

@@ -1,5 +1,6 @@
 """DBPrune on toy blocks of every pattern, in a loop that does what models do between blocks."""
 
+import inside
 import pytest
 import torch
 from fake_driver import FakeDriver
@@ -191,7 +192,7 @@ def test_every_pattern_is_recorded_bit_for_bit(pattern, in_place, mode, which, m
         for block in model.blocks:
             block.in_place = in_place
         enable(model, LAST if which == "last blocks" else rule, cuda_graph=cuda_graph)
-        (stack,) = model._dbcache.stacks
+        (stack,) = inside.stacks(model)
         stack.prepare_recording()
         outputs, flags = [], []
         with torch.no_grad():
@@ -200,7 +201,7 @@ def test_every_pattern_is_recorded_bit_for_bit(pattern, in_place, mode, which, m
                 flags.append(left_out_on_last_step(stack))
         (lane,) = dbcache.summary(model).lanes
         runs.append((outputs, lane.reasons, flags, lane.diffs))
-    assert model._dbcache.graphs.replays == 13
+    assert inside.graphs(model).replays == 13
     assert {True, False} == {any(step) for step in flags[2:]}
     assert runs[0][1:] == runs[1][1:]
     assert all(map(torch.equal, runs[0][0], runs[1][0]))

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import inside
 import models
 import pytest
 import torch
@@ -365,7 +366,7 @@ def test_magcache_takes_the_nearest_ratio_for_another_number_of_steps():
         settings = {"policy": "magcache", "calibration": known(ratios), "max_warmup_steps": 0}
         config = dbcache.DBCacheConfig(**settings)
         model = dbcache.enable(FAMILIES["flux"].build(), cache_config=config)
-        (stack,) = vars(model)["_dbcache"].stacks
+        (stack,) = inside.stacks(model)
         assert list(stack.settings.calibration.ratios_for(None, steps)) == expected
         assert list(stack.settings.calibration.ratios_for("uncond", steps)) == expected
 

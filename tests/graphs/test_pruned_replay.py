@@ -1,5 +1,6 @@
 """DBPrune recorded and replayed, a branch per block, against eager: same decisions, same bits."""
 
+import inside
 import pytest
 import torch
 from fake_driver import FakeDriver
@@ -20,7 +21,6 @@ from tiny import BRANCHES, FAMILIES, denoise
 
 import dbcache
 from dbcache import DBPruneConfig
-from dbcache.adapters.requests.cached_transformer import handle_of
 from dbcache.lanes.block_store import BlockStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,7 +67,7 @@ def test_fifty_steps_are_the_same_bit_for_bit(driver, known, name, setting, mode
         known=known[name, setting],
         enable_separate_cfg=False,
     )
-    (stack,) = handle_of(model).stacks
+    (stack,) = inside.stacks(model)
     assert 10 <= sum(map(bool, pruned)) <= 47
     assert len(reasons) == STEPS
     if setting == "mask" or (name, setting) == ("wan", "one by one"):

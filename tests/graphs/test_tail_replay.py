@@ -1,5 +1,6 @@
 """`Bn_compute_blocks_ids` recorded, a branch per block, against eager: the same to the last bit."""
 
+import inside
 import pytest
 import torch
 from fake_driver import FakeDriver
@@ -104,7 +105,7 @@ def both(run, *args, mode, family=FLUX, target=None, **options):
 
 
 def prunable(model):
-    return [stack.tail.run.prunable for stack in handle_of(model).stacks]
+    return [stack.last_blocks.blocks.prunable for stack in inside.stacks(model)]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import inside
 import pytest
 import ranks
 import spread
@@ -225,7 +226,7 @@ def loop(model: torch.nn.Module, name: str, steps: int) -> list[torch.Tensor]:
 
 
 def stacks(model: torch.nn.Module) -> Any:
-    return model.__dict__["_dbcache"].stacks
+    return inside.stacks(model)
 
 
 def same_on_all_ranks(value: Any) -> bool:
