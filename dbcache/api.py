@@ -178,7 +178,7 @@ def start_request(
     pairs: list[tuple[CachedTransformer, Request]] = []
     try:
         for handle in handles:
-            setup = handle.setup.renewed(changes)
+            setup = handle.setup.renewed(changes, for_request=True)
             setup.check_options(handle.setup)
             setup.bind(handle.views, handle.original)
             request = Request(setup, steps=setup.config.num_inference_steps, follows=True)
@@ -427,7 +427,7 @@ def capture(target: Any, **inputs: Any) -> list[Recording]:
         reasons = "; ".join(line for executor in executors for line in executor.describe())
         raise RuntimeError(f"capture: the forward must be recordable, but is not: {reasons}")
     for handle in handles:
-        handle.end_implicit()
+        handle.begin_anew(None)
     return recorded
 
 

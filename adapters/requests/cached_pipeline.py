@@ -130,7 +130,7 @@ class PipelineCall:
             handle.close(request)
             pipeline.doubts_scheduler = request.branches.is_doubted
             if handle.enabled.alone is None:
-                handle.end_implicit()
+                handle.begin_anew(None)
         if self in pipeline._open:
             pipeline._open.remove(self)
         records = [request.record for request in self.requests.values()]

@@ -257,18 +257,32 @@ class CachedTransformer:
         if request is not None and not request.is_closed:
             request.move_to(setup)
             return
-        self.end_implicit()
-        renew = None if self.enabled.alone is None else self._alone
-        self._implicit[current_place()] = Request(setup, follows=False, renew=renew)
+        self.begin_anew(setup)
+
+    def begin_anew(self, setup: Setup | None) -> None:
+        """End the request of this thread or task that nobody started, and begin another one.
+
+        Args:
+            setup: of the new request; None: it begins with the next forward, if at all. A graph
+                that the user captured goes on with the lanes that it found.
+        """
+        with self._lock:
+            place = current_place()
+            old = self._implicit.pop(place, None)
+            lanes = None if old is None else old.lane_set
+            if old is not None:
+                self._finish(old)
+            new = setup or self.enabled.alone
+            is_captured = lanes is not None and lanes.is_captured
+            if new is not None and (setup is not None or is_captured):
+                renew = None if self.enabled.alone is None else self._alone
+                request = self._implicit[place] = Request(new, follows=False, renew=renew)
+                if lanes is not None:  # reset now: the next step may be captured, or replayed
+                    request.use(new.take_lanes(lanes.shape))
+            self._fit()
 
     def _alone(self) -> Setup | None:
         return self.enabled.alone
-
-    def end_implicit(self) -> None:
-        """End the request of this thread or task that nobody started."""
-        request = self._implicit.pop(current_place(), None)
-        if request is not None:
-            self._finish(request)
 
     def _finish(self, request: Request) -> None:
         request.close()
@@ -279,11 +293,11 @@ class CachedTransformer:
     def shown(self) -> RequestRecord | None:
         """Return the record that a summary shows, None where no step was run."""
         place = self._implicit.get(current_place())
-        if place is not None and place.calls:
+        if place is not None and place.has_run:
             return RequestRecord.of(place)
         if self.closed is not None:
             return self.closed
-        return next((RequestRecord.of(one) for one in self._under_way() if one.calls), None)
+        return next((RequestRecord.of(one) for one in self._under_way() if one.has_run), None)
 
     def nbytes(self) -> int:
         """Bytes of all buffers: of open requests, and those kept for the next ones."""

@@ -112,8 +112,6 @@ class Request:
         self.began_in_capture = is_capturing()
         self.branch_calls: Counter[str | None] = Counter()
         self._forms: dict[str | None, Any] = {}
-        if self.times is not None:
-            self.times.start_request()
         if self.lane_set is not None:
             self.lane_set.start_request()
         if self.setup.graphs is not None:
@@ -264,6 +262,8 @@ class Request:
             output = self.sharded(self.branch, lambda: self._step(args, kwargs))
         self.calls += 1
         self.branch_calls[self.branch] += 1
+        if self.times is not None:
+            self.times.end_call()
         return output
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -376,6 +376,8 @@ class Request:
                 f"{type(self.module).__name__}: a step must have run before one is captured, and "
                 f"made the buffers, got none of branch {self.branch!r}; run one first"
             )
+        assert self.lane_set is not None
+        self.lane_set.is_captured = True
         capture = self.setup.user_capture()
         capture.fixed_by_plan = self.began_in_capture
         return capture
@@ -391,6 +393,11 @@ class Request:
         lanes, self.lane_set = self.lane_set, None
         if lanes is not None:
             self.setup.lanes.give(lanes)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it took steps, as far as the host can know."""
+        return self.calls > 0 or (self.lane_set is not None and self.lane_set.is_captured)
 
     def nbytes(self) -> int:
         """Bytes of its buffers."""

@@ -170,8 +170,12 @@ class Setup:
             self.capture = user_capture(next(self.module.parameters()).device)
         return self.capture
 
-    def renewed(self, changes: ParamsModifier) -> Setup:
+    def renewed(self, changes: ParamsModifier, *, for_request: bool = False) -> Setup:
         """Return one with the given fields of `changes` on top; itself if they change nothing.
+
+        Args:
+            changes: fields that were given count.
+            for_request: the new one is for a single request, beside this one.
 
         Raises:
             ValueError: values that are not allowed, or do not go together.
@@ -193,11 +197,14 @@ class Setup:
             sharding=self.sharding,
             patches=self.patches,
         )
-        renewed.inherit(self)
+        renewed.inherit(self, always=for_request)
         return renewed
 
-    def inherit(self, old: Setup) -> None:
-        """Take over what is known of the blocks, lanes and recorded graphs, as far as they fit."""
+    def inherit(self, old: Setup, *, always: bool = False) -> None:
+        """Take over what is known of the blocks; lanes and recorded graphs where these fit.
+
+        With `always` lanes and graphs are shared even if they do not fit all of both.
+        """
         options, its_options = (x.graphs and x.graphs.options for x in (self, old))
         if self.patches is not old.patches or options != its_options:
             return  # functors cannot be compared
@@ -206,7 +213,8 @@ class Setup:
         for stack, its_old in zip(self.stacks, old.stacks, strict=True):
             stack.inherit(its_old)
         self.views, self.original, self.partial = old.views, old.original, old.partial
-        self.lanes, self.graphs, self.capture = old.lanes, old.graphs, old.capture
+        if always or [s.recorded for s in self.stacks] == [s.recorded for s in old.stacks]:
+            self.lanes, self.graphs, self.capture = old.lanes, old.graphs, old.capture
 
     def check_options(self, old: Setup) -> None:
         """Raise a ValueError if these settings need other blocks or buffers than `old`."""

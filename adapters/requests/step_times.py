@@ -31,12 +31,13 @@ class StepTimes:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._find = ArgumentFinder(module, TIMESTEPS)
-        self.start_request()
-
-    def start_request(self) -> None:
-        """Forget the last request."""
         self._last: float | None = None
         self._direction = 0.0
+        self._next: tuple[float | None, float] = None, 0.0
+
+    def end_call(self) -> None:
+        """Keep the time of the call that was looked at: it has ended without an exception."""
+        self._last, self._direction = self._next
 
     def move(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Move:
         """Return how a call's time lies to that of the last one; reads it from the device."""
@@ -45,16 +46,17 @@ class StepTimes:
 
     def move_to(self, now: float) -> Move:
         """Return how the time or number `now` of a step lies to that of the last call."""
-        last, self._last = self._last, now
+        last, before = self._last, self._direction
+        self._next = now, before
         if last is None:
             return Move.ON
         if now == last:
             return Move.NONE
         direction = 1.0 if now > last else -1.0
-        if self._direction and direction != self._direction:
-            self._direction = 0.0
+        if before and direction != before:
+            self._next = now, 0.0
             return Move.BACK
-        self._direction = direction
+        self._next = now, direction
         return Move.ON
 
 

@@ -41,10 +41,11 @@ def switch_on(pipe: Any, setups: Sequence[Setup], max_requests: int) -> None:
             else:
                 new = handle.enabled.with_owner(pipeline, setup, max_requests)
             _change(transaction, handle, new)
-            handle.end_implicit()
         if pipeline is not None:
             transaction.set(pipe.__dict__, HANDLE, pipeline)
             transaction.set_class(pipe, request_class(plain_class(pipe)))
+    for handle in handles:
+        handle.begin_anew(None)
 
 
 def switch_off(parts: Sequence[Any]) -> None:

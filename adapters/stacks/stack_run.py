@@ -123,6 +123,7 @@ class LaneSet:
 
     Attributes:
         serial: number that no other set has.
+        is_captured: a graph of the user's works on the lanes, unseen by the host.
         shape: of the latents of the last request, for which the buffers fit.
     """
 
@@ -132,6 +133,7 @@ class LaneSet:
         self.serial = next(self._serials)
         self.runs = list(runs)
         self.shape: object = None
+        self.is_captured = False
 
     def start_request(self) -> None:
         """Forget the last request."""

@@ -412,7 +412,7 @@ def test_a_later_stack_may_differ_in_its_last_blocks_and_its_dtype_alone():
     )
     first, second = inside.stacks(model)
     assert (first.fn, first.bn, second.fn, second.bn) == (1, 0, 0, 2)
-    handle = model._dbcache
+    setup = inside.handle(model).setup
     other = ParamsModifier(
         cache_config=DBCacheConfig(max_warmup_steps=4),
         calibrator_config=TaylorSeerCalibratorConfig(),
@@ -425,7 +425,7 @@ def test_a_later_stack_may_differ_in_its_last_blocks_and_its_dtype_alone():
             **FORCED,
             decision_scope="model",
         )
-    assert model._dbcache is handle
+    assert inside.handle(model).setup is setup
 
 
 def test_stacks_in_another_order_than_they_run_are_refused():

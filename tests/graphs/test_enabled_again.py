@@ -8,7 +8,6 @@ from tiny import denoise, generate, pipeline
 
 import dbcache
 from dbcache import BlockAdapter, ForwardPattern
-from dbcache.adapters.requests.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +35,7 @@ def test_other_numbers_are_served_by_the_same_recordings(driver, options, mode):
     ):
         before = graphs(model).replays
         dbcache.enable(model, **options | changes, cuda_graph=mode)
-        assert not traces(model), "the last request is over"
+        assert not len(inside.handle(model)._implicit), "the last request is over"
         got = denoise(model, FLUX, 10)
         # a fresh model's first step is an eager one
         dbcache.enable(fresh, **options | changes, cuda_graph=mode)
@@ -126,7 +125,7 @@ def test_what_is_refused_leaves_the_old_cache_and_its_recordings(driver):
     model, fresh = FLUX.build(), FLUX.build()
     dbcache.enable(model, **OPTIONS, num_inference_steps=8, cuda_graph="device")
     denoise(model, FLUX, 8)
-    handle = handle_of(model)
+    setup = inside.handle(model).setup
     (recorded,) = recordings(model)
     dbcache.register_predictor("asks the host")(lambda steps, step: [1.0])
     on_host = dbcache.CustomCalibratorConfig(predictor_name="asks the host")
@@ -139,7 +138,7 @@ def test_what_is_refused_leaves_the_old_cache_and_its_recordings(driver):
     ):
         with pytest.raises((TypeError, ValueError)):
             dbcache.enable(model, **OPTIONS | refused, cuda_graph="device")
-    assert handle_of(model) is handle
+    assert inside.handle(model).setup is setup
     got = denoise(model, FLUX, 8)
     assert recordings(model) == [recorded]
     dbcache.enable(fresh, **OPTIONS)

@@ -71,11 +71,11 @@ def test_fifty_steps_are_the_same_bit_for_bit(driver, known, name, setting, mode
     assert 10 <= sum(map(bool, pruned)) <= 47
     assert len(reasons) == STEPS
     if setting == "mask" or (name, setting) == ("wan", "one by one"):
-        most = len(stack.run.prunable)
+        most = len(stack.prunable)
         assert len({len(step) for step in pruned} - {0, most}) > 1, "blocks must decide apart"
     assert graphs(model).replays == STEPS - 1
     (recording,) = recordings(model)
-    assert len(branches(recording)) == sum(stack.run.prunable)
+    assert len(branches(recording)) == sum(stack.prunable)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -138,7 +138,7 @@ def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
         return [*host, lane.layout], steps.plan[:64], tensors
 
     def watched(executor, *how):
-        (lane,) = executor._lanes()
+        (lane,) = inside.request(model).lanes()
         held.append(content(lane))
         recording = record(executor, *how)
         held.append(content(lane))

@@ -20,7 +20,6 @@ from tiny import BRANCHES, FAMILIES, denoise, noise
 
 import dbcache
 from dbcache import DBCacheConfig
-from dbcache.adapters.requests.cached_transformer import handle_of
 from dbcache.kernels.common.lane_state import CACHED as CACHED_FLAG
 from dbcache.lanes.block_store import BlockStore
 from dbcache.report import CACHED
@@ -47,8 +46,7 @@ class Watched:
         self.model.register_forward_hook(self._note)
 
     def _note(self, *_):
-        handle = handle_of(self.model)
-        lanes = [stack.lanes[handle.step_branch] for stack in handle.stacks]
+        lanes = inside.request(self.model).lanes()
         self.left_out.append([lane.tail.flags.tolist() for lane in lanes])
         self.changes.append([self._changes(lane) for lane in lanes])
 

@@ -57,10 +57,8 @@ def decide_as_recorded(target: Any) -> None:
 
     Who has measured a change that branches share is still told as without graphs.
     """
-    for stack in inside.stacks(target):
-        by_device = stack.shared.by_device
+    for stack in inside.handle(target).setup.stacks:
         stack.prepare_recording()
-        stack.shared.by_device = by_device
 
 
 def eagerly(

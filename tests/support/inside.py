@@ -21,7 +21,7 @@ class InsideStack:
     """One stack, with what the latest request keeps of it: attributes of both."""
 
     def __init__(self, stack: Any, run: Any) -> None:
-        self._parts = [part for part in (run, stack) if part is not None]
+        self._parts = [run, stack]
 
     def __getattr__(self, name: str) -> Any:
         for part in self._parts:
@@ -35,11 +35,12 @@ def stacks(target: Any) -> list[InsideStack]:
     own = handle(target)
     latest = own._implicit.get(current_place())
     lanes = None if latest is None else latest.lane_set
-    if lanes is None:
-        idle = own.setup.lanes.idle()
-        lanes = idle[-1] if idle else None
-    runs = [None] * len(own.setup.stacks) if lanes is None else lanes.runs
-    return [InsideStack(*pair) for pair in zip(own.setup.stacks, runs, strict=True)]
+    if lanes is None:  # those that the next request takes
+        pool = own.setup.lanes
+        if not pool.idle():
+            pool.give(own.setup.take_lanes(None))
+        lanes = pool.idle()[-1]
+    return [InsideStack(*pair) for pair in zip(own.setup.stacks, lanes.runs, strict=True)]
 
 
 def graphs(target: Any) -> Any:
