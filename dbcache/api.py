@@ -6,6 +6,7 @@ import copy
 import json
 import logging as log
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,24 +14,37 @@ from typing import Any, TypeVar
 
 import torch
 
-from dbcache.adapters.blocks.block_adapter import BlockAdapter, TransformerSpec, like_blocks, unwrap
+from dbcache.adapters.blocks.block_adapter import BlockAdapter, like_blocks
 from dbcache.adapters.blocks.registry import BlockAdapterRegistry
+from dbcache.adapters.blocks.signature import unwrap
+from dbcache.adapters.blocks.spec import TransformerSpec
 from dbcache.adapters.models.lookup import find_specs
 from dbcache.adapters.models.matrix import matrix
 from dbcache.adapters.models.table import MODELS
 from dbcache.adapters.patching.patch_functor import on_trial
 from dbcache.adapters.requests.cached_pipeline import CachedPipeline
-from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
-from dbcache.adapters.signals.recorders import NOTES, calibration_of, take_notes
+from dbcache.adapters.requests.cached_transformer import MAX_REQUESTS, CachedTransformer, handle_of
+from dbcache.adapters.requests.record import RequestRecord
+from dbcache.adapters.requests.request import Request
+from dbcache.adapters.requests.request_handle import RequestHandle
+from dbcache.adapters.requests.setup import Setup
+from dbcache.adapters.requests.switch import replace_setups, switch_off, switch_on
+from dbcache.adapters.signals.recorders import RECORDERS, calibration_of, record
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.config.calibration import OPEN
 from dbcache.config.files import partial_config, split_options
-from dbcache.config.options import check_choice, check_flag, check_type, reject_unknown
+from dbcache.config.options import (
+    check_choice,
+    check_flag,
+    check_int,
+    check_type,
+    reject_unknown,
+)
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.config.predictors import CalibratorConfig
 from dbcache.graphs.graph import GraphOptions, Recording
 from dbcache.lanes.sharding import Sharding
-from dbcache.report import LaneSummary, Summary
+from dbcache.report import Summary
 
 Target = TypeVar("Target")
 LOGGER = log.getLogger("dbcache")
@@ -50,6 +64,7 @@ def enable(
     parallelism_config: ParallelismConfig | None = None,
     *,
     cuda_graph: bool | str | GraphOptions = False,
+    max_requests: int = MAX_REQUESTS,
     **options: Any,
 ) -> Target:
     """Switch the cache on; enabling again replaces the settings.
@@ -69,6 +84,8 @@ def enable(
         cuda_graph: record the forward as CUDA graphs, with the decision inside: "device" (one
             graph, the branch is taken on the GPU), "host" (the host reads the decision between
             graphs), "auto" or True (the best that works here), or `GraphOptions`; False: eager.
+        max_requests: requests of a transformer that may be open at once, each with buffers of its
+            own. Above, calls of a pipeline wait, and `start_request` raises.
         **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
             `calibrator_config` also those of a predictor, as in ``enable_taylorseer=True,
             taylorseer_order=2``. All that `load_configs` takes.
@@ -85,44 +102,39 @@ def enable(
     check_type("enable: cache_config", cache_config, DBCacheConfig)
     check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
     check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
+    check_int("enable: max_requests", max_requests, 1)
     partial, calibrator = _from_options("enable", options, cache_config, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
     graph_options = GraphOptions.of(cuda_graph)
     pipe, adapter = _resolve(target)
-    if any(transformer.sharding is not None for transformer in _enabled_or_none(target)):
+    handles = _enabled_or_none(target)
+    is_spread = any(handle.setup.sharding is not None for handle in handles)
+    if is_spread or (handles and parallelism_config is not None):
         disable(pipe if pipe is not None else target)  # what is spread cannot be checked
     functor = adapter.patch_functor if adapter is not None else None
     modules = adapter.transformers() if adapter is not None else []
-    handles = [handle for module in modules if (handle := handle_of(module)) is not None]
-    with on_trial(functor, modules, handles) as patches:
+    with on_trial(functor, modules, [h for m in modules if (h := handle_of(m))]) as patches:
         specs = adapter.specs() if adapter is not None else find_specs(target)
         shardings = _shardings(specs, parallelism_config, pipe)
-        transformers = [
-            CachedTransformer(
+        setups = [
+            Setup(
                 spec,
                 settings,
                 modifiers,
-                by_request=pipe is not None,
                 graph_options=graph_options,
                 sharding=sharding,
+                patches=patch,
             )
-            for spec, modifiers, sharding in zip(
-                specs, _modifiers(specs, params_modifiers), shardings, strict=True
+            for spec, modifiers, sharding, patch in zip(
+                specs,
+                _modifiers(specs, params_modifiers),
+                shardings,
+                patches or [None] * len(specs),
+                strict=True,
             )
         ]
-    for transformer, patch in zip(transformers, patches, strict=False):
-        transformer.patches = patch
-    for transformer in transformers:
-        old = handle_of(transformer.module)
-        if old is not None and old.graphs is not None and old.graphs.recordings:
-            transformer.inherit(old)
-    disable(pipe if pipe is not None else target)
-    _install_shardings(transformers)
-    for transformer in transformers:
-        _replace(handle_of(transformer.module), transformer)
-    if pipe is not None:
-        CachedPipeline(pipe, [spec.transformer for spec in specs]).install()
+    switch_on(pipe, setups, max_requests)
     return target
 
 
@@ -134,21 +146,58 @@ def disable(target: Target) -> Target:
     Args:
         target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
     """
-    for part in _parts(target):
-        handle = handle_of(part)
-        if isinstance(handle, CachedPipeline):
-            transformers = handle.transformers
-            handle.remove()
-            for transformer in transformers:
-                transformer.pipelines.discard(handle)
-                if not transformer.pipelines:
-                    transformer.remove()
-        elif handle is not None:
-            handle.remove()
-            for pipeline in list(handle.pipelines):
-                if not pipeline.transformers:
-                    pipeline.remove()
+    switch_off([part for part in _parts(target) if handle_of(part) is not None])
     return target
+
+
+def start_request(
+    target: object,
+    cache_config: DBCacheConfig | None = None,
+    calibrator_config: CalibratorConfig | None = None,
+    **options: Any,
+) -> RequestHandle:
+    """Start a request, for whoever calls a transformer without its pipeline.
+
+    Forwards belong to the request inside of ``with request:``, in any thread or task, and requests
+    may take steps in turn. A step ends when the time changes that the transformer is given, or the
+    `step_index` of `RequestHandle.branch`. A time on the device is read once per call.
+
+    Args:
+        target: an enabled transformer, pipeline or `BlockAdapter`.
+        cache_config: fields that were given in it replace those of `enable`, for this request.
+        calibrator_config: replaces the predictor; with as many snapshots as that of `enable`.
+        **options: as in `enable`: all that need no other blocks and no other buffers, as
+            `num_inference_steps`, `residual_diff_threshold`, warm-up, limits and masks.
+
+    Raises:
+        RuntimeError: the cache is not enabled on it, or `max_requests` are open.
+        TypeError, ValueError: as `enable`, or an option that needs other blocks or buffers.
+    """
+    handles = _enabled(target, "start_request")
+    changes = _changes("start_request", handles, cache_config, calibrator_config, options)
+    pairs: list[tuple[CachedTransformer, Request]] = []
+    try:
+        for handle in handles:
+            setup = handle.setup.renewed(changes)
+            setup.check_options(handle.setup)
+            setup.bind(handle.views, handle.original)
+            request = Request(setup, steps=setup.config.num_inference_steps, follows=True)
+            request.follow(tells_steps=False)
+            pairs.append((handle, handle.open(request, waits=False)))
+    except BaseException:
+        for handle, request in pairs:
+            handle.close(request)
+        raise
+    return RequestHandle(pairs, _summary_of)
+
+
+def is_enabled(target: object) -> bool:
+    """Return whether the cache is on.
+
+    Args:
+        target: a pipeline, a transformer or a `BlockAdapter`.
+    """
+    return bool(_enabled_or_none(target))
 
 
 def summary(target: object, details: bool = False, logging: bool = True) -> Summary:
@@ -164,35 +213,50 @@ def summary(target: object, details: bool = False, logging: bool = True) -> Summ
     """
     check_flag("summary: details", details)
     check_flag("summary: logging", logging)
-    lanes, notes = [], []
-    for transformer in _enabled(target, "summary"):
-        name = type(transformer.module).__name__
-        notes += transformer.notes()
-        for stack in transformer.stacks:
-            if not stack.entries:
-                notes.append(f"{stack.name}: all {stack.num_blocks} blocks run on every step")
-            traces = {branch: lane.trace() for branch, lane in stack.lanes.items()}
-            traces = {branch: trace for branch, trace in traces.items() if trace[0]}
-            for branch, (reasons, diffs) in traces.items():
-                lanes.append(
-                    LaneSummary.from_trace(
-                        reasons,
-                        diffs,
-                        transformer=name,
-                        stack=stack.name,
-                        branch=transformer.branches.shown(branch, traces),
-                        threshold=stack.settings.cache.threshold,
-                        policy=stack.settings.cache.policy,
-                        follows=stack.leader.name if stack.leader is not None else None,
-                        megabytes=stack.lanes[branch].nbytes() / 1e6,
-                        pruned=stack.pruned_blocks(branch),
-                        blocks=stack.num_blocks,
-                    )
-                )
-    found = Summary(lanes, notes, details)
+    handles = _enabled(target, "summary")
+    pipeline = next(
+        (h for part in _parts(target) if isinstance(h := handle_of(part), CachedPipeline)), None
+    )
+    records = [] if pipeline is None else pipeline.shown()
+    if not records:
+        records = [record for handle in handles if (record := handle.shown()) is not None]
+    totals: Counter[str] = Counter()
+    for handle in handles:
+        totals.update(handle.totals.read())
+    notes = [note for handle in handles for note in handle.notes()]
+    found = _summary(records, notes, details, handles, dict(totals))
     if logging:
         LOGGER.info("%s", found)
     return found
+
+
+def _summary(
+    records: Sequence[RequestRecord],
+    notes: list[str],
+    details: bool,
+    handles: Sequence[CachedTransformer] = (),
+    totals: dict[str, int] | None = None,
+) -> Summary:
+    if not records:
+        notes = notes + [
+            f"{stack.name}: all {stack.num_blocks} blocks run on every step"
+            for handle in handles
+            for stack in handle.setup.stacks
+            if not stack.entries
+        ]
+    return Summary(
+        [lane for record in records for lane in record.lanes()],
+        [*notes, *(note for record in records for note in record.notes)],
+        details,
+        totals or {},
+        sum(handle.nbytes() for handle in handles),
+    )
+
+
+def _summary_of(requests: Sequence[Request], details: bool) -> Summary:
+    """Return the summary of requests that the user started."""
+    records = [request.record or RequestRecord.of(request) for request in requests]
+    return _summary(records, [], details)
 
 
 def strify(target: object) -> str:
@@ -208,8 +272,8 @@ def strify(target: object) -> str:
     Raises:
         RuntimeError: the cache is not enabled on it.
     """
-    transformer = _enabled(target, "strify")[0]
-    parts = [transformer.config.strify(), transformer.settings.predictor.strify()]
+    setup = _enabled(target, "strify")[0].setup
+    parts = [setup.config.strify(), setup.base.predictor.strify()]
     lanes = summary(target, logging=False).lanes
     if lanes:
         parts.append(f"S{len(lanes[0].cached_steps)}")
@@ -238,24 +302,33 @@ def refresh_context(
         RuntimeError: the cache is not enabled on it.
         TypeError, ValueError: as `enable`; nothing is changed then.
     """
-    check_type("refresh_context: cache_config", cache_config, DBCacheConfig)
-    check_type("refresh_context: calibrator_config", calibrator_config, CalibratorConfig)
     check_flag("refresh_context: verbose", verbose)
-    transformers = _enabled(target, "refresh_context")
-    base = cache_config or transformers[0].config
-    partial, calibrator = _from_options("refresh_context", options, base, calibrator_config)
+    handles = _enabled(target, "refresh_context")
+    changes = _changes("refresh_context", handles, cache_config, calibrator_config, options)
+    renewed = [handle.setup.renewed(changes) for handle in handles]
+    replace_setups(handles, renewed)
+    for handle, setup in zip(handles, renewed, strict=True):
+        handle.refresh(setup)
+        if verbose:
+            settings = f"{setup.config.strify()}_{setup.base.predictor.strify()}"
+            print(f"dbcache: {type(setup.module).__name__} goes on with {settings}")
+
+
+def _changes(
+    who: str,
+    handles: Sequence[CachedTransformer],
+    cache_config: DBCacheConfig | None,
+    calibrator_config: CalibratorConfig | None,
+    options: dict[str, Any],
+) -> ParamsModifier:
+    """Return what is to differ from the settings in force."""
+    check_type(f"{who}: cache_config", cache_config, DBCacheConfig)
+    check_type(f"{who}: calibrator_config", calibrator_config, CalibratorConfig)
+    base = cache_config or handles[0].setup.config
+    partial, calibrator = _from_options(who, options, base, calibrator_config)
     if cache_config is not None:
         partial = type(cache_config)(**{**cache_config.given, **partial.given})
-    changes = ParamsModifier(cache_config=partial, calibrator_config=calibrator)
-    renewed = [transformer.renewed(changes) for transformer in transformers]
-    for old, new in zip(transformers, renewed, strict=True):
-        if new is not old:
-            new.inherit(old)
-            _replace(old, new)
-        new.refresh()
-        if verbose:
-            settings = f"{new.config.strify()}_{new.settings.predictor.strify()}"
-            print(f"dbcache: {type(new.module).__name__} goes on with {settings}")
+    return ParamsModifier(cache_config=partial, calibrator_config=calibrator)
 
 
 @contextmanager
@@ -293,7 +366,7 @@ def calibrate(
             TypeError: another option. FileNotFoundError: there is no folder for `path`. Nothing
             is written then.
     """
-    check_choice("calibrate: policy", policy, tuple(NOTES))
+    check_choice("calibrate: policy", policy, tuple(RECORDERS))
     reject_unknown("calibrate", options, OF_REQUESTS)
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"calibrate: the folder of path must exist, got {path}; make it")
@@ -303,9 +376,10 @@ def calibrate(
     enable(target, **{**options, **all_full, "policy": policy})
     content: dict[str, Any] = {}
     try:
-        notes = take_notes(_enabled(target, "calibrate"), policy)
+        stacks = [handle.setup.stacks for handle in _enabled(target, "calibrate")]
+        recorders = record(stacks, policy)
         yield content
-        content.update(calibration_of(policy, notes))
+        content.update(calibration_of(policy, recorders))
     finally:
         disable(target)
     if path is not None:
@@ -331,8 +405,8 @@ def capture(target: Any, **inputs: Any) -> list[Recording]:
         RuntimeError: the cache or its graphs are not enabled, or nothing could be recorded; the
             error gives the reason.
     """
-    transformers = _enabled(target, "capture")
-    executors = [t.graphs for t in transformers if t.graphs is not None]
+    handles = _enabled(target, "capture")
+    executors = [h.setup.graphs for h in handles if h.setup.graphs is not None]
     if not executors:
         raise RuntimeError(
             "capture: CUDA graphs must be enabled first, as in dbcache.enable(..., cuda_graph=True)"
@@ -352,8 +426,8 @@ def capture(target: Any, **inputs: Any) -> list[Recording]:
     if not any(executor.recordings for executor in executors):
         reasons = "; ".join(line for executor in executors for line in executor.describe())
         raise RuntimeError(f"capture: the forward must be recordable, but is not: {reasons}")
-    for transformer in transformers:
-        transformer.start_request()
+    for handle in handles:
+        handle.end_implicit()
     return recorded
 
 
@@ -422,26 +496,6 @@ def _shardings(
     return prepare([spec.transformer for spec in specs], config, pipe)
 
 
-def _install_shardings(transformers: list[CachedTransformer]) -> None:
-    """Spread all transformers, or none."""
-    shardings = [t.sharding for t in transformers if t.sharding is not None]
-    try:
-        for sharding in shardings:
-            sharding.install()
-    except BaseException:
-        for sharding in shardings:
-            sharding.remove()
-        raise
-
-
-def _replace(old: CachedTransformer | None, new: CachedTransformer) -> None:
-    """Install `new` where `old` was; pipelines that share the transformer go on with it."""
-    if old is not None:
-        new.pipelines = old.pipelines
-        old.remove(keep_sharding=old.sharding is new.sharding)
-    new.install()
-
-
 def _parts(target: object) -> list[object]:
     """Return the objects that may carry a handle, pipeline first."""
     if not isinstance(target, BlockAdapter):
@@ -450,22 +504,22 @@ def _parts(target: object) -> list[object]:
 
 
 def _enabled(target: object, who: str) -> list[CachedTransformer]:
-    """Return the cached transformers of `target`."""
-    transformers = _enabled_or_none(target)
-    if not transformers:
+    """Return the handles of the transformers of `target`."""
+    handles = _enabled_or_none(target)
+    if not handles:
         raise RuntimeError(
             f"{who}: the cache must be enabled on it first, got {type(target).__name__}; call "
             f"dbcache.enable"
         )
-    return transformers
+    return handles
 
 
 def _enabled_or_none(target: object) -> list[CachedTransformer]:
-    """Return the cached transformers of `target`, none where the cache is not on."""
+    """Return the handles of the transformers of `target`, none where the cache is not on."""
     for part in _parts(target):
         handle = handle_of(part)
         if isinstance(handle, CachedPipeline):
-            return handle.transformers
+            return [transformer for transformer, _ in handle.transformers]
         if handle is not None:
             found = [handle_of(module) for module in _parts(target)]
             return [transformer for transformer in found if transformer is not None]

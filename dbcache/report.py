@@ -170,11 +170,15 @@ class Summary:
         lanes: those that ran in the last request.
         notes: warnings that belong to no single lane.
         details: whether its text lists each step.
+        totals: of all closed requests: their number, steps, cached steps, and steps per reason.
+        nbytes: bytes of all buffers, of open requests and of those kept for the next ones.
     """
 
     lanes: list[LaneSummary] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     details: bool = False
+    totals: dict[str, int] = field(default_factory=dict)
+    nbytes: int = 0
 
     def __len__(self) -> int:
         return len(self.lanes)
@@ -202,6 +206,8 @@ class Summary:
             "lanes": [lane.to_dict() for lane in self.lanes],
             "cached_fraction": self.cached_fraction,
             "warnings": self.warnings,
+            "totals": self.totals,
+            "bytes": self.nbytes,
         }
 
     def _rows(self) -> list[list[str]]:

@@ -74,7 +74,6 @@ class Parallelized:
         self.mesh: Mesh | None = None
         self._shards: Shards | None = None
         self._hooks: PlanHooks | None = None
-        self._guidance: GuidanceSplit | None = None
         self._processors: list[tuple[Any, Any]] = []
 
     def _check_free(self) -> None:
@@ -173,8 +172,6 @@ class Parallelized:
                 self.layers.install(self.mesh.tp)
             if self.splits_sequence:
                 self._install_sequence(self.mesh)
-            if self.splits_guidance:
-                self._guidance = GuidanceSplit(self.mesh.cfg, self.who)
         except BaseException:
             self.remove()
             raise
@@ -216,16 +213,17 @@ class Parallelized:
         self._hooks, self._shards, self._processors = None, None, []
         if self.layers is not None:
             self.layers.remove()
-        self.mesh = self._guidance = None
+        self.mesh = None
 
-    def start_request(self) -> None:
-        """Forget the last request."""
-        if self._guidance is not None:
-            self._guidance.start_request()
+    def new_request(self) -> Callable[[str | None, Callable[[], Any]], Any] | None:
+        """Return what runs the calls of a request, here or on the rank of their guidance branch.
 
-    def by_branch(self, branch: str | None, run: Callable[[], Any]) -> Any:
-        """Return the output of a call, `run` here or by the rank that has this guidance branch."""
-        return run() if self._guidance is None else self._guidance(branch, run)
+        The function takes the branch and what runs its call here, and returns the output. None
+        where each rank runs all branches.
+        """
+        if not self.splits_guidance or self.mesh is None:
+            return None
+        return GuidanceSplit(self.mesh.cfg, self.who)
 
     def split_input(self, path: str, x: torch.Tensor, name: str = "hidden_states") -> torch.Tensor:
         """Return this rank's part of what goes into the module `path` as `name`, if it is split."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,44 +11,11 @@ import torch
 from dbcache.adapters.blocks.block_list import BlockList
 from dbcache.adapters.blocks.discover import find_blocks, guess_pattern
 from dbcache.adapters.blocks.patterns import STREAMS, ForwardPattern, Streams
+from dbcache.adapters.blocks.signature import parameter_names, unwrap
+from dbcache.adapters.blocks.spec import Fills, StackSpec, TransformerSpec
 from dbcache.adapters.patching.patch_functor import Functor, check_functor
-from dbcache.adapters.stacks.proxies import parameter_names
 from dbcache.config.cache import ParamsModifier
 from dbcache.config.options import check_flag, check_type, shown
-
-Fills = Callable[[dict[str, Any]], bool]
-"""Tells by the keyword arguments of a call that it is no denoising step."""
-
-
-@dataclass(frozen=True)
-class StackSpec:
-    """One block stack of one transformer: a chain of lists under one pattern.
-
-    `pattern` is None where the first forward has to tell it (`learning`). With `interleaved` the
-    forward runs a block of each list in turn; with `long_skips` the j-th block from the end takes
-    what the j-th block made.
-    """
-
-    lists: tuple[BlockList, ...]
-    pattern: ForwardPattern | None
-    modifier: ParamsModifier | None = None
-    streams: Streams = STREAMS
-    interleaved: bool = False
-    long_skips: bool = False
-
-
-@dataclass(frozen=True)
-class TransformerSpec:
-    """One transformer and its block stacks.
-
-    `fills` tells by the keyword arguments of a call that it is no denoising step: its blocks keep
-    keys and values for the loop that follows, so all of them must run.
-    """
-
-    transformer: torch.nn.Module
-    stacks: tuple[StackSpec, ...]
-    separate_cfg: bool = False
-    fills: Fills | None = None
 
 
 @dataclass(kw_only=True)
@@ -148,11 +115,6 @@ class BlockAdapter:
                 f'lambda call: call.get("return_kv", False), got {shown(self.fills)}'
             )
         return list(map(unwrap, transformers))
-
-
-def unwrap(module: Any) -> Any:
-    """Return the module that `torch.compile` wrapped."""
-    return getattr(module, "_orig_mod", module)
 
 
 def _per_transformer(

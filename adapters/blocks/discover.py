@@ -14,7 +14,7 @@ import textwrap
 import torch
 
 from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, ForwardPattern
-from dbcache.adapters.stacks.proxies import forward_of, parameter_names
+from dbcache.adapters.blocks.signature import forward_of, parameter_names, unwrap
 
 SMALLEST_SHARE = 0.25
 """A list counts if it has this share of the parameters of the largest one: refiners do not."""
@@ -92,7 +92,7 @@ def _candidates(transformer: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
 def _are_blocks(modules: torch.nn.ModuleList) -> bool:
     if len(modules) < 2 or len({type(module) for module in modules}) != 1:
         return False
-    block = getattr(modules[0], "_orig_mod", modules[0])
+    block = unwrap(modules[0])
     return not type(block).__module__.startswith("torch.") and bool(parameter_names(block))
 
 

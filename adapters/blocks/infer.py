@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.block_adapter import StackSpec, TransformerSpec
+from dbcache.adapters.blocks.block_list import FORWARD, Entry, Place, Views, rows_of
 from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, describe
-from dbcache.adapters.stacks.proxies import parameter_names
+from dbcache.adapters.blocks.signature import parameter_names
+from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
 
 
 def learn(
-    spec: TransformerSpec, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    spec: TransformerSpec,
+    views: Views,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[Any, list[StackSpec | None]]:
     """Run a forward; return its output and the stacks with their patterns, in the same order.
 
@@ -32,16 +37,15 @@ def learn(
         ValueError: no list is a chain of blocks.
     """
     chains = {i: _Chain(stack) for i, stack in enumerate(spec.stacks) if stack.pattern is None}
-    shadowed = []
+    lists = [block_list for chain in chains.values() for block_list in chain.stack.lists]
+    entries = [row for chain in chains.values() for row in chain.rows]
+    token = FORWARD.set(_Observed(rows_of(lists, entries)))
+    views.show(lists)
     try:
-        for chain in chains.values():
-            for block_list, row in zip(chain.stack.lists, chain.rows, strict=True):
-                block_list.shadow(row)
-                shadowed.append(block_list)
         output = run(*args, **kwargs)
     finally:
-        for block_list in shadowed:
-            block_list.unshadow()
+        views.hide(lists)
+        FORWARD.reset(token)
     learned = [chains[i].learned() if i in chains else s for i, s in enumerate(spec.stacks)]
     reasons = [f"{chain.name}: {chain.reason}" for chain in chains.values() if chain.reason]
     if not any(learned):
@@ -55,6 +59,13 @@ def learn(
             who = f"BlockAdapter(auto=True): {chain.name} is not cached"
             warnings.warn(f"{who}: a block {chain.reason}", stacklevel=5)
     return output, learned
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """What the forward sees in place of its lists of blocks; see `Seen`."""
+
+    rows: dict[Place, list[Entry]]
 
 
 class _Observer:
@@ -87,7 +98,7 @@ class _Chain:
 
     def __init__(self, stack: StackSpec) -> None:
         self.stack = stack
-        self.name = "+".join(block_list.path for block_list in stack.lists)
+        self.name = stack.name
         self.rows: list[list[Any]] = [
             [_Observer(self, block) for block in block_list.blocks] for block_list in stack.lists
         ]

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from dbcache.adapters.blocks.block_adapter import (
-    StackSpec,
-    TransformerSpec,
     check_signatures,
-    unwrap,
 )
 from dbcache.adapters.blocks.block_list import BlockList
+from dbcache.adapters.blocks.signature import unwrap
+from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
 from dbcache.adapters.models.row import ModelRow
 from dbcache.adapters.models.table import MODELS, REFUSED
 from dbcache.config.options import shown

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from dbcache.adapters.blocks.block_adapter import Fills
 from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, Streams
+from dbcache.adapters.blocks.spec import Fills
 
 SHORT = {"h": HIDDEN, "e": ENCODER}
 """What rows write for the usual names of the two streams."""

@@ -10,7 +10,13 @@ import torch
 
 
 class InstanceMethod:
-    """Replaces a method of one module; copies and pickles as the method that it replaces."""
+    """Replaces a method of one module; copies and pickles as the method that it replaces.
+
+    Args:
+        module: the instance.
+        name: of the method.
+        call: runs in its place.
+    """
 
     def __init__(self, module: torch.nn.Module, name: str, call: Callable[..., Any]) -> None:
         self.module = module
@@ -18,8 +24,8 @@ class InstanceMethod:
         self.had_own = name in module.__dict__
         self.original: Callable[..., Any] = getattr(module, name)
         self.call: Callable[..., Any] | None = call
+        self.is_installed = False
         functools.update_wrapper(self, self.original, updated=())
-        module.__dict__[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self.call or self.original
@@ -32,22 +38,31 @@ class InstanceMethod:
             return _identity, (self.original,)
         return _own_method, (self.module, self.name)
 
+    def install(self) -> None:
+        """Put it in the place of the method, once: others may wrap it later."""
+        if not self.is_installed:
+            self.module.__dict__[self.name] = self
+            self.is_installed = True
+
     def remove(self) -> None:
         """Put back what was there. Where others wrapped this since, it passes through from now."""
         self.call = None
-        own = self.module.__dict__
+        self.clean(self.module.__dict__)
+
+    def clean(self, own: dict[str, Any]) -> None:
+        """Put back in `own`, the attributes of the module or a copy of them, what was there."""
         if own.get(self.name) is self:
             if self.had_own:
                 own[self.name] = self.original
             else:
-                del own[self.name]
+                own.pop(self.name, None)
         elif own.get(f"_old_{self.name}") is self:  # accelerate's hooks keep it there
             own[f"_old_{self.name}"] = self.original
 
 
 @torch.compiler.disable
 def _uncompiled(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Keep Dynamo out: traced as a whole, the forward would run past the guards."""
+    """Keep Dynamo out: traced as a whole, the forward would run past the proxies."""
     return call(*args, **kwargs)
 
 

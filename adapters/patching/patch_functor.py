@@ -237,7 +237,7 @@ def on_trial(
         yield [None] * len(modules)
         return
     for handle in handles:
-        handle.remove()
+        handle.suspend()
     patches: list[Patches | None] = []
     try:
         for module in modules:
@@ -248,4 +248,4 @@ def on_trial(
             if patch is not None:
                 patch.undo()
         for handle in handles:
-            handle.install()
+            handle.resume()

@@ -1,20 +1,28 @@
 """A pipeline with the cache on: each call of exactly this pipeline is a request.
 
 Python looks up `__call__` on the class, so the instance gets a subclass of its own class, of the
-same name, that opens a request around the call. `remove` gives it its class back.
+same name, that opens a request around the call. `disable` gives the instance its class back.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from dbcache.adapters.requests.cached_transformer import HANDLE, CachedTransformer, handle_of
+from dbcache.adapters.patching.derived_class import ClassCache, derived_class
+from dbcache.adapters.requests.cached_transformer import HANDLE, CachedTransformer
+from dbcache.adapters.requests.context import ACTIVE, active, suspended
 from dbcache.adapters.requests.events import watched
+from dbcache.adapters.requests.record import RequestRecord
+from dbcache.adapters.requests.request import Request
+from dbcache.adapters.requests.setup import Setup
+
+PLAIN = "_dbcache_plain"
+"""Name of the attribute of a class whose calls are requests that holds the class before."""
 
 
 class CachedPipeline:
@@ -22,99 +30,155 @@ class CachedPipeline:
 
     Args:
         pipe: the pipeline.
-        modules: those of its transformers that are cached. Their handles are looked up at each
-            call, since another pipeline may share a transformer and set it anew.
+        transformers: those of its transformers that are cached, each with its setup.
+
+    Attributes:
+        closed: what is kept of the call that ended last, per transformer.
     """
 
-    def __init__(self, pipe: Any, modules: list[torch.nn.Module]) -> None:
+    def __init__(self, pipe: Any, transformers: Sequence[tuple[CachedTransformer, Setup]]) -> None:
         self.pipe = pipe
-        self.modules = modules
-        self._class: Any = type(pipe)
-        self._depth = 0
+        self.transformers = list(transformers)
+        self.closed: list[RequestRecord] = []
+        self.doubts_scheduler = False
+        self._open: list[PipelineCall] = []
 
     @property
-    def transformers(self) -> list[CachedTransformer]:
-        """The cached transformers of this pipeline."""
-        handles = [handle_of(module) for module in self.modules]
-        return [handle for handle in handles if handle is not None]
+    def is_on(self) -> bool:
+        """Whether the pipeline's calls are requests."""
+        return self.pipe.__dict__.get(HANDLE) is self
 
-    def install(self) -> None:
-        """Make the pipeline's calls requests."""
-        self.pipe.__dict__[HANDLE] = self
-        self.pipe.__class__ = request_class(self._class)
-        for transformer in self.transformers:
-            transformer.pipelines.add(self)
+    def call(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call of the pipeline as a request."""
+        with ExitStack() as stack:
+            call = PipelineCall(self)
+            stack.callback(call.close)
+            call.open()
+            has_scheduler = stack.enter_context(watched(self.pipe, call))
+            call.follow(has_scheduler=has_scheduler)
+            stack.enter_context(active(call.requests))
+            kwargs = {name: _outside(name, value) for name, value in kwargs.items()}
+            return run(*args, **kwargs)
 
-    def remove(self) -> None:
-        """Give the pipeline its own class back."""
-        self.pipe.__class__ = self._class
-        self.pipe.__dict__.pop(HANDLE, None)
+    def shown(self) -> list[RequestRecord]:
+        """Return what a summary shows: the call that ended last, else one under way."""
+        if self.closed or not self._open:
+            return self.closed
+        return [RequestRecord.of(request) for request in self._open[-1].requests.values()]
 
-    def _num_steps(self) -> int | None:
-        """Steps of the call under way, where the pipeline tells them."""
-        return getattr(self.pipe, "_num_timesteps", None)
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Run one request; one inside another makes the outer one start anew after it."""
-        with watched(self.pipe, self) as has_scheduler:
-            self._depth += 1
-            transformers = self.transformers
-            for transformer in transformers:
-                transformer.planned_steps = self._num_steps if len(transformers) == 1 else None
-                transformer.branches.start_call(has_scheduler=has_scheduler)
-                transformer.refresh()
-            try:
-                yield
-            finally:
-                self._depth -= 1
-                for transformer in self.transformers:
-                    if self._depth:
-                        transformer.refresh()
-                    else:
-                        transformer.is_open = not transformer.by_request
-                        transformer.branches.is_active = False
-                        transformer.planned_steps = None
+class PipelineCall:
+    """One call of a pipeline: a request on each of its transformers.
+
+    Attributes:
+        requests: by the identity of their transformers.
+    """
+
+    def __init__(self, pipeline: CachedPipeline) -> None:
+        self.pipeline = pipeline
+        self.requests: dict[int, Request] = {}
+        self._handles: list[CachedTransformer] = []
+        self._steps_of_scheduler: int | None = None
+
+    def open(self) -> None:
+        """Open the requests; waits where as many are open as there may be."""
+        transformers = self.pipeline.transformers
+        for handle, setup in transformers:
+            request = Request(setup, follows=True)
+            if len(transformers) == 1:
+                request.planned_steps = self._planned_steps
+            self._handles.append(handle)
+            self.requests[id(handle.module)] = handle.open(request, waits=True)
+        self.pipeline._open.append(self)
+
+    def _planned_steps(self) -> tuple[int | None, int | None]:
+        """Return the steps of the call, where the pipeline tells them, and the scheduler's."""
+        return getattr(self.pipeline.pipe, "_num_timesteps", None), self._steps_of_scheduler
+
+    def follow(self, *, has_scheduler: bool) -> None:
+        """Find the guidance branches from the calls."""
+        doubts = self.pipeline.doubts_scheduler
+        for request in self.requests.values():
+            request.branches.is_doubted = doubts
+            request.follow(tells_steps=has_scheduler and not doubts)
+
+    def is_current(self) -> bool:
+        """Whether the code that runs now belongs to this call."""
+        now = ACTIVE.get()
+        return any(now.get(key) is request for key, request in self.requests.items())
 
     def end_step(self) -> None:
         """The scheduler made a step."""
-        for transformer in self.transformers:
-            transformer.branches.end_step()
+        for request in self.requests.values():
+            request.end_step()
 
-    def start_loop(self) -> None:
-        """A denoising loop begins; all but the first of a call are requests of their own."""
-        for transformer in self.transformers:
-            transformer.start_loop()
+    def start_loop(self, steps: int | None) -> None:
+        """A denoising loop begins; all but the first of a call begin anew."""
+        self._steps_of_scheduler = steps
+        for request in self.requests.values():
+            request.start_loop()
 
     def change_control(self) -> None:
         """A ControlNet is called with another scale than before."""
-        for transformer in self.transformers:
-            transformer.force_full("the scale of the ControlNet changed")
+        for request in self.requests.values():
+            request.force_full("the scale of the ControlNet changed")
+
+    def close(self) -> None:
+        """Close the requests."""
+        pipeline = self.pipeline
+        for handle, request in zip(self._handles, self.requests.values(), strict=False):
+            handle.close(request)
+            pipeline.doubts_scheduler = request.branches.is_doubted
+            if handle.enabled.alone is None:
+                handle.end_implicit()
+        if self in pipeline._open:
+            pipeline._open.remove(self)
+        records = [request.record for request in self.requests.values()]
+        pipeline.closed = [record for record in records if record is not None]
 
 
-def _blank(cls: Any) -> Any:
-    return cls.__new__(cls)
+def _outside(name: str, value: Any) -> Any:
+    """Return a user's callback that runs outside of the request; other arguments as they are."""
+    if "callback" not in name or not callable(value) or isinstance(value, type):
+        return value
+    if hasattr(type(value), "tensor_inputs") or hasattr(value, "tensor_inputs"):
+        return value  # pipelines look at the class of these objects of diffusers
+    return _suspended(value)
 
 
-@functools.cache
-def request_class(cls: Any) -> Any:
-    """Return a subclass of `cls`, of the same name, whose calls are requests."""
+def _suspended(callback: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(callback)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        with suspended():
+            return callback(*args, **kwargs)
 
+    return outside
+
+
+def _request_class(cls: Any) -> Any:
     @functools.wraps(cls.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.__dict__[HANDLE].request():
-            return cls.__call__(self, *args, **kwargs)
+        handle = self.__dict__.get(HANDLE)
+        run = functools.partial(cls.__call__, self)
+        return run(*args, **kwargs) if handle is None else handle.call(run, args, kwargs)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
-        """Copy and pickle as a plain pipeline: a copy has its cache off."""
-        state = {name: value for name, value in self.__dict__.items() if name != HANDLE}
-        return _blank, (cls,), state
+    return derived_class(cls, {"__call__": __call__, PLAIN: cls}, _state)
 
-    namespace = {
-        "__call__": __call__,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-    }
-    return type(cls.__name__, (cls,), namespace)
+
+def _state(pipe: Any) -> dict[str, Any]:
+    """Return what copies and pickles of a pipeline are made of: a copy has its cache off."""
+    return {name: value for name, value in pipe.__dict__.items() if name != HANDLE}
+
+
+request_class = ClassCache(_request_class)
+"""Returns a subclass of a pipeline's class, of the same name, whose calls are requests."""
+
+
+def plain_class(pipe: Any) -> Any:
+    """Return the class of a pipeline without what `enable` derived from it."""
+    return vars(type(pipe)).get(PLAIN, type(pipe))
+
+
+def modules_of(pipeline: CachedPipeline) -> list[torch.nn.Module]:
+    """Return the transformers of a pipeline."""
+    return [handle.module for handle, _ in pipeline.transformers]

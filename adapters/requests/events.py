@@ -1,36 +1,47 @@
 """Follows a pipeline's call from outside: where steps end, loops begin, a ControlNet's scale turns.
 
 For the duration of a call its schedulers get a subclass of their own class, of the same name, and
-its ControlNets a hook; both are taken back after it.
+its ControlNets a hook; both are taken back after the call.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 
-from dbcache.adapters.blocks.block_adapter import unwrap
+from dbcache.adapters.blocks.signature import unwrap
+from dbcache.adapters.patching.derived_class import ClassCache, derived_class
 
 OBSERVERS = "_dbcache_observers"
 """Name of the attribute that holds a scheduler's observers during a call."""
 
+PLAIN = "_dbcache_plain"
+"""Name of the attribute of a watched scheduler's class that holds the class before."""
+
 SCALE = "conditioning_scale"
 """Parameter of diffusers' ControlNets: a number, or one per ControlNet."""
+
+_LOCK = threading.Lock()
+"""Held while a scheduler's class is exchanged: calls in other threads may share the scheduler."""
 
 
 class Observer(Protocol):
     """What is told of a call under way."""
 
+    def is_current(self) -> bool:
+        """Whether the code that runs now belongs to the call."""
+
     def end_step(self) -> None:
         """The scheduler made a step."""
 
-    def start_loop(self) -> None:
-        """The scheduler was given timesteps: a denoising loop begins."""
+    def start_loop(self, steps: int | None) -> None:
+        """The scheduler was given its timesteps, so many: a denoising loop begins."""
 
     def change_control(self) -> None:
         """A ControlNet is called with another scale than before."""
@@ -41,6 +52,10 @@ class Observers(list[Observer]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Observers:
         return self
+
+    def of_this_call(self) -> list[Observer]:
+        """Return the observers whose call the code that runs now belongs to."""
+        return [observer for observer in self if observer.is_current()]
 
 
 @contextmanager
@@ -67,62 +82,56 @@ def _takes_scale(module: torch.nn.Module) -> bool:
 
 @contextmanager
 def _watched_scheduler(scheduler: Any, observer: Observer) -> Iterator[None]:
-    observers = vars(scheduler).get(OBSERVERS)
-    if observers is None:  # not so if a call inside another shares it
-        observers = vars(scheduler)[OBSERVERS] = Observers()
-        cls: Any = type(scheduler)
-        scheduler.__class__ = watched_class(cls)
-    observers.append(observer)
     try:
+        with _LOCK:
+            observers = vars(scheduler).setdefault(OBSERVERS, Observers())
+            observers.append(observer)
+            if PLAIN not in vars(type(scheduler)):
+                scheduler.__class__ = watched_class(type(scheduler))
         yield
     finally:
-        observers.remove(observer)
-        if not observers:
-            del vars(scheduler)[OBSERVERS]
-            scheduler.__class__ = type(scheduler).__base__
+        with _LOCK:
+            observers = vars(scheduler).get(OBSERVERS, Observers())
+            if observer in observers:
+                observers.remove(observer)
+            if not observers:
+                vars(scheduler).pop(OBSERVERS, None)
+                scheduler.__class__ = vars(type(scheduler)).get(PLAIN, type(scheduler))
 
 
-@functools.cache
-def watched_class(cls: Any) -> Any:
-    """Return a subclass of `cls`, of the same name, that tells the observers of an instance."""
-
+def _watched_class(cls: Any) -> Any:
     @functools.wraps(cls.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = cls.step(self, *args, **kwargs)
-        for observer in vars(self)[OBSERVERS]:
+        for observer in vars(self)[OBSERVERS].of_this_call():
             observer.end_step()
         return output
 
     @functools.wraps(cls.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = cls.set_timesteps(self, *args, **kwargs)
-        for observer in vars(self)[OBSERVERS]:
-            observer.start_loop()
+        timesteps = getattr(self, "timesteps", None)
+        steps = len(timesteps) if isinstance(timesteps, torch.Tensor) else None
+        for observer in vars(self)[OBSERVERS].of_this_call():
+            observer.start_loop(steps)
         return output
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Copy a scheduler that is still watched as it is, one that is no longer as a plain one."""
         if vars(self)[OBSERVERS]:
-            return object.__reduce_ex__(self, protocol)
-        return (
-            _blank,
-            (cls,),
-            {name: value for name, value in vars(self).items() if name != OBSERVERS},
-        )
+            return object.__new__, (type(self),), vars(self)
+        return object.__new__, (cls,), _own(self)
 
-    namespace = {
-        "step": step,
-        "set_timesteps": set_timesteps,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-    }
-    return type(cls.__name__, (cls,), namespace)
+    methods = {"step": step, "set_timesteps": set_timesteps, "__reduce_ex__": __reduce_ex__}
+    return derived_class(cls, {**methods, PLAIN: cls}, _own)
 
 
-def _blank(cls: Any) -> Any:
-    return cls.__new__(cls)
+def _own(scheduler: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(scheduler).items() if name != OBSERVERS}
+
+
+watched_class = ClassCache(_watched_class)
+"""Returns a subclass of a class of schedulers that tells the observers of an instance."""
 
 
 @contextmanager
@@ -134,6 +143,8 @@ def _watched_control(module: torch.nn.Module, observer: Observer) -> Iterator[No
         scale: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
         if not all(isinstance(value, int | float) for value in scale):
             return  # comparing tensors would wait for the device
+        if not observer.is_current():
+            return  # a call in another thread shares the ControlNet
         if last and last != scale:
             observer.change_control()
         last[:] = scale

@@ -11,23 +11,13 @@ nothing is read from the device.
 
 from __future__ import annotations
 
-import inspect
 import weakref
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-CONDITIONS = (
-    "encoder_hidden_states",
-    "encoder_hidden_states_t5",
-    "cap_feats",
-    "text_bth",
-    "class_labels",
-    "input_ids",
-)
-"""Parameters of a transformer's forward that tell branches apart, by preference."""
 
 ATTENTION_OPTIONS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
 """Parameters whose "scale" is that of LoRA weights."""
@@ -89,9 +79,11 @@ class Branches:
     """Finds the branch of each call, within one denoising loop after another.
 
     Attributes:
-        is_active: a call of a pipeline is under way; only then branches can be found.
-        tells_steps: the pipeline has a scheduler, which says where steps end. Without one a
+        is_active: the calls are those of a request that is followed: of a pipeline's call, or
+            one that the user started. Only then branches can be found.
+        tells_steps: a scheduler, or the time of the calls, says where steps end. Without that a
             branch that comes again begins a step.
+        is_doubted: a scheduler was there, and has said nothing.
         alternates: where steps have no end and conditions do not last, calls are those of two
             branches in turn.
         uncond_first: of two branches without names the first is the unconditional one.
@@ -102,13 +94,13 @@ class Branches:
         self.is_active = False
         self.tells_steps = False
         self.uncond_first = False
-        self._is_doubted = False
+        self.is_doubted = False
         self.start_loop()
 
-    def start_call(self, *, has_scheduler: bool) -> None:
-        """Begin to follow a call of a pipeline."""
+    def follow(self, *, tells_steps: bool) -> None:
+        """Begin to follow the calls of a request."""
         self.is_active = True
-        self.tells_steps = has_scheduler and not self._is_doubted
+        self.tells_steps = tells_steps
         self.start_loop()
 
     def start_loop(self) -> None:
@@ -120,11 +112,12 @@ class Branches:
         self._calls = 0
         self._has_ended = False
         self._has_told = False
+        self._in_step: Counter[str] = Counter()
 
     def end_step(self) -> None:
         """Take note that the scheduler made a step; the next call begins another."""
         self._has_ended = self._has_told = self.tells_steps = True
-        self._is_doubted = False
+        self.is_doubted = False
 
     def of_call(self, name: str | None, condition: torch.Tensor | None) -> tuple[str | None, bool]:
         """Return the key of the call's branch, and whether what that remembers is out of date.
@@ -139,9 +132,11 @@ class Branches:
             self._step += 1
             self._place = 0
             self._has_ended = False
+            self._in_step.clear()
         if name is not None:
-            branch = self._named.setdefault(name, Branch(name, self._step))
-            return name, self._is_late(branch)
+            key = self._key_of(name)
+            branch = self._named.setdefault(key, Branch(key, self._step))
+            return key, self._is_late(branch)
         branch, was_another = (
             self._known(condition) or self._by_place(condition) or self._new(condition)
         )
@@ -149,6 +144,17 @@ class Branches:
         self._calls += 1
         branch.take(condition, self._calls)
         return branch.key, self._is_late(branch) or was_another
+
+    def _key_of(self, name: str) -> str:
+        """Return the key of a call with a name; one that comes again in a step has its own."""
+        if not self.tells_steps:
+            return name
+        self._in_step[name] += 1
+        place = self._in_step[name]
+        if place > FEW and not self._has_told:
+            self.tells_steps, self.is_doubted = False, True
+            return name
+        return name if place == 1 else f"{name} {place}"
 
     def _is_late(self, branch: Branch) -> bool:
         """Take note of a call of the branch; say whether it broke the rhythm of its calls."""
@@ -186,7 +192,7 @@ class Branches:
         if len(self._found) >= FEW:
             if self.tells_steps and not self._has_told:
                 # so many calls and no step: it seems that this scheduler is not asked for steps
-                self.tells_steps, self._is_doubted = False, True
+                self.tells_steps, self.is_doubted = False, True
                 return self._known(condition) or (self._found[0], True)
             idle = min(self._found, key=lambda branch: branch.call)
             if not self.tells_steps or idle.step < self._step - 1:
@@ -212,26 +218,6 @@ class Branches:
         if key is not None or not any(other.key in keys for other in self._found[1:]):
             return key
         return self.two_names[0] if self.two_names[1] in keys else "branch 1"
-
-
-class ConditionFinder:
-    """Finds what a call of a transformer is conditioned on among its arguments."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.name = next((name for name in CONDITIONS if name in names), None)
-        self.place = names.index(self.name) if self.name is not None else 0
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        if self.name is None:
-            return None
-        if self.name in kwargs:
-            value = kwargs[self.name]
-        else:
-            value = args[self.place] if self.place < len(args) else None
-        while isinstance(value, list | tuple) and value:
-            value = value[0]
-        return value if isinstance(value, torch.Tensor) else None
 
 
 def form_of(kwargs: dict[str, Any]) -> tuple[frozenset[str], tuple[Any, ...]]:

@@ -6,18 +6,16 @@ it returns from `measured` is compared with what it returned one step before.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from typing import Any
 
 import torch
 
 from dbcache.adapters.blocks.patterns import describe
+from dbcache.adapters.blocks.signature import argument, names_of_class
 from dbcache.adapters.signals.modulated import check_block, modulated_input
 from dbcache.adapters.signals.sea_filter import sea_filter
 from dbcache.config.cache import StackSettings
 from dbcache.config.policies import POLICIES
-from dbcache.lanes import eager
 from dbcache.lanes.lane import Lane
 
 FULL_NOISE = {
@@ -94,7 +92,7 @@ class Latents(Source):
 
     def finish(self, lane: Lane, output: Any, cached: bool) -> None:
         if not cached:
-            eager.note_output(lane, first_tensor(self.who, output))
+            lane.record_output(first_tensor(self.who, output))
 
 
 class ModulatedInput(Source):
@@ -227,29 +225,12 @@ def make_source(
     return Spectrum(who, model) if source == "spectrum" else None
 
 
-@functools.cache
-def _names(cls: Any) -> list[str]:
-    return list(inspect.signature(cls.forward).parameters)[1:]
-
-
-def argument(
-    model: torch.nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Return an argument of the model's forward by name; None where it is not given."""
-    if name in kwargs:
-        return kwargs[name]
-    cls: Any = type(model)
-    names = _names(cls)
-    at = names.index(name) if name in names else len(args)
-    return args[at] if at < len(args) else None
-
-
 def _latents(
     who: str, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> torch.Tensor:
     """Return what the transformer denoises: `hidden_states`, or its first parameter."""
     cls: Any = type(model)
-    names = _names(cls)
+    names = names_of_class(cls)
     name = "hidden_states" if "hidden_states" in names else names[0]
     x = _one_tensor(argument(model, name, args, kwargs))
     if x is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.stacks.proxies import parameter_names
+from dbcache.adapters.blocks.signature import parameter_names, unwrap
 
 Arguments = dict[str, Any]
 
@@ -52,14 +52,14 @@ MODULATED: dict[str, Callable[[Any, Arguments], torch.Tensor]] = {
 
 def modulated_input(block: Any, args: tuple[Any, ...], kwargs: Arguments) -> torch.Tensor:
     """Return the signal, from what the first block was called with; any shape (B, ...)."""
-    plain = getattr(block, "_orig_mod", block)  # torch.compile's wrapper
+    plain = unwrap(block)
     arguments = dict(zip(parameter_names(block), args, strict=False)) | kwargs
     return MODULATED[type(plain).__name__](plain, arguments)
 
 
 def check_block(block: torch.nn.Module, who: str) -> None:
     """Raise a ValueError if the signal of this class of blocks is not known."""
-    name = type(getattr(block, "_orig_mod", block)).__name__
+    name = type(unwrap(block)).__name__
     if name not in MODULATED:
         raise ValueError(
             f"{who}: policy='teacache' must know how the first block modulates its input, got a "

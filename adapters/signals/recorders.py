@@ -9,15 +9,15 @@ modulated input and of the transformer's output, and the polynomial of degree 4 
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
 import torch
 
-from dbcache.adapters.requests.cached_transformer import CachedTransformer
 from dbcache.adapters.signals.measurements import first_tensor
-from dbcache.adapters.stacks.stack import Stack
 from dbcache.config.calibration import new_calibration
 from dbcache.kernels.common.lane_state import DEGREE
 
@@ -33,31 +33,31 @@ class _Rows:
         stack: whose steps are noted; all of them must be full.
     """
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Any) -> None:
         self.stack = stack
         self.runs: dict[str, list[list[torch.Tensor]]] = defaultdict(list)
-        self._before: dict[str, Any] = {}
+        # by lane: requests that overlap are told apart
+        self._before: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._under_way: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
-    def after_blocks(self, h_out: torch.Tensor) -> None:
-        """Take note of what comes out of the stack's blocks."""
+    def on_blocks(self, step: Any, h_out: torch.Tensor) -> None:
+        """Note what comes out of the stack's blocks."""
 
-    def after_forward(self, output: Any) -> None:
-        """Take note of what the transformer returns."""
+    def on_output(self, step: Any, output: Any) -> None:
+        """Note what the transformer returns."""
 
-    def _note(self, now: Any, row: torch.Tensor | None) -> None:
+    def _note(self, step: Any, now: Any, row: torch.Tensor | None) -> None:
         """Append a step's row, None on the first step of a request, and keep what it is made of."""
-        branch = self.stack.branch or ""
         if row is None:
-            self.runs[branch].append([])
+            self._under_way[step.lane] = []
+            self.runs[step.branch or ""].append(self._under_way[step.lane])
         else:
-            self.runs[branch][-1].append(row)
-        self._before[branch] = now
+            self._under_way[step.lane].append(row)
+        self._before[step.lane] = now
 
-    def _previous(self) -> Any:
+    def _previous(self, step: Any) -> Any:
         """Return what the step before left; None on the first step of a request."""
-        lane = self.stack.lane
-        is_first = lane is None or lane.step == 1
-        return None if is_first else self._before.get(self.stack.branch or "")
+        return None if step.lane.steps.step == 1 else self._before.get(step.lane)
 
     def rows(self) -> dict[str, numpy.ndarray[Any, Any]]:
         """Return per branch what was noted: (requests, steps - 1, numbers of a row).
@@ -87,11 +87,11 @@ class Magnitudes(_Rows):
     """MagCache's ratios."""
 
     @torch.no_grad()
-    def after_blocks(self, h_out: torch.Tensor) -> None:
-        assert self.stack.h_fn is not None
-        norm = (h_out.float() - self.stack.h_fn.float()).norm(dim=-1)
-        before = self._previous()
-        self._note(norm, None if before is None else (norm / (before + TINY)).mean().reshape(1))
+    def on_blocks(self, step: Any, h_out: torch.Tensor) -> None:
+        norm = (h_out.float() - step.h_fn.float()).norm(dim=-1)
+        before = self._previous(step)
+        row = None if before is None else (norm / (before + TINY)).mean().reshape(1)
+        self._note(step, norm, row)
 
     def result(self) -> dict[str, Any]:
         """Return the stack's entry of the calibration."""
@@ -103,18 +103,17 @@ class Changes(_Rows):
     """TeaCache's polynomial."""
 
     @torch.no_grad()
-    def after_forward(self, output: Any) -> None:
-        assert self.stack.source is not None
-        now = [
-            tensor.float().clone()
-            for tensor in (self.stack.source.measured(), first_tensor(self.stack.name, output))
-        ]
-        before = self._previous()
+    def on_output(self, step: Any, output: Any) -> None:
+        if step.lane is None:
+            return
+        measured, returned = step.run.source.measured(), first_tensor(self.stack.name, output)
+        now = [measured.float().clone(), returned.float().clone()]
+        before = self._previous(step)
         row = None
         if before is not None:
             pairs = zip(now, before, strict=True)
             row = torch.stack([(a - b).abs().mean() / b.abs().mean() for a, b in pairs])
-        self._note(now, row)
+        self._note(step, now, row)
 
     def result(self) -> dict[str, Any]:
         """Return the stack's entry of the calibration."""
@@ -128,13 +127,17 @@ class Changes(_Rows):
         return {"coefficients": coefficients.tolist(), "pairs": len(pairs)}
 
 
-CalibrationNotes = Magnitudes | Changes
+Recorder = Magnitudes | Changes
 
-NOTES: dict[str, type[CalibrationNotes]] = {"magcache": Magnitudes, "teacache": Changes}
+RECORDERS: dict[str, type[Recorder]] = {"magcache": Magnitudes, "teacache": Changes}
 
 
-def take_notes(transformers: list[CachedTransformer], policy: str) -> list[CalibrationNotes]:
+def record(transformers: Sequence[Sequence[Any]], policy: str) -> list[Recorder]:
     """Make the stacks of an enabled transformer note their steps from now on.
+
+    Args:
+        transformers: the stacks of each transformer.
+        policy: that the calibration is for.
 
     Raises:
         ValueError: there are several transformers, or it is not known yet what is cached.
@@ -145,22 +148,21 @@ def take_notes(transformers: list[CachedTransformer], policy: str) -> list[Calib
             f"each by itself (as in calibrate(pipe.transformer, ...)) and give each its file by a "
             f"ParamsModifier"
         )
-    stacks = [stack for stack in transformers[0].stacks if stack.entries]
+    stacks = [stack for stack in transformers[0] if stack.entries]
     if not stacks:
         raise ValueError(
-            f"calibrate: {type(transformers[0].module).__name__} must have blocks to skip that are "
-            f"known before the first forward, got none; name forward_pattern in the BlockAdapter"
+            "calibrate: the transformer must have blocks to skip that are known before the first "
+            "forward, got none; name forward_pattern in the BlockAdapter"
         )
-    notes = [NOTES[policy](stack) for stack in stacks]
-    for stack, its_notes in zip(stacks, notes, strict=True):
-        stack.calibration_notes = its_notes
-    return notes
+    for stack in stacks:
+        stack.recorder = RECORDERS[policy](stack)
+    return [stack.recorder for stack in stacks]
 
 
-def calibration_of(policy: str, notes: list[CalibrationNotes]) -> dict[str, Any]:
-    """Return the content of the calibration; raises as `rows` and `result` of the notes."""
-    stacks = {its_notes.stack.name: its_notes.result() for its_notes in notes}
-    runs = next(iter(notes[0].runs.values()))
+def calibration_of(policy: str, recorders: list[Recorder]) -> dict[str, Any]:
+    """Return the content of the calibration; raises as `rows` and `result` of the recorders."""
+    stacks = {recorder.stack.name: recorder.result() for recorder in recorders}
+    runs = next(iter(recorders[0].runs.values()))
     # the blocks are what counts: a transformer may hold them in a module of another class
-    model = type(notes[0].stack.lists[0].owner).__name__
+    model = type(recorders[0].stack.lists[0].owner).__name__
     return new_calibration(policy, model, len(runs[0]) + 1, stacks)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 
-from dbcache.adapters.blocks.block_adapter import StackSpec
+from dbcache.adapters.blocks.spec import StackSpec
+from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.pruned_stack import PrunedStack
 from dbcache.adapters.stacks.stack import Stack
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings
@@ -20,7 +21,7 @@ OF_EACH_STACK = ("Bn_compute_blocks", "cache_dtype")
 
 def make_stacks(
     specs: tuple[StackSpec, ...], settings: StackSettings, modifiers: list[ParamsModifier | None]
-) -> list[Stack]:
+) -> list[BlockStack]:
     """Return the stacks of one transformer; none as long as a pattern is open.
 
     Args:
@@ -36,26 +37,26 @@ def make_stacks(
         return []
     each = [settings.modified(modifier) for modifier in modifiers]
     if each[0].cache.decision_scope == "stack" or len(specs) == 1:
-        return [_stack(spec, own) for spec, own in zip(specs, each, strict=True)]
-    leader = _stack(specs[0], _with_a_middle(specs[0], each[0]))
+        return [_stack(spec, own, i) for i, (spec, own) in enumerate(zip(specs, each, strict=True))]
+    leader = _stack(specs[0], _with_a_middle(specs[0], each[0]), 0)
     stacks = [leader]
     for spec, own in zip(specs[1:], each[1:], strict=True):
-        _check_rule(_name(spec), own, leader.name, each[0])
-        stacks.append(_stack(spec, own, leader))
+        _check_rule(spec.name, own, leader.name, each[0])
+        stacks.append(_stack(spec, own, len(stacks), leader))
     return stacks
 
 
-def _stack(spec: StackSpec, settings: StackSettings, leader: Stack | None = None) -> Stack:
-    assert spec.pattern is not None
-    lists = list(spec.lists)
+def _stack(
+    spec: StackSpec, settings: StackSettings, index: int, leader: BlockStack | None = None
+) -> BlockStack:
     if isinstance(settings.cache, DBPruneConfig):
-        return PrunedStack(spec, settings)
-    return Stack(lists, spec.pattern, settings, spec.streams, spec.interleaved, leader)
+        return PrunedStack(spec, settings, index)
+    return Stack(spec, settings, index, leader)
 
 
 def _with_a_middle(spec: StackSpec, settings: StackSettings) -> StackSettings:
     """Return settings whose probe leaves a block to skip: the decision is taken there."""
-    name = _name(spec)
+    name = spec.name
     blocks = sum(len(block_list.blocks) for block_list in spec.lists)
     blocks //= len(spec.lists) if spec.interleaved else 1
     fn, bn = settings.cache.probe_blocks, settings.cache.Bn_compute_blocks
@@ -75,10 +76,6 @@ def _with_a_middle(spec: StackSpec, settings: StackSettings) -> StackSettings:
     )
     changes = DBCacheConfig(Fn_compute_blocks=most)
     return settings.modified(ParamsModifier(cache_config=changes))
-
-
-def _name(spec: StackSpec) -> str:
-    return "+".join(block_list.path for block_list in spec.lists)
 
 
 def _check_rule(name: str, own: StackSettings, leader: str, rule: StackSettings) -> None:

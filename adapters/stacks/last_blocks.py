@@ -7,19 +7,18 @@ cached steps only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
-from dbcache.adapters.stacks.prunable_blocks import BlockRun, trimmed
-from dbcache.lanes.lane import Lane
-from dbcache.lanes.last_blocks import LaneTail, TailDecision
+from dbcache.adapters.stacks.proxies import BlockProxy
+from dbcache.adapters.stacks.prunable_blocks import PrunableBlocks, SingleBlocksStep, trimmed
+from dbcache.adapters.stacks.step import check_needs_no_vote
+from dbcache.config.cache import StackSettings
+from dbcache.lanes.last_blocks import LaneTail
 
-if TYPE_CHECKING:
-    from dbcache.adapters.stacks.stack import Stack
 
-
-class Tail:
+class LastBlocks:
     """The Bn blocks of a stack, some of which may be left out.
 
     Args:
@@ -29,61 +28,68 @@ class Tail:
         ValueError: the blocks of several lists take turns.
     """
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Any) -> None:
+        listed = stack.settings.cache.Bn_compute_blocks_ids
         if stack.round > 1:
             raise ValueError(
                 f"{stack.name}: Bn_compute_blocks_ids must be empty where the blocks of several "
-                f"lists take turns, got {stack.settings.cache.Bn_compute_blocks_ids}; remove it"
+                f"lists take turns, got {listed}; remove it"
             )
         self.stack = stack
-        listed = set(stack.settings.cache.Bn_compute_blocks_ids)
-        first, prunable = trimmed([i not in listed for i in range(stack.bn)])
+        first, prunable = trimmed([i not in set(listed) for i in range(stack.bn)])
         self.start = stack.num_blocks - stack.bn + first
-        self.run = BlockRun(stack.name, prunable, stack.pattern, self._open, self._close)
-        # it is short, and so what the loop takes from a block to a later one is what it would be
-        self.run.fuses = False
+        self.blocks = PrunableBlocks(prunable, stack.pattern)
+        # they are few, and so what the loop takes from a block to a later one is as it would be
+        self.blocks.fuses = False
 
     @classmethod
-    def of(cls, stack: Stack) -> Tail | None:
-        """Return the tail of `stack`, None where all of its last blocks run."""
+    def of(cls, stack: Any) -> LastBlocks | None:
+        """Return the last blocks of `stack`, None where all of them run."""
         listed = stack.settings.cache.Bn_compute_blocks_ids
         return cls(stack) if listed and set(range(stack.bn)) - set(listed) else None
 
-    def _open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+    def proxy(self, position: int, block: torch.nn.Module, who: str) -> BlockProxy:
+        """Return what stands for the block at `position` of the stack."""
+        return self.blocks.proxy(self.stack, position - self.start, block, who)
+
+    def new_store(self, settings: StackSettings, device: torch.device) -> LaneTail:
+        """Return what a new lane keeps of the last blocks."""
+        return LaneTail(settings, self.blocks.prunable, device)
+
+    def new_step(self, step: Any) -> LastBlocksStep:
+        """Return what is under way in the last blocks; `step` is that of the whole stack."""
+        return LastBlocksStep(self.blocks, step)
+
+
+class LastBlocksStep(SingleBlocksStep):
+    """What is under way in one forward over the last blocks."""
+
+    def __init__(self, blocks: PrunableBlocks, step: Any) -> None:
+        super().__init__(blocks)
+        self.step = step
+
+    def open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Decide which blocks are left out on a cached step. None is on a full one."""
-        stack, lane = self.stack, self.stack.lane
+        step, lane = self.step, self.step.lane
         if lane is None:
             return  # the model left out the block at which the step is decided: all others run
         tail = lane.tail
-        assert tail is not None
         tail.fit(hidden, encoder)
-        if stack.cutter is not None and (stack.is_branch or stack.cached):
-            self._record(lane, tail, hidden, encoder)
+        if step.cutter is not None and (step.is_conditional or step.cached):
+            self._record_all(lane, hidden, encoder)
             return
-        tail.decide(lane, hidden if stack.cached else None, stack.sharding)
-        due = None if stack.cached else tail.store
-        self.run.start(tail.cache, tail.read(stack.cached), due)
+        tail.decide(lane.state.counters, hidden if step.cached else None, step.run.sharding)
+        due = None if step.cached else tail.store
+        self.start(tail.blocks, tail.read(step.cached), due)
 
-    def _record(
-        self, lane: Lane, tail: LaneTail, hidden: torch.Tensor, encoder: torch.Tensor | None
-    ) -> None:
-        """Let the blocks be recorded: each is a branch, whether it runs or not.
+    def _record_all(self, lane: Any, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+        """Let the blocks be recorded: each is a conditional, whether it runs or not.
 
         On a cached step those that run are not stored: the device knows.
         """
-        self.stack.check_needs_no_vote()
-        if tail.cache.state is None:
-            tail.cache.allocate(hidden, encoder)
-        tail.decide(lane, hidden)
-        decisions = [TailDecision(lane, i) for i in range(len(self.run.prunable))]
-        self.run.record(tail.cache, tail.store, self.stack.cutter, decisions)
-
-    def _close(self) -> None:
-        """Nothing is left to do: the step was finished by the middle blocks."""
-
-
-def new_lane_tail(stack: Stack, device: torch.device) -> LaneTail | None:
-    """Return what a new lane of `stack` keeps of its last blocks; None where all of them run."""
-    if stack.tail is None:
-        return None
-    return LaneTail(stack.settings, stack.tail.run.prunable, device)
+        tail = lane.tail
+        check_needs_no_vote(self.step.stack.name, self.step.run.sharding)
+        if tail.blocks.state is None:
+            tail.blocks.allocate(hidden, encoder)
+        tail.decide(lane.state.counters, hidden)
+        self.record(tail.blocks, tail.store, self.step.cutter, lane.tail_decisions())

@@ -1,38 +1,40 @@
-"""A block stack under DBPrune: its guards, its lanes, and the step that is under way."""
+"""A block stack under DBPrune, whose blocks are left out one by one, and its step."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.block_adapter import StackSpec
 from dbcache.adapters.blocks.block_list import Entry
-from dbcache.adapters.stacks.prunable_blocks import BlockRun, trimmed
-from dbcache.adapters.stacks.stack import Stack
+from dbcache.adapters.blocks.spec import StackSpec
+from dbcache.adapters.stacks.base import BlockStack
+from dbcache.adapters.stacks.prunable_blocks import PrunableBlocks, SingleBlocksStep, trimmed
+from dbcache.adapters.stacks.stack_run import StackRun
+from dbcache.adapters.stacks.step import check_needs_no_vote, check_stream, left_blocks_out
 from dbcache.config.cache import StackSettings
 from dbcache.config.prune import DBPruneConfig
 from dbcache.kernels.common.lane_state import PlanCode
-from dbcache.kernels.pruning.decide_step import decide_step
-from dbcache.lanes.lane import layout_of
-from dbcache.lanes.pruned_lane import BlockDecision, PrunedLane
+from dbcache.lanes.buffers import layout_of
+from dbcache.lanes.pruned_lane import PrunedLane
 
 
-class PrunedStack(Stack):
+class PrunedStack(BlockStack):
     """Blocks that are left out one by one.
 
     Args:
         spec: lists that run one after the other.
         settings: with a `DBPruneConfig`, and without a predictor.
+        index: place of the stack in its transformer.
 
     Raises:
         ValueError: there is a predictor, or the blocks of several lists take turns.
     """
 
-    lanes: dict[str | None, PrunedLane]  # type: ignore[assignment]
-    lane: PrunedLane | None  # type: ignore[assignment]
+    last_blocks = None
 
-    def __init__(self, spec: StackSpec, settings: StackSettings) -> None:
+    def __init__(self, spec: StackSpec, settings: StackSettings, index: int) -> None:
         if settings.slots > 1 or settings.replace:
             raise ValueError(
                 f"DBPruneConfig: a block that is left out must add what it last added, got the "
@@ -45,13 +47,14 @@ class PrunedStack(Stack):
                 f"DBPruneConfig: blocks must run list by list, got {names}, which take turns and "
                 f"rearrange the tokens in between; use a DBCacheConfig"
             )
-        assert spec.pattern is not None
         # with long skips the loop takes what a block returns on to a later one: it must be what it
         # would return
         self.fuses = not spec.long_skips
-        super().__init__(list(spec.lists), spec.pattern, settings, spec.streams)
+        self.start = 0
+        self.blocks: PrunableBlocks | None = None
+        super().__init__(spec, settings, index)
 
-    def _make_entries(self) -> list[list[Entry]]:
+    def make_entries(self) -> list[list[Entry]]:
         """Return what stands for each list; nothing where all blocks always run."""
         config = self.settings.cache
         assert isinstance(config, DBPruneConfig)
@@ -68,93 +71,134 @@ class PrunedStack(Stack):
             return []
         first, prunable = trimmed(prunable)
         self.start = middle[first]
-        if any(lane.cache.prunable != prunable for lane in self.lanes.values()):
-            self.lanes.clear()  # blocks were added or taken away
-        self.run = BlockRun(self.name, prunable, self.pattern, self._open, self._close)
-        self.run.fuses = self.fuses
-        return self._rows()
+        self.blocks = PrunableBlocks(prunable, self.pattern)
+        self.blocks.fuses = self.fuses
+        return self.rows()
 
-    def _entry(self, position: int, block: torch.nn.Module, who: str) -> Entry:
-        """Return what stands for the block at `position` of the stack."""
-        return self.run.guard(self, position - self.start, block, who)
+    def entry(self, position: int, block: torch.nn.Module, who: str) -> Entry:
+        assert self.blocks is not None
+        return self.blocks.proxy(self, position - self.start, block, who)
 
-    def forget_step(self) -> None:
-        super().forget_step()
-        if self.entries:
-            self.run.forget_step()
+    @property
+    def prunable(self) -> list[bool]:
+        """Which blocks may be left out, from the first of them to the last."""
+        return [] if self.blocks is None else self.blocks.prunable
 
-    def _open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
-        """Take the step's decisions. Called with what the first block gets that may be left out."""
-        self._check_stream(hidden)
-        lane = self.lanes.get(self.branch) or self._add_lane(hidden.device)
-        code = lane.start_step(layout_of(hidden, encoder), hidden.device)
-        is_open = code == PlanCode.DYNAMIC and lane.has_reference
-        if self.cutter is not None and (is_open or not self.cutter.fixed_by_plan):
-            self._record(lane, hidden, encoder)
-            return
-        known, decisions = lane.known(), None
-        if known is None:
-            decisions = lane.cache.choose(self._changes(lane, hidden), self.sharding)
-        decide_step(lane.state, decisions)
-        skipped = lane.settle(known)
-        self.lane, self.cached, self.is_open = lane, lane.cached, True
-        self.run.start(lane.cache, skipped, lane.state.store if lane.stores() else None)
+    def fits(self, lane: Any) -> bool:
+        """Whether a lane stores these blocks."""
+        return lane.blocks.prunable == self.prunable
 
-    def _record(self, lane: PrunedLane, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
-        """Let the step's decisions be recorded: each block is a branch, whether it runs or not."""
-        self.check_needs_no_vote()
-        if lane.cache.state is None:
-            lane.cache.allocate(hidden, encoder)
-        decide_step(lane.state, lane.cache.choose(self._changes(lane, hidden)))
-        self.lane, self.cached, self.is_open = lane, False, True
-        decisions = [BlockDecision(lane, i, i == 0) for i in range(len(self.run.prunable))]
-        self.run.record(lane.cache, lane.state.store, self.cutter, decisions)
+    def new_lane(self, run: StackRun, branch: str | None, device: torch.device, step: Any) -> Any:
+        run.shared.prepare(device)
+        return PrunedLane(run.settings, self.prunable, device)
 
-    def _add_lane(self, device: torch.device) -> PrunedLane:
-        self.shared.prepare(device)
-        lane = PrunedLane(self.settings, self.run.prunable, device)
-        self.lanes[self.branch] = lane
-        return lane
-
-    def count_full_step(self, branch: str | None, device: torch.device) -> None:
-        """Count a step that ran without the guards: full, with nothing kept of it."""
-        self.branch = branch
-        if self.entries:
-            self.lane = lane = self._add_lane(device)
-            decide_step(lane.state, None)
-            lane.settle(lane.known())
-            lane.forget_reference()
-
-    def _changes(self, lane: PrunedLane, hidden: torch.Tensor) -> torch.Tensor:
-        """Measure the changes of the block inputs, or take those of the step's other branch."""
-        return self.shared(
-            self.branch,
-            lane.state.lane,
-            lane.step,
-            hidden,
-            lambda: lane.cache.measure(hidden),
-            is_recorded=self.cutter is not None,
-        )
+    def new_step(self, run: StackRun, branch: str | None, forward: Any) -> PrunedStep:
+        return PrunedStep(self, run, branch, forward)
 
     def prepare_recording(self) -> None:
         """Let each block that is left out return what it would have, as it does while recorded."""
-        super().prepare_recording()
         self.fuses = False
-        if self.entries:
-            self.run.fuses = False
+        if self.blocks is not None:
+            self.blocks.fuses = False
 
     @property
-    def recorded(self) -> tuple[object, ...]:
-        """What recorded work depends on."""
-        which = (self.start, *self.run.prunable) if self.entries else ()
-        return (*super().recorded, *which)
+    def geometry(self) -> tuple[object, ...]:
+        return (*super().geometry, self.start, *self.prunable)
 
-    def pruned_blocks(self, branch: str | None) -> list[list[int]] | None:
-        """Return the numbers of the blocks that were left out on each step."""
-        steps = self.lanes[branch].pruned()
-        return [[self.start + i for i, skips in enumerate(step) if skips] for step in steps]
+    def inherit(self, old: Any) -> None:
+        super().inherit(old)
+        self.blocks = old.blocks
 
-    def _close(self) -> None:
-        self.is_open = False
-        assert self.lane is not None
-        self.lane.has_reference |= self.run.due is not None
+    def pruned_blocks(self, lane: Any) -> Any:
+        """Return a function that reads the numbers of the blocks left out on each step so far."""
+        start, pruned = self.start, lane.pruned_snapshot()
+        return lambda: [[start + i for i, skips in enumerate(step) if skips] for step in pruned()]
+
+
+class PrunedStep(SingleBlocksStep):
+    """The step of a pruned stack in one forward; see `Step` for the arguments."""
+
+    def __init__(self, stack: PrunedStack, run: StackRun, branch: str | None, forward: Any) -> None:
+        super().__init__(stack.blocks or PrunableBlocks([], stack.pattern))
+        self.stack = stack
+        self.run = run
+        self.branch = branch
+        self.forward = forward
+        self.cutter = forward.cutter
+        self.lane: Any = None
+        self.cached = False
+        self.awaits_end = False
+
+    @property
+    def single_blocks(self) -> PrunedStep:
+        """This step: all blocks of the stack are single ones."""
+        return self
+
+    def open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+        """Take the step's decisions. Called with what the first block gets that may be left out."""
+        check_stream(self.stack.name, hidden)
+        lane = self._find_lane(hidden.device)
+        code = lane.begin(layout_of(hidden, encoder), hidden.device)
+        is_dynamic = code == PlanCode.DYNAMIC and lane.steps.has_reference
+        if self.cutter is not None and (is_dynamic or not self.cutter.fixed_by_plan):
+            self._record_all(lane, hidden, encoder)
+            return
+        known = lane.known()
+        change = None if known is not None else self._change(lane, hidden)
+        lane.decide(change, self.run.sharding)
+        skipped = lane.settle(known)
+        self.lane, self.cached, self.awaits_end = lane, lane.steps.cached, True
+        self.start(lane.blocks, skipped, lane.state.store if lane.stores() else None)
+
+    def _record_all(
+        self, lane: PrunedLane, hidden: torch.Tensor, encoder: torch.Tensor | None
+    ) -> None:
+        """Let the decisions be recorded: each block is a conditional, whether it runs or not."""
+        check_needs_no_vote(self.stack.name, self.run.sharding)
+        if lane.blocks.state is None:
+            lane.blocks.allocate(hidden, encoder)
+        lane.decide(self._change(lane, hidden))
+        self.lane, self.cached, self.awaits_end = lane, False, True
+        self.record(lane.blocks, lane.state.store, self.cutter, lane.decisions())
+
+    def _find_lane(self, device: torch.device) -> PrunedLane:
+        """Return the lane of the branch, made at its first step."""
+        lanes = self.run.lanes
+        if self.branch not in lanes:
+            lanes[self.branch] = self.stack.new_lane(self.run, self.branch, device, self)
+        return lanes[self.branch]
+
+    def _change(self, lane: PrunedLane, hidden: torch.Tensor) -> torch.Tensor:
+        """Measure the changes of the block inputs, or take those of the step's other branch."""
+        return self.run.shared(
+            self.branch,
+            lane.state.lane,
+            lane.steps.step,
+            hidden,
+            lambda: lane.measure(hidden),
+            is_recorded=self.cutter is not None,
+        )
+
+    def close(self) -> None:
+        self.awaits_end = False
+        self.lane.steps.has_reference |= self.due is not None
+
+    def on_output(self, output: Any) -> None:
+        """Nothing is learned from what the transformer returns."""
+
+    def left_blocks_out(self) -> bool:
+        """Say whether the model did not run the blocks at which a step is decided and stored."""
+        return left_blocks_out(self)
+
+    def count_full(self, device: torch.device) -> None:
+        """Count a step that ran without the proxies: full, with nothing kept of it."""
+        if self.stack.entries:
+            self.lane = lane = self._find_lane(device)
+            lane.decide(None)
+            lane.settle(lane.known())
+            lane.forget_reference()
+
+    def abort(self) -> None:
+        """Clean up after an exception: the step counts as never begun."""
+        if self.lane is not None and self.cutter is None:
+            self.lane.abort()

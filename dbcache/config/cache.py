@@ -311,8 +311,8 @@ class StackSettings:
         return any(self.predicts) and self.predictor.calibrator_cache_type == "hidden_states"
 
     @property
-    def recorded(self) -> tuple[object, ...]:
-        """What recorded work depends on. The rest lies on the device and may change."""
+    def buffers(self) -> tuple[object, ...]:
+        """What the buffers of a lane depend on."""
         cache = self.cache
         return (
             self.slots,
@@ -322,8 +322,12 @@ class StackSettings:
             cache.compares_hidden_states,
             cache.important_condition_threshold > 0,
             cache.cfg_diff_compute_separate,
-            self.predictor.recorded,
         )
+
+    @property
+    def recorded(self) -> tuple[object, ...]:
+        """What recorded work depends on. The rest lies on the device and may change."""
+        return (*self.buffers, self.predictor.recorded)
 
     def modified(self, modifier: ParamsModifier | None) -> StackSettings:
         """Return these settings with the given fields of `modifier` on top."""

@@ -9,9 +9,12 @@ agree. What cannot be recorded runs eagerly, and says so.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
@@ -26,7 +29,7 @@ from dbcache.graphs.cuda_driver import find_driver
 from dbcache.graphs.fingerprint import fingerprint, reason_against
 from dbcache.graphs.recording import Cutter, DeviceReplay, HostReplay, SegmentCutter
 from dbcache.graphs.trial import Restorable, compare, run_trial
-from dbcache.lanes.lane import Lane, outside_inference_mode
+from dbcache.lanes.lane_copy import AnyLane
 
 MODES = ("device", "host")
 """From best to last resort."""
@@ -37,12 +40,13 @@ means to record anew."""
 
 
 class Recordable(Protocol):
-    """What the executor needs of a cached transformer."""
+    """What the executor needs of a request on a transformer."""
 
-    module: torch.nn.Module
-
-    step_branch: str | None
+    branch: str | None
     """Guidance branch of the step under way."""
+
+    lane_set: Any
+    """All that the request keeps on the device, which no other request has meanwhile."""
 
     def run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], cutter: Cutter | None = None
@@ -52,7 +56,7 @@ class Recordable(Protocol):
     def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
         """Return what the host reads of a call's tensors; recorded work holds for that alone."""
 
-    def lanes(self) -> list[Lane]:
+    def lanes(self) -> list[AnyLane]:
         """Return the lanes of the step under way, in the order of the stacks."""
 
     def copies(self) -> list[Restorable]:
@@ -99,19 +103,19 @@ class GraphOptions:
 class Home:
     """A lane and the tensors that a recording found in it."""
 
-    lane: Lane
+    lane: AnyLane
     state: tuple[int, ...]
     layout: Any
     buffers: dict[str, torch.Tensor | None]
 
     @classmethod
-    def of(cls, lane: Lane) -> Home:
+    def of(cls, lane: AnyLane) -> Home:
         return cls(lane, lane.state.addresses(), lane.layout, lane.buffers_by_name())
 
     def fits(self) -> bool:
         """Whether the lane's state still lies where it was, and has room for one more step."""
         lane = self.lane
-        return self.state == lane.state.addresses() and lane.step < len(lane.plan)
+        return self.state == lane.state.addresses() and lane.steps.step < len(lane.steps.plan)
 
     def move_in(self) -> None:
         """Give the lane back the buffers of the recording, where others came in between."""
@@ -137,6 +141,7 @@ class Recording:
         outputs: the leaves of what it returns.
         structure: how the leaves make the output.
         homes: the lanes, and where their tensors lay.
+        owner: the set of these lanes.
         seconds: what it took to record and to try it.
     """
 
@@ -146,6 +151,7 @@ class Recording:
     outputs: list[Any]
     structure: Any
     homes: list[Home]
+    owner: weakref.ref[Any]
     seconds: float = 0.0
 
     def __call__(self, tensors: list[torch.Tensor]) -> None:
@@ -154,7 +160,7 @@ class Recording:
             home.move_in()
         if tensors:
             torch._foreach_copy_(self.inputs, tensors)
-        before = [home.lane.step for home in self.homes]
+        before = [home.lane.steps.step for home in self.homes]
         try:
             self.replay()
         except BaseException:
@@ -164,16 +170,22 @@ class Recording:
 
 
 class GraphExecutor:
-    """Records and replays the forwards of one cached transformer.
+    """Records and replays the forwards of one transformer.
+
+    A recording belongs to the lanes on which it was made, and so to one request at a time. Requests
+    that overlap have recordings of their own, as far as `max_recordings` allows; beyond, they run
+    eagerly. They take turns: one step is replayed or recorded at a time.
 
     Args:
-        transformer: what it works for.
+        module: the transformer.
         options: how to record.
     """
 
-    def __init__(self, transformer: Recordable, options: GraphOptions) -> None:
-        self.transformer = transformer
+    def __init__(self, module: torch.nn.Module, options: GraphOptions) -> None:
+        self.module = module
         self.options = options
+        self._lock = threading.RLock()
+        self._stream: Any = None
         self.recordings: dict[Any, Recording] = {}
         self.reasons: Counter[str] = Counter()
         self.retired = 0
@@ -183,11 +195,6 @@ class GraphExecutor:
         self._seen: dict[Any, Any] = {}
         self._recorder: Any = None
         self._fingerprint: int | None = None
-
-    def serve(self, transformer: Recordable) -> None:
-        """Go on for another transformer, which has the same lanes."""
-        self.transformer = transformer
-        self._seen.clear()  # it learns from an eager step before the next recording
 
     @property
     def is_settled(self) -> bool:
@@ -211,14 +218,19 @@ class GraphExecutor:
         return lines
 
     def start_request(self) -> None:
-        """Give recordings up that no longer hold for the weights."""
-        if not self.recordings:
-            return
-        if self._fingerprint != fingerprint(self.transformer.module):
-            self.retire()
+        """Give recordings up that no longer hold for the weights, or whose lanes are gone."""
+        with self._lock:
+            for key in [key for key, one in self.recordings.items() if one.owner() is None]:
+                self.recordings.pop(key).replay.close()
+            if self.recordings and self._fingerprint != fingerprint(self.module):
+                self.retire()
 
     def retire(self) -> None:
         """Give all recordings up, with their memory and their stream."""
+        with self._lock:
+            self._retire()
+
+    def _retire(self) -> None:
         for recording in self.recordings.values():
             recording.replay.close()
         self.retired += len(self.recordings)
@@ -228,28 +240,39 @@ class GraphExecutor:
             self._recorder.close()
             self._recorder = None
 
-    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do one step: replayed where it can be, else eagerly."""
+    def step(self, request: Recordable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do one step of a request: replayed where it can be, else eagerly."""
         leaves, structure = flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        key = (self._key(leaves, structure), self.transformer.kind_of(args, kwargs))
-        try:
-            recording = self.recordings.get(key)
-        except TypeError as error:
-            self._give_up(f"the other arguments must be hashable, got {error}")
-            return self.transformer.run(args, kwargs)
+        kind = request.kind_of(args, kwargs)
+        key = (self._key(request, leaves, structure), kind, request.lane_set.serial)
+        with self._lock, self._in_turn(tensors):
+            try:
+                recording = self._find(key)
+            except TypeError as error:
+                self._give_up(f"the other arguments must be hashable, got {error}")
+                return request.run(args, kwargs)
+            if recording is None and self._is_due(request, key, tensors):
+                recording = self._record(request, leaves, structure)
+                if recording is not None:
+                    self.recordings[key] = recording
+            if recording is not None:
+                return self._replay(recording, tensors)
+        output = request.run(args, kwargs)
+        with self._lock:
+            if key in self._seen:
+                self._seen[key] = _layouts(request)
+        return output
+
+    def _find(self, key: Any) -> Recording | None:
+        """Return the recording of a kind of call, if the lanes still lie where they were."""
+        recording = self.recordings.get(key)
         if recording is not None and not all(home.fits() for home in recording.homes):
             self.retire()
-            recording = None
-        if recording is None:
-            if self._is_due(key, tensors):
-                recording = self._record(leaves, structure)
-            if recording is None:
-                output = self.transformer.run(args, kwargs)
-                if key in self._seen:
-                    self._seen[key] = self._layouts()
-                return output
-            self.recordings[key] = recording
+            return None
+        return recording
+
+    def _replay(self, recording: Recording, tensors: list[torch.Tensor]) -> Any:
         recording(tensors)
         self.replays += 1
         outputs = recording.outputs
@@ -257,7 +280,23 @@ class GraphExecutor:
             outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in outputs]
         return tree_unflatten(outputs, recording.structure)
 
-    def _key(self, leaves: list[Any], structure: Structure) -> Any:
+    @contextlib.contextmanager
+    def _in_turn(self, tensors: list[torch.Tensor]) -> Iterator[None]:
+        """Let a GPU end the replayed step of another stream first: recordings share a pool."""
+        device = next((x.device for x in tensors if x.is_cuda), None)
+        if device is None:
+            yield
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        try:
+            yield
+        finally:
+            self._stream = stream
+
+    @staticmethod
+    def _key(request: Recordable, leaves: list[Any], structure: Structure) -> Any:
         """Return what must be the same for a recording to serve."""
         kinds = tuple(
             (leaf.shape, leaf.dtype, leaf.device)
@@ -267,9 +306,9 @@ class GraphExecutor:
         )
         autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         modes = (torch.is_inference_mode_enabled(), autocast)
-        return (self.transformer.step_branch, structure, kinds, modes)
+        return (request.branch, structure, kinds, modes)
 
-    def _is_due(self, key: Any, tensors: list[torch.Tensor]) -> bool:
+    def _is_due(self, request: Recordable, key: Any, tensors: list[torch.Tensor]) -> bool:
         """Whether to record now: the call is recordable, and it is not the first of its kind.
 
         Nor is it the first one after calls of other shapes within a request: the lanes then start
@@ -279,7 +318,7 @@ class GraphExecutor:
         if reason is not None:
             self._give_up(reason)
             return False
-        is_due = key in self._seen and self._seen[key] == self._layouts()
+        is_due = key in self._seen and self._seen[key] == _layouts(request)
         self._seen[key] = None
         return is_due
 
@@ -296,13 +335,7 @@ class GraphExecutor:
 
     def _some_weights(self) -> list[torch.Tensor]:
         """Return the first weight, which shows where the module lies."""
-        return [x for _, x in zip(range(1), self.transformer.module.parameters(), strict=False)]
-
-    def _lanes(self) -> list[Lane]:
-        return self.transformer.lanes()
-
-    def _layouts(self) -> list[Any]:
-        return [lane.layout for lane in self._lanes()]
+        return [x for _, x in zip(range(1), self.module.parameters(), strict=False)]
 
     def _give_up(self, reason: str) -> None:
         """Run this call eagerly and say why, the first time; unless a mode was asked for by name.
@@ -316,17 +349,23 @@ class GraphExecutor:
             warnings.warn(f"dbcache: cuda_graph: runs eagerly: {reason}", stacklevel=6)
         self.reasons[reason] += 1
 
-    def _record(self, leaves: list[Any], structure: Structure) -> Recording | None:
+    def _record(
+        self, request: Recordable, leaves: list[Any], structure: Structure
+    ) -> Recording | None:
         """Return a recording that was tried, None if none can be had."""
-        reason = reason_against(self.transformer.module)
+        reason = reason_against(self.module)
         if reason is not None:
             self._give_up(reason)
+            return None
+        others = [one for one in self.recordings.values() if one.owner() is not request.lane_set]
+        if others and len(self.recordings) >= self.options.max_recordings:
+            self.reasons["requests at the same time have all max_recordings recordings"] += 1
             return None
         while self._modes:
             mode = self._modes[0]
             try:
                 self._make_room(mode)
-                return self._record_as(mode, leaves, structure)
+                return self._record_as(mode, request, leaves, structure)
             except RuntimeError as error:
                 self._recorder = None  # of a stream that nothing goes on with
                 self.retire()
@@ -357,41 +396,45 @@ class GraphExecutor:
             if driver is None and mode == "device":
                 raise RuntimeError(why)
             self._recorder = RECORDERS[device.type](device, driver)
-            self._fingerprint = fingerprint(self.transformer.module)
+            self._fingerprint = fingerprint(self.module)
 
-    def _record_as(self, mode: str, leaves: list[Any], structure: Structure) -> Recording:
+    def _record_as(
+        self, mode: str, request: Recordable, leaves: list[Any], structure: Structure
+    ) -> Recording:
         start = perf_counter()
-        lanes = self._lanes()
+        lanes = request.lanes()
         for lane in lanes:
             # the same for all kinds that are recorded early on: growing voids what was recorded
-            lane.reserve(CAPACITY * (1 + 2 * lane.step // CAPACITY))
+            lane.steps.reserve(CAPACITY * (1 + 2 * lane.steps.step // CAPACITY))
         # first of all: it also compiles, tunes and loads what is to be recorded
-        expected = self._try_eagerly(lanes, leaves, structure)
-        recording = self._capture(mode, leaves, structure)
+        expected = self._try_eagerly(request, leaves, structure)
+        recording = self._capture(mode, request, leaves, structure)
         replayed = self._replayed(recording)
-        compare(run_trial(self.transformer.copies(), lanes, leaves, replayed), expected)
+        compare(run_trial(request.copies(), lanes, leaves, replayed), expected)
         recording.seconds = perf_counter() - start
         return recording
 
-    def _capture(self, mode: str, leaves: list[Any], structure: Structure) -> Recording:
+    def _capture(
+        self, mode: str, request: Recordable, leaves: list[Any], structure: Structure
+    ) -> Recording:
         """Record one step."""
-        recorder, lanes = self._recorder, self._lanes()
-        with outside_inference_mode:
+        recorder, lanes = self._recorder, request.lanes()
+        with torch.inference_mode(False):
             static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
         args, kwargs = unflatten(static, structure)
-        knew = [lane.has_reference for lane in lanes]
+        knew = [lane.steps.has_reference for lane in lanes]
         cutter = SegmentCutter(recorder)
         with recorder.capturing():
             cutter.start()
             try:
-                output = self.transformer.run(args, kwargs, cutter)
+                output = request.run(args, kwargs, cutter)
                 cutter.finish()
             except BaseException:
                 cutter.abort()
                 raise
             finally:
                 for lane, had_reference in zip(lanes, knew, strict=True):
-                    lane.has_reference = had_reference
+                    lane.steps.has_reference = had_reference
         if mode == "device":
             replay: Any = DeviceReplay(cutter.program, recorder)
         else:
@@ -399,18 +442,12 @@ class GraphExecutor:
         outputs, out_structure = tree_flatten(output)
         inputs = [x for x in static if isinstance(x, torch.Tensor)]
         homes = [Home.of(lane) for lane in lanes]
-        return Recording(self._name(mode, inputs), replay, inputs, outputs, out_structure, homes)
-
-    def _name(self, mode: str, inputs: list[torch.Tensor]) -> str:
-        branch = self.transformer.step_branch
-        largest = max(inputs, key=torch.Tensor.numel, default=torch.empty(0))
-        shape = "x".join(map(str, largest.shape))
-        return f"{mode}, {shape} {str(largest.dtype).removeprefix('torch.')}" + (
-            f", {branch}" if branch else ""
-        )
+        name = _name(mode, inputs, request.branch)
+        owner = weakref.ref(request.lane_set)
+        return Recording(name, replay, inputs, outputs, out_structure, homes, owner)
 
     def _try_eagerly(
-        self, lanes: list[Lane], leaves: list[Any], structure: Structure
+        self, request: Recordable, leaves: list[Any], structure: Structure
     ) -> list[list[Any]]:
         """Return what the steps of a trial give when they run eagerly.
 
@@ -420,10 +457,10 @@ class GraphExecutor:
 
         def step(values: list[Any]) -> list[Any]:
             args, kwargs = unflatten(values, structure)
-            return tree_flatten(self.transformer.run(args, kwargs))[0]
+            return tree_flatten(request.run(args, kwargs))[0]
 
         random = self._recorder.random_state()
-        results = run_trial(self.transformer.copies(), lanes, leaves, step)
+        results = run_trial(request.copies(), request.lanes(), leaves, step)
         if self._recorder.random_state() != random:
             raise RuntimeError("a step must not draw random numbers, which would be repeated")
         return results
@@ -435,3 +472,16 @@ class GraphExecutor:
             return [x.clone() if isinstance(x, torch.Tensor) else x for x in recording.outputs]
 
         return step
+
+
+def _layouts(request: Recordable) -> list[Any]:
+    return [lane.layout for lane in request.lanes()]
+
+
+def _name(mode: str, inputs: list[torch.Tensor], branch: str | None) -> str:
+    """Return the name of a recording, for people."""
+    largest = max(inputs, key=torch.Tensor.numel, default=torch.empty(0))
+    shape = "x".join(map(str, largest.shape))
+    return f"{mode}, {shape} {str(largest.dtype).removeprefix('torch.')}" + (
+        f", {branch}" if branch else ""
+    )

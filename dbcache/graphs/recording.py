@@ -16,24 +16,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
-
-class Decision(Protocol):
-    """One decision of a step: where it lies on the device, and how the host takes part."""
-
-    @property
-    def flag(self) -> torch.Tensor:
-        """int32, one element, on the device: 1 cached, 0 full."""
-
-    def read(self) -> bool:
-        """Count the step and return the decision; waits for the device where it was asked."""
-
-    def count(self) -> None:
-        """Count the step without knowing how it was decided."""
-
-    def has_run(self, cached: bool) -> None:
-        """Take note of the body that was run, after `read`."""
+from dbcache.lanes.decision import Decision
 
 
 class Segment(Protocol):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from dbcache.kernels.common.lane_state import PlanCode
-from dbcache.lanes.lane import Lane
+from dbcache.lanes.lane_copy import AnyLane
 
 TOLERANCES = {torch.float32: 1e-4}
 TOLERANCE = 1e-2
@@ -28,7 +28,7 @@ class Restorable(Protocol):
 
 def run_trial(
     copies: Sequence[Restorable],
-    lanes: Sequence[Lane],
+    lanes: Sequence[AnyLane],
     leaves: list[Any],
     step: Callable[[list[Any]], list[Any]],
 ) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""The last blocks of a stack in one lane, of which some are left out on cached steps.
+"""The last blocks of a stack in one lane; some are left out on cached steps.
 
 All that says whether they are lies on the device: the step's decision, what is stored, the rule.
 The host reads which blocks are left out, on cached steps only.
@@ -6,7 +6,8 @@ The host reads which blocks are left out, on cached steps only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from dbcache.config.cache import StackSettings
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.kernels.pruning import block_state as bs
 from dbcache.kernels.pruning.decide_tail import decide_tail
-from dbcache.lanes.lane import Lane, outside_inference_mode
-from dbcache.lanes.pruned_lane import BlockCache
+from dbcache.lanes.block_store import BlockStore
+from dbcache.lanes.buffers import outside_inference_mode
+from dbcache.lanes.decision import Decision
 from dbcache.lanes.sharding import Sharding
 
 PREFIX = "tail."
@@ -24,7 +26,7 @@ PREFIX = "tail."
 
 
 class LaneTail:
-    """What a lane keeps of the last blocks, from the first to the last that may be left out.
+    """The stored last blocks of a lane, from the first to the last that can be left out.
 
     Args:
         settings: of the stack.
@@ -40,7 +42,7 @@ class LaneTail:
     def __init__(
         self, settings: StackSettings, prunable: Sequence[bool], device: torch.device
     ) -> None:
-        self.cache = BlockCache(prunable, [0.0] * bs.NUM_RULE, device)
+        self.blocks = BlockStore(prunable, [0.0] * bs.NUM_RULE, device)
         self.flags = torch.zeros(len(prunable), dtype=torch.int32, device=device)
         self.store = torch.zeros(bs.NUM_STORE, dtype=torch.int32, device=device)
         self.skipped = [False] * len(prunable)
@@ -48,92 +50,89 @@ class LaneTail:
         self.forget()
 
     def reload(self, settings: StackSettings) -> None:
-        """Take over another threshold."""
+        """Use the threshold of other settings."""
         self._threshold = settings.cache.non_compute_blocks_diff_threshold
         self._write_threshold(self._threshold)
 
     def force(self, code: int) -> None:
-        """Leave all blocks out that may be if the next step is fixed as cached, for a trial."""
+        """Leave out as many blocks as possible if the next step is fixed as cached (trials)."""
         self._write_threshold(1.0 if code == PlanCode.STATIC else self._threshold)
 
     def _write_threshold(self, threshold: float) -> None:
         rule = [0.0] * bs.NUM_RULE
         rule[bs.THRESHOLD] = threshold
-        self.cache.write_rule(rule)
+        self.blocks.write_rule(rule)
 
     def forget(self) -> None:
-        """Let nothing that is stored count any more; the buffers stay allocated."""
+        """Make everything stored void; the buffers stay allocated."""
         self.store[bs.STAMP].fill_(-1)
 
     def move(self, device: torch.device) -> None:
-        """Take what is not stored along to another device."""
+        """Move all but the stored tensors to another device."""
         self.flags, self.store = self.flags.to(device), self.store.to(device)
-        self.cache.move(device)
+        self.blocks.move(device)
 
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
-        """Return what is stored of the blocks."""
-        return {PREFIX + name: x for name, x in self.cache.buffers_by_name().items()}
+        """Return the stored tensors, by names of the lane."""
+        return {PREFIX + name: x for name, x in self.blocks.buffers_by_name().items()}
 
     def take_buffers(self, buffers: dict[str, Any]) -> None:
-        """Go on with those of the lane's `buffers` that are the tail's; what they hold is void."""
+        """Continue with the tail's part of the lane's `buffers`; their content is void."""
         own = {k.removeprefix(PREFIX): x for k, x in buffers.items() if k.startswith(PREFIX)}
-        self.cache.take_buffers(own)
+        self.blocks.take_buffers(own)
         self.forget()
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return what a step, or `force`, writes to besides the buffers."""
-        return [self.store, self.cache.rule]
+        """Return the small tensors that a step, or `force`, writes to."""
+        return [self.store, self.blocks.rule]
 
     def fit(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
-        """Drop what is stored if it does not fit these streams."""
-        if self.cache.state is not None and not self.cache.state.fits(hidden, encoder):
+        """Drop the stored tensors if they do not fit these streams."""
+        if self.blocks.state is not None and not self.blocks.state.fits(hidden, encoder):
             self.take_buffers({})
 
     def decide(
-        self, lane: Lane, hidden: torch.Tensor | None, sharding: Sharding | None = None
+        self,
+        counters: torch.Tensor,
+        hidden: torch.Tensor | None,
+        sharding: Sharding | None = None,
     ) -> None:
-        """Say on the device which blocks the lane's latest step leaves out, and what it stores.
+        """Decide on the device which blocks the latest step leaves out, and what it stores.
 
         Args:
-            lane: its step was decided.
+            counters: of the lane's state, after the step was decided.
             hidden: what the first of the blocks is called with; None on a step known to be full.
-            sharding: as in `BlockCache.choose`.
+            sharding: as in `BlockStore.choose`.
         """
         decisions = None
-        if hidden is not None and self.cache.state is not None:
-            decisions = self.cache.choose(self.cache.measure(hidden), sharding)
-        decide_tail(lane.state.counters, decisions, self.flags, self.store)
+        if hidden is not None and self.blocks.state is not None:
+            decisions = self.blocks.choose(self.blocks.measure(hidden), sharding)
+        decide_tail(counters, decisions, self.flags, self.store)
 
     def read(self, cached: bool) -> list[bool]:
         """Return which blocks are left out; waits for the device where the step is `cached`."""
         nothing = [False] * len(self.skipped)
-        self.skipped = self.cache.read(self.flags) if cached else nothing
+        self.skipped = self.blocks.read(self.flags) if cached else nothing
         return self.skipped
 
+    def decisions(self, is_cached: Callable[[], bool]) -> list[Decision]:
+        """Return the decisions on the blocks, for recorded work.
 
-class TailDecision:
-    """Whether one of the last blocks is left out, for recorded work; see `recording.Decision`.
+        The lane has counted the step, and what is stored is known to the device.
 
-    Args:
-        lane: its step was decided, and counted.
-        index: which block of the run; the first one reads for all.
-    """
+        Args:
+            is_cached: says whether the lane's latest step is; asked once, by the first block.
+        """
 
-    def __init__(self, lane: Lane, index: int) -> None:
-        assert lane.tail is not None
-        self.lane = lane
-        self.tail = lane.tail
-        self.index = index
-        self.flag = self.tail.flags[index : index + 1]
+        def read(index: int) -> bool:
+            if index == 0:
+                self.read(is_cached())
+            return self.skipped[index]
 
-    def read(self) -> bool:
-        """Return how it was decided."""
-        if self.index == 0:
-            self.tail.read(self.lane.cached)
-        return self.tail.skipped[self.index]
+        def nothing(*_: object) -> None:
+            """Nothing is left to count."""
 
-    def has_run(self, cached: bool) -> None:
-        """Nothing is to be noted: what is stored is known to the device."""
-
-    def count(self) -> None:
-        """Nothing is to be counted: the lane has counted the step."""
+        return [
+            Decision(self.flags[i : i + 1], partial(read, i), nothing, nothing)
+            for i in range(len(self.skipped))
+        ]

@@ -1,4 +1,4 @@
-"""Predictors whose weights `decide` does not compute: what a lane keeps for them, and when it asks.
+"""Predictors whose weights `decide` does not compute.
 
 `decide` computes the weights of all that is a series in differences. The others overwrite these
 weights at a cached step, before `predict`, with an op of their own or on the host.
@@ -24,24 +24,24 @@ from dbcache.kernels.prediction.fit_recurrence import fit_recurrence
 from dbcache.kernels.prediction.recurrence import recurrence_weights
 from dbcache.kernels.prediction.spectrum import spectrum_weights
 
-Rings = tuple[torch.Tensor, torch.Tensor | None]
+Snapshots = tuple[torch.Tensor, torch.Tensor | None]
 """The snapshots of hidden and of encoder states."""
 
 
 class Forecaster:
-    """What a lane asks of its predictor. Some need not take note of anything."""
+    """What a lane asks of its predictor. By default there is nothing to do."""
 
     def replan(self, steps: int | None) -> None:
-        """Take note of the number of steps of the request that begins, None if it is unknown."""
+        """Prepare for a request of this number of steps, None if it is unknown."""
 
-    def learn(self, state: LaneState, rings: Rings, step: int, is_first: bool) -> None:
-        """Take note of the full step that was just stored; `is_first`: the ring was empty."""
+    def learn(self, state: LaneState, stored: Snapshots, step: int, is_first: bool) -> None:
+        """Learn from the full step just stored; `is_first`: nothing was stored before."""
 
     def weigh(self, state: LaneState, step: int) -> None:
         """Write the weights of the cached `step` over those of `decide`, where it has its own."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return what it learned and keeps on the device."""
+        """Return the tensors that it keeps on the device."""
         return []
 
 
@@ -115,10 +115,10 @@ class _Recurrence(Forecaster):
             for is_used in used
         ]
 
-    def learn(self, state: LaneState, rings: Rings, step: int, is_first: bool) -> None:
-        for fit, stored in zip(self._fits, rings, strict=True):
-            if fit is not None and stored is not None:
-                fit_recurrence(stored, state, fit, ridge=self._ridge)
+    def learn(self, state: LaneState, stored: Snapshots, step: int, is_first: bool) -> None:
+        for fit, snapshots in zip(self._fits, stored, strict=True):
+            if fit is not None and snapshots is not None:
+                fit_recurrence(snapshots, state, fit, ridge=self._ridge)
 
     def weigh(self, state: LaneState, step: int) -> None:
         recurrence_weights(state, *self._fits)
@@ -128,14 +128,14 @@ class _Recurrence(Forecaster):
 
 
 class _OnHost(Forecaster):
-    """A function of the user: the host knows the steps in the ring without reading them."""
+    """A function of the user: the host knows the steps of the snapshots without reading them."""
 
     def __init__(self, config: CustomCalibratorConfig, used: tuple[bool, bool]) -> None:
         self._predictor = registered(config.predictor_name)
         self._used = used
         self._full_steps: list[int] = []
 
-    def learn(self, state: LaneState, rings: Rings, step: int, is_first: bool) -> None:
+    def learn(self, state: LaneState, stored: Snapshots, step: int, is_first: bool) -> None:
         if is_first:
             self._full_steps.clear()
         self._full_steps.append(step)

@@ -23,11 +23,12 @@ class Sharding(Protocol):
     def remove(self) -> None:
         """Undo it."""
 
-    def start_request(self) -> None:
-        """Forget the last request."""
+    def new_request(self) -> Callable[[str | None, Callable[[], Any]], Any] | None:
+        """Return what runs the calls of a request, here or on the rank of their guidance branch.
 
-    def by_branch(self, branch: str | None, run: Callable[[], Any]) -> Any:
-        """Return the output of a call, `run` here or by the rank that has this guidance branch."""
+        The function takes the branch and what runs its call here, and returns the output. None
+        where each rank runs all branches.
+        """
 
     def split_input(self, path: str, x: torch.Tensor, name: str = "hidden_states") -> torch.Tensor:
         """Return this rank's part of the input `name` of the block `path`, if it is split there."""

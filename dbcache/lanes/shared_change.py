@@ -1,4 +1,4 @@
-"""The change of a step that one branch of guidance measures and the others take over."""
+"""The change of a step, measured by one guidance branch and used by the others."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dbcache.config.prune import DBPruneConfig
 from dbcache.kernels.common.lane_state import LaneState, Signal
 from dbcache.kernels.decision.probe_diff import MAX_PARTIALS
 from dbcache.kernels.decision.share_change import make_stamps, share_change
-from dbcache.lanes.lane import outside_inference_mode
+from dbcache.lanes.buffers import outside_inference_mode
 
 
 class SharedChange:
-    """What the branches of guidance of one block stack share.
+    """The change that the guidance branches of one block stack share.
 
     With ``cfg_diff_compute_separate=False`` a branch takes over what another one measured on the
     step of the same number, on hidden states of the same shape. Else it measures itself, and that
@@ -33,7 +33,8 @@ class SharedChange:
 
     Attributes:
         is_on: there is anything to share.
-        by_device: the host need not know who has measured: steps may be recorded, or need a rate.
+        by_device: every branch measures, and the device takes the change that holds: steps may be
+            recorded, or need a rate.
     """
 
     def __init__(self, config: DBCacheConfig) -> None:
@@ -48,7 +49,7 @@ class SharedChange:
 
     @outside_inference_mode
     def prepare(self, device: torch.device) -> None:
-        """Make stamps where they will be needed: not in a capture, whose replays would reset them.
+        """Allocate the stamps ahead: replays of a capture would reset them.
 
         To be called when a lane is made.
         """
@@ -116,12 +117,12 @@ class SharedChange:
         return self._kept[key][: own.numel()].view(own.shape)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return what lies on the device, the stamps first; there may be more later on."""
+        """Return the tensors on the device, the stamps first; later steps may add some."""
         return [] if self._stamps is None else [self._stamps, *self._kept.values()]
 
 
 class SharedCopy:
-    """What was shared at one moment, to be put back into the same tensors."""
+    """A copy of what is shared, to be written back into the same tensors."""
 
     @outside_inference_mode
     def __init__(self, shared: SharedChange) -> None:

@@ -1,5 +1,6 @@
 """BlockAdapter(auto=True): lists and patterns of models that nobody described."""
 
+import inside
 import models
 import pytest
 import tiny
@@ -41,7 +42,7 @@ def test_lists_and_patterns_of_real_models_are_found(family):
     model = case.build()
     never = {**FORCED, "residual_diff_threshold": 0.0}
     dbcache.enable(BlockAdapter(transformer=model, auto=True), **never)
-    assert tuple(stack.name for stack in model._dbcache.stacks) == tuple(case.lists)
+    assert tuple(stack.name for stack in inside.stacks(model)) == tuple(case.lists)
     cached = tiny.denoise(model, case, 6)
     dbcache.disable(model)
     torch.testing.assert_close(cached, tiny.denoise(model, case, 6), rtol=0, atol=0)
@@ -158,7 +159,7 @@ def described(target):
     """Return (list, what a block returns, names of the streams that it does) of each list."""
     return [
         (block_list.path, stack.pattern.returns, stack.streams[: len(stack.pattern.returns)])
-        for stack in target._dbcache.stacks
+        for stack in inside.stacks(target)
         for block_list in stack.lists
     ]
 
@@ -172,7 +173,7 @@ def test_what_is_found_is_what_the_table_says(name):
     forced = {**FORCED, "enable_separate_cfg": False}
     dbcache.enable(model, **forced)
     expected, outputs = described(model), models.run(name, 4)
-    one_list_each = all(len(stack.lists) == 1 for stack in model._dbcache.stacks)
+    one_list_each = all(len(stack.lists) == 1 for stack in inside.stacks(model))
     dbcache.enable(BlockAdapter(transformer=model, auto=True), **forced)
     found = models.run(name, 4)
     assert described(model) == expected

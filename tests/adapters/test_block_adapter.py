@@ -1,5 +1,6 @@
 """BlockAdapter and the table of models: what is accepted, what is refused and how."""
 
+import inside
 import pytest
 import tiny
 import torch
@@ -15,7 +16,7 @@ LISTS = FLUX.lists
 
 
 def stacks(target):
-    return target._dbcache.stacks
+    return inside.stacks(target)
 
 
 def test_flux_is_one_chain_by_default():

@@ -7,6 +7,7 @@ negative prompt, "c" one without guidance, "cup" one with a third, perturbed cal
 import copy
 import pickle
 
+import inside
 import pytest
 import torch
 
@@ -99,7 +100,7 @@ class Pipeline:
             prompt = prompt + 0  # as a cast does
         output = self.transformer(x, encoder_hidden_states=prompt, **options)
         if "_dbcache" in self.transformer.__dict__:
-            self.seen.setdefault(call, []).append(self.transformer._dbcache.step_branch)
+            self.seen.setdefault(call, []).append(inside.branch(self.transformer))
         return output
 
     def advance(self, output, x):
@@ -220,10 +221,14 @@ def test_another_prompt_in_mid_request_begins_a_lane_and_old_ones_are_taken_over
     pipe(["c"] * 4 + ["q"] * 4)
     assert decisions(pipe) == {"branch 1": "FFcc", "branch 2": "FFcc"}
     prompts = [torch.full((1, 1, 8), float(i)) for i in range(9)]
-    with torch.no_grad(), pipe._dbcache.request():
+
+    def loop():
         for prompt in prompts:
             pipe.transformer(torch.ones(1, 2, 8), prompt)
-            pipe._dbcache.end_step()
+            pipe.scheduler.step(torch.ones(1), torch.ones(1))
+
+    with torch.no_grad():
+        pipe._dbcache.call(loop, (), {})
     assert set("".join(decisions(pipe).values())) == {"F"}
     assert len(decisions(pipe)) == 4
 
@@ -266,7 +271,7 @@ def test_schedulers_and_controlnets_are_given_back():
     with pytest.raises(RuntimeError):
         pipe(["c"])
     assert type(pipe.scheduler) is Scheduler
-    assert not pipe._dbcache.transformers[0].branches.is_active
+    assert not inside.handle(pipe)._open
 
 
 def test_copies_of_a_scheduler_tell_of_steps_during_the_call_only():

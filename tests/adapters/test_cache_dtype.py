@@ -1,5 +1,6 @@
 """The dtype of the ring: what it costs, what it saves, and what it leaves as it is."""
 
+import inside
 import pytest
 import torch
 from tiny import FAMILIES, denoise, noise
@@ -25,7 +26,7 @@ def options(cache_dtype, **changes):
 
 
 def lane_of(model):
-    return model._dbcache.stacks[0].lanes[None]
+    return inside.stacks(model)[0].lanes[None]
 
 
 class Block(torch.nn.Module):
@@ -62,7 +63,7 @@ def test_the_summary_shows_the_memory_of_the_ring(dtype):
     sizes = {}
     for cache_dtype in ("model", "float32", "fp8"):
         sizes[cache_dtype], lane = memory(cache_dtype, dtype)
-        assert lane.p_ref.dtype == dtype
+        assert lane.history.p_ref.dtype == dtype
     assert sizes["model"] == pytest.approx(elements * dtype.itemsize)
     assert sizes["float32"] == pytest.approx(elements * 4)
     assert sizes["fp8"] == pytest.approx(elements * (1 + 4 / 128))
@@ -99,7 +100,7 @@ def test_a_float32_ring_gives_a_bf16_model_its_full_step_back_to_the_bit(family)
         with torch.no_grad():
             full, cached = model(**arguments)[0], model(**arguments)[0]
         assert dbcache.summary(model).lanes[0].reasons == ["warm-up", "below threshold"]
-        assert lane_of(model).p_ref.dtype == torch.bfloat16
+        assert lane_of(model).history.p_ref.dtype == torch.bfloat16
         same[cache_dtype] = torch.equal(full, cached)
         assert (full - cached).norm() < 0.05 * full.norm()
     assert same == {"model": False, "float32": True, "fp8": False}
@@ -120,11 +121,11 @@ def test_a_new_dtype_takes_effect_with_the_next_request():
     model = family.build()
     dbcache.enable(model, options("model", num_inference_steps=STEPS))
     denoise(model, family, STEPS)
-    assert lane_of(model).ring.dtype == torch.float32
+    assert lane_of(model).history.snapshots.dtype == torch.float32
     dbcache.refresh_context(model, cache_dtype="fp8")
     denoise(model, family, STEPS)
-    assert lane_of(model).ring.dtype == torch.uint8
-    assert lane_of(model).scales.shape == lane_of(model).ring.shape[:-1]
+    assert lane_of(model).history.snapshots.dtype == torch.uint8
+    assert lane_of(model).history.scales.shape == lane_of(model).history.snapshots.shape[:-1]
 
 
 def test_fp8_keeps_the_rhythm_and_the_picture_of_the_trained_model():

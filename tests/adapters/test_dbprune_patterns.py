@@ -1,5 +1,6 @@
 """DBPrune on toy blocks of every pattern, in a loop that does what models do between blocks."""
 
+import inside
 import pytest
 import torch
 from fake_driver import FakeDriver
@@ -9,7 +10,7 @@ from tape import use_driver
 
 import dbcache
 from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern
-from dbcache.lanes.pruned_lane import BlockCache
+from dbcache.lanes.block_store import BlockStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -191,7 +192,7 @@ def test_every_pattern_is_recorded_bit_for_bit(pattern, in_place, mode, which, m
         for block in model.blocks:
             block.in_place = in_place
         enable(model, LAST if which == "last blocks" else rule, cuda_graph=cuda_graph)
-        (stack,) = model._dbcache.stacks
+        (stack,) = inside.stacks(model)
         stack.prepare_recording()
         outputs, flags = [], []
         with torch.no_grad():
@@ -200,7 +201,7 @@ def test_every_pattern_is_recorded_bit_for_bit(pattern, in_place, mode, which, m
                 flags.append(left_out_on_last_step(stack))
         (lane,) = dbcache.summary(model).lanes
         runs.append((outputs, lane.reasons, flags, lane.diffs))
-    assert model._dbcache.graphs.replays == 13
+    assert inside.graphs(model).replays == 13
     assert {True, False} == {any(step) for step in flags[2:]}
     assert runs[0][1:] == runs[1][1:]
     assert all(map(torch.equal, runs[0][0], runs[1][0]))
@@ -208,13 +209,13 @@ def test_every_pattern_is_recorded_bit_for_bit(pattern, in_place, mode, which, m
 
 def test_runs_of_blocks_are_left_out_in_one_go(monkeypatch):
     counts = []
-    plain = BlockCache.replace
+    plain = BlockStore.replace
 
     def replace_(self, first, count, *streams):
         counts.append(count)
         return plain(self, first, count, *streams)
 
-    monkeypatch.setattr(BlockCache, "replace", replace_)
+    monkeypatch.setattr(BlockStore, "replace", replace_)
     for controls, expected in ((None, [2, 3]), (torch.ones(7), [1] * 5)):
         model = Model(PATTERNS[0])
         model.controls = controls

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 
+import inside
 import pytest
 import tiny
 import torch
@@ -18,7 +19,6 @@ from dbcache import (
     ParamsModifier,
     TaylorSeerCalibratorConfig,
 )
-from dbcache.adapters.requests.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -215,12 +215,12 @@ def test_lanes_share_weights_and_the_later_one_has_no_reference():
         kind.adapter(model), config, TaylorSeerCalibratorConfig(taylorseer_order=1, exact=True)
     )
     kind.denoise(model, 5)
-    lanes = [stack.lanes[None] for stack in model._dbcache.stacks]
+    lanes = [stack.lanes[None] for stack in inside.stacks(model)]
     assert lanes[0].state is lanes[1].state
     assert lanes[0].state.weights[:2].tolist() == [-3.0, 4.0]  # steps 0 and 1, seen from step 4
-    assert lanes[0].p_ref is not None
-    assert lanes[1].p_ref is None
-    assert lanes[1].ring.shape == (2, 1, 16 + tiny.TEXT_TOKENS, 32)
+    assert lanes[0].history.p_ref is not None
+    assert lanes[1].history.p_ref is None
+    assert lanes[1].history.snapshots.shape == (2, 1, 16 + tiny.TEXT_TOKENS, 32)
 
 
 def test_branches_and_requests_go_with_the_first_stack():
@@ -410,7 +410,7 @@ def test_a_later_stack_may_differ_in_its_last_blocks_and_its_dtype_alone():
     dbcache.enable(
         model.adapter(params_modifiers=[ParamsModifier(), own]), **FORCED, decision_scope="model"
     )
-    first, second = model._dbcache.stacks
+    first, second = inside.stacks(model)
     assert (first.fn, first.bn, second.fn, second.bn) == (1, 0, 0, 2)
     handle = model._dbcache
     other = ParamsModifier(
@@ -467,12 +467,12 @@ def test_what_a_follower_keeps_moves_along_with_the_model():
     kept = {"Bn_compute_blocks": 2, "Bn_compute_blocks_ids": [0], "decision_scope": "model"}
     dbcache.enable(adapter, **FORCED | kept, calibrator_config=DMDCalibratorConfig())
     tiny.denoise(model, tiny.FAMILIES["flux"], 4)
-    leader, follower = (stack.lanes[None] for stack in handle_of(model).stacks)
+    leader, follower = (stack.lanes[None] for stack in inside.stacks(model))
     elsewhere = torch.device("meta")  # stands for another GPU
     for lane in (leader, follower):
         assert {x.device.type for x in [*lane.learned(), lane.tail.flags]} == {"cpu"}
-    leader.start_step(("another layout",), elsewhere)
-    follower.follow(("another layout",), elsewhere)
+    leader.begin(("another layout",), elsewhere)
+    follower.begin(("another layout",), elsewhere)
     for lane in (leader, follower):
         assert {x.device for x in [*lane.learned(), lane.tail.flags]} == {elsewhere}
     assert follower.state is leader.state

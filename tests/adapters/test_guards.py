@@ -1,5 +1,6 @@
 """Guards on toy blocks of every pattern: what is called, what comes back, what is refused."""
 
+import inside
 import pytest
 import torch
 
@@ -293,9 +294,9 @@ def test_lanes_hold_no_autograd_graph():
         block.weight = torch.nn.Parameter(block.weight.clone())
     enable(model)
     model(*inputs(0))
-    lane = model._dbcache.stacks[0].lanes[None]
-    assert not lane.p_ref.requires_grad
-    assert not lane.ring.requires_grad
+    lane = inside.stacks(model)[0].lanes[None]
+    assert not lane.history.p_ref.requires_grad
+    assert not lane.history.snapshots.requires_grad
 
 
 def test_memory_is_the_reference_and_the_ring():

@@ -1,5 +1,6 @@
 """BlockAdapter(auto=True) where the source of the blocks is silent: the first forward tells."""
 
+import inside
 import pytest
 import tiny
 import torch
@@ -125,7 +126,7 @@ def test_streams_and_their_order_are_learned_from_the_first_forward(case, adds):
     for step in range(4):
         for output, wanted in zip(model(X, Y), plain, strict=True):
             torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6, msg=f"step {step}")
-    (stack,) = model._dbcache.stacks
+    (stack,) = inside.stacks(model)
     assert (stack.pattern, stack.streams[0]) == (pattern, hidden)
     assert encoder in (None, stack.streams[1])
     (lane,) = dbcache.summary(model).lanes
@@ -147,7 +148,7 @@ def test_of_two_streams_the_larger_is_measured_unless_it_is_named():
         names = {} if streams is None else {"streams": streams}
         dbcache.enable(BlockAdapter(transformer=model, auto=True, **names), **FORCED)
         model(small, large)
-        (stack,) = model._dbcache.stacks
+        (stack,) = inside.stacks(model)
         assert stack.streams[0] == hidden
 
 
@@ -182,7 +183,7 @@ def test_requests_branches_and_settings_are_those_of_any_other_model():
             ("cond", [2]),
             ("uncond", [2]),
         ]
-    assert model._dbcache.stacks[0].bn == 2
+    assert inside.stacks(model)[0].bn == 2
     dbcache.refresh_context(model, max_warmup_steps=1)
     for _ in range(2):
         model(X, Y), model(X * 2, Y * 2)

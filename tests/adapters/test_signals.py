@@ -2,12 +2,12 @@
 
 import itertools
 
+import inside
 import models
 import pytest
 import torch
 
 import dbcache
-from dbcache.adapters.requests.cached_transformer import handle_of
 from dbcache.adapters.signals.measurements import FULL_NOISE, first_tensor
 from dbcache.adapters.signals.modulated import MODULATED
 
@@ -31,7 +31,7 @@ def enabled(name, policy):
     """Return a tiny model under a policy, and its first stack."""
     model = models.model(name)
     dbcache.enable(model, policy="easycache", enable_separate_cfg=False)
-    names = [stack.name for stack in handle_of(model).stacks]
+    names = [stack.name for stack in inside.stacks(model)]
     content = {
         "format": "dbcache calibration 1",
         "policy": "teacache",
@@ -41,7 +41,7 @@ def enabled(name, policy):
     known = {"calibration": content} if policy == "teacache" else {}
     settings = {"max_warmup_steps": 2, "residual_diff_threshold": 1e9}
     dbcache.enable(model, policy=policy, enable_separate_cfg=False, **known, **settings)
-    return model, handle_of(model).stacks[0]
+    return model, inside.stacks(model)[0]
 
 
 def test_every_class_of_blocks_has_a_model_here():

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import inside
 import pytest
 import torch
 from engines import assert_same, options, run_dbcache
@@ -11,7 +12,6 @@ from tiny import BRANCHES, FAMILIES, denoise
 
 import dbcache
 from dbcache import DBCacheConfig
-from dbcache.adapters.requests.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -163,8 +163,8 @@ def test_a_first_step_that_fails_leaves_nothing_behind():
         changes = []
 
         def note(model, *_, changes=changes):
-            tail = handle_of(model).stacks[0].lanes[None].tail
-            changes.append((tail.flags.tolist(), tail.cache.state.growth_sums.tolist()))
+            tail = inside.stacks(model)[0].lanes[None].tail
+            changes.append((tail.flags.tolist(), tail.blocks.state.growth_sums.tolist()))
 
         model.register_forward_hook(note)
         runs.append((denoise(model, family, 12), changes))
@@ -183,7 +183,7 @@ def test_blocks_that_are_exchanged_start_anew():
             blocks = model.single_transformer_blocks
             blocks[-1] = copy.deepcopy(blocks[-1])
         else:
-            handle_of(model).force_full("to compare with")
+            inside.request(model).force_full("to compare with")
         outputs = denoise(model, family, 10)
         runs.append((outputs, dbcache.summary(model).lanes[0].reasons))
     assert runs[0][1] == runs[1][1]

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import inside
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,7 +91,7 @@ def test_the_policies_levels_are_settings_that_the_digits_model_takes():
         thresholds = []
         for level in LEVELS:
             dbcache.enable(pipe, **method.options(level))
-            (stack,) = pipe.transformer.__dict__["_dbcache"].stacks
+            (stack,) = inside.stacks(pipe.transformer)
             assert stack.settings.cache.policy == policy
             thresholds.append(stack.settings.cache.threshold)
             dbcache.disable(pipe)

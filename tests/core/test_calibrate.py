@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import inside
 import numpy
 import pytest
 import torch
@@ -202,7 +203,7 @@ def test_calibrations_of_something_else_are_refused(tmp_path):
 def test_published_polynomials_are_chosen_by_class_and_config():
     rows = {row.checkpoint: row.coefficients for row in PUBLISHED}
     model = dbcache.enable(FAMILIES["flux"].build(), policy="teacache")
-    (stack,) = vars(model)["_dbcache"].stacks
+    (stack,) = inside.stacks(model)
     assert stack.settings.calibration.coefficients == rows["FLUX.1-dev"]
     with pytest.raises(ValueError, match="WanTransformer3DModel must have a calibration, got None"):
         dbcache.enable(FAMILIES["wan"].build(), policy="teacache")

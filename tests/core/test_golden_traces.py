@@ -16,7 +16,6 @@ from oracle import Decider, Rule
 
 import dbcache
 from dbcache.config.cache import StackSettings
-from dbcache.lanes import eager
 from dbcache.lanes.lane import Lane
 from dbcache.report import REASONS
 
@@ -181,11 +180,12 @@ def test_pairs_of_options_decide_as_the_oracle(pair):
     lane = Lane(settings_, torch.device("cpu"))
     for step, diff in enumerate(DIFFS):
         expected = decider.decide(lambda step=step, diff=diff: diff if step else "no reference")
-        code = lane.start_step(("any",), torch.device("cpu"))
-        partials = torch.tensor([[[diff, 1.0]]]) if lane.has_reference else None
-        assert eager.take_decision(lane, code, partials) != expected
-        lane.has_reference = True
-    assert [REASONS[code] for code in lane.trace()[0]] == decider.trace.reasons
+        code = lane.begin(("any",), torch.device("cpu"))
+        partials = torch.tensor([[[diff, 1.0]]]) if lane.steps.has_reference else None
+        lane.decide(partials)
+        assert lane.settle(code) != expected
+        lane.steps.has_reference = True
+    assert [REASONS[code] for code in lane.steps.trace()[0]] == decider.trace.reasons
 
 
 def limits(high):

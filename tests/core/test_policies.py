@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import inside
 import models
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tiny import BRANCHES, FAMILIES, denoise, generate, pipeline
 
 import dbcache
 from dbcache.kernels.common.select import reset_environment
-from dbcache.lanes.lane import Lane
+from dbcache.lanes.step_state import StepState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -346,7 +347,7 @@ def test_magcache_never_waits_for_the_device(monkeypatch):
     def read(_):
         raise AssertionError("the host read a decision")
 
-    monkeypatch.setattr(Lane, "read_decision", read)
+    monkeypatch.setattr(StepState, "read_flag", read)
     family = FAMILIES["flux"]
     model = dbcache.enable(family.build(), policy="magcache", calibration=known(RATIOS))
     denoise(model, family, STEPS)
@@ -365,7 +366,7 @@ def test_magcache_takes_the_nearest_ratio_for_another_number_of_steps():
         settings = {"policy": "magcache", "calibration": known(ratios), "max_warmup_steps": 0}
         config = dbcache.DBCacheConfig(**settings)
         model = dbcache.enable(FAMILIES["flux"].build(), cache_config=config)
-        (stack,) = vars(model)["_dbcache"].stacks
+        (stack,) = inside.stacks(model)
         assert list(stack.settings.calibration.ratios_for(None, steps)) == expected
         assert list(stack.settings.calibration.ratios_for("uncond", steps)) == expected
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import factorial
 
+import inside
 import numpy as np
 import pytest
 import torch
@@ -249,7 +250,7 @@ def test_cached_steps_are_the_forecast_in_both_streams(case, dtype, cache_type):
 def test_a_lane_keeps_p_ref_and_the_slots_of_its_predictor(case, dtype, cache_dtype):
     model = enable(Model(), case.make(**case.fields), cache_dtype=cache_dtype)
     model(*inputs(0, dtype))
-    lane = model._dbcache.stacks[0].lanes[None]
+    lane = inside.stacks(model)[0].lanes[None]
     itemsize = 4 if cache_dtype == "float32" else dtype.itemsize
     expected = 80 * dtype.itemsize + case.slots * (80 + 48) * itemsize
     assert lane.nbytes() == expected
@@ -407,7 +408,7 @@ def test_only_predictors_that_need_it_are_asked_at_each_step():
     for case in CASES.values():
         model = enable(Model(), case.make(**case.fields))
         model(*inputs(0, torch.float32))
-        lane = model._dbcache.stacks[0].lanes[None]
+        lane = inside.stacks(model)[0].lanes[None]
         needs = case.make in (CustomCalibratorConfig, DMDCalibratorConfig, SpectrumCalibratorConfig)
         assert (lane.forecaster is not None) == needs
 

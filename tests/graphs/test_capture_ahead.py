@@ -2,6 +2,7 @@
 
 import re
 
+import inside
 import pytest
 import torch
 from graph_runs import FLUX, OPTIONS, graphs, same, start
@@ -9,7 +10,6 @@ from tiny import BRANCHES, FAMILIES, denoise, generate, noise, pipeline
 
 import dbcache
 from dbcache import BlockAdapter
-from dbcache.adapters.requests.cached_transformer import handle_of
 from dbcache.kernels.common.lane_state import Reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +35,7 @@ def test_capture_records_ahead_of_the_first_request(model, driver):
     before = graphs(model).replays
     assert same(denoise(model, FLUX, 8), eager(8))
     assert graphs(model).replays == before + 8
-    assert handle_of(model).stacks[0].lanes[None].trace()[0][0] == Reason.WARMUP
+    assert inside.stacks(model)[0].lanes[None].steps.trace()[0][0] == Reason.WARMUP
 
 
 def test_capture_needs_graphs(model, driver):
@@ -82,7 +82,7 @@ class Untold(torch.nn.Module):
 def test_a_first_forward_that_only_learns_is_no_obstacle(driver):
     model = Untold()
     dbcache.enable(BlockAdapter(transformer=model, auto=True), **OPTIONS, cuda_graph="host")
-    assert not handle_of(model).stacks
+    assert not inside.stacks(model)
     (recording,) = dbcache.capture(model, x=noise(1, 5, 4, seed=1))
     assert recording.name == "host, 1x5x4 float32"
 

@@ -1,5 +1,6 @@
 """`enable` on what is enabled: recordings stay where nothing changed that they hold."""
 
+import inside
 import pytest
 import torch
 from graph_runs import FLUX, MODES, OPTIONS, graphs, recordings, same, traces
@@ -26,7 +27,7 @@ def test_other_numbers_are_served_by_the_same_recordings(driver, options, mode):
     dbcache.enable(model, **options, cuda_graph=mode)
     denoise(model, FLUX, 6)
     (recorded,) = recordings(model)
-    lane = handle_of(model).stacks[0].lanes[None]
+    lane = inside.stacks(model)[0].lanes[None]
     seen = set()
     for changes in (
         {"residual_diff_threshold": 0.05},
@@ -44,7 +45,7 @@ def test_other_numbers_are_served_by_the_same_recordings(driver, options, mode):
         assert traces(model) == traces(fresh)
         seen.add(str(traces(model)))
         assert recordings(model) == [recorded]
-        assert handle_of(model).stacks[0].lanes[None] is lane
+        assert inside.stacks(model)[0].lanes[None] is lane
         assert graphs(model).replays == before + 10
     assert len(seen) == 3
     dbcache.disable(model)

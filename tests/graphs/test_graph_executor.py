@@ -2,6 +2,7 @@
 
 import re
 
+import inside
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -305,7 +306,7 @@ def test_numbers_change_without_a_new_recording(model, driver):
         got = denoise(model, FLUX, 8)
         assert recordings(model) == recorded
         fresh = FLUX.build()
-        dbcache.enable(fresh, handle_of(model).config)
+        dbcache.enable(fresh, inside.handle(model).setup.config)
         assert same(got, denoise(fresh, FLUX, 8))
     assert graphs(model).replays == 7 + 3 * 8
 
@@ -368,7 +369,7 @@ def test_outputs_are_the_users_unless_asked_otherwise(model, driver):
 def test_a_failed_launch_counts_as_never_begun(model, driver, monkeypatch):
     dbcache.enable(model, **OPTIONS, num_inference_steps=8, cuda_graph="device")
     denoise(model, FLUX, 3)
-    lane = handle_of(model).stacks[0].lanes[None]
+    lane = inside.stacks(model)[0].lanes[None]
 
     def fail(*_):
         raise RuntimeError("lost the GPU")
@@ -378,11 +379,11 @@ def test_a_failed_launch_counts_as_never_begun(model, driver, monkeypatch):
         patch.setattr(FakeDriver, "do_cuGraphLaunch", fail)
         with pytest.raises(RuntimeError, match="lost the GPU"):
             model(**FLUX.arguments(x, 0.5, "cond"))
-    assert lane.step == 3
-    assert not lane.has_reference
+    assert lane.steps.step == 3
+    assert not lane.steps.has_reference
     with torch.no_grad():
         model(**FLUX.arguments(x, 0.5, "cond"))
-    assert Reason(lane.trace()[0][-1]) == Reason.NO_REFERENCE
+    assert Reason(lane.steps.trace()[0][-1]) == Reason.NO_REFERENCE
 
 
 def test_a_cpu_machine_can_import_all_of_it(monkeypatch):

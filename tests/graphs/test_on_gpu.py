@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import first_use
+import inside
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
@@ -13,7 +14,6 @@ from graph_runs import decide_as_recorded, graphs, same
 
 import dbcache
 from dbcache import GraphOptions
-from dbcache.adapters.requests.cached_transformer import handle_of
 from dbcache.graphs.cuda_driver import find_driver
 
 pytestmark = pytest.mark.gpu
@@ -109,7 +109,7 @@ def require(mode):
 
 
 def trace(model):
-    return handle_of(model).stacks[0].lanes[None].trace()
+    return inside.stacks(model)[0].lanes[None].steps.trace()
 
 
 @pytest.mark.parametrize("mode", ["host", "device"])
@@ -154,15 +154,15 @@ def test_branches_share_a_change_as_eager_ones(options, mode):
     model, options = build(), options | {"cfg_diff_compute_separate": False}
     dbcache.enable(model, **options)
     decide_as_recorded(model)
-    (stack,) = handle_of(model).stacks
+    (stack,) = inside.stacks(model)
     expected = guided_loop(model)
-    decisions = [lane.trace() for lane in stack.lanes.values()]
+    decisions = [lane.steps.trace() for lane in stack.lanes.values()]
     assert len(decisions) == 2
     assert all(0 < sum(reason >= 10 for reason in reasons) < STEPS - 4 for reasons, _ in decisions)
     dbcache.enable(model, **options, cuda_graph=mode)
     got = guided_loop(model)
-    (stack,) = handle_of(model).stacks
-    assert [lane.trace() for lane in stack.lanes.values()] == decisions
+    (stack,) = inside.stacks(model)
+    assert [lane.steps.trace() for lane in stack.lanes.values()] == decisions
     assert same(got, expected)
     assert graphs(model).replays == 2 * STEPS - 2
 

@@ -1,5 +1,6 @@
 """DBPrune recorded and replayed, a branch per block, against eager: same decisions, same bits."""
 
+import inside
 import pytest
 import torch
 from fake_driver import FakeDriver
@@ -20,8 +21,7 @@ from tiny import BRANCHES, FAMILIES, denoise
 
 import dbcache
 from dbcache import DBPruneConfig
-from dbcache.adapters.requests.cached_transformer import handle_of
-from dbcache.lanes.pruned_lane import BlockCache
+from dbcache.lanes.block_store import BlockStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,7 +67,7 @@ def test_fifty_steps_are_the_same_bit_for_bit(driver, known, name, setting, mode
         known=known[name, setting],
         enable_separate_cfg=False,
     )
-    (stack,) = handle_of(model).stacks
+    (stack,) = inside.stacks(model)
     assert 10 <= sum(map(bool, pruned)) <= 47
     assert len(reasons) == STEPS
     if setting == "mask" or (name, setting) == ("wan", "one by one"):
@@ -127,8 +127,8 @@ def test_two_stacks_have_a_branch_per_block_that_may_be_left_out(driver, mode):
 
 def test_host_mode_reads_once_per_undecided_step(driver, monkeypatch):
     model, reads = FLUX.build(), []
-    read = BlockCache._read
-    monkeypatch.setattr(BlockCache, "_read", lambda cache, x: reads.append(0) or read(cache, x))
+    read = BlockStore._read
+    monkeypatch.setattr(BlockStore, "_read", lambda cache, x: reads.append(0) or read(cache, x))
     dbcache.enable(model, config("static"), cuda_graph="host")
     denoise(model, FLUX, 3)
     assert len(reads) == 2  # of the dynamic step that is tried, eager and replayed
@@ -156,7 +156,7 @@ def test_device_mode_reads_nothing_and_launches_once_per_step(driver, monkeypatc
     def fail(*_):
         raise AssertionError("the host asked for a decision")
 
-    monkeypatch.setattr(BlockCache, "_read", fail)
+    monkeypatch.setattr(BlockStore, "_read", fail)
     dbcache.refresh_context(model, num_inference_steps=20)
     before = driver.launches
     denoise(model, FLUX, 20)

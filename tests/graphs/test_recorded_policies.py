@@ -1,5 +1,6 @@
 """Policies that follow what a call is given, recorded: every decision is that of eager steps."""
 
+import inside
 import pytest
 import torch
 from fake_driver import FakeDriver, Result
@@ -22,7 +23,6 @@ from tape import Tape
 from tiny import BRANCHES, FAMILIES, generate, noise, pipeline
 
 import dbcache
-from dbcache.adapters.requests.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -245,7 +245,7 @@ def test_a_failed_step_is_repeated_as_an_eager_one(driver, monkeypatch, policy, 
 def test_a_forced_full_step_voids_the_rate(driver):
     def run(model):
         outputs = denoise(model, steps=range(15))
-        handle_of(model).force_full("the test wants it")
+        inside.request(model).force_full("the test wants it")
         return outputs + denoise(model, steps=range(15, STEPS))
 
     model, ((_, _, reasons, *_),) = both(run, FLUX.build, **options("easycache"), mode="device")
@@ -309,7 +309,7 @@ def test_a_step_that_is_to_serve_all_needs_one_of_its_shape_before_it(capture, p
     expected = denoise(model, steps=range(4))
     given = FLUX.arguments(start(1)[:, :12], 1.0, "cond") | {"img_ids": few}
     if policy == "seacache":  # or else it is missed first
-        handle_of(model).stacks[0].source.kind_of(model, (), given)
+        inside.stacks(model)[0].source.kind_of(model, (), given)
     dbcache.refresh_context(model)
     with pytest.raises(RuntimeError, match=r"serve all steps.*run a step before the capture"):
         capture(FakeDriver(), lambda: torch.no_grad()(model)(**given))

@@ -1,5 +1,6 @@
 """When recordings end: with the cache, with the room of a lane, with what they were made for."""
 
+import inside
 import pytest
 import torch
 from fake_driver import FakeDriver
@@ -7,7 +8,6 @@ from graph_runs import FLUX, MODES, OPTIONS, Step, both, graphs, one_stream, rec
 from tiny import denoise, noise
 
 import dbcache
-from dbcache.adapters.requests.cached_transformer import handle_of
 from dbcache.graphs import graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,11 +130,12 @@ def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
     held, record = [], graph.GraphExecutor._record
 
     def content(lane):
-        names = (*lane.HOST, "layout")
+        steps = lane.steps
         tensors = {k: x.clone() for k, x in lane.buffers_by_name().items() if x is not None}
         tensors |= {f"state {i}": x[:64].clone() for i, x in enumerate(lane.state.tensors())}
         tensors |= dict(enumerate(x.clone() for x in lane.learned()))
-        return [getattr(lane, name) for name in names], lane.plan[:64], tensors
+        host = [getattr(steps, name) for name in steps.HOST if name != "plan"]
+        return [*host, lane.layout], steps.plan[:64], tensors
 
     def watched(executor, *how):
         (lane,) = executor._lanes()
@@ -146,7 +147,7 @@ def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
     monkeypatch.setattr(graph.GraphExecutor, "_record", watched)
     model = FLUX.build()
     dbcache.enable(model, **OPTIONS, enable_taylorseer=True, num_inference_steps=8, cuda_graph=mode)
-    (stack,) = handle_of(model).stacks
+    (stack,) = inside.stacks(model)
     x = start(1)
     with torch.no_grad():
         model(**FLUX.arguments(x, 1.0, "cond"))
@@ -166,7 +167,7 @@ def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
 def test_eager_steps_know_the_reference_that_a_replayed_one_left(driver, mode):
     @torch.no_grad()
     def run(model):
-        (stack,) = handle_of(model).stacks
+        (stack,) = inside.stacks(model)
         outputs = []
         for step in range(8):
             if step == 4:

@@ -20,7 +20,7 @@ from tiny import BRANCHES, CFG_SCALE, FAMILIES, denoise, fill, noise
 
 import dbcache
 from dbcache import DBCacheConfig, TaylorSeerCalibratorConfig
-from dbcache.lanes.lane import Lane
+from dbcache.lanes.step_state import StepState
 from dbcache.report import CACHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -217,8 +217,8 @@ def test_long_skips_are_recorded_right(driver, mode, last):
 
 def test_host_mode_reads_only_what_the_plan_leaves_open(driver, monkeypatch):
     reads = []
-    read = Lane.read_decision
-    monkeypatch.setattr(Lane, "read_decision", lambda lane: reads.append(lane.step) or read(lane))
+    read = StepState.read_flag
+    monkeypatch.setattr(StepState, "read_flag", lambda s: reads.append(s.step) or read(s))
     model = FLUX.build()
     dbcache.enable(model, SETTINGS["static"], cuda_graph="host")
     denoise(model, FLUX, 3)
@@ -233,7 +233,19 @@ def test_host_mode_reads_only_what_the_plan_leaves_open(driver, monkeypatch):
     dbcache.refresh_context(model)
     reads.clear()
     denoise(model, FLUX, 20)
-    assert reads == list(range(5, 21))  # the count after steps 4 to 19
+    assert reads == list(range(4, 20))
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+@pytest.mark.parametrize("calibrator", [None, TAYLOR], ids=["reuse", "order 2"])
+def test_a_cached_body_predicts_in_place_and_copies_nothing(driver, name, calibrator):
+    family = FAMILIES[name]
+    model = family.build()
+    dbcache.enable(model, SETTINGS["reuse"], calibrator, cuda_graph="host")
+    denoise(model, family, 3)
+    for recording in graphs(model).recordings.values():
+        (branch,) = [part for part in recording.replay.program if hasattr(part, "cached")]
+        assert [op._schema.name for op, *_ in branch.cached.entries] == ["dbcache::predict"]
 
 
 def test_device_mode_reads_nothing_and_launches_once_per_step(driver, monkeypatch):
@@ -244,7 +256,7 @@ def test_device_mode_reads_nothing_and_launches_once_per_step(driver, monkeypatc
     def fail(lane):
         raise AssertionError("the host asked for a decision")
 
-    monkeypatch.setattr(Lane, "read_decision", fail)
+    monkeypatch.setattr(StepState, "read_flag", fail)
     dbcache.refresh_context(model, num_inference_steps=20)
     before = driver.launches
     denoise(model, FLUX, 20)

@@ -4,6 +4,7 @@ Eagerly the host knows who has measured and the others do not measure; recorded,
 and the device decides what counts.
 """
 
+import inside
 import pipelines
 import pytest
 import torch
@@ -24,7 +25,6 @@ from tiny import BRANCHES, FAMILIES, noise
 
 import dbcache
 from dbcache import DBCacheConfig, DBPruneConfig
-from dbcache.adapters.requests.cached_transformer import handle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,7 +97,7 @@ def loop(model, order=plain, *, lost=(), kinds=(), wide=None, steps=STEPS, seed=
         velocity = 0.0
         for branch in order(step):
             if (step, branch) in lost:
-                handle_of(model).force_full("the test says so", branch)
+                inside.request(model).force_full("the test says so", branch)
             given = torch.cat([x, -x]) if branch == wide else x
             name = "cond" if branch == "third" else branch
             arguments = QWEN.arguments(given, 1.0 - step / steps, name)

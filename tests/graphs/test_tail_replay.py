@@ -1,5 +1,6 @@
 """`Bn_compute_blocks_ids` recorded, a branch per block, against eager: the same to the last bit."""
 
+import inside
 import pytest
 import torch
 from fake_driver import FakeDriver
@@ -21,7 +22,7 @@ import dbcache
 from dbcache import DBCacheConfig
 from dbcache.adapters.requests.cached_transformer import handle_of
 from dbcache.kernels.common.lane_state import CACHED as CACHED_FLAG
-from dbcache.lanes.pruned_lane import BlockCache
+from dbcache.lanes.block_store import BlockStore
 from dbcache.report import CACHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +57,7 @@ class Watched:
         """Return the changes that were compared with the threshold; None on a full step."""
         if not lane.state.counters[CACHED_FLAG]:
             return None
-        return lane.tail.cache.state.decisions.tolist()
+        return lane.tail.blocks.state.decisions.tolist()
 
     def enable(self, *args, target=None, **options):
         dbcache.enable(self.model if target is None else target(self.model), *args, **options)
@@ -104,7 +105,7 @@ def both(run, *args, mode, family=FLUX, target=None, **options):
 
 
 def prunable(model):
-    return [stack.tail.run.prunable for stack in handle_of(model).stacks]
+    return [stack.last_blocks.blocks.prunable for stack in inside.stacks(model)]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -277,8 +278,8 @@ def test_recorded_on_a_first_step_nothing_is_stored_yet(driver, mode):
 
 
 def test_the_host_reads_on_cached_steps_alone_and_in_device_mode_on_none(driver, monkeypatch):
-    reads, read = [], BlockCache._read
-    monkeypatch.setattr(BlockCache, "_read", lambda cache, x: reads.append(0) or read(cache, x))
+    reads, read = [], BlockStore._read
+    monkeypatch.setattr(BlockStore, "_read", lambda cache, x: reads.append(0) or read(cache, x))
     watched = Watched(FLUX)
     for options in ({}, {"cuda_graph": "host"}, {"cuda_graph": "device"}):
         watched.enable(SETTINGS, num_inference_steps=14, **options)
@@ -296,7 +297,7 @@ def test_the_host_reads_on_cached_steps_alone_and_in_device_mode_on_none(driver,
 def test_every_kernel_of_a_recording_has_run_before_it(driver, monkeypatch):
     """Also of blocks that the threshold would not let the trial leave out."""
     replaced, before = [], None
-    replace, capturing = BlockCache.replace, TapeRecorder.capturing
+    replace, capturing = BlockStore.replace, TapeRecorder.capturing
 
     def note(cache, first, count, *streams):
         replaced.append((first, count))
@@ -307,7 +308,7 @@ def test_every_kernel_of_a_recording_has_run_before_it(driver, monkeypatch):
         before = set(replaced)
         return capturing(recorder)
 
-    monkeypatch.setattr(BlockCache, "replace", note)
+    monkeypatch.setattr(BlockStore, "replace", note)
     monkeypatch.setattr(TapeRecorder, "capturing", begin)
     watched = Watched(FLUX).enable(
         SETTINGS, cuda_graph="device", non_compute_blocks_diff_threshold=1e-6

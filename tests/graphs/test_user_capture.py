@@ -1,12 +1,12 @@
 """A transformer inside a capture that the user began: one step, or the whole loop."""
 
+import inside
 import pytest
 from fake_driver import FakeDriver
 from graph_runs import FLUX, Loop, agree, conditional_nodes, decide_as_recorded, graphs, two_stacks
 from tape import TapeUserCapture, use_driver
 
 import dbcache
-from dbcache.adapters.requests.cached_transformer import handle_of
 from dbcache.graphs import cuda_capture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +68,7 @@ def test_a_loop_that_leaves_out_blocks_is_one_graph(capture, version):
     expected = {seed: loop.run(seed) for seed in (1, 2)}
     graph = capture(fake, loop.whole)
     nodes_per_block = 1 if version >= 12080 else 2
-    prunable = sum(handle_of(model).stacks[0].run.prunable)
+    prunable = sum(inside.stacks(model)[0].blocks.prunable)
     assert prunable == 8
     assert conditional_nodes(graph.graph) == nodes_per_block * prunable * (STEPS - 6)
     for seed, run in expected.items():
@@ -129,7 +129,7 @@ def test_one_captured_step_that_leaves_out_last_blocks_serves_all_steps(capture,
     flags, loop = [], Loop(model, STEPS)
 
     def note(*_):
-        flags.append(handle_of(model).stacks[0].lanes[None].tail.flags.tolist())
+        flags.append(inside.stacks(model)[0].lanes[None].tail.flags.tolist())
 
     handle = model.register_forward_hook(note)
     expected = loop.run(1)
@@ -292,10 +292,10 @@ def test_a_captured_loop_goes_by_numbers_that_change_later(capture, monkeypatch,
     loop = Loop(model, STEPS)
     _, before = loop.run(1)
     graph = capture(fake, loop.whole)
-    bodies = handle_of(model)._capture
+    bodies = inside.handle(model).setup.capture
     changes = {"max_continuous_cached_steps": 1}
     dbcache.refresh_context(model, **changes)
-    assert handle_of(model)._capture is bodies is not None, "the memory of the graph stays"
+    assert inside.handle(model).setup.capture is bodies is not None, "the memory of the graph stays"
     dbcache.enable(other, **OPTIONS | changes)
     expected = Loop(other, STEPS).run(1)
     assert agree(loop.replay(graph, 1), expected)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import inside
 import pytest
 import ranks
 import spread
@@ -16,7 +17,7 @@ from dbcache.adapters.models.table import MODELS
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.lane_state import Reason
-from dbcache.lanes import eager
+from dbcache.lanes.lane import Lane
 from dbcache.parallel.attention import SequenceAttention
 from dbcache.parallel.mesh import make_mesh
 from dbcache.parallel.sequence import Shards
@@ -209,7 +210,7 @@ def cached(model: torch.nn.Module, name: str, steps: int = STEPS, **more: Any) -
     dbcache.enable(model, **(options | more))
     outputs = loop(model, name, steps)
     lanes = [lane for stack in stacks(model) for lane in stack.lanes.values()]
-    traces = [lane.trace() for lane in lanes]
+    traces = [lane.steps.trace() for lane in lanes]
     dbcache.disable(model)
     return traces, outputs
 
@@ -225,7 +226,7 @@ def loop(model: torch.nn.Module, name: str, steps: int) -> list[torch.Tensor]:
 
 
 def stacks(model: torch.nn.Module) -> Any:
-    return model.__dict__["_dbcache"].stacks
+    return inside.stacks(model)
 
 
 def same_on_all_ranks(value: Any) -> bool:
@@ -321,7 +322,7 @@ def check_tensor_parallel_ranks_do_not_vote() -> None:
 
 def check_nan_on_one_rank_is_a_full_step_on_all() -> None:
     name = "FluxTransformer2DModel"
-    model, original = spread.build(name, heads=4), eager.measure
+    model, original = spread.build(name, heads=4), Lane.measure
     calls = []
 
     def measure(*args: Any) -> torch.Tensor:
@@ -329,13 +330,13 @@ def check_nan_on_one_rank_is_a_full_step_on_all() -> None:
         partials = original(*args)
         return partials * torch.nan if dist.get_rank() == 2 and len(calls) == 3 else partials
 
-    eager.measure = measure
+    Lane.measure = measure
     try:
         config = ParallelismConfig(ulysses_size=4)
         always = {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": -1}
         ((reasons, _),), _ = cached(model, name, parallelism_config=config, **always)
     finally:
-        eager.measure = original
+        Lane.measure = original
     assert same_on_all_ranks(reasons)
     assert [step for step, reason in enumerate(reasons) if reason == Reason.NAN] == [4]
     assert set(reasons[5:]) == {Reason.THRESHOLD_ALWAYS}

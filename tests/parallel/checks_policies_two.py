@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import inside
 import ranks
 import spread
 import torch
@@ -36,8 +37,8 @@ def loop(model: torch.nn.Module, name: str, settings: dict[str, Any]) -> Any:
         given = spread.inputs(name, "even", time=1 - index / STEPS) | {"hidden_states": x}
         outputs.append(spread.step(model, given))
         x = x - outputs[-1][tuple(slice(0, n) for n in x.shape)] / STEPS
-    stacks = model.__dict__["_dbcache"].stacks
-    traces = [lane.trace() for stack in stacks for lane in stack.lanes.values()]
+    stacks = inside.stacks(model)
+    traces = [lane.steps.trace() for stack in stacks for lane in stack.lanes.values()]
     dbcache.disable(model)
     return traces, outputs
 
@@ -45,7 +46,7 @@ def loop(model: torch.nn.Module, name: str, settings: dict[str, Any]) -> Any:
 def identity_for(model: torch.nn.Module) -> dict[str, Any]:
     """Return a calibration of TeaCache that takes the changes as they are."""
     dbcache.enable(model, policy="easycache")
-    names = [stack.name for stack in model.__dict__["_dbcache"].stacks]
+    names = [stack.name for stack in inside.stacks(model)]
     dbcache.disable(model)
     return {
         "format": "dbcache calibration 1",

@@ -6,6 +6,7 @@ middle of a capture that may fail, and it hides how long a step takes.
 
 import sys
 
+import inside
 import torch
 from diffusers import FluxTransformer2DModel
 from triton.compiler import CompiledKernel
@@ -68,7 +69,7 @@ def main(mode, device="cuda"):
         with torch.no_grad():
             for step in range(10):
                 model(**inputs(device, step))
-        if device == "cuda" and model._dbcache.graphs.replays != 9:
+        if device == "cuda" and inside.graphs(model).replays != 9:
             sys.exit(f"{case}: 9 of 10 steps must be replayed: {dbcache.summary(model).notes}")
         print(case, *late[before:])
     print(len(loaded))

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import inside
 import torch
 from fake_driver import Graph
 from tiny import FAMILIES, noise
 
 import dbcache
 from dbcache import BlockAdapter, ForwardPattern
-from dbcache.adapters.requests.cached_transformer import handle_of
 
 FLUX = FAMILIES["flux"]
 MODES = ("host", "device")
@@ -34,7 +34,7 @@ def traces(target: Any) -> list[tuple]:
 
 def graphs(target: Any) -> Any:
     """Return the graph executor of a transformer, or of what holds one."""
-    return handle_of(getattr(target, "transformer", target)).graphs
+    return inside.graphs(target)
 
 
 def recordings(target: Any) -> list:
@@ -57,7 +57,7 @@ def decide_as_recorded(target: Any) -> None:
 
     Who has measured a change that branches share is still told as without graphs.
     """
-    for stack in handle_of(getattr(target, "transformer", target)).stacks:
+    for stack in inside.stacks(target):
         by_device = stack.shared.by_device
         stack.prepare_recording()
         stack.shared.by_device = by_device

@@ -1,0 +1,133 @@
+"""Arguments of blocks and models, found by the names that the signature of their forward has."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dbcache.adapters.blocks.patterns import ENCODER, ForwardPattern, Streams, describe
+
+CONDITIONS = (
+    "encoder_hidden_states",
+    "encoder_hidden_states_t5",
+    "cap_feats",
+    "text_bth",
+    "class_labels",
+    "input_ids",
+)
+"""Parameters of a transformer's forward that tell guidance branches apart, by preference."""
+
+TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
+"""Parameters of a transformer's forward that hold the time of the step, by preference."""
+
+
+def unwrap(module: Any) -> Any:
+    """Return the module that `torch.compile` wrapped."""
+    return getattr(module, "_orig_mod", module)
+
+
+def forward_of(block: torch.nn.Module) -> Callable[..., Any]:
+    """Return a block's forward: that of the instance if it names its parameters, else its class's.
+
+    Hooks put a wrapper there that takes anything; a patch puts a forward with names there.
+    """
+    block = unwrap(block)
+    own = block.__dict__.get("forward")
+    if own is not None:
+        kinds = {parameter.kind for parameter in inspect.signature(own).parameters.values()}
+        if inspect.Parameter.VAR_POSITIONAL not in kinds:
+            return inspect.unwrap(own)
+    return type(block).forward.__get__(block)
+
+
+def parameter_names(block: torch.nn.Module) -> list[str]:
+    """Return the names of the parameters of a block's forward, without `self`."""
+    return list(inspect.signature(forward_of(block)).parameters)
+
+
+@functools.cache
+def names_of_class(cls: Any) -> list[str]:
+    """Return the names of the parameters of a class's forward, without `self`."""
+    return list(inspect.signature(cls.forward).parameters)[1:]
+
+
+def argument(
+    model: torch.nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Return an argument of the model's forward by name; None where it is not given."""
+    if name in kwargs:
+        return kwargs[name]
+    cls: Any = type(model)
+    names = names_of_class(cls)
+    at = names.index(name) if name in names else len(args)
+    return args[at] if at < len(args) else None
+
+
+class ArgumentFinder:
+    """Finds, in calls of a model, the argument that its forward has of several names.
+
+    Args:
+        module: the model.
+        names: by preference.
+    """
+
+    def __init__(self, module: torch.nn.Module, names: tuple[str, ...]) -> None:
+        known = list(inspect.signature(type(module).forward).parameters)[1:]
+        self.name = next((name for name in names if name in known), None)
+        self.place = known.index(self.name) if self.name is not None else 0
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the argument, the first one of a list; None where there is none."""
+        if self.name is None:
+            return None
+        if self.name in kwargs:
+            value = kwargs[self.name]
+        else:
+            value = args[self.place] if self.place < len(args) else None
+        while isinstance(value, list | tuple) and value:
+            value = value[0]
+        return value
+
+
+class Inputs:
+    """Finds the streams among the arguments of a block; the signature is read once."""
+
+    __slots__ = ("encoder_at", "encoder_name", "hidden_at", "hidden_name", "takes_encoder", "who")
+
+    def __init__(
+        self, block: torch.nn.Module, pattern: ForwardPattern, streams: Streams, who: str
+    ) -> None:
+        self.who = who
+        self.takes_encoder = ENCODER in pattern.takes
+        self.hidden_name, self.encoder_name = streams
+        names = parameter_names(block)
+        self.hidden_at, self.encoder_at = (
+            names.index(name) if name in names else position
+            for position, name in enumerate(streams)
+        )
+
+    def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """Return `hidden_states`."""
+        if self.hidden_name in kwargs:
+            return kwargs[self.hidden_name]
+        if self.hidden_at < len(args):
+            return args[self.hidden_at]
+        return self._missing(self.hidden_name, args, kwargs)
+
+    def encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Return `encoder_hidden_states`, None where the pattern has none as input."""
+        if not self.takes_encoder:
+            return None
+        if self.encoder_name in kwargs:
+            return kwargs[self.encoder_name]
+        if self.encoder_at < len(args):
+            return args[self.encoder_at]
+        return self._missing(self.encoder_name, args, kwargs)
+
+    def _missing(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = [describe(value) for value in args] + sorted(kwargs)
+        raise ValueError(f"{self.who}: must be called with {name}, got ({', '.join(given)})")

@@ -1,0 +1,77 @@
+"""Which request a forward belongs to: this follows from where the forward is called.
+
+A context variable holds the requests that are active, by transformer. Threads start without any;
+tasks and threads that copy a context take its requests along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+ACTIVE: ContextVar[Mapping[int, Any]] = ContextVar("dbcache_requests", default={})  # noqa: B039
+"""Requests by the identity of their transformer. The mapping is replaced, never changed."""
+
+
+class Suspended:
+    """Stands for a request while code runs that is not part of it, such as a user's callback."""
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+
+
+class Place:
+    """One thread, or one task of a thread: what has an implicit request of its own."""
+
+    def __init__(self) -> None:
+        self._thread = weakref.ref(threading.current_thread())
+        task = _current_task()
+        self._task = None if task is None else weakref.ref(task)
+
+    def is_here(self) -> bool:
+        """Whether the code that runs now runs in this thread and task."""
+        task = None if self._task is None else self._task()
+        is_task = _current_task() is task and (self._task is None or task is not None)
+        return is_task and self._thread() is threading.current_thread()
+
+
+_PLACE: ContextVar[Place | None] = ContextVar("dbcache_place", default=None)
+
+
+def _current_task() -> Any:
+    """Return the task of asyncio that runs now, None outside of one."""
+    if "asyncio" not in sys.modules or asyncio._get_running_loop() is None:
+        return None
+    return asyncio.current_task()
+
+
+def current_place() -> Place:
+    """Return the thread or task that the code runs in; a copied context is a place of its own."""
+    place = _PLACE.get()
+    if place is None or not place.is_here():
+        place = Place()
+        _PLACE.set(place)
+    return place
+
+
+@contextmanager
+def active(requests: Mapping[int, Any]) -> Iterator[None]:
+    """Let forwards belong to `requests`, given by the identity of their transformers."""
+    token = ACTIVE.set({**ACTIVE.get(), **requests})
+    try:
+        yield
+    finally:
+        ACTIVE.reset(token)
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Let forwards belong to no request that is active now."""
+    with active({key: Suspended(request) for key, request in ACTIVE.get().items()}):
+        yield

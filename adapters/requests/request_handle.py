@@ -1,0 +1,100 @@
+"""A request that the user starts: for serving engines and loops that call a transformer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import Token
+from typing import Any
+
+from dbcache.adapters.requests.cached_transformer import CachedTransformer
+from dbcache.adapters.requests.context import ACTIVE, active
+from dbcache.adapters.requests.request import Request
+
+
+class RequestHandle:
+    """One image or video, whose calls of the transformer may come from any thread, in any order.
+
+        request = dbcache.start_request(transformer, num_inference_steps=28)
+        with request:                       # as often as needed, a step at a time
+            noise = transformer(...)
+        with request.branch("uncond"):      # also activates the request
+            noise = transformer(...)
+        print(request.summary())
+        request.close()
+
+    Made by `dbcache.start_request`. A request that is dropped without `close` is freed.
+
+    Args:
+        pairs: transformers with their requests.
+        show: makes the summary of a list of requests.
+    """
+
+    def __init__(
+        self, pairs: Sequence[tuple[CachedTransformer, Request]], show: Callable[..., Any]
+    ) -> None:
+        self._pairs = list(pairs)
+        self._show = show
+        self._tokens: list[Token[Any]] = []
+
+    def _requests(self) -> dict[int, Request]:
+        if self.is_closed:
+            raise RuntimeError(
+                "request: must be open, got one that was closed; start another one with "
+                "dbcache.start_request"
+            )
+        return {id(handle.module): request for handle, request in self._pairs}
+
+    def __enter__(self) -> RequestHandle:
+        """Let forwards called inside belong to this request, in this thread or task."""
+        self._tokens.append(ACTIVE.set({**ACTIVE.get(), **self._requests()}))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ACTIVE.reset(self._tokens.pop())
+
+    @contextmanager
+    def branch(
+        self, name: str, step_index: int | None = None, num_inference_steps: int | None = None
+    ) -> Iterator[RequestHandle]:
+        """Activate the request and name the guidance branch of the calls inside.
+
+        Args:
+            name: of the branch, as in "cond" and "uncond".
+            step_index: number of the step; a step ends when the number changes. None: when the
+                time that the transformer is given changes.
+            num_inference_steps: of the request, where the options did not tell.
+        """
+        with ExitStack() as stack:
+            requests = self._requests()
+            stack.enter_context(active(requests))
+            for request in requests.values():
+                stack.enter_context(request.named(name, step_index, num_inference_steps))
+            yield self
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return any(request.is_closed for _, request in self._pairs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers of this request; 0 after `close`."""
+        return sum(request.nbytes() for _, request in self._pairs)
+
+    def summary(self, details: bool = False) -> Any:
+        """Return what the request did so far; reads it from the device.
+
+        Args:
+            details: let the text of the summary list each step.
+
+        Returns:
+            A `Summary`, as `dbcache.summary`.
+        """
+        return self._show([request for _, request in self._pairs], details)
+
+    def close(self) -> None:
+        """End the request; its buffers go to the next one. Closing twice does no harm."""
+        for handle, request in self._pairs:
+            if not request.is_closed:
+                handle.close(request)

@@ -1,0 +1,226 @@
+"""What `enable` made of one transformer: its stacks and settings, which requests share."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from operator import is_not
+from typing import Any
+
+from dbcache.adapters.blocks.block_list import Entry, Place, Views, rows_of
+from dbcache.adapters.blocks.infer import learn
+from dbcache.adapters.blocks.signature import CONDITIONS, ArgumentFinder
+from dbcache.adapters.blocks.spec import TransformerSpec
+from dbcache.adapters.patching.patch_functor import Patches
+from dbcache.adapters.requests.lane_pool import LanePool
+from dbcache.adapters.stacks.base import BlockStack
+from dbcache.adapters.stacks.build import make_stacks
+from dbcache.adapters.stacks.stack_run import LaneSet, StackRun
+from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.graphs.cuda_capture import UserCapture, user_capture
+from dbcache.graphs.graph import GraphExecutor, GraphOptions
+from dbcache.lanes.sharding import Sharding
+
+
+def _without_steps(config: DBCacheConfig) -> dict[str, Any]:
+    """Return the fields of `config` but the number of steps, which no lane depends on."""
+    return {**config.as_dict(), "num_inference_steps": None}
+
+
+class Setup:
+    """The stacks of one transformer under one set of settings. Nothing of a request is kept here.
+
+    Args:
+        spec: the transformer and its block stacks.
+        base: what holds for all stacks.
+        modifiers: what each stack does differently; the first one's also counts for what concerns
+            the transformer as a whole (guidance, steps per request, refresh).
+        graph_options: how to record CUDA graphs; None runs eagerly.
+        sharding: how the transformer is spread over ranks. It then runs eagerly.
+
+    Attributes:
+        views: where the model sees its lists of blocks; set when the cache is switched on.
+        original: the transformer's own forward; set when the cache is switched on.
+        lanes: those of closed requests.
+        partial: guidance branches whose calls leave blocks out.
+    """
+
+    def __init__(
+        self,
+        spec: TransformerSpec,
+        base: StackSettings,
+        modifiers: list[ParamsModifier | None],
+        *,
+        graph_options: GraphOptions | None = None,
+        sharding: Sharding | None = None,
+        patches: Patches | None = None,
+    ) -> None:
+        self.spec = spec
+        self.module = spec.transformer
+        self.base = base
+        self.modifiers = modifiers
+        self.sharding = sharding
+        self.patches = patches
+        if graph_options is not None and sharding is not None:
+            warnings.warn(
+                f"{type(self.module).__name__}: CUDA graphs are not recorded of a transformer that "
+                f"is spread over ranks; runs eagerly. Leave out cuda_graph or parallelism_config",
+                stacklevel=2,
+            )
+            graph_options = None
+        self._records = graph_options is not None
+        self.config = base.modified(modifiers[0]).cache
+        separate_cfg = self.config.enable_separate_cfg
+        self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
+        self.condition_of = ArgumentFinder(self.module, CONDITIONS)
+        self.graphs = None if graph_options is None else GraphExecutor(self.module, graph_options)
+        self.capture: UserCapture | None = None
+        self.views = Views()
+        self.original: Any = None
+        self.partial: set[str | None] = set()
+        self.lanes = LanePool()
+        self._set_stacks(self._make_stacks())
+
+    def _make_stacks(self) -> list[BlockStack]:
+        stacks = make_stacks(self.spec.stacks, self.base, self.modifiers)
+        if stacks:
+            self._check_long_skips(stacks)
+        sharding = self.sharding
+        for stack in stacks:
+            if sharding is not None and sharding.splits_sequence:
+                stack.sharding = sharding
+            separate = stack.settings.cache.cfg_diff_compute_separate
+            if sharding is not None and sharding.splits_guidance and not separate:
+                raise ValueError(
+                    f"{stack.name}: cfg_diff_compute_separate must be True with cfg_size=2, "
+                    f"got False; the branches are measured on different ranks"
+                )
+            if self._records:
+                stack.prepare_recording()
+        return stacks
+
+    def _check_long_skips(self, stacks: list[BlockStack]) -> None:
+        """Raise if a block that always runs takes what a block that may be skipped has to make."""
+        for spec, stack in zip(self.spec.stacks, stacks, strict=True):
+            if spec.long_skips and stack.bn > stack.fn:
+                raise ValueError(
+                    f"{type(self.module).__name__}.{stack.name}: Bn_compute_blocks must be at most "
+                    f"Fn_compute_blocks, got {stack.bn} and {stack.fn}: long skip connections feed "
+                    f"what the first blocks make to the last ones; raise Fn_compute_blocks"
+                )
+
+    def _set_stacks(self, stacks: list[BlockStack]) -> None:
+        self.stacks = stacks
+        self.lists = [block_list for stack in stacks for block_list in stack.lists]
+        self._shown: tuple[list[Any], dict[Place, list[Entry]]] = [], {}
+
+    def take_lanes(self, shape: object) -> LaneSet:
+        """Return lanes for a request whose latents have the given shape."""
+        return self.lanes.take(self.stacks, shape, self._make_lanes)
+
+    def _make_lanes(self) -> LaneSet:
+        lanes = LaneSet([StackRun(stack) for stack in self.stacks])
+        if self._records:
+            for run in lanes.runs:
+                run.shared.by_device = True
+        return lanes
+
+    def take_up_blocks(self) -> dict[Place, list[Entry]]:
+        """Return what a forward sees in place of the blocks that the model has now."""
+        for stack in self.stacks:
+            stack.take_up_blocks()
+        entries = [stack.entries for stack in self.stacks]
+        shown, rows = self._shown
+        if len(shown) != len(entries) or any(map(is_not, shown, entries)):
+            lists = [x for stack in self.stacks if stack.entries for x in stack.lists]
+            rows = rows_of(lists, [row for stack_rows in entries for row in stack_rows])
+            self._shown = entries, rows
+        return rows
+
+    def after_forward(self, steps: Sequence[Any]) -> None:
+        """Let probe and last blocks stand for themselves once a forward has checked them."""
+        for step in steps:
+            if step.lane is not None and not step.stack.is_checked:
+                step.stack.forget_checks()
+
+    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a forward that tells what the blocks take and return; return its output."""
+        output, stacks = learn(self.spec, self.views, self.original, args, kwargs)
+        pairs = zip(stacks, self.modifiers, strict=True)
+        self.modifiers = [modifier for stack, modifier in pairs if stack is not None]
+        kept = tuple(stack for stack in stacks if stack is not None)
+        self.spec = dataclasses.replace(self.spec, stacks=kept)
+        self._set_stacks(self._make_stacks())
+        return output
+
+    def bind(self, views: Views, original: Any) -> None:
+        """Learn where the model sees its lists, and its own forward: the cache is switched on."""
+        self.views, self.original = views, original
+
+    def retire(self, current: Sequence[Setup]) -> None:
+        """Give recorded graphs up that none of the setups in force goes on with."""
+        if self.graphs is not None and not any(self.graphs is one.graphs for one in current):
+            self.graphs.retire()
+
+    def user_capture(self) -> UserCapture:
+        """Return what records branches while the user captures a graph."""
+        if self.capture is None:
+            self.capture = user_capture(next(self.module.parameters()).device)
+        return self.capture
+
+    def renewed(self, changes: ParamsModifier) -> Setup:
+        """Return one with the given fields of `changes` on top; itself if they change nothing.
+
+        Raises:
+            ValueError: values that are not allowed, or do not go together.
+        """
+        base = self.base.modified(changes)
+        config = merge(self.config, changes.cache_config)
+        if base.predictor == self.base.predictor:
+            if config.as_dict() == self.config.as_dict():
+                return self
+            if _without_steps(config) == _without_steps(self.config):
+                twin = copy.copy(self)
+                twin.base, twin.config = base, config
+                return twin
+        renewed = Setup(
+            self.spec,
+            base,
+            self.modifiers,
+            graph_options=None if self.graphs is None else self.graphs.options,
+            sharding=self.sharding,
+            patches=self.patches,
+        )
+        renewed.inherit(self)
+        return renewed
+
+    def inherit(self, old: Setup) -> None:
+        """Take over what is known of the blocks, lanes and recorded graphs, as far as they fit."""
+        options, its_options = (x.graphs and x.graphs.options for x in (self, old))
+        if self.patches is not old.patches or options != its_options:
+            return  # functors cannot be compared
+        if [stack.geometry for stack in self.stacks] != [stack.geometry for stack in old.stacks]:
+            return
+        for stack, its_old in zip(self.stacks, old.stacks, strict=True):
+            stack.inherit(its_old)
+        self.views, self.original, self.partial = old.views, old.original, old.partial
+        self.lanes, self.graphs, self.capture = old.lanes, old.graphs, old.capture
+
+    def check_options(self, old: Setup) -> None:
+        """Raise a ValueError if these settings need other blocks or buffers than `old`."""
+        for stack, its_old in zip(self.stacks, old.stacks, strict=True):
+            if stack.geometry != its_old.geometry:
+                got = f"Fn={stack.fn}, Bn={stack.bn} in place of Fn={its_old.fn}, Bn={its_old.bn}"
+                raise ValueError(
+                    f"{stack.name}: the options of a request must leave the blocks as they are, "
+                    f"got {got} or another choice of blocks; set them in dbcache.enable"
+                )
+            own, theirs = stack.settings, its_old.settings
+            if own.buffers != theirs.buffers:
+                raise ValueError(
+                    f"{stack.name}: the options of a request must need no other buffers, got "
+                    f"another policy, cache_dtype, number of snapshots or way to compare; set them "
+                    f"in dbcache.enable"
+                )

@@ -1,0 +1,67 @@
+"""Tells the steps and requests of a transformer apart by the time that its calls are given."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+
+from dbcache.adapters.blocks.signature import TIMESTEPS, ArgumentFinder
+
+
+class Move(Enum):
+    """How the time of a call lies to that of the call before."""
+
+    UNKNOWN = "the call has no time"
+    NONE = "the same time: the same step"
+    ON = "another time: the next step"
+    BACK = "a time against the direction of the calls before: another image or video begins"
+
+
+class StepTimes:
+    """The times of one request's calls.
+
+    Time may run down or up: the first two times of a request show which way. A time that is
+    repeated, as by Heun's method, moves nowhere.
+
+    Args:
+        module: the transformer.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._find = ArgumentFinder(module, TIMESTEPS)
+        self.start_request()
+
+    def start_request(self) -> None:
+        """Forget the last request."""
+        self._last: float | None = None
+        self._direction = 0.0
+
+    def move(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Move:
+        """Return how a call's time lies to that of the last one; reads it from the device."""
+        now = _number(self._find(args, kwargs))
+        return Move.UNKNOWN if now is None else self.move_to(now)
+
+    def move_to(self, now: float) -> Move:
+        """Return how the time or number `now` of a step lies to that of the last call."""
+        last, self._last = self._last, now
+        if last is None:
+            return Move.ON
+        if now == last:
+            return Move.NONE
+        direction = 1.0 if now > last else -1.0
+        if self._direction and direction != self._direction:
+            self._direction = 0.0
+            return Move.BACK
+        self._direction = direction
+        return Move.ON
+
+
+def _number(time: Any) -> float | None:
+    """Return a time as a number, the largest of several (frames that are given have time 0)."""
+    if isinstance(time, int | float):
+        return float(time)
+    if not isinstance(time, torch.Tensor) or not time.numel() or time.is_meta:
+        return None
+    return float(time if time.numel() == 1 else time.max())

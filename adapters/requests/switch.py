@@ -1,0 +1,95 @@
+"""Switches the cache on and off, as transactions: all of it, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dbcache.adapters.patching.transaction import ABSENT, Transaction
+from dbcache.adapters.requests.cached_pipeline import CachedPipeline, plain_class, request_class
+from dbcache.adapters.requests.cached_transformer import (
+    HANDLE,
+    CachedTransformer,
+    Enabled,
+    handle_of,
+    transformer_handle,
+)
+from dbcache.adapters.requests.setup import Setup
+
+
+def switch_on(pipe: Any, setups: Sequence[Setup], max_requests: int) -> None:
+    """Switch the cache on, for calls of a pipeline or, where `pipe` is None, for all others.
+
+    Args:
+        pipe: the pipeline; it is given a class whose calls are requests.
+        setups: of its transformers.
+        max_requests: how many requests of each may be open at once.
+    """
+    handles = [transformer_handle(setup.module) for setup in setups]
+    pairs = list(zip(handles, setups, strict=True))
+    with Transaction() as transaction:
+        for handle, setup in pairs:
+            old = handle.enabled.latest
+            if old is not None:
+                setup.inherit(old)
+            if setup.sharding is not None:
+                transaction.do(setup.sharding.install, setup.sharding.remove)
+        pipeline = None if pipe is None else CachedPipeline(pipe, pairs)
+        for handle, setup in pairs:
+            if pipeline is None:
+                new = handle.enabled._replace(alone=setup, latest=setup, max_requests=max_requests)
+            else:
+                new = handle.enabled.with_owner(pipeline, setup, max_requests)
+            _change(transaction, handle, new)
+            handle.end_implicit()
+        if pipeline is not None:
+            transaction.set(pipe.__dict__, HANDLE, pipeline)
+            transaction.set_class(pipe, request_class(plain_class(pipe)))
+
+
+def switch_off(parts: Sequence[Any]) -> None:
+    """Switch the cache off on enabled pipelines and transformers; other owners keep theirs."""
+    with Transaction() as transaction:
+        for part in parts:
+            handle = handle_of(part)
+            if isinstance(handle, CachedPipeline):
+                for transformer, _ in handle.transformers:
+                    _change(transaction, transformer, transformer.enabled.without_owner(part))
+                transaction.set_class(part, plain_class(part))
+                transaction.set(part.__dict__, HANDLE, ABSENT)
+            elif handle is not None:
+                pipelines = [owner() for owner, _ in handle.enabled.owners]
+                _change(transaction, handle, Enabled())
+                for pipeline in pipelines:
+                    if pipeline is not None and not any(t.is_on for t, _ in pipeline.transformers):
+                        transaction.set_class(pipeline.pipe, plain_class(pipeline.pipe))
+                        transaction.set(pipeline.pipe.__dict__, HANDLE, ABSENT)
+
+
+def replace_setups(handles: Sequence[CachedTransformer], setups: Sequence[Setup]) -> None:
+    """Let new requests go by other setups, in place of the latest ones."""
+    with Transaction() as transaction:
+        for handle, setup in zip(handles, setups, strict=True):
+            old, enabled = handle.setup, handle.enabled
+            owners = tuple((o, setup if own is old else own) for o, own in enabled.owners)
+            alone = setup if enabled.alone is old else enabled.alone
+            new = enabled._replace(alone=alone, owners=owners, latest=setup)
+            _change(transaction, handle, new)
+            for owner, own in owners:
+                pipeline = owner()
+                if pipeline is not None and own is setup:
+                    before = list(pipeline.transformers)
+                    pairs = [(h, setup if h is handle else one) for h, one in before]
+                    transaction.do(_assign(pipeline, pairs), _assign(pipeline, before))
+
+
+def _assign(pipeline: CachedPipeline, pairs: list[tuple[Any, Any]]) -> Callable[[], None]:
+    def assign() -> None:
+        pipeline.transformers = pairs
+
+    return assign
+
+
+def _change(transaction: Transaction, handle: CachedTransformer, new: Enabled) -> None:
+    before = handle.enabled
+    transaction.do(lambda: handle.change(new), lambda: handle.change(before))

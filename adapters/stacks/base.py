@@ -1,0 +1,171 @@
+"""The blocks of a stack as all requests see them: in which order they run, what stands for each."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from typing import Any
+
+import torch
+
+from dbcache.adapters.blocks.block_list import Entry
+from dbcache.adapters.blocks.patterns import ENCODER
+from dbcache.adapters.blocks.spec import StackSpec
+from dbcache.adapters.signals.measurements import Source
+from dbcache.adapters.stacks.proxies import CheckedBlock
+from dbcache.adapters.stacks.stack_run import Recorder, StackRun
+from dbcache.config.cache import StackSettings
+from dbcache.config.checks import prepare
+from dbcache.lanes.sharding import Sharding
+
+
+class BlockStack:
+    """Blocks that share one decision: one list, or a chain of lists that follow one another.
+
+    Nothing of a request or of a step is kept here.
+
+    Args:
+        spec: the chain, in the order in which the forward runs it. If it is interleaved, the
+            forward runs a block of each list in turn and rearranges the tokens in between (Latte:
+            spatial, temporal). Fn and Bn then count rounds, and the middle ends after the first
+            block of its last round: it gives back the arrangement that it got.
+        settings: checked settings; Fn and Bn are clamped to the number of blocks, with a warning.
+        index: place of the stack in its transformer.
+        leader: the stack whose decisions this one takes over, without a probe of its own: Fn is 0.
+
+    Attributes:
+        entries: what stands for each list, as rows.
+        is_checked: a forward has compared what the blocks return with the pattern.
+        generation: grows when blocks were exchanged; what was stored before no longer holds.
+        sharding: ranks that each have a part of the tokens; None where each has all.
+        recorder: notes of full steps what a calibration is made of.
+    """
+
+    def __init__(
+        self,
+        spec: StackSpec,
+        settings: StackSettings,
+        index: int,
+        leader: BlockStack | None = None,
+    ) -> None:
+        assert spec.pattern is not None
+        self.spec = spec
+        self.lists = list(spec.lists)
+        self.round = len(self.lists) if spec.interleaved else 1
+        self.pattern = spec.pattern
+        self.streams = spec.streams
+        self.name = spec.name
+        self.index = index
+        self.leader = leader
+        self.settings = prepare(settings, self.lists[0].owner, self.name)
+        self.generation = 0
+        self.sharding: Sharding | None = None
+        self.recorder: Recorder | None = None
+        self.fn, self.bn = self._clamp()
+        self.entries = self.make_entries()
+        self.is_checked = False
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks all lists have."""
+        return sum(len(block_list.blocks) for block_list in self.lists)
+
+    @property
+    def makes_encoder(self) -> bool:
+        """Whether the encoder stream is something that blocks only return."""
+        return ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+
+    @property
+    def geometry(self) -> tuple[object, ...]:
+        """Which blocks run always, and which may be skipped."""
+        form = (self.name, self.pattern, self.streams, self.round, self.leader is None)
+        return (*form, self.fn, self.bn)
+
+    @property
+    def recorded(self) -> tuple[object, ...]:
+        """What buffers and recorded work depend on."""
+        return (*self.geometry, *self.settings.recorded)
+
+    def inherit(self, old: Any) -> None:
+        """Take over what is known of the blocks from a stack of the same geometry."""
+        self.entries, self.generation = old.entries, old.generation
+        self.is_checked = old.is_checked
+
+    def _clamp(self) -> tuple[int, int]:
+        """Return Fn and Bn as they can be run."""
+        cache, total = self.settings.cache, self.num_blocks
+        fn = min(self.round * cache.probe_blocks, total) if self.leader is None else 0
+        bn = min(self.round * (cache.Bn_compute_blocks + 1) - 1, total - fn)
+        if fn + bn == total:
+            wanted = f"Fn={cache.probe_blocks}, Bn={cache.Bn_compute_blocks}"
+            warnings.warn(
+                f"{self.name}: {wanted} leaves none of the {total} blocks to skip; runs Fn={fn}, "
+                f"Bn={bn}: every block on every step. Lower Fn_compute_blocks to cache here",
+                stacklevel=2,
+            )
+        return fn, bn
+
+    def make_entries(self) -> list[list[Entry]]:
+        """Return what stands for each list; nothing where all blocks always run."""
+        raise NotImplementedError
+
+    def entry(self, position: int, block: torch.nn.Module, who: str) -> Entry:
+        """Return what stands for the block at `position` of the stack."""
+        raise NotImplementedError
+
+    def rows(self) -> list[list[Entry]]:
+        """Return a row per list of what `entry` makes of its blocks."""
+        positions = itertools.count()
+        return [
+            [
+                self.entry(
+                    index * self.round + turn if self.round > 1 else next(positions),
+                    block,
+                    f"{block_list.path}[{index}] ({type(block).__name__})",
+                )
+                for index, block in enumerate(block_list.blocks)
+            ]
+            for turn, block_list in enumerate(self.lists)
+        ]
+
+    def take_up_blocks(self) -> bool:
+        """Take up blocks that were exchanged since the last forward; say whether any were."""
+        if not any(block_list.has_changed() for block_list in self.lists):
+            return False
+        for block_list in self.lists:
+            block_list.blocks = block_list.current()
+        self.fn, self.bn = self._clamp()
+        self.entries, self.is_checked = self.make_entries(), False
+        self.generation += 1
+        return True
+
+    def forget_checks(self) -> None:
+        """Let blocks that were checked stand for themselves."""
+        self.is_checked = True
+        self.entries = [
+            [entry.block if type(entry) is CheckedBlock else entry for entry in row]
+            for row in self.entries
+        ]
+
+    def make_source(self) -> Source | None:
+        """Return what a policy without a probe measures, None where it is the probe."""
+        return None
+
+    def new_lane(self, run: StackRun, branch: str | None, device: torch.device, step: Any) -> Any:
+        """Return a lane for a branch that has none; `step` is the one under way."""
+        raise NotImplementedError
+
+    def new_step(self, run: StackRun, branch: str | None, forward: Any) -> Any:
+        """Return the step that begins with a forward."""
+        raise NotImplementedError
+
+    def check_recordable(self, settings: StackSettings) -> None:
+        """Raise a ValueError if the stack's steps cannot be recorded as graphs."""
+
+    def prepare_recording(self) -> None:
+        """Get ready for steps that are recorded as graphs; raise a ValueError if they cannot be."""
+        self.check_recordable(self.settings)
+
+    def pruned_blocks(self, lane: Any) -> Any:
+        """Return nothing: whole steps are cached."""
+        return None

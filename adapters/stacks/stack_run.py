@@ -1,0 +1,143 @@
+"""What one request keeps of one block stack: its settings, and a lane per guidance branch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from dbcache.config.cache import DBCacheConfig, ParamsModifier
+from dbcache.lanes.plan import check_retention, resolve_mask
+from dbcache.lanes.predictors import check_steps_are_known
+from dbcache.lanes.sharding import Sharding
+from dbcache.lanes.shared_change import SharedChange
+
+
+class Recorder(Protocol):
+    """Notes what happens on full steps, for a calibration."""
+
+    def on_blocks(self, step: Any, h_out: torch.Tensor) -> None:
+        """The blocks of a step have run and returned hidden states `h_out`."""
+
+    def on_output(self, step: Any, output: Any) -> None:
+        """The transformer has returned `output`."""
+
+
+class StackRun:
+    """One stack in one request.
+
+    Args:
+        stack: the blocks, which all requests share, with the settings of this one.
+
+    Attributes:
+        prepared: the settings as they were given.
+        settings: with the number of steps and the mask of the request under way.
+        lanes: by guidance branch.
+        shared: the change that the branches share.
+        source: what a policy without a probe measures; None where it is the probe.
+        sharding: ranks that each have a part of the tokens; None where each has all.
+        recorder: notes of full steps what a calibration is made of.
+    """
+
+    def __init__(self, stack: Any) -> None:
+        self.stack = stack
+        self.prepared = self.settings = stack.settings
+        self.lanes: dict[str | None, Any] = {}
+        self.shared = SharedChange(self.settings.cache)
+        self.source = stack.make_source()
+        self.sharding: Sharding | None = stack.sharding
+        self.recorder: Recorder | None = stack.recorder
+        self._generation = stack.generation
+
+    def serve(self, stack: Any) -> None:
+        """Go on for a stack of the same blocks, whose settings need no other buffers."""
+        self.stack, self.sharding, self.recorder = stack, stack.sharding, stack.recorder
+        if stack.settings is not self.prepared:
+            self.prepared = self.settings = stack.settings
+            for lane in self.lanes.values():
+                lane.reload(stack.settings)
+
+    def start_request(self) -> None:
+        """Forget the last request."""
+        self.shared.start_request()
+        if self.source is not None:
+            self.source.start_request()
+        for lane in self.lanes.values():
+            lane.start_request()
+
+    def plan(self, steps: int | None, at_most: int | None = None) -> None:
+        """Fit plan and predictor to a request.
+
+        Args:
+            steps: how many steps it has, None if nothing tells.
+            at_most: as many as the scheduler has, which some pipelines cut short.
+
+        Raises:
+            ValueError: they do not fit, or need the number of steps.
+        """
+        name, cache = self.stack.name, self.prepared.cache
+        given, steps = steps, at_most if steps is None else steps
+        is_named = isinstance(cache.steps_computation_mask, str)
+        mask = resolve_mask(cache, steps if is_named else given, name)
+        check_retention(cache, steps, name)
+        check_steps_are_known(self.settings.predictor, steps, name)
+        is_new = mask != self.settings.cache.steps_computation_mask
+        if not is_new and steps == self.settings.steps:
+            return
+        self.settings = replace(self.settings, steps=steps)
+        if is_new:
+            # the number of steps has done its part: the mask must not be compared with it again
+            changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)
+            self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
+        for lane in self.lanes.values():
+            lane.replan(self.settings)
+
+    def take_up_blocks(self) -> None:
+        """Drop what was stored of blocks that were exchanged since."""
+        if self._generation == self.stack.generation:
+            return
+        self._generation = self.stack.generation
+        for branch, lane in list(self.lanes.items()):
+            if self.stack.fits(lane):
+                lane.forget_reference()
+            else:
+                del self.lanes[branch]
+
+    def forget(self, branch: str | None) -> bool:
+        """Make the next step of a branch a full one; say whether it could have been cached."""
+        lane = self.lanes.get(branch)
+        if lane is None or not lane.steps.has_reference:
+            return False
+        lane.forget_reference()
+        return True
+
+
+class LaneSet:
+    """All that a request keeps on the device, over all stacks of a transformer; reused as a whole.
+
+    Args:
+        runs: one per stack, in order.
+
+    Attributes:
+        serial: number that no other set has.
+        shape: of the latents of the last request, for which the buffers fit.
+    """
+
+    _serials = itertools.count()
+
+    def __init__(self, runs: Sequence[StackRun]) -> None:
+        self.serial = next(self._serials)
+        self.runs = list(runs)
+        self.shape: object = None
+
+    def start_request(self) -> None:
+        """Forget the last request."""
+        for run in self.runs:
+            run.start_request()
+
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(lane.nbytes() for run in self.runs for lane in run.lanes.values())

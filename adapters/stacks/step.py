@@ -1,0 +1,321 @@
+"""A step: what is under way in one forward of one block stack.
+
+    change = lane.measure(h_in, h_fn)
+    cached = lane.decide(change)                         # on the device
+    out = lane.predict(h_fn) if cached else run(middle)
+    lane.commit(h_in, h_fn, out)                         # full steps
+
+The proxies of the stack call `begin` at the first block, `decide` at the first middle block, and
+`finish_cached` or `finish_full` at the last middle block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dbcache.adapters.blocks.patterns import ENCODER, ForwardPattern, describe
+from dbcache.graphs.recording import Cutter
+from dbcache.kernels.common.lane_state import PlanCode
+from dbcache.lanes.buffers import Layout, layout_of
+
+Streams = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Step:
+    """The step that a stack takes in one forward.
+
+    Args:
+        stack: the blocks.
+        run: what the request keeps of the stack.
+        branch: guidance branch of the call.
+        forward: the forward under way, with the steps of all stacks.
+
+    Attributes:
+        lane: what is remembered of earlier steps; None until the step is decided.
+        cached: the middle blocks are skipped.
+        awaits_end: the decision is taken, and the last middle block has not run yet.
+        is_conditional: the step is recorded as two ways, one of which a replay takes.
+        h_in: hidden states before the first block, (B, S, D) or of another shape (B, ...).
+        h_fn: hidden states before the first middle block.
+        encoder_fn: encoder states before the first middle block.
+        single_blocks: the step of the last blocks, if some of them may be left out.
+    """
+
+    def __init__(self, stack: Any, run: Any, branch: str | None, forward: Any) -> None:
+        self.stack = stack
+        self.run = run
+        self.branch = branch
+        self.forward = forward
+        self.cutter: Cutter | None = forward.cutter
+        self.lane: Any = None
+        self.cached = False
+        self.awaits_end = False
+        self.is_conditional = False
+        self.prediction: Streams | None = None
+        self.h_in: torch.Tensor | None = None
+        self.h_fn: torch.Tensor | None = None
+        self.encoder_fn: torch.Tensor | None = None
+        self.passed: Streams | None = None
+        self.single_blocks: Any = None
+        self._given: torch.Tensor | None = None
+        if stack.last_blocks is not None:
+            self.single_blocks = stack.last_blocks.new_step(self)
+
+    def begin(self, h_in: torch.Tensor) -> None:
+        """Keep what the first block is given."""
+        stack, run = self.stack, self.run
+        check_stream(stack.name, h_in)
+        if run.sharding is not None:
+            h_in = run.sharding.split_input(f"{stack.lists[0].path}.0", h_in)
+        self._given = h_in
+        compares = run.settings.cache.compares_hidden_states
+        self.h_in = h_in if compares else stack.probe_copies.of(h_in)
+
+    def look_at(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let a policy without a probe see what the first middle block is called with."""
+        if self.run.source is not None:
+            self.run.source.at_block(block, args, kwargs)
+
+    def decide(self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None) -> None:
+        """Take the decision, and predict where it is to cache.
+
+        Args:
+            h_fn: hidden states that the first middle block is given.
+            encoder_in: its encoder states; None where it takes none.
+        """
+        stack = self.stack
+        if stack.fn == 0:
+            h_fn, encoder_in = self._begin_without_probe(h_fn, encoder_in)
+        if self.h_in is None:
+            return  # the model left the first block out: all others run
+        if stack.pattern is ForwardPattern.Pattern_2:
+            encoder_in = None
+        elif ENCODER not in stack.pattern.takes:
+            encoder_in = self.encoder_fn
+        if h_fn.shape != self.h_in.shape:
+            raise ValueError(
+                f"{stack.name}: hidden_states must keep their shape through the probe blocks, got "
+                f"{tuple(self.h_in.shape)} before and {tuple(h_fn.shape)} after them; choose an "
+                f"Fn_compute_blocks within which the shape stays"
+            )
+        stack.probe_copies.learn([(self._given, self.h_in)])
+        lane = self._find_lane(h_fn.device)
+        self.cached = self._decide(lane, h_fn, layout_of(h_fn, encoder_in))
+        self.lane = lane
+        self.awaits_end = True
+        if self.cached and encoder_in is None and lane.history.encoder_snapshots is not None:
+            encoder_in = h_fn.new_zeros(
+                lane.history.encoder_snapshots.shape[1:]
+            )  # made by the blocks alone
+        self.passed = h_fn, encoder_in
+        if self.cached:
+            self.h_fn, self.encoder_fn = h_fn, encoder_in
+            # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
+            self.prediction = lane.predict(h_fn, encoder_in)
+        else:
+            copies = stack.middle_copies
+            self.h_fn = copies.of(h_fn)
+            self.encoder_fn = None if encoder_in is None else copies.of(encoder_in)
+
+    def _begin_without_probe(
+        self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return this rank's part of what the first block is given, which skipping begins at."""
+        check_stream(self.stack.name, h_fn)
+        sharding = self.run.sharding
+        if sharding is not None:  # the block itself is given all, and takes its part
+            first = f"{self.stack.lists[0].path}.0"
+            h_fn = sharding.split_input(first, h_fn)
+            if encoder_in is not None:
+                encoder_in = sharding.split_input(first, encoder_in, ENCODER)
+        self.h_in = h_fn
+        return h_fn, encoder_in
+
+    def _find_lane(self, device: torch.device) -> Any:
+        """Return the lane of the branch, made at its first step."""
+        lanes = self.run.lanes
+        lane = lanes.get(self.branch)
+        if lane is None:
+            lane = lanes[self.branch] = self.stack.new_lane(self.run, self.branch, device, self)
+        return lane
+
+    def _decide(self, lane: Any, h_fn: torch.Tensor, layout: Layout) -> bool:
+        """Decide on the device; return what the host knows of it."""
+        if self.stack.leader is not None:
+            return self._follow(lane, layout, h_fn.device)
+        run, cutter, measured = self.run, self.cutter, h_fn
+        if run.source is not None:
+            measured = run.source.measured()
+            layout = (*layout, measured.shape, measured.dtype)
+        serves_all = cutter is not None and not cutter.fixed_by_plan
+        if serves_all:
+            lane.check_has_run(layout, self.stack.name)
+        code = lane.begin(layout, h_fn.device)
+        is_dynamic = code == PlanCode.DYNAMIC and lane.steps.has_reference
+        is_recorded = serves_all or (cutter is not None and is_dynamic)
+        if is_recorded:
+            check_needs_no_vote(self.stack.name, run.sharding)
+        if not (is_recorded or is_dynamic):
+            lane.decide(None)
+        elif (run.shared.is_on or self._votes) and lane.history.p_ref is not None:
+            lane.decide(self._change(lane, measured))
+        else:
+            lane.measure_and_decide(self.h_in, measured)
+        cached = not is_recorded and lane.settle(code)
+        if run.source is not None:
+            lane.remember(measured)
+        if is_recorded:
+            self._begin_conditional(lane)
+        return cached
+
+    def _follow(self, lane: Any, layout: Layout, device: torch.device) -> bool:
+        """Take over what the leader decided, or record it as two ways, as the leader's was."""
+        leader = self.forward.steps[self.stack.leader.index]
+        lane.steps.leader = self.stack.leader_lane(self.forward)
+        if not leader.is_conditional:
+            return lane.settle(lane.begin(layout, device))
+        assert self.cutter is not None
+        if self.cutter.fixed_by_plan:
+            lane.begin(layout, device)
+        else:
+            lane.check_has_run(layout, self.stack.name)
+        self._begin_conditional(lane)
+        return False
+
+    @property
+    def _votes(self) -> bool:
+        """Whether a rank measures only its part of the tokens."""
+        run = self.run
+        return run.sharding is not None and (run.source is None or not run.source.is_whole)
+
+    def _change(self, lane: Any, measured: torch.Tensor) -> torch.Tensor:
+        """Return the change, of all ranks; or that of another branch, as `SharedChange` says."""
+        run = self.run
+
+        def measure() -> torch.Tensor:
+            partials = lane.measure(self.h_in, measured)
+            if run.sharding is None or not self._votes:
+                return partials
+            return run.sharding.vote(partials, per_sample=run.settings.cache.batch_reduce == "max")
+
+        is_recorded = self.cutter is not None
+        return run.shared(
+            self.branch, lane.state, lane.steps.step, measured, measure, is_recorded=is_recorded
+        )
+
+    def _begin_conditional(self, lane: Any) -> None:
+        """Let what follows be recorded as one of two ways."""
+        assert self.cutter is not None
+        self.is_conditional = True
+        self.cutter.begin_full(lane.decision(), self.stack.name)
+
+    def finish_cached(self) -> Streams:
+        """Return the predicted output of the middle blocks."""
+        assert self.prediction is not None
+        self.awaits_end = False
+        if self.single_blocks is not None:
+            self.single_blocks.encoder = self.prediction[1]
+        return self.prediction
+
+    def finish_full(self, h_out: torch.Tensor, encoder: torch.Tensor | None, who: str) -> None:
+        """Store what the middle blocks did, for later steps.
+
+        Args:
+            h_out: hidden states that the last middle block returned.
+            encoder: its encoder states; None where it returned none.
+            who: the block, for errors.
+        """
+        lane, run = self.lane, self.run
+        if lane is None:
+            return  # the model left out the block at which the step is decided
+        assert self.h_in is not None
+        assert self.h_fn is not None
+        assert self.passed is not None
+        if h_out.shape != self.h_fn.shape:
+            raise ValueError(
+                f"{who}: the middle blocks must keep the shape of hidden_states, got "
+                f"{tuple(self.h_fn.shape)} before and {tuple(h_out.shape)} after them; name the "
+                f"lists as separate stacks in a BlockAdapter"
+            )
+        given = self.passed
+        self.stack.middle_copies.learn([(given[0], self.h_fn), (given[1], self.encoder_fn)])
+        if run.recorder is not None:
+            run.recorder.on_blocks(self, h_out)
+        made = encoder if self.stack.fn == 0 and self.encoder_fn is None else None
+        if made is not None:
+            self.encoder_fn = torch.zeros_like(made)  # made by the blocks alone
+        lane.commit(self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
+        if self.is_conditional:
+            assert self.cutter is not None
+            self.cutter.begin_cached()
+            h_fn, encoder_fn = given  # what the full way copied, or made, is not there
+            if made is not None:
+                encoder_fn = torch.zeros_like(made)
+            lane.predict(h_fn, encoder_fn, out=h_out, encoder_out=encoder)
+            self.cutter.end_branch()
+        self.awaits_end = False
+        if self.single_blocks is not None:
+            self.single_blocks.encoder = encoder
+
+    def on_output(self, output: Any) -> None:
+        """Let a policy without a probe see what the transformer returns."""
+        run = self.run
+        if run.source is not None and self.lane is not None:
+            run.source.finish(self.lane, output, self.cached)
+        if run.recorder is not None:
+            run.recorder.on_output(self, output)
+
+    def left_blocks_out(self) -> bool:
+        """Say whether the model did not run the blocks at which a step is decided and stored."""
+        return left_blocks_out(self)
+
+    def count_full(self, device: torch.device) -> None:
+        """Count a step that ran without the proxies: full, with nothing kept of it."""
+        lane = self._find_lane(device)
+        if self.stack.leader is not None:
+            lane.steps.read()
+        else:
+            lane.decide(None)
+            lane.settle(lane.steps.plan[0])
+            lane.forget_reference()
+        self.lane = lane
+
+    def abort(self) -> None:
+        """Clean up after an exception: the step counts as never begun."""
+        if self.lane is not None and self.cutter is None:
+            self.lane.abort()
+
+
+def check_stream(who: str, hidden: object) -> None:
+    """Raise a TypeError if what a block is given as hidden states is no tensor."""
+    if not isinstance(hidden, torch.Tensor):
+        raise TypeError(
+            f"{who}: hidden_states must be a tensor, got {describe(hidden)}; blocks that take "
+            f"something else need a patch_functor, see BlockAdapter"
+        )
+
+
+def check_needs_no_vote(who: str, sharding: Any) -> None:
+    """Raise if the decision needs a message, which a recording would not repeat in time."""
+    if sharding is not None:
+        raise RuntimeError(
+            f"{who}: a step whose decision the ranks of a sequence vote on cannot be captured, got "
+            f"one under capture; run it outside of the graph, or use tp_size"
+        )
+
+
+def left_blocks_out(step: Any) -> bool:
+    """Say whether the model did not run the blocks at which a step is decided and stored.
+
+    Raises:
+        RuntimeError: the model did not run the block at which a cached step is predicted.
+    """
+    if step.awaits_end and (step.cached or step.cutter is not None):
+        raise RuntimeError(
+            f"{step.stack.name}: the model did not run its last middle block, so that the step "
+            f"could not be predicted; forwards that leave blocks out on some steps only need a "
+            f"branch of their own (cache_context), or the cache off (dbcache.disable)"
+        )
+    return step.awaits_end or (bool(step.stack.entries) and step.lane is None)

@@ -1,0 +1,129 @@
+"""What is stored of a run of blocks, so that single ones can be left out.
+
+Memory: two tensors of the size of `hidden_states` per block between the first and the last one that
+may be left out, and one of the size of `encoder_hidden_states` where blocks return them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from dbcache.kernels.pruning.add_residuals import add_residuals
+from dbcache.kernels.pruning.block_changes import block_changes
+from dbcache.kernels.pruning.block_state import BlockState
+from dbcache.kernels.pruning.decide_blocks import decide_blocks
+from dbcache.kernels.pruning.store_block import store_block
+from dbcache.lanes.buffers import HostCopy, outside_inference_mode
+from dbcache.lanes.sharding import Sharding
+
+
+class BlockStore:
+    """The stored inputs and residuals of a run of blocks.
+
+    Args:
+        prunable: which of them may be left out.
+        rule: the numbers of `block_state` that `decide_blocks` goes by.
+        device: of the blocks.
+
+    Attributes:
+        rule: those numbers on the device, in one tensor for the states of all layouts.
+        state: what is stored; None until the first block is.
+    """
+
+    @outside_inference_mode
+    def __init__(
+        self, prunable: Sequence[bool], rule: Sequence[float], device: torch.device
+    ) -> None:
+        self.prunable = list(prunable)
+        self.rule = torch.tensor(rule, dtype=torch.float32, device=device)
+        self.state: BlockState | None = None
+        self._host = HostCopy()
+
+    def write_rule(self, rule: Sequence[float]) -> None:
+        """Write other numbers to the device."""
+        self.rule.copy_(torch.tensor(rule, dtype=torch.float32))
+
+    def move(self, device: torch.device) -> None:
+        """Move the rule to another device and drop what is stored."""
+        self.rule = self.rule.to(device)
+        self.state, self._host = None, HostCopy()
+
+    def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
+        """Return the stored tensors; empty before the first block was stored."""
+        if self.state is None:
+            return {}
+        return {field.name: getattr(self.state, field.name) for field in fields(self.state)}
+
+    def take_buffers(self, buffers: dict[str, Any]) -> None:
+        """Continue with `buffers`, tensors of another layout; empty: with nothing stored."""
+        self.state = BlockState(**buffers) if buffers else None
+
+    def measure(self, h: torch.Tensor) -> torch.Tensor:
+        """Return the partial sums of how much each block's input changed, given the first one's."""
+        assert self.state is not None
+        return block_changes(h, self.state.inputs, self.state.residuals, self.state.stamps)
+
+    def choose(self, partials: torch.Tensor, sharding: Sharding | None = None) -> torch.Tensor:
+        """Return (M, 2) on the device: each block's change, and 1 where it can be left out.
+
+        Args:
+            partials: what `measure` gave.
+            sharding: ranks that each have a part of the tokens decide alike, by one message.
+        """
+        assert self.state is not None
+        state = self.state
+        if sharding is not None:
+            blocks, samples = partials.shape[:2]
+            sums = torch.cat([partials.sum(2).flatten(0, 1), state.growth_sums.sum(1)])
+            sums = sharding.vote(sums[:, None], per_sample=True)
+            partials = sums[: blocks * samples].unflatten(0, (blocks, samples))
+            state = replace(state, growth_sums=sums[blocks * samples :])
+        decide_blocks(partials, state)
+        return state.decisions
+
+    def read(self, flags: torch.Tensor) -> list[bool]:
+        """Return on the host which blocks are left out. The only host wait of a step."""
+        return [bool(flag) for flag in self._read(flags).tolist()]
+
+    def _read(self, flags: torch.Tensor) -> torch.Tensor:
+        return self._host.read(flags) if flags.is_cuda else flags
+
+    def store(
+        self,
+        index: int,
+        due: torch.Tensor,
+        h_in: torch.Tensor,
+        h_out: torch.Tensor,
+        encoder_in: torch.Tensor | None,
+        encoder_out: torch.Tensor | None,
+    ) -> None:
+        """Store the input and the residual of block `index`, if the step's `due` says so."""
+        if encoder_in is None or encoder_out is None:
+            encoder_in = encoder_out = None
+        state = self.state or self.allocate(h_in, encoder_in)
+        store_block(state, due, index, h_in, h_out, encoder_in, encoder_out)
+
+    @outside_inference_mode
+    def allocate(self, h: torch.Tensor, encoder: torch.Tensor | None) -> BlockState:
+        """Allocate the tensors of all blocks."""
+        self.state = BlockState.allocate(h, encoder, self.prunable, self.rule)
+        return self.state
+
+    def replace(
+        self, first: int, count: int, h: torch.Tensor, encoder: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the predicted output of blocks `first` to ``first + count - 1``."""
+        assert self.state is not None
+        added = self.state.encoder_residuals
+        if encoder is None or added is None:
+            h, _ = add_residuals(h, self.state.residuals, first, count)
+            return h, encoder
+        return add_residuals(h, self.state.residuals, first, count, encoder, added)
+
+    def nbytes(self) -> int:
+        """Bytes of the stored streams."""
+        return 0 if self.state is None else self.state.nbytes

@@ -1,0 +1,105 @@
+"""The tensors that one lane keeps of its full steps: the probe's reference, and snapshots.
+
+Memory: P_ref and K snapshots of the size of `hidden_states`, plus K of the size of
+`encoder_hidden_states` where the blocks return them; K is the predictor's `slots`. P_ref has the
+model's dtype, the snapshots that of `cache_dtype`; with fp8 a float32 scale per token is added. A
+lane whose steps are decided before the first block has no P_ref.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from dbcache.config.cache import StackSettings
+from dbcache.kernels.common.lane_state import CACHED, LaneState
+from dbcache.kernels.decision.probe_diff import probe_diff
+from dbcache.kernels.decision.transformation_rate import transformation_rate
+from dbcache.lanes.buffers import empty_like, outside_inference_mode
+
+
+@dataclass(slots=True, eq=False)
+class History:
+    """The large tensors of one lane; each is None until the first full step."""
+
+    p_ref: torch.Tensor | None = None
+    """What the probe gave at the last full step; without a probe, what was last measured."""
+    snapshots: torch.Tensor | None = None
+    """(K, *shape of the hidden states)"""
+    encoder_snapshots: torch.Tensor | None = None
+    """(K, *shape of the encoder states)"""
+    scales: torch.Tensor | None = None
+    """Of fp8 snapshots, float32 (K, *shape without the last size)"""
+    encoder_scales: torch.Tensor | None = None
+    """As `scales`"""
+    full_input: torch.Tensor | None = None
+    """What the transformer got at the last full step (EasyCache)"""
+    full_output: torch.Tensor | None = None
+    """What it returned"""
+
+    @classmethod
+    def of(cls, buffers: Mapping[str, torch.Tensor | None]) -> History:
+        """Return a history of `buffers`; other names are ignored."""
+        return cls(**{field.name: buffers.get(field.name) for field in fields(cls)})
+
+    def by_name(self) -> dict[str, torch.Tensor | None]:
+        """Return the tensors."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @outside_inference_mode
+    def allocate(
+        self,
+        settings: StackSettings,
+        compared: torch.Tensor | None,
+        h_out: torch.Tensor,
+        encoder_out: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Allocate P_ref, like `compared`, and the snapshots; return those of `h_out`."""
+        if compared is not None:
+            self.p_ref = empty_like(compared)
+        self.snapshots, self.scales = _room(settings, h_out)
+        if encoder_out is not None:
+            self.encoder_snapshots, self.encoder_scales = _room(settings, encoder_out)
+        return self.snapshots
+
+    @outside_inference_mode
+    @torch.no_grad()
+    def remember(self, measured: torch.Tensor) -> None:
+        """Keep the measurement of this step for the next one (policies without a probe)."""
+        if self.p_ref is None:
+            self.p_ref = empty_like(measured)
+        self.p_ref.copy_(measured)
+
+    @outside_inference_mode
+    @torch.no_grad()
+    def record_output(self, state: LaneState, output: torch.Tensor) -> None:
+        """Measure how the output of a full step followed its input, and keep both (EasyCache).
+
+        On a cached step nothing is changed. Which of them it was is seen on the device.
+        """
+        assert self.p_ref is not None
+        if self.full_input is None or self.full_output is None:
+            self.full_input, self.full_output = empty_like(self.p_ref), empty_like(output)
+        moved_out = probe_diff(None, self.full_output, output)
+        moved_in = probe_diff(None, self.full_input, self.p_ref)
+        transformation_rate(state, moved_out, moved_in)
+        cached = state.counters[CACHED : CACHED + 1] != 0
+        torch.where(cached, self.full_input, self.p_ref, out=self.full_input)
+        torch.where(cached, self.full_output, output, out=self.full_output)
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(x.nbytes for x in self.by_name().values() if x is not None)
+
+
+def _room(settings: StackSettings, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return empty snapshots of residuals like `x`, and their scales if they are fp8."""
+    shape = (settings.slots, *x.shape)
+    dtypes = {"model": x.dtype, "float32": torch.float32, "fp8": torch.uint8}
+    dtype = dtypes[settings.cache.cache_dtype]
+    snapshots = torch.empty(shape, dtype=dtype, device=x.device)
+    if dtype != torch.uint8:
+        return snapshots, None
+    return snapshots, torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
