@@ -249,6 +249,7 @@ def test_parts_are_loaded_by_cache_dits_names(tmp_path):
     assert dbcache.load_parallelism_config(given["cache_config"]) is None
     config, predictor = dbcache.load_cache_config({"parallelism_config": {"ring": 2}})
     assert (config.given, predictor) == ({}, None)
+    assert dbcache.load_options is load_configs
     with pytest.raises(TypeError, match=r"^load_cache_config: unknown option 'Fn'"):
         dbcache.load_cache_config({"Fn": 1})
 

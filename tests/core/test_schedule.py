@@ -99,6 +99,10 @@ def test_a_transformer_alone_takes_the_steps_that_it_was_told():
     dbcache.refresh_context(model, num_inference_steps=10)
     tiny.denoise(model, family, 10)
     assert dbcache.summary(model).lanes[0].cached_steps == [5, 6, 7, 8, 9]
+    for steps in (10, 12):  # what reads as before is given now
+        dbcache.refresh_context(model, num_inference_steps=steps, max_warmup_steps=8)
+        tiny.denoise(model, family, steps)
+        assert dbcache.summary(model).lanes[0].cached_steps == list(range(8, steps))
 
 
 @pytest.mark.parametrize("config", [DBCacheConfig, DBPruneConfig])
