@@ -160,7 +160,8 @@ def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
     assert plan == same_plan
     assert tensors.keys() == same_tensors.keys()
     for name, tensor in tensors.items():
-        assert torch.equal(tensor, same_tensors[name]), name
+        # by bytes: what was never written may be NaN
+        assert tensor.numpy().tobytes() == same_tensors[name].numpy().tobytes(), name
 
 
 @pytest.mark.parametrize("mode", MODES)
