@@ -19,9 +19,10 @@ BENCHES = {
     "loop": ("bench.loop", "a whole denoising loop as one CUDA graph; needs a GPU"),
     "parallel": ("bench.parallel", "attention over ranks, beside diffusers' own"),
     "demo": ("dbcache", "speed-up and quality on the trained model"),
+    "warmup": ("bench.warmup", "how long the warm-up of few steps should be"),
     "policies": ("bench.policies", "which policy caches which steps, at what quality"),
 }
-SLOW = ("methods", "demo", "graphs", "loop", "policies")
+SLOW = ("methods", "demo", "graphs", "loop", "warmup", "policies")
 """Left out on a CPU, unless named."""
 
 

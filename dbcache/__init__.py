@@ -57,7 +57,7 @@ from dbcache.config.prune import DBPruneConfig  # noqa: E402
 from dbcache.config.steps_mask import steps_mask  # noqa: E402
 from dbcache.graphs.graph import GraphOptions  # noqa: E402
 
-enable_cache, disable_cache = enable, disable
+enable_cache, disable_cache, load_options = enable, disable, load_configs
 BlockAdapterRegister = BlockAdapterRegistry
 """The names that cache-dit's users know."""
 
@@ -92,6 +92,7 @@ __all__ = [
     "is_enabled",
     "load_cache_config",
     "load_configs",
+    "load_options",
     "load_parallelism_config",
     "refresh_context",
     "register_predictor",

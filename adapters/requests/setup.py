@@ -26,7 +26,7 @@ from dbcache.lanes.sharding import Sharding
 
 def _without_steps(config: DBCacheConfig) -> dict[str, Any]:
     """Return the fields of `config` but the number of steps, which no lane depends on."""
-    return {**config.as_dict(), "num_inference_steps": None}
+    return {**config.as_dict(), "num_inference_steps": None, "max_warmup_steps": config.warmup}
 
 
 class Setup:
@@ -183,7 +183,7 @@ class Setup:
         base = self.base.modified(changes)
         config = merge(self.config, changes.cache_config)
         if base.predictor == self.base.predictor:
-            if config.as_dict() == self.config.as_dict():
+            if config.as_dict() == self.config.as_dict() and config.warmup == self.config.warmup:
                 return self
             if _without_steps(config) == _without_steps(self.config):
                 twin = copy.copy(self)

@@ -178,6 +178,11 @@ class DBCacheConfig(Options):
         return self.Fn_compute_blocks if has_probe else 0
 
     @property
+    def warmup(self) -> int | None:
+        """`max_warmup_steps` where it was given; None where the plan chooses."""
+        return self.given.get("max_warmup_steps")
+
+    @property
     def max_steps(self) -> int:
         """Most cached steps of a request; -1: no limit."""
         return self.max_cached_steps

@@ -57,7 +57,7 @@ def warmup_steps(config: DBCacheConfig, request_steps: int | None) -> int:
     Where `max_warmup_steps` was not given that is half of the steps, and its default at most: the
     default would leave nothing to cache in a request of few steps (docs/options.md).
     """
-    if request_steps is None or "max_warmup_steps" in config.given:
+    if request_steps is None or config.warmup is not None:
         return config.max_warmup_steps
     return min(config.max_warmup_steps, request_steps // 2)
 
@@ -68,11 +68,12 @@ def make_plan(
     """Return the `PlanCode` of each of `steps` steps, of a request of `request_steps`.
 
     Warm-up first: steps ``0, i, 2i, ... < warmup_steps(...)`` are full, and so are the first ones
-    that make up `retention_ratio`; with a mask both are capped at its leading ones. Then the mask,
-    a list by now (`resolve_mask`). Steps beyond the mask are as a 0 in it.
+    that make up `retention_ratio`; with a mask both are capped at its leading ones. Then the mask.
+    Steps beyond the mask are as a 0 in it. A name in its place counts as none: the request that
+    begins brings its list (`resolve_mask`).
     """
-    mask = config.steps_computation_mask
-    assert not isinstance(mask, str)
+    given = config.steps_computation_mask
+    mask = None if isinstance(given, str) else given
     warmup = warmup_steps(config, request_steps)
     retained = int(config.retention_ratio * (request_steps or 0) + 0.5)
     if mask is not None:

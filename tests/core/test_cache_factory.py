@@ -51,8 +51,14 @@ def test_types_have_names():
         (
             CacheType.FBCache,
             {"warmup_steps": 3, "enable_taylorseer": True, "enable_encoder_taylorseer": True}
+            | {"residual_diff_threshold": 0.12}
             | {"taylorseer_cache_type": "residual", "taylorseer_kwargs": {"n_derivatives": 2}},
-            DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=3, residual_diff_threshold=0.12),
+            DBCacheConfig(
+                Fn_compute_blocks=1,
+                max_warmup_steps=3,
+                max_cached_steps=8,
+                residual_diff_threshold=0.12,
+            ),
             TaylorSeerCalibratorConfig(taylorseer_order=2),
         ),
         (
@@ -78,6 +84,35 @@ def test_options_of_version_0_2_do_what_the_configs_do(kind, changes, expected, 
     assert all(map(torch.equal, latents(old), latents(new)))
     assert dbcache.strify(old) == dbcache.strify(new)
     assert any(lane.cached_steps for lane in dbcache.summary(old).lanes)
+
+
+def test_what_version_0_2_did_when_nothing_was_said():
+    first_block = CacheType.default_options(CacheType.FBCache)
+    assert (first_block["residual_diff_threshold"], first_block["max_cached_steps"]) == (0.08, 8)
+    assert CacheType.default_options(CacheType.DBCache)["residual_diff_threshold"] == 0.12
+    for kwargs, name in (({}, "T1O2"), ({"taylorseer_kwargs": {}}, "T1O2"), (
+        {"taylorseer_kwargs": {"n_derivatives": 3}}, "T1O3"
+    )):  # fmt: skip
+        pipe = apply_cache_on_pipe(tiny.pipeline("flux"), enable_taylorseer=True, **kwargs)
+        assert dbcache.strify(pipe).endswith(f"_{name}")
+    pipe = apply_cache_on_pipe(
+        tiny.pipeline("flux"), warmup_steps=-1, do_separate_classifier_free_guidance=True
+    )
+    assert "_W0I1M0MC0_R0.12_CFG1" in dbcache.strify(pipe)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"n_derivative": 2}, "did you mean 'n_derivatives'"),
+        (2, r"taylorseer_kwargs must be a mapping or None, got 2"),
+    ],
+)
+def test_taylorseer_kwargs_are_checked(kwargs, match):
+    pipe = tiny.pipeline("flux")
+    with pytest.raises(TypeError, match=match):
+        apply_cache_on_pipe(pipe, enable_taylorseer=True, taylorseer_kwargs=kwargs)
+    assert "_dbcache" not in pipe.__dict__
 
 
 def test_the_method_may_be_named_in_flat_options_and_in_files():

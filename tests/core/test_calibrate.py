@@ -122,6 +122,8 @@ def test_calibrate_says_what_is_wrong(tmp_path):
         dbcache.calibrate(pipe, policy="easycache").__enter__()
     with pytest.raises(TypeError, match="calibrate: unknown option 'num_steps'; did you mean"):
         dbcache.calibrate(pipe, policy="magcache", num_steps=3).__enter__()
+    with pytest.raises(FileNotFoundError, match=r"folder of path must exist, got .*/no/x.json"):
+        dbcache.calibrate(pipe, policy="magcache", path=tmp_path / "no" / "x.json").__enter__()
     with pytest.raises(RuntimeError, match=r"must have run two steps or more, got none; call the"):
         calibrated()
     with pytest.raises(ValueError, match=r"as many steps, got \[4, 6\]; calibrate each by itself"):
@@ -182,9 +184,14 @@ def test_calibrations_of_something_else_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             dbcache.enable(model, policy="magcache", calibration=other)
     path = tmp_path / "damaged.json"
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"calibration: .*damaged.json must be JSON, got Exp"):
-        dbcache.enable(model, policy="magcache", calibration=path)
+    for damage, message in (
+        (b"{", "JSON, got Exp"),
+        (b"[" * 200_000, "JSON of a few levels, got a deeply nested one"),
+        ("é".encode("latin-1"), "text in UTF-8, got 'utf-8' codec .*; save it so"),
+    ):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=rf"calibration: .*damaged.json must be {message}"):
+            dbcache.enable(model, policy="magcache", calibration=path)
     with pytest.raises(TypeError, match=r"calibration must be a string, a path, .* got 3"):
         dbcache.DBCacheConfig(calibration=3)
     wrong = {**content, "policy": "teacache"}

@@ -197,6 +197,63 @@ def test_refuses_files_that_hold_no_options(tmp_path, name, text, error, match):
         load_configs(tmp_path / name)
 
 
+BAD = {
+    "latin-1 JSON": ("a.json", '{"policy": "é"}'.encode("latin-1"), r"UTF-8, got .*save it so"),
+    "latin-1 YAML": ("a.yaml", "policy: é".encode("latin-1"), r"UTF-8, got .*save it so"),
+    "deep JSON": ("a.json", b"[" * 200_000, "a few levels, got a deeply nested one"),
+    "deep YAML": ("a.yaml", b"[" * 20_000, "a few levels, got a deeply nested one"),
+    "long number": ("a.yaml", b"max_warmup_steps: " + b"9" * 5000, "must be YAML, got Exceeds"),
+    "numbers for keys": ("a.yaml", b"1: 2", "unknown option 1; known"),
+    "numbers for keys of a section": ("a.yaml", b"cache_config: {1: 2}", "unknown option 1; known"),
+    "a key of None": ("a.yaml", b"parallelism_config: {null: 2}", "unknown option None; known"),
+    "a list for a key": ("a.yaml", b"? [1]\n: 2", "must be YAML, got .*unhashable"),
+    "a value": ("a.json", b'{"Fn_compute_blocks": 0}', "Fn_compute_blocks must be .* got 0"),
+    "a short exponent": ("a.yaml", b"residual_diff_threshold: 1e-2", r"in YAML .* as in 1\.0e-2"),
+    "a number in quotes": ("a.json", b'{"max_warmup_steps": "4"}', "write it without quotes"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", BAD)
+def test_errors_name_the_file_and_what_to_do(tmp_path, case):
+    name, content, match = BAD[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises((TypeError, ValueError), match=f"(?s)^load_configs: .*{match}") as caught:
+        load_configs(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.timeout(20)
+def test_aliases_that_stand_for_billions_of_entries_are_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60))]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join([*lines, "policy: *a59"]))
+    with pytest.raises(TypeError, match=r"bomb\.yaml: unknown option 'a0'"):
+        load_configs(path)
+    aliases = "\n".join(f"  - &a{i} [{f'*a{i - 1}, *a{i - 1}' if i else 1}]" for i in range(60))
+    path.write_text(f"cache_config:\n  Bn_compute_blocks_ids:\n{aliases}")
+    with pytest.raises(TypeError, match=r"bomb\.yaml: .*must be a list of block numbers, got \[\["):
+        load_configs(path)
+
+
+def test_parts_are_loaded_by_cache_dits_names(tmp_path):
+    given = {"cache_config": {"enable_foca": True, "max_warmup_steps": 3}}
+    given["parallelism_config"] = {"ring": 2}
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps(given))
+    for source in (path, given):
+        config, predictor = dbcache.load_cache_config(source)
+        assert (config.given, predictor.strify()) == ({"max_warmup_steps": 3}, "FoCa")
+        assert dbcache.load_parallelism_config(source).ring_size == 2
+    assert dbcache.load_parallelism_config(given["cache_config"]) is None
+    config, predictor = dbcache.load_cache_config({"parallelism_config": {"ring": 2}})
+    assert (config.given, predictor) == ({}, None)
+    assert dbcache.load_options is load_configs
+    with pytest.raises(TypeError, match=r"^load_cache_config: unknown option 'Fn'"):
+        dbcache.load_cache_config({"Fn": 1})
+
+
 def test_without_pyyaml_names_the_extra(tmp_path, monkeypatch):
     path, real = tmp_path / "cache.yaml", builtins.__import__
     path.write_text(YAML)

@@ -70,6 +70,57 @@ def test_rejects_options(sizes: dict, kwargs: dict, error: type[Exception], text
         ParallelismConfig(**sizes, parallel_kwargs=kwargs)
 
 
+def test_fields_stand_for_options_of_the_sequence() -> None:
+    flat = ParallelismConfig(
+        ulysses_size=2,
+        ring_size=2,
+        cp_plan={"proj_out": None},
+        attention_backend="native",
+        ulysses_anything=True,
+        ulysses_float8=True,
+        ring_rotate_method="allgather",
+        ring_convert_to_fp32=False,
+    )
+    kwargs = {
+        "cp_plan": {"proj_out": None},
+        "attention_backend": "native",
+        "experimental_ulysses_anything": True,
+        "ulysses_float8": True,
+        "ring_rotate_method": "allgather",
+        "ring_convert_to_fp32": False,
+    }
+    nested = ParallelismConfig(ulysses_size=2, ring_size=2, parallel_kwargs=kwargs)
+    assert flat.context == nested.context
+    assert flat.strify() == nested.strify() == "Ring2_Ulysses2_UAA_UF8"
+    both = ParallelismConfig(ring_size=2, attention_backend="native", parallel_kwargs=None)
+    assert both.context.attention_backend == "native"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        (
+            {"attention_backend": "flash", "parallel_kwargs": {"attention_backend": "native"}},
+            ValueError,
+            "attention_backend and parallel_kwargs must not differ, got 'flash' and 'native'",
+        ),
+        ({"ulysses_async": True}, ValueError, "ulysses_async needs ulysses_size above 1"),
+        ({"ring_rotate_method": "p3p"}, ValueError, "ring_rotate_method must be one of ('p2p'"),
+        ({"extra_parallel_modules": ["vae"]}, TypeError, "only transformers are spread over ranks"),
+        ({"use_ray": True}, TypeError, "start one process per GPU with torchrun"),
+        ({"ring_size": 2**31}, ValueError, "ring_size must be an integer from 1 to 2147483647"),
+    ],
+)
+def test_rejects_fields(options: dict, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        ParallelismConfig(**{"ring_size": 2, **options})
+
+
+def test_options_of_the_sequence_are_checked_with_ulysses_too() -> None:
+    with pytest.raises(ValueError, match="ring_rotate_method must be one of"):
+        ParallelismConfig(ulysses_size=2, parallel_kwargs={"ring_rotate_method": "p3p"})
+
+
 def test_backends_have_the_names_of_cache_dit() -> None:
     for name in ("NATIVE_DIFFUSER", "native_diffuser", ParallelismBackend.NATIVE_DIFFUSER):
         config = ParallelismConfig(ulysses_size=2, backend=name)

@@ -5,6 +5,8 @@ import tiny
 
 import dbcache
 from dbcache import DBCacheConfig, DBPruneConfig
+from dbcache.config.cache import merge
+from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.lanes.plan import make_plan
 
 LETTERS = {0: "d", 1: "s", 2: "W", 3: "M"}  # dynamic, static, warm-up, mask
@@ -48,6 +50,59 @@ def test_plan_follows_warmup_then_mask(options, plan):
 def test_a_share_of_the_steps_is_full_whatever_the_interval(options, steps, plan):
     config = DBCacheConfig(**{"max_warmup_steps": 0} | options)
     assert "".join(LETTERS[code] for code in make_plan(config, 8, steps)) == plan
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup"),
+    [(None, 8), (1, 0), (2, 1), (4, 2), (7, 3), (8, 4), (12, 6), (15, 7), (16, 8), (50, 8)],
+)
+def test_the_warmup_that_was_not_given_is_half_of_few_steps(steps, warmup):
+    config = DBCacheConfig(Fn_compute_blocks=1)
+    assert config.max_warmup_steps == 8
+    for form in (config, merge(config, DBCacheConfig(warmup_interval=1)), DBPruneConfig()):
+        plan = make_plan(form, 20, steps)
+        assert "".join(LETTERS[code] for code in plan) == "W" * warmup + "d" * (20 - warmup)
+    for form in (
+        DBCacheConfig(max_warmup_steps=8),
+        merge(config, DBCacheConfig(max_warmup_steps=8)),
+        merge(DBCacheConfig(max_warmup_steps=8), DBCacheConfig(warmup_interval=1)),
+        DBCacheConfig().update(max_warmup_steps=8),
+    ):
+        assert make_plan(form, 20, steps).count(PlanCode.WARMUP) == 8
+
+
+@pytest.mark.parametrize("config", [DBCacheConfig, DBPruneConfig])
+def test_the_warmup_follows_the_steps_of_each_request(config):
+    pipe = tiny.pipeline("flux")
+    settings = {"Fn_compute_blocks": 1, "residual_diff_threshold": 1.0}
+    dbcache.enable(pipe, config(**settings))
+    for steps in (4, 8, 4, 18):
+        tiny.generate(pipe, steps, guided=False)
+        (lane,) = dbcache.summary(pipe).lanes
+        assert lane.cached_steps == list(range(min(8, steps // 2), steps))
+    dbcache.enable(pipe, config(max_warmup_steps=8, **settings))
+    tiny.generate(pipe, 4, guided=False)
+    assert dbcache.summary(pipe).lanes[0].cached_steps == []
+
+
+def test_a_transformer_alone_takes_the_steps_that_it_was_told():
+    family = tiny.FAMILIES["wan"]
+    model = dbcache.enable(
+        family.build(),
+        Fn_compute_blocks=1,
+        residual_diff_threshold=1.0,
+        enable_separate_cfg=False,
+        num_inference_steps=6,
+    )
+    tiny.denoise(model, family, 6)
+    assert dbcache.summary(model).lanes[0].cached_steps == [3, 4, 5]
+    dbcache.refresh_context(model, num_inference_steps=10)
+    tiny.denoise(model, family, 10)
+    assert dbcache.summary(model).lanes[0].cached_steps == [5, 6, 7, 8, 9]
+    for steps in (10, 12):  # what reads as before is given now
+        dbcache.refresh_context(model, num_inference_steps=steps, max_warmup_steps=8)
+        tiny.denoise(model, family, steps)
+        assert dbcache.summary(model).lanes[0].cached_steps == list(range(8, steps))
 
 
 @pytest.mark.parametrize("config", [DBCacheConfig, DBPruneConfig])

@@ -33,15 +33,7 @@ ORDER = {
 }
 """Folders of each part, from the bottom up: a folder imports of those below it."""
 
-OPEN = (
-    "dbcache.adapters.blocks",
-    "dbcache.adapters.requests",
-    "dbcache.adapters.signals",
-    "dbcache.adapters.stacks",
-    "dbcache.graphs",
-    "dbcache.kernels.prediction",
-    "dbcache.lanes",
-)
+OPEN = ("dbcache.kernels.prediction",)
 """Folders whose imports may still go round in circles, or up to another folder of their part."""
 
 CONFIGS = ("dbcache.config.options", "dbcache.config.parallelism")
