@@ -148,10 +148,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "json": table.to_json,
     }
     print(write[arguments.format]())
-    for metric, error in unavailable.items():
+    for metric, reason in unavailable.items():
         if arguments.debug:
-            raise error
-        print(f"dbcache-metrics: no {metric}: {error}", file=sys.stderr)
+            raise reason
+        print(f"dbcache-metrics: no {metric}: {reason}", file=sys.stderr)
     return 1 if unavailable else 0
 
 

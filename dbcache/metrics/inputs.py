@@ -10,10 +10,10 @@ import importlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -101,14 +101,15 @@ def items(images: Images, who: str) -> list[Item]:
         return [Item(f"image {i}", None, image) for i, image in enumerate(many)]
     if isinstance(images, (list, tuple)):
         found = [item for image in images for item in items(image, who)]
+        if not found:
+            raise ValueError(f"{who}: needs at least one image, got an empty list")
+        paths = (str, os.PathLike)
         return [
-            item
-            if isinstance(item.source, (str, os.PathLike))
-            else Item(f"image {i}", None, item.source)
+            item if isinstance(item.source, paths) else replace(item, label=f"image {i}")
             for i, item in enumerate(found)
         ]
     if hasattr(images, "mode") and hasattr(images, "convert"):
-        return [Item("image 0", None, images)]
+        return [Item("image 0", None, cast("PillowImage", images))]
     raise TypeError(
         f"{who}: an image must be a path, a NumPy array (H, W, 3), a Pillow image or a list of "
         f"these, got {type(images).__name__}; of a tensor (B, 3, H, W) in [0, 1] give "
@@ -169,8 +170,6 @@ def matched(image_true: Images, image_test: Images, who: str) -> list[tuple[Item
         ValueError: a file and a folder, a name in one folder only, or different counts.
     """
     true, test = items(image_true, who), items(image_test, who)
-    if not true or not test:
-        raise ValueError(f"{who}: needs at least one pair, got {len(true)} and {len(test)} images")
     if true[0].key is None or test[0].key is None:
         if len(true) != len(test):
             raise ValueError(
@@ -182,27 +181,28 @@ def matched(image_true: Images, image_test: Images, who: str) -> list[tuple[Item
 
 
 def _by_name(true: list[Item], test: list[Item], who: str) -> list[tuple[Item, Item]]:
-    by_key: list[dict[str, Item]] = []
-    for side in (true, test):
-        named: dict[str, Item] = {}
-        for item in side:
-            key = item.key or item.label
-            if key in named:
-                raise ValueError(
-                    f"{who}: names must differ in more than their ending, got {named[key].label} "
-                    f"and {item.label}"
-                )
-            named[key] = item
-        by_key.append(named)
-    for one, other, side in ((*by_key, test), (*reversed(by_key), true)):
+    trues, tests = _named(true, who), _named(test, who)
+    for one, other in ((trues, tests), (tests, trues)):
         alone = [item.label for key, item in one.items() if key not in other]
         if alone:
             more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+            place = os.path.dirname(next(iter(other.values())).label)
             raise ValueError(
                 f"{who}: both folders must hold the same names; {', '.join(alone[:3])}{more} "
-                f"without a match among the {len(side)} files beside {side[0].label}"
+                f"without a match in {place}"
             )
-    return [(item, by_key[1][key]) for key, item in by_key[0].items()]
+    return [(item, tests[key]) for key, item in trues.items()]
+
+
+def _named(items: list[Item], who: str) -> dict[str, Item]:
+    named: dict[str, Item] = {}
+    for item in items:
+        key = item.key or item.label
+        if key in named:
+            both = f"{named[key].label} and {item.label}"
+            raise ValueError(f"{who}: names must differ in more than their ending, got {both}")
+        named[key] = item
+    return named
 
 
 def same_size(true: Array, test: Array, labels: tuple[str, str], who: str) -> None:
@@ -221,7 +221,7 @@ def image_pairs(image_true: Images, image_test: Images, who: str) -> Iterator[tu
     """Yield reference and image of every pair, both (H, W, 3) in 0 ... 255."""
     for a, b in matched(image_true, image_test, who):
         true, test = a.read(), b.read()
-        same_size(true, test, (a.label, b.label), who)
+        same_size(true, test, (f"reference {a.label}", b.label), who)
         yield true, test
 
 
@@ -285,7 +285,7 @@ def _frames_of(true: str, test: str, who: str) -> Iterator[tuple[Array, Array]]:
                 f"{who}: videos of a pair must have as many frames, got {count} in {ended} and "
                 f"{total} in {longer}"
             )
-        same_size(x, y, (f"{true} frame {count}", f"{test} frame {count}"), who)
+        same_size(x, y, (f"reference {true} frame {count}", f"{test} frame {count}"), who)
         count += 1
         yield x, y
 

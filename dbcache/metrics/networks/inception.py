@@ -9,7 +9,7 @@ parameters are those of torchvision's `Inception3`, which the weight file of pyt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +41,15 @@ class ConvNormReLU(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+Arguments: TypeAlias = dict[str, Any]
+Branches: TypeAlias = dict[str, list[tuple[str, int, Arguments]]]
+
 ROW, COLUMN = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
 SQUARE, HALVED = {"kernel": 3, "padding": 1}, {"kernel": 3, "stride": 2}
-FORK = {"a": {"kernel": (1, 3), "padding": (0, 1)}, "b": {"kernel": (3, 1), "padding": (1, 0)}}
+FORK: dict[str, Arguments] = {
+    "a": {"kernel": (1, 3), "padding": (0, 1)},
+    "b": {"kernel": (3, 1), "padding": (1, 0)},
+}
 
 
 class Mixed(nn.Module):
@@ -61,7 +67,7 @@ class Mixed(nn.Module):
     def __init__(
         self,
         channels: int,
-        branches: dict[str, Sequence[tuple[str, int, dict]]],
+        branches: Branches,
         pool: int,
         forked: dict[str, tuple[str, int]] | None = None,
         maximum: bool = False,
@@ -109,7 +115,7 @@ class Mixed(nn.Module):
 def _mixed_35(channels: int, pool: int) -> Mixed:
     """Blocks on 35x35 points."""
     five = {"kernel": 5, "padding": 2}
-    branches = {
+    branches: Branches = {
         "branch1x1": [("", 64, {})],
         "branch5x5": [("_1", 48, {}), ("_2", 64, five)],
         "branch3x3dbl": [("_1", 64, {}), ("_2", 96, SQUARE), ("_3", 96, SQUARE)],
@@ -120,7 +126,7 @@ def _mixed_35(channels: int, pool: int) -> Mixed:
 def _mixed_17(inner: int) -> Mixed:
     """Blocks on 17x17 points, 768 channels, convolutions of 7x1 and 1x7."""
     deep = [("_1", inner, {}), ("_2", inner, COLUMN), ("_3", inner, ROW), ("_4", inner, COLUMN)]
-    branches = {
+    branches: Branches = {
         "branch1x1": [("", 192, {})],
         "branch7x7": [("_1", inner, {}), ("_2", inner, ROW), ("_3", 192, COLUMN)],
         "branch7x7dbl": [*deep, ("_5", 192, ROW)],
@@ -130,7 +136,7 @@ def _mixed_17(inner: int) -> Mixed:
 
 def _mixed_8(channels: int, maximum: bool) -> Mixed:
     """Blocks on 8x8 points, with forks of 1x3 and 3x1."""
-    branches = {
+    branches: Branches = {
         "branch1x1": [("", 320, {})],
         "branch3x3": [("_1", 384, {})],
         "branch3x3dbl": [("_1", 448, {}), ("_2", 384, SQUARE)],
@@ -140,7 +146,7 @@ def _mixed_8(channels: int, maximum: bool) -> Mixed:
 
 
 def _to_17() -> Mixed:
-    branches = {
+    branches: Branches = {
         "branch3x3": [("", 384, HALVED)],
         "branch3x3dbl": [("_1", 64, {}), ("_2", 96, SQUARE), ("_3", 96, HALVED)],
     }
@@ -148,7 +154,7 @@ def _to_17() -> Mixed:
 
 
 def _to_8() -> Mixed:
-    branches = {
+    branches: Branches = {
         "branch3x3": [("_1", 192, {}), ("_2", 320, HALVED)],
         "branch7x7x3": [
             ("_1", 192, {}),

@@ -64,6 +64,9 @@ class PerceptualDistance(nn.Module):
         net: "alex" (the authors' choice for a metric) or "vgg".
     """
 
+    shift: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, net: Net = "alex") -> None:
         super().__init__()
         if net not in get_args(Net):

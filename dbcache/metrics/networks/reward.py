@@ -78,8 +78,9 @@ class RewardNetwork(nn.Module):
         self.text = BlipTextModel(text, add_pooling_layer=False)
         weights = [key for key in state if re.fullmatch(rf"{HEAD}\d+\.weight", key)]
         weights.sort(key=lambda key: int(key.split(".")[2]))
+        sizes = [state[key].shape for key in weights]
         # dropout lies between them in training, and nothing else
-        self.head = nn.Sequential(*(nn.Linear(*reversed(state[key].shape)) for key in weights))
+        self.head = nn.Sequential(*(nn.Linear(into, out) for out, into in sizes))
         self.names = {key.removesuffix(".weight"): f"head.{i}" for i, key in enumerate(weights)}
 
     def own_names(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
