@@ -141,13 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"dbcache-metrics: {error}", file=sys.stderr)
         return 1
-    write = {
-        "text": table.to_text,
-        "markdown": table.to_markdown,
-        "csv": table.to_csv,
-        "json": table.to_json,
-    }
-    print(write[arguments.format]())
+    if any(COLUMNS.keys() & row for row in table.rows) or arguments.format == "json":
+        print(getattr(table, f"to_{arguments.format}")())
     for metric, reason in unavailable.items():
         if arguments.debug:
             raise reason
@@ -206,20 +201,19 @@ def _compute(arguments: argparse.Namespace) -> tuple[Table, dict[str, Exception]
         runs = Runs(settings)
         metrics = runs.expand(arguments.metrics, tests)
         rows = runs.rows(metrics, tests)
-    if runs.unavailable and len(runs.unavailable) == len(metrics):
-        raise next(iter(runs.unavailable.values()))
     notes = list(dict.fromkeys(str(warning.message) for warning in caught))
     columns = [COLUMNS[metric] for metric in metrics if metric not in runs.unavailable]
-    count = Column("n", "frames" if video else "images")
+    always = [Column("name", "run"), Column("n", "frames" if video else "images")]
     facts = {
         "reference": reference,
         "notes": notes,
         "unavailable": {metric: str(error) for metric, error in runs.unavailable.items()},
     }
-    table = Table([Column("name", "run"), count, *columns], rows, facts)
+    table = Table([*always, *columns], rows, facts)
     if times is not None:
         _add_figures(table, times, arguments, reference, notes)
-    table.sort(columns[0])
+    if columns:
+        table.sort(columns[0])
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return table, runs.unavailable
@@ -231,13 +225,14 @@ def _tests(
     """Return name and path of everything in question."""
     given = arguments.video_test if video else arguments.image_test
     parent = arguments.video_parent if video else arguments.image_parent
-    paths = [existing(path, "dbcache-metrics") for path in given]
+    flag, parent_flag = ("-v2", "-vd") if video else ("-i2", "-d")
+    paths = [existing(path, flag) for path in given]
     if parent is not None:
-        folder = existing(parent, "dbcache-metrics")
+        folder = existing(parent, parent_flag)
         if not folder.is_dir():
-            raise ValueError(f"{'-vd' if video else '-d'}: must be a folder, got {parent}")
+            raise ValueError(f"{parent_flag}: must be a folder, got {parent}")
         if video:
-            found = files_in(folder, VIDEO_ENDINGS, "-vd")
+            found = files_in(folder, VIDEO_ENDINGS, parent_flag)
         else:
             found = sorted(path for path in folder.iterdir() if path.is_dir())
         own = None if reference is None else Path(reference).expanduser().resolve()
@@ -263,7 +258,9 @@ def _add_figures(
     figures = {str(row["name"]): times.figures(str(row["name"])) for row in table.rows}
     absent = [name for name, own in figures.items() if not own]
     if len(absent) == len(figures):
-        raise ValueError(f"{times.path}: must name a run, of {', '.join(absent)} it has none")
+        raise ValueError(
+            f"{times.path}: must have figures of a run, got none of {', '.join(absent)}"
+        )
     if absent:
         notes.append(f"{times.path} has no {' or '.join(times.tags)} of {', '.join(absent)}")
     for tag in times.tags:

@@ -79,6 +79,8 @@ class ClipModel:
                 f"compute_clip_score: the CLIP model {path!r} could not be had ({error}); give a "
                 f"folder or a hub name: clip_model_path=..., --clip-model or the variable {FOLDER}"
             ) from error
+        if not has_words(self.tokenizer):
+            raise WeightsError(f"compute_clip_score: {path} must hold the words of its tokenizer")
         self.limit = self.model.config.text_config.max_position_embeddings
         self.device = device
 
@@ -99,6 +101,11 @@ class ClipModel:
     def warn_of_long(self, prompts: Sequence[str], who: str) -> None:
         """Warn of prompts of which the model sees a part only."""
         warn_of_long(self.tokenizer, prompts, self.limit, who)
+
+
+def has_words(tokenizer: Any) -> bool:
+    """Whether a tokenizer has words: transformers makes one without any where files are missing."""
+    return len(tokenizer) > len(tokenizer.all_special_ids)
 
 
 def warn_of_long(tokenizer: Any, prompts: Sequence[str], limit: int, who: str) -> None:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbcache.metrics.clip_score import warn_of_long
+from dbcache.metrics.clip_score import has_words, warn_of_long
 from dbcache.metrics.inputs import Images, PathLike, items, need, prompts_of
 from dbcache.metrics.weights import WeightsError, load_into, read_tensors
 
@@ -43,9 +43,10 @@ def compute_image_reward(
     Args:
         images: as `compute_psnr` takes them; those of a folder in natural order of their names.
         prompts: as `compute_clip_score` takes them; the model reads 35 tokens of each.
-        imagereward_model_path: folder with `ImageReward.pt`, `med_config.json` and a BERT
-            tokenizer (`vocab.txt` or `tokenizer.json`); None takes the variable
-            `IMAGEREWARD_MODEL_DIR`, else "THUDM/ImageReward" and "bert-base-uncased" on the hub.
+        imagereward_model_path: folder with `ImageReward.pt`, `med_config.json` and the tokenizer
+            of "bert-base-uncased" (`vocab.txt` or `tokenizer.json`), which comes from the hub if
+            it is not there; None takes the variable `IMAGEREWARD_MODEL_DIR`, else
+            "THUDM/ImageReward" on the hub.
         device: where the model runs; the GPU where there is one.
 
     Raises:
@@ -88,12 +89,13 @@ class RewardModel:
                 f"{who}: {weights} must be ImageReward's, {error} is missing"
             ) from error
         load_into(network, network.own_names(state), weights, who)
+        words = folder if folder is not None and _has_tokenizer(folder) else TOKENIZER
         try:
-            self.tokenizer = transformers.BertTokenizer.from_pretrained(folder or TOKENIZER)
+            self.tokenizer = transformers.BertTokenizer.from_pretrained(words)
         except (OSError, ValueError) as error:
-            raise WeightsError(
-                _no_model(f"the tokenizer {folder or TOKENIZER!r}", error)
-            ) from error
+            raise WeightsError(_no_model(f"the tokenizer {words}", error)) from error
+        if not has_words(self.tokenizer):
+            raise WeightsError(_no_model(f"the tokenizer {words}", "it has no words"))
         self.network = network.to(device)
         self.device = device
 
@@ -134,6 +136,10 @@ def pixels(image: Any, side: int) -> torch.Tensor:
     return x.permute(2, 0, 1)[None]
 
 
+def _has_tokenizer(folder: str) -> bool:
+    return any((Path(folder) / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
+
+
 def _file(folder: str | None, name: str) -> Path:
     if folder is not None:
         path = Path(folder).expanduser() / name
@@ -150,7 +156,7 @@ def _file(folder: str | None, name: str) -> Path:
         raise WeightsError(_no_model(f"{name} of {REPOSITORY}", error)) from error
 
 
-def _no_model(what: str, error: Exception) -> str:
+def _no_model(what: str, error: Exception | str) -> str:
     return (
         f"compute_image_reward: {what} could not be had ({error}); give a folder with "
         f"ImageReward.pt, med_config.json and a BERT tokenizer: imagereward_model_path=..., "

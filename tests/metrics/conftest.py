@@ -5,8 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from made_weights import (
+    MEAN,
     MED,
+    SIDE,
+    STD,
     WORDS,
     float_shapes,
     made_image,
@@ -54,4 +58,41 @@ def reward_model(tmp_path_factory):
     torch.save(reward_state(), folder / "ImageReward.pt")
     (folder / "med_config.json").write_text(json.dumps(MED))
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_model(tmp_path_factory):
+    """A folder as a CLIP model's on the hub, small, with made-up words."""
+    folder = tmp_path_factory.mktemp("clip")
+    words = [
+        "a</w>",
+        "cat</w>",
+        "dog</w>",
+        "c",
+        "d",
+        "a",
+        "t</w>",
+        "g</w>",
+        "o",
+        "at</w>",
+        "og</w>",
+    ]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *words]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    merges = ["#version: 0.2", "a t</w>", "o g</w>", "c at</w>", "d og</w>"]
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text = {**small, "vocab_size": 13, "max_position_embeddings": 8, "num_attention_heads": 2}
+    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    vision = {**small, "image_size": SIDE, "patch_size": 8, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    size = {"height": SIDE, "width": SIDE}
+    processor = {"crop_size": size, "size": {"shortest_edge": SIDE}, "image_mean": MEAN}
+    processor |= {"image_std": STD, "image_processor_type": "CLIPImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder

@@ -1,6 +1,7 @@
 """PSNR, SSIM and MSE against closed forms and formulas in float64 that are written here."""
 
 import math
+import wave
 
 import av
 import numpy as np
@@ -123,9 +124,9 @@ def write_video(path, frames):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=8)
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "gbrp"
+        stream.pix_fmt = "bgr0"
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame).reformat(format="gbrp")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame).reformat(format="bgr0")))
         container.mux(stream.encode())
     return path
 
@@ -178,12 +179,11 @@ def test_what_is_no_video_is_refused_by_name(tmp_path):
 
 
 def test_sound_alone_is_no_video(tmp_path):
-    path = tmp_path / "sound.mkv"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("flac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1600), np.int16), format="s16")
-        frame.sample_rate = 8000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    with pytest.raises(ValueError, match=r"sound\.mkv: must hold a video stream"):
+    path = tmp_path / "sound.wav"
+    with wave.open(str(path), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(1600))
+    with pytest.raises(ValueError, match=r"sound\.wav: must hold a video stream"):
         compute_video_psnr(path, path)

@@ -1,60 +1,20 @@
 """CLIP score and ImageReward: small models, loaded as the real ones are."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from made_weights import made_image
+from made_weights import MEAN, SIDE, STD, made_image
 
 from dbcache.metrics import WeightsError, compute_clip_score, compute_image_reward
 from dbcache.metrics.clip_score import load_model as load_clip
+from dbcache.metrics.image_reward import load_model as load_reward
 from dbcache.metrics.image_reward import pixels
 from dbcache.metrics.inputs import MetricWarning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SIDE = 32
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-@pytest.fixture(scope="module")
-def clip_model(tmp_path_factory):
-    """A folder as a CLIP model's on the hub, small, with made-up words."""
-    folder = tmp_path_factory.mktemp("clip")
-    words = [
-        "a</w>",
-        "cat</w>",
-        "dog</w>",
-        "c",
-        "d",
-        "a",
-        "t</w>",
-        "g</w>",
-        "o",
-        "at</w>",
-        "og</w>",
-    ]
-    vocabulary = ["<|startoftext|>", "<|endoftext|>", *words]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
-    merges = ["#version: 0.2", "a t</w>", "o g</w>", "c at</w>", "d og</w>"]
-    (folder / "merges.txt").write_text("\n".join(merges) + "\n")
-    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    tokenizer.save_pretrained(folder)
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    text = {**small, "vocab_size": 13, "max_position_embeddings": 8, "num_attention_heads": 2}
-    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    vision = {**small, "image_size": SIDE, "patch_size": 8, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    transformers.CLIPModel(config).save_pretrained(folder)
-    size = {"height": SIDE, "width": SIDE}
-    processor = {"crop_size": size, "size": {"shortest_edge": SIDE}, "image_mean": MEAN}
-    processor |= {"image_std": STD, "image_processor_type": "CLIPImageProcessor"}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
 
 
 def clip_by_hand(folder, image: np.ndarray, tokens: list[int]) -> float:
@@ -161,9 +121,42 @@ def test_a_reward_model_that_is_not_whole_is_said(reward_model, tmp_path):
         compute_image_reward(image, "cat", copy, device="cpu")
 
 
-def test_a_reward_model_without_its_words_is_refused(reward_model, tmp_path):
+def test_a_reward_model_without_a_tokenizer_takes_that_of_the_hub(
+    reward_model, tmp_path, monkeypatch
+):
     copy = tmp_path / "copy"
     shutil.copytree(reward_model, copy)
-    (copy / "vocab.txt").unlink()
-    with pytest.raises(WeightsError, match=r"tokenizer .* could not be had"):
-        compute_image_reward(made_image(0, 48, 64), "cat", copy, device="cpu")
+    words = (copy / "vocab.txt").rename(tmp_path / "vocab.txt")
+    asked = []
+
+    def from_pretrained(name):
+        asked.append(name)
+        if not words.exists():
+            raise OSError("no network")
+        return transformers.BertTokenizer(str(words))
+
+    monkeypatch.setattr(transformers.BertTokenizer, "from_pretrained", from_pretrained)
+    key = (0, "the dog")
+    value, _ = compute_image_reward(made_image(0, 48, 64), key[1], copy, device="cpu")
+    assert asked == ["bert-base-uncased"]
+    assert value == pytest.approx(REWARDS[key], rel=1e-3)
+    words.unlink()
+    load_reward.cache_clear()
+    with pytest.raises(
+        WeightsError, match=r"tokenizer bert-base-uncased could not be had \(no net"
+    ):
+        compute_image_reward(made_image(0, 48, 64), key[1], copy, device="cpu")
+
+
+def test_a_tokenizer_without_words_is_refused(clip_model, reward_model, tmp_path):
+    # transformers makes an empty one where the files are missing, and every word is unknown
+    image = made_image(0, 48, 64)
+    shutil.copytree(clip_model, tmp_path / "clip")
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (tmp_path / "clip" / name).unlink(missing_ok=True)
+    with pytest.raises(WeightsError, match="must hold the words of its tokenizer"):
+        compute_clip_score(image, "a cat", tmp_path / "clip", device="cpu")
+    shutil.copytree(reward_model, tmp_path / "reward")
+    (tmp_path / "reward" / "vocab.txt").write_text("")
+    with pytest.raises(WeightsError, match="it has no words"):
+        compute_image_reward(image, "a cat", tmp_path / "reward", device="cpu")

@@ -40,7 +40,7 @@ def test_a_file_is_downloaded_once_and_checked(hub, tmp_path):
 
 def test_a_file_with_another_hash_is_refused(hub, tmp_path):
     file = published(tmp_path / "heads.pth", sha256="00000000")
-    with pytest.raises(WeightsError, match="x: file://.* could not be downloaded .*hash"):
+    with pytest.raises(WeightsError, match=r"x: file://.* could not be downloaded .*hash"):
         file.find(None, "x")
     assert list(hub.iterdir()) == []
 

@@ -27,6 +27,12 @@ MED = {
 }
 """A small `med_config.json`, BLIP's file of the text encoder."""
 
+SIDE = 32
+"""Height and width that the small CLIP model takes."""
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's, of pixels in [0, 1]."""
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "on", "the", "moon"]
 
 
