@@ -16,6 +16,7 @@ from dbcache.metrics.fid import (
     frechet_distance,
 )
 from dbcache.metrics.image_reward import compute_image_reward
+from dbcache.metrics.inputs import MetricWarning
 from dbcache.metrics.lpips import compute_lpips, compute_video_lpips
 from dbcache.metrics.pairwise import (
     compute_mse,
@@ -29,6 +30,7 @@ from dbcache.metrics.weights import WeightsError
 
 __all__ = [
     "FrechetInceptionDistance",
+    "MetricWarning",
     "WeightsError",
     "compute_clip_score",
     "compute_fid",

@@ -134,10 +134,14 @@ def read_image(source: Image, label: str) -> Array:
         return _from_pillow(source, label)
     try:
         with pillow.open(source) as image:
+            if (count := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"{label}: must hold one picture, got {count}; is it a video?")
             turned = need("PIL.ImageOps", "dbcache.metrics").exif_transpose(image)
             return _from_pillow(turned, label)
     except (pillow.UnidentifiedImageError, pillow.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(f"{label}: must be an image that Pillow reads ({error})") from error
+        video = Path(source).suffix.lower() in VIDEO_ENDINGS
+        hint = "; videos are for compute_video_..., -v1 and -v2" if video else ""
+        raise ValueError(f"{label}: must be an image that Pillow reads ({error}){hint}") from error
     except OSError as error:
         raise ValueError(f"{label}: cannot be read ({error})") from error
 

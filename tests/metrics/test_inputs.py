@@ -67,6 +67,18 @@ def test_unreadable_pictures_are_named(images, tmp_path):
         compute_psnr(folder, folder)
 
 
+def test_videos_in_place_of_pictures_are_refused(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(bytes(100))
+    with pytest.raises(
+        ValueError, match=r"a\.mp4: must be an image .*; videos are for compute_vid"
+    ):
+        compute_psnr(tmp_path / "a.mp4", tmp_path / "a.mp4")
+    frames = [Image.fromarray(made_image(i)) for i in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match=r"a\.gif: must hold one picture, got 3"):
+        compute_psnr(tmp_path / "a.gif", tmp_path / "a.gif")
+
+
 def test_pictures_of_16_bits_are_refused(tmp_path):
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(
