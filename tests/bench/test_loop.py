@@ -83,5 +83,5 @@ def test_nothing_or_everything_cached_is_an_error(threshold, cached, limit, one_
 
 
 def test_fewer_steps_than_the_warmup_are_an_error():
-    with pytest.raises(SystemExit, match="--steps must be at least 6.*got 5"):
+    with pytest.raises(SystemExit, match=r"--steps must be at least 6.*got 5"):
         bench_loop.main(["--device", "cpu", "--steps", "5"])

@@ -39,7 +39,7 @@ def test_branches_share_a_change_as_eager_ones(options, driver):
 
 
 @pytest.mark.parametrize("options", NEVER_READ.values(), ids=NEVER_READ)
-def test_the_steps_that_must_not_wait_are_of_both_kinds(options):
+def test_steps_that_never_wait_are_of_both_kinds(options):
     model = build("cpu")
     dbcache.enable(model, **options)
     with torch.no_grad():
