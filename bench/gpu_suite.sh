@@ -37,6 +37,7 @@ wheels) limit=0 ;;
 *) printf '%s; got %s\n' "$usage" "$call" >&2 && exit 2 ;;
 esac
 deadline=$((SECONDS + limit))
+wheels=${WHEELS:+$(realpath -m "$WHEELS")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
@@ -117,13 +118,13 @@ step() { # name, limit in seconds, least seconds to begin with, command...
     return $status
 }
 
-if [ -n "${WHEELS:-}" ]; then
+if [ -n "$wheels" ]; then
     site=${SITE:-/tmp/dbcache-site}
-    brought=$(cd "$WHEELS" && echo *.whl) || exit 2
+    brought=$(cd "$wheels" && echo *.whl) || exit 2
     if [ "$(cat "$site/brought" 2>/dev/null)" != "$brought" ]; then
         rm -rf "$site"
         step wheels 30 0 "$python" -m pip install --quiet --no-index --no-deps --no-compile \
-            --no-cache-dir --target "$site" "$WHEELS"/*.whl || exit 2
+            --no-cache-dir --target "$site" "$wheels"/*.whl || exit 2
         echo "$brought" >"$site/brought"
     fi
     PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
