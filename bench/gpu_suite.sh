@@ -156,7 +156,7 @@ else
     shapes=(256+32x384)
     kernel_tests=(tests/kernels/test_commit.py)
     rest="the_whole_loop or new_shapes"
-    requests=2
+    requests=1
     images=(--size 64 --images 1)
 fi
 workers=()

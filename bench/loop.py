@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=5)
     parser.add_argument("--size", type=int, default=512, help="pixels")
     parser.add_argument("--blocks", type=int, nargs=2, default=(19, 38))
-    parser.add_argument("--json", metavar="FILE", help="also write the figures here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     arguments = parser.parse_args(argv)
     device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
@@ -201,19 +202,24 @@ def main(argv: list[str] | None = None) -> None:
     loop.seconds(loop.eager, arguments.images)
     results = {"eager": loop.seconds(loop.eager, arguments.images)}
     cached, equal = loop.check_window(), True
+
+    def save() -> None:
+        if arguments.json:
+            content = {"seconds": results, "cached": cached, "threshold": threshold}
+            content |= {"header": header(device), "equal": equal}
+            arguments.json.write_text(json.dumps(content), encoding="utf-8")
+
+    save()  # a capture may fail
     if device == "cuda":
         expected = loop.latents.clone()
         graph = loop.capture()
         results["one graph per image"] = loop.seconds(graph.replay, arguments.images)
         equal = torch.equal(loop.latents, expected) and loop.check_window() == cached
+        save()
     print(f"{header(device)} | {arguments.size} pixels")
     print(f"{len(cached)} of {arguments.steps} steps cached at a threshold of {threshold:.3f}")
     for name, seconds in results.items():
         print(f"{name:<22}{seconds * 1e3:10.1f} ms per image")
-    if arguments.json:
-        content = {"seconds": results, "cached": cached, "threshold": threshold, "equal": equal}
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"header": header(device), **content}, file)
     if not equal:
         raise SystemExit("bench.loop: the graph's latents or decisions differ from the eager ones")
 

@@ -32,6 +32,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -182,8 +183,17 @@ def name_of(order: int) -> str:
     return f"TaylorSeer {order}" if order else "reuse"
 
 
-def measure(variants: list[Variant], requests: int, device: str) -> None:
-    """Fill `times`: one entry per step after the warm-up, in the same order for all variants."""
+def measure(
+    variants: list[Variant], requests: int, device: str, note: Callable[[], None] = lambda: None
+) -> None:
+    """Fill `times`: one entry per step after the warm-up, in the same order for all variants.
+
+    Args:
+        variants: take turns.
+        requests: how many are timed.
+        device: "cpu" or "cuda".
+        note: is called after each of them.
+    """
     arguments = inputs(device)
     for request in range(requests + 1):
         for variant in variants:
@@ -205,6 +215,8 @@ def measure(variants: list[Variant], requests: int, device: str) -> None:
                     f"bench.overhead: {variant.engine} must cache {expected} steps for "
                     f"'{variant.kind}', got {variant.cached_steps()}"
                 )
+        if request:
+            note()
 
 
 @dataclass(frozen=True)
@@ -239,7 +251,11 @@ def small_adds(hidden_states: torch.Tensor, **_: object) -> None:
 
 
 def run(
-    requests: int, device: str, engines: list[str], launches: Launches | None = None
+    requests: int,
+    device: str,
+    engines: list[str],
+    launches: Launches | None = None,
+    save: Callable[[list[Row], float], None] = lambda rows, add_ms: None,
 ) -> tuple[list[Row], float]:
     """Measure all variants.
 
@@ -248,6 +264,7 @@ def run(
         device: "cpu" or "cuda".
         engines: names of those that take turns.
         launches: where Triton is stubbed.
+        save: is given after each request what is returned at the end.
 
     Returns:
         The table's lines, and the time of a small addition in ms.
@@ -265,12 +282,16 @@ def run(
         for order in (0, 1)
         for engine in engines
     ]
+
+    def result() -> tuple[list[Row], float]:
+        add_ms = statistics.median(add.times) / ADDS
+        rows = [row_of(plain, plain, add_ms), row_of(probe, probe, add_ms)]
+        rows += [row_of(v, probe if v.kind == CACHED else plain, add_ms) for v in variants]
+        return rows, add_ms
+
     with torch.no_grad():
-        measure([add, plain, probe, *variants], requests, device)
-    add_ms = statistics.median(add.times) / ADDS
-    rows = [row_of(plain, plain, add_ms), row_of(probe, probe, add_ms)]
-    rows += [row_of(v, probe if v.kind == CACHED else plain, add_ms) for v in variants]
-    return rows, add_ms
+        measure([add, plain, probe, *variants], requests, device, lambda: save(*result()))
+    return result()
 
 
 def header(device: str) -> str:
@@ -292,27 +313,33 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20, help="of 50 steps each")
     parser.add_argument("--engines", nargs="+", default=["dbcache", "cache-dit"])
     parser.add_argument("--triton", action="store_true", help="on a CPU, with stubbed launches")
-    parser.add_argument("--json", metavar="FILE", help="also write the lines here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the lines here, after each request"
+    )
     arguments = parser.parse_args()
     if arguments.triton and arguments.device != "cpu":
         parser.error("--triton stubs launches on a CPU; on a GPU Triton runs anyway")
     torch.set_num_threads(1)
+
+    def title(add_ms: float) -> str:
+        text = f"{header(arguments.device)} | small torch.add {add_ms * 1e3:.1f} us"
+        return text + " | Triton's path, launches stubbed" * arguments.triton
+
+    def save(rows: list[Row], add_ms: float) -> None:
+        if arguments.json:
+            lines = [asdict(row) for row in rows]
+            result = {"header": title(add_ms), "add_ms": add_ms, "rows": lines}
+            arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
     with stubbed_triton() if arguments.triton else nullcontext() as launches:
-        rows, add_ms = run(arguments.requests, arguments.device, arguments.engines, launches)
-    title = f"{header(arguments.device)} | small torch.add {add_ms * 1e3:.1f} us"
-    if arguments.triton:
-        title += " | Triton's path, launches stubbed"
-    print(title)
+        rows, add_ms = run(arguments.requests, arguments.device, arguments.engines, launches, save)
+    print(title(add_ms))
     columns = f"{'p50 ms':>8}{'overhead':>10}{'adds':>7}  p20-p80"
     print(f"{'step':<28}{'predictor':<14}{'engine':<11}{columns}")
     for row in rows:
         times = f"{row.total_p50:8.3f}{row.overhead_p50:10.3f}{row.adds:7.0f}"
         spread = f"{row.overhead_p20:.3f}-{row.overhead_p80:.3f}"
         print(f"{row.step:<28}{row.predictor:<14}{row.engine:<11}{times}  {spread}")
-    if arguments.json:
-        result = {"header": title, "add_ms": add_ms, "rows": [asdict(row) for row in rows]}
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
 
 
 if __name__ == "__main__":

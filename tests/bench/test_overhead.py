@@ -91,3 +91,19 @@ def test_a_variant_that_caches_other_steps_than_it_must_ends_the_run(monkeypatch
     )
     with pytest.raises(RuntimeError, match=f"dbcache must cache 4 steps .* got {cached}"):
         overhead.measure([variant], 1, "cpu")
+
+
+def test_lines_are_handed_on_after_each_request(monkeypatch):
+    """What ends the run in the third request leaves the lines of two."""
+    monkeypatch.setattr(overhead, "STEPS", 8)
+    variant = overhead.Variant("plain model", "", "", lambda **_: None)
+    noted = []
+
+    def note():
+        noted.append(len(variant.times))
+        if len(noted) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        overhead.measure([variant], 5, "cpu", note)
+    assert noted == [4, 8]
