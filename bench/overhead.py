@@ -11,7 +11,8 @@ the cache does per step. Three kinds of step:
     cached step                 decided: similar, 56 skipped     minus a model of the Fn block only
 
 All variants are built once and take turns step by step in one process; an overhead is the
-difference to the baseline's time in the same turn. The time is that until the forward returns.
+difference to the baseline's time in the same turn. The time is that until the forward returns: on
+a GPU by the clock, on a CPU the thread's own, so that other processes do not count.
 "adds" is the overhead in units of one small `torch.add` of the same run, which tells machines and
 loads apart from code.
 
@@ -124,9 +125,11 @@ class Variant:
         if self.launches is not None:
             self.launches.cached = self.kind == CACHED
             self.predicted -= self.launches.counts[PREDICT]
-        start = time.perf_counter()
+        # on a CPU the thread's own time, in which other processes of a busy machine do not count
+        clock = time.thread_time if device == "cpu" else time.perf_counter
+        start = clock()
         self.model(**arguments)
-        elapsed = time.perf_counter() - start
+        elapsed = clock() - start
         if device != "cpu":
             torch.accelerator.synchronize()
         if self.launches is not None:
