@@ -1,6 +1,6 @@
 """Host time that a cache adds to one step of a FLUX transformer whose blocks do nothing.
 
-    python -m bench.overhead [--device cpu|cuda] [--requests N] [--json FILE]
+    python -m bench.overhead [--device cpu|cuda] [--triton] [--requests N] [--json FILE]
 
 A real FluxTransformer2DModel of 19 + 38 blocks, narrow and with few tokens, whose blocks return
 their inputs (the first adds a constant, so that there is a probe residual). What remains is what
@@ -11,7 +11,15 @@ the cache does per step. Three kinds of step:
     cached step                 decided: similar, 56 skipped     minus a model of the Fn block only
 
 All variants are built once and take turns step by step in one process; an overhead is the
-difference to the baseline's time in the same turn. The time is that until the forward returns.
+difference to the baseline's time in the same turn. The time is that until the forward returns: on
+a GPU by the clock, on a CPU the thread's own, so that other processes do not count.
+"adds" is the overhead in units of one small `torch.add` of the same run, which tells machines and
+loads apart from code.
+
+On a CPU the kernels' PyTorch references run. With --triton they take the path that they take on a
+GPU, up to the launch itself, which does nothing (`bench/stubbed_triton.py`): checks, grids,
+Triton's dispatch. cache-dit's few torch ops run on 16 + 8 tokens, where next to nothing but their
+dispatch is left, either. The wait for the flag, which both have on a GPU, is in neither.
 """
 
 import argparse
@@ -22,18 +30,25 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from diffusers import FluxTransformer2DModel
 
 import dbcache
+from bench.stubbed_triton import Launches, stubbed_triton
 
+PREDICT = "_predict_kernel"
+"""What a cached step launches, and no other."""
 WARMUP = "full step (warm-up)"
 MISS = "full step (threshold miss)"
 CACHED = "cached step"
 STEPS, WARMUP_STEPS = 50, 4
+ADDS = 20
+"""Small additions that are timed together, as the unit."""
 
 
 class NoOp(torch.nn.Module):
@@ -96,37 +111,55 @@ class Variant:
     kind: str
     predictor: str
     engine: str
-    model: FluxTransformer2DModel
+    model: Callable[..., object]
     new_request: Callable[[], None] = lambda: None
     cached_steps: Callable[[], int | None] = lambda: None
+    launches: Launches | None = None
+    predicted: int = 0
     times: list[float] = field(default_factory=list)
 
     def step(self, index: int, arguments: dict, device: str) -> float:
         """Run the forward once and return its time in ms."""
         if self.kind == MISS:
             self.model.transformer_blocks[0].shift = 1.0 + index % 2
-        start = time.perf_counter()
+        if self.launches is not None:
+            self.launches.cached = self.kind == CACHED
+            self.predicted -= self.launches.counts[PREDICT]
+        # on a CPU the thread's own time, in which other processes of a busy machine do not count
+        clock = time.thread_time if device == "cpu" else time.perf_counter
+        start = clock()
         self.model(**arguments)
-        elapsed = time.perf_counter() - start
+        elapsed = clock() - start
         if device != "cpu":
             torch.accelerator.synchronize()
+        if self.launches is not None:
+            self.predicted += self.launches.counts[PREDICT]
         return elapsed * 1e3
 
+    def begin_request(self) -> None:
+        """Start anew."""
+        self.predicted = 0
+        self.new_request()
 
-def with_dbcache(kind: str, order: int, device: str) -> Variant:
-    """Return a model with dbcache enabled."""
+
+def with_dbcache(kind: str, order: int, device: str, launches: Launches | None = None) -> Variant:
+    """Return a model with dbcache enabled; stubbed `launches` tell what was cached."""
     model = build(19, 38, device)
     calibrator = dbcache.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
     config = dbcache.DBCacheConfig(**options(kind))
     dbcache.enable(model, cache_config=config, calibrator_config=calibrator)
-    return Variant(
+    variant = Variant(
         kind,
         name_of(order),
         "dbcache",
         model,
         lambda: dbcache.refresh_context(model, num_inference_steps=STEPS),
         lambda: len(dbcache.summary(model).lanes[0].cached_steps),
+        launches,
     )
+    if launches is not None:  # the device, which is not there, has left no trace
+        variant.cached_steps = lambda: variant.predicted
+    return variant
 
 
 def with_cache_dit(kind: str, order: int, device: str) -> Variant:
@@ -153,12 +186,21 @@ def name_of(order: int) -> str:
     return f"TaylorSeer {order}" if order else "reuse"
 
 
-def measure(variants: list[Variant], requests: int, device: str) -> None:
-    """Fill `times`: one entry per step after the warm-up, in the same order for all variants."""
+def measure(
+    variants: list[Variant], requests: int, device: str, note: Callable[[], None] = lambda: None
+) -> None:
+    """Fill `times`: one entry per step after the warm-up, in the same order for all variants.
+
+    Args:
+        variants: take turns.
+        requests: how many are timed.
+        device: "cpu" or "cuda".
+        note: is called after each of them.
+    """
     arguments = inputs(device)
     for request in range(requests + 1):
         for variant in variants:
-            variant.new_request()
+            variant.begin_request()
         gc.collect()
         gc.disable()
         for step in range(STEPS):
@@ -176,6 +218,8 @@ def measure(variants: list[Variant], requests: int, device: str) -> None:
                     f"bench.overhead: {variant.engine} must cache {expected} steps for "
                     f"'{variant.kind}', got {variant.cached_steps()}"
                 )
+        if request:
+            note()
 
 
 @dataclass(frozen=True)
@@ -189,33 +233,68 @@ class Row:
     overhead_p20: float
     overhead_p50: float
     overhead_p80: float
+    adds: float
+    """The overhead's median in small additions."""
 
 
-def row_of(variant: Variant, baseline: Variant) -> Row:
+def row_of(variant: Variant, baseline: Variant, add_ms: float) -> Row:
     """Return the line of `variant`, its overhead taken turn by turn."""
     extra = [mine - plain for mine, plain in zip(variant.times, baseline.times, strict=True)]
     p20, _, _, p80 = statistics.quantiles(extra, n=5)
     total = statistics.median(variant.times)
     median = statistics.median(extra)
-    return Row(variant.kind, variant.predictor, variant.engine, total, p20, median, p80)
+    name = variant.kind, variant.predictor, variant.engine
+    return Row(*name, total, p20, median, p80, median / add_ms)
 
 
-def run(requests: int, device: str, engines: list[str]) -> list[Row]:
-    """Measure all variants and return the table's lines."""
+def small_adds(hidden_states: torch.Tensor, **_: object) -> None:
+    """Add the small input to itself `ADDS` times."""
+    for _ in range(ADDS):
+        torch.add(hidden_states, hidden_states)
+
+
+def run(
+    requests: int,
+    device: str,
+    engines: list[str],
+    launches: Launches | None = None,
+    save: Callable[[list[Row], float], None] = lambda rows, add_ms: None,
+) -> tuple[list[Row], float]:
+    """Measure all variants.
+
+    Args:
+        requests: how many, of `STEPS` steps each.
+        device: "cpu" or "cuda".
+        engines: names of those that take turns.
+        launches: where Triton is stubbed.
+        save: is given after each request what is returned at the end.
+
+    Returns:
+        The table's lines, and the time of a small addition in ms.
+    """
+    add = Variant("small additions", "", "", small_adds)
     plain = Variant("plain model", "", "", build(19, 38, device))
     probe = Variant("Fn block only", "", "", build(1, 0, device))
-    makers = {"dbcache": with_dbcache, "cache-dit": with_cache_dit}
+    makers = {
+        "dbcache": lambda *what: with_dbcache(*what, launches),
+        "cache-dit": with_cache_dit,
+    }
     variants = [
         makers[engine](kind, order, device)
         for kind in (WARMUP, MISS, CACHED)
         for order in (0, 1)
         for engine in engines
     ]
+
+    def result() -> tuple[list[Row], float]:
+        add_ms = statistics.median(add.times) / ADDS
+        rows = [row_of(plain, plain, add_ms), row_of(probe, probe, add_ms)]
+        rows += [row_of(v, probe if v.kind == CACHED else plain, add_ms) for v in variants]
+        return rows, add_ms
+
     with torch.no_grad():
-        measure([plain, probe, *variants], requests, device)
-    rows = [row_of(plain, plain), row_of(probe, probe)]
-    rows += [row_of(v, probe if v.kind == CACHED else plain) for v in variants]
-    return rows
+        measure([add, plain, probe, *variants], requests, device, lambda: save(*result()))
+    return result()
 
 
 def header(device: str) -> str:
@@ -236,21 +315,34 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--requests", type=int, default=20, help="of 50 steps each")
     parser.add_argument("--engines", nargs="+", default=["dbcache", "cache-dit"])
-    parser.add_argument("--json", metavar="FILE", help="also write the lines here")
+    parser.add_argument("--triton", action="store_true", help="on a CPU, with stubbed launches")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the lines here, after each request"
+    )
     arguments = parser.parse_args()
+    if arguments.triton and arguments.device != "cpu":
+        parser.error("--triton stubs launches on a CPU; on a GPU Triton runs anyway")
     torch.set_num_threads(1)
-    rows = run(arguments.requests, arguments.device, arguments.engines)
-    print(header(arguments.device))
-    print(f"{'step':<28}{'predictor':<14}{'engine':<11}{'p50 ms':>8}{'overhead':>10}  p20-p80")
+
+    def title(add_ms: float) -> str:
+        text = f"{header(arguments.device)} | small torch.add {add_ms * 1e3:.1f} us"
+        return text + " | Triton's path, launches stubbed" * arguments.triton
+
+    def save(rows: list[Row], add_ms: float) -> None:
+        if arguments.json:
+            lines = [asdict(row) for row in rows]
+            result = {"header": title(add_ms), "add_ms": add_ms, "rows": lines}
+            arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+    with stubbed_triton() if arguments.triton else nullcontext() as launches:
+        rows, add_ms = run(arguments.requests, arguments.device, arguments.engines, launches, save)
+    print(title(add_ms))
+    columns = f"{'p50 ms':>8}{'overhead':>10}{'adds':>7}  p20-p80"
+    print(f"{'step':<28}{'predictor':<14}{'engine':<11}{columns}")
     for row in rows:
-        print(
-            f"{row.step:<28}{row.predictor:<14}{row.engine:<11}{row.total_p50:8.3f}"
-            f"{row.overhead_p50:10.3f}  {row.overhead_p20:.3f}-{row.overhead_p80:.3f}"
-        )
-    if arguments.json:
-        result = {"header": header(arguments.device), "rows": [asdict(row) for row in rows]}
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
+        times = f"{row.total_p50:8.3f}{row.overhead_p50:10.3f}{row.adds:7.0f}"
+        spread = f"{row.overhead_p20:.3f}-{row.overhead_p80:.3f}"
+        print(f"{row.step:<28}{row.predictor:<14}{row.engine:<11}{times}  {spread}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ BENCHES = {
     "methods": ("bench.methods", "all methods: speed-up and quality on the trained model"),
     "graphs": ("bench.graphs", "steps as CUDA graphs, eager, and of cache-dit; needs a GPU"),
     "loop": ("bench.loop", "a whole denoising loop as one CUDA graph; needs a GPU"),
+    "calls": ("bench.calls", "Python calls into the package per step, by file"),
     "parallel": ("bench.parallel", "attention over ranks, beside diffusers' own"),
     "demo": ("dbcache", "speed-up and quality on the trained model"),
     "warmup": ("bench.warmup", "how long the warm-up of few steps should be"),

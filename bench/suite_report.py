@@ -1,13 +1,16 @@
 """One table and one JSON file of what `bench/gpu_suite.sh` left in its folder of logs.
 
-    python -m bench.suite_report LOGS --device cuda --json FILE
+    python -m bench.suite_report LOGS --about cuda     first: write about.json, what runs where
+    python -m bench.suite_report LOGS --json FILE      after each step
 
-Ends with status 1 if a step failed, left no result, or ran no test.
+The first ends with status 2 where the suite cannot run, the second with 1 if a step failed, left no
+result, ran no test or found no time.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import xml.etree.ElementTree as ET
@@ -16,26 +19,26 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.kernels import versions
-
 RESULTS = {
+    "graphs": "graphs.json",
     "kernels": "kernels.json",
     "overhead": "overhead.json",
-    "demo": "demo/digits.json",
-    "methods": "methods.json",
-    "graphs": "graphs.json",
     "loop": "loop.json",
 }
-"""What a step must leave besides its log."""
+"""What a measurement must leave besides its log. All other steps are tests."""
 TIMEOUT = 124, 137
 """Exit statuses of a command that `timeout` ended."""
+NO_TIME = 125
+"""What the suite notes for a step that it did not begin."""
+ENDED = 143
+"""And for one during which the call was ended."""
+PREPARATIONS = "wheels", "about"
+NEEDED = "torch", "triton", "diffusers", "pytest", "hypothesis"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """How one step of the suite went."""
+    """How a step of the suite went."""
 
     name: str
     status: int
@@ -54,6 +57,10 @@ def read_steps(logs: Path) -> list[Step]:
         detail, complete = _what_it_left(logs, name)
         if int(status) in TIMEOUT:
             detail = f"ended at its limit; {detail}"
+        elif int(status) == NO_TIME:
+            detail = "not begun: no time left"
+        elif int(status) == ENDED:
+            detail = f"the call was ended from outside; {detail}"
         steps.append(
             Step(
                 name=name,
@@ -69,15 +76,21 @@ def read_steps(logs: Path) -> list[Step]:
 
 def _what_it_left(logs: Path, name: str) -> tuple[str, bool]:
     """Return a description of a step's results and whether they are there."""
-    if name.endswith("-tests") or name == "sanitizer":
+    if name in PREPARATIONS:
+        return "", True
+    if name not in RESULTS:
         counts = test_counts(logs / f"{name}.xml")
         text = ", ".join(f"{n} {what}" for what, n in counts.items() if n) or "no result"
         return text, counts["passed"] > 0
-    if name not in RESULTS:
-        return "", True
     found = (logs / RESULTS[name]).is_file()
-    if name != "kernels" or not found:
-        return "" if found else f"no {RESULTS[name]}", found
+    if not found:
+        return f"no {RESULTS[name]}", False
+    if name == "graphs":
+        rows = read_json(logs / RESULTS[name])["rows"]
+        refused = sum(bool(row["refused"]) for row in rows)
+        return f"{len(rows) - refused} timed, {refused} refused", refused < len(rows)
+    if name != "kernels":
+        return "", True
     rows = read_json(logs / RESULTS[name])["rows"]
     counts = {
         "timed": sum(not row["refused"] for row in rows),
@@ -113,9 +126,22 @@ def read_json(path: Path) -> Any:
 
 
 def about(device: str) -> dict[str, str]:
-    """Return what ran where."""
+    """Return what runs where.
+
+    Raises:
+        SystemExit: with status 2; the suite cannot run here.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        _refuse(f"{', '.join(missing)} not installed; hand wheels in as WHEELS=folder")
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        _refuse("there is no GPU here (torch.cuda.is_available() is False); nothing was run")
+    from bench.kernels import versions
+
     found = versions(torch.device(device))
-    for package in ("diffusers", "transformers", "cache-dit", "numpy"):
+    for package in ("diffusers", "transformers", "cache-dit", "numpy", "cuda-bindings"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -123,32 +149,46 @@ def about(device: str) -> dict[str, str]:
     return found
 
 
+def _refuse(why: str) -> None:
+    print(f"gpu_suite: {why}")
+    raise SystemExit(2)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("logs", type=Path)
-    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--about", choices=("cpu", "cuda"), help="the device that the suite is for")
+    what.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     logs: Path = arguments.logs
-    steps, found = read_steps(logs), about(arguments.device)
-    results = {name: read_json(logs / file) for name, file in RESULTS.items()}
-    missing = left_out(logs)
+    if arguments.about:
+        found = about(arguments.about)
+        (logs / "about.json").write_text(json.dumps(found), encoding="utf-8")
+        return 0
+    return report(logs, arguments.json)
+
+
+def report(logs: Path, file: Path) -> int:
+    """Print the table, write the JSON file and return the status."""
+    steps, found, missing = read_steps(logs), read_json(logs / "about.json"), left_out(logs)
+    results = {name: read_json(logs / result) for name, result in RESULTS.items()}
     content = {
         "about": found,
         "steps": [asdict(step) for step in steps],
         "left_out": missing,
         **results,
     }
-    arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-    for name in ("demo", "methods", "overhead", "loop", "graphs", "kernels"):
+    for name in RESULTS:
         if (logs / f"{name}.log").is_file():
             log = (logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
             # progress bars rewrite their line; only what they end with would be left of it
             lines = [line for line in log.splitlines() if "%|" not in line]
             print(f"-- {name}", *lines[-70:], "", sep="\n")
-    if arguments.device != "cuda":
+    if found["device"].startswith("CPU"):
         print("-- a rehearsal on the CPU: it tests the script, not the kernels")
     print(f"{'step':<15}{'result':<8}{'s':>5}{'limit':>7}  what")
     for step in steps:

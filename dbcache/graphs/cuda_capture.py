@@ -96,6 +96,9 @@ class CudaRecorder:
         """Hold while segments are recorded: the device idle, nothing freed in between."""
         torch.cuda.synchronize(self.device)
         gc.collect()
+        # what the trial left in the ordinary pool: a capture takes as much again for its own pool,
+        # and while it is under way the allocator gives nothing back
+        torch.cuda.empty_cache()
         collects = gc.isenabled()
         gc.disable()  # a finaliser that frees memory of the device would end the capture
         try:

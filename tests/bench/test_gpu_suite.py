@@ -1,13 +1,15 @@
-"""The GPU suite says when there is no GPU, and its report fails where a step failed."""
+"""The GPU suite keeps to its time, leaves results however it ends, and fails where a step did."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from itertools import chain
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -21,26 +23,64 @@ from bench import suite_report  # noqa: E402
 
 SUITE = ROOT / "bench" / "gpu_suite.sh"
 JUNIT = '<testsuites><testsuite tests="9" failures="{}" errors="0" skipped="2"/></testsuites>'
+ABOUT = {"device": "CPU of a test", "torch": torch.__version__}
 
 
-def test_the_limits_of_the_steps_add_up_to_what_it_says():
+def test_two_calls_fit_into_twelve_minutes_by_their_own_limits():
     text = SUITE.read_text()
-    words = [line.split() for line in text.splitlines()]
-    limits = {line[1]: int(line[2]) for line in words if line[:1] == ["step"]}
-    assert len(limits) == 11
-    minutes, seconds = divmod(sum(limits.values()), 60)
-    assert f"# {minutes}:{seconds:02}." in text
-    parts = [line.split() for line in re.findall(r'^# +STEPS="([a-z -]+)"$', text, re.MULTILINE)]
-    assert sorted([*chain(*parts), "wheels"]) == sorted(limits)
-    for part in parts:
-        assert sum(limits[name] for name in (*part, "wheels")) <= 585, "each must fit into a call"
+    asked = {}
+    for call, rest in (("first", "kernel-tests"), ("second", None)):
+        (limit,) = re.findall(rf"^{call}\) limit=\$\{{LIMIT:-(\d+)\}} ;;$", text, re.MULTILINE)
+        minutes, seconds = divmod(int(limit), 60)
+        said = (
+            rf"^# +bench/gpu_suite.sh OUTDIR {call} +at most {minutes}:{seconds:02}; ask for (\d+) "
+        )
+        (asked[call],) = (int(n) * 60 for n in re.findall(said, text, re.MULTILINE))
+        assert int(limit) + 10 <= asked[call] - 10, "killed, and packed"
+        steps = text.split('if [ "$call" = first ]')[1].split("\nelse\n")[call == "second"]
+        limits = dict(re.findall(r"^ +step ([a-z-]+) (\d+) ", steps, re.MULTILINE))
+        assert len(limits) >= 4
+        fixed = sum(int(seconds) for name, seconds in limits.items() if name != rest)
+        assert fixed <= int(limit) - 15, "each step finds the time that it may take"
+    assert asked == {"first": 480, "second": 240}
+
+
+COLLECT = """
+import sys, pytest
+for words in sys.argv[1:]:
+    options = ["-q", "--collect-only", "-p", "no:cacheprovider", "-k", words]
+    assert pytest.main([*options, "tests/graphs/test_on_gpu.py"]) == 0
+    print("===")
+"""
+
+
+def test_words_that_choose_tests_on_a_gpu_find_them():
+    for_a_gpu = SUITE.read_text().split("\nelse\n")[0]
+    words = dict(re.findall(r'^ *(same|waits|rest)="(.+)"$', for_a_gpu, re.MULTILINE))
+    rest = words["rest"].replace("$same", words["same"]).replace("$waits", words["waits"])
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT, words["same"], words["waits"], rest],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    same, waits, others = (
+        {line for line in part.splitlines() if "::" in line}
+        for part in done.stdout.split("===")[:3]
+    )
+    assert len(same) == 4
+    assert len(waits) == 5
+    assert len(others) == 25
+    assert len(same | waits | others) == 34, "each runs once"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_fails(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("DEVICE", "WHEELS")}
     done = subprocess.run(
-        ["bash", str(SUITE), str(tmp_path / "out")],
+        ["bash", str(SUITE), str(tmp_path / "out"), "first"],
         env=environment | {"PYTHON": sys.executable},
         capture_output=True,
         text=True,
@@ -50,15 +90,124 @@ def test_without_a_gpu_it_says_so_and_fails(tmp_path):
     assert "there is no GPU here" in done.stderr
 
 
+@pytest.mark.parametrize("words", [[], ["out"], ["out", "third"]])
+def test_wrong_arguments_are_refused(tmp_path, words):
+    done = subprocess.run(
+        ["bash", str(SUITE), *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "usage: bench/gpu_suite.sh OUTDIR first|second|wheels" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# pytest runs two tests of its own; a measurement leaves its file and goes on for long
+case "$*" in
+*"-m pytest"*) for word; do case $word in --junitxml=*) xml=$word ;; esac; done
+    cd {folder}
+    exec {python} -m pytest -q -p no:cacheprovider -c /dev/null "$xml" test_both.py ;;
+*"-m bench.run graphs"*) for word; do file=$word; done
+    echo '{{"rows": [{{"refused": ""}}]}}' >"$file"
+    touch {folder}/measures
+    exec {python} -c 'import time; time.sleep({seconds})' ;;
+*--about*) echo '{about}' >"$3/about.json" ;;
+*) exec {python} "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """Return a function that begins the suite with steps that take as long as a test wants."""
+
+    def begin(steps: str, *, pytest_takes: float, measurement_takes: float, limit: int):
+        (tmp_path / "test_both.py").write_text(
+            f"import time\ndef test_a(): pass\ndef test_b(): time.sleep({pytest_takes})\n"
+        )
+        python = tmp_path / "python"
+        python.write_text(
+            FAKE_PYTHON.format(
+                folder=tmp_path,
+                python=sys.executable,
+                seconds=measurement_takes,
+                about=json.dumps(ABOUT),
+            )
+        )
+        python.chmod(0o755)
+        options = {"STEPS": steps, "LIMIT": str(limit), "LEAST": "2", "PYTHON": str(python)}
+        return subprocess.Popen(
+            ["bash", str(SUITE), str(tmp_path / "out"), "first"],
+            env=os.environ | options | {"DEVICE": "cpu", "TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return begin
+
+
+def results_of(tmp_path: Path) -> tuple[dict, list[str]]:
+    """Return what the suite left: its steps by name, and the names of the packed logs."""
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "logs.tar.gz", "results.json", "summary.txt",
+    ]  # fmt: skip
+    steps = json.loads((out / "results.json").read_text())["steps"]
+    with tarfile.open(out / "logs.tar.gz") as archive:
+        return {step["name"]: step for step in steps}, archive.getnames()
+
+
+def test_results_survive_a_step_that_reaches_its_limit(tmp_path, suite):
+    """What passed before the limit is counted, and steps that found no time are named."""
+    process = suite("graphs-equal graphs", pytest_takes=600, measurement_takes=0, limit=15)
+    said, _ = process.communicate(timeout=120)
+    steps, packed = results_of(tmp_path)
+    assert process.returncode == 1, said
+    assert steps["graphs-equal"]["status"] == 124
+    assert steps["graphs-equal"]["detail"] == "ended at its limit; 1 passed"
+    assert not steps["graphs-equal"]["passed"]
+    assert steps["graphs"]["detail"] == "not begun: no time left"
+    assert "logs/graphs-equal.xml" in packed
+    assert re.search(r"^graphs +FAILED .*no time left$", said, re.MULTILINE)
+
+
+def test_measurements_survive_their_limit(tmp_path, suite):
+    process = suite("graphs", pytest_takes=0, measurement_takes=600, limit=4)
+    said, _ = process.communicate(timeout=120)
+    steps, packed = results_of(tmp_path)
+    assert process.returncode == 1, said
+    assert steps["graphs"]["detail"] == "ended at its limit; 1 timed, 0 refused"
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["graphs"]["rows"]
+    assert "logs/graphs.json" in packed
+
+
+def test_results_survive_a_call_that_is_ended_from_outside(tmp_path, suite):
+    process = suite("graphs-equal graphs", pytest_takes=0, measurement_takes=600, limit=300)
+    for _ in range(600):
+        if (tmp_path / "measures").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    steps, packed = results_of(tmp_path)
+    assert process.returncode == 143, said
+    assert steps["graphs-equal"]["passed"]
+    assert steps["graphs-equal"]["detail"] == "2 passed"
+    assert steps["graphs"]["detail"] == "the call was ended from outside; 1 timed, 0 refused"
+    assert "logs/graphs.json" in packed
+    assert sorted(path.name for path in tmp_path.glob("tmp.*")) == [], "nothing is left behind"
+
+
 @pytest.fixture
 def report(tmp_path, capsys):
     """Return a function that runs the report on steps: its status, its table and its JSON."""
 
     def run(*steps: tuple[str, int]) -> tuple[int, str, dict]:
         lines = (f"{name}\t{status}\t3\t60\n" for name, status in steps)
+        (tmp_path / "about.json").write_text(json.dumps(ABOUT))
         (tmp_path / "steps.tsv").write_text("".join(lines))
         results = tmp_path / "results.json"
-        status = suite_report.main([str(tmp_path), "--device", "cpu", "--json", str(results)])
+        status = suite_report.main([str(tmp_path), "--json", str(results)])
         return status, capsys.readouterr().out, json.loads(results.read_text())
 
     return run
@@ -80,7 +229,7 @@ def test_report_merges_what_the_steps_left(tmp_path, report):
     assert status == 0
     assert "7 passed, 2 skipped" in table
     assert results["overhead"] == {"rows": [1]}
-    assert results["about"]["torch"] == torch.__version__
+    assert results["about"] == ABOUT
     assert [step["passed"] for step in results["steps"]] == [True, True]
 
 
@@ -89,7 +238,8 @@ def test_report_merges_what_the_steps_left(tmp_path, report):
     [
         (("kernel-tests", 1), "6 passed, 1 failed"),
         (("kernel-tests", 124), "ended at its limit"),
-        (("runtime-tests", 0), "no result"),
+        (("graphs-rest", 0), "no result"),
+        (("kernel-tests", 125), "no time left"),
         (("overhead", 0), "no overhead.json"),
         (("sanitizer", 0), "no result"),
     ],

@@ -1,5 +1,6 @@
 """The benchmark of graphs fails where a variant should run and does not, and keeps to its time."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,39 @@ def test_what_should_run_and_does_not_is_a_failure(monkeypatch, driver):
     ]
     host, device = "dbcache host: out of memory", "dbcache device: no nodes"
     expected = [host] if driver is None else [host, device]
-    assert graphs.failed(rows) == [f"flux-512, cached, {text}" for text in expected]
+    assert graphs.failed(rows, "cuda") == [f"flux-512, cached, {text}" for text in expected]
+    assert graphs.failed(rows, "cpu") == []
+
+
+@pytest.mark.parametrize("engine", ["dbcache eager", "cache-dit"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_wrong_counts_of_cached_steps_are_failures(monkeypatch, engine, device):
+    monkeypatch.setattr(graphs, "time_steps", lambda *_: 9)
+    variant = graphs.Variant("cached", engine, lambda _: 0, lambda _: 0, lambda _: 7)
+    graphs.measure(variant, torch.nn.Identity(), [], 8, 1.0)
+    row = graphs.Line("tiny", "cached", engine, None, None, variant.refused, variant.is_wrong)
+    assert graphs.failed([row], device) == [
+        f"tiny, cached, {engine}: must cache 8 of 9 steps, got 7"
+    ]
+
+
+def test_a_file_is_written_after_each_model(monkeypatch, tmp_path):
+    """What ends the program in the second model leaves the first one's times."""
+    file = tmp_path / "graphs.json"
+
+    def run(name, *_):
+        if name == "flux-512":
+            raise KeyboardInterrupt
+        return [graphs.Line(name, "full", "plain", 1.0, 2.0, "")]
+
+    monkeypatch.setattr(graphs, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(graphs, "header", lambda device: device)
+    models = ["--models", "small-256", "flux-512"]
+    monkeypatch.setattr(sys, "argv", ["bench.graphs", *models, "--json", str(file)])
+    with pytest.raises(KeyboardInterrupt):
+        graphs.main()
+    assert [row["model"] for row in json.loads(file.read_text())["rows"]] == ["small-256"]
 
 
 @pytest.mark.parametrize(("seconds", "slow"), [(10.0, False), (0.0, True)])

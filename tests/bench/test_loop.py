@@ -1,8 +1,10 @@
-"""The captured loop example, on the CPU with a fake driver."""
+"""The loop benchmark on the CPU: its window, its errors, and the capture with a fake driver."""
 
+import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from fake_driver import FakeDriver
@@ -14,7 +16,8 @@ if str(ROOT) not in sys.path:  # `bench` is not installed
     sys.path.append(str(ROOT))
 
 import dbcache  # noqa: E402
-from bench.loop import OPTIONS, denoise  # noqa: E402
+from bench import loop as bench_loop  # noqa: E402
+from bench.loop import OPTIONS, TINY, Loop, build, denoise  # noqa: E402
 from dbcache.adapters.requests import request  # noqa: E402
 from dbcache.graphs import cuda_capture  # noqa: E402
 
@@ -49,3 +52,36 @@ def test_one_replay_is_one_image(monkeypatch, one_thread):
         x.copy_(noise(*flux.latent_shape, seed=seed))
         graph.replay()
         assert torch.equal(x, latents)
+
+
+def test_a_rehearsal_caches_some_steps_and_not_all(tmp_path, capsys, one_thread):
+    file = tmp_path / "loop.json"
+    bench_loop.main(
+        ["--device", "cpu", "--size", "64", "--images", "1", "--steps", "14", "--json", str(file)]
+    )
+    content = json.loads(file.read_text())
+    assert 0 < len(content["cached"]) < 10
+    assert content["equal"]
+    assert content["seconds"].keys() == {"eager"}
+    assert f"{len(content['cached'])} of 14 steps cached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("threshold", "cached", "limit"), [(1e-6, 0, 4), (0.99, 4, -1)], ids=["nothing", "everything"]
+)
+def test_nothing_or_everything_cached_is_an_error(threshold, cached, limit, one_thread):
+    torch.manual_seed(0)
+    loop = Loop(build("cpu", **TINY), 8, 64)
+    options = OPTIONS | {"residual_diff_threshold": threshold}
+    dbcache.enable(loop.model, **options | {"max_continuous_cached_steps": limit})
+    loop.eager()
+    assert len(dbcache.summary(loop.model).lanes[0].cached_steps) == cached
+    with pytest.raises(
+        SystemExit, match=f"some of the 4 steps.*not none and not all, got {cached}"
+    ):
+        loop.check_window()
+
+
+def test_fewer_steps_than_the_warmup_are_an_error():
+    with pytest.raises(SystemExit, match=r"--steps must be at least 6.*got 5"):
+        bench_loop.main(["--device", "cpu", "--steps", "5"])

@@ -28,6 +28,11 @@ class FakeTorch:
         self.draws = False  # the generator believes that it is captured
         self.is_broken = False
         self.graphs = []
+        self.cached = 0  # bytes that the allocator holds on to for nobody
+
+    def empty_cache(self):
+        assert not self.underway, "captures_underway.empty()"
+        self.cached = 0
 
     def stream(self, stream):
         return self._within(stream)
@@ -109,6 +114,7 @@ def fake(monkeypatch):
         "stream": fake.stream,
         "device": lambda device: fake.driver.on_device(),
         "synchronize": lambda device: None,
+        "empty_cache": fake.empty_cache,
         "graph_pool_handle": lambda: (0, 7),
         "current_stream": lambda device: current,
         "ExternalStream": lambda address, device: SimpleNamespace(cuda_stream=address),
@@ -139,6 +145,25 @@ def test_segments_share_a_pool_and_a_stream_of_their_own(fake):
     assert {graph.pool for graph in fake.graphs} == {(0, 7)}
     assert all(graph.stream is recorder.stream for graph in fake.graphs)
     assert fake.streams == ["default"]
+
+
+def test_what_eager_steps_left_in_memory_is_given_back_before_a_capture(fake):
+    """It would be held twice: a capture allocates from a pool of its own."""
+
+    class Cycle:
+        def __init__(self):
+            self.me = self
+
+        def __del__(self):
+            fake.cached += 2**20  # a tensor that only the garbage collector frees
+
+    recorder = recorder_of(fake)
+    fake.cached = 2**30
+    Cycle()
+    with recorder.capturing():
+        assert fake.cached == 0
+        recorder.begin()
+        recorder.end()
 
 
 def test_collecting_garbage_stays_off_where_it_was_off(fake):
