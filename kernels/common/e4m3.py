@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dbcache.kernels.common.constants import Constants
 from dbcache.kernels.common.select import invalid
 
 LARGEST = 448.0
@@ -62,9 +63,7 @@ def check_scales(op: str, name: str, ring: torch.Tensor, scales: torch.Tensor) -
         raise invalid(op, must, scales.stride(), scales.device)
 
 
-_LARGEST = tl.constexpr(LARGEST)
-_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
-_NAN_CODE = tl.constexpr(NAN_CODE)
+E4M3 = Constants(globals())
 
 
 @triton.jit
@@ -74,9 +73,9 @@ def quantize_rows(x):
     finite = magnitude < float("inf")  # not so for NaN
     largest = tl.max(tl.where(finite, magnitude, 0.0), 1)
     # div_rn: `/` is off by an ulp on a GPU, which would change the bytes
-    scales = tl.maximum(tl.div_rn(largest, _LARGEST), _SMALLEST_SCALE)
+    scales = tl.maximum(tl.div_rn(largest, E4M3.LARGEST), E4M3.SMALLEST_SCALE)
     codes = encode(tl.div_rn(x, tl.broadcast_to(scales[:, None], x.shape)))
-    return tl.where(finite, codes, _NAN_CODE).to(tl.uint8), scales
+    return tl.where(finite, codes, E4M3.NAN_CODE).to(tl.uint8), scales
 
 
 @triton.jit
@@ -91,7 +90,7 @@ def encode(x):
     shifted = magnitude.to(tl.float32, bitcast=True) + 16384.0
     subnormal = shifted.to(tl.uint32, bitcast=True) - 0x46800000
     code = tl.where(magnitude < 0x3C800000, subnormal, tl.minimum(normal, 0x7E))
-    code = tl.where(magnitude > 0x7F800000, _NAN_CODE, code)
+    code = tl.where(magnitude > 0x7F800000, E4M3.NAN_CODE, code)
     return code | ((bits >> 24) & 0x80)
 
 
@@ -103,4 +102,4 @@ def decode(codes):
     # the bits of a float16 with the same sign, exponent and mantissa, whose bias is larger by 8
     bits = (magnitude << 7) | ((codes & 0x80) << 8)
     value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where(magnitude == _NAN_CODE, float("nan"), value)
+    return tl.where(magnitude == E4M3.NAN_CODE, float("nan"), value)

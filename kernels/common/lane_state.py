@@ -8,9 +8,11 @@ are read back once per request. The constants below name their entries.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+
+from dbcache.kernels.common.constants import Constants
 
 MAX_SLOTS = 8
 """Largest number of snapshots a ring can hold."""
@@ -26,9 +28,7 @@ SNAPSHOTS = 6  # ring slots that hold a snapshot
 HEAD = 7  # ring slot that the next full step will write
 SLOT = 8  # ring slot that commit writes in this step
 RING_STEPS = 9  # MAX_SLOTS entries: the step at which each slot was written
-TICKET = (
-    RING_STEPS + MAX_SLOTS
-)  # programs of the launch under way that are done; 0 between launches
+TICKET = RING_STEPS + MAX_SLOTS  # programs of a launch that are done; 0 between launches
 NUM_COUNTERS = TICKET + 1
 
 # entries of LaneState.values, float32
@@ -133,9 +133,32 @@ class Reason(IntEnum):
         return self >= Reason.STATIC
 
 
+LANE = Constants(globals())
+"""The constants above, for kernels; the next ones are the members of the enumerations."""
+PLANS, REASONS = Constants(PlanCode.__members__), Constants(Reason.__members__)
+SIGNALS, PREDICTORS = Constants(Signal.__members__), Constants(Predictor.__members__)
+REDUCTIONS = Constants(BatchReduce.__members__)
+
+
+class State(NamedTuple):
+    """The tensors of a `LaneState` in a kernel, which makes one of its arguments."""
+
+    counters_ptr: Any
+    values_ptr: Any
+    limits_ptr: Any
+    thresholds_ptr: Any
+    plan_ptr: Any
+    trace_reason_ptr: Any
+    trace_diff_ptr: Any
+    capacity: Any
+
+
 @dataclass(slots=True, eq=False)
 class LaneState:
     """The tensors of one lane, all on one device, contiguous. Make one with `allocate`."""
+
+    TENSORS: ClassVar[tuple[str, ...]]
+    """Names of the tensors that a `LaneState` is made of."""
 
     counters: torch.Tensor
     """int32 (NUM_COUNTERS,)"""
@@ -215,6 +238,11 @@ class LaneState:
         state = (self.counters, self.values, self.limits, self.thresholds, self.plan)
         return (*state, self.trace_reason, self.trace_diff)
 
+    @classmethod
+    def from_tensors(cls, *tensors: torch.Tensor) -> "LaneState":
+        """Return the state that the seven tensors are of."""
+        return cls(*tensors)
+
     def addresses(self) -> tuple[int, ...]:
         """Return where the tensors lie: recorded work holds while this stays the same."""
         return tuple(tensor.data_ptr() for tensor in self.tensors())
@@ -262,7 +290,7 @@ class LaneState:
 
 
 TENSORS = tuple(tensor.name for tensor in fields(LaneState) if tensor.init)
-"""Names of the tensors that a `LaneState` is made of."""
+LaneState.TENSORS = TENSORS
 
 
 def _blank(capacity: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:

@@ -66,6 +66,11 @@ def configs_of(op: str, slots: int = 1) -> tuple[Launch, ...]:
     return (CONFIGS if slots < MANY_SLOTS else _FOR_MANY_SLOTS)[op]
 
 
+def contiguous(*tensors: torch.Tensor | None) -> list[Any]:
+    """Return the tensors as kernels take them, None for None."""
+    return [x if x is None else x.contiguous() for x in tensors]
+
+
 FORMAT = "dbcache tuning 1"
 _tables: dict[int, Table] = {}  # by index of the device
 _read: dict[str, Table] | None = None  # by description of the device

@@ -8,12 +8,14 @@ where the blocks return them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from dbcache.kernels.common.constants import Constants
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.kernels.common.select import Impl, select
-from dbcache.kernels.decision.probe_diff import partition_of
+from dbcache.kernels.common.sums import partition_of
 
 # entries of BlockState.rule, float32
 THRESHOLD = 0  # a block is left out below this change; <= 0 never, >= 1 always
@@ -27,6 +29,9 @@ EVERY = 0  # blocks are stored on steps 0, EVERY, 2 * EVERY, ..., and when nothi
 DUE = 1  # on the latest step: 0 nothing is stored, 1 for the first time, 2 again
 STAMP = 2  # that step; the one on which blocks were last stored, where `decide_tail` says it
 NUM_STORE = 3
+
+BLOCKS = Constants(globals())
+"""The constants above, for kernels."""
 
 
 @dataclass(slots=True, eq=False)
@@ -117,6 +122,9 @@ class BlockState:
 class BlockSteps:
     """The steps of a run of M blocks, all on one device. Make one with `allocate`."""
 
+    TENSORS: ClassVar = (*LaneState.TENSORS, "prunable", "flags", "store", "trace")
+    """Names of its tensors."""
+
     lane: LaneState
     """what `decide` goes by; its ring, weights and accumulated change are not used"""
     prunable: torch.Tensor
@@ -151,6 +159,12 @@ class BlockSteps:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Return those of the lane, and the four in the order of the fields."""
         return (*self.lane.tensors(), self.prunable, self.flags, self.store, self.trace)
+
+    @classmethod
+    def from_tensors(cls, *tensors: torch.Tensor) -> "BlockSteps":
+        """Return the state that the tensors are of."""
+        count = len(LaneState.TENSORS)
+        return cls(LaneState(*tensors[:count]), *tensors[count:])
 
     def addresses(self) -> tuple[int, ...]:
         """Return where the tensors lie: recorded work holds while this stays the same."""

@@ -22,20 +22,25 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select, without_gradient
+from dbcache.kernels.common.constants import Constants
+from dbcache.kernels.common.launches import contiguous
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import Impl, invalid, without_gradient
 from dbcache.kernels.common.sums import (
+    MAX_PARTIALS,
+    Partials,
     f32,
     relative_l1,
     relative_l1_of_partials,
     sum_of_column,
     tree_sum,
 )
-from dbcache.kernels.decision.probe_diff import MAX_PARTIALS
 from dbcache.kernels.pruning import block_state as bs
-from dbcache.kernels.pruning.block_state import BlockState
+from dbcache.kernels.pruning.block_state import BLOCKS, BlockState
 
 COUNTED = 5
 """Changes of a step that raise the threshold, at most: the first ones."""
+RULE = Constants(globals())
 
 
 def decide_blocks(partials: torch.Tensor, state: BlockState, *, impl: Impl = "auto") -> None:
@@ -68,10 +73,7 @@ def decide_blocks(partials: torch.Tensor, state: BlockState, *, impl: Impl = "au
         raise invalid("decide_blocks", must, partials.dtype, partials.device)
     tensors = (partials, state.growth_sums, state.prunable, state.rule)
     written = (state.changes, state.decisions, state.ticket)
-    if is_traced(partials):
-        _decide_blocks_op(*tensors, *written, impl)
-    else:
-        _run(*tensors, *written, impl)
+    _decide_blocks(impl, *tensors, *written)
 
 
 @without_gradient
@@ -82,6 +84,7 @@ def decide_blocks_reference(
     rule: torch.Tensor,
     changes: torch.Tensor,
     decisions: torch.Tensor,
+    ticket: torch.Tensor,
 ) -> None:
     """Plain Python, the meaning of `decide_blocks`."""
     numbers = rule.tolist()
@@ -126,61 +129,29 @@ def choose_blocks(
     return pairs
 
 
-def _run(
-    partials: torch.Tensor,
-    growth_sums: torch.Tensor,
-    prunable: torch.Tensor,
-    rule: torch.Tensor,
-    changes: torch.Tensor,
-    decisions: torch.Tensor,
-    ticket: torch.Tensor,
-    impl: str,
-) -> None:
-    if select(impl, partials) == "reference":
-        decide_blocks_reference(partials, growth_sums, prunable, rule, changes, decisions)
-        return
+@op(decide_blocks_reference, like="partials", mutates=("changes", "decisions", "ticket"))
+def _decide_blocks(partials, growth_sums, prunable, rule, changes, decisions, ticket):
     blocks, samples, programs, _ = partials.shape
     parts = growth_sums.shape[1]
     log_lanes, log_parts = ((n - 1).bit_length() for n in (programs, parts))
-    with torch.cuda.device_of(partials):
-        _decide_blocks_kernel[(blocks,)](
-            partials.contiguous(), growth_sums, prunable, rule, changes, decisions, ticket,
-            samples, programs, parts, LOG_LANES=log_lanes, LOG_PARTS=log_parts,
-            num_warps=1 if max(log_lanes, log_parts) < 8 else 4, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-_decide_blocks_op = torch.library.custom_op(
-    "dbcache::decide_blocks", _run, mutates_args=("changes", "decisions", "ticket")
-)
-
-
-_COUNTED = tl.constexpr(COUNTED)
-_THRESHOLD, _RELAX = tl.constexpr(bs.THRESHOLD), tl.constexpr(bs.RELAX)
-_MAX_RELAXED, _WORST_SAMPLE = tl.constexpr(bs.MAX_RELAXED), tl.constexpr(bs.WORST_SAMPLE)
+    _decide_blocks_kernel[(blocks,)](
+        *contiguous(partials), growth_sums, prunable, rule, changes, decisions, ticket,
+        samples, programs, parts, LOG_LANES=log_lanes, LOG_PARTS=log_parts,
+        num_warps=1 if max(log_lanes, log_parts) < 8 else 4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 @triton.jit
 def _decide_blocks_kernel(
-    partials_ptr,
-    growth_ptr,
-    prunable_ptr,
-    rule_ptr,
-    changes_ptr,
-    decisions_ptr,
-    ticket_ptr,
-    samples,
-    programs,
-    parts,
-    LOG_LANES: tl.constexpr,
-    LOG_PARTS: tl.constexpr,
-):
+    partials_ptr, growth_ptr, prunable_ptr, rule_ptr, changes_ptr, decisions_ptr, ticket_ptr,
+    samples, programs, parts, LOG_LANES: tl.constexpr, LOG_PARTS: tl.constexpr,
+):  # fmt: skip
     """Program i adds up the sums of block i; the one that finishes last decides, as in
     `probe_and_decide`."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
-    sums_ptr = partials_ptr + block * samples * programs * 2
-    mean, largest, _ = relative_l1_of_partials(sums_ptr, samples, programs, LOG_LANES, 2)
-    change = tl.where(tl.load(rule_ptr + _WORST_SAMPLE) > 0, largest, mean)
+    partials = Partials(partials_ptr + block * samples * programs * 2, samples, programs)
+    mean, largest, _ = relative_l1_of_partials(partials, LOG_LANES, 2)
+    change = tl.where(tl.load(rule_ptr + BLOCKS.WORST_SAMPLE) > 0, largest, mean)
     num = sum_of_column(growth_ptr + block * parts * 2, parts, LOG_PARTS, 2)
     den = sum_of_column(growth_ptr + block * parts * 2 + 1, parts, LOG_PARTS, 2)
     growth = tl.where(den > 0, tl.div_rn(num, tl.where(den > 0, den, 1.0)), 1.0)
@@ -197,9 +168,9 @@ def _decide_blocks_kernel(
 @triton.jit
 def _choose_blocks(changes_ptr, prunable_ptr, rule_ptr, decisions_ptr, blocks):
     """The function `choose_blocks` above, on numbers in memory."""
-    threshold = tl.load(rule_ptr + _THRESHOLD)
-    relax = tl.load(rule_ptr + _RELAX)
-    most = tl.load(rule_ptr + _MAX_RELAXED)
+    threshold = tl.load(rule_ptr + BLOCKS.THRESHOLD)
+    relax = tl.load(rule_ptr + BLOCKS.RELAX)
+    most = tl.load(rule_ptr + BLOCKS.MAX_RELAXED)
     factor = tl.full((), 1.0, tl.float32)
     total = tl.full((), 0.0, tl.float32)
     count = tl.full((), 0, tl.int32)
@@ -213,7 +184,7 @@ def _choose_blocks(changes_ptr, prunable_ptr, rule_ptr, decisions_ptr, blocks):
         limit = tl.where(risen, tl.maximum(relaxed, threshold), threshold)
         similar = ((limit >= 1.0) & (diff == diff)) | (diff < limit)
         skipped = may & (threshold > 0) & similar
-        counts = may & (seen < _COUNTED) & (diff > 0)
+        counts = may & (seen < RULE.COUNTED) & (diff > 0)
         total = tl.where(counts, total + diff, total)
         count += counts.to(tl.int32)
         seen += may.to(tl.int32)

@@ -1,0 +1,98 @@
+"""How an op is registered: its reference, the launch of its kernel, and what tracing needs."""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from itertools import islice
+from typing import Any
+
+import torch
+
+from dbcache.kernels.common.select import is_traced, select
+
+Function = Callable[..., Any]
+
+
+def op(
+    reference: Function, *, like: str, mutates: Sequence[str] = (), fake: Function | None = None
+) -> Callable[[Function], Function]:
+    """Register the decorated launch of a Triton kernel as ``torch.ops.dbcache.<its name>``.
+
+    The launch has the arguments of the reference, whose annotations make the schema. The registered
+    op takes `impl` as its last argument. Of a state (a class with TENSORS, `tensors` and
+    `from_tensors`) it takes the tensors.
+
+    Args:
+        reference: plain PyTorch, the meaning of the op.
+        like: argument that decides where the op runs, and whether it is traced: a tensor, or
+            ``"state.tensor"`` for one of a state.
+        mutates: names of the tensors that are written.
+        fake: returns what the registered op returns for fake tensors; None where that is nothing.
+
+    Returns:
+        ``call(impl, *args)``, with `impl` as in `select`. Plain tensors skip the registered op.
+
+    Raises:
+        TypeError: the arguments of the launch are not those of the reference.
+    """
+    kinds = {n: p.annotation for n, p in inspect.signature(reference).parameters.items()}
+    argument, _, attribute = like.partition(".")
+    place = list(kinds).index(argument)
+
+    def register(launch: Function) -> Function:
+        if list(inspect.signature(launch).parameters) != list(kinds):
+            must = f"{launch.__name__}: the arguments must be those of the reference"
+            raise TypeError(f"{must}, {list(kinds)}")
+
+        def tensor_of(args: Sequence[Any]) -> torch.Tensor:
+            return getattr(args[place], attribute) if attribute else args[place]
+
+        def execute(impl: str, x: torch.Tensor, args: Sequence[Any]) -> Any:
+            if select(impl, x) == "reference":
+                return reference(*args)
+            with torch.cuda.device_of(x):
+                return launch(*args)
+
+        def run(*flat: Any) -> Any:
+            args = _with_states(kinds.values(), flat[:-1])
+            return execute(flat[-1], tensor_of(args), args)
+
+        run.__signature__ = _flat_signature(reference, kinds)  # type: ignore[attr-defined]
+        name = f"dbcache::{launch.__name__.lstrip('_')}"
+        registered = torch.library.custom_op(name, run, mutates_args=mutates)
+        if fake is not None:
+            registered.register_fake(fake)
+
+        @wraps(launch)
+        def call(impl: str, *args: Any) -> Any:
+            x = tensor_of(args)
+            if not is_traced(x):
+                return execute(impl, x, args)
+            flat = [t for a in args for t in (a.tensors() if hasattr(a, "TENSORS") else (a,))]
+            with torch.no_grad():
+                return registered(*flat, impl)
+
+        return call
+
+    return register
+
+
+def _flat_signature(reference: Function, kinds: dict[str, Any]) -> inspect.Signature:
+    """Return the signature of `reference` with tensors in place of states, and `impl` last."""
+    flat: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        is_state = hasattr(kind, "TENSORS")
+        flat |= dict.fromkeys(kind.TENSORS, torch.Tensor) if is_state else {name: kind}
+    flat["impl"] = str
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, annotation=flat[name]) for name in flat]
+    return inspect.signature(reference).replace(parameters=parameters)
+
+
+def _with_states(kinds: Iterable[Any], flat: Sequence[Any]) -> list[Any]:
+    """Return the arguments of the reference from those of the registered op."""
+    rest, args = iter(flat), []
+    for kind in kinds:
+        is_state = hasattr(kind, "TENSORS")
+        args.append(kind.from_tensors(*islice(rest, len(kind.TENSORS))) if is_state else next(rest))
+    return args
