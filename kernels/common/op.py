@@ -36,16 +36,17 @@ def op(
         TypeError: the arguments of the launch are not those of the reference.
     """
     kinds = {n: p.annotation for n, p in inspect.signature(reference).parameters.items()}
+    states = [hasattr(kind, "TENSORS") for kind in kinds.values()]
     argument, _, attribute = like.partition(".")
     place = list(kinds).index(argument)
+
+    def tensor_of(args: Sequence[Any]) -> torch.Tensor:
+        return getattr(args[place], attribute) if attribute else args[place]
 
     def register(launch: Function) -> Function:
         if list(inspect.signature(launch).parameters) != list(kinds):
             must = f"{launch.__name__}: the arguments must be those of the reference"
-            raise TypeError(f"{must}, {list(kinds)}")
-
-        def tensor_of(args: Sequence[Any]) -> torch.Tensor:
-            return getattr(args[place], attribute) if attribute else args[place]
+            raise TypeError(f"{must}, {', '.join(kinds)}")
 
         def execute(impl: str, x: torch.Tensor, args: Sequence[Any]) -> Any:
             if select(impl, x) == "reference":
@@ -57,18 +58,16 @@ def op(
             args = _with_states(kinds.values(), flat[:-1])
             return execute(flat[-1], tensor_of(args), args)
 
-        run.__signature__ = _flat_signature(reference, kinds)  # type: ignore[attr-defined]
-        name = f"dbcache::{launch.__name__.lstrip('_')}"
-        registered = torch.library.custom_op(name, run, mutates_args=mutates)
-        if fake is not None:
-            registered.register_fake(fake)
+        registered = _registered(launch.__name__, run, reference, kinds, mutates, fake)
 
         @wraps(launch)
         def call(impl: str, *args: Any) -> Any:
             x = tensor_of(args)
             if not is_traced(x):
                 return execute(impl, x, args)
-            flat = [t for a in args for t in (a.tensors() if hasattr(a, "TENSORS") else (a,))]
+            flat: list[Any] = []
+            for arg, is_state in zip(args, states, strict=True):
+                flat += arg.tensors() if is_state else (arg,)
             with torch.no_grad():
                 return registered(*flat, impl)
 
@@ -77,16 +76,29 @@ def op(
     return register
 
 
-def _flat_signature(reference: Function, kinds: dict[str, Any]) -> inspect.Signature:
-    """Return the signature of `reference` with tensors in place of states, and `impl` last."""
+def _registered(
+    name: str,
+    run: Function,
+    reference: Function,
+    kinds: dict[str, Any],
+    mutates: Sequence[str],
+    fake: Function | None,
+) -> Function:
+    """Return `run` as a registered op, with tensors in place of states, and `impl` last."""
     flat: dict[str, Any] = {}
-    for name, kind in kinds.items():
+    for argument, kind in kinds.items():
         is_state = hasattr(kind, "TENSORS")
-        flat |= dict.fromkeys(kind.TENSORS, torch.Tensor) if is_state else {name: kind}
+        flat |= dict.fromkeys(kind.TENSORS, torch.Tensor) if is_state else {argument: kind}
     flat["impl"] = str
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind, annotation=flat[name]) for name in flat]
-    return inspect.signature(reference).replace(parameters=parameters)
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(n, either, annotation=kind) for n, kind in flat.items()]
+    signature = inspect.signature(reference).replace(parameters=parameters)
+    run.__signature__ = signature  # type: ignore[attr-defined]
+    op_name = f"dbcache::{name.lstrip('_')}"
+    registered = torch.library.custom_op(op_name, run, mutates_args=mutates)
+    if fake is not None:
+        registered.register_fake(fake)
+    return registered
 
 
 def _with_states(kinds: Iterable[Any], flat: Sequence[Any]) -> list[Any]:

@@ -64,8 +64,7 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
             are important tokens. None if it was not measured. It is looked at in DYNAMIC steps
             with a valid reference, recorded there even if a limit decides, and without it those
             run in full.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not.

@@ -55,8 +55,7 @@ def probe_and_decide(
         state: state of the lane on the same device, with ``counters[STEP] < state.capacity``;
             advanced in place. One stream at a time may work on it.
         by_token: give `probe_diff` the thresholds of `state`, for the important tokens.
-        impl: ``"triton"``, ``"reference"`` (the two references, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.

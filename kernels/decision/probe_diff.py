@@ -52,8 +52,7 @@ def probe_diff(
         thresholds: float32 (NUM_THRESHOLDS,), of a `LaneState`: tell tokens apart. A token is a
             row of (B, ..., width), important if its own num / den is above
             ``thresholds[IMPORTANT]``, or NaN. Its sums are in a fixed order, too.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         float32 (B, T, 2) on the same device: ``[..., 0]`` of ``|P - p_ref|``, ``[..., 1]`` of

@@ -69,9 +69,7 @@ def share_change(
         kind: number of what is measured, at least 0: sums of another kind are never taken over.
         by_rules: the limits come first, and the threshold 0: where they decide, the step is not
             open. So it is under DBPrune, where nothing is measured then.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch and Python, any device), or ``"auto"``,
-            which takes Triton for tensors on a GPU. An implementation asked for by name never falls
-            back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not.

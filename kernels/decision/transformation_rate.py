@@ -50,8 +50,7 @@ def transformation_rate(
             the device of `state`. The newer one is the reference, so its size is in it. Any numbers
             where the rate does not follow from it.
         input_partials: ``probe_diff(None, x', x)``, in the same form.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads state and sums on the host, which synchronises if they are on a GPU; Triton
     does not.

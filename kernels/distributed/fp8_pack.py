@@ -50,8 +50,7 @@ def fp8_pack(
         scatter: ``"heads"`` before attention, where `x` has this rank's tokens and all heads;
             ``"sequence"`` after it, where `x` has all tokens and this rank's heads.
         quantize: False to change the layout only.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         A new contiguous buffer of one row per rank: uint8 (world, bytes), where bytes is a

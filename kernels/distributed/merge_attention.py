@@ -43,8 +43,7 @@ def merge_attention(
         out_b: as `out_a`; its dtype may be another one.
         lse_b: as `lse_a`.
         out_dtype: dtype of the output, one of the three; None for that of `out_a`.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         The output (B, S, H, D) and its log-sum-exp, float32 (B, S, H), both new and contiguous.

@@ -60,8 +60,7 @@ def commit(
             comes with a uint8 ring, whose tokens are at most `e4m3.MAX_WIDTH` long.
         encoder_scales: as `scales`, for `encoder_ring`: both rings are fp8, or none.
         replace: store `h_out` itself, for rings that hold outputs rather than residuals.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the slot on the host, which synchronises if it is on a GPU; Triton does not.
 

@@ -61,8 +61,7 @@ def fit_recurrence(
         state: state of the lane on the same device, of the step that `commit` has just stored.
         fit: float64 (2,) on the same device, written.
         ridge: pull towards straight lines, at least 0.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not. The two differ in the order of additions, thus in the last bits.

@@ -65,8 +65,7 @@ def predict(
             be `h` itself; it must not overlap the rest.
         encoder_out: as `out`, for `encoder`.
         replace: leave `h` out of the sum, for rings that hold outputs rather than residuals.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         Contiguous tensors (`out` and `encoder_out` where given, else new ones), or None for a

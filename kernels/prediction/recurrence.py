@@ -54,8 +54,7 @@ def recurrence_weights(
         fit: float64 (2,), (alpha, gamma) from `fit_recurrence` for the hidden states, so that
             c_1 = 1 + alpha + gamma and c_2 = -alpha. None leaves their weights alone.
         encoder_fit: the same for encoder hidden states.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not.

@@ -54,8 +54,7 @@ def spectrum_weights(state: LaneState, parameters: torch.Tensor, *, impl: Impl =
         state: state of the lane, after `decide` and before the next step. ``state.weights`` and
             ``state.encoder_weights`` are written, each unless its order is 0.
         parameters: float64 (NUM_PARAMETERS,) on the state's device; entries as named above.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not.

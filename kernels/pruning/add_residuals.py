@@ -39,8 +39,7 @@ def add_residuals(
         count: blocks in it, at least 1, with ``first + count <= M``.
         encoder: second stream, as `h`, of any size of its own; its residuals come with it.
         encoder_residuals: as `residuals`, with the same M.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         New contiguous tensors, None for a stream that was not given. No gradient, no

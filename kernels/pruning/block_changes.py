@@ -44,8 +44,7 @@ def block_changes(
         inputs: X, (M, *h.shape), contiguous, of the dtype of `h`, as `store_block` left it.
         residuals: R, the same.
         stamps: int32 (M,): the step on which each block was stored.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         float32 (M, B, T, 2) on the same device: ``[..., 0]`` of ``|b|``, ``[..., 1]`` of ``|X|``;

@@ -50,8 +50,7 @@ def decide_blocks(partials: torch.Tensor, state: BlockState, *, impl: Impl = "au
         partials: float32 (M, B, T, 2) from `block_changes`, T <= MAX_PARTIALS, on the device of
             the state.
         state: state of the run; `changes` and `decisions` are written.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     A change that is NaN is never below a threshold: the block runs. The reference reads the state
     on the host, which synchronises if it is on a GPU; Triton does not.

@@ -42,8 +42,7 @@ def decide_step(state: BlockSteps, decisions: torch.Tensor | None, *, impl: Impl
         state: state of the steps, with ``lane.counters[STEP] < lane.capacity``.
         decisions: float32 (M, 2), on the state's device, as `decide_blocks` left them; looked at
             where no other rule decides. None if nothing was measured.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not.

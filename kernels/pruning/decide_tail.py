@@ -39,8 +39,7 @@ def decide_tail(
             nothing was measured: all blocks run.
         flags: int32 (M,): becomes 1 for a block that is left out, else 0.
         store: int32 (NUM_STORE,), for `store_block`; ``store[EVERY]`` is not used.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the tensors on the host, which synchronises if they are on a GPU; Triton
     does not.

@@ -53,8 +53,7 @@ def store_block(
         h_out: what it returned, same shape and dtype.
         encoder_in: second stream, of any size of its own; None where the block returned none.
         encoder_out: as `h_out`.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Triton does not synchronise; the reference reads `store` on the host.
 
