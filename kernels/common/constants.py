@@ -8,11 +8,14 @@ import triton.language as tl
 
 
 class Constants(tl.constexpr):
-    """The numbers among `names`, for kernels: ``LANE.STEP`` is ``tl.constexpr(STEP)``.
+    """Constants of a module for its kernels: ``LANE.STEP`` is ``tl.constexpr(STEP)``.
 
-    Kernels can read globals that are constexpr, and no others. Triton's cache key has the values of
-    the globals that a kernel names itself, not of what it finds in a module: one constexpr that
-    holds all numbers of a module is in the key, and is one name to import.
+    Kernels can read globals only if they are constexpr. Triton's cache key contains the values of
+    globals that a kernel names, but not of a module's attributes. So one constexpr holds all
+    numbers of a module: its values are in the key, and kernels import one name.
+
+    Args:
+        names: ``globals()`` or the members of an enumeration; upper-case numbers are taken.
     """
 
     def __init__(self, names: Mapping[str, object]) -> None:
@@ -23,7 +26,7 @@ class Constants(tl.constexpr):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["value"], name)
 
-    # each launch compares the globals of a kernel with those that it was compiled for
+    # each launch compares a kernel's globals with their values at compilation; keep that cheap
     def __deepcopy__(self, memo: object) -> "Constants":
         return self
 

@@ -1,4 +1,4 @@
-"""How an op is registered: its reference, the launch of its kernel, and what tracing needs."""
+"""How an op is registered: reference, launch of the kernel, and support for tracing."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -19,15 +19,14 @@ def op(
     """Register the decorated launch of a Triton kernel as ``torch.ops.dbcache.<its name>``.
 
     The launch has the arguments of the reference, whose annotations make the schema. The registered
-    op takes `impl` as its last argument. Of a state (a class with TENSORS, `tensors` and
-    `from_tensors`) it takes the tensors.
+    op takes `impl` last, and for a state (TENSORS, `tensors`, `from_tensors`) its tensors.
 
     Args:
         reference: plain PyTorch, the meaning of the op.
-        like: argument that decides where the op runs, and whether it is traced: a tensor, or
-            ``"state.tensor"`` for one of a state.
+        like: the tensor whose device and type decide where the op runs; ``"state.tensor"`` for
+            one of a state.
         mutates: names of the tensors that are written.
-        fake: returns what the registered op returns for fake tensors; None where that is nothing.
+        fake: result of the registered op for fake tensors; None for ops without a result.
 
     Returns:
         ``call(impl, *args)``, with `impl` as in `select`. Plain tensors skip the registered op.
@@ -84,7 +83,7 @@ def _registered(
     mutates: Sequence[str],
     fake: Function | None,
 ) -> Function:
-    """Return `run` as a registered op, with tensors in place of states, and `impl` last."""
+    """Register `run` with tensors in place of states, and `impl` last."""
     flat: dict[str, Any] = {}
     for argument, kind in kinds.items():
         is_state = hasattr(kind, "TENSORS")
@@ -102,7 +101,7 @@ def _registered(
 
 
 def _with_states(kinds: Iterable[Any], flat: Sequence[Any]) -> list[Any]:
-    """Return the arguments of the reference from those of the registered op."""
+    """Return the reference's arguments from those of the registered op."""
     rest, args = iter(flat), []
     for kind in kinds:
         is_state = hasattr(kind, "TENSORS")

@@ -1,4 +1,4 @@
-"""Sums in a fixed order, and the relative L1 made of them, in Python and as Triton functions.
+"""Sums in a fixed order, and the relative L1 of them, in Python and as Triton functions.
 
 A sum in float32 depends on its order, and `tl.sum` takes the one that fits the layout of its
 registers: another number of warps, another result. Here neighbours are added until one is left,
@@ -21,11 +21,11 @@ import triton.language as tl
 from dbcache.kernels.common.launches import BLOCK
 
 MAX_PARTIALS = 1024
-"""Most partial sums per sample, which is what one program of `decide` adds up."""
+"""Most partial sums per sample: one program of `decide` adds them up."""
 
 
 def partition(shape: torch.Size, by_token: bool) -> tuple[int, int]:
-    """Return (blocks or tokens per program, programs per sample); a function of the shape only."""
+    """Return (blocks or tokens per program, programs per sample), from the shape alone."""
     return _share(shape[1:-1].numel()) if by_token else partition_of(shape[1:].numel())
 
 
@@ -129,7 +129,7 @@ def relative_l1_of_partials(partials, LOG_LANES: tl.constexpr, WIDTH: tl.constex
             sample_den = tl.where(some_num != 0, some_den, sample_den)
             sample_num = tl.where(some_num != 0, some_num, sample_num)
         ratio = tl.div_rn(sample_num, sample_den)
-        # once NaN, always NaN: nothing is greater
+        # once NaN, it stays NaN: no comparison with NaN is true
         largest = tl.where((ratio > largest) | (ratio != ratio), ratio, largest)
     moved = num
     if WIDTH == 4:

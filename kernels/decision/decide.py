@@ -96,7 +96,7 @@ def decide_reference(state: LaneState, partials: torch.Tensor | None) -> None:
         decide_reference(on_cpu, partials)
         state.copy_(on_cpu)
         return
-    # NumPy views share the memory and are read and written in a fraction of a tensor's time
+    # NumPy views share the memory, and access takes a fraction of a tensor's time
     counters_view, values_view, limits_view, thresholds, plan, trace_reason, trace_diff = state.host
     counters, values, limits = counters_view.tolist(), values_view.tolist(), limits_view.tolist()
     step = counters[ls.STEP]
@@ -125,7 +125,7 @@ def advance(
     code: int,
     diff: float | None,
 ) -> None:
-    """Advance `counters` and `values` by one step of plan code `code` whose change was `diff`."""
+    """Advance `counters` and `values` by a step of plan code `code` with the change `diff`."""
     reason = choose(counters, values, limits, thresholds, code, diff)
     step, slots, head = counters[ls.STEP], limits[ls.SLOTS], counters[ls.HEAD]
     cached = reason >= Reason.STATIC
@@ -171,7 +171,7 @@ def choose(
     code: int,
     diff: float | None,
 ) -> Reason:
-    """Return what decides a step of plan code `code` whose change was `diff`."""
+    """Return the reason that decides a step of plan code `code` with the change `diff`."""
     if code == PlanCode.WARMUP:
         return Reason.WARMUP
     if code == PlanCode.MASK:
@@ -218,7 +218,7 @@ def _decide(state, partials):
 
 
 class Counts(NamedTuple):
-    """What `choose` looks at of the state, in a kernel."""
+    """The numbers of the step and its lane that `choose` compares, in a kernel."""
 
     code: Any
     reference: Any

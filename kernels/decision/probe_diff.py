@@ -3,9 +3,9 @@
     P = h_fn - h_in                        what the first blocks added, in the dtype of p_ref
     num, den = sum|P - p_ref|, sum|p_ref|  per sample, so num / den is the relative L1
 
-Without `h_in`, P is h_fn itself: hidden states are compared with hidden states. Given thresholds,
-tokens are told apart, and num and den are also summed over the important ones, those that changed
-most.
+Without `h_in`, P is h_fn itself: hidden states are compared with hidden states. With thresholds,
+each token is measured by itself, and num and den are also summed over the important tokens, which
+changed most.
 
 One pass over the three inputs: 3 * numel * itemsize bytes read, 8 bytes written per program, so
 the kernel is bound by memory bandwidth. The criterion is the first-block cache's
@@ -104,7 +104,7 @@ def _sums_by_token(
 def check_probe(
     who: str, h_in: torch.Tensor | None, h_fn: torch.Tensor, p_ref: torch.Tensor, by_token: bool
 ) -> None:
-    """Raise a ValueError in the name of `who` unless the inputs of `probe_diff` fit."""
+    """Raise a ValueError, as from `who`, unless the inputs of `probe_diff` fit."""
     first = h_fn if h_in is None else h_in
     if not (first.shape == h_fn.shape == p_ref.shape) or h_fn.ndim == 0 or h_fn.shape[0] == 0:
         shapes = (tuple(x.shape) for x in (first, h_fn, p_ref))
@@ -149,7 +149,7 @@ def _probe_diff(h_in, h_fn, p_ref, thresholds):
 
 
 class Probe(NamedTuple):
-    """What a program of a probe reads and writes; see `probe_diff`."""
+    """Inputs, output and share of a program of the probes, in a kernel; see `probe_diff`."""
 
     h_in_ptr: Any
     h_fn_ptr: Any
@@ -199,7 +199,7 @@ def store_partial_by_token(probe, thresholds_ptr, LOG_BLOCK: tl.constexpr):
         dens = nums
         for block in range(tl.cdiv(probe.width, 1 << LOG_BLOCK)):
             inside = (block << LOG_BLOCK) + tl.arange(0, 1 << LOG_BLOCK)
-            # the last program may have fewer
+            # the last program may have fewer tokens
             mask = inside < tl.minimum(probe.width, probe.size - start)
             offsets = sample.to(tl.int64) * probe.size + start + inside
             nums, dens = _add(probe, offsets, mask, nums, dens)

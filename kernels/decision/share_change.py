@@ -1,16 +1,16 @@
-"""One branch of guidance measures a step's change, and the others of that step take it over.
+"""One CFG branch measures a step's change, and the other branches of the step reuse it.
 
 The partial sums of a change are kept beside a stamp that says whose they are. With `own` those that
 a branch has just measured, and the stamp (branch, step, kind) of those that are kept,
 
-    taken     another branch's, of this step number and kind
-    open      the change will be looked at: the plan leaves the step to it, and there is a reference
+    reused      another branch's, of this step number and kind
+    undecided   the change will decide: the plan leaves the step to it, and there is a reference
 
-    taken                 own := kept
-    open, and not taken   kept := own,  stamp := (this branch, this step, this kind)
+    reused                      own := kept
+    undecided, and not reused   kept := own,  stamp := (this branch, this step, this kind)
 
-That is decided on the device, by what `decide` and `decide_step` go by: so a step that is recorded
-once takes a change over whenever the same step would take it over eagerly. It is what cache-dit
+The device decides, from the state that `decide` and `decide_step` read. So a captured step reuses a
+change exactly where the eager step would. It is what cache-dit
 (github.com/vipshop/cache-dit) calls `cfg_diff_compute_separate=False`.
 
 A few kilobytes, one launch. Each program has a stamp of its own, so that none waits for another.
@@ -41,7 +41,7 @@ BLOCK = 1024
 
 
 def make_stamps(device: torch.device) -> torch.Tensor:
-    """Return stamps that fit no step; filled with -1 they do so again. int32 (PROGRAMS, 3)."""
+    """Return int32 stamps (PROGRAMS, 3) that match no step, all -1."""
     return torch.full((PROGRAMS, 3), -1, dtype=torch.int32, device=device)
 
 
@@ -56,7 +56,7 @@ def share_change(
     by_rules: bool = False,
     impl: Impl = "auto",
 ) -> None:
-    """Take over what another branch measured on this step, or keep what this one did; in place.
+    """Reuse what another branch measured on this step, or keep this branch's, in place.
 
     To be called before the step is decided.
 
@@ -68,7 +68,7 @@ def share_change(
         branch: number of the branch, at least 0.
         kind: number of what is measured, at least 0: sums of another kind are never taken over.
         by_rules: the limits come first, and the threshold 0: where they decide, the step is not
-            open. So it is under DBPrune, where nothing is measured then.
+            undecided. So it is under DBPrune, where nothing is measured then.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
@@ -112,11 +112,13 @@ def share_change_reference(
         return
     bounds, numbers = limits.tolist(), values.tolist()
     code = int(plan[step]) if step < len(plan) else PlanCode.DYNAMIC
-    is_open = code == PlanCode.DYNAMIC and counts[ls.REFERENCE] == 1 and is_ready(bounds, numbers)
+    is_undecided = (
+        code == PlanCode.DYNAMIC and counts[ls.REFERENCE] == 1 and is_ready(bounds, numbers)
+    )
     if by_rules:
         reason = choose(counts, numbers, bounds, thresholds.tolist(), code, None)
-        is_open = is_open and reason == Reason.NAN
-    if is_open:
+        is_undecided = is_undecided and reason == Reason.NAN
+    if is_undecided:
         kept.copy_(own)
         stamps.copy_(torch.tensor([branch, step, kind], dtype=torch.int32))
 
@@ -147,20 +149,22 @@ def _share_change_kernel(
     code = tl.load(plan_ptr + step, mask=step < capacity, other=PLANS.DYNAMIC)
     reference = tl.load(counters_ptr + LANE.REFERENCE)
     ready = is_signal_ready(state)
-    is_open = (code == PLANS.DYNAMIC) & (reference == 1) & ready
+    is_undecided = (code == PLANS.DYNAMIC) & (reference == 1) & ready
     if BY_RULES:
         cached_steps = tl.load(counters_ptr + LANE.CACHED_STEPS)
         consecutive = tl.load(counters_ptr + LANE.CONSECUTIVE)
         accumulated = tl.load(values_ptr + LANE.ACCUMULATED)
         counts = Counts(code, reference, ready, cached_steps, consecutive, accumulated)
-        is_open &= choose_once(state, counts, tl.full((), 0.0, tl.float32), False) == REASONS.NAN
+        is_undecided &= (
+            choose_once(state, counts, tl.full((), 0.0, tl.float32), False) == REASONS.NAN
+        )
     is_taken = tl.load(stamp_ptr) != branch
     is_taken &= (tl.load(stamp_ptr + 1) == step) & (tl.load(stamp_ptr + 2) == kind)
     # every warp reads before the first one writes, or they would not take the same branch
     tl.debug_barrier()
     if is_taken:
         _copy(own_ptr, kept_ptr, numel, pid, programs, BLOCK)
-    elif is_open:
+    elif is_undecided:
         _copy(kept_ptr, own_ptr, numel, pid, programs, BLOCK)
         tl.store(stamp_ptr, branch)
         tl.store(stamp_ptr + 1, step)

@@ -1,4 +1,4 @@
-"""What a step's measurement contributes to its decision, in Python and as Triton functions.
+"""How a step's measurement enters its decision, in Python and as Triton functions.
 
     Signal.CHANGE   e = d                        compared with the threshold by itself
     Signal.SUM      e = p(d)                     p a polynomial of degree 4
@@ -36,7 +36,7 @@ def signal_of(
 
 
 def polynomial(thresholds: Sequence[float], x: float) -> float:
-    """Return the polynomial at `x`; the coefficients begin with that of the highest power."""
+    """Return the polynomial at `x`; coefficients from the highest power down."""
     result = thresholds[ls.POLYNOMIAL]
     for i in range(1, ls.DEGREE + 1):
         result = f32(f32(result * x) + thresholds[ls.POLYNOMIAL + i])
@@ -65,7 +65,7 @@ def signal_of_partials(partials, state, LOG_LANES: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def is_summed(state):
-    """Whether the sum since the last full step is what is compared with the threshold."""
+    """Whether the sum since the last full step is compared with the threshold."""
     return tl.load(state.limits_ptr + LANE.SIGNAL) != SIGNALS.CHANGE
 
 

@@ -1,4 +1,4 @@
-"""How much a transformer's output moves per movement of its input: EasyCache's rate.
+"""How much a transformer's output changes per change of its input: EasyCache's rate.
 
     rate = (sum|v - v'| / sum|x - x'|) / sum|v|
 
@@ -6,7 +6,7 @@ with x, v the input and output of the latest full step and x', v' those of the o
 ``rate * sum|x_t - x_{t-1}|`` is the relative change of the output that step t is expected to bring
 (EasyCache, arXiv:2507.02860; sums in place of its means, whose sizes cancel).
 
-It is kept in the lane's state on the device, with what is to be known of the past: after a step
+The lane's state holds the rate on the device, or says what is missing. After a step
 
     cached                                   RATE stays
     full, RATE is NO_OUTPUT                  RATE becomes ONE_OUTPUT: there is no step before yet
@@ -42,7 +42,7 @@ def transformation_rate(
     *,
     impl: Impl = "auto",
 ) -> None:
-    """Bring ``state.values[RATE]`` up to date with the latest step, in place.
+    """Update ``state.values[RATE]`` after a step, in place.
 
     Args:
         state: state of a lane; ``counters[CACHED]`` says whether its latest step was a full one.

@@ -1,4 +1,4 @@
-"""What a Ulysses all-to-all sends, packed in one pass: the layout and, if wanted, fp8.
+"""The send buffer of a Ulysses all-to-all, packed in one pass, in fp8 if wanted.
 
 Chunk r of the buffer is what rank r gets: the rows (a row is one head of one token, D numbers) of
 its heads, or of its part of the sequence, ordered by sample, token and head. In fp8 (`e4m3`: uint8
@@ -37,7 +37,7 @@ def fp8_pack(
     quantize: bool = True,
     impl: Impl = "auto",
 ) -> torch.Tensor:
-    """Return the buffer of an all-to-all over `world` ranks that scatters `x` by a dimension.
+    """Return the send buffer of an all-to-all over `world` ranks that scatters a dimension of `x`.
 
     In fp8 an element is off by at most 1/16 of itself or 1/1024 of its row's scale, whichever is
     larger; rows of zeros stay zeros. An element that is not finite becomes NaN, without touching
@@ -72,7 +72,7 @@ def fp8_unpack(
     dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
-    """Return the tensor whose parts an all-to-all of `fp8_pack`'s buffers delivered.
+    """Return the tensor from the buffer that an all-to-all of packed buffers received.
 
     Args:
         buffer: what was received, one row per rank: uint8 with values and scales, or a layout
@@ -135,7 +135,7 @@ def _by_rank(x: torch.Tensor, world: int, split: str) -> torch.Tensor:
 
 
 def sections(rows: int, width: int) -> tuple[int, int]:
-    """Return where a chunk's scales start and where it ends, in bytes; both multiples of 16."""
+    """Return the byte offsets of a chunk's scales and of its end, multiples of 16."""
     start = (rows * width + 15) // 16 * 16
     return start, start + (rows * 4 + 15) // 16 * 16
 
@@ -145,7 +145,7 @@ def _allocate(x: torch.Tensor, world: int, quantize: bool) -> torch.Tensor:
         return x.new_empty((world, x.numel() // world))
     rows = x.shape[0] * x.shape[1] * x.shape[2] // world
     size = sections(rows, x.shape[3])[1]
-    # where nothing is padded, no byte stays unwritten
+    # without padding every byte is written
     allocate = x.new_empty if size == rows * (x.shape[3] + 4) else x.new_zeros
     return allocate((world, size), dtype=torch.uint8)
 
@@ -247,7 +247,7 @@ def _fp8_unpack(buffer, shape, gather, dtype):
 
 
 class Strides(NamedTuple):
-    """Of the tensor, in elements, in a kernel: of rank, sample, token and head."""
+    """Strides of rank, sample, token and head in the tensor, in elements, in a kernel."""
 
     w: Any
     b: Any

@@ -3,7 +3,7 @@
     lse = log(exp(lse_a) + exp(lse_b))
     out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b
 
-What ring attention does after each step. One launch, one pass, no intermediate, so the kernel is
+Ring attention does this after each step. One launch, one pass, no intermediate, so the kernel is
 bound by memory bandwidth. The merge is that of flash attention's blocks (arXiv:2205.14135), as
 used by github.com/zhuzilin/ring-flash-attention.
 """
@@ -75,7 +75,7 @@ def merge_attention_reference(
     norm = total.masked_fill(total == 0, 1.0).reciprocal()
     a = out_a.float() * (weight_a * norm).unsqueeze(-1)
     b = out_b.float() * (weight_b * norm).unsqueeze(-1)
-    # what a partial without keys holds may be NaN
+    # a partial without keys may hold NaN
     out = a.masked_fill((lse_a == -math.inf).unsqueeze(-1), 0.0)
     out += b.masked_fill((lse_b == -math.inf).unsqueeze(-1), 0.0)
     return out.to(out_dtype).contiguous(), (top + total.log()).contiguous()

@@ -1,4 +1,4 @@
-"""What a full step leaves behind: its probe residual and a snapshot of the block residual.
+"""Store a full step's probe residual and a snapshot of its block residual.
 
     p_ref      := h_fn - h_in                  (h_in None: h_fn; p_ref None: nothing)
     ring[slot] := h_out - h_fn                 (replace: h_out)
@@ -194,7 +194,7 @@ def fp8_tile(width: int) -> tuple[int, int, int]:
     """Return rows and columns of a program's tile of whole tokens, and its warps."""
     columns = triton.next_power_of_2(max(width, 16))
     rows = max(1, BLOCK // columns)
-    # 16 elements per thread: a load of 16 bytes where they are codes
+    # 16 elements per thread: 16 bytes of codes
     return rows, columns, min(max(rows * columns // 512, 4), 16)
 
 
@@ -234,7 +234,7 @@ def _commit(
 
 
 class Stream(NamedTuple):
-    """What a program reads and writes of hidden or encoder states; see `commit`."""
+    """The tensors of the hidden or the encoder states, in a kernel; see `commit`."""
 
     h_in_ptr: Any
     h_fn_ptr: Any
@@ -262,7 +262,7 @@ def _commit_kernel(
 
 @triton.jit
 def commit_block(stream, slot, size, block, REPLACE: tl.constexpr, BLOCK: tl.constexpr):
-    """Store what block `block` of a stream of `size` elements leaves behind."""
+    """Store the residuals of block `block` of a stream of `size` elements."""
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     residual = _residual(stream, offsets, mask, REPLACE)
@@ -272,7 +272,7 @@ def commit_block(stream, slot, size, block, REPLACE: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _residual(stream, offsets, mask, REPLACE: tl.constexpr):
-    """Return what the ring is to hold, in float32, and store the probe residual on the way."""
+    """Return the residual for the ring, in float32, and store the probe residual on the way."""
     h_out = tl.load(stream.h_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     residual = h_out
     if stream.p_ref_ptr is not None:

@@ -39,7 +39,7 @@ FIT = Constants(globals())
 
 
 def num_warps(itemsize: int) -> int:
-    """Return the warps of a program: as many as move 16 bytes per thread and tensor at a time."""
+    """Return the warps of a program, so that a thread loads 16 bytes per tensor at a time."""
     return 8 * itemsize // 2
 
 
@@ -51,7 +51,7 @@ def fit_recurrence(
     ridge: float = 0.0,
     impl: Impl = "auto",
 ) -> None:
-    """Write (alpha, gamma) of the snapshots in `ring` to `fit`, NaN where they tell nothing.
+    """Write (alpha, gamma) of the snapshots in `ring` to `fit`; NaN where there is no fit.
 
     That is where fewer than three of the newest are equally far apart, do not differ, or are not
     finite.
@@ -133,7 +133,7 @@ def _fit_recurrence(ring, counters, fit, ridge):
 
 
 class Snapshots(NamedTuple):
-    """The ring, in a kernel; `newest` is the slot of the newest one."""
+    """The ring in a kernel; `newest` is the slot of the newest snapshot."""
 
     ring_ptr: Any
     newest: Any
@@ -173,7 +173,7 @@ def _fit_recurrence_kernel(
     tl.store(sums_ptr + 2 * programs, tree_sum_lanes(yy, LOG_BLOCK))
     tl.store(sums_ptr + 3 * programs, tree_sum_lanes(b_d, LOG_BLOCK))
     tl.store(sums_ptr + 4 * programs, tree_sum_lanes(b_y, LOG_BLOCK))
-    # as in `probe_and_decide`: the ticket hands what all programs stored to the one that is last
+    # as in `probe_and_decide`: the ticket makes all stores visible to the last program
     tl.debug_barrier()
     if tl.atomic_add(counters_ptr + LANE.TICKET, 1, sem="acq_rel", scope="gpu") == programs - 1:
         tl.debug_barrier()

@@ -88,7 +88,7 @@ def predict(
 
 
 def _output(name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    """Return `out` if it is one for `x`, or a new tensor for None."""
+    """Return `out` if it fits `x`, or a new tensor for None."""
     if out is None:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.shape != x.shape or not out.is_contiguous():
@@ -126,7 +126,7 @@ def _weighted_sum(
     scales: torch.Tensor | None,
     replace: bool,
 ) -> torch.Tensor:
-    """Add up in float32, one op per slot that is used; h first, so that it needs no pass."""
+    """Add up in float32, one op per used slot; h first, so that it needs no pass of its own."""
     total = None if replace else h.float()
     for slot, weight in enumerate(weights.tolist()[: ring.shape[0]]):
         if weight == 0:
@@ -253,7 +253,7 @@ def _predict(
 
 
 class Stream(NamedTuple):
-    """What a program reads and writes of hidden or encoder states; see `predict`."""
+    """The tensors of the hidden or the encoder states, in a kernel; see `predict`."""
 
     h_ptr: Any
     ring_ptr: Any

@@ -36,7 +36,7 @@ MAX_ORDER = 4
 ORDER = 0  # degree for hidden states, 0 leaves their weights alone
 ENCODER_ORDER = 1  # the same for encoder hidden states
 RIDGE = 2  # above 0
-BLEND = 3  # parts of the regression, the rest is the straight line
+BLEND = 3  # share of the regression; the rest is the straight line
 LAST_STEP = 4  # index of the last step of the request, at least 1
 NUM_PARAMETERS = 5
 
@@ -170,7 +170,7 @@ def _store(counters_ptr, weights_ptr, limits_ptr, parameters_ptr, order):
     last = tl.load(parameters_ptr + SPECTRUM.LAST_STEP)
     phi = _polynomials_of(steps, last, order, j[None, :])
     phi = tl.where(filled[:, None], phi, 0.0)
-    x = _polynomials_of(step + 0 * j, last, order, j[None, :])  # rows are all the same
+    x = _polynomials_of(step + 0 * j, last, order, j[None, :])  # all rows are equal
     x = tl.sum(tl.where(j[:, None] == 0, x, 0.0), axis=0)
 
     i = j[:, None]

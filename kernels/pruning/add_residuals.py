@@ -1,4 +1,4 @@
-"""What a run of blocks that is left out would have returned, from what each of them added before.
+"""The output of a run of skipped blocks: its input plus their stored residuals.
 
     out = h + R_first + ... + R_{first + count - 1}
 
@@ -136,7 +136,7 @@ def _add_residuals(out, encoder_out, h, residuals, first, count, encoder, encode
 
 
 class Stream(NamedTuple):
-    """What a program reads and writes of hidden or encoder states; see `add_residuals`."""
+    """The tensors of the hidden or the encoder states, in a kernel; see `add_residuals`."""
 
     h_ptr: Any
     residuals_ptr: Any

@@ -1,4 +1,4 @@
-"""How much the input of each block of a run changed since the block was stored, before any runs.
+"""The change of each block's input since the block was stored, before any block runs.
 
 What a block will get is what the first one gets now, plus what the blocks before it added when they
 were stored. With X_i the stored inputs and R_i the stored residuals, the difference to X_i is
@@ -143,7 +143,7 @@ def _block_changes_kernel(
             x = x.to(tl.float32)
             stamp = tl.load(stamps_ptr + block)
             moved = stamp != step
-            # block 0 has none before it, and one of the same step is not read
+            # not read: the residual before block 0, and one stored on the same step
             used = mask & (inside < tl.where(moved & (block > 0), size, 0))
             last = tl.maximum(block - 1, 0)
             added = tl.load(residuals_ptr + between * last + offsets, mask=used, other=0.0)
@@ -158,5 +158,5 @@ def _block_changes_kernel(
                 den += tl.load(out_ptr + 1)
             tl.store(out_ptr, num)
             tl.store(out_ptr + 1, den)
-        # the stores of this round are read in the next one, by other threads
+        # other threads read the stores of this round in the next one
         tl.debug_barrier()

@@ -1,9 +1,9 @@
-"""Which blocks of a run are left out on this step, for all of them at once.
+"""Which blocks of a run are skipped on this step, for all of them at once.
 
 In the order of the blocks, with s_i the change from `block_changes` and g_j the growth of block j,
 
     d_i = s_i * product of g_j over the blocks j < i that run
-    block i is left out if it may be and d_i < threshold
+    block i is skipped if it may be and d_i < threshold
 
 A block that runs does not add what it added when it was stored, so what comes after it changes by
 more than s says: by as much more as its output changed than its input when it was last stored, g_j.
@@ -44,7 +44,7 @@ RULE = Constants(globals())
 
 
 def decide_blocks(partials: torch.Tensor, state: BlockState, *, impl: Impl = "auto") -> None:
-    """Write the change of each block, and whether it is left out, to ``state.decisions``.
+    """Write the change of each block, and whether it is skipped, to ``state.decisions``.
 
     Args:
         partials: float32 (M, B, T, 2) from `block_changes`, T <= MAX_PARTIALS, on the device of
@@ -96,7 +96,7 @@ def decide_blocks_reference(
 
 
 def growth_of(partials: Sequence[Sequence[float]]) -> float:
-    """Return by how much a block let a change grow; 1 where nothing was measured."""
+    """Return the growth of a change across a block; 1 where nothing was measured."""
     num, den = (tree_sum(column) for column in zip(*partials, strict=True))
     return f32(num / den) if den > 0 else 1.0
 
@@ -107,7 +107,7 @@ def choose_blocks(
     prunable: Sequence[int],
     rule: Sequence[float],
 ) -> list[tuple[float, int]]:
-    """Return (change, 1 if left out) of each block."""
+    """Return (change, 1 if skipped) of each block."""
     threshold, relax, most = rule[bs.THRESHOLD], rule[bs.RELAX], rule[bs.MAX_RELAXED]
     factor, total, seen, count, pairs = 1.0, 0.0, 0, 0, []
     for i, own in enumerate(measured):
@@ -145,8 +145,7 @@ def _decide_blocks_kernel(
     partials_ptr, growth_ptr, prunable_ptr, rule_ptr, changes_ptr, decisions_ptr, ticket_ptr,
     samples, programs, parts, LOG_LANES: tl.constexpr, LOG_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Program i adds up the sums of block i; the one that finishes last decides, as in
-    `probe_and_decide`."""
+    """Program i adds up the sums of block i; the last to finish decides."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     partials = Partials(partials_ptr + block * samples * programs * 2, samples, programs)
     mean, largest, _ = relative_l1_of_partials(partials, LOG_LANES, 2)

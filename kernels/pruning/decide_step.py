@@ -1,15 +1,15 @@
-"""The decision of one step on which single blocks may be left out (DBPrune), for all its blocks.
+"""The decision of one step on which single blocks may be skipped (DBPrune), for all its blocks.
 
 The rules of `decide` for the plan, the limits and the reference come first. Where none of them
-applies, the blocks that `decide_blocks` found are left out, and
+applies, the blocks that `decide_blocks` found are skipped, and
 
-    at least one is left out                   THRESHOLD_ALWAYS if the threshold is >= 1,
+    at least one is skipped                    THRESHOLD_ALWAYS if the threshold is >= 1,
                                                else BELOW_THRESHOLD
     none is, and the change of each is NaN     NAN, also where nothing was measured
     none is                                    ABOVE_THRESHOLD
 
-A step on which a block is left out counts as a cached one, and what the plan caches leaves out all
-blocks that may be. The blocks that run are stored (`store_block`) where nothing is stored yet, and
+A step on which a block is skipped counts as a cached one, and what the plan caches skips all blocks
+that may be skipped. The blocks that run are stored (`store_block`) where nothing is stored yet, and
 else on every ``store[EVERY]``-th step.
 
 Scalar arithmetic, once in Python (the reference) and once as a Triton kernel; the two agree bit for
@@ -34,9 +34,9 @@ from dbcache.kernels.pruning.block_state import BLOCKS, BlockSteps
 def decide_step(state: BlockSteps, decisions: torch.Tensor | None, *, impl: Impl = "auto") -> None:
     """Decide the next step of `state` and advance it, in place.
 
-    ``flags`` then says which blocks are left out, and ``store`` what becomes of the others;
+    ``flags`` then says which blocks are skipped, and ``store`` what becomes of the others;
     ``lane.counters[CACHED]`` and ``[REASON]`` are those of the step. Its trace has them too, with
-    the smallest change of a block that may be left out: NaN if all are, -1 if it was not measured.
+    the smallest change of a block that may be skipped: NaN if all are, -1 if it was not measured.
 
     Args:
         state: state of the steps, with ``lane.counters[STEP] < lane.capacity``.
@@ -94,7 +94,7 @@ def advance_blocks(
 def _of_blocks(
     prunable: Sequence[int], decisions: Sequence[Sequence[float]], threshold: float
 ) -> tuple[list[int], float, Reason]:
-    """Return which blocks are left out, the smallest change of one that may be, and the reason."""
+    """Return which blocks are skipped, the smallest change of one that may be, and the reason."""
     flags = [int(skipped > 0) for _, skipped in decisions]
     known = [diff for diff, _ in decisions if diff == diff]
     own = [diff for (diff, _), may in zip(decisions, prunable, strict=True) if may and diff == diff]

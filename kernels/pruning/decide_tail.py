@@ -1,8 +1,8 @@
-"""What becomes of the last blocks of a stack on a step that was decided (`Bn_compute_blocks_ids`).
+"""Which of a stack's last blocks run on a decided step (`Bn_compute_blocks_ids`).
 
     full step      all run, and are stored:  DUE := 1 for the first time, else 2;  STAMP := the step
     cached step    nothing is stored:        DUE := 0;  STAMP stays
-                   those are left out that `decide_blocks` found, if there is something stored
+                   those are skipped that `decide_blocks` found, if there is something stored
 
 So ``store[STAMP]`` is the step on which the blocks were stored, and -1 means that nothing is stored
 of them. The step is the latest one that `decide` took: neither it nor what is stored has to be
@@ -37,7 +37,7 @@ def decide_tail(
         counters: int32 (NUM_COUNTERS,), of the lane's state, after the step was decided.
         decisions: float32 (M, 2), as `decide_blocks` left them; looked at on cached steps. None if
             nothing was measured: all blocks run.
-        flags: int32 (M,): becomes 1 for a block that is left out, else 0.
+        flags: int32 (M,): becomes 1 for a block that is skipped, else 0.
         store: int32 (NUM_STORE,), for `store_block`; ``store[EVERY]`` is not used.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 

@@ -1,4 +1,4 @@
-"""What a block that ran leaves behind, so that it can be left out later.
+"""Store a block's input and residuals after it ran, so that it can be skipped later.
 
     growth_sums[i] := sums of |h_out - (X + R)| and |h_in - X|     of what was stored before
     X := h_in,   R := h_out - h_in,   the same residual of the encoder states
