@@ -13,7 +13,7 @@ from bench.kernel_op import Draw, Inputs, KernelOp, Outputs
 from bench.shapes import Shape
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.select import Backend
-from dbcache.kernels.decision.probe_diff import partition_of
+from dbcache.kernels.common.sums import partition_of
 from dbcache.kernels.pruning import block_state as bs
 from dbcache.kernels.pruning.add_residuals import add_residuals
 from dbcache.kernels.pruning.block_changes import block_changes

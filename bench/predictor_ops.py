@@ -12,7 +12,7 @@ from bench.kernel_op import Draw, Inputs, KernelOp, Outputs
 from bench.shapes import Shape
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.select import Backend
-from dbcache.kernels.decision.probe_diff import partition_of
+from dbcache.kernels.common.sums import partition_of
 from dbcache.kernels.decision.transformation_rate import transformation_rate
 from dbcache.kernels.prediction import spectrum
 from dbcache.kernels.prediction.fit_recurrence import fit_recurrence

@@ -1,4 +1,4 @@
-"""Choose the fastest config of an op for a shape, by measuring, when asked to.
+"""Find the fastest config of an op for a shape, by measuring, on request.
 
     from dbcache.kernels.tuning import tune
     tune("predict", (1, 4096, 3072), torch.bfloat16, slots=2)
@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """How many times as long the default takes."""
+        """Time of the default over that of the choice."""
         return next(iter(self.times.values())) / self.times[self.launch]
 
 
@@ -89,7 +89,7 @@ def tune(
     _check(op, shape, dtype, slots)
     device = check_device(device)
     path = launches.tuning_file()
-    launches.read(path)  # raises before anything is measured, rather than after
+    launches.read(path)  # raise before measuring, not after
     call = _call(op, shape, dtype, slots, encoder_shape, device)
     x = torch.empty(shape, dtype=dtype, device="meta")
     key = launches.key_of(op, x.numel(), x.itemsize, slots)

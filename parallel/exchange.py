@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dbcache.kernels.distributed.fp8_pack import Split, _sections, fp8_pack, fp8_unpack
+from dbcache.kernels.distributed.fp8_pack import Split, fp8_pack, fp8_unpack, sections
 from dbcache.parallel.mesh import Axis
 
 
@@ -110,7 +110,7 @@ def _exchange(
 def _packed_size(shape: Sequence[int], float8: bool) -> int:
     """Return how many elements a rank is sent of a tensor of a shape."""
     *rows, width = shape
-    return _sections(math.prod(rows), width)[1] if float8 else math.prod(shape)
+    return sections(math.prod(rows), width)[1] if float8 else math.prod(shape)
 
 
 def _unpack(

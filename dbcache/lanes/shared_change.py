@@ -10,7 +10,7 @@ from dbcache.config.cache import DBCacheConfig
 from dbcache.config.policies import POLICIES
 from dbcache.config.prune import DBPruneConfig
 from dbcache.kernels.common.lane_state import LaneState, Signal
-from dbcache.kernels.decision.probe_diff import MAX_PARTIALS
+from dbcache.kernels.common.sums import MAX_PARTIALS
 from dbcache.kernels.decision.share_change import make_stamps, share_change
 from dbcache.lanes.buffers import outside_inference_mode
 

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dbcache.kernels.common.constants import Constants
 from dbcache.kernels.common.select import invalid
 
 LARGEST = 448.0
@@ -31,19 +32,19 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.to(torch.uint8), x.new_full(x.shape[:-1], SMALLEST_SCALE)
     lost = ~x.isfinite()
     largest = x.abs().masked_fill_(lost, 0.0).amax(-1)
-    # by a tensor: on a GPU PyTorch divides by a number as a product with its rounded reciprocal
+    # divide by a tensor: by a number, PyTorch on a GPU multiplies with the rounded reciprocal
     scales = (largest / torch.full_like(largest, LARGEST)).clamp_(min=SMALLEST_SCALE)
     codes = (x / scales[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
     return codes.masked_fill_(lost, NAN_CODE), scales
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Return what uint8 `codes` (..., D) and float32 `scales` (...) stand for, float32."""
+    """Return the float32 values of uint8 `codes` (..., D) with float32 `scales` (...)."""
     return codes.view(torch.float8_e4m3fn).float() * scales[..., None]
 
 
 def tokens_and_width(x: torch.Tensor | None) -> tuple[int, int]:
-    """Return how many tokens `x` (..., D) has, and D; (0, 0) for none."""
+    """Return the number of tokens of `x` (..., D), and D; (0, 0) for None."""
     if x is None or x.numel() == 0:
         return 0, 0
     return x.numel() // x.shape[-1], x.shape[-1]
@@ -62,21 +63,19 @@ def check_scales(op: str, name: str, ring: torch.Tensor, scales: torch.Tensor) -
         raise invalid(op, must, scales.stride(), scales.device)
 
 
-_LARGEST = tl.constexpr(LARGEST)
-_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
-_NAN_CODE = tl.constexpr(NAN_CODE)
+E4M3 = Constants(globals())
 
 
 @triton.jit
 def quantize_rows(x):
     """Return the codes of a float32 tile, a token per row, and the scales of its rows."""
     magnitude = tl.abs(x)
-    finite = magnitude < float("inf")  # not so for NaN
+    finite = magnitude < float("inf")  # false for NaN
     largest = tl.max(tl.where(finite, magnitude, 0.0), 1)
     # div_rn: `/` is off by an ulp on a GPU, which would change the bytes
-    scales = tl.maximum(tl.div_rn(largest, _LARGEST), _SMALLEST_SCALE)
+    scales = tl.maximum(tl.div_rn(largest, E4M3.LARGEST), E4M3.SMALLEST_SCALE)
     codes = encode(tl.div_rn(x, tl.broadcast_to(scales[:, None], x.shape)))
-    return tl.where(finite, codes, _NAN_CODE).to(tl.uint8), scales
+    return tl.where(finite, codes, E4M3.NAN_CODE).to(tl.uint8), scales
 
 
 @triton.jit
@@ -85,22 +84,22 @@ def encode(x):
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     # nearest even: add half of the last place that stays, less one where that place is even;
-    # then 120 is what float32's exponents are biased more than e4m3's
+    # then subtract 120, the difference of the exponents' biases
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
-    # below 2**-6: the last place of 2**14 + |x| is 2**-9, as that of e4m3's subnormals
+    # below 2**-6: the last place of 2**14 + |x| is 2**-9, the spacing of e4m3's subnormals
     shifted = magnitude.to(tl.float32, bitcast=True) + 16384.0
     subnormal = shifted.to(tl.uint32, bitcast=True) - 0x46800000
     code = tl.where(magnitude < 0x3C800000, subnormal, tl.minimum(normal, 0x7E))
-    code = tl.where(magnitude > 0x7F800000, _NAN_CODE, code)
+    code = tl.where(magnitude > 0x7F800000, E4M3.NAN_CODE, code)
     return code | ((bits >> 24) & 0x80)
 
 
 @triton.jit
 def decode(codes):
-    """Return what uint8 e4m3 `codes` stand for, exactly, as float32."""
+    """Return the exact float32 values of uint8 e4m3 `codes`."""
     codes = codes.to(tl.uint16)
     magnitude = codes & 0x7F
     # the bits of a float16 with the same sign, exponent and mantissa, whose bias is larger by 8
     bits = (magnitude << 7) | ((codes & 0x80) << 8)
     value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where(magnitude == _NAN_CODE, float("nan"), value)
+    return tl.where(magnitude == E4M3.NAN_CODE, float("nan"), value)

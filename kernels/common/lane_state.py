@@ -1,16 +1,18 @@
 """The packed scalar state of one lane: a few tiny tensors on the lane's device.
 
-A lane is one stream of denoising steps with a cache of its own. All that `decide` knows about it
-is in four tensors (`counters`, `values`, `limits`, `thresholds`), the plan, and two traces that
-are read back once per request. The constants below name their entries.
+A lane is one stream of denoising steps with a cache of its own. Everything that `decide` knows
+about it is in four tensors (`counters`, `values`, `limits`, `thresholds`), the plan, and two traces
+that are read back once per request. The constants below name their entries.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+
+from dbcache.kernels.common.constants import Constants
 
 MAX_SLOTS = 8
 """Largest number of snapshots a ring can hold."""
@@ -26,9 +28,7 @@ SNAPSHOTS = 6  # ring slots that hold a snapshot
 HEAD = 7  # ring slot that the next full step will write
 SLOT = 8  # ring slot that commit writes in this step
 RING_STEPS = 9  # MAX_SLOTS entries: the step at which each slot was written
-TICKET = (
-    RING_STEPS + MAX_SLOTS
-)  # programs of the launch under way that are done; 0 between launches
+TICKET = RING_STEPS + MAX_SLOTS  # programs of a launch that are done; 0 between launches
 NUM_COUNTERS = TICKET + 1
 
 # entries of LaneState.values, float32
@@ -36,10 +36,10 @@ DIFF = 0  # relative L1 of the latest step, -1 where it was not measured
 ACCUMULATED = 1  # sum of the diffs of cached dynamic steps since the last full step
 WEIGHTS = 2  # MAX_SLOTS entries, by ring slot, for hidden states
 ENCODER_WEIGHTS = WEIGHTS + MAX_SLOTS  # the same for encoder hidden states
-RATE = ENCODER_WEIGHTS + MAX_SLOTS  # of Signal.RATE; below 0, there is none yet: one of the two
+RATE = ENCODER_WEIGHTS + MAX_SLOTS  # for Signal.RATE; below 0 where there is none yet, one of:
 NUM_VALUES = RATE + 1
 NO_OUTPUT = -1.0  # no output of a full step is kept
-ONE_OUTPUT = -2.0  # that of one full step is
+ONE_OUTPUT = -2.0  # the output of one full step is kept
 
 # entries of LaneState.limits, int32
 MAX_CACHED = 0  # most cached steps per request, -1 for no limit
@@ -55,7 +55,7 @@ NUM_LIMITS = 8
 # entries of LaneState.thresholds, float32
 THRESHOLD = 0  # cache below this; <= 0 never, >= 1 always (Signal.CHANGE only)
 MAX_ACCUMULATED = 1  # run in full once ACCUMULATED reaches this; <= 0 for no limit
-IMPORTANT = 2  # relative L1 of a token above which it counts, where tokens are told apart
+IMPORTANT = 2  # a token counts above this relative L1, if tokens are measured one by one
 SCALE = 3  # of the predictor; see `taylor`
 POLYNOMIAL = 4  # DEGREE + 1 coefficients of Signal.SUM, that of the highest power first
 DEGREE = 4
@@ -67,7 +67,7 @@ cached one is a full one all the same where there is no reference."""
 
 
 class PlanCode(IntEnum):
-    """What is known about a step before the loop starts."""
+    """What the schedule says about a step before the loop starts."""
 
     DYNAMIC = 0
     """Measure, then decide."""
@@ -80,7 +80,7 @@ class PlanCode(IntEnum):
 
 
 class BatchReduce(IntEnum):
-    """How the samples of a batch make one change, which is compared with the threshold."""
+    """How the changes of a batch's samples become the one that is compared with the threshold."""
 
     MEAN = 0
     """Of the batch as a whole: the sums of all samples, divided."""
@@ -133,9 +133,32 @@ class Reason(IntEnum):
         return self >= Reason.STATIC
 
 
+LANE = Constants(globals())
+"""The constants above, for kernels; the next ones are the members of the enumerations."""
+PLANS, REASONS = Constants(PlanCode.__members__), Constants(Reason.__members__)
+SIGNALS, PREDICTORS = Constants(Signal.__members__), Constants(Predictor.__members__)
+REDUCTIONS = Constants(BatchReduce.__members__)
+
+
+class State(NamedTuple):
+    """The tensors of a `LaneState` inside a kernel, made of the kernel's arguments."""
+
+    counters_ptr: Any
+    values_ptr: Any
+    limits_ptr: Any
+    thresholds_ptr: Any
+    plan_ptr: Any
+    trace_reason_ptr: Any
+    trace_diff_ptr: Any
+    capacity: Any
+
+
 @dataclass(slots=True, eq=False)
 class LaneState:
     """The tensors of one lane, all on one device, contiguous. Make one with `allocate`."""
+
+    TENSORS: ClassVar[tuple[str, ...]]
+    """Names of the tensors that a `LaneState` is made of."""
 
     counters: torch.Tensor
     """int32 (NUM_COUNTERS,)"""
@@ -165,7 +188,7 @@ class LaneState:
         self._make_views()
 
     def _make_views(self) -> None:
-        # a fake tensor says that it is on the CPU, and has no memory there
+        # a fake tensor claims to be on the CPU, but has no memory
         on_cpu = self.counters.device.type == "cpu" and type(self.counters) is torch.Tensor
         self.host = tuple(x.numpy() for x in self.tensors()) if on_cpu else None
         self.weights = self.values[WEIGHTS : WEIGHTS + MAX_SLOTS]
@@ -198,10 +221,10 @@ class LaneState:
         return state._with_reset()
 
     def _with_reset(self) -> "LaneState":
-        """Make ready what `reset` copies: a graph may capture it, but not the making of it."""
+        """Allocate what `reset` copies: a graph may capture the copy, but not the allocation."""
         written = (self.counters, self.values, self.trace_reason, self.trace_diff)
         blank = _blank(self.capacity, self.counters.device)
-        # of one dtype, PyTorch copies all of them in one launch
+        # PyTorch copies tensors of one dtype in one launch
         self._reset = [x.view(torch.int32) for x in written], [x.view(torch.int32) for x in blank]
         return self
 
@@ -215,8 +238,13 @@ class LaneState:
         state = (self.counters, self.values, self.limits, self.thresholds, self.plan)
         return (*state, self.trace_reason, self.trace_diff)
 
+    @classmethod
+    def from_tensors(cls, *tensors: torch.Tensor) -> "LaneState":
+        """Return the state made of the seven tensors."""
+        return cls(*tensors)
+
     def addresses(self) -> tuple[int, ...]:
-        """Return where the tensors lie: recorded work holds while this stays the same."""
+        """Return the tensors' addresses: captured work is valid while they stay the same."""
         return tuple(tensor.data_ptr() for tensor in self.tensors())
 
     def reset(self) -> None:
@@ -227,7 +255,7 @@ class LaneState:
         torch._foreach_copy_(*self._reset)
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` steps; what is there stays, new steps are DYNAMIC.
+        """Make room for `capacity` steps; existing entries stay, new steps are DYNAMIC.
 
         `plan`, `trace_reason` and `trace_diff` become new tensors. Does not synchronise.
         """
@@ -262,7 +290,7 @@ class LaneState:
 
 
 TENSORS = tuple(tensor.name for tensor in fields(LaneState) if tensor.init)
-"""Names of the tensors that a `LaneState` is made of."""
+LaneState.TENSORS = TENSORS
 
 
 def _blank(capacity: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:

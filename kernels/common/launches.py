@@ -62,8 +62,13 @@ _FOR_MANY_SLOTS = {
 
 
 def configs_of(op: str, slots: int = 1) -> tuple[Launch, ...]:
-    """Return what may be chosen for `op` and a ring of `slots` slots; the first is the default."""
+    """Return the configs of `op` for a ring of `slots` slots; the first is the default."""
     return (CONFIGS if slots < MANY_SLOTS else _FOR_MANY_SLOTS)[op]
+
+
+def contiguous(*tensors: torch.Tensor | None) -> list[Any]:
+    """Return the tensors in contiguous form; None stays None."""
+    return [x if x is None else x.contiguous() for x in tensors]
 
 
 FORMAT = "dbcache tuning 1"
@@ -84,7 +89,7 @@ def launch_of(op: str, x: torch.Tensor, slots: int = 1) -> Launch:
 
 
 def key_of(op: str, numel: int, itemsize: int, slots: int) -> Key:
-    """Return what a choice is kept under: sizes up to the next power of 2 share it."""
+    """Return the key of a choice: sizes between two powers of 2 share one."""
     return op, numel.bit_length() - 1, itemsize, slots
 
 
@@ -110,7 +115,7 @@ def reset() -> None:
 
 
 def device_id(index: int) -> str:
-    """Return what a choice holds for: device, compute capability and version of Triton."""
+    """Return the device of a choice: name, compute capability and version of Triton."""
     if index < 0:
         return f"cpu, triton {triton.__version__}"
     major, minor = torch.cuda.get_device_capability(index)
@@ -148,7 +153,7 @@ def read(path: Path) -> dict[str, Table]:
 
 
 def write(path: Path, device: str, table: Table) -> None:
-    """Add the choices for one device to a file, which is replaced at once, or not at all.
+    """Add the choices for one device to a file, atomically.
 
     Raises:
         OSError: it cannot be written.

@@ -41,10 +41,10 @@ def select(impl: str, x: torch.Tensor) -> Backend:
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Whether the call on `x` must go through a registered op to be seen.
+    """Whether the call on `x` must go through the registered op, so that a tracer sees it.
 
-    That is so while torch.compile or torch.export traces and for tensor subclasses such as fake
-    tensors. Plain tensors skip the op, whose dispatch costs 10 to 20 us of host time per call.
+    True while torch.compile or torch.export traces, and for tensor subclasses such as fake tensors.
+    Plain tensors skip the op, whose dispatch costs 10 to 20 us of host time per call.
     """
     return torch.compiler.is_compiling() or type(x) is not torch.Tensor
 
@@ -72,7 +72,7 @@ def reset_environment() -> None:
 
 
 def invalid(op: str, must: str, *got: Any) -> ValueError:
-    """Return the error ``op: must, got ...``, with all the values that it depends on."""
+    """Return a ValueError that says ``op: must, got ...``, with all offending values."""
     return ValueError(f"{op}: {must}, got {' and '.join(map(str, got))}")
 
 

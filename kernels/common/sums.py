@@ -1,4 +1,4 @@
-"""Sums in a fixed order, and the relative L1 made of them, in Python and as Triton functions.
+"""Sums in a fixed order, and the relative L1 of them, in Python and as Triton functions.
 
 A sum in float32 depends on its order, and `tl.sum` takes the one that fits the layout of its
 registers: another number of warps, another result. Here neighbours are added until one is left,
@@ -12,9 +12,38 @@ and on the host.
 from collections.abc import Sequence
 from ctypes import c_float
 from math import inf, nan
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+
+from dbcache.kernels.common.launches import BLOCK
+
+MAX_PARTIALS = 1024
+"""Most partial sums per sample: one program of `decide` adds them up."""
+
+
+def partition(shape: torch.Size, by_token: bool) -> tuple[int, int]:
+    """Return (blocks or tokens per program, programs per sample), from the shape alone."""
+    return _share(shape[1:-1].numel()) if by_token else partition_of(shape[1:].numel())
+
+
+def partition_of(numel: int) -> tuple[int, int]:
+    """Return (blocks of elements per program, programs) for sums over `numel` elements."""
+    return _share(triton.cdiv(numel, BLOCK))
+
+
+def _share(parts: int) -> tuple[int, int]:
+    """Return (parts per program, programs), both at least 1, of at most MAX_PARTIALS programs."""
+    parts = max(1, parts)
+    per_program = triton.cdiv(parts, MAX_PARTIALS)
+    return per_program, triton.cdiv(parts, per_program)
+
+
+def log2(power: int) -> int:
+    """Return the exponent of a power of 2."""
+    return power.bit_length() - 1
 
 
 def relative_l1(partials: Sequence[Sequence[Sequence[float]]], worst: bool = False) -> float:
@@ -70,31 +99,37 @@ def tree_sum(x: Sequence[float]) -> float:
     return x[0]
 
 
+class Partials(NamedTuple):
+    """Partial sums in memory, (samples, programs, width), in a kernel."""
+
+    ptr: Any
+    samples: Any
+    programs: Any
+
+
 @triton.jit
-def relative_l1_of_partials(
-    partials_ptr, samples, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr
-):
+def relative_l1_of_partials(partials, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
     """The function `relative_l1` above, for at most 2**LOG_LANES programs, of WIDTH sums each.
 
     Returns it for the batch as a whole and for the worst sample, and the batch's num of all tokens.
     """
     num = tl.full((), 0.0, tl.float32)
     den, important_num, important_den, largest = num, num, num, num
-    for sample in range(samples):
-        sums_ptr = partials_ptr + sample * programs * WIDTH
-        sample_num = sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
-        sample_den = sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
+    for sample in range(partials.samples):
+        sums_ptr = partials.ptr + sample * partials.programs * WIDTH
+        sample_num = sum_of_column(sums_ptr, partials.programs, LOG_LANES, WIDTH)
+        sample_den = sum_of_column(sums_ptr + 1, partials.programs, LOG_LANES, WIDTH)
         num += sample_num
         den += sample_den
         if WIDTH == 4:
-            some_num = sum_of_column(sums_ptr + 2, programs, LOG_LANES, WIDTH)
-            some_den = sum_of_column(sums_ptr + 3, programs, LOG_LANES, WIDTH)
+            some_num = sum_of_column(sums_ptr + 2, partials.programs, LOG_LANES, WIDTH)
+            some_den = sum_of_column(sums_ptr + 3, partials.programs, LOG_LANES, WIDTH)
             important_num += some_num
             important_den += some_den
             sample_den = tl.where(some_num != 0, some_den, sample_den)
             sample_num = tl.where(some_num != 0, some_num, sample_num)
         ratio = tl.div_rn(sample_num, sample_den)
-        # once NaN, always NaN: nothing is greater
+        # once NaN, it stays NaN: no comparison with NaN is true
         largest = tl.where((ratio > largest) | (ratio != ratio), ratio, largest)
     moved = num
     if WIDTH == 4:
@@ -104,16 +139,14 @@ def relative_l1_of_partials(
 
 
 @triton.jit
-def total_of_partials(
-    partials_ptr, samples, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr
-):
+def total_of_partials(partials, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
     """The first two of `total_sums` above, for at most 2**LOG_LANES programs."""
     num = tl.full((), 0.0, tl.float32)
     den = num
-    for sample in range(samples):
-        sums_ptr = partials_ptr + sample * programs * WIDTH
-        num += sum_of_column(sums_ptr, programs, LOG_LANES, WIDTH)
-        den += sum_of_column(sums_ptr + 1, programs, LOG_LANES, WIDTH)
+    for sample in range(partials.samples):
+        sums_ptr = partials.ptr + sample * partials.programs * WIDTH
+        num += sum_of_column(sums_ptr, partials.programs, LOG_LANES, WIDTH)
+        den += sum_of_column(sums_ptr + 1, partials.programs, LOG_LANES, WIDTH)
     return num, den
 
 
@@ -131,3 +164,10 @@ def tree_sum_lanes(x, LOG_LANES: tl.constexpr):
     for level in tl.static_range(1, LOG_LANES + 1):
         x = tl.sum(tl.reshape(x, ((1 << LOG_LANES) >> level, 2)), axis=1)
     return tl.sum(x, axis=0)
+
+
+@triton.jit
+def lanes_of(program, per_program, i, LOG_BLOCK: tl.constexpr):
+    """Return the elements of a sample in block i of a program: 64 bits, for long videos."""
+    start = (program.to(tl.int64) * per_program + i) << LOG_BLOCK
+    return start + tl.arange(0, 1 << LOG_BLOCK)

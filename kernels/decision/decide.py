@@ -19,16 +19,27 @@ of it is computed here, too.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import LaneState, PlanCode, Reason, Signal
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select
-from dbcache.kernels.common.sums import f32
-from dbcache.kernels.decision.probe_diff import MAX_PARTIALS
+from dbcache.kernels.common.lane_state import (
+    LANE,
+    PLANS,
+    REASONS,
+    LaneState,
+    PlanCode,
+    Reason,
+    Signal,
+    State,
+)
+from dbcache.kernels.common.launches import contiguous
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import Impl, invalid
+from dbcache.kernels.common.sums import MAX_PARTIALS, Partials, f32
 from dbcache.kernels.decision.step_signal import (
     is_ready,
     is_signal_ready,
@@ -36,7 +47,7 @@ from dbcache.kernels.decision.step_signal import (
     signal_of,
     signal_of_partials,
 )
-from dbcache.kernels.prediction.taylor import reached, store_weights, weights_by_slot
+from dbcache.kernels.prediction.taylor import Ring, reached, store_weights, weights_by_slot
 
 
 def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "auto") -> None:
@@ -53,8 +64,7 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
             are important tokens. None if it was not measured. It is looked at in DYNAMIC steps
             with a valid reference, recorded there even if a limit decides, and without it those
             run in full.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not.
@@ -76,12 +86,7 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
         if partials.dtype != torch.float32 or partials.device != counters.device:
             must = f"partials must be float32 on {counters.device}"
             raise invalid("decide", must, partials.dtype, partials.device)
-    if is_traced(counters):
-        _decide_op(*state.tensors(), partials, impl)
-    elif select(impl, counters) == "triton":
-        _decide_triton(state, partials)
-    else:
-        decide_reference(state, partials)
+    _decide(impl, state, partials)
 
 
 def decide_reference(state: LaneState, partials: torch.Tensor | None) -> None:
@@ -91,7 +96,7 @@ def decide_reference(state: LaneState, partials: torch.Tensor | None) -> None:
         decide_reference(on_cpu, partials)
         state.copy_(on_cpu)
         return
-    # NumPy views share the memory and are read and written in a fraction of a tensor's time
+    # NumPy views share the memory, and access takes a fraction of a tensor's time
     counters_view, values_view, limits_view, thresholds, plan, trace_reason, trace_diff = state.host
     counters, values, limits = counters_view.tolist(), values_view.tolist(), limits_view.tolist()
     step = counters[ls.STEP]
@@ -120,7 +125,7 @@ def advance(
     code: int,
     diff: float | None,
 ) -> None:
-    """Advance `counters` and `values` by one step of plan code `code` whose change was `diff`."""
+    """Advance `counters` and `values` by a step of plan code `code` with the change `diff`."""
     reason = choose(counters, values, limits, thresholds, code, diff)
     step, slots, head = counters[ls.STEP], limits[ls.SLOTS], counters[ls.HEAD]
     cached = reason >= Reason.STATIC
@@ -166,7 +171,7 @@ def choose(
     code: int,
     diff: float | None,
 ) -> Reason:
-    """Return what decides a step of plan code `code` whose change was `diff`."""
+    """Return the reason that decides a step of plan code `code` with the change `diff`."""
     if code == PlanCode.WARMUP:
         return Reason.WARMUP
     if code == PlanCode.MASK:
@@ -197,237 +202,144 @@ def choose(
     return Reason.BELOW_THRESHOLD if diff < threshold else Reason.ABOVE_THRESHOLD
 
 
-def _decide_triton(state: LaneState, partials: torch.Tensor | None) -> None:
+@op(
+    decide_reference,
+    like="state.counters",
+    mutates=("counters", "values", "trace_reason", "trace_diff"),
+)
+def _decide(state, partials):
     samples, programs, width = (0, 0, 2) if partials is None else partials.shape
     log_lanes = max(0, programs - 1).bit_length()
-    with torch.cuda.device_of(state.counters):
-        _decide_kernel[(1,)](
-            *state.tensors(), state.capacity,
-            None if partials is None else partials.contiguous(), samples, programs,
-            LOG_LANES=log_lanes, WIDTH=width,
-            num_warps=1 if log_lanes < 8 else 4, enable_fp_fusion=False,
-        )  # fmt: skip
+    _decide_kernel[(1,)](
+        *state.tensors(), state.capacity, *contiguous(partials), samples, programs,
+        LOG_LANES=log_lanes, WIDTH=width,
+        num_warps=1 if log_lanes < 8 else 4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "dbcache::decide", mutates_args=("counters", "values", "trace_reason", "trace_diff")
-)
-def _decide_op(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    thresholds: torch.Tensor,
-    plan: torch.Tensor,
-    trace_reason: torch.Tensor,
-    trace_diff: torch.Tensor,
-    partials: torch.Tensor | None,
-    impl: str,
-) -> None:
-    state = LaneState(counters, values, limits, thresholds, plan, trace_reason, trace_diff)
-    if select(impl, counters) == "triton":
-        _decide_triton(state, partials)
-    else:
-        decide_reference(state, partials)
+class Counts(NamedTuple):
+    """The numbers of the step and its lane that `choose` compares, in a kernel."""
 
-
-# Triton functions can read globals that are constexpr, and no others
-_STEP, _CACHED, _REASON = tl.constexpr(ls.STEP), tl.constexpr(ls.CACHED), tl.constexpr(ls.REASON)
-_CACHED_STEPS, _CONSECUTIVE = tl.constexpr(ls.CACHED_STEPS), tl.constexpr(ls.CONSECUTIVE)
-_REFERENCE, _SNAPSHOTS = tl.constexpr(ls.REFERENCE), tl.constexpr(ls.SNAPSHOTS)
-_HEAD, _SLOT = tl.constexpr(ls.HEAD), tl.constexpr(ls.SLOT)
-_RING_STEPS = tl.constexpr(ls.RING_STEPS)
-_DIFF, _ACCUMULATED = tl.constexpr(ls.DIFF), tl.constexpr(ls.ACCUMULATED)
-_WEIGHTS, _ENCODER_WEIGHTS = tl.constexpr(ls.WEIGHTS), tl.constexpr(ls.ENCODER_WEIGHTS)
-_MAX_CACHED, _MAX_CONSECUTIVE = tl.constexpr(ls.MAX_CACHED), tl.constexpr(ls.MAX_CONSECUTIVE)
-_SLOTS, _ORDER = tl.constexpr(ls.SLOTS), tl.constexpr(ls.ORDER)
-_ENCODER_ORDER = tl.constexpr(ls.ENCODER_ORDER)
-_THRESHOLD, _MAX_ACCUMULATED = tl.constexpr(ls.THRESHOLD), tl.constexpr(ls.MAX_ACCUMULATED)
-_PREDICTOR, _SCALE = tl.constexpr(ls.PREDICTOR), tl.constexpr(ls.SCALE)
-_KNOWN = tl.constexpr(ls.KNOWN)
-_PLAN_DYNAMIC = tl.constexpr(int(PlanCode.DYNAMIC))
-_PLAN_STATIC = tl.constexpr(int(PlanCode.STATIC))
-_PLAN_WARMUP = tl.constexpr(int(PlanCode.WARMUP))
-_PLAN_MASK = tl.constexpr(int(PlanCode.MASK))
-_FULL_WARMUP, _FULL_MASK = tl.constexpr(int(Reason.WARMUP)), tl.constexpr(int(Reason.MASK))
-_COUNT_LIMIT = tl.constexpr(int(Reason.COUNT_LIMIT))
-_CONSECUTIVE_LIMIT = tl.constexpr(int(Reason.CONSECUTIVE_LIMIT))
-_ACCUMULATED_LIMIT = tl.constexpr(int(Reason.ACCUMULATED_LIMIT))
-_NO_REFERENCE = tl.constexpr(int(Reason.NO_REFERENCE))
-_SHAPE_CHANGED = tl.constexpr(int(Reason.SHAPE_CHANGED))
-_THRESHOLD_OFF, _NAN = tl.constexpr(int(Reason.THRESHOLD_OFF)), tl.constexpr(int(Reason.NAN))
-_ABOVE_THRESHOLD = tl.constexpr(int(Reason.ABOVE_THRESHOLD))
-_CACHED_STATIC = tl.constexpr(int(Reason.STATIC))
-_BELOW_THRESHOLD = tl.constexpr(int(Reason.BELOW_THRESHOLD))
-_THRESHOLD_ALWAYS = tl.constexpr(int(Reason.THRESHOLD_ALWAYS))
+    code: Any
+    reference: Any
+    ready: Any
+    cached_steps: Any
+    consecutive: Any
+    accumulated: Any
 
 
 @triton.jit
 def _decide_kernel(
-    counters_ptr,
-    values_ptr,
-    limits_ptr,
-    thresholds_ptr,
-    plan_ptr,
-    trace_reason_ptr,
-    trace_diff_ptr,
-    capacity,
-    partials_ptr,
-    samples,
-    programs,
-    LOG_LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    decide_once(
+    counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
+    trace_diff_ptr, capacity, partials_ptr, samples, programs,
+    LOG_LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    state = State(
         counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
-        trace_diff_ptr, capacity, partials_ptr, samples, programs, LOG_LANES, WIDTH,
+        trace_diff_ptr, capacity,
     )  # fmt: skip
+    decide_once(state, Partials(partials_ptr, samples, programs), LOG_LANES, WIDTH)
 
 
 @triton.jit
-def decide_once(
-    counters_ptr,
-    values_ptr,
-    limits_ptr,
-    thresholds_ptr,
-    plan_ptr,
-    trace_reason_ptr,
-    trace_diff_ptr,
-    capacity,
-    partials_ptr,
-    samples,
-    programs,
-    LOG_LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The function `decide_reference` above, for (samples, programs, WIDTH) partial sums.
+def decide_once(state, partials, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The function `decide_reference` above, for `Partials` of WIDTH sums.
 
     One program of a launch may run it, with programs <= 2**LOG_LANES.
     """
-    MEASURED: tl.constexpr = partials_ptr is not None
+    MEASURED: tl.constexpr = partials.ptr is not None
     diff = tl.full((), -1.0, tl.float32)
     if MEASURED:
-        diff = signal_of_partials(
-            partials_ptr, samples, programs, limits_ptr, thresholds_ptr, values_ptr, LOG_LANES,
-            WIDTH,
-        )  # fmt: skip
-    _advance(
-        counters_ptr,
-        values_ptr,
-        limits_ptr,
-        thresholds_ptr,
-        plan_ptr,
-        trace_reason_ptr,
-        trace_diff_ptr,
-        capacity,
-        diff,
-        MEASURED,
-    )
+        diff = signal_of_partials(partials, state, LOG_LANES, WIDTH)
+    _advance(state, diff, MEASURED)
 
 
 @triton.jit
-def _advance(
-    counters_ptr,
-    values_ptr,
-    limits_ptr,
-    thresholds_ptr,
-    plan_ptr,
-    trace_reason_ptr,
-    trace_diff_ptr,
-    capacity,
-    diff,
-    MEASURED: tl.constexpr,
-):
+def _advance(state, diff, MEASURED: tl.constexpr):
     """The function `advance` above, on the state in memory."""
-    step = tl.load(counters_ptr + _STEP)
-    planned = step < capacity
-    code = tl.load(plan_ptr + step, mask=planned, other=_PLAN_DYNAMIC)
-    reference = tl.load(counters_ptr + _REFERENCE)
-    ready = is_signal_ready(limits_ptr, values_ptr)
-    measured = MEASURED & (code == _PLAN_DYNAMIC) & (reference == 1) & ready
-    cached_steps = tl.load(counters_ptr + _CACHED_STEPS)
-    consecutive = tl.load(counters_ptr + _CONSECUTIVE)
-    accumulated = tl.load(values_ptr + _ACCUMULATED)
-    reason = choose_once(
-        limits_ptr, thresholds_ptr, code, reference, ready, cached_steps, consecutive, accumulated,
-        diff, MEASURED,
-    )  # fmt: skip
-    cached = reason >= _CACHED_STATIC
+    counters_ptr, values_ptr = state.counters_ptr, state.values_ptr
+    step = tl.load(counters_ptr + LANE.STEP)
+    planned = step < state.capacity
+    code = tl.load(state.plan_ptr + step, mask=planned, other=PLANS.DYNAMIC)
+    reference = tl.load(counters_ptr + LANE.REFERENCE)
+    ready = is_signal_ready(state)
+    measured = MEASURED & (code == PLANS.DYNAMIC) & (reference == 1) & ready
+    cached_steps = tl.load(counters_ptr + LANE.CACHED_STEPS)
+    consecutive = tl.load(counters_ptr + LANE.CONSECUTIVE)
+    accumulated = tl.load(values_ptr + LANE.ACCUMULATED)
+    counts = Counts(code, reference, ready, cached_steps, consecutive, accumulated)
+    reason = choose_once(state, counts, diff, MEASURED)
+    cached = reason >= REASONS.STATIC
 
-    slots = tl.load(limits_ptr + _SLOTS)
-    snapshots = tl.load(counters_ptr + _SNAPSHOTS)
-    head = tl.load(counters_ptr + _HEAD)
+    slots = tl.load(state.limits_ptr + LANE.SLOTS)
+    snapshots = tl.load(counters_ptr + LANE.SNAPSHOTS)
+    head = tl.load(counters_ptr + LANE.HEAD)
     # every warp reads before the first one writes, or they would not take the same branch
     tl.debug_barrier()
     if cached:
-        order = tl.load(limits_ptr + _ORDER)
-        encoder_order = tl.load(limits_ptr + _ENCODER_ORDER)
-        ring_ptr = counters_ptr + _RING_STEPS
-        predictor = tl.load(limits_ptr + _PREDICTOR)
-        scale = tl.load(thresholds_ptr + _SCALE)
-        store_weights(
-            values_ptr + _WEIGHTS, ring_ptr, step, head, slots, snapshots, order, predictor, scale
-        )
-        store_weights(
-            values_ptr + _ENCODER_WEIGHTS, ring_ptr, step, head, slots, snapshots, encoder_order,
-            predictor, scale,
-        )  # fmt: skip
-        tl.store(counters_ptr + _CACHED_STEPS, cached_steps + 1)
-        tl.store(counters_ptr + _CONSECUTIVE, consecutive + 1)
-        tl.store(values_ptr + _ACCUMULATED, accumulated + diff, mask=measured)
+        _store_weights(state, step, head, slots, snapshots)
+        tl.store(counters_ptr + LANE.CACHED_STEPS, cached_steps + 1)
+        tl.store(counters_ptr + LANE.CONSECUTIVE, consecutive + 1)
+        tl.store(values_ptr + LANE.ACCUMULATED, accumulated + diff, mask=measured)
     else:
-        tl.store(counters_ptr + _SLOT, head)
-        tl.store(counters_ptr + _RING_STEPS + head, step)
-        tl.store(counters_ptr + _HEAD, (head + 1) % slots)
-        tl.store(counters_ptr + _SNAPSHOTS, tl.minimum(snapshots + 1, slots))
-        tl.store(counters_ptr + _CONSECUTIVE, 0)
-        tl.store(counters_ptr + _REFERENCE, 1)
-        tl.store(values_ptr + _ACCUMULATED, 0.0)
+        tl.store(counters_ptr + LANE.SLOT, head)
+        tl.store(counters_ptr + LANE.RING_STEPS + head, step)
+        tl.store(counters_ptr + LANE.HEAD, (head + 1) % slots)
+        tl.store(counters_ptr + LANE.SNAPSHOTS, tl.minimum(snapshots + 1, slots))
+        tl.store(counters_ptr + LANE.CONSECUTIVE, 0)
+        tl.store(counters_ptr + LANE.REFERENCE, 1)
+        tl.store(values_ptr + LANE.ACCUMULATED, 0.0)
     diff = tl.where(measured, diff, -1.0)
-    tl.store(counters_ptr + _CACHED, cached.to(tl.int32))
-    tl.store(counters_ptr + _REASON, reason)
-    tl.store(values_ptr + _DIFF, diff)
-    tl.store(trace_reason_ptr + step, reason, mask=planned)
-    tl.store(trace_diff_ptr + step, diff, mask=planned)
-    tl.store(counters_ptr + _STEP, step + 1)
+    tl.store(counters_ptr + LANE.CACHED, cached.to(tl.int32))
+    tl.store(counters_ptr + LANE.REASON, reason)
+    tl.store(values_ptr + LANE.DIFF, diff)
+    tl.store(state.trace_reason_ptr + step, reason, mask=planned)
+    tl.store(state.trace_diff_ptr + step, diff, mask=planned)
+    tl.store(counters_ptr + LANE.STEP, step + 1)
 
 
 @triton.jit
-def choose_once(
-    limits_ptr,
-    thresholds_ptr,
-    code,
-    reference,
-    ready,
-    cached_steps,
-    consecutive,
-    accumulated,
-    diff,
-    MEASURED: tl.constexpr,
-):
+def _store_weights(state, step, head, slots, snapshots):
+    """Store the weights of both streams, as `advance` does."""
+    order = tl.load(state.limits_ptr + LANE.ORDER)
+    encoder_order = tl.load(state.limits_ptr + LANE.ENCODER_ORDER)
+    ring = Ring(state.counters_ptr + LANE.RING_STEPS, head, slots, snapshots)
+    predictor = tl.load(state.limits_ptr + LANE.PREDICTOR)
+    scale = tl.load(state.thresholds_ptr + LANE.SCALE)
+    weights_ptr = state.values_ptr + LANE.WEIGHTS
+    store_weights(weights_ptr, ring, step, order, predictor, scale)
+    weights_ptr = state.values_ptr + LANE.ENCODER_WEIGHTS
+    store_weights(weights_ptr, ring, step, encoder_order, predictor, scale)
+
+
+@triton.jit
+def choose_once(state, counts, diff, MEASURED: tl.constexpr):
     """The function `choose` above, from the last rule to the first: a later line overrides."""
-    max_cached = tl.load(limits_ptr + _MAX_CACHED)
-    max_consecutive = tl.load(limits_ptr + _MAX_CONSECUTIVE)
-    threshold = tl.load(thresholds_ptr + _THRESHOLD)
-    max_accumulated = tl.load(thresholds_ptr + _MAX_ACCUMULATED)
-    missing = tl.where(reference == 2, _SHAPE_CHANGED, _NO_REFERENCE)
+    code, reference, accumulated = counts.code, counts.reference, counts.accumulated
+    max_cached = tl.load(state.limits_ptr + LANE.MAX_CACHED)
+    max_consecutive = tl.load(state.limits_ptr + LANE.MAX_CONSECUTIVE)
+    threshold = tl.load(state.thresholds_ptr + LANE.THRESHOLD)
+    max_accumulated = tl.load(state.thresholds_ptr + LANE.MAX_ACCUMULATED)
+    missing = tl.where(reference == 2, REASONS.SHAPE_CHANGED, REASONS.NO_REFERENCE)
 
-    summed = is_summed(limits_ptr)
+    summed = is_summed(state)
     compared = tl.where(summed, accumulated + diff, diff)
-    reason = tl.where(compared < threshold, _BELOW_THRESHOLD, _ABOVE_THRESHOLD)
-    reason = tl.where((threshold >= 1.0) & ~summed, _THRESHOLD_ALWAYS, reason)
-    reason = tl.where((not MEASURED) | (diff != diff), _NAN, reason)
-    reason = tl.where(threshold <= 0.0, _THRESHOLD_OFF, reason)
-    reason = tl.where((reference == 1) & ready, reason, missing)
+    reason = tl.where(compared < threshold, REASONS.BELOW_THRESHOLD, REASONS.ABOVE_THRESHOLD)
+    reason = tl.where((threshold >= 1.0) & ~summed, REASONS.THRESHOLD_ALWAYS, reason)
+    reason = tl.where((not MEASURED) | (diff != diff), REASONS.NAN, reason)
+    reason = tl.where(threshold <= 0.0, REASONS.THRESHOLD_OFF, reason)
+    reason = tl.where((reference == 1) & counts.ready, reason, missing)
     over = (max_accumulated > 0.0) & (accumulated >= max_accumulated)
-    reason = tl.where(over, _ACCUMULATED_LIMIT, reason)
-    over = (max_consecutive >= 0) & (consecutive >= max_consecutive)
-    reason = tl.where(over, _CONSECUTIVE_LIMIT, reason)
-    over = (max_cached >= 0) & (cached_steps >= max_cached)
-    reason = tl.where(over, _COUNT_LIMIT, reason)
+    reason = tl.where(over, REASONS.ACCUMULATED_LIMIT, reason)
+    over = (max_consecutive >= 0) & (counts.consecutive >= max_consecutive)
+    reason = tl.where(over, REASONS.CONSECUTIVE_LIMIT, reason)
+    over = (max_cached >= 0) & (counts.cached_steps >= max_cached)
+    reason = tl.where(over, REASONS.COUNT_LIMIT, reason)
 
-    known = tl.where((code >= _KNOWN + _CACHED_STATIC) & (reference != 1), missing, code - _KNOWN)
-    reason = tl.where(code >= _KNOWN, known, reason)
-    static = tl.where(reference == 1, _CACHED_STATIC, missing)
-    reason = tl.where(code == _PLAN_STATIC, static, reason)
-    reason = tl.where(code == _PLAN_WARMUP, _FULL_WARMUP, reason)
-    return tl.where(code == _PLAN_MASK, _FULL_MASK, reason)
+    is_lost = (code >= LANE.KNOWN + REASONS.STATIC) & (reference != 1)
+    known = tl.where(is_lost, missing, code - LANE.KNOWN)
+    reason = tl.where(code >= LANE.KNOWN, known, reason)
+    static = tl.where(reference == 1, REASONS.STATIC, missing)
+    reason = tl.where(code == PLANS.STATIC, static, reason)
+    reason = tl.where(code == PLANS.WARMUP, REASONS.WARMUP, reason)
+    return tl.where(code == PLANS.MASK, REASONS.MASK, reason)

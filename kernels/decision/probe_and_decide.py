@@ -22,14 +22,15 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.lane_state import TICKET, LaneState
-from dbcache.kernels.common.launches import BLOCK, launch_of
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select
+from dbcache.kernels.common.lane_state import LANE, LaneState, State
+from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import Impl, invalid
+from dbcache.kernels.common.sums import Partials, log2, partition
 from dbcache.kernels.decision.decide import decide_once, decide_reference
 from dbcache.kernels.decision.probe_diff import (
+    Probe,
     check_probe,
-    log2,
-    partition,
     probe_diff_reference,
     store_partial,
     store_partial_by_token,
@@ -54,8 +55,7 @@ def probe_and_decide(
         state: state of the lane on the same device, with ``counters[STEP] < state.capacity``;
             advanced in place. One stream at a time may work on it.
         by_token: give `probe_diff` the thresholds of `state`, for the important tokens.
-        impl: ``"triton"``, ``"reference"`` (the two references, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
@@ -65,13 +65,7 @@ def probe_and_decide(
     if state.counters.device != h_fn.device:
         must = "the state must be on the device of h_fn"
         raise invalid("probe_and_decide", must, state.counters.device, h_fn.device)
-    if is_traced(h_fn):
-        with torch.no_grad():
-            _probe_and_decide_op(h_in, h_fn, p_ref, *state.tensors(), by_token, impl)
-    elif select(impl, h_fn) == "triton":
-        _probe_and_decide_triton(h_in, h_fn, p_ref, state, by_token)
-    else:
-        probe_and_decide_reference(h_in, h_fn, p_ref, state, by_token)
+    _probe_and_decide(impl, h_in, h_fn, p_ref, state, by_token)
 
 
 def probe_and_decide_reference(
@@ -86,90 +80,45 @@ def probe_and_decide_reference(
     decide_reference(state, probe_diff_reference(h_in, h_fn, p_ref, thresholds))
 
 
-def _probe_and_decide_triton(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    p_ref: torch.Tensor,
-    state: LaneState,
-    by_token: bool,
-) -> None:
-    h_in = None if h_in is None else h_in.contiguous()
-    h_fn, p_ref = h_fn.contiguous(), p_ref.contiguous()
+@op(
+    probe_and_decide_reference,
+    like="h_fn",
+    mutates=("counters", "values", "trace_reason", "trace_diff"),
+)
+def _probe_and_decide(h_in, h_fn, p_ref, state, by_token):
+    h_in, h_fn, p_ref = contiguous(h_in, h_fn, p_ref)
     batch, sums = h_fn.shape[0], 4 if by_token else 2
     per_program, programs = partition(h_fn.shape, by_token)
     partials = torch.empty(batch, programs, sums, device=h_fn.device, dtype=torch.float32)
     launch = launch_of("probe_and_decide tokens" if by_token else "probe_and_decide", h_fn)
-    with torch.cuda.device_of(h_fn):
-        _probe_and_decide_kernel[(programs, batch)](
-            h_in, h_fn, p_ref, partials, h_fn.numel() // batch, per_program, h_fn.shape[-1],
-            *state.tensors(), state.capacity,
-            LOG_BLOCK=log2(BLOCK), LOG_LANES=(programs - 1).bit_length(), WIDTH=sums,
-            num_warps=launch.num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-@torch.library.custom_op(
-    "dbcache::probe_and_decide", mutates_args=("counters", "values", "trace_reason", "trace_diff")
-)
-def _probe_and_decide_op(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    p_ref: torch.Tensor,
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    thresholds: torch.Tensor,
-    plan: torch.Tensor,
-    trace_reason: torch.Tensor,
-    trace_diff: torch.Tensor,
-    by_token: bool,
-    impl: str,
-) -> None:
-    state = LaneState(counters, values, limits, thresholds, plan, trace_reason, trace_diff)
-    if select(impl, h_fn) == "triton":
-        _probe_and_decide_triton(h_in, h_fn, p_ref, state, by_token)
-    else:
-        probe_and_decide_reference(h_in, h_fn, p_ref, state, by_token)
-
-
-_TICKET = tl.constexpr(TICKET)
+    _probe_and_decide_kernel[(programs, batch)](
+        h_in, h_fn, p_ref, partials, h_fn.numel() // batch, per_program, h_fn.shape[-1],
+        *state.tensors(), state.capacity,
+        LOG_BLOCK=log2(BLOCK), LOG_LANES=(programs - 1).bit_length(), WIDTH=sums,
+        num_warps=launch.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 @triton.jit
 def _probe_and_decide_kernel(
-    h_in_ptr,
-    h_fn_ptr,
-    p_ref_ptr,
-    partials_ptr,
-    size,
-    per_program,
-    width,
-    counters_ptr,
-    values_ptr,
-    limits_ptr,
-    thresholds_ptr,
-    plan_ptr,
-    trace_reason_ptr,
-    trace_diff_ptr,
-    capacity,
-    LOG_BLOCK: tl.constexpr,
-    LOG_LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, width,
+    counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
+    trace_diff_ptr, capacity,
+    LOG_BLOCK: tl.constexpr, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    probe = Probe(h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, width)
     if WIDTH == 2:
-        store_partial(h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, LOG_BLOCK)
+        store_partial(probe, LOG_BLOCK)
     else:
-        store_partial_by_token(
-            h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, thresholds_ptr, width,
-            LOG_BLOCK,
-        )  # fmt: skip
+        store_partial_by_token(probe, thresholds_ptr, LOG_BLOCK)
     tl.debug_barrier()
     programs, samples = tl.num_programs(0), tl.num_programs(1)
-    before = tl.atomic_add(counters_ptr + _TICKET, 1, sem="acq_rel", scope="gpu")
+    before = tl.atomic_add(counters_ptr + LANE.TICKET, 1, sem="acq_rel", scope="gpu")
     if before == programs * samples - 1:
         tl.debug_barrier()
-        tl.store(counters_ptr + _TICKET, 0)
-        decide_once(
+        tl.store(counters_ptr + LANE.TICKET, 0)
+        state = State(
             counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
-            trace_diff_ptr, capacity, partials_ptr, samples, programs, LOG_LANES, WIDTH,
+            trace_diff_ptr, capacity,
         )  # fmt: skip
+        decide_once(state, Partials(partials_ptr, samples, programs), LOG_LANES, WIDTH)

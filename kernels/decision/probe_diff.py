@@ -3,9 +3,9 @@
     P = h_fn - h_in                        what the first blocks added, in the dtype of p_ref
     num, den = sum|P - p_ref|, sum|p_ref|  per sample, so num / den is the relative L1
 
-Without `h_in`, P is h_fn itself: hidden states are compared with hidden states. Given thresholds,
-tokens are told apart, and num and den are also summed over the important ones, those that changed
-most.
+Without `h_in`, P is h_fn itself: hidden states are compared with hidden states. With thresholds,
+each token is measured by itself, and num and den are also summed over the important tokens, which
+changed most.
 
 One pass over the three inputs: 3 * numel * itemsize bytes read, 8 bytes written per program, so
 the kernel is bound by memory bandwidth. The criterion is the first-block cache's
@@ -18,24 +18,17 @@ Lane i of a program first adds up elements i, i + BLOCK, i + 2 * BLOCK, ...; the
 are added until one is left.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.lane_state import IMPORTANT
-from dbcache.kernels.common.launches import BLOCK, launch_of
-from dbcache.kernels.common.select import (
-    DTYPES,
-    Impl,
-    invalid,
-    is_traced,
-    select,
-    without_gradient,
-)
-from dbcache.kernels.common.sums import tree_sum_lanes
-
-MAX_PARTIALS = 1024
-"""Most partial sums per sample, which is what one program of `decide` adds up."""
+from dbcache.kernels.common.lane_state import IMPORTANT, LANE
+from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, select, without_gradient
+from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sum_lanes
 
 
 def probe_diff(
@@ -59,8 +52,7 @@ def probe_diff(
         thresholds: float32 (NUM_THRESHOLDS,), of a `LaneState`: tell tokens apart. A token is a
             row of (B, ..., width), important if its own num / den is above
             ``thresholds[IMPORTANT]``, or NaN. Its sums are in a fixed order, too.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         float32 (B, T, 2) on the same device: ``[..., 0]`` of ``|P - p_ref|``, ``[..., 1]`` of
@@ -71,12 +63,7 @@ def probe_diff(
         ValueError: shapes, dtypes or devices do not fit.
     """
     check_probe("probe_diff", h_in, h_fn, p_ref, thresholds is not None)
-    if is_traced(h_fn):
-        with torch.no_grad():
-            return _probe_diff_op(h_in, h_fn, p_ref, thresholds, impl)
-    if select(impl, h_fn) == "triton":
-        return _probe_diff_triton(h_in, h_fn, p_ref, thresholds)
-    return probe_diff_reference(h_in, h_fn, p_ref, thresholds)
+    return _probe_diff(impl, h_in, h_fn, p_ref, thresholds)
 
 
 @without_gradient
@@ -117,7 +104,7 @@ def _sums_by_token(
 def check_probe(
     who: str, h_in: torch.Tensor | None, h_fn: torch.Tensor, p_ref: torch.Tensor, by_token: bool
 ) -> None:
-    """Raise a ValueError in the name of `who` unless the inputs of `probe_diff` fit."""
+    """Raise a ValueError, as from `who`, unless the inputs of `probe_diff` fit."""
     first = h_fn if h_in is None else h_in
     if not (first.shape == h_fn.shape == p_ref.shape) or h_fn.ndim == 0 or h_fn.shape[0] == 0:
         shapes = (tuple(x.shape) for x in (first, h_fn, p_ref))
@@ -133,65 +120,7 @@ def check_probe(
         raise invalid(who, must, first.device, h_fn.device, p_ref.device)
 
 
-def partition(shape: torch.Size, by_token: bool) -> tuple[int, int]:
-    """Return (blocks or tokens per program, programs per sample); a function of the shape only."""
-    return _share(shape[1:-1].numel()) if by_token else partition_of(shape[1:].numel())
-
-
-def partition_of(numel: int) -> tuple[int, int]:
-    """Return (blocks of elements per program, programs) for sums over `numel` elements."""
-    return _share(triton.cdiv(numel, BLOCK))
-
-
-def _share(parts: int) -> tuple[int, int]:
-    """Return (parts per program, programs), both at least 1, of at most MAX_PARTIALS programs."""
-    parts = max(1, parts)
-    per_program = triton.cdiv(parts, MAX_PARTIALS)
-    return per_program, triton.cdiv(parts, per_program)
-
-
-def log2(power: int) -> int:
-    """Return the exponent of a power of 2."""
-    return power.bit_length() - 1
-
-
-def _probe_diff_triton(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    p_ref: torch.Tensor,
-    thresholds: torch.Tensor | None,
-) -> torch.Tensor:
-    h_in = None if h_in is None else h_in.contiguous()
-    h_fn, p_ref = h_fn.contiguous(), p_ref.contiguous()
-    batch, by_token = h_fn.shape[0], thresholds is not None
-    per_program, programs = partition(h_fn.shape, by_token)
-    sums = 4 if by_token else 2
-    partials = torch.empty(batch, programs, sums, device=h_fn.device, dtype=torch.float32)
-    launch = launch_of("probe_diff tokens" if by_token else "probe_diff", h_fn)
-    with torch.cuda.device_of(h_fn):
-        _probe_diff_kernel[(programs, batch)](
-            h_in, h_fn, p_ref, partials, h_fn.numel() // batch, per_program,
-            thresholds, h_fn.shape[-1],
-            LOG_BLOCK=log2(BLOCK), num_warps=launch.num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
-    return partials
-
-
-@torch.library.custom_op("dbcache::probe_diff", mutates_args=())
-def _probe_diff_op(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    p_ref: torch.Tensor,
-    thresholds: torch.Tensor | None,
-    impl: str,
-) -> torch.Tensor:
-    if select(impl, h_fn) == "triton":
-        return _probe_diff_triton(h_in, h_fn, p_ref, thresholds)
-    return probe_diff_reference(h_in, h_fn, p_ref, thresholds)
-
-
-@_probe_diff_op.register_fake
-def _(
+def _fake(
     h_in: torch.Tensor | None,
     h_fn: torch.Tensor,
     p_ref: torch.Tensor,
@@ -199,86 +128,90 @@ def _(
     impl: str,
 ) -> torch.Tensor:
     by_token = thresholds is not None
-    triton_runs = select(impl, h_fn) == "triton"
-    programs = partition(h_fn.shape, by_token)[1] if triton_runs else 1
+    programs = partition(h_fn.shape, by_token)[1] if select(impl, h_fn) == "triton" else 1
     return h_fn.new_empty((h_fn.shape[0], programs, 4 if by_token else 2), dtype=torch.float32)
 
 
-_IMPORTANT = tl.constexpr(IMPORTANT)
+@op(probe_diff_reference, like="h_fn", fake=_fake)
+def _probe_diff(h_in, h_fn, p_ref, thresholds):
+    h_in, h_fn, p_ref = contiguous(h_in, h_fn, p_ref)
+    batch, by_token = h_fn.shape[0], thresholds is not None
+    per_program, programs = partition(h_fn.shape, by_token)
+    sums = 4 if by_token else 2
+    partials = torch.empty(batch, programs, sums, device=h_fn.device, dtype=torch.float32)
+    launch = launch_of("probe_diff tokens" if by_token else "probe_diff", h_fn)
+    _probe_diff_kernel[(programs, batch)](
+        h_in, h_fn, p_ref, partials, h_fn.numel() // batch, per_program,
+        thresholds, h_fn.shape[-1],
+        LOG_BLOCK=log2(BLOCK), num_warps=launch.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return partials
+
+
+class Probe(NamedTuple):
+    """Inputs, output and share of a program of the probes, in a kernel; see `probe_diff`."""
+
+    h_in_ptr: Any
+    h_fn_ptr: Any
+    p_ref_ptr: Any
+    partials_ptr: Any
+    size: Any
+    per_program: Any
+    width: Any
 
 
 @triton.jit
 def _probe_diff_kernel(
-    h_in_ptr,
-    h_fn_ptr,
-    p_ref_ptr,
-    partials_ptr,
-    size,
-    per_program,
-    thresholds_ptr,
-    width,
+    h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, thresholds_ptr, width,
     LOG_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
+    probe = Probe(h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, width)
     if thresholds_ptr is None:
-        store_partial(h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, LOG_BLOCK)
+        store_partial(probe, LOG_BLOCK)
     else:
-        store_partial_by_token(
-            h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, thresholds_ptr, width,
-            LOG_BLOCK,
-        )  # fmt: skip
+        store_partial_by_token(probe, thresholds_ptr, LOG_BLOCK)
 
 
 @triton.jit
-def store_partial(
-    h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, LOG_BLOCK: tl.constexpr
-):
+def store_partial(probe, LOG_BLOCK: tl.constexpr):
     """Store the two sums of program (program, sample) of a grid (programs, samples)."""
     program, sample = tl.program_id(0), tl.program_id(1)
-    base = sample.to(tl.int64) * size
+    base = sample.to(tl.int64) * probe.size
     num = tl.zeros((1 << LOG_BLOCK,), tl.float32)
     den = num
-    for i in range(per_program):
-        inside = lanes_of(program, per_program, i, LOG_BLOCK)
-        num, den = _add(h_in_ptr, h_fn_ptr, p_ref_ptr, base + inside, inside < size, num, den)
-    out_ptr = partials_ptr + (sample * tl.num_programs(0) + program) * 2
+    for i in range(probe.per_program):
+        inside = lanes_of(program, probe.per_program, i, LOG_BLOCK)
+        num, den = _add(probe, base + inside, inside < probe.size, num, den)
+    out_ptr = probe.partials_ptr + (sample * tl.num_programs(0) + program) * 2
     tl.store(out_ptr, tree_sum_lanes(num, LOG_BLOCK))
     tl.store(out_ptr + 1, tree_sum_lanes(den, LOG_BLOCK))
 
 
 @triton.jit
-def store_partial_by_token(
-    h_in_ptr,
-    h_fn_ptr,
-    p_ref_ptr,
-    partials_ptr,
-    size,
-    per_program,
-    thresholds_ptr,
-    width,
-    LOG_BLOCK: tl.constexpr,
-):
+def store_partial_by_token(probe, thresholds_ptr, LOG_BLOCK: tl.constexpr):
     """Store the four sums of `per_program` tokens of `width` elements, one token at a time."""
     program, sample = tl.program_id(0), tl.program_id(1)
     num = tl.full((), 0.0, tl.float32)
     den, important_num, important_den = num, num, num
-    for i in range(per_program):
-        start = (program.to(tl.int64) * per_program + i) * width
+    for i in range(probe.per_program):
+        start = (program.to(tl.int64) * probe.per_program + i) * probe.width
         nums = tl.zeros((1 << LOG_BLOCK,), tl.float32)
         dens = nums
-        for block in range(tl.cdiv(width, 1 << LOG_BLOCK)):
+        for block in range(tl.cdiv(probe.width, 1 << LOG_BLOCK)):
             inside = (block << LOG_BLOCK) + tl.arange(0, 1 << LOG_BLOCK)
-            mask = inside < tl.minimum(width, size - start)  # the last program may have fewer
-            offsets = sample.to(tl.int64) * size + start + inside
-            nums, dens = _add(h_in_ptr, h_fn_ptr, p_ref_ptr, offsets, mask, nums, dens)
+            # the last program may have fewer tokens
+            mask = inside < tl.minimum(probe.width, probe.size - start)
+            offsets = sample.to(tl.int64) * probe.size + start + inside
+            nums, dens = _add(probe, offsets, mask, nums, dens)
         token_num = tree_sum_lanes(nums, LOG_BLOCK)
         token_den = tree_sum_lanes(dens, LOG_BLOCK)
-        important = tl.div_rn(token_num, token_den) > tl.load(thresholds_ptr + _IMPORTANT)
+        important = tl.div_rn(token_num, token_den) > tl.load(thresholds_ptr + LANE.IMPORTANT)
         important |= (token_num != token_num) | (token_den != token_den)
         num += token_num
         den += token_den
         important_num += tl.where(important, token_num, 0.0)
         important_den += tl.where(important, token_den, 0.0)
-    out_ptr = partials_ptr + (sample * tl.num_programs(0) + program) * 4
+    out_ptr = probe.partials_ptr + (sample * tl.num_programs(0) + program) * 4
     tl.store(out_ptr, num)
     tl.store(out_ptr + 1, den)
     tl.store(out_ptr + 2, important_num)
@@ -286,21 +219,14 @@ def store_partial_by_token(
 
 
 @triton.jit
-def _add(h_in_ptr, h_fn_ptr, p_ref_ptr, offsets, mask, num, den):
+def _add(probe, offsets, mask, num, den):
     """Add the elements at `offsets` to the two sums of each lane."""
-    h_fn = tl.load(h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    p_ref = tl.load(p_ref_ptr + offsets, mask=mask, other=0.0)
+    h_fn = tl.load(probe.h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    p_ref = tl.load(probe.p_ref_ptr + offsets, mask=mask, other=0.0)
     p = h_fn
-    if h_in_ptr is not None:
-        p = h_fn - tl.load(h_in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if probe.h_in_ptr is not None:
+        p = h_fn - tl.load(probe.h_in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     # rounded as commit stores it, so that equal inputs differ by exactly 0
     p = p.to(p_ref.dtype).to(tl.float32)
     p_ref = p_ref.to(tl.float32)
     return num + tl.abs(p - p_ref), den + tl.abs(p_ref)
-
-
-@triton.jit
-def lanes_of(program, per_program, i, LOG_BLOCK: tl.constexpr):
-    """Return the elements of a sample in block i of a program: 64 bits, for long videos."""
-    start = (program.to(tl.int64) * per_program + i) << LOG_BLOCK
-    return start + tl.arange(0, 1 << LOG_BLOCK)

@@ -1,16 +1,16 @@
-"""One branch of guidance measures a step's change, and the others of that step take it over.
+"""One CFG branch measures a step's change, and the other branches of the step reuse it.
 
 The partial sums of a change are kept beside a stamp that says whose they are. With `own` those that
 a branch has just measured, and the stamp (branch, step, kind) of those that are kept,
 
-    taken     another branch's, of this step number and kind
-    open      the change will be looked at: the plan leaves the step to it, and there is a reference
+    reused      another branch's, of this step number and kind
+    undecided   the change will decide: the plan leaves the step to it, and there is a reference
 
-    taken                 own := kept
-    open, and not taken   kept := own,  stamp := (this branch, this step, this kind)
+    reused                      own := kept
+    undecided, and not reused   kept := own,  stamp := (this branch, this step, this kind)
 
-That is decided on the device, by what `decide` and `decide_step` go by: so a step that is recorded
-once takes a change over whenever the same step would take it over eagerly. It is what cache-dit
+The device decides, from the state that `decide` and `decide_step` read. So a captured step reuses a
+change exactly where the eager step would. It is what cache-dit
 (github.com/vipshop/cache-dit) calls `cfg_diff_compute_separate=False`.
 
 A few kilobytes, one launch. Each program has a stamp of its own, so that none waits for another.
@@ -21,9 +21,18 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import LaneState, PlanCode, Reason
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select
-from dbcache.kernels.decision.decide import choose, choose_once
+from dbcache.kernels.common.lane_state import (
+    LANE,
+    PLANS,
+    REASONS,
+    LaneState,
+    PlanCode,
+    Reason,
+    State,
+)
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import Impl, invalid
+from dbcache.kernels.decision.decide import Counts, choose, choose_once
 from dbcache.kernels.decision.step_signal import is_ready, is_signal_ready
 
 PROGRAMS = 16
@@ -32,7 +41,7 @@ BLOCK = 1024
 
 
 def make_stamps(device: torch.device) -> torch.Tensor:
-    """Return stamps that fit no step; filled with -1 they do so again. int32 (PROGRAMS, 3)."""
+    """Return int32 stamps (PROGRAMS, 3) that match no step, all -1."""
     return torch.full((PROGRAMS, 3), -1, dtype=torch.int32, device=device)
 
 
@@ -47,7 +56,7 @@ def share_change(
     by_rules: bool = False,
     impl: Impl = "auto",
 ) -> None:
-    """Take over what another branch measured on this step, or keep what this one did; in place.
+    """Reuse what another branch measured on this step, or keep this branch's, in place.
 
     To be called before the step is decided.
 
@@ -59,10 +68,8 @@ def share_change(
         branch: number of the branch, at least 0.
         kind: number of what is measured, at least 0: sums of another kind are never taken over.
         by_rules: the limits come first, and the threshold 0: where they decide, the step is not
-            open. So it is under DBPrune, where nothing is measured then.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch and Python, any device), or ``"auto"``,
-            which takes Triton for tensors on a GPU. An implementation asked for by name never falls
-            back.
+            undecided. So it is under DBPrune, where nothing is measured then.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not.
@@ -81,8 +88,7 @@ def share_change(
     if any(device != own.device for device in devices):
         raise invalid("share_change", "all tensors must be on one device", *devices)
     decided_by = (state.counters, state.values, state.limits, state.thresholds, state.plan)
-    run = _share_change_op if is_traced(own) else _run
-    run(own, kept, stamps, *decided_by, branch, kind, by_rules, impl)
+    _share_change(impl, own, kept, stamps, *decided_by, branch, kind, by_rules)
 
 
 def share_change_reference(
@@ -106,90 +112,59 @@ def share_change_reference(
         return
     bounds, numbers = limits.tolist(), values.tolist()
     code = int(plan[step]) if step < len(plan) else PlanCode.DYNAMIC
-    is_open = code == PlanCode.DYNAMIC and counts[ls.REFERENCE] == 1 and is_ready(bounds, numbers)
+    is_undecided = (
+        code == PlanCode.DYNAMIC and counts[ls.REFERENCE] == 1 and is_ready(bounds, numbers)
+    )
     if by_rules:
         reason = choose(counts, numbers, bounds, thresholds.tolist(), code, None)
-        is_open = is_open and reason == Reason.NAN
-    if is_open:
+        is_undecided = is_undecided and reason == Reason.NAN
+    if is_undecided:
         kept.copy_(own)
         stamps.copy_(torch.tensor([branch, step, kind], dtype=torch.int32))
 
 
-def _run(
-    own: torch.Tensor,
-    kept: torch.Tensor,
-    stamps: torch.Tensor,
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    thresholds: torch.Tensor,
-    plan: torch.Tensor,
-    branch: int,
-    kind: int,
-    by_rules: bool,
-    impl: str,
-) -> None:
-    tensors = (own, kept, stamps, counters, values, limits, thresholds, plan)
-    if select(impl, own) == "reference":
-        share_change_reference(*tensors, branch, kind, by_rules)
-        return
-    with torch.cuda.device_of(own):
-        _share_change_kernel[(PROGRAMS,)](
-            *tensors, plan.shape[0], branch, kind, own.numel(),
-            BY_RULES=by_rules, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-_share_change_op = torch.library.custom_op(
-    "dbcache::share_change", _run, mutates_args=("own", "kept", "stamps")
-)
-
-
-_STEP, _REFERENCE = tl.constexpr(ls.STEP), tl.constexpr(ls.REFERENCE)
-_CACHED_STEPS, _CONSECUTIVE = tl.constexpr(ls.CACHED_STEPS), tl.constexpr(ls.CONSECUTIVE)
-_ACCUMULATED = tl.constexpr(ls.ACCUMULATED)
-_DYNAMIC, _NAN = tl.constexpr(int(PlanCode.DYNAMIC)), tl.constexpr(int(Reason.NAN))
+@op(share_change_reference, like="own", mutates=("own", "kept", "stamps"))
+def _share_change(
+    own, kept, stamps, counters, values, limits, thresholds, plan, branch, kind, by_rules
+):
+    _share_change_kernel[(PROGRAMS,)](
+        own, kept, stamps, counters, values, limits, thresholds, plan, plan.shape[0],
+        branch, kind, own.numel(),
+        BY_RULES=by_rules, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["branch", "kind"])
 def _share_change_kernel(
-    own_ptr,
-    kept_ptr,
-    stamps_ptr,
-    counters_ptr,
-    values_ptr,
-    limits_ptr,
-    thresholds_ptr,
-    plan_ptr,
-    capacity,
-    branch,
-    kind,
-    numel,
-    BY_RULES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    own_ptr, kept_ptr, stamps_ptr, counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr,
+    capacity, branch, kind, numel, BY_RULES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The function `share_change_reference` above, a part of the sums per program."""
+    state = State(
+        counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, None, None, capacity
+    )
     pid, programs = tl.program_id(0), tl.num_programs(0)
     stamp_ptr = stamps_ptr + 3 * pid
-    step = tl.load(counters_ptr + _STEP)
-    code = tl.load(plan_ptr + step, mask=step < capacity, other=_DYNAMIC)
-    reference = tl.load(counters_ptr + _REFERENCE)
-    ready = is_signal_ready(limits_ptr, values_ptr)
-    is_open = (code == _DYNAMIC) & (reference == 1) & ready
+    step = tl.load(counters_ptr + LANE.STEP)
+    code = tl.load(plan_ptr + step, mask=step < capacity, other=PLANS.DYNAMIC)
+    reference = tl.load(counters_ptr + LANE.REFERENCE)
+    ready = is_signal_ready(state)
+    is_undecided = (code == PLANS.DYNAMIC) & (reference == 1) & ready
     if BY_RULES:
-        reason = choose_once(
-            limits_ptr, thresholds_ptr, code, reference, ready,
-            tl.load(counters_ptr + _CACHED_STEPS), tl.load(counters_ptr + _CONSECUTIVE),
-            tl.load(values_ptr + _ACCUMULATED), tl.full((), 0.0, tl.float32), False,
-        )  # fmt: skip
-        is_open &= reason == _NAN
+        cached_steps = tl.load(counters_ptr + LANE.CACHED_STEPS)
+        consecutive = tl.load(counters_ptr + LANE.CONSECUTIVE)
+        accumulated = tl.load(values_ptr + LANE.ACCUMULATED)
+        counts = Counts(code, reference, ready, cached_steps, consecutive, accumulated)
+        is_undecided &= (
+            choose_once(state, counts, tl.full((), 0.0, tl.float32), False) == REASONS.NAN
+        )
     is_taken = tl.load(stamp_ptr) != branch
     is_taken &= (tl.load(stamp_ptr + 1) == step) & (tl.load(stamp_ptr + 2) == kind)
     # every warp reads before the first one writes, or they would not take the same branch
     tl.debug_barrier()
     if is_taken:
         _copy(own_ptr, kept_ptr, numel, pid, programs, BLOCK)
-    elif is_open:
+    elif is_undecided:
         _copy(kept_ptr, own_ptr, numel, pid, programs, BLOCK)
         tl.store(stamp_ptr, branch)
         tl.store(stamp_ptr + 1, step)

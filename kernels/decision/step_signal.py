@@ -1,4 +1,4 @@
-"""What a step's measurement contributes to its decision, in Python and as Triton functions.
+"""How a step's measurement enters its decision, in Python and as Triton functions.
 
     Signal.CHANGE   e = d                        compared with the threshold by itself
     Signal.SUM      e = p(d)                     p a polynomial of degree 4
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import BatchReduce, Signal
+from dbcache.kernels.common.lane_state import LANE, REDUCTIONS, SIGNALS, BatchReduce, Signal
 from dbcache.kernels.common.sums import f32, relative_l1, relative_l1_of_partials, total_sums
 
 
@@ -36,7 +36,7 @@ def signal_of(
 
 
 def polynomial(thresholds: Sequence[float], x: float) -> float:
-    """Return the polynomial at `x`; the coefficients begin with that of the highest power."""
+    """Return the polynomial at `x`; coefficients from the highest power down."""
     result = thresholds[ls.POLYNOMIAL]
     for i in range(1, ls.DEGREE + 1):
         result = f32(f32(result * x) + thresholds[ls.POLYNOMIAL + i])
@@ -48,45 +48,29 @@ def is_ready(limits: Sequence[int], values: Sequence[float]) -> bool:
     return limits[ls.SIGNAL] != Signal.RATE or not values[ls.RATE] < 0
 
 
-# Triton functions can read globals that are constexpr, and no others
-_SIGNAL, _RATE_AT = tl.constexpr(ls.SIGNAL), tl.constexpr(ls.RATE)
-_POLYNOMIAL, _DEGREE = tl.constexpr(ls.POLYNOMIAL), tl.constexpr(ls.DEGREE)
-_SUM, _RATE = tl.constexpr(int(Signal.SUM)), tl.constexpr(int(Signal.RATE))
-_CHANGE = tl.constexpr(int(Signal.CHANGE))
-_BATCH_REDUCE, _BATCH_MAX = tl.constexpr(ls.BATCH_REDUCE), tl.constexpr(int(BatchReduce.MAX))
+@triton.jit
+def signal_of_partials(partials, state, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The function `signal_of` above, for `Partials` of WIDTH sums and a `State`."""
+    mean, largest, moved = relative_l1_of_partials(partials, LOG_LANES, WIDTH)
+    reduce = tl.load(state.limits_ptr + LANE.BATCH_REDUCE)
+    change = tl.where(reduce == REDUCTIONS.MAX, largest, mean)
+    signal = tl.load(state.limits_ptr + LANE.SIGNAL)
+    result = tl.load(state.thresholds_ptr + LANE.POLYNOMIAL)
+    for i in tl.static_range(1, LANE.DEGREE + 1):
+        result = result * change + tl.load(state.thresholds_ptr + LANE.POLYNOMIAL + i)
+    change = tl.where(signal == SIGNALS.SUM, result, change)
+    is_rate = signal == SIGNALS.RATE
+    return tl.where(is_rate, tl.load(state.values_ptr + LANE.RATE) * moved, change)
 
 
 @triton.jit
-def signal_of_partials(
-    partials_ptr,
-    samples,
-    programs,
-    limits_ptr,
-    thresholds_ptr,
-    values_ptr,
-    LOG_LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The function `signal_of` above, for (samples, programs, WIDTH) partial sums."""
-    mean, largest, moved = relative_l1_of_partials(
-        partials_ptr, samples, programs, LOG_LANES, WIDTH
-    )
-    change = tl.where(tl.load(limits_ptr + _BATCH_REDUCE) == _BATCH_MAX, largest, mean)
-    signal = tl.load(limits_ptr + _SIGNAL)
-    result = tl.load(thresholds_ptr + _POLYNOMIAL)
-    for i in tl.static_range(1, _DEGREE + 1):
-        result = result * change + tl.load(thresholds_ptr + _POLYNOMIAL + i)
-    change = tl.where(signal == _SUM, result, change)
-    return tl.where(signal == _RATE, tl.load(values_ptr + _RATE_AT) * moved, change)
+def is_summed(state):
+    """Whether the sum since the last full step is compared with the threshold."""
+    return tl.load(state.limits_ptr + LANE.SIGNAL) != SIGNALS.CHANGE
 
 
 @triton.jit
-def is_summed(limits_ptr):
-    """Whether the sum since the last full step is what is compared with the threshold."""
-    return tl.load(limits_ptr + _SIGNAL) != _CHANGE
-
-
-@triton.jit
-def is_signal_ready(limits_ptr, values_ptr):
+def is_signal_ready(state):
     """The function `is_ready` above."""
-    return (tl.load(limits_ptr + _SIGNAL) != _RATE) | ~(tl.load(values_ptr + _RATE_AT) < 0.0)
+    needs_no_rate = tl.load(state.limits_ptr + LANE.SIGNAL) != SIGNALS.RATE
+    return needs_no_rate | ~(tl.load(state.values_ptr + LANE.RATE) < 0.0)

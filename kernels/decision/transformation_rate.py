@@ -1,4 +1,4 @@
-"""How much a transformer's output moves per movement of its input: EasyCache's rate.
+"""How much a transformer's output changes per change of its input: EasyCache's rate.
 
     rate = (sum|v - v'| / sum|x - x'|) / sum|v|
 
@@ -6,7 +6,7 @@ with x, v the input and output of the latest full step and x', v' those of the o
 ``rate * sum|x_t - x_{t-1}|`` is the relative change of the output that step t is expected to bring
 (EasyCache, arXiv:2507.02860; sums in place of its means, whose sizes cancel).
 
-It is kept in the lane's state on the device, with what is to be known of the past: after a step
+The lane's state holds the rate on the device, or says what is missing. After a step
 
     cached                                   RATE stays
     full, RATE is NO_OUTPUT                  RATE becomes ONE_OUTPUT: there is no step before yet
@@ -22,10 +22,17 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import LaneState
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select
-from dbcache.kernels.common.sums import divide, total_of_partials, total_sums
-from dbcache.kernels.decision.probe_diff import MAX_PARTIALS
+from dbcache.kernels.common.lane_state import LANE, LaneState
+from dbcache.kernels.common.launches import contiguous
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import Impl, invalid
+from dbcache.kernels.common.sums import (
+    MAX_PARTIALS,
+    Partials,
+    divide,
+    total_of_partials,
+    total_sums,
+)
 
 
 def transformation_rate(
@@ -35,7 +42,7 @@ def transformation_rate(
     *,
     impl: Impl = "auto",
 ) -> None:
-    """Bring ``state.values[RATE]`` up to date with the latest step, in place.
+    """Update ``state.values[RATE]`` after a step, in place.
 
     Args:
         state: state of a lane; ``counters[CACHED]`` says whether its latest step was a full one.
@@ -43,8 +50,7 @@ def transformation_rate(
             the device of `state`. The newer one is the reference, so its size is in it. Any numbers
             where the rate does not follow from it.
         input_partials: ``probe_diff(None, x', x)``, in the same form.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads state and sums on the host, which synchronises if they are on a GPU; Triton
     does not.
@@ -59,8 +65,7 @@ def transformation_rate(
             must = f"partials must be float32 (B, T, 2) with T <= {MAX_PARTIALS} on {values.device}"
             got = (tuple(partials.shape), partials.dtype, partials.device)
             raise invalid("transformation_rate", must, *got)
-    run = _transformation_rate_op if is_traced(values) else _run
-    run(counters, values, output_partials, input_partials, impl)
+    _transformation_rate(impl, counters, values, output_partials, input_partials)
 
 
 def transformation_rate_reference(
@@ -80,53 +85,29 @@ def transformation_rate_reference(
     values[ls.RATE] = divide(divide(moved_out, moved_in), size)
 
 
-def _run(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    output_partials: torch.Tensor,
-    input_partials: torch.Tensor,
-    impl: str,
-) -> None:
-    if select(impl, values) == "reference":
-        transformation_rate_reference(counters, values, output_partials, input_partials)
-        return
+@op(transformation_rate_reference, like="values", mutates=("values",))
+def _transformation_rate(counters, values, output_partials, input_partials):
     sizes = (*output_partials.shape[:2], *input_partials.shape[:2])
     log_lanes = max(sizes[1] - 1, sizes[3] - 1, 0).bit_length()
-    with torch.cuda.device_of(values):
-        _transformation_rate_kernel[(1,)](
-            counters, values, output_partials.contiguous(), input_partials.contiguous(), *sizes,
-            LOG_LANES=log_lanes, num_warps=1 if log_lanes < 8 else 4, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-_transformation_rate_op = torch.library.custom_op(
-    "dbcache::transformation_rate", _run, mutates_args=("values",)
-)
-
-
-# Triton functions can read globals that are constexpr, and no others
-_CACHED, _RATE = tl.constexpr(ls.CACHED), tl.constexpr(ls.RATE)
-_NO_OUTPUT, _ONE_OUTPUT = tl.constexpr(ls.NO_OUTPUT), tl.constexpr(ls.ONE_OUTPUT)
+    _transformation_rate_kernel[(1,)](
+        counters, values, *contiguous(output_partials, input_partials), *sizes,
+        LOG_LANES=log_lanes, num_warps=1 if log_lanes < 8 else 4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 @triton.jit
 def _transformation_rate_kernel(
-    counters_ptr,
-    values_ptr,
-    output_ptr,
-    input_ptr,
-    output_samples,
-    output_programs,
-    input_samples,
-    input_programs,
-    LOG_LANES: tl.constexpr,
-):
-    moved_out, size = total_of_partials(output_ptr, output_samples, output_programs, LOG_LANES, 2)
-    moved_in, _ = total_of_partials(input_ptr, input_samples, input_programs, LOG_LANES, 2)
+    counters_ptr, values_ptr, output_ptr, input_ptr,
+    output_samples, output_programs, input_samples, input_programs, LOG_LANES: tl.constexpr,
+):  # fmt: skip
+    outputs = Partials(output_ptr, output_samples, output_programs)
+    inputs = Partials(input_ptr, input_samples, input_programs)
+    moved_out, size = total_of_partials(outputs, LOG_LANES, 2)
+    moved_in, _ = total_of_partials(inputs, LOG_LANES, 2)
     rate = tl.div_rn(tl.div_rn(moved_out, moved_in), size)
-    before = tl.load(values_ptr + _RATE)
-    rate = tl.where(before == _NO_OUTPUT, _ONE_OUTPUT, rate)
-    is_full = tl.load(counters_ptr + _CACHED) == 0
+    before = tl.load(values_ptr + LANE.RATE)
+    rate = tl.where(before == LANE.NO_OUTPUT, LANE.ONE_OUTPUT, rate)
+    is_full = tl.load(counters_ptr + LANE.CACHED) == 0
     # every warp reads before the first one writes
     tl.debug_barrier()
-    tl.store(values_ptr + _RATE, rate, mask=is_full)
+    tl.store(values_ptr + LANE.RATE, rate, mask=is_full)

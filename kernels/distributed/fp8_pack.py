@@ -1,4 +1,4 @@
-"""What a Ulysses all-to-all sends, packed in one pass: the layout and, if wanted, fp8.
+"""The send buffer of a Ulysses all-to-all, packed in one pass, in fp8 if wanted.
 
 Chunk r of the buffer is what rank r gets: the rows (a row is one head of one token, D numbers) of
 its heads, or of its part of the sequence, ordered by sample, token and head. In fp8 (`e4m3`: uint8
@@ -13,7 +13,7 @@ arithmetic of the conversion counts too.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import triton
@@ -21,14 +21,8 @@ import triton.language as tl
 
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.e4m3 import decode, quantize_rows
-from dbcache.kernels.common.select import (
-    DTYPES,
-    Impl,
-    invalid,
-    is_traced,
-    select,
-    without_gradient,
-)
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
 Split = Literal["heads", "sequence"]
 
@@ -43,7 +37,7 @@ def fp8_pack(
     quantize: bool = True,
     impl: Impl = "auto",
 ) -> torch.Tensor:
-    """Return the buffer of an all-to-all over `world` ranks that scatters `x` by a dimension.
+    """Return the send buffer of an all-to-all over `world` ranks that scatters a dimension of `x`.
 
     In fp8 an element is off by at most 1/16 of itself or 1/1024 of its row's scale, whichever is
     larger; rows of zeros stay zeros. An element that is not finite becomes NaN, without touching
@@ -56,8 +50,7 @@ def fp8_pack(
         scatter: ``"heads"`` before attention, where `x` has this rank's tokens and all heads;
             ``"sequence"`` after it, where `x` has all tokens and this rank's heads.
         quantize: False to change the layout only.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         A new contiguous buffer of one row per rank: uint8 (world, bytes), where bytes is a
@@ -68,12 +61,7 @@ def fp8_pack(
         ValueError: the shape, the dtype or `scatter` does not fit.
     """
     _check_pack(x, world, scatter)
-    if is_traced(x):
-        with torch.no_grad():
-            return _fp8_pack_op(x, world, scatter, quantize, impl)
-    if select(impl, x) == "triton":
-        return _fp8_pack_triton(x, world, scatter, quantize)
-    return fp8_pack_reference(x, world=world, scatter=scatter, quantize=quantize)
+    return _fp8_pack(impl, x, world, scatter, quantize)
 
 
 def fp8_unpack(
@@ -84,7 +72,7 @@ def fp8_unpack(
     dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
-    """Return the tensor whose parts an all-to-all of `fp8_pack`'s buffers delivered.
+    """Return the tensor from the buffer that an all-to-all of packed buffers received.
 
     Args:
         buffer: what was received, one row per rank: uint8 with values and scales, or a layout
@@ -107,17 +95,12 @@ def fp8_unpack(
         dtype = torch.bfloat16 if buffer.dtype == torch.uint8 else buffer.dtype
     shape = list(shape)
     _check_unpack(buffer, shape, gather, dtype)
-    if is_traced(buffer):
-        with torch.no_grad():
-            return _fp8_unpack_op(buffer, shape, gather, dtype, impl)
-    if select(impl, buffer) == "triton":
-        return _fp8_unpack_triton(buffer, shape, gather, dtype)
-    return fp8_unpack_reference(buffer, shape, gather=gather, dtype=dtype)
+    return _fp8_unpack(impl, buffer, shape, gather, dtype)
 
 
 @without_gradient
 def fp8_pack_reference(
-    x: torch.Tensor, *, world: int, scatter: str, quantize: bool = True
+    x: torch.Tensor, world: int, scatter: str, quantize: bool = True
 ) -> torch.Tensor:
     """Plain PyTorch, the meaning of `fp8_pack`."""
     chunks = _by_rank(x, world, scatter)
@@ -132,7 +115,7 @@ def fp8_pack_reference(
 
 @without_gradient
 def fp8_unpack_reference(
-    buffer: torch.Tensor, shape: Sequence[int], *, gather: str, dtype: torch.dtype
+    buffer: torch.Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype
 ) -> torch.Tensor:
     """Plain PyTorch, the meaning of `fp8_unpack`."""
     out = torch.empty(list(shape), dtype=dtype, device=buffer.device)
@@ -151,8 +134,8 @@ def _by_rank(x: torch.Tensor, world: int, split: str) -> torch.Tensor:
     return x.unflatten(dim, (world, x.shape[dim] // world)).movedim(dim, 0)
 
 
-def _sections(rows: int, width: int) -> tuple[int, int]:
-    """Return where a chunk's scales start and where it ends, in bytes; both multiples of 16."""
+def sections(rows: int, width: int) -> tuple[int, int]:
+    """Return the byte offsets of a chunk's scales and of its end, multiples of 16."""
     start = (rows * width + 15) // 16 * 16
     return start, start + (rows * 4 + 15) // 16 * 16
 
@@ -161,8 +144,8 @@ def _allocate(x: torch.Tensor, world: int, quantize: bool) -> torch.Tensor:
     if not quantize:
         return x.new_empty((world, x.numel() // world))
     rows = x.shape[0] * x.shape[1] * x.shape[2] // world
-    size = _sections(rows, x.shape[3])[1]
-    # where nothing is padded, no byte stays unwritten
+    size = sections(rows, x.shape[3])[1]
+    # without padding every byte is written
     allocate = x.new_empty if size == rows * (x.shape[3] + 4) else x.new_zeros
     return allocate((world, size), dtype=torch.uint8)
 
@@ -178,7 +161,7 @@ def _scales(buffer: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         must = "the buffer must start at a multiple of 4 bytes, for the scales"
         raise invalid("fp8_unpack", must, buffer.storage_offset())
     rows = math.prod(shape[1:4])
-    start, end = _sections(rows, shape[4])
+    start, end = sections(rows, shape[4])
     words = buffer.flatten().view(torch.float32).view(shape[0], end // 4)
     return words[:, start // 4 : start // 4 + rows].unflatten(1, list(shape[1:4]))
 
@@ -213,7 +196,7 @@ def _check_unpack(
         raise invalid("fp8_unpack", must, buffer.dtype, dtype)
     rows = shape[0] * shape[1] * shape[2] // world
     quantized = buffer.dtype == torch.uint8
-    size = _sections(rows, shape[3])[1] if quantized else rows * shape[3]
+    size = sections(rows, shape[3])[1] if quantized else rows * shape[3]
     if buffer.shape[1] != size:
         must = f"a buffer of {tuple(shape)} from {world} ranks must be {(world, size)}"
         raise invalid("fp8_unpack", must, tuple(buffer.shape))
@@ -230,83 +213,60 @@ def _launch(kernel: triton.JITFunction, x: torch.Tensor, buffer: torch.Tensor, s
     strides = chunks.stride()[:4]
     block_d = triton.next_power_of_2(width)
     block_rows = max(1, BLOCK // block_d)
-    with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(tokens * heads, block_rows), batch, world)](
-            x, buffer, scales, tokens * heads, heads, *strides, buffer.stride(0),
-            0 if scales is None else scales.stride(0), D=width, ALIGN=math.gcd(16, *strides),
-            BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+    kernel[(triton.cdiv(tokens * heads, block_rows), batch, world)](
+        x, buffer, scales, tokens * heads, heads, *strides, buffer.stride(0),
+        0 if scales is None else scales.stride(0), D=width, ALIGN=math.gcd(16, *strides),
+        BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
-def _fp8_pack_triton(x: torch.Tensor, world: int, scatter: str, quantize: bool) -> torch.Tensor:
+def _fake_pack(
+    x: torch.Tensor, world: int, scatter: str, quantize: bool, impl: str
+) -> torch.Tensor:
+    return _allocate(x, world, quantize)
+
+
+@op(fp8_pack_reference, like="x", fake=_fake_pack)
+def _fp8_pack(x, world, scatter, quantize):
     buffer = _allocate(x, world, quantize)
     _launch(_fp8_pack_kernel, x if x.stride(3) == 1 else x.contiguous(), buffer, scatter)
     return buffer
 
 
-def _fp8_unpack_triton(
-    buffer: torch.Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype
-) -> torch.Tensor:
-    out = torch.empty(list(shape), dtype=dtype, device=buffer.device)
-    _launch(_fp8_unpack_kernel, out, buffer, gather)
-    return out
-
-
-@torch.library.custom_op("dbcache::fp8_pack", mutates_args=())
-def _fp8_pack_op(
-    x: torch.Tensor, world: int, scatter: str, quantize: bool, impl: str
-) -> torch.Tensor:
-    if select(impl, x) == "triton":
-        return _fp8_pack_triton(x, world, scatter, quantize)
-    return fp8_pack_reference(x, world=world, scatter=scatter, quantize=quantize)
-
-
-@_fp8_pack_op.register_fake
-def _(x: torch.Tensor, world: int, scatter: str, quantize: bool, impl: str) -> torch.Tensor:
-    return _allocate(x, world, quantize)
-
-
-@torch.library.custom_op("dbcache::fp8_unpack", mutates_args=())
-def _fp8_unpack_op(
-    buffer: torch.Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype, impl: str
-) -> torch.Tensor:
-    if select(impl, buffer) == "triton":
-        return _fp8_unpack_triton(buffer, shape, gather, dtype)
-    return fp8_unpack_reference(buffer, shape, gather=gather, dtype=dtype)
-
-
-@_fp8_unpack_op.register_fake
-def _(
+def _fake_unpack(
     buffer: torch.Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype, impl: str
 ) -> torch.Tensor:
     return buffer.new_empty(list(shape), dtype=dtype)
 
 
+@op(fp8_unpack_reference, like="buffer", fake=_fake_unpack)
+def _fp8_unpack(buffer, shape, gather, dtype):
+    out = torch.empty(list(shape), dtype=dtype, device=buffer.device)
+    _launch(_fp8_unpack_kernel, out, buffer, gather)
+    return out
+
+
+class Strides(NamedTuple):
+    """Strides of rank, sample, token and head in the tensor, in elements, in a kernel."""
+
+    w: Any
+    b: Any
+    s: Any
+    h: Any
+
+
 @triton.jit
 def _fp8_pack_kernel(
-    x_ptr,
-    buffer_ptr,
-    scales_ptr,
-    rows,
-    heads,
-    stride_w,
-    stride_b,
-    stride_s,
-    stride_h,
-    chunk_size,
-    scales_size,
-    D: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, buffer_ptr, scales_ptr, rows, heads, stride_w, stride_b, stride_s, stride_h,
+    chunk_size, scales_size,
+    D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """A program packs `BLOCK_ROWS` of the `rows` of one sample for one rank.
 
     The strides of x are multiples of `ALIGN`, which lets the compiler widen the loads.
     """
-    row, packed_row, x_row = _locate(
-        rows, heads, stride_w, stride_b, stride_s, stride_h, BLOCK_ROWS
-    )
+    strides = Strides(stride_w, stride_b, stride_s, stride_h)
+    row, packed_row, x_row = _locate(rows, heads, strides, BLOCK_ROWS)
     x_row = tl.multiple_of(x_row, ALIGN)
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < rows)[:, None] & (d < D)
@@ -323,26 +283,13 @@ def _fp8_pack_kernel(
 
 @triton.jit
 def _fp8_unpack_kernel(
-    out_ptr,
-    buffer_ptr,
-    scales_ptr,
-    rows,
-    heads,
-    stride_w,
-    stride_b,
-    stride_s,
-    stride_h,
-    chunk_size,
-    scales_size,
-    D: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    out_ptr, buffer_ptr, scales_ptr, rows, heads, stride_w, stride_b, stride_s, stride_h,
+    chunk_size, scales_size,
+    D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """The inverse of `_fp8_pack_kernel`, program by program."""
-    row, packed_row, out_row = _locate(
-        rows, heads, stride_w, stride_b, stride_s, stride_h, BLOCK_ROWS
-    )
+    strides = Strides(stride_w, stride_b, stride_s, stride_h)
+    row, packed_row, out_row = _locate(rows, heads, strides, BLOCK_ROWS)
     out_row = tl.multiple_of(out_row, ALIGN)
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < rows)[:, None] & (d < D)
@@ -356,12 +303,12 @@ def _fp8_unpack_kernel(
 
 
 @triton.jit
-def _locate(rows, heads, stride_w, stride_b, stride_s, stride_h, BLOCK_ROWS: tl.constexpr):
+def _locate(rows, heads, strides, BLOCK_ROWS: tl.constexpr):
     """Return this program's rows: in the sample, in the chunk, and as offsets in the tensor."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     batch = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(2).to(tl.int64)
     s = (row // heads).to(tl.int64)
     h = (row % heads).to(tl.int64)
-    offsets = chunk * stride_w + batch * stride_b + s * stride_s + h * stride_h
+    offsets = chunk * strides.w + batch * strides.b + s * strides.s + h * strides.h
     return row, batch * rows + row, offsets

@@ -3,7 +3,7 @@
     lse = log(exp(lse_a) + exp(lse_b))
     out = exp(lse_a - lse) * out_a + exp(lse_b - lse) * out_b
 
-What ring attention does after each step. One launch, one pass, no intermediate, so the kernel is
+Ring attention does this after each step. One launch, one pass, no intermediate, so the kernel is
 bound by memory bandwidth. The merge is that of flash attention's blocks (arXiv:2205.14135), as
 used by github.com/zhuzilin/ring-flash-attention.
 """
@@ -14,14 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.select import (
-    DTYPES,
-    Impl,
-    invalid,
-    is_traced,
-    select,
-    without_gradient,
-)
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
 BLOCK = 2048
 
@@ -49,8 +43,7 @@ def merge_attention(
         out_b: as `out_a`; its dtype may be another one.
         lse_b: as `lse_a`.
         out_dtype: dtype of the output, one of the three; None for that of `out_a`.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         The output (B, S, H, D) and its log-sum-exp, float32 (B, S, H), both new and contiguous.
@@ -62,12 +55,7 @@ def merge_attention(
     """
     out_dtype = out_a.dtype if out_dtype is None else out_dtype
     _check(out_a, lse_a, out_b, lse_b, out_dtype)
-    if is_traced(out_a):
-        with torch.no_grad():
-            return _merge_attention_op(out_a, lse_a, out_b, lse_b, out_dtype, impl)
-    if select(impl, out_a) == "triton":
-        return _merge_attention_triton(out_a, lse_a, out_b, lse_b, out_dtype)
-    return merge_attention_reference(out_a, lse_a, out_b, lse_b, out_dtype=out_dtype)
+    return _merge_attention(impl, out_a, lse_a, out_b, lse_b, out_dtype)
 
 
 @without_gradient
@@ -76,7 +64,6 @@ def merge_attention_reference(
     lse_a: torch.Tensor,
     out_b: torch.Tensor,
     lse_b: torch.Tensor,
-    *,
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain PyTorch, the meaning of `merge_attention`."""
@@ -88,7 +75,7 @@ def merge_attention_reference(
     norm = total.masked_fill(total == 0, 1.0).reciprocal()
     a = out_a.float() * (weight_a * norm).unsqueeze(-1)
     b = out_b.float() * (weight_b * norm).unsqueeze(-1)
-    # what a partial without keys holds may be NaN
+    # a partial without keys may hold NaN
     out = a.masked_fill((lse_a == -math.inf).unsqueeze(-1), 0.0)
     out += b.masked_fill((lse_b == -math.inf).unsqueeze(-1), 0.0)
     return out.to(out_dtype).contiguous(), (top + total.log()).contiguous()
@@ -119,48 +106,7 @@ def _check(
         raise invalid("merge_attention", must, *devices)
 
 
-def _merge_attention_triton(
-    out_a: torch.Tensor,
-    lse_a: torch.Tensor,
-    out_b: torch.Tensor,
-    lse_b: torch.Tensor,
-    out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, tokens, heads, width = out_a.shape
-    out_a = out_a if out_a.stride(3) == 1 else out_a.contiguous()
-    out_b = out_b if out_b.stride(3) == 1 else out_b.contiguous()
-    out = torch.empty(out_a.shape, dtype=out_dtype, device=out_a.device)
-    lse = torch.empty(lse_a.shape, dtype=torch.float32, device=out_a.device)
-    if out.numel() == 0:
-        return out, lse
-    strides = (*out_a.stride()[:3], *out_b.stride()[:3])
-    block_d = triton.next_power_of_2(width)
-    block_rows = max(1, BLOCK // block_d)
-    with torch.cuda.device_of(out_a):
-        _merge_attention_kernel[(triton.cdiv(tokens * heads, block_rows), batch)](
-            out_a, lse_a, out_b, lse_b, out, lse, tokens * heads, heads,
-            *strides, *lse_a.stride(), *lse_b.stride(), D=width, ALIGN=math.gcd(16, *strides),
-            BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out, lse
-
-
-@torch.library.custom_op("dbcache::merge_attention", mutates_args=())
-def _merge_attention_op(
-    out_a: torch.Tensor,
-    lse_a: torch.Tensor,
-    out_b: torch.Tensor,
-    lse_b: torch.Tensor,
-    out_dtype: torch.dtype,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if select(impl, out_a) == "triton":
-        return _merge_attention_triton(out_a, lse_a, out_b, lse_b, out_dtype)
-    return merge_attention_reference(out_a, lse_a, out_b, lse_b, out_dtype=out_dtype)
-
-
-@_merge_attention_op.register_fake
-def _(
+def _fake(
     out_a: torch.Tensor,
     lse_a: torch.Tensor,
     out_b: torch.Tensor,
@@ -171,33 +117,33 @@ def _(
     return out_a.new_empty(out_a.shape, dtype=out_dtype), lse_a.new_empty(lse_a.shape)
 
 
+@op(merge_attention_reference, like="out_a", fake=_fake)
+def _merge_attention(out_a, lse_a, out_b, lse_b, out_dtype):
+    batch, tokens, heads, width = out_a.shape
+    out_a = out_a if out_a.stride(3) == 1 else out_a.contiguous()
+    out_b = out_b if out_b.stride(3) == 1 else out_b.contiguous()
+    out = torch.empty(out_a.shape, dtype=out_dtype, device=out_a.device)
+    lse = torch.empty(lse_a.shape, dtype=torch.float32, device=out_a.device)
+    if out.numel() == 0:
+        return out, lse
+    strides = (*out_a.stride()[:3], *out_b.stride()[:3])
+    block_d = triton.next_power_of_2(width)
+    block_rows = max(1, BLOCK // block_d)
+    _merge_attention_kernel[(triton.cdiv(tokens * heads, block_rows), batch)](
+        out_a, lse_a, out_b, lse_b, out, lse, tokens * heads, heads,
+        *strides, *lse_a.stride(), *lse_b.stride(), D=width, ALIGN=math.gcd(16, *strides),
+        BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out, lse
+
+
 @triton.jit
 def _merge_attention_kernel(
-    out_a_ptr,
-    lse_a_ptr,
-    out_b_ptr,
-    lse_b_ptr,
-    out_ptr,
-    lse_ptr,
-    rows,
-    heads,
-    out_a_stride_b,
-    out_a_stride_s,
-    out_a_stride_h,
-    out_b_stride_b,
-    out_b_stride_s,
-    out_b_stride_h,
-    lse_a_stride_b,
-    lse_a_stride_s,
-    lse_a_stride_h,
-    lse_b_stride_b,
-    lse_b_stride_s,
-    lse_b_stride_h,
-    D: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    out_a_ptr, lse_a_ptr, out_b_ptr, lse_b_ptr, out_ptr, lse_ptr, rows, heads,
+    out_a_stride_b, out_a_stride_s, out_a_stride_h, out_b_stride_b, out_b_stride_s, out_b_stride_h,
+    lse_a_stride_b, lse_a_stride_s, lse_a_stride_h, lse_b_stride_b, lse_b_stride_s, lse_b_stride_h,
+    D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """A row is one head of one token; a program merges `BLOCK_ROWS` of one sample's `rows`.
 
     The strides of the outputs are multiples of `ALIGN`, which lets the compiler widen the loads.

@@ -1,1 +1,1 @@
-"""What is stored of a full step, and what a cached step predicts from it."""
+"""Storing the residuals of full steps, and predicting cached steps from them."""

@@ -1,4 +1,4 @@
-"""What a full step leaves behind: its probe residual and a snapshot of the block residual.
+"""Store a full step's probe residual and a snapshot of its block residual.
 
     p_ref      := h_fn - h_in                  (h_in None: h_fn; p_ref None: nothing)
     ring[slot] := h_out - h_fn                 (replace: h_out)
@@ -8,22 +8,18 @@ that `decide` left, so the host need not know it. With scales, the ring holds fp
 the bytes of bfloat16. Then a program takes whole tokens, as it needs their largest element first.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.e4m3 import quantize_rows
-from dbcache.kernels.common.lane_state import MAX_SLOTS, NUM_COUNTERS, SLOT
-from dbcache.kernels.common.launches import BLOCK, launch_of
-from dbcache.kernels.common.select import (
-    DTYPES,
-    Impl,
-    invalid,
-    is_traced,
-    select,
-    without_gradient,
-)
+from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, NUM_COUNTERS, SLOT
+from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
 
 def commit(
@@ -64,8 +60,7 @@ def commit(
             comes with a uint8 ring, whose tokens are at most `e4m3.MAX_WIDTH` long.
         encoder_scales: as `scales`, for `encoder_ring`: both rings are fp8, or none.
         replace: store `h_out` itself, for rings that hold outputs rather than residuals.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the slot on the host, which synchronises if it is on a GPU; Triton does not.
 
@@ -78,15 +73,8 @@ def commit(
         if encoder_out is None or encoder_ring is None:
             raise ValueError("commit: encoder_fn must come with its output and ring, got None")
         _check_encoder(h_fn, ring, encoder_fn, encoder_out, encoder_ring, encoder_scales)
-    encoder = (encoder_fn, encoder_out, encoder_ring)
-    args = (h_in, h_fn, h_out, p_ref, ring, counters, *encoder, scales, encoder_scales)
-    if is_traced(h_fn):
-        with torch.no_grad():
-            _commit_op(*args, replace, impl)
-    elif select(impl, h_fn) == "triton":
-        _commit_triton(*args, replace)
-    else:
-        commit_reference(*args, replace=replace)
+    streams = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
+    _commit(impl, h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
 
 
 @without_gradient
@@ -102,7 +90,6 @@ def commit_reference(
     encoder_ring: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
     encoder_scales: torch.Tensor | None = None,
-    *,
     replace: bool = False,
 ) -> None:
     """Plain PyTorch, the meaning of `commit`."""
@@ -203,268 +190,138 @@ def _check_encoder(
         raise invalid("commit", must, (slots[0], devices[0]), (slots[1], devices[1]))
 
 
-def _commit_triton(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    h_out: torch.Tensor,
-    p_ref: torch.Tensor | None,
-    ring: torch.Tensor,
-    counters: torch.Tensor,
-    encoder_fn: torch.Tensor | None,
-    encoder_out: torch.Tensor | None,
-    encoder_ring: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    encoder_scales: torch.Tensor | None,
-    replace: bool,
-) -> None:
-    h_in = None if h_in is None else h_in.contiguous()
-    h_fn, h_out = h_fn.contiguous(), h_out.contiguous()
-    if encoder_fn is not None and encoder_out is not None:
-        encoder_fn, encoder_out = encoder_fn.contiguous(), encoder_out.contiguous()
-    if scales is not None:
-        _launch_fp8(
-            h_in, h_fn, h_out, p_ref, ring, counters,
-            encoder_fn, encoder_out, encoder_ring, scales, encoder_scales, replace,
-        )  # fmt: skip
-        return
-    encoder_size = 0 if encoder_fn is None else encoder_fn.numel()
-    block, num_warps = launch_of("commit", h_fn)
-    blocks, encoder_blocks = triton.cdiv(h_fn.numel(), block), triton.cdiv(encoder_size, block)
-    if blocks + encoder_blocks == 0:
-        return
-    with torch.cuda.device_of(h_fn):
-        _commit_kernel[(blocks + encoder_blocks,)](
-            h_in, h_fn, h_out, p_ref, ring, counters, h_fn.numel(), blocks,
-            encoder_fn, encoder_out, encoder_ring, encoder_size,
-            REPLACE=replace, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
 def fp8_tile(width: int) -> tuple[int, int, int]:
     """Return rows and columns of a program's tile of whole tokens, and its warps."""
     columns = triton.next_power_of_2(max(width, 16))
     rows = max(1, BLOCK // columns)
-    # 16 elements per thread: a load of 16 bytes where they are codes
+    # 16 elements per thread: 16 bytes of codes
     return rows, columns, min(max(rows * columns // 512, 4), 16)
 
 
-def _launch_fp8(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    h_out: torch.Tensor,
-    p_ref: torch.Tensor | None,
-    ring: torch.Tensor,
-    counters: torch.Tensor,
-    encoder_fn: torch.Tensor | None,
-    encoder_out: torch.Tensor | None,
-    encoder_ring: torch.Tensor | None,
-    scales: torch.Tensor,
-    encoder_scales: torch.Tensor | None,
-    replace: bool,
-) -> None:
-    tokens, width = e4m3.tokens_and_width(h_fn)
-    encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
-    rows, columns, warps = fp8_tile(max(width, encoder_width))
-    blocks, encoder_blocks = triton.cdiv(tokens, rows), triton.cdiv(encoder_tokens, rows)
-    if blocks + encoder_blocks == 0:
+@op(
+    commit_reference,
+    like="h_fn",
+    mutates=("p_ref", "ring", "encoder_ring", "scales", "encoder_scales"),
+)
+def _commit(
+    h_in, h_fn, h_out, p_ref, ring, counters, encoder_fn, encoder_out, encoder_ring, scales,
+    encoder_scales, replace,
+):  # fmt: skip
+    h_in, h_fn, h_out = contiguous(h_in, h_fn, h_out)
+    encoder_fn, encoder_out = contiguous(encoder_fn, encoder_out)
+    stream = (h_in, h_fn, h_out, p_ref, ring)
+    if scales is not None:
+        tokens, width = e4m3.tokens_and_width(h_fn)
+        encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
+        rows, columns, warps = fp8_tile(max(width, encoder_width))
+        parts, encoder_parts = triton.cdiv(tokens, rows), triton.cdiv(encoder_tokens, rows)
+        if parts + encoder_parts:
+            _commit_fp8_kernel[(parts + encoder_parts,)](
+                *stream, scales, counters, tokens, width, parts,
+                encoder_fn, encoder_out, encoder_ring, encoder_scales, encoder_tokens,
+                encoder_width, REPLACE=replace, ROWS=rows, COLUMNS=columns,
+                num_warps=warps, enable_fp_fusion=False,
+            )  # fmt: skip
         return
-    with torch.cuda.device_of(h_fn):
-        _commit_fp8_kernel[(blocks + encoder_blocks,)](
-            h_in, h_fn, h_out, p_ref, ring, scales, counters, tokens, width, blocks,
-            encoder_fn, encoder_out, encoder_ring, encoder_scales, encoder_tokens, encoder_width,
-            REPLACE=replace, ROWS=rows, COLUMNS=columns,
-            num_warps=warps, enable_fp_fusion=False,
+    block, warps = launch_of("commit", h_fn)
+    size, encoder_size = h_fn.numel(), 0 if encoder_fn is None else encoder_fn.numel()
+    parts, encoder_parts = triton.cdiv(size, block), triton.cdiv(encoder_size, block)
+    if parts + encoder_parts:
+        _commit_kernel[(parts + encoder_parts,)](
+            *stream, counters, size, parts, encoder_fn, encoder_out, encoder_ring, encoder_size,
+            REPLACE=replace, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "dbcache::commit",
-    mutates_args=("p_ref", "ring", "encoder_ring", "scales", "encoder_scales"),
-)
-def _commit_op(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    h_out: torch.Tensor,
-    p_ref: torch.Tensor | None,
-    ring: torch.Tensor,
-    counters: torch.Tensor,
-    encoder_fn: torch.Tensor | None,
-    encoder_out: torch.Tensor | None,
-    encoder_ring: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    encoder_scales: torch.Tensor | None,
-    replace: bool,
-    impl: str,
-) -> None:
-    encoder = (encoder_fn, encoder_out, encoder_ring)
-    args = (h_in, h_fn, h_out, p_ref, ring, counters, *encoder, scales, encoder_scales)
-    if select(impl, h_fn) == "triton":
-        _commit_triton(*args, replace)
-    else:
-        commit_reference(*args, replace=replace)
+class Stream(NamedTuple):
+    """The tensors of the hidden or the encoder states, in a kernel; see `commit`."""
 
-
-_SLOT = tl.constexpr(SLOT)
+    h_in_ptr: Any
+    h_fn_ptr: Any
+    h_out_ptr: Any
+    p_ref_ptr: Any
+    ring_ptr: Any
 
 
 @triton.jit
 def _commit_kernel(
-    h_in_ptr,
-    h_fn_ptr,
-    h_out_ptr,
-    p_ref_ptr,
-    ring_ptr,
-    counters_ptr,
-    size,
-    blocks,
-    encoder_fn_ptr,
-    encoder_out_ptr,
-    encoder_ring_ptr,
-    encoder_size,
-    REPLACE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr, counters_ptr, size, blocks,
+    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, encoder_size,
+    REPLACE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The first `blocks` programs take the hidden states, the others the encoder states."""
     block = tl.program_id(0)
-    slot = tl.load(counters_ptr + _SLOT).to(tl.int64)
+    slot = tl.load(counters_ptr + LANE.SLOT).to(tl.int64)
     if encoder_fn_ptr is None or block < blocks:
-        _commit_block(
-            h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr, slot, size, block, REPLACE, BLOCK
-        )
+        stream = Stream(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr)
+        commit_block(stream, slot, size, block, REPLACE, BLOCK)
     else:
-        _commit_block(
-            None,
-            encoder_fn_ptr,
-            encoder_out_ptr,
-            None,
-            encoder_ring_ptr,
-            slot,
-            encoder_size,
-            block - blocks,
-            REPLACE,
-            BLOCK,
-        )
+        encoder = Stream(None, encoder_fn_ptr, encoder_out_ptr, None, encoder_ring_ptr)
+        commit_block(encoder, slot, encoder_size, block - blocks, REPLACE, BLOCK)
 
 
 @triton.jit
-def _commit_block(
-    h_in_ptr,
-    h_fn_ptr,
-    h_out_ptr,
-    p_ref_ptr,
-    ring_ptr,
-    slot,
-    size,
-    block,
-    REPLACE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def commit_block(stream, slot, size, block, REPLACE: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the residuals of block `block` of a stream of `size` elements."""
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
-    residual = _residual(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, offsets, mask, REPLACE)
-    slot_ptr = ring_ptr + slot * size
-    tl.store(slot_ptr + offsets, residual.to(ring_ptr.dtype.element_ty), mask=mask)
+    residual = _residual(stream, offsets, mask, REPLACE)
+    slot_ptr = stream.ring_ptr + slot * size
+    tl.store(slot_ptr + offsets, residual.to(stream.ring_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _residual(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, offsets, mask, REPLACE: tl.constexpr):
-    """Return what the ring is to hold, in float32, and store the probe residual on the way."""
-    h_out = tl.load(h_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+def _residual(stream, offsets, mask, REPLACE: tl.constexpr):
+    """Return the residual for the ring, in float32, and store the probe residual on the way."""
+    h_out = tl.load(stream.h_out_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     residual = h_out
-    if p_ref_ptr is not None:
-        h_fn = tl.load(h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if stream.p_ref_ptr is not None:
+        h_fn = tl.load(stream.h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         compared = h_fn
-        if h_in_ptr is not None:
-            compared -= tl.load(h_in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        tl.store(p_ref_ptr + offsets, compared.to(p_ref_ptr.dtype.element_ty), mask=mask)
+        if stream.h_in_ptr is not None:
+            compared -= tl.load(stream.h_in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        dtype = stream.p_ref_ptr.dtype.element_ty
+        tl.store(stream.p_ref_ptr + offsets, compared.to(dtype), mask=mask)
         if not REPLACE:
             residual = h_out - h_fn
     elif not REPLACE:
-        residual = h_out - tl.load(h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        residual = h_out - tl.load(stream.h_fn_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     return residual
 
 
 @triton.jit
 def _commit_fp8_kernel(
-    h_in_ptr,
-    h_fn_ptr,
-    h_out_ptr,
-    p_ref_ptr,
-    ring_ptr,
-    scales_ptr,
-    counters_ptr,
-    tokens,
-    width,
-    blocks,
-    encoder_fn_ptr,
-    encoder_out_ptr,
-    encoder_ring_ptr,
-    encoder_scales_ptr,
-    encoder_tokens,
-    encoder_width,
-    REPLACE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr, scales_ptr, counters_ptr,
+    tokens, width, blocks,
+    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, encoder_scales_ptr,
+    encoder_tokens, encoder_width,
+    REPLACE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """As `_commit_kernel`, with ROWS whole tokens per program."""
     block = tl.program_id(0)
-    slot = tl.load(counters_ptr + _SLOT).to(tl.int64)
+    slot = tl.load(counters_ptr + LANE.SLOT).to(tl.int64)
     if encoder_fn_ptr is None or block < blocks:
-        _commit_tokens(
-            h_in_ptr,
-            h_fn_ptr,
-            h_out_ptr,
-            p_ref_ptr,
-            ring_ptr,
-            scales_ptr,
-            slot,
-            tokens,
-            width,
-            block,
-            REPLACE,
-            ROWS,
-            COLUMNS,
-        )
+        stream = Stream(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr)
+        _commit_tokens(stream, scales_ptr, slot, tokens, width, block, REPLACE, ROWS, COLUMNS)
     else:
+        encoder = Stream(None, encoder_fn_ptr, encoder_out_ptr, None, encoder_ring_ptr)
         _commit_tokens(
-            None,
-            encoder_fn_ptr,
-            encoder_out_ptr,
-            None,
-            encoder_ring_ptr,
-            encoder_scales_ptr,
-            slot,
-            encoder_tokens,
-            encoder_width,
-            block - blocks,
-            REPLACE,
-            ROWS,
-            COLUMNS,
-        )
+            encoder, encoder_scales_ptr, slot, encoder_tokens, encoder_width, block - blocks,
+            REPLACE, ROWS, COLUMNS,
+        )  # fmt: skip
 
 
 @triton.jit
 def _commit_tokens(
-    h_in_ptr,
-    h_fn_ptr,
-    h_out_ptr,
-    p_ref_ptr,
-    ring_ptr,
-    scales_ptr,
-    slot,
-    tokens,
-    width,
-    block,
-    REPLACE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    stream, scales_ptr, slot, tokens, width, block,
+    REPLACE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     offsets = rows[:, None] * width + columns[None, :]
     mask = (rows < tokens)[:, None] & (columns < width)[None, :]
-    residual = _residual(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, offsets, mask, REPLACE)
+    residual = _residual(stream, offsets, mask, REPLACE)
     codes, scales = quantize_rows(residual)
-    slot_ptr = ring_ptr + slot * tokens * width
+    slot_ptr = stream.ring_ptr + slot * tokens * width
     tl.store(slot_ptr + offsets, codes, mask=mask)
     tl.store(scales_ptr + slot * tokens + rows, scales, mask=rows < tokens)

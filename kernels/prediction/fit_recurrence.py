@@ -16,27 +16,30 @@ program that finishes last solves the two equations, in float64.
 """
 
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import LaneState
+from dbcache.kernels.common.constants import Constants
+from dbcache.kernels.common.lane_state import LANE, LaneState
 from dbcache.kernels.common.launches import BLOCK
-from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
-from dbcache.kernels.common.sums import sum_of_column, tree_sum_lanes
-from dbcache.kernels.decision.probe_diff import lanes_of, log2, partition_of
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
+from dbcache.kernels.common.sums import lanes_of, log2, partition_of, sum_of_column, tree_sum_lanes
 
 NUM_SUMS = 5
 """Of D_{i+1}^2, D_{i+1} Y_i, Y_i^2, D_i D_{i+1} and D_i Y_i."""
 
 SINGULAR = 1e-10
 """Least determinant, of that of two independent directions, at which the equations are solved."""
+FIT = Constants(globals())
 
 
 def num_warps(itemsize: int) -> int:
-    """Return the warps of a program: as many as move 16 bytes per thread and tensor at a time."""
+    """Return the warps of a program, so that a thread loads 16 bytes per tensor at a time."""
     return 8 * itemsize // 2
 
 
@@ -48,7 +51,7 @@ def fit_recurrence(
     ridge: float = 0.0,
     impl: Impl = "auto",
 ) -> None:
-    """Write (alpha, gamma) of the snapshots in `ring` to `fit`, NaN where they tell nothing.
+    """Write (alpha, gamma) of the snapshots in `ring` to `fit`; NaN where there is no fit.
 
     That is where fewer than three of the newest are equally far apart, do not differ, or are not
     finite.
@@ -58,8 +61,7 @@ def fit_recurrence(
         state: state of the lane on the same device, of the step that `commit` has just stored.
         fit: float64 (2,) on the same device, written.
         ridge: pull towards straight lines, at least 0.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not. The two differ in the order of additions, thus in the last bits.
@@ -77,14 +79,7 @@ def fit_recurrence(
         raise invalid("fit_recurrence", must, ring.device, fit.device, state.counters.device)
     if not ridge >= 0:
         raise invalid("fit_recurrence", "ridge must be at least 0", ridge)
-    args = (ring, state.counters, fit, ridge)
-    if is_traced(ring):
-        with torch.no_grad():
-            _fit_op(*args, impl)
-    elif select(impl, ring) == "triton":
-        _fit_triton(*args)
-    else:
-        fit_recurrence_reference(*args)
+    _fit_recurrence(impl, ring, state.counters, fit, ridge)
 
 
 @without_gradient
@@ -125,61 +120,46 @@ def solve(sums: list[float], ridge: float) -> tuple[float, float]:
     return (b_d * q - b_y * dy) / determinant, (p * b_y - dy * b_d) / determinant
 
 
-def _fit_triton(
-    ring: torch.Tensor, counters: torch.Tensor, fit: torch.Tensor, ridge: float
-) -> None:
+@op(fit_recurrence_reference, like="ring", mutates=("counters", "fit"))
+def _fit_recurrence(ring, counters, fit, ridge):
     size, slots = ring[0].numel(), ring.shape[0]
     per_program, programs = partition_of(size)
     partials = torch.empty(NUM_SUMS, programs, device=ring.device, dtype=torch.float32)
-    with torch.cuda.device_of(ring):
-        _fit_recurrence_kernel[(programs,)](
-            ring, counters, partials, fit, size, per_program, slots, ridge,
-            LOG_BLOCK=log2(BLOCK), LOG_LANES=(programs - 1).bit_length(),
-            num_warps=num_warps(ring.element_size()), enable_fp_fusion=False,
-        )  # fmt: skip
+    _fit_recurrence_kernel[(programs,)](
+        ring, counters, partials, fit, size, per_program, slots, ridge,
+        LOG_BLOCK=log2(BLOCK), LOG_LANES=(programs - 1).bit_length(),
+        num_warps=num_warps(ring.element_size()), enable_fp_fusion=False,
+    )  # fmt: skip
 
 
-@torch.library.custom_op("dbcache::fit_recurrence", mutates_args=("counters", "fit"))
-def _fit_op(
-    ring: torch.Tensor, counters: torch.Tensor, fit: torch.Tensor, ridge: float, impl: str
-) -> None:
-    if select(impl, ring) == "triton":
-        _fit_triton(ring, counters, fit, ridge)
-    else:
-        fit_recurrence_reference(ring, counters, fit, ridge)
+class Snapshots(NamedTuple):
+    """The ring in a kernel; `newest` is the slot of the newest snapshot."""
 
-
-_HEAD, _SNAPSHOTS = tl.constexpr(ls.HEAD), tl.constexpr(ls.SNAPSHOTS)
-_RING_STEPS, _TICKET = tl.constexpr(ls.RING_STEPS), tl.constexpr(ls.TICKET)
-_NUM_SUMS, _SINGULAR = tl.constexpr(NUM_SUMS), tl.constexpr(SINGULAR)
+    ring_ptr: Any
+    newest: Any
+    slots: Any
+    size: Any
 
 
 @triton.jit
 def _fit_recurrence_kernel(
-    ring_ptr,
-    counters_ptr,
-    partials_ptr,
-    fit_ptr,
-    size,
-    per_program,
-    slots,
-    ridge,
-    LOG_BLOCK: tl.constexpr,
-    LOG_LANES: tl.constexpr,
-):
+    ring_ptr, counters_ptr, partials_ptr, fit_ptr, size, per_program, slots, ridge,
+    LOG_BLOCK: tl.constexpr, LOG_LANES: tl.constexpr,
+):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
-    newest = tl.load(counters_ptr + _HEAD) - 1 + slots
+    newest = tl.load(counters_ptr + LANE.HEAD) - 1 + slots
     triples = _triples(counters_ptr, newest, slots)
+    snapshots = Snapshots(ring_ptr, newest, slots, size)
     base = tl.zeros((1 << LOG_BLOCK,), tl.float32)
     dd, dy, yy, b_d, b_y = base, base, base, base, base
     if triples > 0:
         for i in range(per_program):
             offsets = lanes_of(program, per_program, i, LOG_BLOCK)
             mask = offsets < size
-            level = _snapshot(ring_ptr, newest, 1, slots, size, offsets, mask)
-            newer = _snapshot(ring_ptr, newest, 0, slots, size, offsets, mask) - level
+            level = _snapshot(snapshots, 1, offsets, mask)
+            newer = _snapshot(snapshots, 0, offsets, mask) - level
             for age in range(2, triples + 2):
-                oldest = _snapshot(ring_ptr, newest, age, slots, size, offsets, mask)
+                oldest = _snapshot(snapshots, age, offsets, mask)
                 older = level - oldest
                 dd += older * older
                 dy += older * level
@@ -193,19 +173,19 @@ def _fit_recurrence_kernel(
     tl.store(sums_ptr + 2 * programs, tree_sum_lanes(yy, LOG_BLOCK))
     tl.store(sums_ptr + 3 * programs, tree_sum_lanes(b_d, LOG_BLOCK))
     tl.store(sums_ptr + 4 * programs, tree_sum_lanes(b_y, LOG_BLOCK))
-    # as in `probe_and_decide`: the ticket hands what all programs stored to the one that is last
+    # as in `probe_and_decide`: the ticket makes all stores visible to the last program
     tl.debug_barrier()
-    if tl.atomic_add(counters_ptr + _TICKET, 1, sem="acq_rel", scope="gpu") == programs - 1:
+    if tl.atomic_add(counters_ptr + LANE.TICKET, 1, sem="acq_rel", scope="gpu") == programs - 1:
         tl.debug_barrier()
-        tl.store(counters_ptr + _TICKET, 0)
+        tl.store(counters_ptr + LANE.TICKET, 0)
         _solve(partials_ptr, fit_ptr, programs, ridge, LOG_LANES)
 
 
 @triton.jit
 def _triples(counters_ptr, newest, slots):
     """Return the number of triples of equally spaced snapshots, the function above less 2."""
-    snapshots = tl.load(counters_ptr + _SNAPSHOTS)
-    ring_ptr = counters_ptr + _RING_STEPS
+    snapshots = tl.load(counters_ptr + LANE.SNAPSHOTS)
+    ring_ptr = counters_ptr + LANE.RING_STEPS
     count = tl.full((), 0, tl.int32)
     first_gap = tl.load(ring_ptr + newest % slots) - tl.load(
         ring_ptr + (newest + slots - 1) % slots
@@ -218,9 +198,9 @@ def _triples(counters_ptr, newest, slots):
 
 
 @triton.jit
-def _snapshot(ring_ptr, newest, age, slots, size, offsets, mask):
-    slot = (newest + slots - age) % slots
-    slot_ptr = ring_ptr + tl.cast(size, tl.int64) * slot
+def _snapshot(snapshots, age, offsets, mask):
+    slot = (snapshots.newest + snapshots.slots - age) % snapshots.slots
+    slot_ptr = snapshots.ring_ptr + tl.cast(snapshots.size, tl.int64) * slot
     return tl.load(slot_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -236,7 +216,7 @@ def _solve(partials_ptr, fit_ptr, programs, ridge, LOG_LANES: tl.constexpr):
     p, q = dd + pull * dd, yy + pull * yy
     b_d = b_d + pull * dd
     determinant = p * q - dy * dy
-    solvable = determinant > _SINGULAR * (p * q)
+    solvable = determinant > FIT.SINGULAR * (p * q)
     divisor = tl.where(solvable, determinant, 1.0)
     alpha, gamma = (b_d * q - b_y * dy) / divisor, (p * b_y - dy * b_d) / divisor
     tl.store(fit_ptr, tl.where(solvable, alpha, float("nan")))

@@ -7,6 +7,8 @@ writes out, so the kernel is bound by memory bandwidth. A ring may hold fp8 (`e4
 read in the same pass, with one scale per token.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,8 @@ import triton.language as tl
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.e4m3 import decode
 from dbcache.kernels.common.lane_state import MAX_SLOTS
-from dbcache.kernels.common.launches import BLOCK, launch_of
+from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
+from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import (
     DTYPES,
     Impl,
@@ -62,8 +65,7 @@ def predict(
             be `h` itself; it must not overlap the rest.
         encoder_out: as `out`, for `encoder`.
         replace: leave `h` out of the sum, for rings that hold outputs rather than residuals.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         Contiguous tensors (`out` and `encoder_out` where given, else new ones), or None for a
@@ -77,31 +79,16 @@ def predict(
     if encoder is not None:
         _check_encoder(h, ring, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
     streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
-    if is_traced(h):
-        out, encoder_out = _outputs(h, out, encoder, encoder_out)
-        with torch.no_grad():
-            _predict_op(out, encoder_out, *streams, replace, impl)
-        return out, encoder_out
-    backend = select(impl, h)
-    if backend == "reference" and out is None and encoder_out is None:
-        return predict_reference(*streams, replace=replace)
-    out, encoder_out = _outputs(h, out, encoder, encoder_out)
-    _predict_into(out, encoder_out, *streams, replace, backend)
+    if out is None and encoder_out is None and not is_traced(h) and select(impl, h) == "reference":
+        return predict_reference(*streams, replace)
+    out = _output("h", h, out)
+    encoder_out = None if encoder is None else _output("encoder", encoder, encoder_out)
+    _predict(impl, out, encoder_out, *streams, replace)
     return out, encoder_out
 
 
-def _outputs(
-    h: torch.Tensor,
-    out: torch.Tensor | None,
-    encoder: torch.Tensor | None,
-    encoder_out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out = _output("h", h, out)
-    return out, None if encoder is None else _output("encoder", encoder, encoder_out)
-
-
 def _output(name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-    """Return `out` if it is one for `x`, or a new tensor for None."""
+    """Return `out` if it fits `x`, or a new tensor for None."""
     if out is None:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.shape != x.shape or not out.is_contiguous():
@@ -123,7 +110,6 @@ def predict_reference(
     encoder_weights: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
     encoder_scales: torch.Tensor | None = None,
-    *,
     replace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Plain PyTorch, the meaning of `predict`."""
@@ -140,7 +126,7 @@ def _weighted_sum(
     scales: torch.Tensor | None,
     replace: bool,
 ) -> torch.Tensor:
-    """Add up in float32, one op per slot that is used; h first, so that it needs no pass."""
+    """Add up in float32, one op per used slot; h first, so that it needs no pass of its own."""
     total = None if replace else h.float()
     for slot, weight in enumerate(weights.tolist()[: ring.shape[0]]):
         if weight == 0:
@@ -205,76 +191,14 @@ def _check_encoder(
         raise invalid("predict", must, ring.dtype, encoder_ring.dtype)
 
 
-def _predict_triton(
-    out: torch.Tensor,
-    encoder_out: torch.Tensor | None,
-    h: torch.Tensor,
-    ring: torch.Tensor,
-    weights: torch.Tensor,
-    encoder: torch.Tensor | None,
-    encoder_ring: torch.Tensor | None,
-    encoder_weights: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    encoder_scales: torch.Tensor | None,
-    replace: bool,
-) -> None:
-    h, encoder = h.contiguous(), None if encoder is None else encoder.contiguous()
-    if scales is not None:
-        _launch_fp8(
-            out, encoder_out, h, ring, weights, encoder, encoder_ring, encoder_weights,
-            scales, encoder_scales, replace,
-        )  # fmt: skip
-        return
-    encoder_size = 0 if encoder is None else encoder.numel()
-    slots = ring.shape[0]
-    block, num_warps = launch_of("predict", h, slots)
-    blocks, encoder_blocks = triton.cdiv(h.numel(), block), triton.cdiv(encoder_size, block)
-    if blocks + encoder_blocks:
-        with torch.cuda.device_of(h):
-            _predict_kernel[(blocks + encoder_blocks,)](
-                h, ring, weights, out, h.numel(), blocks,
-                encoder, encoder_ring, encoder_weights, encoder_out, encoder_size,
-                K=slots, REPLACE=replace, BLOCK=block, num_warps=num_warps, enable_fp_fusion=True,
-            )  # fmt: skip
-
-
 def fp8_tile(width: int) -> tuple[int, int]:
     """Return rows (tokens) and columns of a program's tile, BLOCK elements."""
     columns = min(triton.next_power_of_2(max(width, 16)), MAX_COLUMNS)
     return BLOCK // columns, columns
 
 
-def _launch_fp8(
-    out: torch.Tensor,
-    encoder_out: torch.Tensor | None,
-    h: torch.Tensor,
-    ring: torch.Tensor,
-    weights: torch.Tensor,
-    encoder: torch.Tensor | None,
-    encoder_ring: torch.Tensor | None,
-    encoder_weights: torch.Tensor | None,
-    scales: torch.Tensor,
-    encoder_scales: torch.Tensor | None,
-    replace: bool,
-) -> None:
-    tokens, width = e4m3.tokens_and_width(h)
-    encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder)
-    rows, columns = fp8_tile(max(width, encoder_width))
-    blocks = triton.cdiv(tokens, rows) * triton.cdiv(width, columns)
-    encoder_blocks = triton.cdiv(encoder_tokens, rows) * triton.cdiv(encoder_width, columns)
-    if blocks + encoder_blocks == 0:
-        return
-    with torch.cuda.device_of(h):
-        _predict_fp8_kernel[(blocks + encoder_blocks,)](
-            h, ring, scales, weights, out, tokens, width, blocks,
-            encoder, encoder_ring, encoder_scales, encoder_weights, encoder_out,
-            encoder_tokens, encoder_width,
-            K=ring.shape[0], REPLACE=replace, ROWS=rows, COLUMNS=columns,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-
-
-def _predict_into(
+@without_gradient
+def _predict_reference(
     out: torch.Tensor,
     encoder_out: torch.Tensor | None,
     h: torch.Tensor,
@@ -286,156 +210,115 @@ def _predict_into(
     scales: torch.Tensor | None,
     encoder_scales: torch.Tensor | None,
     replace: bool,
-    impl: str,
 ) -> None:
+    """The function `predict_reference`, into `out` and `encoder_out`."""
     streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
-    if select(impl, h) == "triton":
-        _predict_triton(out, encoder_out, *streams, replace)
+    predicted, encoder_predicted = predict_reference(*streams, replace)
+    out.copy_(predicted)
+    if encoder_out is not None and encoder_predicted is not None:
+        encoder_out.copy_(encoder_predicted)
+
+
+@op(_predict_reference, like="h", mutates=("out", "encoder_out"))
+def _predict(
+    out, encoder_out, h, ring, weights, encoder, encoder_ring, encoder_weights, scales,
+    encoder_scales, replace,
+):  # fmt: skip
+    h, encoder = contiguous(h, encoder)
+    slots = ring.shape[0]
+    if scales is not None:
+        tokens, width = e4m3.tokens_and_width(h)
+        encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder)
+        rows, columns = fp8_tile(max(width, encoder_width))
+        parts = triton.cdiv(tokens, rows) * triton.cdiv(width, columns)
+        encoder_parts = triton.cdiv(encoder_tokens, rows) * triton.cdiv(encoder_width, columns)
+        if parts + encoder_parts:
+            _predict_fp8_kernel[(parts + encoder_parts,)](
+                h, ring, scales, weights, out, tokens, width, parts,
+                encoder, encoder_ring, encoder_scales, encoder_weights, encoder_out,
+                encoder_tokens, encoder_width,
+                K=slots, REPLACE=replace, ROWS=rows, COLUMNS=columns,
+                num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
         return
-    with torch.no_grad():
-        predicted, encoder_predicted = predict_reference(*streams, replace=replace)
-        out.copy_(predicted)
-        if encoder_out is not None and encoder_predicted is not None:
-            encoder_out.copy_(encoder_predicted)
+    block, warps = launch_of("predict", h, slots)
+    size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()
+    parts, encoder_parts = triton.cdiv(size, block), triton.cdiv(encoder_size, block)
+    if parts + encoder_parts:
+        _predict_kernel[(parts + encoder_parts,)](
+            h, ring, weights, out, size, parts,
+            encoder, encoder_ring, encoder_weights, encoder_out, encoder_size,
+            K=slots, REPLACE=replace, BLOCK=block, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
-_predict_op = torch.library.custom_op(
-    "dbcache::predict", _predict_into, mutates_args=("out", "encoder_out")
-)
+class Stream(NamedTuple):
+    """The tensors of the hidden or the encoder states, in a kernel; see `predict`."""
+
+    h_ptr: Any
+    ring_ptr: Any
+    weights_ptr: Any
+    out_ptr: Any
 
 
 @triton.jit
 def _predict_kernel(
-    h_ptr,
-    ring_ptr,
-    weights_ptr,
-    out_ptr,
-    size,
-    blocks,
-    encoder_ptr,
-    encoder_ring_ptr,
-    encoder_weights_ptr,
-    encoder_out_ptr,
-    encoder_size,
-    K: tl.constexpr,
-    REPLACE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    h_ptr, ring_ptr, weights_ptr, out_ptr, size, blocks,
+    encoder_ptr, encoder_ring_ptr, encoder_weights_ptr, encoder_out_ptr, encoder_size,
+    K: tl.constexpr, REPLACE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The first `blocks` programs take the hidden states, the others the encoder states."""
     block = tl.program_id(0)
     if encoder_ptr is None or block < blocks:
-        _predict_block(h_ptr, ring_ptr, weights_ptr, out_ptr, size, block, K, REPLACE, BLOCK)
+        stream = Stream(h_ptr, ring_ptr, weights_ptr, out_ptr)
+        predict_block(stream, size, block, K, REPLACE, BLOCK)
     else:
-        _predict_block(
-            encoder_ptr,
-            encoder_ring_ptr,
-            encoder_weights_ptr,
-            encoder_out_ptr,
-            encoder_size,
-            block - blocks,
-            K,
-            REPLACE,
-            BLOCK,
-        )
+        encoder = Stream(encoder_ptr, encoder_ring_ptr, encoder_weights_ptr, encoder_out_ptr)
+        predict_block(encoder, encoder_size, block - blocks, K, REPLACE, BLOCK)
 
 
 @triton.jit
-def _predict_block(
-    h_ptr,
-    ring_ptr,
-    weights_ptr,
-    out_ptr,
-    size,
-    block,
-    K: tl.constexpr,
-    REPLACE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def predict_block(stream, size, block, K: tl.constexpr, REPLACE: tl.constexpr, BLOCK: tl.constexpr):
+    """Predict block `block` of a stream of `size` elements."""
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
     total = tl.zeros((BLOCK,), tl.float32)
     for slot in tl.static_range(K):
-        weight = tl.load(weights_ptr + slot)
+        weight = tl.load(stream.weights_ptr + slot)
         # a slot of weight 0 is not read: it saves the bytes, and it may hold anything
         used = offsets < tl.where(weight != 0.0, size, 0)
-        slot_ptr = ring_ptr + tl.cast(size, tl.int64) * slot
+        slot_ptr = stream.ring_ptr + tl.cast(size, tl.int64) * slot
         total += weight * tl.load(slot_ptr + offsets, mask=used, other=0.0).to(tl.float32)
     if not REPLACE:
-        total += tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+        total += tl.load(stream.h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(stream.out_ptr + offsets, total.to(stream.out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _predict_fp8_kernel(
-    h_ptr,
-    ring_ptr,
-    scales_ptr,
-    weights_ptr,
-    out_ptr,
-    tokens,
-    width,
-    blocks,
-    encoder_ptr,
-    encoder_ring_ptr,
-    encoder_scales_ptr,
-    encoder_weights_ptr,
-    encoder_out_ptr,
-    encoder_tokens,
-    encoder_width,
-    K: tl.constexpr,
-    REPLACE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    h_ptr, ring_ptr, scales_ptr, weights_ptr, out_ptr, tokens, width, blocks,
+    encoder_ptr, encoder_ring_ptr, encoder_scales_ptr, encoder_weights_ptr, encoder_out_ptr,
+    encoder_tokens, encoder_width,
+    K: tl.constexpr, REPLACE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """As `_predict_kernel`, with a tile of tokens per program."""
     block = tl.program_id(0)
     if encoder_ptr is None or block < blocks:
-        _predict_tile(
-            h_ptr,
-            ring_ptr,
-            scales_ptr,
-            weights_ptr,
-            out_ptr,
-            tokens,
-            width,
-            block,
-            K,
-            REPLACE,
-            ROWS,
-            COLUMNS,
-        )
+        stream = Stream(h_ptr, ring_ptr, weights_ptr, out_ptr)
+        _predict_tile(stream, scales_ptr, tokens, width, block, K, REPLACE, ROWS, COLUMNS)
     else:
+        encoder = Stream(encoder_ptr, encoder_ring_ptr, encoder_weights_ptr, encoder_out_ptr)
         _predict_tile(
-            encoder_ptr,
-            encoder_ring_ptr,
-            encoder_scales_ptr,
-            encoder_weights_ptr,
-            encoder_out_ptr,
-            encoder_tokens,
-            encoder_width,
-            block - blocks,
-            K,
-            REPLACE,
-            ROWS,
-            COLUMNS,
-        )
+            encoder, encoder_scales_ptr, encoder_tokens, encoder_width, block - blocks,
+            K, REPLACE, ROWS, COLUMNS,
+        )  # fmt: skip
 
 
 @triton.jit
 def _predict_tile(
-    h_ptr,
-    ring_ptr,
-    scales_ptr,
-    weights_ptr,
-    out_ptr,
-    tokens,
-    width,
-    block,
-    K: tl.constexpr,
-    REPLACE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    stream, scales_ptr, tokens, width, block,
+    K: tl.constexpr, REPLACE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     tiles = tl.cdiv(width, COLUMNS)  # per row of tiles
     rows = (block // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = (block % tiles) * COLUMNS + tl.arange(0, COLUMNS)
@@ -443,15 +326,15 @@ def _predict_tile(
     mask = (rows < tokens)[:, None] & (columns < width)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for slot in tl.static_range(K):
-        weight = tl.load(weights_ptr + slot)
+        weight = tl.load(stream.weights_ptr + slot)
         # a slot of weight 0 is not read: it saves the bytes, and it may hold anything
         end = tl.where(weight != 0.0, tokens, 0)
         used = (rows < end)[:, None] & (columns < width)[None, :]
-        slot_ptr = ring_ptr + tl.cast(tokens, tl.int64) * width * slot
+        slot_ptr = stream.ring_ptr + tl.cast(tokens, tl.int64) * width * slot
         codes = tl.load(slot_ptr + offsets, mask=used, other=0)
         slot_scales_ptr = scales_ptr + tl.cast(tokens, tl.int64) * slot
         scales = tl.load(slot_scales_ptr + rows, mask=rows < end, other=0.0)
         total += (weight * scales)[:, None] * decode(codes)
     if not REPLACE:
-        total += tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+        total += tl.load(stream.h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(stream.out_ptr + offsets, total.to(stream.out_ptr.dtype.element_ty), mask=mask)

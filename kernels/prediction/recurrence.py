@@ -21,8 +21,10 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import MAX_SLOTS, LaneState
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select
+from dbcache.kernels.common.constants import Constants
+from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, LaneState
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import Impl, invalid
 from dbcache.kernels.common.sums import f32
 
 DIGITS = 32
@@ -33,6 +35,9 @@ LARGEST_ROOT = 2.0
 
 CLOSE = 1e-12
 """Square of the distance of two roots, relative to theirs from 0, below which they are one."""
+
+LARGEST_SQUARE = LARGEST_ROOT**2
+RECURRENCE = Constants(globals())
 
 
 def recurrence_weights(
@@ -49,8 +54,7 @@ def recurrence_weights(
         fit: float64 (2,), (alpha, gamma) from `fit_recurrence` for the hidden states, so that
             c_1 = 1 + alpha + gamma and c_2 = -alpha. None leaves their weights alone.
         encoder_fit: the same for encoder hidden states.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not.
@@ -65,13 +69,7 @@ def recurrence_weights(
         if one.shape != (2,) or one.dtype != torch.float64 or one.device != counters.device:
             must = f"a fit must be float64 (2,) on {counters.device}"
             raise invalid("recurrence_weights", must, one.dtype, tuple(one.shape), one.device)
-    args = (counters, state.values, state.limits, fit, encoder_fit)
-    if is_traced(counters):
-        _recurrence_op(*args, impl)
-    elif select(impl, counters) == "triton":
-        _recurrence_triton(*args)
-    else:
-        recurrence_weights_reference(*args)
+    _recurrence_weights(impl, counters, state.values, state.limits, fit, encoder_fit)
 
 
 def recurrence_weights_reference(
@@ -105,7 +103,7 @@ def continued(ages: list[int], alpha: float, gamma: float) -> list[float]:
     a = (middle + apart[0], apart[1])
     b = (middle - apart[0], -apart[1])
     size_a, size_b = _square(a), _square(b)
-    if not (size_a <= LARGEST_ROOT**2 and size_b <= LARGEST_ROOT**2):
+    if not (size_a <= LARGEST_SQUARE and size_b <= LARGEST_SQUARE):
         return line
     power_a, power_b = _power(a, ages[0], gap), _power(b, ages[0], gap)
     if 4.0 * _square(apart) <= CLOSE * (size_a + size_b):
@@ -161,58 +159,28 @@ def _power(z: Complex, steps: int, gap: int) -> Complex:
     return result
 
 
-def _recurrence_triton(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    fit: torch.Tensor | None,
-    encoder_fit: torch.Tensor | None,
-) -> None:
-    with torch.cuda.device_of(counters):
-        _recurrence_kernel[(1,)](
-            counters, values, limits, fit, encoder_fit, num_warps=1, enable_fp_fusion=False
-        )
-
-
-@torch.library.custom_op("dbcache::recurrence_weights", mutates_args=("values",))
-def _recurrence_op(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    fit: torch.Tensor | None,
-    encoder_fit: torch.Tensor | None,
-    impl: str,
-) -> None:
-    if select(impl, counters) == "triton":
-        _recurrence_triton(counters, values, limits, fit, encoder_fit)
-    else:
-        recurrence_weights_reference(counters, values, limits, fit, encoder_fit)
-
-
-_MAX_SLOTS = tl.constexpr(MAX_SLOTS)
-_DIGITS, _CLOSE = tl.constexpr(DIGITS), tl.constexpr(CLOSE)
-_LARGEST_SQUARE = tl.constexpr(LARGEST_ROOT**2)
-_STEP, _HEAD, _SNAPSHOTS = tl.constexpr(ls.STEP), tl.constexpr(ls.HEAD), tl.constexpr(ls.SNAPSHOTS)
-_RING_STEPS, _SLOTS = tl.constexpr(ls.RING_STEPS), tl.constexpr(ls.SLOTS)
-_WEIGHTS, _ENCODER_WEIGHTS = tl.constexpr(ls.WEIGHTS), tl.constexpr(ls.ENCODER_WEIGHTS)
+@op(recurrence_weights_reference, like="counters", mutates=("values",))
+def _recurrence_weights(counters, values, limits, fit, encoder_fit):
+    args = (counters, values, limits, fit, encoder_fit)
+    _recurrence_kernel[(1,)](*args, num_warps=1, enable_fp_fusion=False)
 
 
 @triton.jit
 def _recurrence_kernel(counters_ptr, values_ptr, limits_ptr, fit_ptr, encoder_fit_ptr):
     if fit_ptr is not None:
-        _store(counters_ptr, values_ptr + _WEIGHTS, limits_ptr, fit_ptr)
+        _store(counters_ptr, values_ptr + LANE.WEIGHTS, limits_ptr, fit_ptr)
     if encoder_fit_ptr is not None:
-        _store(counters_ptr, values_ptr + _ENCODER_WEIGHTS, limits_ptr, encoder_fit_ptr)
+        _store(counters_ptr, values_ptr + LANE.ENCODER_WEIGHTS, limits_ptr, encoder_fit_ptr)
 
 
 @triton.jit
 def _store(counters_ptr, weights_ptr, limits_ptr, fit_ptr):
     """The function `continued` above, stored by slot."""
-    slots = tl.load(limits_ptr + _SLOTS)
-    step, snapshots = tl.load(counters_ptr + _STEP) - 1, tl.load(counters_ptr + _SNAPSHOTS)
-    newest = tl.load(counters_ptr + _HEAD) - 1 + 2 * slots
-    steps = step - tl.load(counters_ptr + _RING_STEPS + newest % slots)
-    second = step - tl.load(counters_ptr + _RING_STEPS + (newest - 1) % slots)
+    slots = tl.load(limits_ptr + LANE.SLOTS)
+    step, snapshots = tl.load(counters_ptr + LANE.STEP) - 1, tl.load(counters_ptr + LANE.SNAPSHOTS)
+    newest = tl.load(counters_ptr + LANE.HEAD) - 1 + 2 * slots
+    steps = step - tl.load(counters_ptr + LANE.RING_STEPS + newest % slots)
+    second = step - tl.load(counters_ptr + LANE.RING_STEPS + (newest - 1) % slots)
     several = snapshots > 1
     gap = tl.where(several, second - steps, 1)
     ahead = steps.to(tl.float64) / gap.to(tl.float64)
@@ -223,10 +191,11 @@ def _store(counters_ptr, weights_ptr, limits_ptr, fit_ptr):
     ax, ay = middle + apart_x, apart_y
     bx, by = middle - apart_x, 0.0 - apart_y
     size_a, size_b = ax * ax + ay * ay, bx * bx + by * by
-    usable = (size_a <= _LARGEST_SQUARE) & (size_b <= _LARGEST_SQUARE) & (zero == 0.0)
+    largest = RECURRENCE.LARGEST_SQUARE
+    usable = (size_a <= largest) & (size_b <= largest) & (zero == 0.0)
     pax, pay = _power_of(ax, ay, steps, gap)
     pbx, pby = _power_of(bx, by, steps, gap)
-    is_one = 4.0 * (apart_x * apart_x + apart_y * apart_y) <= _CLOSE * (size_a + size_b)
+    is_one = 4.0 * (apart_x * apart_x + apart_y * apart_y) <= RECURRENCE.CLOSE * (size_a + size_b)
     twice_x, twice_y = 2.0 * apart_x, 2.0 * apart_y
     divisor = tl.where(is_one, 1.0, twice_x * twice_x + twice_y * twice_y)
     nax, nay = ax * pax - ay * pay, ax * pay + ay * pax
@@ -238,9 +207,9 @@ def _store(counters_ptr, weights_ptr, limits_ptr, fit_ptr):
     w1 = tl.where(is_one, 0.0 - ahead * (ax * pax - ay * pay), w1)
     w0, w1 = tl.where(usable, w0, 1.0 + ahead), tl.where(usable, w1, 0.0 - ahead)
     w0, w1 = tl.where(several, w0, 1.0), tl.where(several, w1, 0.0)
-    m = tl.arange(0, _MAX_SLOTS)
+    m = tl.arange(0, LANE.MAX_SLOTS)
     weights = tl.where(m == 0, w0, tl.where(m == 1, w1, 0.0)).to(tl.float32)
-    slot = (newest + _MAX_SLOTS * slots - m) % slots
+    slot = (newest + LANE.MAX_SLOTS * slots - m) % slots
     tl.store(weights_ptr + tl.where(m < slots, slot, m), weights)
 
 
@@ -263,7 +232,7 @@ def _power_of(x, y, steps, gap):
     for _ in range(steps // gap):
         result_x, result_y = result_x * x - result_y * y, result_x * y + result_y * x
     rest = steps % gap
-    for _ in range(_DIGITS):
+    for _ in range(RECURRENCE.DIGITS):
         x, y = _root_of(x, y)
         rest *= 2
         bit = rest >= gap

@@ -23,8 +23,10 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import MAX_SLOTS, LaneState
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select
+from dbcache.kernels.common.constants import Constants
+from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, LaneState
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import Impl, invalid
 from dbcache.kernels.common.sums import f32
 
 MAX_ORDER = 4
@@ -34,9 +36,15 @@ MAX_ORDER = 4
 ORDER = 0  # degree for hidden states, 0 leaves their weights alone
 ENCODER_ORDER = 1  # the same for encoder hidden states
 RIDGE = 2  # above 0
-BLEND = 3  # parts of the regression, the rest is the straight line
+BLEND = 3  # share of the regression; the rest is the straight line
 LAST_STEP = 4  # index of the last step of the request, at least 1
 NUM_PARAMETERS = 5
+
+SIZE = MAX_ORDER + 1
+"""Number of polynomials."""
+WIDTH = 8
+"""SIZE, rounded up to a power of 2."""
+SPECTRUM = Constants(globals())
 
 
 def spectrum_weights(state: LaneState, parameters: torch.Tensor, *, impl: Impl = "auto") -> None:
@@ -46,8 +54,7 @@ def spectrum_weights(state: LaneState, parameters: torch.Tensor, *, impl: Impl =
         state: state of the lane, after `decide` and before the next step. ``state.weights`` and
             ``state.encoder_weights`` are written, each unless its order is 0.
         parameters: float64 (NUM_PARAMETERS,) on the state's device; entries as named above.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not.
@@ -61,12 +68,7 @@ def spectrum_weights(state: LaneState, parameters: torch.Tensor, *, impl: Impl =
     if parameters.device != state.counters.device:
         must = f"parameters must be on {state.counters.device}"
         raise invalid("spectrum_weights", must, parameters.device)
-    if is_traced(state.counters):
-        _spectrum_op(state.counters, state.values, state.limits, parameters, impl)
-    elif select(impl, state.counters) == "triton":
-        _spectrum_triton(state.counters, state.values, state.limits, parameters)
-    else:
-        spectrum_weights_reference(state.counters, state.values, state.limits, parameters)
+    _spectrum_weights(impl, state.counters, state.values, state.limits, parameters)
 
 
 def spectrum_weights_reference(
@@ -137,36 +139,10 @@ def _line(steps: Sequence[int], step: int) -> list[float]:
     return weights
 
 
-def _spectrum_triton(
-    counters: torch.Tensor, values: torch.Tensor, limits: torch.Tensor, parameters: torch.Tensor
-) -> None:
-    with torch.cuda.device_of(counters):
-        _spectrum_kernel[(2,)](
-            counters, values, limits, parameters, num_warps=1, enable_fp_fusion=False
-        )
-
-
-@torch.library.custom_op("dbcache::spectrum_weights", mutates_args=("values",))
-def _spectrum_op(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    parameters: torch.Tensor,
-    impl: str,
-) -> None:
-    if select(impl, counters) == "triton":
-        _spectrum_triton(counters, values, limits, parameters)
-    else:
-        spectrum_weights_reference(counters, values, limits, parameters)
-
-
-_MAX_SLOTS, _SIZE = tl.constexpr(MAX_SLOTS), tl.constexpr(MAX_ORDER + 1)
-_WIDTH = tl.constexpr(8)  # _SIZE, rounded up to a power of 2
-_STEP, _HEAD, _SNAPSHOTS = tl.constexpr(ls.STEP), tl.constexpr(ls.HEAD), tl.constexpr(ls.SNAPSHOTS)
-_RING_STEPS, _SLOTS = tl.constexpr(ls.RING_STEPS), tl.constexpr(ls.SLOTS)
-_WEIGHTS, _ENCODER_WEIGHTS = tl.constexpr(ls.WEIGHTS), tl.constexpr(ls.ENCODER_WEIGHTS)
-_RIDGE, _BLEND = tl.constexpr(RIDGE), tl.constexpr(BLEND)
-_LAST_STEP = tl.constexpr(LAST_STEP)
+@op(spectrum_weights_reference, like="counters", mutates=("values",))
+def _spectrum_weights(counters, values, limits, parameters):
+    args = (counters, values, limits, parameters)
+    _spectrum_kernel[(2,)](*args, num_warps=1, enable_fp_fusion=False)
 
 
 @triton.jit
@@ -175,39 +151,39 @@ def _spectrum_kernel(counters_ptr, values_ptr, limits_ptr, parameters_ptr):
     stream = tl.program_id(0)
     order = tl.load(parameters_ptr + stream).to(tl.int32)
     if order >= 1:
-        base = tl.where(stream == 0, _WEIGHTS, _ENCODER_WEIGHTS)
+        base = tl.where(stream == 0, LANE.WEIGHTS, LANE.ENCODER_WEIGHTS)
         _store(counters_ptr, values_ptr + base, limits_ptr, parameters_ptr, order)
 
 
 @triton.jit
 def _store(counters_ptr, weights_ptr, limits_ptr, parameters_ptr, order):
     """The function `chebyshev_weights` above, on a tile (m, j), stored by slot."""
-    m, j = tl.arange(0, _MAX_SLOTS), tl.arange(0, _WIDTH)
-    slots = tl.load(limits_ptr + _SLOTS)
-    newest = tl.load(counters_ptr + _HEAD) - 1 + 2 * _MAX_SLOTS * slots
+    m, j = tl.arange(0, LANE.MAX_SLOTS), tl.arange(0, SPECTRUM.WIDTH)
+    slots = tl.load(limits_ptr + LANE.SLOTS)
+    newest = tl.load(counters_ptr + LANE.HEAD) - 1 + 2 * LANE.MAX_SLOTS * slots
     slot = (newest - m) % slots
-    snapshots = tl.load(counters_ptr + _SNAPSHOTS)
+    snapshots = tl.load(counters_ptr + LANE.SNAPSHOTS)
     order = tl.minimum(order, snapshots // 2)
     filled = m < snapshots
-    steps = tl.load(counters_ptr + _RING_STEPS + slot)
-    step = tl.load(counters_ptr + _STEP) - 1
-    last = tl.load(parameters_ptr + _LAST_STEP)
+    steps = tl.load(counters_ptr + LANE.RING_STEPS + slot)
+    step = tl.load(counters_ptr + LANE.STEP) - 1
+    last = tl.load(parameters_ptr + SPECTRUM.LAST_STEP)
     phi = _polynomials_of(steps, last, order, j[None, :])
     phi = tl.where(filled[:, None], phi, 0.0)
-    x = _polynomials_of(step + 0 * j, last, order, j[None, :])  # rows are all the same
+    x = _polynomials_of(step + 0 * j, last, order, j[None, :])  # all rows are equal
     x = tl.sum(tl.where(j[:, None] == 0, x, 0.0), axis=0)
 
     i = j[:, None]
-    matrix = tl.zeros((_WIDTH, _WIDTH), tl.float64)
-    for row in tl.static_range(_MAX_SLOTS):
+    matrix = tl.zeros((SPECTRUM.WIDTH, SPECTRUM.WIDTH), tl.float64)
+    for row in tl.static_range(LANE.MAX_SLOTS):
         across = tl.sum(tl.where(m[:, None] == row, phi, 0.0), axis=0)
         down = tl.sum(tl.where(i == j[None, :], across[None, :], 0.0), axis=1)
         matrix += down[:, None] * across[None, :]
     on_diagonal = i == j[None, :]
     # 1 where there is no polynomial, so that those equations are 1 * 0 = 0
-    ridge = tl.where(i <= order, tl.load(parameters_ptr + _RIDGE), 1.0)
+    ridge = tl.where(i <= order, tl.load(parameters_ptr + SPECTRUM.RIDGE), 1.0)
     matrix = tl.where(on_diagonal, matrix + ridge, matrix)
-    for p in tl.static_range(_SIZE):
+    for p in tl.static_range(SPECTRUM.SIZE):
         row = tl.sum(tl.where(i == p, matrix, 0.0), axis=0)
         column = tl.sum(tl.where(j[None, :] == p, matrix, 0.0), axis=1)
         pivot = tl.sum(tl.where(j == p, row, 0.0), axis=0)
@@ -216,14 +192,14 @@ def _store(counters_ptr, weights_ptr, limits_ptr, parameters_ptr, order):
         matrix -= factor[:, None] * row[None, :]
     x = x / tl.sum(tl.where(on_diagonal, matrix, 0.0), axis=0)
 
-    weights = tl.zeros((_MAX_SLOTS,), tl.float64)
-    for p in tl.static_range(_SIZE):
+    weights = tl.zeros((LANE.MAX_SLOTS,), tl.float64)
+    for p in tl.static_range(SPECTRUM.SIZE):
         column = tl.sum(tl.where(j[None, :] == p, phi, 0.0), axis=1)
         weights += column * tl.sum(tl.where(j == p, x, 0.0), axis=0)
     newest_step = tl.sum(tl.where(m == 0, steps, 0), axis=0)
     second = tl.sum(tl.where((m == 1) & filled, steps, 0), axis=0)
     has_line = snapshots > 1
-    blend = tl.where(has_line, tl.load(parameters_ptr + _BLEND), 0.0)
+    blend = tl.where(has_line, tl.load(parameters_ptr + SPECTRUM.BLEND), 0.0)
     gap = tl.where(has_line, newest_step - second, 1).to(tl.float64)
     ahead = tl.where(has_line, (step - newest_step).to(tl.float64) / gap, 0.0)
     line = tl.where(m == 0, 1.0 + ahead, tl.where((m == 1) & filled, 0.0 - ahead, 0.0))
@@ -238,7 +214,7 @@ def _polynomials_of(steps, last, order, j):
     x = ((2.0 * steps.to(tl.float64)) / last - 1.0)[:, None]
     before, latest = tl.full(x.shape, 1.0, tl.float64), x
     values = tl.where(j == 0, before, tl.where(j == 1, latest, 0.0))
-    for degree in tl.static_range(2, _SIZE):
+    for degree in tl.static_range(2, SPECTRUM.SIZE):
         before, latest = latest, 2.0 * x * latest - before
         values = tl.where(j == degree, latest, values)
     return tl.where(j <= order, values, 0.0)

@@ -8,22 +8,18 @@ bit for bit: each operation is float32, rounded once, in the same order.
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.lane_state import MAX_SLOTS, Predictor, spread
+from dbcache.kernels.common.constants import Constants
+from dbcache.kernels.common.lane_state import LANE, PREDICTORS, Predictor, spread
 from dbcache.kernels.common.sums import f32
-
-_MAX_SLOTS = tl.constexpr(MAX_SLOTS)
-_NEWTON = tl.constexpr(int(Predictor.NEWTON))
-_HERMITE = tl.constexpr(int(Predictor.HERMITE))
-_FOCA = tl.constexpr(int(Predictor.FOCA))
-_TAYLOR = tl.constexpr(int(Predictor.TAYLOR))
 
 SETTLED = 3
 """Index of the first full step from which TAYLOR takes a difference, as in cache-dit."""
-_SETTLED = tl.constexpr(SETTLED)
+TAYLOR = Constants(globals())
 
 
 def taylor_weights(
@@ -102,21 +98,31 @@ def weights_by_slot(
     return spread(taylor_weights(ages, order, predictor, scale), head, slots)
 
 
+class Ring(NamedTuple):
+    """The steps of the snapshots in a ring, in a kernel."""
+
+    steps_ptr: Any
+    head: Any
+    slots: Any
+    snapshots: Any
+
+
 @triton.jit
-def store_weights(weights_ptr, ring_ptr, step, head, slots, snapshots, order, predictor, scale):
+def store_weights(weights_ptr, ring, step, order, predictor, scale):
     """`taylor_weights` of the order that is `reached`, on vectors over m, stored by slot."""
-    m = tl.arange(0, _MAX_SLOTS)
-    newest = head - 1 + 2 * _MAX_SLOTS * slots
+    ring_ptr, slots, snapshots = ring.steps_ptr, ring.slots, ring.snapshots
+    m = tl.arange(0, LANE.MAX_SLOTS)
+    newest = ring.head - 1 + 2 * LANE.MAX_SLOTS * slots
     slot = (newest - m) % slots
     steps = tl.load(ring_ptr + slot)
     distance = (step - tl.load(ring_ptr + newest % slots)).to(tl.float32)
 
-    foca = predictor == _FOCA
-    newton = foca | (predictor == _NEWTON)
+    foca = predictor == PREDICTORS.FOCA
+    newton = foca | (predictor == PREDICTORS.NEWTON)
     last = tl.maximum(tl.minimum(order, snapshots - 1), 0)
     last = tl.where(foca, tl.minimum(last, 2), last)
-    settled = tl.sum(((steps >= _SETTLED) & (m < snapshots)).to(tl.int32), axis=0)
-    last = tl.where(predictor == _TAYLOR, tl.minimum(last, settled), last)
+    settled = tl.sum(((steps >= TAYLOR.SETTLED) & (m < snapshots)).to(tl.int32), axis=0)
+    last = tl.where(predictor == PREDICTORS.TAYLOR, tl.minimum(last, settled), last)
     latest = tl.full((), 1.0, tl.float32)
     previous = tl.full((), 0.0, tl.float32)
     coefficients = tl.where(m == 0, latest, 0.0)
@@ -125,7 +131,7 @@ def store_weights(weights_ptr, ring_ptr, step, head, slots, snapshots, order, pr
         grown = latest * distance
         grown = tl.where(newton, latest * age, grown)
         hermite = latest * (scale * distance) - previous * scale
-        grown = tl.where(predictor == _HERMITE, hermite, grown)
+        grown = tl.where(predictor == PREDICTORS.HERMITE, hermite, grown)
         gap = age - distance
         bounded = tl.minimum(distance, scale * gap) * gap
         grown = tl.where(foca & (i == 2), bounded, grown)

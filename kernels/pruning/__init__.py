@@ -1,1 +1,1 @@
-"""The same for single blocks (DBPrune, and the last blocks of a stack)."""
+"""Skipping single blocks (DBPrune, and the last blocks of a stack)."""

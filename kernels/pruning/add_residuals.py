@@ -1,4 +1,4 @@
-"""What a run of blocks that is left out would have returned, from what each of them added before.
+"""The output of a run of skipped blocks: its input plus their stored residuals.
 
     out = h + R_first + ... + R_{first + count - 1}
 
@@ -7,11 +7,14 @@ writes out once, so the kernel is bound by memory bandwidth. The sum is float32,
 block after block would round (and move h) `count` times.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.launches import BLOCK
+from dbcache.kernels.common.launches import BLOCK, contiguous
+from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
 
 
@@ -36,8 +39,7 @@ def add_residuals(
         count: blocks in it, at least 1, with ``first + count <= M``.
         encoder: second stream, as `h`, of any size of its own; its residuals come with it.
         encoder_residuals: as `residuals`, with the same M.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         New contiguous tensors, None for a stream that was not given. No gradient, no
@@ -64,11 +66,7 @@ def add_residuals(
     encoder_out = None
     if encoder is not None:
         encoder_out = torch.empty_like(encoder, memory_format=torch.contiguous_format)
-    if is_traced(h):
-        with torch.no_grad():
-            _add_residuals_op(out, encoder_out, *args, impl)
-    else:
-        _add_residuals_triton(out, encoder_out, *args)
+    _add_residuals(impl, out, encoder_out, *args)
     return out, encoder_out
 
 
@@ -106,7 +104,7 @@ def _check(name: str, x: torch.Tensor, residuals: torch.Tensor, blocks: int) -> 
         raise invalid("add_residuals", must, x.device, residuals.device)
 
 
-def _add_residuals_triton(
+def _add_residuals_reference(
     out: torch.Tensor,
     encoder_out: torch.Tensor | None,
     h: torch.Tensor,
@@ -116,83 +114,55 @@ def _add_residuals_triton(
     encoder: torch.Tensor | None,
     encoder_residuals: torch.Tensor | None,
 ) -> None:
-    h, encoder = h.contiguous(), None if encoder is None else encoder.contiguous()
-    size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()
-    blocks, encoder_blocks = triton.cdiv(size, BLOCK), triton.cdiv(encoder_size, BLOCK)
-    if blocks + encoder_blocks == 0:
-        return
-    with torch.cuda.device_of(h):
-        _add_residuals_kernel[(blocks + encoder_blocks,)](
-            h, residuals, out, size, first, count, blocks,
-            encoder, encoder_residuals, encoder_out, encoder_size,
-            BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-def _run(
-    out: torch.Tensor,
-    encoder_out: torch.Tensor | None,
-    h: torch.Tensor,
-    residuals: torch.Tensor,
-    first: int,
-    count: int,
-    encoder: torch.Tensor | None,
-    encoder_residuals: torch.Tensor | None,
-    impl: str,
-) -> None:
+    """The function `add_residuals_reference`, into `out` and `encoder_out`."""
     args = (h, residuals, first, count, encoder, encoder_residuals)
-    if select(impl, h) == "triton":
-        _add_residuals_triton(out, encoder_out, *args)
-        return
     total, encoder_total = add_residuals_reference(*args)
     out.copy_(total)
     if encoder_out is not None and encoder_total is not None:
         encoder_out.copy_(encoder_total)
 
 
-_add_residuals_op = torch.library.custom_op(
-    "dbcache::add_residuals", _run, mutates_args=("out", "encoder_out")
-)
+@op(_add_residuals_reference, like="h", mutates=("out", "encoder_out"))
+def _add_residuals(out, encoder_out, h, residuals, first, count, encoder, encoder_residuals):
+    h, encoder = contiguous(h, encoder)
+    size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()
+    parts, encoder_parts = triton.cdiv(size, BLOCK), triton.cdiv(encoder_size, BLOCK)
+    if parts + encoder_parts:
+        _add_residuals_kernel[(parts + encoder_parts,)](
+            h, residuals, out, size, first, count, parts,
+            encoder, encoder_residuals, encoder_out, encoder_size,
+            BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+class Stream(NamedTuple):
+    """The tensors of the hidden or the encoder states, in a kernel; see `add_residuals`."""
+
+    h_ptr: Any
+    residuals_ptr: Any
+    out_ptr: Any
 
 
 @triton.jit
 def _add_residuals_kernel(
-    h_ptr,
-    residuals_ptr,
-    out_ptr,
-    size,
-    first,
-    count,
-    blocks,
-    encoder_ptr,
-    encoder_residuals_ptr,
-    encoder_out_ptr,
-    encoder_size,
-    BLOCK: tl.constexpr,
-):
+    h_ptr, residuals_ptr, out_ptr, size, first, count, blocks,
+    encoder_ptr, encoder_residuals_ptr, encoder_out_ptr, encoder_size, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The first `blocks` programs take the hidden states, the others the encoder states."""
     block = tl.program_id(0)
     if encoder_ptr is None or block < blocks:
-        _add_block(h_ptr, residuals_ptr, out_ptr, size, first, count, block, BLOCK)
+        _add_block(Stream(h_ptr, residuals_ptr, out_ptr), size, first, count, block, BLOCK)
     else:
-        _add_block(
-            encoder_ptr,
-            encoder_residuals_ptr,
-            encoder_out_ptr,
-            encoder_size,
-            first,
-            count,
-            block - blocks,
-            BLOCK,
-        )
+        encoder = Stream(encoder_ptr, encoder_residuals_ptr, encoder_out_ptr)
+        _add_block(encoder, encoder_size, first, count, block - blocks, BLOCK)
 
 
 @triton.jit
-def _add_block(h_ptr, residuals_ptr, out_ptr, size, first, count, block, BLOCK: tl.constexpr):
+def _add_block(stream, size, first, count, block, BLOCK: tl.constexpr):
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
-    total = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(stream.h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     for i in range(count):
-        added_ptr = residuals_ptr + tl.cast(size, tl.int64) * (first + i)
+        added_ptr = stream.residuals_ptr + tl.cast(size, tl.int64) * (first + i)
         total += tl.load(added_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(stream.out_ptr + offsets, total.to(stream.out_ptr.dtype.element_ty), mask=mask)

@@ -1,4 +1,4 @@
-"""How much the input of each block of a run changed since the block was stored, before any runs.
+"""The change of each block's input since the block was stored, before any block runs.
 
 What a block will get is what the first one gets now, plus what the blocks before it added when they
 were stored. With X_i the stored inputs and R_i the stored residuals, the difference to X_i is
@@ -20,10 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.launches import BLOCK
-from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
-from dbcache.kernels.common.sums import tree_sum_lanes
-from dbcache.kernels.decision.probe_diff import lanes_of, log2, partition
+from dbcache.kernels.common.launches import BLOCK, contiguous
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, select, without_gradient
+from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sum_lanes
 
 
 def block_changes(
@@ -44,8 +44,7 @@ def block_changes(
         inputs: X, (M, *h.shape), contiguous, of the dtype of `h`, as `store_block` left it.
         residuals: R, the same.
         stamps: int32 (M,): the step on which each block was stored.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
         float32 (M, B, T, 2) on the same device: ``[..., 0]`` of ``|b|``, ``[..., 1]`` of ``|X|``;
@@ -56,12 +55,7 @@ def block_changes(
         ValueError: shapes, dtypes or devices do not fit.
     """
     _check(h, inputs, residuals, stamps)
-    if is_traced(h):
-        with torch.no_grad():
-            return _block_changes_op(h, inputs, residuals, stamps, impl)
-    if select(impl, h) == "triton":
-        return _block_changes_triton(h, inputs, residuals, stamps)
-    return block_changes_reference(h, inputs, residuals, stamps)
+    return _block_changes(impl, h, inputs, residuals, stamps)
 
 
 @without_gradient
@@ -103,36 +97,7 @@ def _check(
         raise invalid(who, "all tensors must be on one device", *devices)
 
 
-def _block_changes_triton(
-    h: torch.Tensor, inputs: torch.Tensor, residuals: torch.Tensor, stamps: torch.Tensor
-) -> torch.Tensor:
-    h = h.contiguous()
-    blocks, batch = inputs.shape[0], h.shape[0]
-    per_program, programs = partition(h.shape, by_token=False)
-    partials = torch.empty(blocks, batch, programs, 2, device=h.device, dtype=torch.float32)
-    with torch.cuda.device_of(h):
-        _block_changes_kernel[(programs, batch)](
-            h, inputs, residuals, stamps, partials, h.numel() // batch, per_program, blocks,
-            LOG_BLOCK=log2(BLOCK), num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return partials
-
-
-@torch.library.custom_op("dbcache::block_changes", mutates_args=())
-def _block_changes_op(
-    h: torch.Tensor,
-    inputs: torch.Tensor,
-    residuals: torch.Tensor,
-    stamps: torch.Tensor,
-    impl: str,
-) -> torch.Tensor:
-    if select(impl, h) == "triton":
-        return _block_changes_triton(h, inputs, residuals, stamps)
-    return block_changes_reference(h, inputs, residuals, stamps)
-
-
-@_block_changes_op.register_fake
-def _(
+def _fake(
     h: torch.Tensor,
     inputs: torch.Tensor,
     residuals: torch.Tensor,
@@ -143,18 +108,23 @@ def _(
     return h.new_empty((inputs.shape[0], h.shape[0], programs, 2), dtype=torch.float32)
 
 
+@op(block_changes_reference, like="h", fake=_fake)
+def _block_changes(h, inputs, residuals, stamps):
+    blocks, batch = inputs.shape[0], h.shape[0]
+    per_program, programs = partition(h.shape, by_token=False)
+    partials = torch.empty(blocks, batch, programs, 2, device=h.device, dtype=torch.float32)
+    _block_changes_kernel[(programs, batch)](
+        *contiguous(h), inputs, residuals, stamps, partials, h.numel() // batch, per_program,
+        blocks, LOG_BLOCK=log2(BLOCK), num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return partials
+
+
 @triton.jit
 def _block_changes_kernel(
-    h_ptr,
-    inputs_ptr,
-    residuals_ptr,
-    stamps_ptr,
-    partials_ptr,
-    size,
-    per_program,
-    blocks,
+    h_ptr, inputs_ptr, residuals_ptr, stamps_ptr, partials_ptr, size, per_program, blocks,
     LOG_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Program (p, sample) takes the same elements of all blocks, and adds to sums of its own."""
     program, sample = tl.program_id(0), tl.program_id(1)
     programs, samples = tl.num_programs(0), tl.num_programs(1)
@@ -173,7 +143,7 @@ def _block_changes_kernel(
             x = x.to(tl.float32)
             stamp = tl.load(stamps_ptr + block)
             moved = stamp != step
-            # block 0 has none before it, and one of the same step is not read
+            # not read: the residual before block 0, and one stored on the same step
             used = mask & (inside < tl.where(moved & (block > 0), size, 0))
             last = tl.maximum(block - 1, 0)
             added = tl.load(residuals_ptr + between * last + offsets, mask=used, other=0.0)
@@ -188,5 +158,5 @@ def _block_changes_kernel(
                 den += tl.load(out_ptr + 1)
             tl.store(out_ptr, num)
             tl.store(out_ptr + 1, den)
-        # the stores of this round are read in the next one, by other threads
+        # other threads read the stores of this round in the next one
         tl.debug_barrier()

@@ -1,4 +1,4 @@
-"""What is stored of each block of a run of blocks, so that single ones can be left out.
+"""What is stored of each block of a run, so that single blocks can be skipped.
 
 Per block: the hidden states that it was called with when it was last stored, what it added to them
 (and to the encoder states), the step of that, and by how much it let a change of its input grow. So
@@ -8,15 +8,17 @@ where the blocks return them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from dbcache.kernels.common.constants import Constants
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.kernels.common.select import Impl, select
-from dbcache.kernels.decision.probe_diff import partition_of
+from dbcache.kernels.common.sums import partition_of
 
 # entries of BlockState.rule, float32
-THRESHOLD = 0  # a block is left out below this change; <= 0 never, >= 1 always
+THRESHOLD = 0  # a block is skipped below this change; <= 0 never, >= 1 always
 RELAX = 1  # > 0: the threshold rises to this times the mean of the first changes of the step
 MAX_RELAXED = 2  # but not to this or more
 WORST_SAMPLE = 3  # 1: the sample that changed most counts, 0: the batch as a whole
@@ -27,6 +29,9 @@ EVERY = 0  # blocks are stored on steps 0, EVERY, 2 * EVERY, ..., and when nothi
 DUE = 1  # on the latest step: 0 nothing is stored, 1 for the first time, 2 again
 STAMP = 2  # that step; the one on which blocks were last stored, where `decide_tail` says it
 NUM_STORE = 3
+
+BLOCKS = Constants(globals())
+"""The constants above, for kernels."""
 
 
 @dataclass(slots=True, eq=False)
@@ -45,13 +50,13 @@ class BlockState:
     growth_sums: torch.Tensor
     """float32 (M, T, 2): partial sums of how much each block's output and input changed"""
     prunable: torch.Tensor
-    """int32 (M,): 1 for a block that may be left out"""
+    """int32 (M,): 1 for a block that may be skipped"""
     rule: torch.Tensor
     """float32 (NUM_RULE,)"""
     changes: torch.Tensor
     """float32 (M, 2), for `decide_blocks`: change and growth of each block"""
     decisions: torch.Tensor
-    """float32 (M, 2): the change that was compared, and 1 for a block that is left out, else 0"""
+    """float32 (M, 2): the change that was compared, and 1 for a block that is skipped, else 0"""
     ticket: torch.Tensor
     """int32 (1,): programs of `decide_blocks` that are done; 0 between launches"""
 
@@ -69,7 +74,7 @@ class BlockState:
         Args:
             h: hidden states as the blocks are called with.
             encoder: encoder states as they return them, None if they return none.
-            prunable: which of them may be left out.
+            prunable: which of them may be skipped.
             rule: NUM_RULE numbers; a float32 tensor of them, on the device, is taken as it is.
             impl: as in the ops that are to run on it.
         """
@@ -96,7 +101,7 @@ class BlockState:
         )
 
     def fits(self, h: torch.Tensor, encoder: torch.Tensor | None) -> bool:
-        """Whether blocks with these streams can be stored; encoder states are if there is room."""
+        """Whether blocks with these streams can be stored; encoder states only if there is room."""
         added = self.encoder_residuals
         pairs = [(h, self.inputs)]
         if encoder is not None and added is not None:
@@ -117,12 +122,15 @@ class BlockState:
 class BlockSteps:
     """The steps of a run of M blocks, all on one device. Make one with `allocate`."""
 
+    TENSORS: ClassVar = (*LaneState.TENSORS, "prunable", "flags", "store", "trace")
+    """Names of its tensors."""
+
     lane: LaneState
     """what `decide` goes by; its ring, weights and accumulated change are not used"""
     prunable: torch.Tensor
-    """int32 (M,): 1 for a block that may be left out"""
+    """int32 (M,): 1 for a block that may be skipped"""
     flags: torch.Tensor
-    """int32 (M,): 1 for a block that is left out on the latest step"""
+    """int32 (M,): 1 for a block that is skipped on the latest step"""
     store: torch.Tensor
     """int32 (NUM_STORE,): what `store_block` does on the latest step"""
     trace: torch.Tensor
@@ -149,11 +157,17 @@ class BlockSteps:
         )
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Return those of the lane, and the four in the order of the fields."""
+        """Return the lane's tensors and the four others, in the order of the fields."""
         return (*self.lane.tensors(), self.prunable, self.flags, self.store, self.trace)
 
+    @classmethod
+    def from_tensors(cls, *tensors: torch.Tensor) -> "BlockSteps":
+        """Return the state made of the tensors."""
+        count = len(LaneState.TENSORS)
+        return cls(LaneState(*tensors[:count]), *tensors[count:])
+
     def addresses(self) -> tuple[int, ...]:
-        """Return where the tensors lie: recorded work holds while this stays the same."""
+        """Return the tensors' addresses: captured work is valid while they stay the same."""
         return tuple(x.data_ptr() for x in self.tensors())
 
     def grow(self, capacity: int) -> None:

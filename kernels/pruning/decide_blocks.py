@@ -1,9 +1,9 @@
-"""Which blocks of a run are left out on this step, for all of them at once.
+"""Which blocks of a run are skipped on this step, for all of them at once.
 
 In the order of the blocks, with s_i the change from `block_changes` and g_j the growth of block j,
 
     d_i = s_i * product of g_j over the blocks j < i that run
-    block i is left out if it may be and d_i < threshold
+    block i is skipped if it may be and d_i < threshold
 
 A block that runs does not add what it added when it was stored, so what comes after it changes by
 more than s says: by as much more as its output changed than its input when it was last stored, g_j.
@@ -22,31 +22,35 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select, without_gradient
+from dbcache.kernels.common.constants import Constants
+from dbcache.kernels.common.launches import contiguous
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import Impl, invalid, without_gradient
 from dbcache.kernels.common.sums import (
+    MAX_PARTIALS,
+    Partials,
     f32,
     relative_l1,
     relative_l1_of_partials,
     sum_of_column,
     tree_sum,
 )
-from dbcache.kernels.decision.probe_diff import MAX_PARTIALS
 from dbcache.kernels.pruning import block_state as bs
-from dbcache.kernels.pruning.block_state import BlockState
+from dbcache.kernels.pruning.block_state import BLOCKS, BlockState
 
 COUNTED = 5
 """Changes of a step that raise the threshold, at most: the first ones."""
+RULE = Constants(globals())
 
 
 def decide_blocks(partials: torch.Tensor, state: BlockState, *, impl: Impl = "auto") -> None:
-    """Write the change of each block, and whether it is left out, to ``state.decisions``.
+    """Write the change of each block, and whether it is skipped, to ``state.decisions``.
 
     Args:
         partials: float32 (M, B, T, 2) from `block_changes`, T <= MAX_PARTIALS, on the device of
             the state.
         state: state of the run; `changes` and `decisions` are written.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     A change that is NaN is never below a threshold: the block runs. The reference reads the state
     on the host, which synchronises if it is on a GPU; Triton does not.
@@ -68,10 +72,7 @@ def decide_blocks(partials: torch.Tensor, state: BlockState, *, impl: Impl = "au
         raise invalid("decide_blocks", must, partials.dtype, partials.device)
     tensors = (partials, state.growth_sums, state.prunable, state.rule)
     written = (state.changes, state.decisions, state.ticket)
-    if is_traced(partials):
-        _decide_blocks_op(*tensors, *written, impl)
-    else:
-        _run(*tensors, *written, impl)
+    _decide_blocks(impl, *tensors, *written)
 
 
 @without_gradient
@@ -82,6 +83,7 @@ def decide_blocks_reference(
     rule: torch.Tensor,
     changes: torch.Tensor,
     decisions: torch.Tensor,
+    ticket: torch.Tensor,
 ) -> None:
     """Plain Python, the meaning of `decide_blocks`."""
     numbers = rule.tolist()
@@ -94,7 +96,7 @@ def decide_blocks_reference(
 
 
 def growth_of(partials: Sequence[Sequence[float]]) -> float:
-    """Return by how much a block let a change grow; 1 where nothing was measured."""
+    """Return the growth of a change across a block; 1 where nothing was measured."""
     num, den = (tree_sum(column) for column in zip(*partials, strict=True))
     return f32(num / den) if den > 0 else 1.0
 
@@ -105,7 +107,7 @@ def choose_blocks(
     prunable: Sequence[int],
     rule: Sequence[float],
 ) -> list[tuple[float, int]]:
-    """Return (change, 1 if left out) of each block."""
+    """Return (change, 1 if skipped) of each block."""
     threshold, relax, most = rule[bs.THRESHOLD], rule[bs.RELAX], rule[bs.MAX_RELAXED]
     factor, total, seen, count, pairs = 1.0, 0.0, 0, 0, []
     for i, own in enumerate(measured):
@@ -126,61 +128,28 @@ def choose_blocks(
     return pairs
 
 
-def _run(
-    partials: torch.Tensor,
-    growth_sums: torch.Tensor,
-    prunable: torch.Tensor,
-    rule: torch.Tensor,
-    changes: torch.Tensor,
-    decisions: torch.Tensor,
-    ticket: torch.Tensor,
-    impl: str,
-) -> None:
-    if select(impl, partials) == "reference":
-        decide_blocks_reference(partials, growth_sums, prunable, rule, changes, decisions)
-        return
+@op(decide_blocks_reference, like="partials", mutates=("changes", "decisions", "ticket"))
+def _decide_blocks(partials, growth_sums, prunable, rule, changes, decisions, ticket):
     blocks, samples, programs, _ = partials.shape
     parts = growth_sums.shape[1]
     log_lanes, log_parts = ((n - 1).bit_length() for n in (programs, parts))
-    with torch.cuda.device_of(partials):
-        _decide_blocks_kernel[(blocks,)](
-            partials.contiguous(), growth_sums, prunable, rule, changes, decisions, ticket,
-            samples, programs, parts, LOG_LANES=log_lanes, LOG_PARTS=log_parts,
-            num_warps=1 if max(log_lanes, log_parts) < 8 else 4, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-_decide_blocks_op = torch.library.custom_op(
-    "dbcache::decide_blocks", _run, mutates_args=("changes", "decisions", "ticket")
-)
-
-
-_COUNTED = tl.constexpr(COUNTED)
-_THRESHOLD, _RELAX = tl.constexpr(bs.THRESHOLD), tl.constexpr(bs.RELAX)
-_MAX_RELAXED, _WORST_SAMPLE = tl.constexpr(bs.MAX_RELAXED), tl.constexpr(bs.WORST_SAMPLE)
+    _decide_blocks_kernel[(blocks,)](
+        *contiguous(partials), growth_sums, prunable, rule, changes, decisions, ticket,
+        samples, programs, parts, LOG_LANES=log_lanes, LOG_PARTS=log_parts,
+        num_warps=1 if max(log_lanes, log_parts) < 8 else 4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 @triton.jit
 def _decide_blocks_kernel(
-    partials_ptr,
-    growth_ptr,
-    prunable_ptr,
-    rule_ptr,
-    changes_ptr,
-    decisions_ptr,
-    ticket_ptr,
-    samples,
-    programs,
-    parts,
-    LOG_LANES: tl.constexpr,
-    LOG_PARTS: tl.constexpr,
-):
-    """Program i adds up the sums of block i; the one that finishes last decides, as in
-    `probe_and_decide`."""
+    partials_ptr, growth_ptr, prunable_ptr, rule_ptr, changes_ptr, decisions_ptr, ticket_ptr,
+    samples, programs, parts, LOG_LANES: tl.constexpr, LOG_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Program i adds up the sums of block i; the last to finish decides."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
-    sums_ptr = partials_ptr + block * samples * programs * 2
-    mean, largest, _ = relative_l1_of_partials(sums_ptr, samples, programs, LOG_LANES, 2)
-    change = tl.where(tl.load(rule_ptr + _WORST_SAMPLE) > 0, largest, mean)
+    partials = Partials(partials_ptr + block * samples * programs * 2, samples, programs)
+    mean, largest, _ = relative_l1_of_partials(partials, LOG_LANES, 2)
+    change = tl.where(tl.load(rule_ptr + BLOCKS.WORST_SAMPLE) > 0, largest, mean)
     num = sum_of_column(growth_ptr + block * parts * 2, parts, LOG_PARTS, 2)
     den = sum_of_column(growth_ptr + block * parts * 2 + 1, parts, LOG_PARTS, 2)
     growth = tl.where(den > 0, tl.div_rn(num, tl.where(den > 0, den, 1.0)), 1.0)
@@ -197,9 +166,9 @@ def _decide_blocks_kernel(
 @triton.jit
 def _choose_blocks(changes_ptr, prunable_ptr, rule_ptr, decisions_ptr, blocks):
     """The function `choose_blocks` above, on numbers in memory."""
-    threshold = tl.load(rule_ptr + _THRESHOLD)
-    relax = tl.load(rule_ptr + _RELAX)
-    most = tl.load(rule_ptr + _MAX_RELAXED)
+    threshold = tl.load(rule_ptr + BLOCKS.THRESHOLD)
+    relax = tl.load(rule_ptr + BLOCKS.RELAX)
+    most = tl.load(rule_ptr + BLOCKS.MAX_RELAXED)
     factor = tl.full((), 1.0, tl.float32)
     total = tl.full((), 0.0, tl.float32)
     count = tl.full((), 0, tl.int32)
@@ -213,7 +182,7 @@ def _choose_blocks(changes_ptr, prunable_ptr, rule_ptr, decisions_ptr, blocks):
         limit = tl.where(risen, tl.maximum(relaxed, threshold), threshold)
         similar = ((limit >= 1.0) & (diff == diff)) | (diff < limit)
         skipped = may & (threshold > 0) & similar
-        counts = may & (seen < _COUNTED) & (diff > 0)
+        counts = may & (seen < RULE.COUNTED) & (diff > 0)
         total = tl.where(counts, total + diff, total)
         count += counts.to(tl.int32)
         seen += may.to(tl.int32)

@@ -1,15 +1,15 @@
-"""The decision of one step on which single blocks may be left out (DBPrune), for all its blocks.
+"""The decision of one step on which single blocks may be skipped (DBPrune), for all its blocks.
 
 The rules of `decide` for the plan, the limits and the reference come first. Where none of them
-applies, the blocks that `decide_blocks` found are left out, and
+applies, the blocks that `decide_blocks` found are skipped, and
 
-    at least one is left out                   THRESHOLD_ALWAYS if the threshold is >= 1,
+    at least one is skipped                    THRESHOLD_ALWAYS if the threshold is >= 1,
                                                else BELOW_THRESHOLD
     none is, and the change of each is NaN     NAN, also where nothing was measured
     none is                                    ABOVE_THRESHOLD
 
-A step on which a block is left out counts as a cached one, and what the plan caches leaves out all
-blocks that may be. The blocks that run are stored (`store_block`) where nothing is stored yet, and
+A step on which a block is skipped counts as a cached one, and what the plan caches skips all blocks
+that may be skipped. The blocks that run are stored (`store_block`) where nothing is stored yet, and
 else on every ``store[EVERY]``-th step.
 
 Scalar arithmetic, once in Python (the reference) and once as a Triton kernel; the two agree bit for
@@ -23,26 +23,26 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import LaneState, PlanCode, Reason
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select
-from dbcache.kernels.decision.decide import choose, choose_once
+from dbcache.kernels.common.lane_state import LANE, PLANS, REASONS, Reason, State
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import Impl, invalid
+from dbcache.kernels.decision.decide import Counts, choose, choose_once
 from dbcache.kernels.pruning import block_state as bs
-from dbcache.kernels.pruning.block_state import BlockSteps
+from dbcache.kernels.pruning.block_state import BLOCKS, BlockSteps
 
 
 def decide_step(state: BlockSteps, decisions: torch.Tensor | None, *, impl: Impl = "auto") -> None:
     """Decide the next step of `state` and advance it, in place.
 
-    ``flags`` then says which blocks are left out, and ``store`` what becomes of the others;
+    ``flags`` then says which blocks are skipped, and ``store`` what becomes of the others;
     ``lane.counters[CACHED]`` and ``[REASON]`` are those of the step. Its trace has them too, with
-    the smallest change of a block that may be left out: NaN if all are, -1 if it was not measured.
+    the smallest change of a block that may be skipped: NaN if all are, -1 if it was not measured.
 
     Args:
         state: state of the steps, with ``lane.counters[STEP] < lane.capacity``.
         decisions: float32 (M, 2), on the state's device, as `decide_blocks` left them; looked at
             where no other rule decides. None if nothing was measured.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the state on the host, which synchronises if it is on a GPU; Triton does
     not.
@@ -60,12 +60,7 @@ def decide_step(state: BlockSteps, decisions: torch.Tensor | None, *, impl: Impl
         if decisions.device != flags.device:
             must = f"decisions must be on {flags.device}"
             raise invalid("decide_step", must, decisions.device)
-    if is_traced(flags):
-        _decide_step_op(*state.tensors(), decisions, impl)
-    elif select(impl, flags) == "triton":
-        _decide_step_triton(state, decisions)
-    else:
-        decide_step_reference(state, decisions)
+    _decide_step(impl, state, decisions)
 
 
 def advance_blocks(
@@ -99,7 +94,7 @@ def advance_blocks(
 def _of_blocks(
     prunable: Sequence[int], decisions: Sequence[Sequence[float]], threshold: float
 ) -> tuple[list[int], float, Reason]:
-    """Return which blocks are left out, the smallest change of one that may be, and the reason."""
+    """Return which blocks are skipped, the smallest change of one that may be, and the reason."""
     flags = [int(skipped > 0) for _, skipped in decisions]
     known = [diff for diff, _ in decisions if diff == diff]
     own = [diff for (diff, _), may in zip(decisions, prunable, strict=True) if may and diff == diff]
@@ -136,88 +131,40 @@ def decide_step_reference(state: BlockSteps, decisions: torch.Tensor | None) -> 
     state.trace[step] = state.flags
 
 
-def _decide_step_triton(state: BlockSteps, decisions: torch.Tensor | None) -> None:
-    with torch.cuda.device_of(state.flags):
-        _decide_step_kernel[(1,)](
-            *state.tensors(), decisions, state.lane.capacity, state.flags.shape[0],
-            num_warps=1, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-@torch.library.custom_op(
-    "dbcache::decide_step",
-    mutates_args=("counters", "values", "trace_reason", "trace_diff", "flags", "store", "trace"),
+@op(
+    decide_step_reference,
+    like="state.flags",
+    mutates=("counters", "values", "trace_reason", "trace_diff", "flags", "store", "trace"),
 )
-def _decide_step_op(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    thresholds: torch.Tensor,
-    plan: torch.Tensor,
-    trace_reason: torch.Tensor,
-    trace_diff: torch.Tensor,
-    prunable: torch.Tensor,
-    flags: torch.Tensor,
-    store: torch.Tensor,
-    trace: torch.Tensor,
-    decisions: torch.Tensor | None,
-    impl: str,
-) -> None:
-    lane = LaneState(counters, values, limits, thresholds, plan, trace_reason, trace_diff)
-    state = BlockSteps(lane, prunable, flags, store, trace)
-    if select(impl, flags) == "triton":
-        _decide_step_triton(state, decisions)
-    else:
-        decide_step_reference(state, decisions)
-
-
-_STEP, _CACHED, _REASON = tl.constexpr(ls.STEP), tl.constexpr(ls.CACHED), tl.constexpr(ls.REASON)
-_CACHED_STEPS, _CONSECUTIVE = tl.constexpr(ls.CACHED_STEPS), tl.constexpr(ls.CONSECUTIVE)
-_REFERENCE, _DIFF = tl.constexpr(ls.REFERENCE), tl.constexpr(ls.DIFF)
-_THRESHOLD = tl.constexpr(ls.THRESHOLD)
-_DYNAMIC = tl.constexpr(int(PlanCode.DYNAMIC))
-_NAN, _STATIC = tl.constexpr(int(Reason.NAN)), tl.constexpr(int(Reason.STATIC))
-_ABOVE = tl.constexpr(int(Reason.ABOVE_THRESHOLD))
-_BELOW = tl.constexpr(int(Reason.BELOW_THRESHOLD))
-_ALWAYS = tl.constexpr(int(Reason.THRESHOLD_ALWAYS))
-_EVERY, _DUE, _STAMP = tl.constexpr(bs.EVERY), tl.constexpr(bs.DUE), tl.constexpr(bs.STAMP)
+def _decide_step(state, decisions):
+    _decide_step_kernel[(1,)](
+        *state.tensors(), decisions, state.lane.capacity, state.flags.shape[0],
+        num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 @triton.jit
 def _decide_step_kernel(
-    counters_ptr,
-    values_ptr,
-    limits_ptr,
-    thresholds_ptr,
-    plan_ptr,
-    trace_reason_ptr,
-    trace_diff_ptr,
-    prunable_ptr,
-    flags_ptr,
-    store_ptr,
-    trace_ptr,
-    decisions_ptr,
-    capacity,
-    blocks,
-):
+    counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
+    trace_diff_ptr, prunable_ptr, flags_ptr, store_ptr, trace_ptr, decisions_ptr, capacity, blocks,
+):  # fmt: skip
     """The function `decide_step_reference` above; one program of one warp."""
-    step = tl.load(counters_ptr + _STEP)
+    step = tl.load(counters_ptr + LANE.STEP)
     planned = step < capacity
-    code = tl.load(plan_ptr + step, mask=planned, other=_DYNAMIC)
-    reference = tl.load(counters_ptr + _REFERENCE)
-    cached_steps = tl.load(counters_ptr + _CACHED_STEPS)
-    consecutive = tl.load(counters_ptr + _CONSECUTIVE)
+    code = tl.load(plan_ptr + step, mask=planned, other=PLANS.DYNAMIC)
+    reference = tl.load(counters_ptr + LANE.REFERENCE)
+    cached_steps = tl.load(counters_ptr + LANE.CACHED_STEPS)
+    consecutive = tl.load(counters_ptr + LANE.CONSECUTIVE)
     zero = tl.full((), 0.0, tl.float32)
+    state = State(counters_ptr, values_ptr, limits_ptr, thresholds_ptr, None, None, None, capacity)
     ready = reference == reference
-    reason = choose_once(
-        limits_ptr, thresholds_ptr, code, reference, ready, cached_steps, consecutive, zero, zero,
-        False,
-    )  # fmt: skip
-    every = tl.load(store_ptr + _EVERY)
+    counts = Counts(code, reference, ready, cached_steps, consecutive, zero)
+    reason = choose_once(state, counts, zero, False)
+    every = tl.load(store_ptr + BLOCKS.EVERY)
     # all threads read before the first one writes
     tl.debug_barrier()
-    static = reason == _STATIC
-    open_ = (reason == _NAN) & (decisions_ptr is not None)
+    static = reason == REASONS.STATIC
+    open_ = (reason == REASONS.NAN) & (decisions_ptr is not None)
     any_skipped, any_known, any_own = static & False, static & False, static & False
     smallest = tl.full((), float("inf"), tl.float32)
     for i in range(blocks):
@@ -233,21 +180,23 @@ def _decide_step_kernel(
         any_skipped |= skipped
         tl.store(flags_ptr + i, skipped.to(tl.int32))
         tl.store(trace_ptr + step * blocks + i, skipped.to(tl.int32), mask=planned)
-    always = tl.load(thresholds_ptr + _THRESHOLD) >= 1.0
-    decided = tl.where(any_known, _ABOVE, _NAN)
-    decided = tl.where(any_skipped, tl.where(always, _ALWAYS, _BELOW), decided)
+    always = tl.load(thresholds_ptr + LANE.THRESHOLD) >= 1.0
+    decided = tl.where(any_known, REASONS.ABOVE_THRESHOLD, REASONS.NAN)
+    decided = tl.where(
+        any_skipped, tl.where(always, REASONS.THRESHOLD_ALWAYS, REASONS.BELOW_THRESHOLD), decided
+    )
     reason = tl.where(open_, decided, reason)
     diff = tl.where(open_, tl.where(any_own, smallest, float("nan")), -1.0)
-    cached = reason >= _STATIC
+    cached = reason >= REASONS.STATIC
     due = tl.where(reference == 1, tl.where(step % every == 0, 2, 0), 1)
-    tl.store(counters_ptr + _CACHED, cached.to(tl.int32))
-    tl.store(counters_ptr + _REASON, reason)
-    tl.store(counters_ptr + _CACHED_STEPS, cached_steps + cached.to(tl.int32))
-    tl.store(counters_ptr + _CONSECUTIVE, tl.where(cached, consecutive + 1, 0))
-    tl.store(counters_ptr + _REFERENCE, 1)
-    tl.store(counters_ptr + _STEP, step + 1)
-    tl.store(store_ptr + _DUE, due)
-    tl.store(store_ptr + _STAMP, step)
-    tl.store(values_ptr + _DIFF, diff)
+    tl.store(counters_ptr + LANE.CACHED, cached.to(tl.int32))
+    tl.store(counters_ptr + LANE.REASON, reason)
+    tl.store(counters_ptr + LANE.CACHED_STEPS, cached_steps + cached.to(tl.int32))
+    tl.store(counters_ptr + LANE.CONSECUTIVE, tl.where(cached, consecutive + 1, 0))
+    tl.store(counters_ptr + LANE.REFERENCE, 1)
+    tl.store(counters_ptr + LANE.STEP, step + 1)
+    tl.store(store_ptr + BLOCKS.DUE, due)
+    tl.store(store_ptr + BLOCKS.STAMP, step)
+    tl.store(values_ptr + LANE.DIFF, diff)
     tl.store(trace_reason_ptr + step, reason, mask=planned)
     tl.store(trace_diff_ptr + step, diff, mask=planned)

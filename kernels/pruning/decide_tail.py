@@ -1,8 +1,8 @@
-"""What becomes of the last blocks of a stack on a step that was decided (`Bn_compute_blocks_ids`).
+"""Which of a stack's last blocks run on a decided step (`Bn_compute_blocks_ids`).
 
     full step      all run, and are stored:  DUE := 1 for the first time, else 2;  STAMP := the step
     cached step    nothing is stored:        DUE := 0;  STAMP stays
-                   those are left out that `decide_blocks` found, if there is something stored
+                   those are skipped that `decide_blocks` found, if there is something stored
 
 So ``store[STAMP]`` is the step on which the blocks were stored, and -1 means that nothing is stored
 of them. The step is the latest one that `decide` took: neither it nor what is stored has to be
@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select
+from dbcache.kernels.common.lane_state import LANE
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import Impl, invalid
 from dbcache.kernels.pruning import block_state as bs
+from dbcache.kernels.pruning.block_state import BLOCKS
 
 
 def decide_tail(
@@ -34,10 +37,9 @@ def decide_tail(
         counters: int32 (NUM_COUNTERS,), of the lane's state, after the step was decided.
         decisions: float32 (M, 2), as `decide_blocks` left them; looked at on cached steps. None if
             nothing was measured: all blocks run.
-        flags: int32 (M,): becomes 1 for a block that is left out, else 0.
+        flags: int32 (M,): becomes 1 for a block that is skipped, else 0.
         store: int32 (NUM_STORE,), for `store_block`; ``store[EVERY]`` is not used.
-        impl: ``"triton"``, ``"reference"`` (Python on the host, any device), or ``"auto"``, which
-            takes Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     The reference reads the tensors on the host, which synchronises if they are on a GPU; Triton
     does not.
@@ -58,10 +60,7 @@ def decide_tail(
         is_like = decisions.dtype == torch.float32 and decisions.device == flags.device
         if decisions.shape != (*flags.shape, 2) or not is_like:
             raise invalid(who, must, decisions.dtype, tuple(decisions.shape), decisions.device)
-    if is_traced(flags):
-        _decide_tail_op(counters, decisions, flags, store, impl)
-    else:
-        _run(counters, decisions, flags, store, impl)
+    _decide_tail(impl, counters, decisions, flags, store)
 
 
 def decide_tail_reference(
@@ -83,30 +82,13 @@ def decide_tail_reference(
     flags.copy_(torch.tensor(left_out, dtype=torch.int32))
 
 
-def _run(
-    counters: torch.Tensor,
-    decisions: torch.Tensor | None,
-    flags: torch.Tensor,
-    store: torch.Tensor,
-    impl: str,
-) -> None:
-    if select(impl, flags) == "reference":
-        decide_tail_reference(counters, decisions, flags, store)
-        return
-    with torch.cuda.device_of(flags):
-        _decide_tail_kernel[(1,)](
-            counters, decisions, flags, store, flags.shape[0],
-            LOG_BLOCKS=(flags.shape[0] - 1).bit_length(), num_warps=1,
-        )  # fmt: skip
-
-
-_decide_tail_op = torch.library.custom_op(
-    "dbcache::decide_tail", _run, mutates_args=("flags", "store")
-)
-
-
-_STEP, _CACHED = tl.constexpr(ls.STEP), tl.constexpr(ls.CACHED)
-_DUE, _STAMP = tl.constexpr(bs.DUE), tl.constexpr(bs.STAMP)
+@op(decide_tail_reference, like="flags", mutates=("flags", "store"))
+def _decide_tail(counters, decisions, flags, store):
+    blocks = flags.shape[0]
+    _decide_tail_kernel[(1,)](
+        counters, decisions, flags, store, blocks,
+        LOG_BLOCKS=(blocks - 1).bit_length(), num_warps=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -114,9 +96,9 @@ def _decide_tail_kernel(
     counters_ptr, decisions_ptr, flags_ptr, store_ptr, blocks, LOG_BLOCKS: tl.constexpr
 ):
     """The function `decide_tail_reference` above; one program of one warp."""
-    step = tl.load(counters_ptr + _STEP) - 1
-    cached = tl.load(counters_ptr + _CACHED) != 0
-    last_stored = tl.load(store_ptr + _STAMP)
+    step = tl.load(counters_ptr + LANE.STEP) - 1
+    cached = tl.load(counters_ptr + LANE.CACHED) != 0
+    last_stored = tl.load(store_ptr + BLOCKS.STAMP)
     # all threads read before the first one writes
     tl.debug_barrier()
     offsets = tl.arange(0, 1 << LOG_BLOCKS)
@@ -127,5 +109,5 @@ def _decide_tail_kernel(
         skipped = tl.load(decisions_ptr + 2 * offsets + 1, mask=offsets < looked_at, other=0.0)
         left_out = skipped > 0
     tl.store(flags_ptr + offsets, left_out.to(tl.int32), mask=mask)
-    tl.store(store_ptr + _DUE, tl.where(cached, 0, tl.where(last_stored >= 0, 2, 1)))
-    tl.store(store_ptr + _STAMP, tl.where(cached, last_stored, step))
+    tl.store(store_ptr + BLOCKS.DUE, tl.where(cached, 0, tl.where(last_stored >= 0, 2, 1)))
+    tl.store(store_ptr + BLOCKS.STAMP, tl.where(cached, last_stored, step))

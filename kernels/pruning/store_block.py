@@ -1,4 +1,4 @@
-"""What a block that ran leaves behind, so that it can be left out later.
+"""Store a block's input and residuals after it ran, so that it can be skipped later.
 
     growth_sums[i] := sums of |h_out - (X + R)| and |h_in - X|     of what was stored before
     X := h_in,   R := h_out - h_in,   the same residual of the encoder states
@@ -16,12 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.launches import BLOCK
-from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
-from dbcache.kernels.common.sums import tree_sum_lanes
-from dbcache.kernels.decision.probe_diff import lanes_of, log2, partition_of
+from dbcache.kernels.common.launches import BLOCK, contiguous
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
+from dbcache.kernels.common.sums import lanes_of, log2, partition_of, tree_sum_lanes
 from dbcache.kernels.pruning import block_state as bs
-from dbcache.kernels.pruning.block_state import BlockState
+from dbcache.kernels.pruning.block_state import BLOCKS, BlockState
 
 WARPS = 8
 """With 4, sixteen elements of four tensors and two sums per thread spill on sm_100."""
@@ -53,8 +53,7 @@ def store_block(
         h_out: what it returned, same shape and dtype.
         encoder_in: second stream, of any size of its own; None where the block returned none.
         encoder_out: as `h_out`.
-        impl: ``"triton"``, ``"reference"`` (plain PyTorch, any device), or ``"auto"``, which takes
-            Triton for tensors on a GPU. An implementation asked for by name never falls back.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Triton does not synchronise; the reference reads `store` on the host.
 
@@ -64,12 +63,7 @@ def store_block(
     _check(state, store, index, h_in, h_out, encoder_in, encoder_out)
     added = None if encoder_in is None else state.encoder_residuals
     stored = (state.inputs, state.residuals, added, state.stamps, state.growth_sums)
-    args = (*stored, store, index, h_in, h_out, encoder_in, encoder_out)
-    if is_traced(h_in):
-        with torch.no_grad():
-            _store_block_op(*args, impl)
-    else:
-        _run(*args, impl)
+    _store_block(impl, *stored, store, index, h_in, h_out, encoder_in, encoder_out)
 
 
 @without_gradient
@@ -140,74 +134,40 @@ def _check(
             raise invalid(who, must, before.device, after.device)
 
 
-def _run(
-    inputs: torch.Tensor,
-    residuals: torch.Tensor,
-    encoder_residuals: torch.Tensor | None,
-    stamps: torch.Tensor,
-    growth_sums: torch.Tensor,
-    store: torch.Tensor,
-    index: int,
-    h_in: torch.Tensor,
-    h_out: torch.Tensor,
-    encoder_in: torch.Tensor | None,
-    encoder_out: torch.Tensor | None,
-    impl: str,
-) -> None:
-    if select(impl, h_in) == "reference":
-        stored = (inputs, residuals, encoder_residuals, stamps, growth_sums)
-        store_block_reference(*stored, store, index, h_in, h_out, encoder_in, encoder_out)
-        return
-    h_in, h_out = h_in.contiguous(), h_out.contiguous()
+@op(
+    store_block_reference,
+    like="h_in",
+    mutates=("inputs", "residuals", "encoder_residuals", "stamps", "growth_sums"),
+)
+def _store_block(
+    inputs, residuals, encoder_residuals, stamps, growth_sums, store, index, h_in, h_out,
+    encoder_in, encoder_out,
+):  # fmt: skip
+    h_in, h_out, encoder_in, encoder_out = contiguous(h_in, h_out, encoder_in, encoder_out)
     encoder_size, added = 0, None
-    if encoder_in is not None and encoder_out is not None and encoder_residuals is not None:
-        encoder_in, encoder_out = encoder_in.contiguous(), encoder_out.contiguous()
+    if encoder_in is not None:
         encoder_size, added = encoder_in.numel(), encoder_residuals[index]
     per_program, programs = partition_of(h_in.numel())
     if growth_sums.shape[1] != programs:
         must = f"the state must have been allocated for Triton, with {programs} sums per block"
         raise invalid("store_block", must, growth_sums.shape[1])
-    with torch.cuda.device_of(h_in):
-        _store_block_kernel[(programs + triton.cdiv(encoder_size, BLOCK),)](
-            h_in, h_out, inputs[index], residuals[index], growth_sums[index], stamps,
-            store, index, h_in.numel(), per_program, programs,
-            encoder_in, encoder_out, added, encoder_size,
-            LOG_BLOCK=log2(BLOCK), num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
-
-
-_store_block_op = torch.library.custom_op(
-    "dbcache::store_block",
-    _run,
-    mutates_args=("inputs", "residuals", "encoder_residuals", "stamps", "growth_sums"),
-)
-
-
-_DUE, _STAMP = tl.constexpr(bs.DUE), tl.constexpr(bs.STAMP)
+    _store_block_kernel[(programs + triton.cdiv(encoder_size, BLOCK),)](
+        h_in, h_out, inputs[index], residuals[index], growth_sums[index], stamps,
+        store, index, h_in.numel(), per_program, programs,
+        encoder_in, encoder_out, added, encoder_size,
+        LOG_BLOCK=log2(BLOCK), num_warps=WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 @triton.jit
 def _store_block_kernel(
-    h_in_ptr,
-    h_out_ptr,
-    x_ptr,
-    added_ptr,
-    sums_ptr,
-    stamps_ptr,
-    store_ptr,
-    index,
-    size,
-    per_program,
-    programs,
-    encoder_in_ptr,
-    encoder_out_ptr,
-    encoder_added_ptr,
-    encoder_size,
+    h_in_ptr, h_out_ptr, x_ptr, added_ptr, sums_ptr, stamps_ptr, store_ptr, index, size,
+    per_program, programs, encoder_in_ptr, encoder_out_ptr, encoder_added_ptr, encoder_size,
     LOG_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """The first `programs` programs take the hidden states, the others the encoder states."""
     program = tl.program_id(0)
-    due = tl.load(store_ptr + _DUE)
+    due = tl.load(store_ptr + BLOCKS.DUE)
     if due == 0:
         return
     if encoder_in_ptr is None or program < programs:
@@ -229,7 +189,7 @@ def _store_block_kernel(
         tl.store(sums_ptr + program * 2, tree_sum_lanes(num, LOG_BLOCK))
         tl.store(sums_ptr + program * 2 + 1, tree_sum_lanes(den, LOG_BLOCK))
         if program == 0:
-            tl.store(stamps_ptr + index, tl.load(store_ptr + _STAMP))
+            tl.store(stamps_ptr + index, tl.load(store_ptr + BLOCKS.STAMP))
     else:
         block = program - programs
         offsets = lanes_of(block, 1, 0, LOG_BLOCK)

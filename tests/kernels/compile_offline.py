@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from dbcache.kernels.common import e4m3
+from dbcache.kernels.common import e4m3, launches, sums
 from dbcache.kernels.common.launches import CONFIGS, DEFAULTS, configs_of
 from dbcache.kernels.decision import decide, probe_and_decide, probe_diff, share_change
 from dbcache.kernels.decision import transformation_rate as rate
@@ -63,7 +63,7 @@ def variants():
             measured |= {"size": size, "per_program": "i32"}
             form = f"{dtype}{'' if start else '-hidden'}"
             measured |= {"width": "i32"}
-            constants = {"LOG_BLOCK": probe_diff.log2(probe_diff.BLOCK)}
+            constants = {"LOG_BLOCK": sums.log2(launches.BLOCK)}
             for by_token in (False, True):
                 warps = DEFAULTS[f"probe_diff{' tokens' * by_token}"].num_warps
                 options = {"num_warps": warps, "enable_fp_fusion": False}
@@ -222,7 +222,7 @@ def predictor_variants():
             {"ring_ptr": f"*{dtype}", "counters_ptr": "*i32", "partials_ptr": "*fp32"}
             | {"fit_ptr": "*fp64", "size": "i64" if dtype == "fp16" else "i32"}
             | {"per_program": "i32", "slots": "i32", "ridge": "fp32"},
-            {"LOG_BLOCK": probe_diff.log2(fit_recurrence.BLOCK), "LOG_LANES": 10},
+            {"LOG_BLOCK": sums.log2(fit_recurrence.BLOCK), "LOG_LANES": 10},
             {"num_warps": warps, "enable_fp_fusion": False},
         )
 
@@ -231,7 +231,7 @@ def block_variants():
     """Yield the same of the kernels that leave single blocks out."""
     for dtype in ("bf16", "fp16", "fp32"):
         x, size = f"*{dtype}", "i64" if dtype == "fp16" else "i32"
-        log_block = {"LOG_BLOCK": probe_diff.log2(probe_diff.BLOCK)}
+        log_block = {"LOG_BLOCK": sums.log2(launches.BLOCK)}
         options = {"num_warps": 4, "enable_fp_fusion": False}
         yield (
             f"block_changes-{dtype}",
@@ -249,7 +249,7 @@ def block_variants():
                 {"h_ptr": x, "residuals_ptr": x, "out_ptr": x, "size": size, "first": "i32"}
                 | {"count": "i32", "blocks": "i32", "encoder_size": "i32"}
                 | (extra if encoder else {}),
-                {"BLOCK": probe_diff.BLOCK},
+                {"BLOCK": launches.BLOCK},
                 options,
             )
             extra = {f"encoder_{name}_ptr": x for name in ("in", "out", "added")}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dbcache.kernels.decision.probe_diff import MAX_PARTIALS, partition_of
+from dbcache.kernels.common.sums import MAX_PARTIALS, partition_of
 from dbcache.kernels.pruning import block_changes as module
 from dbcache.kernels.pruning.block_changes import block_changes
 from dbcache.testing import assert_as_accurate
@@ -66,7 +66,7 @@ def test_strides_are_honoured(random, device, impl):
 
 
 def test_a_program_that_takes_several_parts_adds_them_up(random, device, monkeypatch):
-    monkeypatch.setattr("dbcache.kernels.decision.probe_diff.MAX_PARTIALS", 2)
+    monkeypatch.setattr("dbcache.kernels.common.sums.MAX_PARTIALS", 2)
     shape = (2, 5 * module.BLOCK + 3)
     h, inputs, residuals = random(*shape), random(3, *shape), random(3, *shape)
     stamps = [1, 1, 2]

@@ -15,7 +15,6 @@ from dbcache.kernels.common.lane_state import (
     Reason,
     Signal,
 )
-from dbcache.kernels.decision import decide as module
 from dbcache.kernels.decision.decide import decide
 
 # the interpreter divides with NumPy, which warns of what the tests do on purpose
@@ -495,4 +494,5 @@ def test_the_op_is_registered_as_it_behaves(device, measured, impl):
 
 def test_the_names_in_the_kernel_are_those_of_the_state():
     for name in ("STEP", "HEAD", "SLOT", "RING_STEPS", "WEIGHTS", "ENCODER_WEIGHTS", "THRESHOLD"):
-        assert getattr(module, f"_{name}").value == getattr(ls, name)
+        assert getattr(ls.LANE, name).value == getattr(ls, name)
+    assert ls.REASONS.NAN.value == Reason.NAN

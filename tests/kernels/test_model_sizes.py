@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common import launches
+from dbcache.kernels.common import launches, sums
 from dbcache.kernels.decision import probe_diff as probe_module
 from dbcache.kernels.decision.probe_diff import probe_diff
-from dbcache.kernels.prediction.commit import _commit_block, commit
-from dbcache.kernels.prediction.predict import _predict_block, predict
+from dbcache.kernels.prediction.commit import Stream as CommitStream
+from dbcache.kernels.prediction.commit import commit, commit_block
+from dbcache.kernels.prediction.predict import Stream as PredictStream
+from dbcache.kernels.prediction.predict import predict, predict_block
 from dbcache.testing import assert_as_accurate, poisoned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -105,14 +107,16 @@ SIZE = 2**31 + 4099
 
 @triton.jit
 def _commit_last(x_ptr, p_ref_ptr, ring_ptr, slot, size, block, BLOCK: tl.constexpr):
-    _commit_block(x_ptr, x_ptr, x_ptr, p_ref_ptr, ring_ptr, slot, size, block, False, BLOCK)
+    stream = CommitStream(x_ptr, x_ptr, x_ptr, p_ref_ptr, ring_ptr)
+    commit_block(stream, slot, size, block, False, BLOCK)
 
 
 @triton.jit
 def _predict_last(
     h_ptr, ring_ptr, weights_ptr, out_ptr, size, block, K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    _predict_block(h_ptr, ring_ptr, weights_ptr, out_ptr, size, block, K, False, BLOCK)
+    stream = PredictStream(h_ptr, ring_ptr, weights_ptr, out_ptr)
+    predict_block(stream, size, block, K, False, BLOCK)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_graph.py runs whole tensors on a GPU")
@@ -156,7 +160,7 @@ class TestPast32Bits:
         partials = torch.empty(3, 1, 2)
         probe_module._probe_diff_kernel[(1, 3)](
             None, h, p_ref, partials, size, 1, None, size,
-            LOG_BLOCK=probe_module.log2(launches.BLOCK),
+            LOG_BLOCK=sums.log2(launches.BLOCK),
         )  # fmt: skip
         expected = [[abs(sample - 1.0), 1.0] for sample in range(3)]
         assert (partials[:, 0] / launches.BLOCK).tolist() == expected

@@ -146,7 +146,7 @@ def test_the_order_in_which_programs_finish_changes_no_bit(random, device, monke
     builder = triton.runtime.interpreter.interpreter_builder
     plain = builder.set_grid_idx
     monkeypatch.setattr(module, "BLOCK", 32)
-    monkeypatch.setattr("dbcache.kernels.decision.probe_diff.BLOCK", 32)
+    monkeypatch.setattr("dbcache.kernels.common.sums.BLOCK", 32)
     h_in, p_ref = random(3, 7, 23), random(3, 7, 23)
     h_fn = h_in + p_ref + 0.5 * random(3, 7, 23)
     orders = {

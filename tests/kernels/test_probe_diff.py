@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from dbcache.kernels.common.sums import tree_sum
+from dbcache.kernels.common.sums import MAX_PARTIALS, tree_sum
 from dbcache.kernels.decision import probe_diff as module
-from dbcache.kernels.decision.probe_diff import MAX_PARTIALS, probe_diff, probe_diff_reference
+from dbcache.kernels.decision.probe_diff import probe_diff, probe_diff_reference
 from dbcache.testing import assert_as_accurate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -104,7 +104,8 @@ def test_nan_and_inf_reach_the_sum_of_their_sample_only(integers, impl, value):
 
 def testpartitions_large_inputs_by_shape_and_within_what_decide_adds_up(integers, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 16)
-    monkeypatch.setattr(module, "MAX_PARTIALS", 4)
+    monkeypatch.setattr("dbcache.kernels.common.sums.BLOCK", 16)
+    monkeypatch.setattr("dbcache.kernels.common.sums.MAX_PARTIALS", 4)
     h_in, h_fn, p_ref = (integers(2, 150) for _ in range(3))  # 10 blocks: 3 per program
     partials = probe_diff(h_in, h_fn, p_ref, impl="triton")
     assert partials.shape == (2, 4, 2)
@@ -166,7 +167,8 @@ def test_tokens_that_are_nan_or_had_no_residual_are_important(integers, device, 
 
 def test_tokens_are_spread_over_what_decide_adds_up(integers, device, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 16)
-    monkeypatch.setattr(module, "MAX_PARTIALS", 4)
+    monkeypatch.setattr("dbcache.kernels.common.sums.BLOCK", 16)
+    monkeypatch.setattr("dbcache.kernels.common.sums.MAX_PARTIALS", 4)
     h_in, h_fn, p_ref = (integers(2, 10, 37) for _ in range(3))  # 3 tokens per program
     partials = probe_diff(h_in, h_fn, p_ref, thresholds(device, 0.0), impl="triton")
     assert partials.shape == (2, 4, 4)
@@ -180,7 +182,8 @@ def test_the_bits_are_those_of_the_documented_order(random, monkeypatch):
     So neither the GPU nor the number of warps nor the order of the programs can change a bit.
     """
     monkeypatch.setattr(module, "BLOCK", 16)
-    monkeypatch.setattr(module, "MAX_PARTIALS", 4)
+    monkeypatch.setattr("dbcache.kernels.common.sums.BLOCK", 16)
+    monkeypatch.setattr("dbcache.kernels.common.sums.MAX_PARTIALS", 4)
     h_in, h_fn, p_ref = (random(2, 150).exp() for _ in range(3))  # 10 blocks: 3 per program
     partials = probe_diff(h_in, h_fn, p_ref, impl="triton").cpu()
     num, den = (h_fn - h_in - p_ref).abs().cpu(), p_ref.abs().cpu()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LaneState, PlanCode
 from dbcache.kernels.common.launches import BLOCK
+from dbcache.kernels.common.sums import partition_of
 from dbcache.kernels.decision.decide import decide
-from dbcache.kernels.decision.probe_diff import partition_of
 from dbcache.kernels.prediction.fit_recurrence import fit_recurrence
 from dbcache.kernels.prediction.recurrence import continued, recurrence_weights
 
@@ -135,7 +135,7 @@ def test_snapshots_that_tell_nothing_give_no_fit(random, device, impl, case):
 
 def test_programs_that_share_the_work_add_up_to_the_same(random, device, monkeypatch):
     """More blocks than programs, and the ticket is 0 again after each launch."""
-    monkeypatch.setattr("dbcache.kernels.decision.probe_diff.MAX_PARTIALS", 2)
+    monkeypatch.setattr("dbcache.kernels.common.sums.MAX_PARTIALS", 2)
     state, _ = lane(device, [0, 1, 2], 3)
     ring = random(3, 5 * BLOCK + 3)
     assert partition_of(ring[0].numel()) == (3, 2)

@@ -66,7 +66,7 @@ def test_growth_is_close_to_float64(random, impl):
 
 
 def test_a_program_that_takes_several_parts_adds_them_up(integers, monkeypatch):
-    monkeypatch.setattr("dbcache.kernels.decision.probe_diff.MAX_PARTIALS", 2)
+    monkeypatch.setattr("dbcache.kernels.common.sums.MAX_PARTIALS", 2)
     old, new = ([integers(2, 2 * module.BLOCK + 9) for _ in range(2)] for _ in range(2))
     state = poison(new[0], None, 2, "triton")
     assert state.growth_sums.shape == (2, 2, 2)

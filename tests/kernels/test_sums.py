@@ -7,8 +7,14 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.sums import divide, f32, relative_l1, tree_sum, tree_sum_lanes
-from dbcache.kernels.decision.probe_diff import lanes_of
+from dbcache.kernels.common.sums import (
+    divide,
+    f32,
+    lanes_of,
+    relative_l1,
+    tree_sum,
+    tree_sum_lanes,
+)
 
 
 @triton.jit

@@ -3,7 +3,8 @@ import torch
 
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LaneState
-from dbcache.kernels.decision.probe_diff import MAX_PARTIALS, probe_diff
+from dbcache.kernels.common.sums import MAX_PARTIALS
+from dbcache.kernels.decision.probe_diff import probe_diff
 from dbcache.kernels.decision.transformation_rate import transformation_rate
 
 # the interpreter divides with NumPy, which warns of what the tests do on purpose
