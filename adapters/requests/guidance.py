@@ -114,6 +114,10 @@ class Branches:
         self._has_told = False
         self._in_step: Counter[str] = Counter()
 
+    def know_steps(self) -> None:
+        """Learn that the times of the calls tell where steps end, from the first call on."""
+        self._has_told = self.tells_steps = True
+
     def end_step(self) -> None:
         """Take note that the scheduler made a step; the next call begins another."""
         self._has_ended = self._has_told = self.tells_steps = True

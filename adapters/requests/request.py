@@ -184,12 +184,19 @@ class Request:
         """Say whether the call begins another request, and tell the branches of ended steps."""
         steps = self.config.num_inference_steps if self.known_steps is None else self.known_steps
         if self.follows:
-            if not self._tells_steps and self._move(args, kwargs) is Move.ON and self.calls:
-                self.branches.end_step()
+            if not self._tells_steps:
+                self._tell_step(self._move(args, kwargs))
             return False
         if steps is not None:
             return self.branch_calls[self._by_parity(name)] >= steps
         return self._move(args, kwargs) is Move.BACK
+
+    def _tell_step(self, move: Move) -> None:
+        """Tell the branches what the time of a call says of the step before."""
+        if move is not Move.UNKNOWN:
+            self.branches.know_steps()
+        if move is Move.ON and self.calls:
+            self.branches.end_step()
 
     def _move(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Move:
         """Return how the time of a call lies to that of the call before."""

@@ -1,0 +1,109 @@
+"""Pipelines in threads that share their transformers: each image as if it were alone."""
+
+import pytest
+import tiny
+from together import decisions, in_threads, same, siblings
+
+import dbcache
+from dbcache import DBCacheConfig, DBPruneConfig, TaylorSeerCalibratorConfig
+
+THREADS = 4
+ALWAYS = {"Fn_compute_blocks": 1, "max_warmup_steps": 2}
+
+CASES = {
+    "flux": ("flux", DBCacheConfig(**ALWAYS, residual_diff_threshold=0.3), None),
+    "qwen": ("qwen", DBCacheConfig(**ALWAYS, residual_diff_threshold=0.3), None),
+    "wan2.2": ("wan2.2", DBCacheConfig(**ALWAYS, residual_diff_threshold=0.3), None),
+    "wan taylor": (
+        "wan",
+        DBCacheConfig(**ALWAYS, residual_diff_threshold=0.3),
+        TaylorSeerCalibratorConfig(taylorseer_order=1),
+    ),
+    "easycache": (
+        "qwen",
+        DBCacheConfig(policy="easycache", max_warmup_steps=2, residual_diff_threshold=0.2),
+        None,
+    ),
+    "dbprune": ("flux", DBPruneConfig(**ALWAYS, residual_diff_threshold=0.15), None),
+}
+ROUNDS = pytest.mark.parametrize(
+    "rounds", [2, pytest.param(20, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+
+
+def image(pipe, number):
+    """Return the latents of all steps of one of several images, which differ in their steps."""
+    return tiny.generate(pipe, 7 + number % 3, guided=number != 3, seed=10 + number)
+
+
+def alone(case):
+    """Return the images of a pipeline that nothing else shares; some of their steps are cached."""
+    name, config, calibrator = CASES[case]
+    pipe = dbcache.enable(tiny.pipeline(name), config, calibrator)
+    images = [image(pipe, number) for number in range(THREADS)]
+    assert any("c" in lane for lane in decisions(pipe))
+    return images
+
+
+@ROUNDS
+@pytest.mark.parametrize("case", CASES)
+def test_images_in_four_threads_are_those_of_requests_alone(case, rounds):
+    name, config, calibrator = CASES[case]
+    expected = alone(case)
+    pipes = siblings(tiny.pipeline(name), THREADS)
+    for pipe in pipes:
+        dbcache.enable(pipe, config, calibrator)
+
+    def work(number):
+        return [same(image(pipes[number], number), expected[number]) for _ in range(rounds)]
+
+    got = in_threads([lambda n=n: work(n) for n in range(THREADS)])
+    assert got == [[True] * rounds] * THREADS
+    for pipe in pipes:
+        dbcache.disable(pipe)
+    assert "_dbcache" not in pipes[0].transformer.__dict__
+
+
+@ROUNDS
+@pytest.mark.filterwarnings("ignore:.*outside of a call of the pipeline")
+@pytest.mark.parametrize("case", CASES)
+def test_pipelines_that_were_never_enabled_stay_plain_beside_one_that_was(case, rounds):
+    name, config, calibrator = CASES[case]
+    pipes = siblings(tiny.pipeline(name), THREADS)
+    expected = [image(pipe, number) for number, pipe in enumerate(pipes)]
+    expected[0] = alone(case)[0]
+    dbcache.enable(pipes[0], config, calibrator)
+
+    def work(number):
+        return [same(image(pipes[number], number), expected[number]) for _ in range(rounds)]
+
+    got = in_threads([lambda n=n: work(n) for n in range(THREADS)])
+    assert got == [[True] * rounds] * THREADS
+
+
+@ROUNDS
+def test_each_pipeline_goes_by_its_own_options(rounds):
+    settings = [
+        {"residual_diff_threshold": 0.25},
+        {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": 2},
+        {"residual_diff_threshold": 0.3, "taylorseer_order": 1, "enable_taylorseer": True},
+        {"residual_diff_threshold": 0.3, "Fn_compute_blocks": 2, "Bn_compute_blocks": 1},
+    ]
+    expected = []
+    for number, options in enumerate(settings):
+        pipe = dbcache.enable(tiny.pipeline("flux"), **ALWAYS | options)
+        expected.append((image(pipe, number), decisions(pipe)))
+    assert len({str(trace) for _, trace in expected}) == THREADS
+    pipes = siblings(tiny.pipeline("flux"), THREADS)
+    for pipe, options in zip(pipes, settings, strict=True):
+        dbcache.enable(pipe, **ALWAYS | options)
+
+    def work(number):
+        latents, trace = expected[number]
+        return [
+            (same(image(pipes[number], number), latents), decisions(pipes[number]) == trace)
+            for _ in range(rounds)
+        ]
+
+    got = in_threads([lambda n=n: work(n) for n in range(THREADS)])
+    assert got == [[(True, True)] * rounds] * THREADS
