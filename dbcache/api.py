@@ -182,7 +182,7 @@ def start_request(
             setup.check_options(handle.setup)
             setup.bind(handle.views, handle.original)
             request = Request(setup, steps=setup.config.num_inference_steps, follows=True)
-            request.follow(tells_steps=False)
+            request.follow(tells_steps=False, by_time=True)
             pairs.append((handle, handle.open(request, waits=False)))
     except BaseException:
         for handle, request in pairs:

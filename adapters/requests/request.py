@@ -81,7 +81,7 @@ class Request:
         self.sharded: Any = None
         self._step_index: int | None = None
         self.loops = 0
-        self._tells_steps = False
+        self._by_time = False
         self.restart()
 
     @property
@@ -101,9 +101,14 @@ class Request:
         self.branches.start_loop()
         self.start()
 
-    def follow(self, *, tells_steps: bool) -> None:
-        """Find the guidance branches from the calls; `tells_steps`: a scheduler ends the steps."""
-        self._tells_steps = tells_steps
+    def follow(self, *, tells_steps: bool, by_time: bool = False) -> None:
+        """Find the guidance branches from the calls.
+
+        Args:
+            tells_steps: a scheduler says where steps end.
+            by_time: the time says it that each call is given.
+        """
+        self._by_time = by_time
         self.branches.follow(tells_steps=tells_steps)
 
     def start(self) -> None:
@@ -184,7 +189,7 @@ class Request:
         """Say whether the call begins another request, and tell the branches of ended steps."""
         steps = self.config.num_inference_steps if self.known_steps is None else self.known_steps
         if self.follows:
-            if not self._tells_steps:
+            if self._by_time:
                 self._tell_step(self._move(args, kwargs))
             return False
         if steps is not None:

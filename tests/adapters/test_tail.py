@@ -131,6 +131,7 @@ def test_an_exception_in_the_tail_aborts_the_step():
     family = FAMILIES["flux"]
     model = family.build()
     rule = replace(RULES["every second"], residual_diff_threshold=1.0, max_warmup_steps=2)
+    rule = replace(rule, num_inference_steps=30)
     run_dbcache(model, family, rule, 3)
     last = model.single_transformer_blocks[-2]  # a listed one, which runs on cached steps
     handle = last.register_forward_pre_hook(lambda *_: 1 / 0)
@@ -176,6 +177,7 @@ def test_a_first_step_that_fails_leaves_nothing_behind():
 def test_blocks_that_are_exchanged_start_anew():
     family, runs = FAMILIES["flux"], []
     rule = replace(RULES["every second"], max_warmup_steps=1, residual_diff_threshold=1.0)
+    rule = replace(rule, num_inference_steps=30)
     for exchanges in (False, True):
         model = family.build()
         run_dbcache(model, family, rule, 5)
