@@ -85,7 +85,8 @@ class PipelineCall:
         transformers = self.pipeline.transformers
         for handle, setup in transformers:
             request = Request(setup, follows=True)
-            if len(transformers) == 1:
+            request.shares_steps = len(transformers) > 1
+            if not request.shares_steps:
                 request.planned_steps = self._planned_steps
             self._handles.append(handle)
             self.requests[id(handle.module)] = handle.open(request, waits=True)

@@ -6,6 +6,8 @@ while a forward runs so do the lists of blocks. All that belongs to a request is
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
 import warnings
 import weakref
@@ -25,6 +27,9 @@ from dbcache.adapters.requests.setup import Setup
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
+
+TOLD = ("step_index", "num_inference_steps")
+"""Options of `cache_context` that tell the step; older versions of diffusers do not take them."""
 
 MAX_REQUESTS = 64
 """Requests that may be open at once, unless `enable` was told otherwise."""
@@ -316,21 +321,17 @@ class CachedTransformer:
         return request.forward(args, kwargs)
 
     @contextmanager
-    def cache_context(
-        self,
-        name: str,
-        *args: Any,
-        step_index: int | None = None,
-        num_inference_steps: int | None = None,
-        **kwargs: Any,
-    ) -> Iterator[None]:
+    def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Take the name of the guidance branch, and the step, from the pipeline's own context."""
-        request = self.current()
-        with self._patches[1].original(name, *args, **kwargs):
+        request, told = self.current(), {k: kwargs[k] for k in TOLD if k in kwargs}
+        original = self._patches[1].original
+        if not _takes_options(original):
+            kwargs = {name: value for name, value in kwargs.items() if name not in told}
+        with original(name, *args, **kwargs):
             if request is None:
                 yield
             else:
-                with request.named(name, step_index, num_inference_steps):
+                with request.named(name, **told):
                     yield
 
     def _note_uncached_call(self) -> None:
@@ -354,6 +355,12 @@ class CachedTransformer:
                 f"enabled on and ran without it"
             )
         return [f"{type(self.module).__name__}: {note}" for note in notes]
+
+
+@functools.cache
+def _takes_options(cache_context: Callable[..., Any]) -> bool:
+    kinds = {p.kind for p in inspect.signature(cache_context).parameters.values()}
+    return inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def _no_handle() -> None:

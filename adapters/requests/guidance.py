@@ -113,6 +113,7 @@ class Branches:
         self._has_ended = False
         self._has_told = False
         self._in_step: Counter[str] = Counter()
+        self._before: tuple[str | None, int, Branch, int, int] | None = None
 
     def know_steps(self) -> None:
         """Learn that the times of the calls tell where steps end, from the first call on."""
@@ -137,17 +138,29 @@ class Branches:
             self._place = 0
             self._has_ended = False
             self._in_step.clear()
+        place, was_another = self._place, False
         if name is not None:
             key = self._key_of(name)
             branch = self._named.setdefault(key, Branch(key, self._step))
-            return key, self._is_late(branch)
-        branch, was_another = (
-            self._known(condition) or self._by_place(condition) or self._new(condition)
-        )
+        else:
+            branch, was_another = (
+                self._known(condition) or self._by_place(condition) or self._new(condition)
+            )
+        self._before = name, place, branch, branch.step, branch.distance
+        if name is not None:
+            return branch.key, self._is_late(branch)
         self._place += 1
         self._calls += 1
         branch.take(condition, self._calls)
         return branch.key, self._is_late(branch) or was_another
+
+    def undo_call(self) -> None:
+        """Forget the latest call, which an exception cut short: the call may come again."""
+        if self._before is not None:
+            name, self._place, branch, step, distance = self._before
+            branch.step, branch.distance, self._before = step, distance, None
+            if name is not None:
+                self._in_step[name] -= 1
 
     def _key_of(self, name: str) -> str:
         """Return the key of a call with a name; one that comes again in a step has its own."""

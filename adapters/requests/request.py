@@ -54,6 +54,7 @@ class Request:
     Attributes:
         branch: guidance branch of the call under way.
         name: what the caller named the call, None without.
+        shares_steps: another transformer runs some of the steps that a pipeline tells of.
         calls: forwards so far.
     """
 
@@ -71,6 +72,7 @@ class Request:
         self.planned_steps: Callable[[], tuple[int | None, int | None]] | None = None
         self.follows = follows
         self._renew = renew
+        self.shares_steps = False
         self.is_closed = False
         self.record: RequestRecord | None = None
         self.lane_set: LaneSet | None = None
@@ -158,7 +160,7 @@ class Request:
         """Name the guidance branch of the calls inside, as `cache_context` of diffusers does."""
         outer, self.name = self.name, name
         outer_index, self._step_index = self._step_index, step_index
-        if num_inference_steps is not None:
+        if num_inference_steps is not None and not self.shares_steps:
             self.known_steps = num_inference_steps
         try:
             yield
@@ -267,11 +269,15 @@ class Request:
         if setup.spec.fills is not None and setup.spec.fills(kwargs):
             self.start_loop()
             return setup.original(*args, **kwargs)
-        self._begin_step(args, kwargs)
-        if self.sharded is None:
-            output = self._step(args, kwargs)
-        else:
-            output = self.sharded(self.branch, lambda: self._step(args, kwargs))
+        try:
+            self._begin_step(args, kwargs)
+            if self.sharded is None:
+                output = self._step(args, kwargs)
+            else:
+                output = self.sharded(self.branch, lambda: self._step(args, kwargs))
+        except BaseException:
+            self.branches.undo_call()
+            raise
         self.calls += 1
         self.branch_calls[self.branch] += 1
         if self.times is not None:
