@@ -113,7 +113,7 @@ class Branches:
         self._has_ended = False
         self._has_told = False
         self._in_step: Counter[str] = Counter()
-        self._before: tuple[str | None, int, Branch, int, int] | None = None
+        self._before: tuple[Any, Branch, int, int] | None = None
 
     def know_steps(self) -> None:
         """Learn that the times of the calls tell where steps end, from the first call on."""
@@ -133,12 +133,13 @@ class Branches:
 
         It is out of date if the branch does not come in its usual rhythm, or was another's.
         """
+        clock = self._step, self._place, self._has_ended, self._in_step.copy()
         if self._has_ended:
             self._step += 1
             self._place = 0
             self._has_ended = False
             self._in_step.clear()
-        place, was_another = self._place, False
+        was_another = False
         if name is not None:
             key = self._key_of(name)
             branch = self._named.setdefault(key, Branch(key, self._step))
@@ -146,7 +147,7 @@ class Branches:
             branch, was_another = (
                 self._known(condition) or self._by_place(condition) or self._new(condition)
             )
-        self._before = name, place, branch, branch.step, branch.distance
+        self._before = clock, branch, branch.step, branch.distance
         if name is not None:
             return branch.key, self._is_late(branch)
         self._place += 1
@@ -157,10 +158,9 @@ class Branches:
     def undo_call(self) -> None:
         """Forget the latest call, which an exception cut short: the call may come again."""
         if self._before is not None:
-            name, self._place, branch, step, distance = self._before
+            clock, branch, step, distance = self._before
+            self._step, self._place, self._has_ended, self._in_step = clock
             branch.step, branch.distance, self._before = step, distance, None
-            if name is not None:
-                self._in_step[name] -= 1
 
     def _key_of(self, name: str) -> str:
         """Return the key of a call with a name; one that comes again in a step has its own."""
