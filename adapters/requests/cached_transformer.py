@@ -112,9 +112,10 @@ class CachedTransformer:
         Doing this twice is the same as once, also where it was cut short by an exception.
         """
         with self._lock:
-            before, self.enabled = self.enabled, enabled
-            if enabled.alone is None and before.alone is not None:
-                self._implicit.clear()
+            self.enabled = enabled
+            for place, request in list(self._implicit.items()):
+                if not self.is_on or (request.renews and enabled.alone is None):
+                    del self._implicit[place]
             self._fit()
 
     def _fit(self) -> None:
@@ -132,6 +133,8 @@ class CachedTransformer:
         if wanted:
             own[HANDLE] = self
             own["__getstate__"] = self.copied_state
+            if any(patch.is_removed for patch in self._patches):
+                self._remove_patches()  # an exception cut this short
             self._patches = self._patches or self._make_patches()
             for patch in self._patches:
                 patch.install()
@@ -163,9 +166,9 @@ class CachedTransformer:
         """Leave the module as it is without the cache, until `resume`."""
         with self._lock:
             self._remove_patches()
-            if self._functor is not None:
-                self._functor.undo()
-                self._functor = None
+            functor, self._functor = self._functor, None
+            if functor is not None:
+                functor.undo()
 
     def resume(self) -> None:
         """Go on after `suspend`."""
