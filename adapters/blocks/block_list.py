@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -29,6 +30,17 @@ class Seen(Protocol):
 
 FORWARD: ContextVar[Any] = ContextVar("dbcache_forward", default=None)
 """The forward under way in this thread or task, a `Seen`; None where no cache is at work."""
+
+
+@contextmanager
+def outside_forwards() -> Iterator[None]:
+    """Let what runs inside see the blocks themselves: it is no part of a forward under way."""
+    outer = FORWARD.get()
+    FORWARD.set(None)
+    try:
+        yield
+    finally:
+        FORWARD.set(outer)
 
 
 class BlocksView(Sequence[Any]):

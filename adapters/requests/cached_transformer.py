@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dbcache.adapters.blocks.block_list import Views
+from dbcache.adapters.blocks.block_list import Views, outside_forwards
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.patch_functor import Patches
 from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
@@ -89,6 +89,7 @@ class CachedTransformer:
         self._lock = threading.RLock()
         self._freed = threading.Condition(self._lock)
         self._patches: list[InstanceMethod] = []
+        self._is_fitting = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_handle, ()  # a copy of the transformer has its cache off
@@ -120,7 +121,13 @@ class CachedTransformer:
 
     def _fit(self) -> None:
         """Install or remove the methods, and drop setups that nothing needs."""
-        wanted = self.is_on or len(self._open) > 0
+        self._is_fitting = True
+        try:
+            self._fit_to(wanted=self.is_on or bool(self._alive()))
+        finally:
+            self._is_fitting = False
+
+    def _fit_to(self, *, wanted: bool) -> None:
         own = self.module.__dict__
         functor = self.setup.patches if self.is_on else self._functor if wanted else None
         if functor is not self._functor:
@@ -209,16 +216,31 @@ class CachedTransformer:
         """
         with self._freed:
             most = self.enabled.max_requests
-            while waits and len(self._open) >= most and not self._holds_one():
+            while waits and len(self._alive()) >= most and not self._holds_one():
                 self._freed.wait(0.1)  # requests that are dropped do not tell
-            if not waits and len(self._open) >= most:
+            if not waits and len(self._alive()) >= most:
                 raise RuntimeError(
                     f"start_request: {type(self.module).__name__} may have {most} requests open at "
                     f"once, got one more; close requests that are done (request.close()), or "
                     f"enable with a higher max_requests"
                 )
+            weakref.finalize(request, self._on_dropped).atexit = False
             self._open.add(request)
         return request
+
+    def _alive(self) -> list[Request]:
+        """Return the open requests without those that were dropped."""
+        return list(self._open)
+
+    def _on_dropped(self) -> None:
+        """Take the methods back if `disable` waited for this request; called by the collector."""
+        if self.is_on or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not self._is_fitting:
+                self._fit()
+        finally:
+            self._lock.release()
 
     def _holds_one(self) -> bool:
         """Whether the code that runs now is part of an open request: to wait would be for ever."""
@@ -301,7 +323,8 @@ class CachedTransformer:
         request = self.current()
         if request is None:
             self._note_uncached_call()
-            return self.original(*args, **kwargs)
+            with outside_forwards():
+                return self.original(*args, **kwargs)
         return request.forward(args, kwargs)
 
     @contextmanager
