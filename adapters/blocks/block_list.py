@@ -97,8 +97,8 @@ class BlockList:
         self.path = path
         whole, _, part = path.partition("[")
         owner, _, self.name = whole.rpartition(".")
-        self.owner = transformer.get_submodule(owner)
-        transformer.get_submodule(whole)
+        self.owner = _submodule(transformer, owner)
+        _submodule(transformer, whole)
         self.place: Place = id(self.owner), self.name
         self.part = WHOLE
         if part:
@@ -107,7 +107,7 @@ class BlockList:
         self.dict_owner: torch.nn.Module | None = None
         if isinstance(self.owner, torch.nn.ModuleDict):
             outer, _, self.dict_name = owner.rpartition(".")
-            self.dict_owner = transformer.get_submodule(outer)
+            self.dict_owner = _submodule(transformer, outer)
         self.blocks = self.current()
 
     def whole(self) -> list[torch.nn.Module]:
@@ -143,6 +143,13 @@ class BlockList:
         shown[self.name] = self.owner._modules[self.name]
         if not any(isinstance(value, BlocksView) for value in shown.values()):
             self.dict_owner.__dict__.pop(self.dict_name, None)
+
+
+def _submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
+    """Return a module within another, past the views that forwards in other threads are shown."""
+    for name in filter(None, path.split(".")):
+        module = module._modules.get(name) or module.get_submodule(name)
+    return module
 
 
 def rows_of(lists: Sequence[BlockList], entries: Sequence[list[Entry]]) -> dict[Place, list[Entry]]:

@@ -68,6 +68,7 @@ class Patches:
         modules = list(transformer.modules())
         before = [_Snapshot(module) for module in modules]
         classes = [_members(cls) for cls in _classes(modules)]
+        self.functor = functor
         self._changes: list[_Change] = []
         try:
             returned = apply(transformer)
@@ -231,8 +232,16 @@ def on_trial(
     """Apply `functor` to each of `modules`, for the duration; yield what it changed.
 
     Afterwards the modules are as they were before, also after an exception; `Patches.redo` puts
-    the same changes on again. `handles`, those of modules whose cache is on, are off meanwhile.
+    the same changes on again. `handles`, those of modules whose cache is on, are off meanwhile;
+    where requests are open, the functor must be that of these requests, and is left on.
+
+    Raises:
+        RuntimeError: it is another one.
     """
+    in_use = [handle.patches_in_use(functor) for handle in handles]
+    if functor is not None and len(in_use) == len(modules) and None not in in_use:
+        yield in_use
+        return
     if functor is None:
         yield [None] * len(modules)
         return

@@ -182,6 +182,20 @@ class CachedTransformer:
         with self._lock:
             self._fit()
 
+    def patches_in_use(self, functor: Any) -> Patches | None:
+        """Return what a `patch_functor` changed for requests that are open; None without any.
+
+        Raises:
+            RuntimeError: they are open, and theirs is not `functor`.
+        """
+        own = None if self._functor is None else self._functor.functor
+        if self._alive() and own is not functor:
+            raise RuntimeError(
+                f"enable: {type(self.module).__name__} must keep its patch_functor while requests "
+                f"are under way, got another one; wait for them to end, or close them"
+            )
+        return self._functor if self._alive() else None
+
     def _make_patches(self) -> list[InstanceMethod]:
         patches = [InstanceMethod(self.module, "forward", self.forward)]
         if hasattr(self.module, "cache_context"):
