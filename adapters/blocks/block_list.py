@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -29,6 +30,17 @@ class Seen(Protocol):
 
 FORWARD: ContextVar[Any] = ContextVar("dbcache_forward", default=None)
 """The forward under way in this thread or task, a `Seen`; None where no cache is at work."""
+
+
+@contextmanager
+def outside_forwards() -> Iterator[None]:
+    """Let what runs inside see the blocks themselves: it is no part of a forward under way."""
+    outer = FORWARD.get()
+    FORWARD.set(None)
+    try:
+        yield
+    finally:
+        FORWARD.set(outer)
 
 
 class BlocksView(Sequence[Any]):
@@ -85,8 +97,8 @@ class BlockList:
         self.path = path
         whole, _, part = path.partition("[")
         owner, _, self.name = whole.rpartition(".")
-        self.owner = transformer.get_submodule(owner)
-        transformer.get_submodule(whole)
+        self.owner = _submodule(transformer, owner)
+        _submodule(transformer, whole)
         self.place: Place = id(self.owner), self.name
         self.part = WHOLE
         if part:
@@ -95,7 +107,7 @@ class BlockList:
         self.dict_owner: torch.nn.Module | None = None
         if isinstance(self.owner, torch.nn.ModuleDict):
             outer, _, self.dict_name = owner.rpartition(".")
-            self.dict_owner = transformer.get_submodule(outer)
+            self.dict_owner = _submodule(transformer, outer)
         self.blocks = self.current()
 
     def whole(self) -> list[torch.nn.Module]:
@@ -116,21 +128,54 @@ class BlockList:
         """Put a view in place of the list."""
         holder: Any = self.owner._modules[self.name]
         view = BlocksView(holder, self.place)
+        own = self._shown_in.__dict__
+        own.setdefault("__getstate__", _PlainState(self._shown_in))
         if self.dict_owner is None:
-            self.owner.__dict__[self.name] = view
+            own[self.name] = view
         else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
-            own = self.dict_owner.__dict__
             own.setdefault(self.dict_name, dict(self.owner._modules))[self.name] = view
 
     def hide(self) -> None:
         """Let the model look at its own list again."""
+        own = self._shown_in.__dict__
         if self.dict_owner is None:
-            self.owner.__dict__.pop(self.name, None)
-            return
-        shown = self.dict_owner.__dict__.get(self.dict_name, {})
-        shown[self.name] = self.owner._modules[self.name]
-        if not any(isinstance(value, BlocksView) for value in shown.values()):
-            self.dict_owner.__dict__.pop(self.dict_name, None)
+            own.pop(self.name, None)
+        else:
+            shown = own.get(self.dict_name, {})
+            shown[self.name] = self.owner._modules[self.name]
+            if not any(isinstance(value, BlocksView) for value in shown.values()):
+                own.pop(self.dict_name, None)
+        is_own = isinstance(own.get("__getstate__"), _PlainState)
+        if is_own and not any(map(_is_view, own.values())):
+            del own["__getstate__"]
+
+    @property
+    def _shown_in(self) -> torch.nn.Module:
+        return self.owner if self.dict_owner is None else self.dict_owner
+
+
+class _PlainState:
+    """What copies and pickles of a module are made of while it shows views: none of them."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def __call__(self) -> dict[str, Any]:
+        own = self._module.__dict__.copy()
+        return {k: v for k, v in own.items() if k != "__getstate__" and not _is_view(v)}
+
+
+def _is_view(value: Any) -> bool:
+    if type(value) is dict:
+        return any(isinstance(entry, BlocksView) for entry in list(value.values()))
+    return isinstance(value, BlocksView)
+
+
+def _submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
+    """Return a module within another, past the views that forwards in other threads are shown."""
+    for name in filter(None, path.split(".")):
+        module = module._modules.get(name) or module.get_submodule(name)
+    return module
 
 
 def rows_of(lists: Sequence[BlockList], entries: Sequence[list[Entry]]) -> dict[Place, list[Entry]]:
@@ -166,13 +211,7 @@ class Views:
     @staticmethod
     def clean(own: dict[str, Any]) -> dict[str, Any]:
         """Return the attributes of a module without the views among them."""
-
-        def is_view(value: Any) -> bool:
-            if type(value) is dict:
-                return any(isinstance(entry, BlocksView) for entry in value.values())
-            return isinstance(value, BlocksView)
-
-        return {name: value for name, value in own.items() if not is_view(value)}
+        return {name: value for name, value in own.items() if not _is_view(value)}
 
     def hide(self, lists: Sequence[BlockList]) -> None:
         """Hide views of `lists` that no other forward needs: a forward ends."""

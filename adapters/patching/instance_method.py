@@ -38,6 +38,11 @@ class InstanceMethod:
             return _identity, (self.original,)
         return _own_method, (self.module, self.name)
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether `remove` was called, if only in part."""
+        return self.call is None
+
     def install(self) -> None:
         """Put it in the place of the method, once: others may wrap it later."""
         if not self.is_installed:

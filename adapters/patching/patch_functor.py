@@ -68,28 +68,27 @@ class Patches:
         modules = list(transformer.modules())
         before = [_Snapshot(module) for module in modules]
         classes = [_members(cls) for cls in _classes(modules)]
+        self.functor = functor
         self._changes: list[_Change] = []
         try:
             returned = apply(transformer)
+            changed = _restore_classes(classes)
+            if changed or (returned is not None and returned is not transformer):
+                got = f"changed {', '.join(changed)}" if changed else f"returned {shown(returned)}"
+                raise TypeError(
+                    f"{who}: must set attributes of the transformer's own modules alone and return "
+                    f"the transformer or None, {got}; set them on the instances, as in "
+                    f"block.forward = types.MethodType(new_forward, block)"
+                )
+            self._record(before)
         except BaseException:
             _restore_classes(classes)
             self._record(before)
             self.undo()
             raise
-        self._record(before)
-        changed = _restore_classes(classes)
-        if changed or (returned is not None and returned is not transformer):
-            self.undo()
-            got = f"changed {', '.join(changed)}" if changed else f"returned {shown(returned)}"
-            raise TypeError(
-                f"{who}: must set attributes of the transformer's own modules alone and return the "
-                f"transformer or None, {got}; set them on the instances, as in block.forward = "
-                f"types.MethodType(new_forward, block)"
-            )
 
     def _record(self, before: list[_Snapshot]) -> None:
-        for snapshot in before:
-            self._changes += snapshot.changes()
+        self._changes = [change for snapshot in before for change in snapshot.changes()]
 
     def undo(self) -> None:
         """Take the changes back."""
@@ -122,9 +121,8 @@ class _Change:
         for name, (old, new) in self.pairs.items():
             self._exchange(name, new, old)
         if list(self.holder) != self.order and set(self.holder) == set(self.order):
-            values = {name: self.holder[name] for name in self.order}
-            self.holder.clear()
-            self.holder.update(values)
+            for name in self.order:
+                self.holder[name] = self.holder.pop(name)
 
     def redo(self) -> None:
         if not isinstance(self.holder, dict):
@@ -193,9 +191,12 @@ def _same(now: Any, old: Any) -> bool:
 
 def _fill(holder: Any, wanted: Any, there: Any) -> None:
     """Give a list or set the contents `wanted` if they are still `there`."""
-    if _same(holder, there):
-        holder.clear()
-        holder.extend(wanted) if isinstance(holder, list) else holder.update(wanted)
+    if isinstance(holder, list):
+        if _same(holder, there):
+            holder[:] = wanted
+    elif holder in (there, wanted | there):  # the second: an exception cut this short
+        holder.update(wanted)
+        holder.intersection_update(wanted)
 
 
 def _classes(modules: list[torch.nn.Module]) -> list[type]:
@@ -231,21 +232,36 @@ def on_trial(
     """Apply `functor` to each of `modules`, for the duration; yield what it changed.
 
     Afterwards the modules are as they were before, also after an exception; `Patches.redo` puts
-    the same changes on again. `handles`, those of modules whose cache is on, are off meanwhile.
+    the same changes on again. `handles`, those of modules whose cache is on, are off meanwhile;
+    where requests are open, the functor must be that of these requests, and is left on.
+
+    Raises:
+        RuntimeError: it is another one.
     """
+    in_use = [handle.patches_in_use(functor) for handle in handles]
+    if functor is not None and len(in_use) == len(modules) and None not in in_use:
+        yield in_use
+        return
     if functor is None:
         yield [None] * len(modules)
         return
-    for handle in handles:
-        handle.suspend()
     patches: list[Patches | None] = []
-    try:
-        for module in modules:
-            patches.append(Patches(functor, module))
-        yield patches
-    finally:
+
+    def restore() -> None:
         for patch in reversed(patches):
             if patch is not None:
                 patch.undo()
         for handle in handles:
             handle.resume()
+
+    try:
+        try:
+            for handle in handles:
+                handle.suspend()
+            for module in modules:
+                patches.append(Patches(functor, module))
+            yield patches
+        finally:
+            restore()
+    finally:
+        restore()  # once more: an exception may have cut the first time short

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dbcache.adapters.blocks.block_list import Views
+from dbcache.adapters.blocks.block_list import Views, outside_forwards
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.patch_functor import Patches
 from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
@@ -94,6 +94,7 @@ class CachedTransformer:
         self._lock = threading.RLock()
         self._freed = threading.Condition(self._lock)
         self._patches: list[InstanceMethod] = []
+        self._is_fitting = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_handle, ()  # a copy of the transformer has its cache off
@@ -117,14 +118,21 @@ class CachedTransformer:
         Doing this twice is the same as once, also where it was cut short by an exception.
         """
         with self._lock:
-            before, self.enabled = self.enabled, enabled
-            if enabled.alone is None and before.alone is not None:
-                self._implicit.clear()
+            self.enabled = enabled
+            for place, request in list(self._implicit.items()):
+                if not self.is_on or (request.renews and enabled.alone is None):
+                    del self._implicit[place]
             self._fit()
 
     def _fit(self) -> None:
         """Install or remove the methods, and drop setups that nothing needs."""
-        wanted = self.is_on or len(self._open) > 0
+        self._is_fitting = True
+        try:
+            self._fit_to(wanted=self.is_on or bool(self._alive()))
+        finally:
+            self._is_fitting = False
+
+    def _fit_to(self, *, wanted: bool) -> None:
         own = self.module.__dict__
         functor = self.setup.patches if self.is_on else self._functor if wanted else None
         if functor is not self._functor:
@@ -137,6 +145,8 @@ class CachedTransformer:
         if wanted:
             own[HANDLE] = self
             own["__getstate__"] = self.copied_state
+            if any(patch.is_removed for patch in self._patches):
+                self._remove_patches()  # an exception cut this short
             self._patches = self._patches or self._make_patches()
             for patch in self._patches:
                 patch.install()
@@ -168,14 +178,28 @@ class CachedTransformer:
         """Leave the module as it is without the cache, until `resume`."""
         with self._lock:
             self._remove_patches()
-            if self._functor is not None:
-                self._functor.undo()
-                self._functor = None
+            functor, self._functor = self._functor, None
+            if functor is not None:
+                functor.undo()
 
     def resume(self) -> None:
         """Go on after `suspend`."""
         with self._lock:
             self._fit()
+
+    def patches_in_use(self, functor: Any) -> Patches | None:
+        """Return what a `patch_functor` changed for requests that are open; None without any.
+
+        Raises:
+            RuntimeError: they are open, and theirs is not `functor`.
+        """
+        own = None if self._functor is None else self._functor.functor
+        if self._alive() and own is not functor:
+            raise RuntimeError(
+                f"enable: {type(self.module).__name__} must keep its patch_functor while requests "
+                f"are under way, got another one; wait for them to end, or close them"
+            )
+        return self._functor if self._alive() else None
 
     def _make_patches(self) -> list[InstanceMethod]:
         patches = [InstanceMethod(self.module, "forward", self.forward)]
@@ -211,16 +235,31 @@ class CachedTransformer:
         """
         with self._freed:
             most = self.enabled.max_requests
-            while waits and len(self._open) >= most and not self._holds_one():
+            while waits and len(self._alive()) >= most and not self._holds_one():
                 self._freed.wait(0.1)  # requests that are dropped do not tell
-            if not waits and len(self._open) >= most:
+            if not waits and len(self._alive()) >= most:
                 raise RuntimeError(
                     f"start_request: {type(self.module).__name__} may have {most} requests open at "
                     f"once, got one more; close requests that are done (request.close()), or "
                     f"enable with a higher max_requests"
                 )
+            weakref.finalize(request, self._on_dropped).atexit = False
             self._open.add(request)
         return request
+
+    def _alive(self) -> list[Request]:
+        """Return the open requests without those that were dropped."""
+        return list(self._open)
+
+    def _on_dropped(self) -> None:
+        """Take the methods back if `disable` waited for this request; called by the collector."""
+        if self.is_on or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if not self._is_fitting:
+                self._fit()
+        finally:
+            self._lock.release()
 
     def _holds_one(self) -> bool:
         """Whether the code that runs now is part of an open request: to wait would be for ever."""
@@ -317,7 +356,8 @@ class CachedTransformer:
         request = self.current()
         if request is None:
             self._note_uncached_call()
-            return self.original(*args, **kwargs)
+            with outside_forwards():
+                return self.original(*args, **kwargs)
         return request.forward(args, kwargs)
 
     @contextmanager

@@ -6,6 +6,7 @@ its ControlNets a hook; both are taken back after the call.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import threading
@@ -116,13 +117,15 @@ def _watched_class(cls: Any) -> Any:
             observer.start_loop(steps)
         return output
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        """Copy a scheduler that is still watched as it is, one that is no longer as a plain one."""
-        if vars(self)[OBSERVERS]:
-            return object.__new__, (type(self),), vars(self)
-        return object.__new__, (cls,), _own(self)
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        """Return a copy that is watched, too, where a pipeline copies just its scheduler."""
+        is_watched = vars(self)[OBSERVERS] and not memo
+        twin = object.__new__(type(self) if is_watched else cls)
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self) if is_watched else _own(self), memo))
+        return twin
 
-    methods = {"step": step, "set_timesteps": set_timesteps, "__reduce_ex__": __reduce_ex__}
+    methods = {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": __deepcopy__}
     return derived_class(cls, {**methods, PLAIN: cls}, _own)
 
 

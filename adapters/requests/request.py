@@ -91,6 +91,11 @@ class Request:
         """The settings that concern the transformer as a whole."""
         return self.setup.config
 
+    @property
+    def renews(self) -> bool:
+        """Whether it begins anew by itself: nobody started it."""
+        return self._renew is not None
+
     # --- the clock: requests, steps and guidance branches -----------------------------------
 
     def restart(self) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import Token
+from contextvars import ContextVar
 from typing import Any
 
 from dbcache.adapters.requests.cached_transformer import CachedTransformer
 from dbcache.adapters.requests.context import ACTIVE, active
 from dbcache.adapters.requests.request import Request
+
+_OUTER: ContextVar[Any] = ContextVar("dbcache_outer_requests", default=None)
+"""Requests that were active before each `with request:` of this thread or task, the last first."""
 
 
 class RequestHandle:
@@ -35,7 +38,6 @@ class RequestHandle:
     ) -> None:
         self._pairs = list(pairs)
         self._show = show
-        self._tokens: list[Token[Any]] = []
 
     def _requests(self) -> dict[int, Request]:
         if self.is_closed:
@@ -47,11 +49,17 @@ class RequestHandle:
 
     def __enter__(self) -> RequestHandle:
         """Let forwards called inside belong to this request, in this thread or task."""
-        self._tokens.append(ACTIVE.set({**ACTIVE.get(), **self._requests()}))
+        requests, before = self._requests(), ACTIVE.get()
+        _OUTER.set((before, _OUTER.get()))
+        ACTIVE.set({**before, **requests})
         return self
 
     def __exit__(self, *_: object) -> None:
-        ACTIVE.reset(self._tokens.pop())
+        outer = _OUTER.get()
+        if outer is not None:
+            before, rest = outer
+            ACTIVE.set(before)
+            _OUTER.set(rest)
 
     @contextmanager
     def branch(

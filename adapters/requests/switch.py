@@ -27,6 +27,8 @@ def switch_on(pipe: Any, setups: Sequence[Setup], max_requests: int) -> None:
     """
     handles = [transformer_handle(setup.module) for setup in setups]
     pairs = list(zip(handles, setups, strict=True))
+    for handle, setup in pairs:
+        handle.patches_in_use(None if setup.patches is None else setup.patches.functor)
     with Transaction() as transaction:
         for handle, setup in pairs:
             old = handle.enabled.latest
