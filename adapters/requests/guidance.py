@@ -113,7 +113,7 @@ class Branches:
         self._has_ended = False
         self._has_told = False
         self._in_step: Counter[str] = Counter()
-        self._before: tuple[Any, Branch, int, int] | None = None
+        self._before: tuple[Any, int, Branch, int, int] | None = None
 
     def know_steps(self) -> None:
         """Learn that the times of the calls tell where steps end, from the first call on."""
@@ -139,7 +139,7 @@ class Branches:
             self._place = 0
             self._has_ended = False
             self._in_step.clear()
-        was_another = False
+        found, was_another = len(self._found), False
         if name is not None:
             key = self._key_of(name)
             branch = self._named.setdefault(key, Branch(key, self._step))
@@ -147,7 +147,7 @@ class Branches:
             branch, was_another = (
                 self._known(condition) or self._by_place(condition) or self._new(condition)
             )
-        self._before = clock, branch, branch.step, branch.distance
+        self._before = clock, found, branch, branch.step, branch.distance
         if name is not None:
             return branch.key, self._is_late(branch)
         self._place += 1
@@ -158,7 +158,8 @@ class Branches:
     def undo_call(self) -> None:
         """Forget the latest call, which an exception cut short: the call may come again."""
         if self._before is not None:
-            clock, branch, step, distance = self._before
+            clock, found, branch, step, distance = self._before
+            del self._found[found:]
             self._step, self._place, self._has_ended, self._in_step = clock
             branch.step, branch.distance, self._before = step, distance, None
 
