@@ -24,6 +24,7 @@ from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_
 from dbcache.adapters.requests.record import RequestRecord, Totals
 from dbcache.adapters.requests.request import Request
 from dbcache.adapters.requests.setup import Setup
+from dbcache.lanes.sharding import Sharding
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
@@ -91,6 +92,7 @@ class CachedTransformer:
         self._implicit: weakref.WeakKeyDictionary[Place, Request] = weakref.WeakKeyDictionary()
         self._setups: list[Setup] = []
         self._functor: Patches | None = None
+        self._sharding: Sharding | None = None
         self._lock = threading.RLock()
         self._freed = threading.Condition(self._lock)
         self._patches: list[InstanceMethod] = []
@@ -151,8 +153,13 @@ class CachedTransformer:
             for patch in self._patches:
                 patch.install()
         self._keep_setups()
+        if self.is_on:
+            self._sharding = self.setup.sharding
         if not wanted:
             self._remove_patches()
+            sharding, self._sharding = self._sharding, None
+            if sharding is not None:
+                sharding.remove()
             if own.get(HANDLE) is self:
                 own.pop("__getstate__", None)
                 del own[HANDLE]

@@ -291,7 +291,7 @@ def left_out(model: torch.nn.Module, name: str, **options: Any) -> Any:
     dbcache.enable(model, enable_separate_cfg=False, **options)
     outputs = loop(model, name, STEPS)
     (stack,) = stacks(model)
-    pruned = stack.pruned_blocks(None)
+    pruned = stack.pruned_blocks(stack.lanes[None])()
     dbcache.disable(model)
     return pruned, outputs
 

@@ -1,6 +1,5 @@
 """`enable`, `refresh_context` and `disable` that end anywhere: all is on, or all as before."""
 
-import copy
 import sys
 import types
 import warnings
@@ -8,7 +7,7 @@ import warnings
 import pytest
 import tiny
 import torch
-from together import FLUX, euler, flat, same
+from together import euler, flat, same
 
 import dbcache
 from dbcache import BlockAdapter, ForwardPattern
