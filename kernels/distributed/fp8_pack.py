@@ -266,8 +266,7 @@ def _fp8_pack_kernel(
     The strides of x are multiples of `ALIGN`, which lets the compiler widen the loads.
     """
     strides = Strides(stride_w, stride_b, stride_s, stride_h)
-    row, packed_row, x_row = _locate(rows, heads, strides, BLOCK_ROWS)
-    x_row = tl.multiple_of(x_row, ALIGN)
+    row, packed_row, x_row = _locate(rows, heads, strides, BLOCK_ROWS, ALIGN)
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < rows)[:, None] & (d < D)
     chunk = tl.program_id(2).to(tl.int64)
@@ -289,8 +288,7 @@ def _fp8_unpack_kernel(
 ):  # fmt: skip
     """The inverse of `_fp8_pack_kernel`, program by program."""
     strides = Strides(stride_w, stride_b, stride_s, stride_h)
-    row, packed_row, out_row = _locate(rows, heads, strides, BLOCK_ROWS)
-    out_row = tl.multiple_of(out_row, ALIGN)
+    row, packed_row, out_row = _locate(rows, heads, strides, BLOCK_ROWS, ALIGN)
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < rows)[:, None] & (d < D)
     chunk = tl.program_id(2).to(tl.int64)
@@ -303,7 +301,7 @@ def _fp8_unpack_kernel(
 
 
 @triton.jit
-def _locate(rows, heads, strides, BLOCK_ROWS: tl.constexpr):
+def _locate(rows, heads, strides, BLOCK_ROWS: tl.constexpr, ALIGN: tl.constexpr):
     """Return this program's rows: in the sample, in the chunk, and as offsets in the tensor."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     batch = tl.program_id(1).to(tl.int64)
@@ -311,4 +309,5 @@ def _locate(rows, heads, strides, BLOCK_ROWS: tl.constexpr):
     s = (row // heads).to(tl.int64)
     h = (row % heads).to(tl.int64)
     offsets = chunk * strides.w + batch * strides.b + s * strides.s + h * strides.h
-    return row, batch * rows + row, offsets
+    # in here: Triton 3.6 forgets a hint on what a function returned
+    return row, batch * rows + row, tl.multiple_of(offsets, ALIGN)
