@@ -66,6 +66,16 @@ def configs_of(op: str, slots: int = 1) -> tuple[Launch, ...]:
     return (CONFIGS if slots < MANY_SLOTS else _FOR_MANY_SLOTS)[op]
 
 
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up. `triton.cdiv` and its like take 100 times as long on the host."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """Return the smallest power of 2 that is at least `n`."""
+    return 1 << (n - 1).bit_length()
+
+
 def contiguous(*tensors: torch.Tensor | None) -> list[Any]:
     """Return the tensors in contiguous form; None stays None."""
     return [x if x is None else x.contiguous() for x in tensors]

@@ -18,10 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.launches import BLOCK
+from dbcache.kernels.common.launches import BLOCK, cdiv
 
 MAX_PARTIALS = 1024
 """Most partial sums per sample: one program of `decide` adds them up."""
+MAX_LANES = 1024
+"""The power of 2 from MAX_PARTIALS on."""
 
 
 def partition(shape: torch.Size, by_token: bool) -> tuple[int, int]:
@@ -31,14 +33,23 @@ def partition(shape: torch.Size, by_token: bool) -> tuple[int, int]:
 
 def partition_of(numel: int) -> tuple[int, int]:
     """Return (blocks of elements per program, programs) for sums over `numel` elements."""
-    return _share(triton.cdiv(numel, BLOCK))
+    return _share(cdiv(numel, BLOCK))
 
 
 def _share(parts: int) -> tuple[int, int]:
     """Return (parts per program, programs), both at least 1, of at most MAX_PARTIALS programs."""
     parts = max(1, parts)
-    per_program = triton.cdiv(parts, MAX_PARTIALS)
-    return per_program, triton.cdiv(parts, per_program)
+    per_program = cdiv(parts, MAX_PARTIALS)
+    return per_program, cdiv(parts, per_program)
+
+
+def lanes_for(programs: int) -> tuple[int, int]:
+    """Return LOG_LANES and warps of a kernel that adds up `programs` partial sums.
+
+    One of two pairs: a kernel is not compiled anew for each resolution. Lanes beyond `programs` are
+    zeros, which change no sum.
+    """
+    return (7, 1) if programs <= 128 else (log2(MAX_LANES), 4)
 
 
 def log2(power: int) -> int:

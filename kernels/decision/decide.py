@@ -39,7 +39,7 @@ from dbcache.kernels.common.lane_state import (
 from dbcache.kernels.common.launches import contiguous
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import Impl, invalid
-from dbcache.kernels.common.sums import MAX_PARTIALS, Partials, f32
+from dbcache.kernels.common.sums import MAX_PARTIALS, Partials, f32, lanes_for
 from dbcache.kernels.decision.step_signal import (
     is_ready,
     is_signal_ready,
@@ -209,11 +209,10 @@ def choose(
 )
 def _decide(state, partials):
     samples, programs, width = (0, 0, 2) if partials is None else partials.shape
-    log_lanes = max(0, programs - 1).bit_length()
+    log_lanes, warps = lanes_for(programs)
     _decide_kernel[(1,)](
         *state.tensors(), state.capacity, *contiguous(partials), samples, programs,
-        LOG_LANES=log_lanes, WIDTH=width,
-        num_warps=1 if log_lanes < 8 else 4, enable_fp_fusion=False,
+        LOG_LANES=log_lanes, WIDTH=width, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -228,7 +227,7 @@ class Counts(NamedTuple):
     accumulated: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "samples", "programs"])
 def _decide_kernel(
     counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
     trace_diff_ptr, capacity, partials_ptr, samples, programs,

@@ -26,7 +26,7 @@ from dbcache.kernels.common.lane_state import LANE, LaneState, State
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import Impl, invalid
-from dbcache.kernels.common.sums import Partials, log2, partition
+from dbcache.kernels.common.sums import MAX_LANES, Partials, log2, partition
 from dbcache.kernels.decision.decide import decide_once, decide_reference
 from dbcache.kernels.decision.probe_diff import (
     Probe,
@@ -94,12 +94,12 @@ def _probe_and_decide(h_in, h_fn, p_ref, state, by_token):
     _probe_and_decide_kernel[(programs, batch)](
         h_in, h_fn, p_ref, partials, h_fn.numel() // batch, per_program, h_fn.shape[-1],
         *state.tensors(), state.capacity,
-        LOG_BLOCK=log2(BLOCK), LOG_LANES=(programs - 1).bit_length(), WIDTH=sums,
+        LOG_BLOCK=log2(BLOCK), LOG_LANES=log2(MAX_LANES), WIDTH=sums,
         num_warps=launch.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_program", "capacity"])
 def _probe_and_decide_kernel(
     h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, width,
     counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,

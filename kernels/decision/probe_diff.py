@@ -160,7 +160,7 @@ class Probe(NamedTuple):
     width: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_program"])
 def _probe_diff_kernel(
     h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, thresholds_ptr, width,
     LOG_BLOCK: tl.constexpr,

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.e4m3 import decode, quantize_rows
+from dbcache.kernels.common.launches import cdiv, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
@@ -211,9 +212,9 @@ def _launch(kernel: triton.JITFunction, x: torch.Tensor, buffer: torch.Tensor, s
     _, batch, tokens, heads, width = chunks.shape
     scales = _scales(buffer, chunks.shape) if buffer.dtype == torch.uint8 else None
     strides = chunks.stride()[:4]
-    block_d = triton.next_power_of_2(width)
+    block_d = power_of_2(width)
     block_rows = max(1, BLOCK // block_d)
-    kernel[(triton.cdiv(tokens * heads, block_rows), batch, world)](
+    kernel[(cdiv(tokens * heads, block_rows), batch, world)](
         x, buffer, scales, tokens * heads, heads, *strides, buffer.stride(0),
         0 if scales is None else scales.stride(0), D=width, ALIGN=math.gcd(16, *strides),
         BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=False,
@@ -255,7 +256,7 @@ class Strides(NamedTuple):
     h: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads", "scales_size"])
 def _fp8_pack_kernel(
     x_ptr, buffer_ptr, scales_ptr, rows, heads, stride_w, stride_b, stride_s, stride_h,
     chunk_size, scales_size,
@@ -280,7 +281,7 @@ def _fp8_pack_kernel(
         tl.store(scales_ptr + chunk * scales_size + packed_row, scales, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads", "scales_size"])
 def _fp8_unpack_kernel(
     out_ptr, buffer_ptr, scales_ptr, rows, heads, stride_w, stride_b, stride_s, stride_h,
     chunk_size, scales_size,

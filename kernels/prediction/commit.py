@@ -17,7 +17,7 @@ import triton.language as tl
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.e4m3 import quantize_rows
 from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, NUM_COUNTERS, SLOT
-from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
+from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
@@ -192,7 +192,7 @@ def _check_encoder(
 
 def fp8_tile(width: int) -> tuple[int, int, int]:
     """Return rows and columns of a program's tile of whole tokens, and its warps."""
-    columns = triton.next_power_of_2(max(width, 16))
+    columns = power_of_2(max(width, 16))
     rows = max(1, BLOCK // columns)
     # 16 elements per thread: 16 bytes of codes
     return rows, columns, min(max(rows * columns // 512, 4), 16)
@@ -214,7 +214,7 @@ def _commit(
         tokens, width = e4m3.tokens_and_width(h_fn)
         encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
         rows, columns, warps = fp8_tile(max(width, encoder_width))
-        parts, encoder_parts = triton.cdiv(tokens, rows), triton.cdiv(encoder_tokens, rows)
+        parts, encoder_parts = cdiv(tokens, rows), cdiv(encoder_tokens, rows)
         if parts + encoder_parts:
             _commit_fp8_kernel[(parts + encoder_parts,)](
                 *stream, scales, counters, tokens, width, parts,
@@ -225,7 +225,7 @@ def _commit(
         return
     block, warps = launch_of("commit", h_fn)
     size, encoder_size = h_fn.numel(), 0 if encoder_fn is None else encoder_fn.numel()
-    parts, encoder_parts = triton.cdiv(size, block), triton.cdiv(encoder_size, block)
+    parts, encoder_parts = cdiv(size, block), cdiv(encoder_size, block)
     if parts + encoder_parts:
         _commit_kernel[(parts + encoder_parts,)](
             *stream, counters, size, parts, encoder_fn, encoder_out, encoder_ring, encoder_size,
@@ -243,7 +243,7 @@ class Stream(NamedTuple):
     ring_ptr: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _commit_kernel(
     h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr, counters_ptr, size, blocks,
     encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, encoder_size,
@@ -289,7 +289,7 @@ def _residual(stream, offsets, mask, REPLACE: tl.constexpr):
     return residual
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "blocks", "encoder_tokens"])
 def _commit_fp8_kernel(
     h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr, scales_ptr, counters_ptr,
     tokens, width, blocks,

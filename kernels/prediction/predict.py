@@ -16,7 +16,7 @@ import triton.language as tl
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.e4m3 import decode
 from dbcache.kernels.common.lane_state import MAX_SLOTS
-from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
+from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import (
     DTYPES,
@@ -193,7 +193,7 @@ def _check_encoder(
 
 def fp8_tile(width: int) -> tuple[int, int]:
     """Return rows (tokens) and columns of a program's tile, BLOCK elements."""
-    columns = min(triton.next_power_of_2(max(width, 16)), MAX_COLUMNS)
+    columns = min(power_of_2(max(width, 16)), MAX_COLUMNS)
     return BLOCK // columns, columns
 
 
@@ -230,8 +230,8 @@ def _predict(
         tokens, width = e4m3.tokens_and_width(h)
         encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder)
         rows, columns = fp8_tile(max(width, encoder_width))
-        parts = triton.cdiv(tokens, rows) * triton.cdiv(width, columns)
-        encoder_parts = triton.cdiv(encoder_tokens, rows) * triton.cdiv(encoder_width, columns)
+        parts = cdiv(tokens, rows) * cdiv(width, columns)
+        encoder_parts = cdiv(encoder_tokens, rows) * cdiv(encoder_width, columns)
         if parts + encoder_parts:
             _predict_fp8_kernel[(parts + encoder_parts,)](
                 h, ring, scales, weights, out, tokens, width, parts,
@@ -243,7 +243,7 @@ def _predict(
         return
     block, warps = launch_of("predict", h, slots)
     size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()
-    parts, encoder_parts = triton.cdiv(size, block), triton.cdiv(encoder_size, block)
+    parts, encoder_parts = cdiv(size, block), cdiv(encoder_size, block)
     if parts + encoder_parts:
         _predict_kernel[(parts + encoder_parts,)](
             h, ring, weights, out, size, parts,
@@ -261,7 +261,7 @@ class Stream(NamedTuple):
     out_ptr: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _predict_kernel(
     h_ptr, ring_ptr, weights_ptr, out_ptr, size, blocks,
     encoder_ptr, encoder_ring_ptr, encoder_weights_ptr, encoder_out_ptr, encoder_size,
@@ -294,7 +294,7 @@ def predict_block(stream, size, block, K: tl.constexpr, REPLACE: tl.constexpr, B
     tl.store(stream.out_ptr + offsets, total.to(stream.out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "blocks", "encoder_tokens"])
 def _predict_fp8_kernel(
     h_ptr, ring_ptr, scales_ptr, weights_ptr, out_ptr, tokens, width, blocks,
     encoder_ptr, encoder_ring_ptr, encoder_scales_ptr, encoder_weights_ptr, encoder_out_ptr,

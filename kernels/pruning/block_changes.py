@@ -120,7 +120,7 @@ def _block_changes(h, inputs, residuals, stamps):
     return partials
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_program", "blocks"])
 def _block_changes_kernel(
     h_ptr, inputs_ptr, residuals_ptr, stamps_ptr, partials_ptr, size, per_program, blocks,
     LOG_BLOCK: tl.constexpr,

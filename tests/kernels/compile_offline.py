@@ -111,13 +111,13 @@ def variants():
                     {"REPLACE": replace, "BLOCK": DEFAULTS["commit"].block},
                     {"num_warps": DEFAULTS["commit"].num_warps, "enable_fp_fusion": False},
                 )  # fmt: skip
-    for log_lanes in (None, 0, 10):
+    for log_lanes in (None, 7, 10):
         partials = {} if log_lanes is None else {"partials_ptr": "*fp32"}
         yield (
             f"decide-{'none' if log_lanes is None else 2**log_lanes}-bf16",
             decide._decide_kernel,
             STATE | partials | {"samples": "i32", "programs": "i32"},
-            {"LOG_LANES": log_lanes or 0, "WIDTH": 4 if log_lanes == 10 else 2},
+            {"LOG_LANES": log_lanes or 7, "WIDTH": 4 if log_lanes == 10 else 2},
             {"num_warps": 4 if log_lanes == 10 else 1, "enable_fp_fusion": False},
         )
     sizes = [f"{stream}_{what}" for stream in ("output", "input") for what in SUMS]
@@ -264,15 +264,15 @@ def block_variants():
                 options | {"num_warps": store_block.WARPS},
             )  # fmt: skip
     pointers = ("partials", "growth", "rule", "changes", "decisions")
-    for lanes, parts in ((0, 0), (10, 10)):
+    for lanes in (7, 10):
         yield (
             f"decide_blocks-{2**lanes}-bf16",
             decide_blocks._decide_blocks_kernel,
             {f"{name}_ptr": "*fp32" for name in pointers}
             | {"prunable_ptr": "*i32", "ticket_ptr": "*i32"}
             | dict.fromkeys(("samples", "programs", "parts"), "i32"),
-            {"LOG_LANES": lanes, "LOG_PARTS": parts},
-            {"num_warps": 4 if lanes else 1, "enable_fp_fusion": False},
+            {"LOG_LANES": lanes},
+            {"num_warps": 4 if lanes == 10 else 1, "enable_fp_fusion": False},
         )
     own = ("trace", "prunable", "flags", "store")
     for measured in (False, True):
