@@ -20,8 +20,12 @@ import triton.language as tl
 
 from dbcache.kernels.common.launches import BLOCK, cdiv
 
-MAX_PARTIALS = 1024
-"""Most partial sums per sample: one program of `decide` adds them up."""
+MAX_PARTIALS = 896
+"""Most partial sums per sample: one program of `decide` adds them up.
+
+Seven programs of a probe fit on one of the 132 multiprocessors of an H100 or H200, so 896 programs
+run at once; of 1024, the last ones would run alone, after the others.
+"""
 MAX_LANES = 1024
 """The power of 2 from MAX_PARTIALS on."""
 
@@ -128,13 +132,16 @@ def relative_l1_of_partials(partials, LOG_LANES: tl.constexpr, WIDTH: tl.constex
     den, important_num, important_den, largest = num, num, num, num
     for sample in range(partials.samples):
         sums_ptr = partials.ptr + sample * partials.programs * WIDTH
-        sample_num = sum_of_column(sums_ptr, partials.programs, LOG_LANES, WIDTH)
-        sample_den = sum_of_column(sums_ptr + 1, partials.programs, LOG_LANES, WIDTH)
+        sums = sums_of_columns(sums_ptr, partials.programs, LOG_LANES, WIDTH)
+        if WIDTH == 4:
+            nums, dens = tl.split(tl.reshape(sums, (2, 2)))
+            sample_num, some_num = tl.split(nums)
+            sample_den, some_den = tl.split(dens)
+        else:
+            sample_num, sample_den = tl.split(sums)
         num += sample_num
         den += sample_den
         if WIDTH == 4:
-            some_num = sum_of_column(sums_ptr + 2, partials.programs, LOG_LANES, WIDTH)
-            some_den = sum_of_column(sums_ptr + 3, partials.programs, LOG_LANES, WIDTH)
             important_num += some_num
             important_den += some_den
             sample_den = tl.where(some_num != 0, some_den, sample_den)
@@ -156,9 +163,22 @@ def total_of_partials(partials, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
     den = num
     for sample in range(partials.samples):
         sums_ptr = partials.ptr + sample * partials.programs * WIDTH
-        num += sum_of_column(sums_ptr, partials.programs, LOG_LANES, WIDTH)
-        den += sum_of_column(sums_ptr + 1, partials.programs, LOG_LANES, WIDTH)
+        sums = sums_of_columns(sums_ptr, partials.programs, LOG_LANES, WIDTH)
+        sample_num, sample_den = tl.split(sums)
+        num += sample_num
+        den += sample_den
     return num, den
+
+
+@triton.jit
+def sums_of_columns(sums_ptr, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The function `tree_sum` above, of the columns of (programs, WIDTH) numbers, in one tile."""
+    lane, column = tl.arange(0, 1 << LOG_LANES), tl.arange(0, WIDTH)
+    offsets = lane[:, None] * WIDTH + column[None, :]
+    x = tl.load(sums_ptr + offsets, mask=(lane < programs)[:, None], other=0.0)
+    for level in tl.static_range(1, LOG_LANES + 1):
+        x = tl.sum(tl.reshape(x, ((1 << LOG_LANES) >> level, 2, WIDTH)), axis=1)
+    return tl.sum(x, axis=0)
 
 
 @triton.jit

@@ -33,7 +33,7 @@ from dbcache.kernels.common.sums import (
     lanes_for,
     relative_l1,
     relative_l1_of_partials,
-    sum_of_column,
+    sums_of_columns,
     tree_sum,
 )
 from dbcache.kernels.pruning import block_state as bs
@@ -151,8 +151,7 @@ def _decide_blocks_kernel(
     partials = Partials(partials_ptr + block * samples * programs * 2, samples, programs)
     mean, largest, _ = relative_l1_of_partials(partials, LOG_LANES, 2)
     change = tl.where(tl.load(rule_ptr + BLOCKS.WORST_SAMPLE) > 0, largest, mean)
-    num = sum_of_column(growth_ptr + block * parts * 2, parts, LOG_LANES, 2)
-    den = sum_of_column(growth_ptr + block * parts * 2 + 1, parts, LOG_LANES, 2)
+    num, den = tl.split(sums_of_columns(growth_ptr + block * parts * 2, parts, LOG_LANES, 2))
     growth = tl.where(den > 0, tl.div_rn(num, tl.where(den > 0, den, 1.0)), 1.0)
     tl.store(changes_ptr + block * 2, change)
     tl.store(changes_ptr + block * 2 + 1, growth)

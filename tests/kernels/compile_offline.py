@@ -317,13 +317,21 @@ def spilled(target: GPUTarget, asm: str) -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
         ptx.write(asm)
         ptx.flush()
-        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", ptx.name]
+        command = [ptxas(target.arch), "-v", f"--gpu-name={arch}", ptx.name]
         done = subprocess.run(
             [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True
         )
     found = SPILLED.findall(done.stderr)
     assert len(found) == 3, done.stderr
     return sum(map(int, found))
+
+
+def ptxas(arch: int) -> str:
+    """Return the path of the assembler for an architecture."""
+    try:
+        return get_ptxas(arch).path
+    except TypeError:  # Triton before 3.7
+        return get_ptxas().path
 
 
 def compile_for(target: GPUTarget, kernel, arguments, constexprs, options) -> str:
