@@ -176,9 +176,20 @@ def sums_of_columns(sums_ptr, programs, LOG_LANES: tl.constexpr, WIDTH: tl.const
     lane, column = tl.arange(0, 1 << LOG_LANES), tl.arange(0, WIDTH)
     offsets = lane[:, None] * WIDTH + column[None, :]
     x = tl.load(sums_ptr + offsets, mask=(lane < programs)[:, None], other=0.0)
+    return _tree_sum_tile(x, LOG_LANES, WIDTH)
+
+
+@triton.jit
+def _tree_sum_tile(x, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
     for level in tl.static_range(1, LOG_LANES + 1):
         x = tl.sum(tl.reshape(x, ((1 << LOG_LANES) >> level, 2, WIDTH)), axis=1)
     return tl.sum(x, axis=0)
+
+
+@triton.jit
+def tree_sums_of_two(x, y, LOG_LANES: tl.constexpr):
+    """The function `tree_sum` above, of each of two vectors of 2**LOG_LANES lanes."""
+    return tl.split(_tree_sum_tile(tl.join(x, y), LOG_LANES, 2))
 
 
 @triton.jit

@@ -23,7 +23,7 @@ import triton.language as tl
 from dbcache.kernels.common.launches import BLOCK, contiguous
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, select, without_gradient
-from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sum_lanes
+from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sums_of_two
 
 
 def block_changes(
@@ -150,8 +150,7 @@ def _block_changes_kernel(
             shifted = difference + ((before + added.to(tl.float32)) - x)
             difference = tl.where(moved, shifted, difference)
             before, step = x, stamp
-            num = tree_sum_lanes(tl.abs(difference), LOG_BLOCK)
-            den = tree_sum_lanes(tl.abs(x), LOG_BLOCK)
+            num, den = tree_sums_of_two(tl.abs(difference), tl.abs(x), LOG_BLOCK)
             out_ptr = partials_ptr + ((block * samples + sample) * programs + program) * 2
             if i > 0:
                 num += tl.load(out_ptr)

@@ -19,7 +19,7 @@ import triton.language as tl
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
-from dbcache.kernels.common.sums import lanes_of, log2, partition_of, tree_sum_lanes
+from dbcache.kernels.common.sums import lanes_of, log2, partition_of, tree_sums_of_two
 from dbcache.kernels.pruning import block_state as bs
 from dbcache.kernels.pruning.block_state import BLOCKS, BlockState
 
@@ -187,8 +187,9 @@ def _store_block_kernel(
             residual = (h_out - h_in).to(added_ptr.dtype.element_ty)
             tl.store(added_ptr + offsets, residual, mask=mask)
         out_ptr = sums_ptr + (index * programs + program) * 2
-        tl.store(out_ptr, tree_sum_lanes(num, LOG_BLOCK))
-        tl.store(out_ptr + 1, tree_sum_lanes(den, LOG_BLOCK))
+        num, den = tree_sums_of_two(num, den, LOG_BLOCK)
+        tl.store(out_ptr, num)
+        tl.store(out_ptr + 1, den)
         if program == 0:
             tl.store(stamps_ptr + index, tl.load(store_ptr + BLOCKS.STAMP))
     else:
