@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import e4m3
-from dbcache.kernels.common.e4m3 import decode, quantize_rows
+from dbcache.kernels.common.e4m3 import decode, is_native, quantize_rows
 from dbcache.kernels.common.launches import cdiv, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
@@ -217,7 +217,8 @@ def _launch(kernel: triton.JITFunction, x: torch.Tensor, buffer: torch.Tensor, s
     kernel[(cdiv(tokens * heads, block_rows), batch, world)](
         x, buffer, scales, tokens * heads, heads, *strides, buffer.stride(0),
         0 if scales is None else scales.stride(0), D=width, ALIGN=math.gcd(16, *strides),
-        BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=False,
+        NATIVE=is_native(x.device), BLOCK_ROWS=block_rows, BLOCK_D=block_d,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -260,7 +261,8 @@ class Strides(NamedTuple):
 def _fp8_pack_kernel(
     x_ptr, buffer_ptr, scales_ptr, rows, heads, stride_w, stride_b, stride_s, stride_h,
     chunk_size, scales_size,
-    D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program packs `BLOCK_ROWS` of the `rows` of one sample for one rank.
 
@@ -276,7 +278,7 @@ def _fp8_pack_kernel(
     if scales_ptr is None:
         tl.store(out_ptrs, x, mask=mask)
     else:
-        codes, scales = quantize_rows(x.to(tl.float32))
+        codes, scales = quantize_rows(x.to(tl.float32), NATIVE)
         tl.store(out_ptrs, codes, mask=mask)
         tl.store(scales_ptr + chunk * scales_size + packed_row, scales, mask=row < rows)
 
@@ -285,7 +287,8 @@ def _fp8_pack_kernel(
 def _fp8_unpack_kernel(
     out_ptr, buffer_ptr, scales_ptr, rows, heads, stride_w, stride_b, stride_s, stride_h,
     chunk_size, scales_size,
-    D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `_fp8_pack_kernel`, program by program."""
     strides = Strides(stride_w, stride_b, stride_s, stride_h)
@@ -297,7 +300,7 @@ def _fp8_unpack_kernel(
     x = tl.load(in_ptrs, mask=mask, other=0)
     if scales_ptr is not None:
         scale_ptrs = scales_ptr + chunk * scales_size + packed_row
-        x = decode(x) * tl.load(scale_ptrs, mask=row < rows, other=0.0)[:, None]
+        x = decode(x, NATIVE) * tl.load(scale_ptrs, mask=row < rows, other=0.0)[:, None]
     tl.store(out_ptr + out_row[:, None] + d, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -219,8 +219,8 @@ def _commit(
             _commit_fp8_kernel[(parts + encoder_parts,)](
                 *stream, scales, counters, tokens, width, parts,
                 encoder_fn, encoder_out, encoder_ring, encoder_scales, encoder_tokens,
-                encoder_width, REPLACE=replace, ROWS=rows, COLUMNS=columns,
-                num_warps=warps, enable_fp_fusion=False,
+                encoder_width, REPLACE=replace, NATIVE=e4m3.is_native(h_fn.device), ROWS=rows,
+                COLUMNS=columns, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
         return
     block, warps = launch_of("commit", h_fn)
@@ -295,33 +295,35 @@ def _commit_fp8_kernel(
     tokens, width, blocks,
     encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, encoder_scales_ptr,
     encoder_tokens, encoder_width,
-    REPLACE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    REPLACE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """As `_commit_kernel`, with ROWS whole tokens per program."""
     block = tl.program_id(0)
     slot = tl.load(counters_ptr + LANE.SLOT).to(tl.int64)
     if encoder_fn_ptr is None or block < blocks:
         stream = Stream(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr)
-        _commit_tokens(stream, scales_ptr, slot, tokens, width, block, REPLACE, ROWS, COLUMNS)
+        _commit_tokens(
+            stream, scales_ptr, slot, tokens, width, block, REPLACE, NATIVE, ROWS, COLUMNS
+        )
     else:
         encoder = Stream(None, encoder_fn_ptr, encoder_out_ptr, None, encoder_ring_ptr)
         _commit_tokens(
             encoder, encoder_scales_ptr, slot, encoder_tokens, encoder_width, block - blocks,
-            REPLACE, ROWS, COLUMNS,
+            REPLACE, NATIVE, ROWS, COLUMNS,
         )  # fmt: skip
 
 
 @triton.jit
 def _commit_tokens(
     stream, scales_ptr, slot, tokens, width, block,
-    REPLACE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    REPLACE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     offsets = rows[:, None] * width + columns[None, :]
     mask = (rows < tokens)[:, None] & (columns < width)[None, :]
     residual = _residual(stream, offsets, mask, REPLACE)
-    codes, scales = quantize_rows(residual)
+    codes, scales = quantize_rows(residual, NATIVE)
     slot_ptr = stream.ring_ptr + slot * tokens * width
     tl.store(slot_ptr + offsets, codes, mask=mask)
     tl.store(scales_ptr + slot * tokens + rows, scales, mask=rows < tokens)

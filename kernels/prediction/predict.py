@@ -237,8 +237,8 @@ def _predict(
                 h, ring, scales, weights, out, tokens, width, parts,
                 encoder, encoder_ring, encoder_scales, encoder_weights, encoder_out,
                 encoder_tokens, encoder_width,
-                K=slots, REPLACE=replace, ROWS=rows, COLUMNS=columns,
-                num_warps=4, enable_fp_fusion=True,
+                K=slots, REPLACE=replace, NATIVE=e4m3.is_native(h.device), ROWS=rows,
+                COLUMNS=columns, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         return
     block, warps = launch_of("predict", h, slots)
@@ -299,25 +299,27 @@ def _predict_fp8_kernel(
     h_ptr, ring_ptr, scales_ptr, weights_ptr, out_ptr, tokens, width, blocks,
     encoder_ptr, encoder_ring_ptr, encoder_scales_ptr, encoder_weights_ptr, encoder_out_ptr,
     encoder_tokens, encoder_width,
-    K: tl.constexpr, REPLACE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, REPLACE: tl.constexpr, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """As `_predict_kernel`, with a tile of tokens per program."""
     block = tl.program_id(0)
     if encoder_ptr is None or block < blocks:
         stream = Stream(h_ptr, ring_ptr, weights_ptr, out_ptr)
-        _predict_tile(stream, scales_ptr, tokens, width, block, K, REPLACE, ROWS, COLUMNS)
+        _predict_tile(stream, scales_ptr, tokens, width, block, K, REPLACE, NATIVE, ROWS, COLUMNS)
     else:
         encoder = Stream(encoder_ptr, encoder_ring_ptr, encoder_weights_ptr, encoder_out_ptr)
         _predict_tile(
             encoder, encoder_scales_ptr, encoder_tokens, encoder_width, block - blocks,
-            K, REPLACE, ROWS, COLUMNS,
+            K, REPLACE, NATIVE, ROWS, COLUMNS,
         )  # fmt: skip
 
 
 @triton.jit
 def _predict_tile(
     stream, scales_ptr, tokens, width, block,
-    K: tl.constexpr, REPLACE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, REPLACE: tl.constexpr, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(width, COLUMNS)  # per row of tiles
     rows = (block // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -334,7 +336,7 @@ def _predict_tile(
         codes = tl.load(slot_ptr + offsets, mask=used, other=0)
         slot_scales_ptr = scales_ptr + tl.cast(tokens, tl.int64) * slot
         scales = tl.load(slot_scales_ptr + rows, mask=rows < end, other=0.0)
-        total += (weight * scales)[:, None] * decode(codes)
+        total += (weight * scales)[:, None] * decode(codes, NATIVE)
     if not REPLACE:
         total += tl.load(stream.h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(stream.out_ptr + offsets, total.to(stream.out_ptr.dtype.element_ty), mask=mask)

@@ -336,6 +336,9 @@ def ptxas(arch: int) -> str:
 
 def compile_for(target: GPUTarget, kernel, arguments, constexprs, options) -> str:
     """Return the PTX or AMD assembly of `kernel`, all pointers and sizes divisible by 16."""
+    if "NATIVE" in kernel.arg_names:  # as `e4m3.is_native`
+        is_native = target.backend == "cuda" and target.arch >= 89
+        constexprs = constexprs | {"NATIVE": is_native}
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = arguments.get(name, "constexpr")
