@@ -34,10 +34,10 @@ NUM_COUNTERS = TICKET + 1
 # entries of LaneState.values, float32
 DIFF = 0  # relative L1 of the latest step, -1 where it was not measured
 ACCUMULATED = 1  # sum of the diffs of cached dynamic steps since the last full step
-WEIGHTS = 2  # MAX_SLOTS entries, by ring slot, for hidden states
+RATE = 2  # for Signal.RATE; below 0 where there is none yet, one of the two below
+WEIGHTS = 4  # MAX_SLOTS entries, by ring slot, for hidden states; at a multiple of 16 bytes
 ENCODER_WEIGHTS = WEIGHTS + MAX_SLOTS  # the same for encoder hidden states
-RATE = ENCODER_WEIGHTS + MAX_SLOTS  # for Signal.RATE; below 0 where there is none yet, one of:
-NUM_VALUES = RATE + 1
+NUM_VALUES = ENCODER_WEIGHTS + MAX_SLOTS
 NO_OUTPUT = -1.0  # no output of a full step is kept
 ONE_OUTPUT = -2.0  # the output of one full step is kept
 

@@ -19,7 +19,8 @@ from dbcache.kernels.common.e4m3 import quantize_rows
 from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, NUM_COUNTERS, SLOT
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
+from dbcache.kernels.common.plans import Plans, layout_of
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
 
 
 def commit(
@@ -67,6 +68,13 @@ def commit(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
+    tensors = (h_fn, h_out, ring, counters, p_ref, h_in)
+    if encoder_fn is not None or scales is not None:
+        tensors += (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
+    if not is_traced(h_fn) and select(impl, h_fn) == "triton":
+        plan = PLANS.get((replace, layout_of(tensors)))
+        if plan is not None and plan.launch(tensors):
+            return
     _check(h_in, h_fn, h_out, p_ref, counters)
     _check_ring("h_out", h_out, ring, scales)
     if encoder_fn is not None:
@@ -198,6 +206,9 @@ def fp8_tile(width: int) -> tuple[int, int, int]:
     return rows, columns, min(max(rows * columns // 512, 4), 16)
 
 
+PLANS = Plans()
+
+
 @op(
     commit_reference,
     like="h_fn",
@@ -207,30 +218,42 @@ def _commit(
     h_in, h_fn, h_out, p_ref, ring, counters, encoder_fn, encoder_out, encoder_ring, scales,
     encoder_scales, replace,
 ):  # fmt: skip
+    given = [h_fn, h_out, ring, counters, p_ref, h_in]
+    if encoder_fn is not None or scales is not None:
+        given += [encoder_fn, encoder_out, encoder_ring, scales, encoder_scales]
+    layout = (replace, layout_of(given))
     h_in, h_fn, h_out = contiguous(h_in, h_fn, h_out)
     encoder_fn, encoder_out = contiguous(encoder_fn, encoder_out)
-    stream = (h_in, h_fn, h_out, p_ref, ring)
-    if scales is not None:
-        tokens, width = e4m3.tokens_and_width(h_fn)
-        encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
-        rows, columns, warps = fp8_tile(max(width, encoder_width))
-        parts, encoder_parts = cdiv(tokens, rows), cdiv(encoder_tokens, rows)
-        if parts + encoder_parts:
-            _commit_fp8_kernel[(parts + encoder_parts,)](
-                *stream, scales, counters, tokens, width, parts,
-                encoder_fn, encoder_out, encoder_ring, encoder_scales, encoder_tokens,
-                encoder_width, REPLACE=replace, NATIVE=e4m3.is_native(h_fn.device), ROWS=rows,
-                COLUMNS=columns, num_warps=warps, enable_fp_fusion=False,
-            )  # fmt: skip
-        return
+    plain = scales is None
+    kernel, parts, tail, warps = _plain(h_fn, encoder_fn) if plain else _fp8(h_fn, encoder_fn)
+    if parts:
+        encoder = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
+        tensors = (h_fn, h_out, ring, counters, p_ref, h_in, *encoder)
+        tail |= {"REPLACE": replace}
+        PLANS.launch(
+            layout, kernel, (parts,), tensors, tail, num_warps=warps, enable_fp_fusion=False
+        )
+
+
+def _plain(h_fn, encoder_fn):
+    """Return kernel, programs, sizes and warps for rings without scales."""
     block, warps = launch_of("commit", h_fn)
     size, encoder_size = h_fn.numel(), 0 if encoder_fn is None else encoder_fn.numel()
-    parts, encoder_parts = cdiv(size, block), cdiv(encoder_size, block)
-    if parts + encoder_parts:
-        _commit_kernel[(parts + encoder_parts,)](
-            *stream, counters, size, parts, encoder_fn, encoder_out, encoder_ring, encoder_size,
-            REPLACE=replace, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    parts = cdiv(size, block)
+    tail = {"size": size, "blocks": parts, "encoder_size": encoder_size, "BLOCK": block}
+    return _commit_kernel, parts + cdiv(encoder_size, block), tail, warps
+
+
+def _fp8(h_fn, encoder_fn):
+    """Return kernel, programs, sizes and warps for rings in fp8."""
+    tokens, width = e4m3.tokens_and_width(h_fn)
+    encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
+    rows, columns, warps = fp8_tile(max(width, encoder_width))
+    parts = cdiv(tokens, rows)
+    tail = {"tokens": tokens, "width": width, "blocks": parts, "encoder_tokens": encoder_tokens}
+    tail |= {"encoder_width": encoder_width, "NATIVE": e4m3.is_native(h_fn.device)}
+    tail |= {"ROWS": rows, "COLUMNS": columns}
+    return _commit_fp8_kernel, parts + cdiv(encoder_tokens, rows), tail, warps
 
 
 class Stream(NamedTuple):
@@ -245,9 +268,9 @@ class Stream(NamedTuple):
 
 @triton.jit(do_not_specialize=["blocks"])
 def _commit_kernel(
-    h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr, counters_ptr, size, blocks,
-    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, encoder_size,
-    REPLACE: tl.constexpr, BLOCK: tl.constexpr,
+    h_fn_ptr, h_out_ptr, ring_ptr, counters_ptr, p_ref_ptr, h_in_ptr,
+    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, scales_ptr, encoder_scales_ptr,
+    size, blocks, encoder_size, BLOCK: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """The first `blocks` programs take the hidden states, the others the encoder states."""
     block = tl.program_id(0)
@@ -291,11 +314,10 @@ def _residual(stream, offsets, mask, REPLACE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "encoder_tokens"])
 def _commit_fp8_kernel(
-    h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr, scales_ptr, counters_ptr,
-    tokens, width, blocks,
-    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, encoder_scales_ptr,
-    encoder_tokens, encoder_width,
-    REPLACE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    h_fn_ptr, h_out_ptr, ring_ptr, counters_ptr, p_ref_ptr, h_in_ptr,
+    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, scales_ptr, encoder_scales_ptr,
+    tokens, width, blocks, encoder_tokens, encoder_width, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """As `_commit_kernel`, with ROWS whole tokens per program."""
     block = tl.program_id(0)

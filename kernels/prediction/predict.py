@@ -18,6 +18,7 @@ from dbcache.kernels.common.e4m3 import decode
 from dbcache.kernels.common.lane_state import MAX_SLOTS
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op
+from dbcache.kernels.common.plans import Plans, layout_of
 from dbcache.kernels.common.select import (
     DTYPES,
     Impl,
@@ -75,16 +76,34 @@ def predict(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
+    if not is_traced(h) and select(impl, h) == "triton":
+        tensors: tuple[torch.Tensor | None, ...] = (h, ring, weights)
+        if encoder is not None or scales is not None:
+            tensors += (encoder, encoder_ring, encoder_weights, scales, encoder_scales)
+        plan = PLANS.get((replace, layout_of(tensors)))
+        if plan is not None:
+            out, encoder_out = _outputs(h, out, encoder, encoder_out)
+            if plan.launch((out, encoder_out, *tensors)):
+                return out, encoder_out
     _check("h", h, ring, weights, scales)
     if encoder is not None:
         _check_encoder(h, ring, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
     streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
     if out is None and encoder_out is None and not is_traced(h) and select(impl, h) == "reference":
         return predict_reference(*streams, replace)
-    out = _output("h", h, out)
-    encoder_out = None if encoder is None else _output("encoder", encoder, encoder_out)
+    out, encoder_out = _outputs(h, out, encoder, encoder_out)
     _predict(impl, out, encoder_out, *streams, replace)
     return out, encoder_out
+
+
+def _outputs(
+    h: torch.Tensor,
+    out: torch.Tensor | None,
+    encoder: torch.Tensor | None,
+    encoder_out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    out = _output("h", h, out)
+    return out, None if encoder is None else _output("encoder", encoder, encoder_out)
 
 
 def _output(name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
@@ -219,37 +238,51 @@ def _predict_reference(
         encoder_out.copy_(encoder_predicted)
 
 
+PLANS = Plans()
+
+
 @op(_predict_reference, like="h", mutates=("out", "encoder_out"))
 def _predict(
     out, encoder_out, h, ring, weights, encoder, encoder_ring, encoder_weights, scales,
     encoder_scales, replace,
 ):  # fmt: skip
+    given = [h, ring, weights]
+    if encoder is not None or scales is not None:
+        given += [encoder, encoder_ring, encoder_weights, scales, encoder_scales]
+    layout = (replace, layout_of(given))
     h, encoder = contiguous(h, encoder)
-    slots = ring.shape[0]
-    if scales is not None:
-        tokens, width = e4m3.tokens_and_width(h)
-        encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder)
-        rows, columns = fp8_tile(max(width, encoder_width))
-        parts = cdiv(tokens, rows) * cdiv(width, columns)
-        encoder_parts = cdiv(encoder_tokens, rows) * cdiv(encoder_width, columns)
-        if parts + encoder_parts:
-            _predict_fp8_kernel[(parts + encoder_parts,)](
-                h, ring, scales, weights, out, tokens, width, parts,
-                encoder, encoder_ring, encoder_scales, encoder_weights, encoder_out,
-                encoder_tokens, encoder_width,
-                K=slots, REPLACE=replace, NATIVE=e4m3.is_native(h.device), ROWS=rows,
-                COLUMNS=columns, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+    if scales is None:
+        kernel, parts, tail, warps = _plain(h, encoder, ring.shape[0])
+    else:
+        kernel, parts, tail, warps = _fp8(h, encoder)
+    if not parts:
         return
+    tail |= {"K": ring.shape[0], "REPLACE": replace}
+    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
+    tensors = (out, encoder_out, *streams)
+    PLANS.launch(layout, kernel, (parts,), tensors, tail, num_warps=warps, enable_fp_fusion=True)
+
+
+def _plain(h, encoder, slots):
+    """Return kernel, programs, sizes and warps for rings without scales."""
     block, warps = launch_of("predict", h, slots)
     size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()
-    parts, encoder_parts = cdiv(size, block), cdiv(encoder_size, block)
-    if parts + encoder_parts:
-        _predict_kernel[(parts + encoder_parts,)](
-            h, ring, weights, out, size, parts,
-            encoder, encoder_ring, encoder_weights, encoder_out, encoder_size,
-            K=slots, REPLACE=replace, BLOCK=block, num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    parts = cdiv(size, block)
+    tail = {"size": size, "blocks": parts, "encoder_size": encoder_size, "BLOCK": block}
+    return _predict_kernel, parts + cdiv(encoder_size, block), tail, warps
+
+
+def _fp8(h, encoder):
+    """Return kernel, programs, sizes and warps for rings in fp8."""
+    tokens, width = e4m3.tokens_and_width(h)
+    encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder)
+    rows, columns = fp8_tile(max(width, encoder_width))
+    parts = cdiv(tokens, rows) * cdiv(width, columns)
+    encoder_parts = cdiv(encoder_tokens, rows) * cdiv(encoder_width, columns)
+    tail = {"tokens": tokens, "width": width, "blocks": parts, "encoder_tokens": encoder_tokens}
+    tail |= {"encoder_width": encoder_width, "NATIVE": e4m3.is_native(h.device)}
+    tail |= {"ROWS": rows, "COLUMNS": columns}
+    return _predict_fp8_kernel, parts + encoder_parts, tail, 4
 
 
 class Stream(NamedTuple):
@@ -263,9 +296,9 @@ class Stream(NamedTuple):
 
 @triton.jit(do_not_specialize=["blocks"])
 def _predict_kernel(
-    h_ptr, ring_ptr, weights_ptr, out_ptr, size, blocks,
-    encoder_ptr, encoder_ring_ptr, encoder_weights_ptr, encoder_out_ptr, encoder_size,
-    K: tl.constexpr, REPLACE: tl.constexpr, BLOCK: tl.constexpr,
+    out_ptr, encoder_out_ptr, h_ptr, ring_ptr, weights_ptr,
+    encoder_ptr, encoder_ring_ptr, encoder_weights_ptr, scales_ptr, encoder_scales_ptr,
+    size, blocks, encoder_size, BLOCK: tl.constexpr, K: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """The first `blocks` programs take the hidden states, the others the encoder states."""
     block = tl.program_id(0)
@@ -296,11 +329,10 @@ def predict_block(stream, size, block, K: tl.constexpr, REPLACE: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "encoder_tokens"])
 def _predict_fp8_kernel(
-    h_ptr, ring_ptr, scales_ptr, weights_ptr, out_ptr, tokens, width, blocks,
-    encoder_ptr, encoder_ring_ptr, encoder_scales_ptr, encoder_weights_ptr, encoder_out_ptr,
-    encoder_tokens, encoder_width,
-    K: tl.constexpr, REPLACE: tl.constexpr, NATIVE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    out_ptr, encoder_out_ptr, h_ptr, ring_ptr, weights_ptr,
+    encoder_ptr, encoder_ring_ptr, encoder_weights_ptr, scales_ptr, encoder_scales_ptr,
+    tokens, width, blocks, encoder_tokens, encoder_width, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """As `_predict_kernel`, with a tile of tokens per program."""
     block = tl.program_id(0)
