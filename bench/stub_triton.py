@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from dbcache.kernels.common import select
+from dbcache.kernels.common import plans, select
 
 
 class Driver:
@@ -54,12 +54,14 @@ def stubbed_launches() -> Iterator[Counter[str]]:
         return kernel.device_caches[device][0].setdefault(key, Variant())
 
     own_compile, own_environment = JITFunction._do_compile, select._environment
-    own_driver = triton.runtime.driver._active
+    own_driver, own_device = triton.runtime.driver._active, plans._current_device
     triton.runtime.driver.set_active(Driver())
     JITFunction._do_compile = compiled
     select._environment = lambda: ("triton", True)
+    plans._current_device = lambda: -1
     try:
         yield variants
     finally:
         JITFunction._do_compile, select._environment = own_compile, own_environment
-        triton.runtime.driver._active = own_driver
+        triton.runtime.driver._active, plans._current_device = own_driver, own_device
+        select.forget_plans()

@@ -13,7 +13,8 @@ A code is a uint8, and the bytes are the same everywhere: made and read by the c
 GPUs from sm_89 on (`is_native`), and by integer arithmetic elsewhere, as older ones have none and
 gfx942's own format is another one. The conversion to e4m3 (``cvt.rn.satfinite.e4m3x2.f32``) rounds
 to nearest even, keeps the sign of zero, makes subnormals, and takes what rounds beyond 448 to 448;
-what is not finite gets its code apart. The conversion from e4m3 is exact; 0x7F and 0xFF are NaN.
+NaN, which stands for all that is not finite, becomes 0x7F. The conversion from e4m3 is exact; 0x7F
+and 0xFF are NaN.
 """
 
 from functools import lru_cache
@@ -91,10 +92,11 @@ def quantize_rows(x, NATIVE: tl.constexpr):
     # a reciprocal per row: a division takes some 30 instructions per element
     scaled = x * tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales)[:, None]
     if NATIVE:
+        scaled = tl.where(finite, scaled, float("nan"))
         codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
-        codes = encode(scaled).to(tl.uint8)
-    return tl.where(finite, codes, E4M3.NAN_CODE).to(tl.uint8), scales
+        codes = tl.where(finite, encode(scaled), E4M3.NAN_CODE).to(tl.uint8)
+    return codes, scales
 
 
 @triton.jit

@@ -183,11 +183,14 @@ class LaneState:
     """NumPy views of the seven tensors, in the order of TENSORS, on the CPU; None elsewhere"""
     _reset: tuple[list[torch.Tensor], list[torch.Tensor]] = field(init=False, repr=False)
     """What a request writes, and what that is when it begins, as int32: for `reset`"""
+    _arguments: tuple[int, ...] | None = field(init=False, repr=False)
+    """What `arguments` returns, None where it is not known yet"""
 
     def __post_init__(self) -> None:
         self._make_views()
 
     def _make_views(self) -> None:
+        self._arguments = None
         # a fake tensor claims to be on the CPU, but has no memory
         on_cpu = self.counters.device.type == "cpu" and type(self.counters) is torch.Tensor
         self.host = tuple(x.numpy() for x in self.tensors()) if on_cpu else None
@@ -237,6 +240,12 @@ class LaneState:
         """Return the seven tensors, in the order of TENSORS."""
         state = (self.counters, self.values, self.limits, self.thresholds, self.plan)
         return (*state, self.trace_reason, self.trace_diff)
+
+    def arguments(self) -> tuple[int, ...]:
+        """Return the addresses of the tensors and the capacity: the last arguments of a kernel."""
+        if self._arguments is None:
+            self._arguments = (*self.addresses(), self.capacity)
+        return self._arguments
 
     @classmethod
     def from_tensors(cls, *tensors: torch.Tensor) -> "LaneState":

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from dbcache.kernels.common.select import forget_plans
+
 BLOCK = 2048
 """Elements of a program, where nothing was tuned."""
 
@@ -122,6 +124,7 @@ def reset() -> None:
     global _read
     _tables.clear()
     _read = None
+    forget_plans()
 
 
 def device_id(index: int) -> str:

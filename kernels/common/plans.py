@@ -20,6 +20,8 @@ from dbcache.kernels.common import select
 KNOWN = ((3, 5), (3, 10))
 """Versions of Triton, from and below, whose compiled kernels take the arguments given here."""
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_is_compiling = torch.compiler.is_compiling
+_hooks = triton.knobs.runtime
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 
 
@@ -45,7 +47,7 @@ class Plan:
         grid: Sequence[int],
         count: int,
         tail: Sequence[Any],
-        scratch: tuple[int, ...],
+        scratch: Sequence[int],
     ) -> None:
         self.run, self.function = variant.run, variant.function
         self.metadata = variant.packed_metadata
@@ -56,30 +58,17 @@ class Plan:
         self.tail = tail
         self.scratch = scratch
 
-    def launch(self, tensors: Sequence[torch.Tensor | None], numbers: Sequence[int] = ()) -> bool:
-        """Launch the kernel, or return False where Triton must look at the tensors again.
+    def launch(self, *args: int | None) -> None:
+        """Launch the kernel with the addresses of its tensors, None for one that is missing.
 
-        `tensors` may lack those at the end that are None.
+        Those at the end that are missing need not be named.
         """
-        addresses: list[int | None] = []
-        bits = 0
-        for x in tensors:
-            if x is None:
-                addresses.append(None)
-            else:
-                address = x.data_ptr()
-                addresses.append(address)
-                bits |= address
-        if bits & 15 or self.device != _current_device():
-            return False
-        if triton.knobs.runtime.launch_enter_hook.calls:
-            return False
-        missing = [None] * (self.count - len(addresses))
+        if len(args) < self.count:
+            args += (None,) * (self.count - len(args))
+        stream = self.stream_of(self.device)
         self.run(
-            *self.grid, self.stream_of(self.device), self.function, self.metadata,
-            None, None, None, *addresses, *missing, *numbers, *self.tail,
-        )  # fmt: skip
-        return True
+            *self.grid, stream, self.function, self.metadata, None, None, None, *args, *self.tail
+        )
 
 
 class Plans(dict[Hashable, Plan]):
@@ -89,43 +78,70 @@ class Plans(dict[Hashable, Plan]):
         super().__init__()
         select.on_reset(self.clear)
 
+    def find(
+        self, impl: str, flags: Hashable, tensors: Sequence[torch.Tensor | None]
+    ) -> tuple[Plan, list[int | None]] | None:
+        """Return the plan for tensors of this layout, and their addresses.
+
+        None where Triton must look at the tensors: there is no plan yet, an address is not a
+        multiple of 16, another device is the current one, or somebody listens to launches; and
+        where no kernel runs, or something traces the call. The first tensor is never None.
+        """
+        first = tensors[0]
+        if type(first) is not torch.Tensor or _is_compiling() or not self:
+            return None
+        addresses: list[int | None] = []
+        layout: list[Hashable] = [flags]
+        bits = 0
+        for x in tensors:
+            if x is None:
+                addresses.append(None)
+                layout.append(None)
+            else:
+                address = x.data_ptr()
+                addresses.append(address)
+                bits |= address
+                layout += (x.shape, x.dtype, x.is_contiguous(), x.get_device())
+        plan = self.get(tuple(layout))
+        if plan is None or bits & 15 or plan.device != _current_device():
+            return None
+        if _hooks.launch_enter_hook.calls or select.select(impl, first) != "triton":
+            return None
+        return plan, addresses
+
     def launch(
         self,
         layout: Hashable,
         kernel: Any,
         grid: tuple[int, ...],
-        tensors: Sequence[torch.Tensor | None],
+        args: Sequence[Any],
         tail: dict[str, Any],
-        numbers: Sequence[int] = (),
         scratch: tuple[int, ...] = (),
         **options: Any,
     ) -> None:
         """Launch `kernel` through Triton, and keep the plan if later launches can follow it.
 
         Args:
-            layout: of what the op was called with.
-            kernel: takes the tensors, the numbers, and `tail`, in this order.
+            layout: `layout_of` what the op was called with.
+            kernel: takes `args` and `tail`, in this order.
             grid: number of programs.
-            tensors: contiguous.
+            args: contiguous tensors, None for one that is missing, and numbers that Triton does not
+                specialise: what changes from call to call.
             tail: numbers and constexprs that follow from the layout, by name, in order.
-            numbers: those that change from call to call, which Triton does not specialise.
             scratch: shape of a tensor that the launch needs for itself.
             options: of Triton, such as `num_warps`.
         """
-        variant = kernel[grid](*tensors, *numbers, **tail, **options)
+        variant = kernel[grid](*args, **tail, **options)
         is_known = KNOWN[0] <= _VERSION < KNOWN[1] and isinstance(kernel, triton.JITFunction)
-        given = [x for x in tensors if x is not None]
+        given = [x for x in args if isinstance(x, torch.Tensor)]
         if is_known and not kernel.pre_run_hooks and not any(x.data_ptr() % 16 for x in given):
-            rest = (len(tensors), tuple(tail.values()), scratch)
+            rest = (len(args), tuple(tail.values()), scratch)
             self[layout] = Plan(variant, given[0].get_device(), grid, *rest)
 
 
-def layout_of(tensors: Sequence[torch.Tensor | None]) -> tuple[Hashable, ...]:
-    """Return all of tensors that checks and launches depend on, but their addresses."""
-    layout: list[Hashable] = []
+def layout_of(flags: Hashable, tensors: Sequence[torch.Tensor | None]) -> tuple[Hashable, ...]:
+    """Return what `Plans.find` looks for: all but the addresses that checks and launches read."""
+    layout: list[Hashable] = [flags]
     for x in tensors:
-        if x is not None:
-            layout += (x.shape, x.dtype, x.is_contiguous(), x.get_device())
-        else:
-            layout.append(None)
+        layout += (None,) if x is None else (x.shape, x.dtype, x.is_contiguous(), x.get_device())
     return tuple(layout)

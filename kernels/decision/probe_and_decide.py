@@ -26,7 +26,7 @@ from dbcache.kernels.common.lane_state import LANE, LaneState, State
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import Plans, layout_of
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select
+from dbcache.kernels.common.select import Impl, invalid
 from dbcache.kernels.common.sums import MAX_LANES, Partials, log2, partition
 from dbcache.kernels.decision.decide import decide_once, decide_reference
 from dbcache.kernels.decision.probe_diff import (
@@ -62,13 +62,12 @@ def probe_and_decide(
         ValueError: shapes, dtypes or devices do not fit.
         RuntimeError: the state has no room for the step (reference only), as in `decide`.
     """
-    if not is_traced(h_fn) and select(impl, h_fn) == "triton":
-        plan = PLANS.get((by_token, layout_of((h_fn, p_ref, state.counters, h_in))))
-        if plan is not None:
-            partials = torch.empty(plan.scratch, device=h_fn.device, dtype=torch.float32)
-            tensors = (h_fn, p_ref, partials, *state.tensors(), h_in)
-            if plan.launch(tensors, (state.capacity,)):
-                return
+    found = PLANS.find(impl, by_token, (h_fn, p_ref, h_in, state.counters))
+    if found is not None:
+        plan, (h_fn_ptr, p_ref_ptr, h_in_ptr, _) = found
+        partials = torch.empty(plan.scratch, device=h_fn.device, dtype=torch.float32)
+        plan.launch(partials.data_ptr(), h_fn_ptr, p_ref_ptr, h_in_ptr, *state.arguments())
+        return
     check_probe("probe_and_decide", h_in, h_fn, p_ref, by_token)
     if state.counters.device != h_fn.device:
         must = "the state must be on the device of h_fn"
@@ -97,7 +96,7 @@ PLANS = Plans()
     mutates=("counters", "values", "trace_reason", "trace_diff"),
 )
 def _probe_and_decide(h_in, h_fn, p_ref, state, by_token):
-    layout = (by_token, layout_of((h_fn, p_ref, state.counters, h_in)))
+    layout = layout_of(by_token, (h_fn, p_ref, h_in, state.counters))
     h_in, h_fn, p_ref = contiguous(h_in, h_fn, p_ref)
     batch, sums = h_fn.shape[0], 4 if by_token else 2
     per_program, programs = partition(h_fn.shape, by_token)
@@ -108,15 +107,16 @@ def _probe_and_decide(h_in, h_fn, p_ref, state, by_token):
     tail |= {"LOG_BLOCK": log2(BLOCK), "LOG_LANES": log2(MAX_LANES), "WIDTH": sums}
     PLANS.launch(
         layout, _probe_and_decide_kernel, (programs, batch),
-        (h_fn, p_ref, partials, *state.tensors(), h_in), tail, (state.capacity,), scratch,
+        (partials, h_fn, p_ref, h_in, *state.tensors(), state.capacity), tail, scratch,
         num_warps=launch.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["per_program", "capacity"])
 def _probe_and_decide_kernel(
-    h_fn_ptr, p_ref_ptr, partials_ptr, counters_ptr, values_ptr, limits_ptr, thresholds_ptr,
-    plan_ptr, trace_reason_ptr, trace_diff_ptr, h_in_ptr, capacity, size, per_program, width,
+    partials_ptr, h_fn_ptr, p_ref_ptr, h_in_ptr,
+    counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
+    trace_diff_ptr, capacity, size, per_program, width,
     LOG_BLOCK: tl.constexpr, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     probe = Probe(h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, width)

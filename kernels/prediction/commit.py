@@ -20,7 +20,7 @@ from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, NUM_COUNTERS, SLO
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import Plans, layout_of
-from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
 
 def commit(
@@ -71,10 +71,11 @@ def commit(
     tensors = (h_fn, h_out, ring, counters, p_ref, h_in)
     if encoder_fn is not None or scales is not None:
         tensors += (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
-    if not is_traced(h_fn) and select(impl, h_fn) == "triton":
-        plan = PLANS.get((replace, layout_of(tensors)))
-        if plan is not None and plan.launch(tensors):
-            return
+    found = PLANS.find(impl, replace, tensors)
+    if found is not None:
+        plan, addresses = found
+        plan.launch(*addresses)
+        return
     _check(h_in, h_fn, h_out, p_ref, counters)
     _check_ring("h_out", h_out, ring, scales)
     if encoder_fn is not None:
@@ -198,12 +199,12 @@ def _check_encoder(
         raise invalid("commit", must, (slots[0], devices[0]), (slots[1], devices[1]))
 
 
-def fp8_tile(width: int) -> tuple[int, int, int]:
+def fp8_tile(width: int, itemsize: int) -> tuple[int, int, int]:
     """Return rows and columns of a program's tile of whole tokens, and its warps."""
     columns = power_of_2(max(width, 16))
     rows = max(1, BLOCK // columns)
-    # 16 elements per thread: 16 bytes of codes
-    return rows, columns, min(max(rows * columns // 512, 4), 16)
+    # 16 elements per thread, 16 bytes of codes; of float32 half as many, or registers spill
+    return rows, columns, min(max(rows * columns // 512, 4) * (2 if itemsize == 4 else 1), 16)
 
 
 PLANS = Plans()
@@ -221,7 +222,7 @@ def _commit(
     given = [h_fn, h_out, ring, counters, p_ref, h_in]
     if encoder_fn is not None or scales is not None:
         given += [encoder_fn, encoder_out, encoder_ring, scales, encoder_scales]
-    layout = (replace, layout_of(given))
+    layout = layout_of(replace, given)
     h_in, h_fn, h_out = contiguous(h_in, h_fn, h_out)
     encoder_fn, encoder_out = contiguous(encoder_fn, encoder_out)
     plain = scales is None
@@ -248,7 +249,7 @@ def _fp8(h_fn, encoder_fn):
     """Return kernel, programs, sizes and warps for rings in fp8."""
     tokens, width = e4m3.tokens_and_width(h_fn)
     encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
-    rows, columns, warps = fp8_tile(max(width, encoder_width))
+    rows, columns, warps = fp8_tile(max(width, encoder_width), h_fn.itemsize)
     parts = cdiv(tokens, rows)
     tail = {"tokens": tokens, "width": width, "blocks": parts, "encoder_tokens": encoder_tokens}
     tail |= {"encoder_width": encoder_width, "NATIVE": e4m3.is_native(h_fn.device)}

@@ -76,15 +76,20 @@ def predict(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    if not is_traced(h) and select(impl, h) == "triton":
-        tensors: tuple[torch.Tensor | None, ...] = (h, ring, weights)
-        if encoder is not None or scales is not None:
-            tensors += (encoder, encoder_ring, encoder_weights, scales, encoder_scales)
-        plan = PLANS.get((replace, layout_of(tensors)))
-        if plan is not None:
-            out, encoder_out = _outputs(h, out, encoder, encoder_out)
-            if plan.launch((out, encoder_out, *tensors)):
-                return out, encoder_out
+    tensors: tuple[torch.Tensor | None, ...] = (h, ring, weights)
+    if encoder is not None or scales is not None:
+        tensors += (encoder, encoder_ring, encoder_weights, scales, encoder_scales)
+    found = PLANS.find(impl, replace, tensors)
+    if found is not None:
+        out = torch.empty_like(h) if out is None else _output("h", h, out)
+        address, encoder_address = out.data_ptr(), None
+        if encoder is not None:
+            encoder_out = _output("encoder", encoder, encoder_out)
+            encoder_address = encoder_out.data_ptr()
+        plan, addresses = found
+        if not (address | (encoder_address or 0)) & 15:
+            plan.launch(address, encoder_address, *addresses)
+            return out, encoder_out
     _check("h", h, ring, weights, scales)
     if encoder is not None:
         _check_encoder(h, ring, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
@@ -249,7 +254,7 @@ def _predict(
     given = [h, ring, weights]
     if encoder is not None or scales is not None:
         given += [encoder, encoder_ring, encoder_weights, scales, encoder_scales]
-    layout = (replace, layout_of(given))
+    layout = layout_of(replace, given)
     h, encoder = contiguous(h, encoder)
     if scales is None:
         kernel, parts, tail, warps = _plain(h, encoder, ring.shape[0])
@@ -282,7 +287,8 @@ def _fp8(h, encoder):
     tail = {"tokens": tokens, "width": width, "blocks": parts, "encoder_tokens": encoder_tokens}
     tail |= {"encoder_width": encoder_width, "NATIVE": e4m3.is_native(h.device)}
     tail |= {"ROWS": rows, "COLUMNS": columns}
-    return _predict_fp8_kernel, parts + encoder_parts, tail, 4
+    # of float32, 16 elements per thread spill
+    return _predict_fp8_kernel, parts + encoder_parts, tail, 8 if h.itemsize == 4 else 4
 
 
 class Stream(NamedTuple):

@@ -183,7 +183,7 @@ def fp8_variants():
     ):  # fmt: skip
         x, ring = f"*{dtype}", {"ring_ptr": "*u8", "scales_ptr": "*fp32"}
         form = f"{dtype}-{width}{'-encoder' * encoder}"
-        rows, columns, warps = commit.fp8_tile(width)
+        rows, columns, warps = commit.fp8_tile(width, 4 if dtype == "fp32" else 2)
         stream = {f"{name}_ptr": x for name in ("h_in", "h_fn", "h_out", "p_ref")} | ring
         extra = {f"encoder_{name}_ptr": x for name in ("fn", "out")}
         extra |= {f"encoder_{name}": kind for name, kind in ring.items()}
@@ -206,7 +206,7 @@ def fp8_variants():
                 predict._predict_fp8_kernel,
                 stream | sizes | (extra if encoder else {}),
                 {"K": slots, "REPLACE": False, "ROWS": rows, "COLUMNS": columns},
-                {"num_warps": 4, "enable_fp_fusion": True},
+                {"num_warps": 8 if dtype == "fp32" else 4, "enable_fp_fusion": True},
             )
 
 
