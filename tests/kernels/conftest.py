@@ -32,6 +32,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(autouse=True)
+def no_plans():
+    """Let no test follow a launch of another one, which may have had other blocks."""
+    yield
+    from dbcache.kernels.common.select import forget_plans  # not before the check above
+
+    forget_plans()
+
+
 @pytest.fixture(scope="session")
 def compiled(pytestconfig: pytest.Config) -> Callable[[str, str], list[dict]]:
     """Return a function of a script and a target: what its kernels look like, a row for each.

@@ -45,3 +45,18 @@ def test_amd_moves_vectors_of_16_bytes_too(compiled, target):
         loads, stores = moved(row["kernel"])  # by twice as many threads
         got = row["wide_loads"], row["wide_stores"]
         assert got == (loads // 2, stores // 2), row["kernel"]
+
+
+LIMITS = {
+    "fp8_pack-128-bf16": (85, 728),
+    "fp8_unpack-128-bf16": (32, 328),
+    "merge_attention-128-bf16": (32, 464),
+}
+"""Most registers and instructions on sm_90, of Triton 3.5, 3.6 and 3.9, as measured."""
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_kernels_take_no_more_registers_and_instructions_than_they_did(compiled, name):
+    (row,) = [row for row in compiled(SCRIPT, "cuda:90") if row["kernel"] == name]
+    got = row["registers"], row["instructions"]
+    assert all(x <= most for x, most in zip(got, LIMITS[name], strict=True)), got
