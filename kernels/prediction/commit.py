@@ -68,13 +68,12 @@ def commit(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    tensors = (h_fn, h_out, ring, counters, p_ref, h_in)
+    tensors: tuple[torch.Tensor | None, ...] = (h_fn, h_out, ring, counters, p_ref, h_in)
     if encoder_fn is not None or scales is not None:
         tensors += (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
     found = PLANS.find(impl, replace, tensors)
     if found is not None:
-        plan, addresses = found
-        plan.launch(*addresses)
+        found[0].launch(*found[1])
         return
     _check(h_in, h_fn, h_out, p_ref, counters)
     _check_ring("h_out", h_out, ring, scales)

@@ -7,6 +7,7 @@ writes out, so the kernel is bound by memory bandwidth. A ring may hold fp8 (`e4
 read in the same pass, with one scale per token.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from dbcache.kernels.common.e4m3 import decode
 from dbcache.kernels.common.lane_state import MAX_SLOTS
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.plans import Plans, layout_of
+from dbcache.kernels.common.plans import Plan, Plans, layout_of
 from dbcache.kernels.common.select import (
     DTYPES,
     Impl,
@@ -76,29 +77,36 @@ def predict(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    tensors: tuple[torch.Tensor | None, ...] = (h, ring, weights)
-    if encoder is not None or scales is not None:
-        tensors += (encoder, encoder_ring, encoder_weights, scales, encoder_scales)
-    found = PLANS.find(impl, replace, tensors)
+    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
+    is_simple = encoder is None and scales is None
+    found = PLANS.find(impl, replace, streams[:3] if is_simple else streams)
     if found is not None:
-        out = torch.empty_like(h) if out is None else _output("h", h, out)
-        address, encoder_address = out.data_ptr(), None
-        if encoder is not None:
-            encoder_out = _output("encoder", encoder, encoder_out)
-            encoder_address = encoder_out.data_ptr()
-        plan, addresses = found
-        if not (address | (encoder_address or 0)) & 15:
-            plan.launch(address, encoder_address, *addresses)
+        out, encoder_out = _outputs(h, out, encoder, encoder_out)
+        if _follow(*found, out, encoder_out):
             return out, encoder_out
     _check("h", h, ring, weights, scales)
     if encoder is not None:
         _check_encoder(h, ring, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
-    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
     if out is None and encoder_out is None and not is_traced(h) and select(impl, h) == "reference":
         return predict_reference(*streams, replace)
     out, encoder_out = _outputs(h, out, encoder, encoder_out)
     _predict(impl, out, encoder_out, *streams, replace)
     return out, encoder_out
+
+
+def _follow(
+    plan: Plan,
+    addresses: Sequence[int | None],
+    out: torch.Tensor,
+    encoder_out: torch.Tensor | None,
+) -> bool:
+    """Launch what `plan` says, if the outputs are aligned as those of the first launch were."""
+    address = out.data_ptr()
+    encoder_address = None if encoder_out is None else encoder_out.data_ptr()
+    if (address | (encoder_address or 0)) & 15:
+        return False
+    plan.launch(address, encoder_address, *addresses)
+    return True
 
 
 def _outputs(
