@@ -47,7 +47,7 @@ class Plan:
         grid: Sequence[int],
         count: int,
         tail: Sequence[Any],
-        scratch: Sequence[int],
+        scratch: Any,
     ) -> None:
         self.run, self.function = variant.run, variant.function
         self.metadata = variant.packed_metadata
@@ -116,7 +116,7 @@ class Plans(dict[Hashable, Plan]):
         grid: tuple[int, ...],
         args: Sequence[Any],
         tail: dict[str, Any],
-        scratch: tuple[int, ...] = (),
+        scratch: torch.Tensor | None = None,
         **options: Any,
     ) -> None:
         """Launch `kernel` through Triton, and keep the plan if later launches can follow it.
@@ -128,7 +128,7 @@ class Plans(dict[Hashable, Plan]):
             args: contiguous tensors, None for one that is missing, and numbers that Triton does not
                 specialise: what changes from call to call.
             tail: numbers and constexprs that follow from the layout, by name, in order.
-            scratch: shape of a tensor that the launch needs for itself.
+            scratch: a tensor like the one that each launch needs for itself.
             options: of Triton, such as `num_warps`.
         """
         variant = kernel[grid](*args, **tail, **options)

@@ -65,7 +65,7 @@ def probe_and_decide(
     found = PLANS.find(impl, by_token, (h_fn, p_ref, h_in, state.counters))
     if found is not None:
         plan, (h_fn_ptr, p_ref_ptr, h_in_ptr, _) = found
-        partials = torch.empty(plan.scratch, device=h_fn.device, dtype=torch.float32)
+        partials = torch.empty_like(plan.scratch)
         plan.launch(partials.data_ptr(), h_fn_ptr, p_ref_ptr, h_in_ptr, *state.arguments())
         return
     check_probe("probe_and_decide", h_in, h_fn, p_ref, by_token)
@@ -100,14 +100,13 @@ def _probe_and_decide(h_in, h_fn, p_ref, state, by_token):
     h_in, h_fn, p_ref = contiguous(h_in, h_fn, p_ref)
     batch, sums = h_fn.shape[0], 4 if by_token else 2
     per_program, programs = partition(h_fn.shape, by_token)
-    scratch = (batch, programs, sums)
-    partials = torch.empty(scratch, device=h_fn.device, dtype=torch.float32)
+    partials = torch.empty(batch, programs, sums, device=h_fn.device, dtype=torch.float32)
     launch = launch_of("probe_and_decide tokens" if by_token else "probe_and_decide", h_fn)
     tail = {"size": h_fn.numel() // batch, "per_program": per_program, "width": h_fn.shape[-1]}
     tail |= {"LOG_BLOCK": log2(BLOCK), "LOG_LANES": log2(MAX_LANES), "WIDTH": sums}
     PLANS.launch(
         layout, _probe_and_decide_kernel, (programs, batch),
-        (partials, h_fn, p_ref, h_in, *state.tensors(), state.capacity), tail, scratch,
+        (partials, h_fn, p_ref, h_in, *state.tensors(), state.capacity), tail, partials,
         num_warps=launch.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -81,9 +81,9 @@ def predict(
     is_simple = encoder is None and scales is None
     found = PLANS.find(impl, replace, streams[:3] if is_simple else streams)
     if found is not None:
-        out, encoder_out = _outputs(h, out, encoder, encoder_out)
-        if _follow(*found, out, encoder_out):
-            return out, encoder_out
+        outputs = _follow(*found, h, out, encoder, encoder_out)
+        if outputs is not None:
+            return outputs
     _check("h", h, ring, weights, scales)
     if encoder is not None:
         _check_encoder(h, ring, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
@@ -97,16 +97,22 @@ def predict(
 def _follow(
     plan: Plan,
     addresses: Sequence[int | None],
-    out: torch.Tensor,
+    h: torch.Tensor,
+    out: torch.Tensor | None,
+    encoder: torch.Tensor | None,
     encoder_out: torch.Tensor | None,
-) -> bool:
-    """Launch what `plan` says, if the outputs are aligned as those of the first launch were."""
-    address = out.data_ptr()
-    encoder_address = None if encoder_out is None else encoder_out.data_ptr()
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Launch what `plan` says and return the outputs, None if one is not aligned as at first."""
+    # what has a plan is contiguous
+    out = torch.empty_like(h) if out is None else _output("h", h, out)
+    address, encoder_address = out.data_ptr(), None
+    if encoder is not None:
+        encoder_out = _output("encoder", encoder, encoder_out)
+        encoder_address = encoder_out.data_ptr()
     if (address | (encoder_address or 0)) & 15:
-        return False
+        return None
     plan.launch(address, encoder_address, *addresses)
-    return True
+    return out, encoder_out
 
 
 def _outputs(

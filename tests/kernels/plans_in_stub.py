@@ -84,21 +84,18 @@ def calls():
 def main() -> None:
     launches = []
     Variant.run = lambda self, *args: launches.append(args)
-    own_empty, partials = torch.empty, {}
-
-    def empty(*shape, **options):  # the same partial sums for both launches
-        return partials.setdefault(str(shape), own_empty(*shape, **options))
+    own_like = torch.empty_like
 
     rows = []
     with stubbed_launches(), torch.no_grad():
         for name, call in calls():
-            torch.empty = empty
             call()
             first = launches.pop()
             plans = sum(map(len, ALL))
+            torch.empty_like = lambda x, **options: x  # the partial sums of the first launch
             call()
+            torch.empty_like = own_like
             again = launches.pop()
-            torch.empty = own_empty
             through = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in first]
             # grid, stream, function and metadata; then what Triton hands to hooks; then arguments
             same = through[:6] == list(again[:6]) and through[9:] == list(again[9:])
