@@ -111,7 +111,8 @@ class Plans(dict[Hashable, Plan]):
 
     def launch(
         self,
-        layout: Hashable,
+        flags: Hashable,
+        tensors: Sequence[torch.Tensor | None],
         kernel: Any,
         grid: tuple[int, ...],
         args: Sequence[Any],
@@ -122,7 +123,8 @@ class Plans(dict[Hashable, Plan]):
         """Launch `kernel` through Triton, and keep the plan if later launches can follow it.
 
         Args:
-            layout: `layout_of` what the op was called with.
+            flags: as of `find`.
+            tensors: as of `find`: those that the op was called with.
             kernel: takes `args` and `tail`, in this order.
             grid: number of programs.
             args: contiguous tensors, None for one that is missing, and numbers that Triton does not
@@ -133,13 +135,14 @@ class Plans(dict[Hashable, Plan]):
         """
         variant = kernel[grid](*args, **tail, **options)
         is_known = KNOWN[0] <= _VERSION < KNOWN[1] and isinstance(kernel, triton.JITFunction)
-        given = [x for x in args if isinstance(x, torch.Tensor)]
-        if is_known and not kernel.pre_run_hooks and not any(x.data_ptr() % 16 for x in given):
+        given = [x for x in (*tensors, *args) if isinstance(x, torch.Tensor)]
+        is_plain = all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in given)
+        if is_known and is_plain and not kernel.pre_run_hooks:
             rest = (len(args), tuple(tail.values()), scratch)
-            self[layout] = Plan(variant, given[0].get_device(), grid, *rest)
+            self[_layout_of(flags, tensors)] = Plan(variant, given[0].get_device(), grid, *rest)
 
 
-def layout_of(flags: Hashable, tensors: Sequence[torch.Tensor | None]) -> tuple[Hashable, ...]:
+def _layout_of(flags: Hashable, tensors: Sequence[torch.Tensor | None]) -> tuple[Hashable, ...]:
     """Return what `Plans.find` looks for: all but the addresses that checks and launches read."""
     layout: list[Hashable] = [flags]
     for x in tensors:

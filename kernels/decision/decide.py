@@ -38,6 +38,7 @@ from dbcache.kernels.common.lane_state import (
 )
 from dbcache.kernels.common.launches import contiguous
 from dbcache.kernels.common.op import op
+from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import Impl, invalid
 from dbcache.kernels.common.sums import MAX_PARTIALS, Partials, f32, lanes_for
 from dbcache.kernels.decision.step_signal import (
@@ -75,6 +76,10 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
             DYNAMIC and leaves it out of the traces).
     """
     counters = state.counters
+    found = LAUNCHES.find(impl, None, (counters, partials))
+    if found is not None:
+        found[0].launch(*state.arguments(), found[1][1])
+        return
     if partials is not None:
         if (
             partials.ndim != 3
@@ -87,6 +92,9 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
             must = f"partials must be float32 on {counters.device}"
             raise invalid("decide", must, partials.dtype, partials.device)
     _decide(impl, state, partials)
+
+
+LAUNCHES = Plans()
 
 
 def decide_reference(state: LaneState, partials: torch.Tensor | None) -> None:
@@ -210,9 +218,11 @@ def choose(
 def _decide(state, partials):
     samples, programs, width = (0, 0, 2) if partials is None else partials.shape
     log_lanes, warps = lanes_for(programs)
-    _decide_kernel[(1,)](
-        *state.tensors(), state.capacity, *contiguous(partials), samples, programs,
-        LOG_LANES=log_lanes, WIDTH=width, num_warps=warps, enable_fp_fusion=False,
+    tail = {"samples": samples, "programs": programs, "LOG_LANES": log_lanes, "WIDTH": width}
+    LAUNCHES.launch(
+        None, (state.counters, partials), _decide_kernel, (1,),
+        (*state.tensors(), state.capacity, *contiguous(partials)), tail,
+        num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from dbcache.kernels.common.lane_state import LANE, LaneState, State
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.plans import Plans, layout_of
+from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import Impl, invalid
 from dbcache.kernels.common.sums import MAX_LANES, Partials, log2, partition
 from dbcache.kernels.decision.decide import decide_once, decide_reference
@@ -62,7 +62,7 @@ def probe_and_decide(
         ValueError: shapes, dtypes or devices do not fit.
         RuntimeError: the state has no room for the step (reference only), as in `decide`.
     """
-    found = PLANS.find(impl, by_token, (h_fn, p_ref, h_in, state.counters))
+    found = LAUNCHES.find(impl, by_token, (h_fn, p_ref, h_in, state.counters))
     if found is not None:
         plan, (h_fn_ptr, p_ref_ptr, h_in_ptr, _) = found
         partials = torch.empty_like(plan.scratch)
@@ -87,7 +87,7 @@ def probe_and_decide_reference(
     decide_reference(state, probe_diff_reference(h_in, h_fn, p_ref, thresholds))
 
 
-PLANS = Plans()
+LAUNCHES = Plans()
 
 
 @op(
@@ -96,7 +96,7 @@ PLANS = Plans()
     mutates=("counters", "values", "trace_reason", "trace_diff"),
 )
 def _probe_and_decide(h_in, h_fn, p_ref, state, by_token):
-    layout = layout_of(by_token, (h_fn, p_ref, h_in, state.counters))
+    given = (h_fn, p_ref, h_in, state.counters)
     h_in, h_fn, p_ref = contiguous(h_in, h_fn, p_ref)
     batch, sums = h_fn.shape[0], 4 if by_token else 2
     per_program, programs = partition(h_fn.shape, by_token)
@@ -104,8 +104,8 @@ def _probe_and_decide(h_in, h_fn, p_ref, state, by_token):
     launch = launch_of("probe_and_decide tokens" if by_token else "probe_and_decide", h_fn)
     tail = {"size": h_fn.numel() // batch, "per_program": per_program, "width": h_fn.shape[-1]}
     tail |= {"LOG_BLOCK": log2(BLOCK), "LOG_LANES": log2(MAX_LANES), "WIDTH": sums}
-    PLANS.launch(
-        layout, _probe_and_decide_kernel, (programs, batch),
+    LAUNCHES.launch(
+        by_token, given, _probe_and_decide_kernel, (programs, batch),
         (partials, h_fn, p_ref, h_in, *state.tensors(), state.capacity), tail, partials,
         num_warps=launch.num_warps, enable_fp_fusion=False,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from dbcache.kernels.common.e4m3 import quantize_rows
 from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, NUM_COUNTERS, SLOT
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.plans import Plans, layout_of
+from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
 
@@ -71,7 +71,7 @@ def commit(
     tensors: tuple[torch.Tensor | None, ...] = (h_fn, h_out, ring, counters, p_ref, h_in)
     if encoder_fn is not None or scales is not None:
         tensors += (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
-    found = PLANS.find(impl, replace, tensors)
+    found = LAUNCHES.find(impl, replace, tensors)
     if found is not None:
         found[0].launch(*found[1])
         return
@@ -206,7 +206,7 @@ def fp8_tile(width: int, itemsize: int) -> tuple[int, int, int]:
     return rows, columns, min(max(rows * columns // 512, 4) * (2 if itemsize == 4 else 1), 16)
 
 
-PLANS = Plans()
+LAUNCHES = Plans()
 
 
 @op(
@@ -221,7 +221,6 @@ def _commit(
     given = [h_fn, h_out, ring, counters, p_ref, h_in]
     if encoder_fn is not None or scales is not None:
         given += [encoder_fn, encoder_out, encoder_ring, scales, encoder_scales]
-    layout = layout_of(replace, given)
     h_in, h_fn, h_out = contiguous(h_in, h_fn, h_out)
     encoder_fn, encoder_out = contiguous(encoder_fn, encoder_out)
     plain = scales is None
@@ -230,8 +229,8 @@ def _commit(
         encoder = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
         tensors = (h_fn, h_out, ring, counters, p_ref, h_in, *encoder)
         tail |= {"REPLACE": replace}
-        PLANS.launch(
-            layout, kernel, (parts,), tensors, tail, num_warps=warps, enable_fp_fusion=False
+        LAUNCHES.launch(
+            replace, given, kernel, (parts,), tensors, tail, num_warps=warps, enable_fp_fusion=False
         )
 
 

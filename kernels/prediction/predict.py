@@ -19,7 +19,7 @@ from dbcache.kernels.common.e4m3 import decode
 from dbcache.kernels.common.lane_state import MAX_SLOTS
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.plans import Plan, Plans, layout_of
+from dbcache.kernels.common.plans import Plan, Plans
 from dbcache.kernels.common.select import (
     DTYPES,
     Impl,
@@ -79,7 +79,7 @@ def predict(
     """
     streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
     is_simple = encoder is None and scales is None
-    found = PLANS.find(impl, replace, streams[:3] if is_simple else streams)
+    found = LAUNCHES.find(impl, replace, streams[:3] if is_simple else streams)
     if found is not None:
         outputs = _follow(*found, h, out, encoder, encoder_out)
         if outputs is not None:
@@ -257,7 +257,7 @@ def _predict_reference(
         encoder_out.copy_(encoder_predicted)
 
 
-PLANS = Plans()
+LAUNCHES = Plans()
 
 
 @op(_predict_reference, like="h", mutates=("out", "encoder_out"))
@@ -268,7 +268,6 @@ def _predict(
     given = [h, ring, weights]
     if encoder is not None or scales is not None:
         given += [encoder, encoder_ring, encoder_weights, scales, encoder_scales]
-    layout = layout_of(replace, given)
     h, encoder = contiguous(h, encoder)
     if scales is None:
         kernel, parts, tail, warps = _plain(h, encoder, ring.shape[0])
@@ -279,7 +278,9 @@ def _predict(
     tail |= {"K": ring.shape[0], "REPLACE": replace}
     streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
     tensors = (out, encoder_out, *streams)
-    PLANS.launch(layout, kernel, (parts,), tensors, tail, num_warps=warps, enable_fp_fusion=True)
+    LAUNCHES.launch(
+        replace, given, kernel, (parts,), tensors, tail, num_warps=warps, enable_fp_fusion=True
+    )
 
 
 def _plain(h, encoder, slots):

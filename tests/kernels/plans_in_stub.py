@@ -10,14 +10,16 @@ import torch
 from bench.stub_triton import Variant, stubbed_launches
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.kernels.common.select import forget_plans
-from dbcache.kernels.decision.probe_and_decide import PLANS as PROBE_PLANS
+from dbcache.kernels.decision.decide import LAUNCHES as DECIDE_PLANS
+from dbcache.kernels.decision.decide import decide
+from dbcache.kernels.decision.probe_and_decide import LAUNCHES as PROBE_PLANS
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
-from dbcache.kernels.prediction.commit import PLANS as COMMIT_PLANS
+from dbcache.kernels.prediction.commit import LAUNCHES as COMMIT_PLANS
 from dbcache.kernels.prediction.commit import commit
-from dbcache.kernels.prediction.predict import PLANS as PREDICT_PLANS
+from dbcache.kernels.prediction.predict import LAUNCHES as PREDICT_PLANS
 from dbcache.kernels.prediction.predict import predict
 
-ALL = (PROBE_PLANS, COMMIT_PLANS, PREDICT_PLANS)
+ALL = (DECIDE_PLANS, PROBE_PLANS, COMMIT_PLANS, PREDICT_PLANS)
 TOKENS, WIDTH, SLOTS = 24, 64, 2
 
 
@@ -37,6 +39,9 @@ def calls():
     out, second_out = torch.empty_like(h), torch.empty_like(encoder)
     given = {"out": out, "encoder_out": second_out}
     second = (encoder, encoder_out)
+    partials = torch.ones(1, 3, 2)
+    yield "decide", lambda: decide(state, None)
+    yield "decide measured", lambda: decide(state, partials)
     for by_token in (False, True):
         for start in (h_in, None):
             name = f"probe_and_decide {by_token} {start is None}"
@@ -124,6 +129,7 @@ def others() -> dict[str, bool]:
         found["unaligned"] = isinstance(launches[-1][9 + 2], torch.Tensor)
         transposed = bf16(1, WIDTH, TOKENS).mT
         predict(transposed, ring, state.weights)
+        predict(transposed, ring, state.weights)  # launched on a copy, so there is no plan
         found["transposed"] = isinstance(launches[-1][9 + 2], torch.Tensor)
         try:
             predict(h, ring, state.weights.double())
