@@ -193,15 +193,16 @@ def shown(
     for block_list in lists:
         own, name = block_list.shown_in()
         row = rows[block_list.place]
-        view = BlocksView(block_list.owner._modules[block_list.name], block_list.place)
+        holder: Any = block_list.owner._modules[block_list.name]
+        view = BlocksView(holder, block_list.place)
         if block_list.dict_owner is None:
             over[id(own), name] = own, name, row, view
         else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
             modules = block_list.owner._modules
             whole = over.setdefault((id(own), name), (own, name, dict(modules), dict(modules)))
             whole[2][block_list.name], whole[3][block_list.name] = row, view
-        holder = block_list.dict_owner or block_list.owner
-        if holder is not model:
-            plain = _PlainState(holder)
+        module = block_list.dict_owner or block_list.owner
+        if module is not model:
+            plain = _PlainState(module)
             over[id(own), "__getstate__"] = own, "__getstate__", plain, plain
     return Shown(rows, list(over.values()))

@@ -312,12 +312,8 @@ class CachedTransformer:
             return request
         # else the request of this thread or task that nobody started
         place = PLACE.get()
-        if (
-            place is None
-            or place.task is not None
-            or place.thread() is not current_thread()
-            or asyncio._get_running_loop() is not None
-        ):
+        is_here = place is not None and place.task is None and place.thread() is current_thread()
+        if place is None or not is_here or asyncio._get_running_loop() is not None:
             place = current_place()
         request, setup = self._implicit.get(place), self.enabled.alone
         if request is None and setup is not None:

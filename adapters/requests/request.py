@@ -290,7 +290,7 @@ class Request:
         if not self.branches.is_active or (
             name is None and self.config.enable_separate_cfg is not None
         ):
-            branch = self._by_parity(name)
+            branch = self._by_parity(name) if self.setup.separate_cfg else name
         else:
             condition = self.setup.condition_of(args, kwargs)
             if not isinstance(condition, torch.Tensor):
@@ -359,7 +359,8 @@ class Request:
         setup, lanes, shown = self.setup, self.lane_set, self.setup.shown
         assert lanes is not None
         for block_list in setup.lists:  # blocks may have been exchanged since
-            if [*block_list.owner._modules[block_list.name]._modules.values()] != block_list.seen:
+            holder: Any = block_list.owner._modules[block_list.name]
+            if [*holder._modules.values()] != block_list.seen:
                 shown = setup.take_up_blocks()
         for stack, entries in zip(setup.stacks, setup.entries, strict=True):
             if stack.entries is not entries:

@@ -67,7 +67,8 @@ class Step:
     def begin(self, h_in: torch.Tensor) -> None:
         """Keep what the first block is given."""
         stack, run = self.stack, self.run
-        if not isinstance(h_in, torch.Tensor):
+        is_tensor = isinstance(h_in, torch.Tensor)
+        if not is_tensor:
             check_stream(stack.name, h_in)
         if run.sharding is not None:
             h_in = run.sharding.split_input(f"{stack.lists[0].path}.0", h_in)
