@@ -168,7 +168,10 @@ def test_pipelines_in_threads_take_turns_with_recorded_steps(mode):
     for pipe in pipes:
         dbcache.enable(pipe, **CACHED, cuda_graph=mode)
     got = in_threads(
-        [lambda p=p, s=s: [tiny.generate(p, 7, seed=s) for _ in range(2)] for s, p in enumerate(pipes)]
+        [
+            lambda p=p, s=s: [tiny.generate(p, 7, seed=s) for _ in range(2)]
+            for s, p in enumerate(pipes)
+        ]
     )
     for own, image in zip(got, images, strict=True):
         assert all(same(one, image) for one in own)

@@ -1,5 +1,7 @@
 """Pipelines in threads that share their transformers: each image as if it were alone."""
 
+import functools
+
 import pytest
 import tiny
 from together import decisions, in_threads, same, siblings
@@ -36,6 +38,7 @@ def image(pipe, number):
     return tiny.generate(pipe, 7 + number % 3, guided=number != 3, seed=10 + number)
 
 
+@functools.cache
 def alone(case):
     """Return the images of a pipeline that nothing else shares; some of their steps are cached."""
     name, config, calibrator = CASES[case]
