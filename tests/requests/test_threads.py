@@ -1,6 +1,7 @@
 """Pipelines in threads that share their transformers: each image as if it were alone."""
 
 import functools
+import time
 
 import pytest
 import tiny
@@ -8,6 +9,7 @@ from together import decisions, in_threads, same, siblings
 
 import dbcache
 from dbcache import DBCacheConfig, DBPruneConfig, TaylorSeerCalibratorConfig
+from dbcache.adapters.requests.cached_transformer import CachedTransformer
 
 THREADS = 4
 ALWAYS = {"Fn_compute_blocks": 1, "max_warmup_steps": 2}
@@ -67,7 +69,9 @@ def test_images_in_four_threads_are_those_of_requests_alone(case, rounds):
     assert "_dbcache" not in pipes[0].transformer.__dict__
 
 
-@ROUNDS
+@pytest.mark.parametrize(
+    "rounds", [1, pytest.param(20, marks=pytest.mark.slow)], ids=["short", "long"]
+)
 @pytest.mark.filterwarnings("ignore:.*outside of a call of the pipeline")
 @pytest.mark.parametrize("case", CASES)
 def test_pipelines_that_were_never_enabled_stay_plain_beside_one_that_was(case, rounds):
@@ -110,3 +114,21 @@ def test_each_pipeline_goes_by_its_own_options(rounds):
 
     got = in_threads([lambda n=n: work(n) for n in range(THREADS)])
     assert got == [[(True, True)] * rounds] * THREADS
+
+
+def test_pipelines_that_wait_for_each_others_transformers_do_not_wait_for_ever(monkeypatch):
+    one, two = siblings(tiny.pipeline("wan2.2"), 2)
+    two.transformer, two.transformer_2 = one.transformer_2, one.transformer
+    for pipe in (one, two):
+        dbcache.enable(pipe, **ALWAYS, max_requests=1)
+    expected = [tiny.generate(pipe, 4) for pipe in (one, two)]
+    enter = CachedTransformer.open
+
+    def slowly(self, *args, **kwargs):
+        request = enter(self, *args, **kwargs)
+        time.sleep(0.05)
+        return request
+
+    monkeypatch.setattr(CachedTransformer, "open", slowly)
+    got = in_threads([lambda p=p: tiny.generate(p, 4) for p in (one, two)])
+    assert all(map(same, got, expected))

@@ -41,12 +41,12 @@ class Case:
     def __init__(self, name):
         self.name = name
         if name == "alone":
-            self.target = self.model = tiny.flux(double=3, single=1)
+            self.target = self.model = tiny.flux(double=3, single=3)
             self.holders = []
         else:
             pipe = tiny.pipeline("wan2.2" if name == "two" else "flux")
             if name != "two":
-                pipe.register_modules(transformer=tiny.flux(double=3, single=1))
+                pipe.register_modules(transformer=tiny.flux(double=3, single=3))
             self.target, self.model, self.holders = pipe, pipe.transformer, [pipe, pipe.scheduler]
         if name == "adapter":
             blocks = [self.model.transformer_blocks, self.model.single_transformer_blocks]
