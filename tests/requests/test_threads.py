@@ -2,9 +2,13 @@
 
 import functools
 import time
+from contextlib import nullcontext
 
+import inside
 import pytest
 import tiny
+import torch
+from graph_runs import Step
 from together import decisions, in_threads, same, siblings
 
 import dbcache
@@ -132,3 +136,56 @@ def test_pipelines_that_wait_for_each_others_transformers_do_not_wait_for_ever(m
     monkeypatch.setattr(CachedTransformer, "open", slowly)
     got = in_threads([lambda p=p: tiny.generate(p, 4) for p in (one, two)])
     assert all(map(same, got, expected))
+
+
+class Unnamed(torch.nn.Module):
+    """A block whose source does not tell which parameter is the stream."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.inner = Step(seed)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Chain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Unnamed(seed) for seed in range(6))
+
+    def forward(self, hidden_states, timestep=None):
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_started", [False, True])
+def test_blocks_may_be_learned_by_several_threads_at_once(is_started):
+    def chain():
+        options = ALWAYS | {"residual_diff_threshold": 0.5}
+        return dbcache.enable(dbcache.BlockAdapter(transformer=Chain(), auto=True), **options)
+
+    def image(adapter, seed):
+        model, x, outputs = adapter.transformer, tiny.noise(1, 8, 4, seed=seed), []
+        request = nullcontext()
+        if is_started:
+            request = dbcache.start_request(model, num_inference_steps=6)
+        with torch.no_grad(), request:
+            for step in range(6):
+                x = model(x, timestep=1 - step / 6)
+                outputs.append(x)
+        return outputs
+
+    expected = []
+    for seed in range(THREADS):
+        adapter = chain()
+        expected.append(image(adapter, seed))
+    if not is_started:
+        assert "c" in decisions(adapter.transformer)[0]
+    for _ in range(15):
+        adapter = chain()
+        got = in_threads([lambda s=seed, a=adapter: image(a, s) for seed in range(THREADS)])
+        assert all(map(same, got, expected))
+        assert len(inside.handle(adapter.transformer).setup.stacks) == 1
