@@ -89,7 +89,10 @@ class PipelineCall:
             if not request.shares_steps:
                 request.planned_steps = self._planned_steps
             self._handles.append(handle)
-            self.requests[id(handle.module)] = handle.open(request, waits=True)
+            self.requests[id(handle.module)] = request
+        # in one order for all pipelines: else two could wait for each other
+        for handle in sorted(self._handles, key=id):
+            handle.open(self.requests[id(handle.module)], waits=True)
         self.pipeline._open.append(self)
 
     def _planned_steps(self) -> tuple[int | None, int | None]:

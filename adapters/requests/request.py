@@ -346,6 +346,8 @@ class Request:
         setup = self.setup
         if not setup.stacks:
             return self._learn(args, kwargs)
+        if self.lane_set is None or not self.lane_set.runs:  # another request learned the stacks
+            self._take_lanes_anew(args, kwargs)
         cutter = self._user_capture() if is_capturing() else None
         # a branch whose calls leave blocks out has no step that could be recorded
         if setup.graphs is not None and cutter is None and self.branch not in setup.partial:
@@ -415,14 +417,20 @@ class Request:
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward that tells what the blocks take and return; it counts as a full step."""
         output = self.setup.learn(args, kwargs)
-        self.lane_set = None
-        lanes = self._take_lanes(args, kwargs)
+        lanes = self._take_lanes_anew(args, kwargs)
         device = next(self.module.parameters(), torch.empty(0)).device
         forward = Forward({}, None, lanes, self.branch)
-        for run, step in zip(lanes.runs, forward.steps, strict=True):
-            run.plan(*self.num_steps())
+        for step in forward.steps:
             step.count_full(device)
         return output
+
+    def _take_lanes_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
+        """Return lanes for stacks that have become known since the request began."""
+        self.lane_set = None
+        lanes = self._take_lanes(args, kwargs)
+        for run in lanes.runs:
+            run.plan(*self.num_steps())
+        return lanes
 
     def _take_lanes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
         """Return the lanes of this request, taken from those of closed ones or made."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -81,6 +82,8 @@ class Setup:
         self.original: Any = None
         self.partial: set[str | None] = set()
         self.lanes = LanePool()
+        self._learning = threading.RLock()
+        self._origin: Setup | None = None
         self._set_stacks(self._make_stacks())
 
     def _make_stacks(self) -> list[BlockStack]:
@@ -112,16 +115,17 @@ class Setup:
                 )
 
     def _set_stacks(self, stacks: list[BlockStack]) -> None:
-        self.stacks = stacks
         self.lists = [block_list for stack in stacks for block_list in stack.lists]
-        self.take_up_blocks()
+        self._show(stacks)
+        self.stacks = stacks  # last: a request in another thread may wait for them
 
     def take_lanes(self, shape: object) -> LaneSet:
         """Return lanes for a request whose latents have the given shape."""
-        return self.lanes.take(self.stacks, shape, self._make_lanes)
+        stacks = self.stacks  # another thread may learn them meanwhile
+        return self.lanes.take(stacks, shape, lambda: self._make_lanes(stacks))
 
-    def _make_lanes(self) -> LaneSet:
-        lanes = LaneSet([StackRun(stack) for stack in self.stacks])
+    def _make_lanes(self, stacks: Sequence[BlockStack]) -> LaneSet:
+        lanes = LaneSet([StackRun(stack) for stack in stacks])
         if self._records:
             for run in lanes.runs:
                 run.shared.by_device = True
@@ -135,21 +139,30 @@ class Setup:
                 for block_list in stack.lists
             ):
                 stack.take_up_blocks()
-        showing = [stack for stack in self.stacks if stack.entries]
+        return self._show(self.stacks)
+
+    def _show(self, stacks: Sequence[BlockStack]) -> Shown:
+        showing = [stack for stack in stacks if stack.entries]
         lists = [block_list for stack in showing for block_list in stack.lists]
         rows = [row for stack in showing for row in stack.entries]
-        self.entries = [stack.entries for stack in self.stacks]
+        self.entries = [stack.entries for stack in stacks]
         self.shown = shown(lists, rows, self.module)
         return self.shown
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward that tells what the blocks take and return; return its output."""
-        output, stacks = learn(self.spec, self.views, self.original, args, kwargs)
-        pairs = zip(stacks, self.modifiers, strict=True)
-        self.modifiers = [modifier for stack, modifier in pairs if stack is not None]
-        kept = tuple(stack for stack in stacks if stack is not None)
-        self.spec = dataclasses.replace(self.spec, stacks=kept)
-        self._set_stacks(self._make_stacks())
+        with self._learning:
+            if self.stacks:  # another request has learned them meanwhile
+                return self.original(*args, **kwargs)
+            output, stacks = learn(self.spec, self.views, self.original, args, kwargs)
+            pairs = zip(stacks, self.modifiers, strict=True)
+            self.modifiers = [modifier for stack, modifier in pairs if stack is not None]
+            kept = tuple(stack for stack in stacks if stack is not None)
+            self.spec = dataclasses.replace(self.spec, stacks=kept)
+            self._set_stacks(self._make_stacks())
+            if self._origin is not None and not self._origin.stacks:
+                self._origin.spec, self._origin.modifiers = self.spec, self.modifiers
+                self._origin._set_stacks(self._origin._make_stacks())
         return output
 
     def bind(self, views: Any, original: Any) -> None:
@@ -184,7 +197,7 @@ class Setup:
                 return self
             if _without_steps(config) == _without_steps(self.config):
                 twin = copy.copy(self)
-                twin.base, twin.config = base, config
+                twin.base, twin.config, twin._origin = base, config, self
                 return twin
         renewed = Setup(
             self.spec,

@@ -28,7 +28,7 @@ AFTERWARDS = dict(zip(CHANGES, (OTHER, DEEPER, OTHER, None, DEEPER), strict=True
 
 
 def names_of(model):
-    """Return the names of a model's attributes, without the one that a pipeline of diffusers adds."""
+    """Return the names of a model's attributes, without the one that diffusers' pipelines add."""
     return set(vars(model)) - {"_diffusers_hook"}
 
 

@@ -62,17 +62,18 @@ def alone():
     return runs
 
 
-def take_turns(loops):
-    """Take steps of loops, by name, in turn; return all outputs of each; new ones may join."""
+def take_turns(loops, join=lambda: None):
+    """Take steps of loops, by name, in turn; return all outputs of each; `join` may add loops."""
     outputs = {name: [] for name in loops}
     while loops:
+        join()
         for name, loop in list(loops.items()):
             step = next(loop, None)
             if step is None:
                 del loops[name]
             else:
                 outputs.setdefault(name, []).extend(step)
-        yield outputs
+    return outputs
 
 
 def test_eight_different_requests_in_turn_are_each_as_if_alone(alone):
@@ -80,11 +81,14 @@ def test_eight_different_requests_in_turn_are_each_as_if_alone(alone):
     requests, loops = {}, {}
     for number in range(4):
         requests[number], loops[number] = begin(model, number)
-    rounds = take_turns(loops)
-    outputs = {}
-    for turn, outputs in enumerate(rounds):
-        if turn < 4:  # the others join late
-            requests[4 + turn], loops[4 + turn] = begin(model, 4 + turn)
+    late = iter(range(4, len(REQUESTS)))
+
+    def join():
+        number = next(late, None)
+        if number is not None:
+            requests[number], loops[number] = begin(model, number)
+
+    outputs = take_turns(loops, join)
     assert len(outputs) == len(REQUESTS)
     for number, request in requests.items():
         assert same(outputs[number], alone[number][0])
@@ -138,7 +142,7 @@ def test_an_abandoned_request_is_freed_and_the_others_go_on(alone):
     other.close()
 
 
-class Mishap(Exception):
+class MishapError(Exception):
     pass
 
 
@@ -150,13 +154,13 @@ def test_a_request_that_raises_inside_a_forward_disturbs_no_other(alone):
     next(loop)
 
     def fail(*_):
-        raise Mishap
+        raise MishapError
 
     for block in (model.transformer_blocks[0], model.transformer_blocks[2], model.norm_out):
         hook = block.register_forward_hook(fail)
-        with pytest.raises(Mishap), torch.no_grad(), request:
-            x = tiny.noise(2, 16, 16, seed=1)
-            model(**FLUX.arguments(x, 0.9, "cond"))
+        arguments = FLUX.arguments(tiny.noise(2, 16, 16, seed=1), 0.9, "cond")
+        with pytest.raises(MishapError), torch.no_grad(), request:
+            model(**arguments)
         hook.remove()
     assert "transformer_blocks" not in model.__dict__
     for number, loop in loops.items():
@@ -171,7 +175,7 @@ def test_a_step_that_raised_before_its_decision_may_be_tried_again(alone):
     def fail(*_):
         if len(mishaps) % 2 == 0:
             mishaps.append(1)
-            raise Mishap
+            raise MishapError
         mishaps.append(0)
 
     model.transformer_blocks[0].register_forward_hook(fail)
@@ -181,7 +185,7 @@ def test_a_step_that_raised_before_its_decision_may_be_tried_again(alone):
             try:
                 with torch.no_grad(), request:
                     out = model(**FLUX.arguments(x, 1.0 - step / 9, "cond"))[0]
-            except Mishap:
+            except MishapError:
                 continue
         got.append(out)
         x = x - out / 9
@@ -197,9 +201,7 @@ def test_branches_have_lanes_of_their_own():
     def loop(request, order):
         return euler(model, 8, seed=3, branches=order, inside=request.branch)
 
-    outputs = {}
-    for outputs in take_turns({0: loop(request, ("cond", "uncond")), 1: loop(other, ("cond",))}):
-        pass
+    outputs = take_turns({0: loop(request, ("cond", "uncond")), 1: loop(other, ("cond",))})
     lanes = {lane.branch: lane for lane in request.summary().lanes}
     assert lanes.keys() == {"cond", "uncond"}
     assert all(lane.steps == 8 and lane.cached_steps for lane in lanes.values())
@@ -288,7 +290,7 @@ def test_what_is_not_enabled_or_closed_or_too_much_is_an_error():
         dbcache.start_request(model)
     dbcache.enable(model, max_requests=2, **ENABLED)
     one, two = dbcache.start_request(model), dbcache.start_request(model)
-    with pytest.raises(RuntimeError, match="2 requests open at once.*max_requests"):
+    with pytest.raises(RuntimeError, match=r"2 requests open at once.*max_requests"):
         dbcache.start_request(model)
     one.close()
     one.close()

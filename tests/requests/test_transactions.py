@@ -12,8 +12,11 @@ from together import euler, flat, same
 import dbcache
 from dbcache import BlockAdapter, ForwardPattern
 
-STRIDE = 20
-"""An exception comes at every so-manieth line, shifted from test to test."""
+CHANGING = ("adapters/patching", "adapters/requests", "dbcache/api.py")
+"""Files whose lines can leave something half done; others make values."""
+
+LOOKING = ("_same", "changes", "_members", "_classes", "<genexpr>", "<listcomp>", "<dictcomp>")
+"""Functions in them that only look, thousands of times."""
 
 BEFORE = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.3}
 AFTER = BEFORE | {"Fn_compute_blocks": 2}
@@ -38,10 +41,12 @@ class Case:
     def __init__(self, name):
         self.name = name
         if name == "alone":
-            self.target = self.model = tiny.flux()
+            self.target = self.model = tiny.flux(double=3, single=3)
             self.holders = []
         else:
             pipe = tiny.pipeline("wan2.2" if name == "two" else "flux")
+            if name != "two":
+                pipe.register_modules(transformer=tiny.flux(double=3, single=3))
             self.target, self.model, self.holders = pipe, pipe.transformer, [pipe, pipe.scheduler]
         if name == "adapter":
             blocks = [self.model.transformer_blocks, self.model.single_transformer_blocks]
@@ -92,12 +97,13 @@ def differences(now, before):
 
 
 def interrupted(action, line):
-    """Run `action`; raise KeyboardInterrupt at the given line of the package; say whether so."""
+    """Run `action`; raise KeyboardInterrupt at the given of its line events; say whether so."""
     count = 0
 
     def trace(frame, event, _):
         nonlocal count
-        if "dbcache" not in frame.f_globals.get("__name__", ""):
+        code = frame.f_code
+        if code.co_name in LOOKING or not any(part in code.co_filename for part in CHANGING):
             return None
         if event == "line":
             count += 1
@@ -126,12 +132,16 @@ ACTIONS = {
 
 @pytest.mark.parametrize("name", ["pipeline", "two", "alone", "adapter"])
 @pytest.mark.parametrize("action", ACTIONS)
-@pytest.mark.parametrize("offset", [1, 7, pytest.param(14, marks=pytest.mark.slow)])
-def test_an_interrupt_leaves_all_on_or_all_as_before(name, action, offset):
+@pytest.mark.parametrize(
+    ("first", "stride"),
+    [(1, 20), (8, 20), (15, 20), pytest.param(2, 3, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_an_interrupt_leaves_all_on_or_all_as_before(name, action, first, stride):
     given, act = ACTIONS[action]
     case = Case(name)
     plain, trace = case.run(), case.trace()
-    line, met = offset, 0
+    line, met = first, 0
     while True:
         if given is not None:
             dbcache.enable(case.target, **given)
@@ -146,13 +156,15 @@ def test_an_interrupt_leaves_all_on_or_all_as_before(name, action, offset):
             assert after in (before, [None] * len(after), [1] * len(after), [2] * len(after)), where
             if after[0] is None:
                 assert not differences(case.trace(), trace), where
-            elif met % 10 == 0:
-                case.run()
+            else:
+                assert all("forward" in vars(model) for model in case.models), where
+                if met % 10 == 0:
+                    case.run()
         dbcache.disable(case.target)
         assert case.state() == [None] * len(case.models)
         assert not differences(case.trace(), trace), f"{action} of {name}, line event {line}"
         if not was_interrupted:
             break
-        line, met = line + STRIDE, met + 1
-    assert met > 3
+        line, met = line + stride, met + 1
+    assert met >= 3
     assert same(case.run(), plain)
