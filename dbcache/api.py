@@ -14,14 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from dbcache.adapters.blocks.block_adapter import BlockAdapter, like_blocks
-from dbcache.adapters.blocks.registry import BlockAdapterRegistry
-from dbcache.adapters.blocks.signature import unwrap
-from dbcache.adapters.blocks.spec import TransformerSpec
+from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.models.lookup import find_specs
 from dbcache.adapters.models.matrix import matrix
 from dbcache.adapters.models.table import MODELS
 from dbcache.adapters.patching.patch_functor import on_trial
+from dbcache.adapters.requests import overview
 from dbcache.adapters.requests.cached_pipeline import CachedPipeline
 from dbcache.adapters.requests.cached_transformer import MAX_REQUESTS, CachedTransformer, handle_of
 from dbcache.adapters.requests.record import RequestRecord
@@ -43,8 +41,15 @@ from dbcache.config.options import (
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.config.predictors import CalibratorConfig
 from dbcache.graphs.graph import GraphOptions, Recording
-from dbcache.lanes.sharding import Sharding
 from dbcache.report import Summary
+from dbcache.targets import (
+    enabled,
+    enabled_or_none,
+    modifiers_of,
+    parts,
+    resolve,
+    shardings_of,
+)
 
 Target = TypeVar("Target")
 LOGGER = log.getLogger("dbcache")
@@ -106,17 +111,31 @@ def enable(
     partial, calibrator = _from_options("enable", options, cache_config, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
-    graph_options = GraphOptions.of(cuda_graph)
-    pipe, adapter = _resolve(target)
-    handles = _enabled_or_none(target)
+    graphs = GraphOptions.of(cuda_graph)
+    pipe, adapter = resolve(target)
+    handles = enabled_or_none(target)
     is_spread = any(handle.setup.sharding is not None for handle in handles)
     if is_spread or (handles and parallelism_config is not None):
         disable(pipe if pipe is not None else target)  # what is spread cannot be checked
+    setups = _setups(target, adapter, settings, params_modifiers, parallelism_config, graphs)
+    switch_on(pipe, setups, max_requests)
+    return target
+
+
+def _setups(
+    target: object,
+    adapter: BlockAdapter | None,
+    settings: StackSettings,
+    params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None,
+    parallelism_config: ParallelismConfig | None,
+    graph_options: GraphOptions | None,
+) -> list[Setup]:
+    """Return the setup of each transformer of `target`, checked; nothing is changed."""
     functor = adapter.patch_functor if adapter is not None else None
     modules = adapter.transformers() if adapter is not None else []
     with on_trial(functor, modules, [h for m in modules if (h := handle_of(m))]) as patches:
         specs = adapter.specs() if adapter is not None else find_specs(target)
-        shardings = _shardings(specs, parallelism_config, pipe)
+        shardings = shardings_of(specs, parallelism_config, resolve(target)[0])
         setups = [
             Setup(
                 spec,
@@ -128,14 +147,13 @@ def enable(
             )
             for spec, modifiers, sharding, patch in zip(
                 specs,
-                _modifiers(specs, params_modifiers),
+                modifiers_of(specs, params_modifiers),
                 shardings,
                 patches or [None] * len(specs),
                 strict=True,
             )
         ]
-    switch_on(pipe, setups, max_requests)
-    return target
+    return setups
 
 
 def disable(target: Target) -> Target:
@@ -146,7 +164,7 @@ def disable(target: Target) -> Target:
     Args:
         target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
     """
-    switch_off([part for part in _parts(target) if handle_of(part) is not None])
+    switch_off([part for part in parts(target) if handle_of(part) is not None])
     return target
 
 
@@ -173,7 +191,7 @@ def start_request(
         RuntimeError: the cache is not enabled on it, or `max_requests` are open.
         TypeError, ValueError: as `enable`, or an option that needs other blocks or buffers.
     """
-    handles = _enabled(target, "start_request")
+    handles = enabled(target, "start_request")
     changes = _changes("start_request", handles, cache_config, calibrator_config, options)
     pairs: list[tuple[CachedTransformer, Request]] = []
     try:
@@ -182,7 +200,7 @@ def start_request(
             setup.check_options(handle.setup)
             setup.bind(handle.views, handle.original)
             request = Request(setup, steps=setup.config.num_inference_steps, follows=True)
-            request.follow(tells_steps=False, by_time=True)
+            request.clock.follow(tells_steps=False, by_time=True)
             pairs.append((handle, handle.open(request, waits=False)))
     except BaseException:
         for handle, request in pairs:
@@ -197,7 +215,7 @@ def is_enabled(target: object) -> bool:
     Args:
         target: a pipeline, a transformer or a `BlockAdapter`.
     """
-    return bool(_enabled_or_none(target))
+    return bool(enabled_or_none(target))
 
 
 def summary(target: object, details: bool = False, logging: bool = True) -> Summary:
@@ -213,17 +231,17 @@ def summary(target: object, details: bool = False, logging: bool = True) -> Summ
     """
     check_flag("summary: details", details)
     check_flag("summary: logging", logging)
-    handles = _enabled(target, "summary")
+    handles = enabled(target, "summary")
     pipeline = next(
-        (h for part in _parts(target) if isinstance(h := handle_of(part), CachedPipeline)), None
+        (h for part in parts(target) if isinstance(h := handle_of(part), CachedPipeline)), None
     )
     records = [] if pipeline is None else pipeline.shown()
     if not records:
-        records = [record for handle in handles if (record := handle.shown()) is not None]
+        records = [record for handle in handles if (record := overview.shown(handle)) is not None]
     totals: Counter[str] = Counter()
     for handle in handles:
         totals.update(handle.totals.read())
-    notes = [note for handle in handles for note in handle.notes()]
+    notes = [note for handle in handles for note in overview.notes(handle)]
     found = _summary(records, notes, details, handles, dict(totals))
     if logging:
         LOGGER.info("%s", found)
@@ -249,7 +267,7 @@ def _summary(
         [*notes, *(note for record in records for note in record.notes)],
         details,
         totals or {},
-        sum(handle.nbytes() for handle in handles),
+        sum(overview.nbytes(handle) for handle in handles),
     )
 
 
@@ -272,7 +290,7 @@ def strify(target: object) -> str:
     Raises:
         RuntimeError: the cache is not enabled on it.
     """
-    setup = _enabled(target, "strify")[0].setup
+    setup = enabled(target, "strify")[0].setup
     parts = [setup.config.strify(), setup.base.predictor.strify()]
     lanes = summary(target, logging=False).lanes
     if lanes:
@@ -303,7 +321,7 @@ def refresh_context(
         TypeError, ValueError: as `enable`; nothing is changed then.
     """
     check_flag("refresh_context: verbose", verbose)
-    handles = _enabled(target, "refresh_context")
+    handles = enabled(target, "refresh_context")
     changes = _changes("refresh_context", handles, cache_config, calibrator_config, options)
     renewed = [handle.setup.renewed(changes) for handle in handles]
     replace_setups(handles, renewed)
@@ -370,13 +388,13 @@ def calibrate(
     reject_unknown("calibrate", options, OF_REQUESTS)
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"calibrate: the folder of path must exist, got {path}; make it")
-    if any(handle_of(part) is not None for part in _parts(target)):
+    if any(handle_of(part) is not None for part in parts(target)):
         raise RuntimeError("calibrate: the cache must be off, got an enabled one; disable it first")
     all_full = {"max_warmup_steps": 10**9, "calibration": OPEN}
     enable(target, **{**options, **all_full, "policy": policy})
     content: dict[str, Any] = {}
     try:
-        stacks = [handle.setup.stacks for handle in _enabled(target, "calibrate")]
+        stacks = [handle.setup.stacks for handle in enabled(target, "calibrate")]
         recorders = record(stacks, policy)
         yield content
         content.update(calibration_of(policy, recorders))
@@ -405,7 +423,7 @@ def capture(target: Any, **inputs: Any) -> list[Recording]:
         RuntimeError: the cache or its graphs are not enabled, or nothing could be recorded; the
             error gives the reason.
     """
-    handles = _enabled(target, "capture")
+    handles = enabled(target, "capture")
     executors = [h.setup.graphs for h in handles if h.setup.graphs is not None]
     if not executors:
         raise RuntimeError(
@@ -465,62 +483,3 @@ def _from_options(
             f"both; set them in the config"
         )
     return partial_config(who, fields, cache_config), copy.copy(calibrator_config or calibrator)
-
-
-def _resolve(target: object) -> tuple[Any, BlockAdapter | None]:
-    """Return (pipeline or None, adapter or None: the table of models says what to cache)."""
-    if isinstance(target, BlockAdapter):
-        return target.pipe, target
-    pipe = None if isinstance(target, torch.nn.Module) else target
-    return pipe, BlockAdapterRegistry.adapter_of(unwrap(target))
-
-
-def _modifiers(
-    specs: list[TransformerSpec], given: ParamsModifier | Sequence[Any] | None
-) -> list[list[ParamsModifier | None]]:
-    """Return one modifier per stack: those given to `enable`, else those of the adapter."""
-    if given is None:
-        return [[stack.modifier for stack in spec.stacks] for spec in specs]
-    counts = [len(spec.stacks) for spec in specs]
-    return like_blocks("enable: params_modifiers", given, counts, ParamsModifier)
-
-
-def _shardings(
-    specs: list[TransformerSpec], config: ParallelismConfig | None, pipe: Any
-) -> Sequence[Sharding | None]:
-    """Return how each transformer is spread over ranks; checked, not yet done."""
-    if config is None:
-        return [None] * len(specs)
-    from dbcache.parallel.handle import prepare  # torch.distributed only where it is used
-
-    return prepare([spec.transformer for spec in specs], config, pipe)
-
-
-def _parts(target: object) -> list[object]:
-    """Return the objects that may carry a handle, pipeline first."""
-    if not isinstance(target, BlockAdapter):
-        return [unwrap(target)]
-    return [part for part in (target.pipe, *target.transformers()) if part is not None]
-
-
-def _enabled(target: object, who: str) -> list[CachedTransformer]:
-    """Return the handles of the transformers of `target`."""
-    handles = _enabled_or_none(target)
-    if not handles:
-        raise RuntimeError(
-            f"{who}: the cache must be enabled on it first, got {type(target).__name__}; call "
-            f"dbcache.enable"
-        )
-    return handles
-
-
-def _enabled_or_none(target: object) -> list[CachedTransformer]:
-    """Return the handles of the transformers of `target`, none where the cache is not on."""
-    for part in _parts(target):
-        handle = handle_of(part)
-        if isinstance(handle, CachedPipeline):
-            return [transformer for transformer, _ in handle.transformers]
-        if handle is not None:
-            found = [handle_of(module) for module in _parts(target)]
-            return [transformer for transformer in found if transformer is not None]
-    return []

@@ -85,9 +85,9 @@ class PipelineCall:
         transformers = self.pipeline.transformers
         for handle, setup in transformers:
             request = Request(setup, follows=True)
-            request.shares_steps = len(transformers) > 1
-            if not request.shares_steps:
-                request.planned_steps = self._planned_steps
+            request.clock.shares_steps = len(transformers) > 1
+            if not request.clock.shares_steps:
+                request.clock.planned_steps = self._planned_steps
             self._handles.append(handle)
             self.requests[id(handle.module)] = request
         # in one order for all pipelines: else two could wait for each other
@@ -103,8 +103,8 @@ class PipelineCall:
         """Find the guidance branches from the calls."""
         doubts = self.pipeline.doubts_scheduler
         for request in self.requests.values():
-            request.branches.is_doubted = doubts
-            request.follow(tells_steps=has_scheduler and not doubts)
+            request.clock.branches.is_doubted = doubts
+            request.clock.follow(tells_steps=has_scheduler and not doubts)
 
     def is_current(self) -> bool:
         """Whether the code that runs now belongs to this call."""
@@ -114,7 +114,7 @@ class PipelineCall:
     def end_step(self) -> None:
         """The scheduler made a step."""
         for request in self.requests.values():
-            request.end_step()
+            request.clock.branches.end_step()
 
     def start_loop(self, steps: int | None) -> None:
         """A denoising loop begins; all but the first of a call begin anew."""
@@ -132,7 +132,7 @@ class PipelineCall:
         pipeline = self.pipeline
         for handle, request in zip(self._handles, self.requests.values(), strict=False):
             handle.close(request)
-            pipeline.doubts_scheduler = request.branches.is_doubted
+            pipeline.doubts_scheduler = request.clock.branches.is_doubted
             if handle.enabled.alone is None:
                 handle.begin_anew(None)
         if self in pipeline._open:

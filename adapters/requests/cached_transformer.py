@@ -6,7 +6,6 @@ while a forward runs so do the lists of blocks. All that belongs to a request is
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import threading
@@ -14,7 +13,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import current_thread
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +20,9 @@ import torch
 from dbcache.adapters.blocks.block_list import outside_forwards, without_shown
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.patch_functor import Patches
-from dbcache.adapters.requests.context import ACTIVE, PLACE, Place, Suspended, current_place
+from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
 from dbcache.adapters.requests.record import RequestRecord, Totals
-from dbcache.adapters.requests.request import Request, Views
+from dbcache.adapters.requests.request import CachedForward, Request, Views
 from dbcache.adapters.requests.setup import Setup
 from dbcache.lanes.sharding import Sharding
 
@@ -71,27 +69,6 @@ class Enabled(NamedTuple):
         return self._replace(owners=kept, latest=latest or (setups[-1] if setups else None))
 
 
-class CachedForward(InstanceMethod):
-    """Runs the module's own forward, with the cache where the call belongs to a request."""
-
-    def __init__(self, handle: CachedTransformer) -> None:
-        super().__init__(handle.module, "forward", self._run)
-        self.handle = handle
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.call is None or torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)
-        request = self.handle.current()
-        if request is None:
-            return self.handle.forward(args, kwargs)
-        return request.forward(args, kwargs)
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        request = self.handle.current()
-        run = self.handle.forward if request is None else request.forward
-        return run(args, kwargs)
-
-
 class CachedTransformer:
     """The handle of a transformer; there is one as long as the cache is on, or a request is open.
 
@@ -112,8 +89,8 @@ class CachedTransformer:
         self.totals = Totals()
         self.uncached_calls = 0
         self._open: weakref.WeakSet[Request] = weakref.WeakSet()
-        self._implicit: weakref.WeakKeyDictionary[Place, Request] = weakref.WeakKeyDictionary()
-        self._setups: list[Setup] = []
+        self.implicit: weakref.WeakKeyDictionary[Place, Request] = weakref.WeakKeyDictionary()
+        self.setups: list[Setup] = []
         self._functor: Patches | None = None
         self._sharding: Sharding | None = None
         self._lock = threading.RLock()
@@ -144,16 +121,16 @@ class CachedTransformer:
         """
         with self._lock:
             self.enabled = enabled
-            for place, request in list(self._implicit.items()):
-                if not self.is_on or (request.renews and enabled.alone is None):
-                    del self._implicit[place]
+            for place, request in list(self.implicit.items()):
+                if not self.is_on or (request.renew is not None and enabled.alone is None):
+                    del self.implicit[place]
             self._fit()
 
     def _fit(self) -> None:
         """Install or remove the methods, and drop setups that nothing needs."""
         self._is_fitting = True
         try:
-            self._fit_to(wanted=self.is_on or bool(self._alive()))
+            self._fit_to(wanted=self.is_on or bool(list(self._open)))
         finally:
             self._is_fitting = False
 
@@ -191,13 +168,13 @@ class CachedTransformer:
         """Tell setups that are needed where they work, and end those that are not."""
         current = [setup for _, setup in self.enabled.owners]
         current += [setup for setup in (self.enabled.alone,) if setup is not None]
-        current += [request.setup for request in self._under_way()]
+        current += [request.setup for request in self.under_way()]
         for setup in current:
             setup.bind(self.views, self.original)
-        for setup in self._setups:
+        for setup in self.setups:
             if not any(setup is one for one in current):
                 setup.retire(current)
-        self._setups = current
+        self.setups = current
 
     def _remove_patches(self) -> None:
         for patch in self._patches:
@@ -224,15 +201,17 @@ class CachedTransformer:
             RuntimeError: they are open, and theirs is not `functor`.
         """
         own = None if self._functor is None else self._functor.functor
-        if self._alive() and own is not functor:
+        if list(self._open) and own is not functor:
             raise RuntimeError(
                 f"enable: {type(self.module).__name__} must keep its patch_functor while requests "
                 f"are under way, got another one; wait for them to end, or close them"
             )
-        return self._functor if self._alive() else None
+        return self._functor if list(self._open) else None
 
     def _make_patches(self) -> list[InstanceMethod]:
-        patches: list[InstanceMethod] = [CachedForward(self)]
+        patches: list[InstanceMethod] = [
+            CachedForward(self.module, self.implicit, self.current, self._run_plain)
+        ]
         if hasattr(self.module, "cache_context"):
             patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
         return patches
@@ -265,9 +244,9 @@ class CachedTransformer:
         """
         with self._freed:
             most = self.enabled.max_requests
-            while waits and len(self._alive()) >= most and not self._holds_one():
+            while waits and len(list(self._open)) >= most and not self._holds_one():
                 self._freed.wait(0.1)  # requests that are dropped do not tell
-            if not waits and len(self._alive()) >= most:
+            if not waits and len(list(self._open)) >= most:
                 raise RuntimeError(
                     f"start_request: {type(self.module).__name__} may have {most} requests open at "
                     f"once, got one more; close requests that are done (request.close()), or "
@@ -276,10 +255,6 @@ class CachedTransformer:
             weakref.finalize(request, self._on_dropped).atexit = False
             self._open.add(request)
         return request
-
-    def _alive(self) -> list[Request]:
-        """Return the open requests without those that were dropped."""
-        return list(self._open)
 
     def _on_dropped(self) -> None:
         """Take the methods back if `disable` waited for this request; called by the collector."""
@@ -310,19 +285,16 @@ class CachedTransformer:
         request = ACTIVE.get().get(id(self.module))
         if type(request) is Request and not request.is_closed:
             return request
-        # else the request of this thread or task that nobody started
-        place = PLACE.get()
-        is_here = place is not None and place.task is None and place.thread() is current_thread()
-        if place is None or not is_here or asyncio._get_running_loop() is not None:
-            place = current_place()
-        request, setup = self._implicit.get(place), self.enabled.alone
+        place = current_place()  # else the request of this thread or task that nobody started
+        request, setup = self.implicit.get(place), self.enabled.alone
         if request is None and setup is not None:
             request = Request(setup, follows=False, renew=self._alone)
-            self._implicit[place] = request
+            self.implicit[place] = request
         return request
 
-    def _under_way(self) -> list[Request]:
-        return [*self._open, *self._implicit.values()]
+    def under_way(self) -> list[Request]:
+        """Return the open requests, and those that nobody started."""
+        return [*self._open, *self.implicit.values()]
 
     def refresh(self, setup: Setup) -> None:
         """Begin a new request here, with the settings of `setup`, for calls without a pipeline."""
@@ -342,7 +314,7 @@ class CachedTransformer:
         """
         with self._lock:
             place = current_place()
-            old = self._implicit.pop(place, None)
+            old = self.implicit.pop(place, None)
             lanes = None if old is None else old.lane_set
             if old is not None:
                 self._finish(old)
@@ -350,7 +322,7 @@ class CachedTransformer:
             is_captured = lanes is not None and lanes.is_captured
             if new is not None and (setup is not None or is_captured):
                 renew = None if self.enabled.alone is None else self._alone
-                request = self._implicit[place] = Request(new, follows=False, renew=renew)
+                request = self.implicit[place] = Request(new, follows=False, renew=renew)
                 if lanes is not None:  # reset now: the next step may be captured, or replayed
                     request.use(new.take_lanes(lanes.shape))
             self._fit()
@@ -364,24 +336,9 @@ class CachedTransformer:
             self.closed = request.record
             self.totals.add(request.record)
 
-    def shown(self) -> RequestRecord | None:
-        """Return the record that a summary shows, None where no step was run."""
-        place = self._implicit.get(current_place())
-        if place is not None and place.has_run:
-            return RequestRecord.of(place)
-        if self.closed is not None:
-            return self.closed
-        return next((RequestRecord.of(one) for one in self._under_way() if one.has_run), None)
-
-    def nbytes(self) -> int:
-        """Bytes of all buffers: of open requests, and those kept for the next ones."""
-        pools = {id(setup.lanes): setup.lanes for setup in self._setups}
-        held = [request.nbytes() for request in self._under_way()]
-        return sum(held) + sum(pool.nbytes() for pool in pools.values())
-
     # --- calls --------------------------------------------------------------------------------
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's own forward outside of all requests."""
         self._note_uncached_call()
         with outside_forwards():
@@ -398,7 +355,7 @@ class CachedTransformer:
             if request is None:
                 yield
             else:
-                with request.named(name, **told):
+                with request.clock.named(name, **told):
                     yield
 
     def _note_uncached_call(self) -> None:
@@ -410,18 +367,6 @@ class CachedTransformer:
                 f"calls it, or the transformer itself, or call dbcache.refresh_context first",
                 stacklevel=3,
             )
-
-    def notes(self) -> list[str]:
-        """Return what the summary should say beside the lanes."""
-        latest = self.enabled.latest
-        graphs = None if latest is None else latest.graphs
-        notes = [] if graphs is None else graphs.describe()
-        if self.uncached_calls:
-            notes.append(
-                f"{self.uncached_calls} calls came from outside of the pipeline that the cache is "
-                f"enabled on and ran without it"
-            )
-        return [f"{type(self.module).__name__}: {note}" for note in notes]
 
 
 @functools.cache

@@ -42,8 +42,8 @@ class RequestRecord:
         for run in runs:
             keys = [branch for branch, lane in run.lanes.items() if lane.steps.step]
             for branch in run.lanes:
-                lanes.append(_lane(name, run, branch, request.branches.shown(branch, keys)))
-        return cls(lanes, notes, request.calls)
+                lanes.append(_lane(name, run, branch, request.clock.branches.shown(branch, keys)))
+        return cls(lanes, notes, request.clock.calls)
 
     def lanes(self) -> list[LaneSummary]:
         """Return the summaries of the lanes that took a step; reads them from the device, once."""

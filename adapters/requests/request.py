@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping
+from threading import current_thread
 from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.block_list import FORWARD, Entry, Place, Shown
-from dbcache.adapters.requests.guidance import ATTENTION_OPTIONS, LEAVES_OUT, Branches
+from dbcache.adapters.blocks.block_list import FORWARD, Entry, Shown
+from dbcache.adapters.blocks.block_list import Place as ListPlace
+from dbcache.adapters.patching.instance_method import InstanceMethod
+from dbcache.adapters.requests import clock as clocks
+from dbcache.adapters.requests.clock import Clock
+from dbcache.adapters.requests.context import ACTIVE, PLACE, Place
 from dbcache.adapters.requests.record import RequestRecord
 from dbcache.adapters.requests.setup import Setup
-from dbcache.adapters.requests.step_times import Move, StepTimes
 from dbcache.adapters.stacks.stack_run import LaneSet
 from dbcache.graphs.cuda_capture import UserCapture
 from dbcache.graphs.recording import Cutter
@@ -22,13 +26,10 @@ from dbcache.graphs.trial import Restorable
 from dbcache.lanes.lane_copy import AnyLane, LaneCopy
 from dbcache.lanes.shared_change import SharedCopy
 
+_has_loop = asyncio._get_running_loop
+
 ALL = object()
 """Stands for all branches."""
-
-
-def is_capturing() -> bool:
-    """Whether the current stream is captured by someone. CPU builds of PyTorch cannot tell."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class Views:
@@ -75,7 +76,11 @@ class Forward:
     __slots__ = ("cutter", "rows", "steps")
 
     def __init__(
-        self, rows: Mapping[Place, list[Entry]], cutter: Cutter | None, lanes: LaneSet, branch: Any
+        self,
+        rows: Mapping[ListPlace, list[Entry]],
+        cutter: Cutter | None,
+        lanes: LaneSet,
+        branch: Any,
     ) -> None:
         self.rows = rows
         self.cutter = cutter
@@ -90,17 +95,13 @@ class Request:
     Args:
         setup: the blocks and their settings, which requests share.
         steps: how many it has, where the caller knows; None: the config or a scheduler may tell.
-        follows: guidance branches are found from the calls, which belong to this request alone.
-            Without that, calls are one lane, or two in turn, and `num_inference_steps` calls or a
-            time that runs back begin the request anew.
+        follows: guidance branches are found from the calls; see `Clock`.
         renew: returns the setup to go on with when the request begins anew by itself.
 
     Attributes:
-        config: the settings that concern the transformer as a whole.
-        branch: guidance branch of the call under way.
-        name: what the caller named the call, None without.
-        shares_steps: another transformer runs some of the steps that a pipeline tells of.
-        calls: forwards so far.
+        clock: tells which step and guidance branch a call is.
+        lane_set: what the request keeps on the device; None before its first step.
+        record: what the summary shows of it, once it is closed.
     """
 
     def __init__(
@@ -112,59 +113,31 @@ class Request:
         renew: Callable[[], Setup | None] | None = None,
     ) -> None:
         self.setup = setup
-        self.config = setup.config
         self.module = setup.module
-        self.known_steps = steps
-        self.planned_steps: Callable[[], tuple[int | None, int | None]] | None = None
-        self.follows = follows
-        self._renew = renew
-        self.shares_steps = False
+        self.clock = Clock(setup, self.force_full, steps=steps, follows=follows)
+        self.renew = renew
         self.is_closed = False
         self.record: RequestRecord | None = None
         self.lane_set: LaneSet | None = None
-        self.branch: str | None = None
-        self.name: str | None = None
-        self.branches = Branches(alternates=setup.spec.separate_cfg)
-        self.times: StepTimes | None = None
         self.sharded: Any = None
-        self._step_index: int | None = None
         self.loops = 0
-        self._by_time = False
         self.restart()
 
     @property
-    def renews(self) -> bool:
-        """Whether it begins anew by itself: nobody started it."""
-        return self._renew is not None
-
-    # --- the clock: requests, steps and guidance branches -----------------------------------
+    def branch(self) -> str | None:
+        """Guidance branch of the call under way."""
+        return self.clock.branch
 
     def restart(self) -> None:
         """Forget all steps and branches: what comes is another image, or loop of a video."""
         self.loops += 1
         self.partial_calls = 0
         self.forced: Counter[str] = Counter()
-        self._refreshes = 0
-        self.branches.uncond_first = self.config.cfg_compute_first
-        self.branches.start_loop()
-        self.start()
+        self.clock.restart(self.setup)
+        self._start()
 
-    def follow(self, *, tells_steps: bool, by_time: bool = False) -> None:
-        """Find the guidance branches from the calls.
-
-        Args:
-            tells_steps: a scheduler says where steps end.
-            by_time: the time says it that each call is given.
-        """
-        self._by_time = by_time
-        self.branches.follow(tells_steps=tells_steps)
-
-    def start(self) -> None:
-        """Begin with the first step; branches keep their names."""
-        self.calls = 0
-        self.began_in_capture = is_capturing()
-        self.branch_calls: Counter[str | None] = Counter()
-        self._forms: dict[str | None, Any] = {}
+    def _start(self) -> None:
+        self.began_in_capture = clocks.is_capturing()
         if self.lane_set is not None:
             self.lane_set.start_request()
         if self.setup.graphs is not None:
@@ -172,23 +145,17 @@ class Request:
         if self.setup.sharding is not None:
             self.sharded = self.setup.sharding.new_request()
 
-    def start_loop(self, steps: int | None = None) -> None:
-        """A denoising loop of `steps` steps begins; all but the first begin anew."""
-        if steps is not None and self.known_steps is not None and self.follows:
-            self.known_steps = steps
-        if self.calls:
+    def start_loop(self) -> None:
+        """A denoising loop begins; all but the first begin anew."""
+        if self.clock.calls:
             self.restart()
-
-    def end_step(self) -> None:
-        """The scheduler made a step."""
-        self.branches.end_step()
 
     def move_to(self, setup: Setup) -> None:
         """Begin anew with another setup, within the same call of a pipeline."""
         lanes, self.lane_set = self.lane_set, None
         if lanes is not None:
             self.setup.lanes.give(lanes)
-        self.setup, self.config = setup, setup.config
+        self.setup = setup
         self.restart()
 
     def force_full(self, reason: str, branch: Any = ALL) -> None:
@@ -199,125 +166,35 @@ class Request:
             forgot = [run.forget(key) for run in runs]
             self.forced[reason] += any(forgot)
 
-    @contextmanager
-    def named(
-        self, name: str, step_index: int | None = None, num_inference_steps: int | None = None
-    ) -> Iterator[None]:
-        """Name the guidance branch of the calls inside, as `cache_context` of diffusers does."""
-        outer, self.name = self.name, name
-        outer_index, self._step_index = self._step_index, step_index
-        if num_inference_steps is not None and not self.shares_steps:
-            self.known_steps = num_inference_steps
-        try:
-            yield
-        finally:
-            self.name, self._step_index = outer, outer_index
-
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin anew where that is due, and find the branch of the call."""
-        name, config = self.name, self.config
-        if kwargs.get(LEAVES_OUT):
-            name = LEAVES_OUT if name is None else f"{name}, {LEAVES_OUT}"
-        steps = config.num_inference_steps if self.known_steps is None else self.known_steps
-        if self.follows:
-            if self._by_time:
-                self._tell_step(self._move(args, kwargs))
-        elif (
-            self.branch_calls[self._by_parity(name)] >= steps
-            if steps is not None
-            else self._move(args, kwargs) is Move.BACK
-        ):
-            new = None if self._renew is None else self._renew()
+        clock = self.clock
+        if clock.is_over(args, kwargs):
+            new = None if self.renew is None else self.renew()
             if new is not None and new is not self.setup:
                 self.move_to(new)
-            self._refreshes = 0
-            self.start()
-        if self.calls == config.force_refresh_step_hint and (
-            self._refreshes == 0 or config.force_refresh_step_policy == "repeat"
+            clock.refreshes = 0
+            clock.start()
+            self._start()
+        config = clock.config
+        if clock.calls == config.force_refresh_step_hint and (
+            clock.refreshes == 0 or config.force_refresh_step_policy == "repeat"
         ):
-            self._refreshes += 1
-            self.start()
+            clock.refreshes += 1
+            clock.start()
+            self._start()
         if self.lane_set is None:
             self._take_lanes(args, kwargs)
-        if self.calls == 0:
+        if clock.calls == 0:
             self._plan()
-        self._find_branch(name, args, kwargs)
+        clock.find_branch(args, kwargs)
 
     def _plan(self) -> None:
         """Fit the plans of all lanes to the number of steps."""
         assert self.lane_set is not None
-        steps = self.num_steps()
+        steps = self.clock.num_steps()
         for run in self.lane_set.runs:
             run.plan(*steps)
-
-    def _tell_step(self, move: Move) -> None:
-        """Tell the branches what the time of a call says of the step before."""
-        if move is not Move.UNKNOWN:
-            self.branches.know_steps()
-        if move is Move.ON and self.calls:
-            self.branches.end_step()
-
-    def _move(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Move:
-        """Return how the time of a call lies to that of the call before."""
-        if is_capturing():
-            return Move.UNKNOWN
-        if self.times is None:
-            self.times = StepTimes(self.module)
-        move = (
-            self.times.move(args, kwargs)
-            if self._step_index is None
-            else self.times.move_to(self._step_index)
-        )
-        if self.follows and move is Move.BACK:  # what was started is one request, however it runs
-            return Move.ON
-        return move
-
-    def num_steps(self) -> tuple[int | None, int | None]:
-        """Return the steps of this request, and those that its scheduler has at most."""
-        planned, at_most = (None, None) if self.planned_steps is None else self.planned_steps()
-        known = self.known_steps if planned is None else planned
-        return (self.config.num_inference_steps if known is None else known), at_most
-
-    def _by_parity(self, name: str | None) -> str | None:
-        """Return the name of a call; where it has none, one by the parity of the calls."""
-        if name is not None or not self.setup.separate_cfg:
-            return name
-        is_second = self.calls % 2 == 1
-        return "uncond" if is_second != self.config.cfg_compute_first else "cond"
-
-    def _find_branch(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find the branch of a call; see to it that a cached step would continue it."""
-        if not self.branches.is_active or (
-            name is None and self.config.enable_separate_cfg is not None
-        ):
-            branch = self._by_parity(name) if self.setup.separate_cfg else name
-        else:
-            condition = self.setup.condition_of(args, kwargs)
-            if not isinstance(condition, torch.Tensor):
-                condition = None
-            branch, is_late = self.branches.of_call(name, condition)
-            if is_late:
-                self.force_full("their branch of guidance had not run just before", branch)
-        # what must stay the same from step to step: what is given, and the scale of LoRA
-        given, scales = [], []
-        for argument, value in kwargs.items():
-            if value is not None:
-                given.append(argument)
-                if argument in ATTENTION_OPTIONS and isinstance(value, dict):
-                    scales.append(value.get("scale"))
-        form = given, scales
-        known = self._forms.setdefault(branch, form)
-        if known != form:
-            self._note_change(branch, known, form)
-        self.branch = branch
-
-    def _note_change(self, branch: str | None, known: Any, form: Any) -> None:
-        """Make the next step of a branch a full one if other arguments are given than before."""
-        self._forms[branch] = form
-        changed = sorted({*known[0]} ^ {*form[0]})
-        if changed or known[1] != form[1]:
-            named = ", ".join(changed) or "the scale of LoRA"
-            self.force_full(f"inputs came, went or changed ({named})", branch)
 
     # --- forwards ---------------------------------------------------------------------------
 
@@ -334,23 +211,20 @@ class Request:
             else:
                 output = self.sharded(self.branch, lambda: self._step(args, kwargs))
         except BaseException:
-            self.branches.undo_call()
+            self.clock.branches.undo_call()
             raise
-        self.calls += 1
-        self.branch_calls[self.branch] += 1
-        if self.times is not None:
-            self.times.end_call()
+        self.clock.end_call()
         return output
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        setup = self.setup
+        setup, branch = self.setup, self.clock.branch
         if not setup.stacks:
             return self._learn(args, kwargs)
         if self.lane_set is None or not self.lane_set.runs:  # another request learned the stacks
             self._take_lanes_anew(args, kwargs)
-        cutter = self._user_capture() if is_capturing() else None
+        cutter = self._user_capture() if clocks.is_capturing() else None
         # a branch whose calls leave blocks out has no step that could be recorded
-        if setup.graphs is not None and cutter is None and self.branch not in setup.partial:
+        if setup.graphs is not None and cutter is None and branch not in setup.partial:
             return setup.graphs.step(self, args, kwargs)
         return self.run(args, kwargs, cutter)
 
@@ -372,7 +246,7 @@ class Request:
             if run.generation != run.stack.generation:
                 run.take_up_blocks()
         outer, is_shown = FORWARD.get(), False
-        forward = Forward(shown.rows, cutter, lanes, self.branch)
+        forward = Forward(shown.rows, cutter, lanes, self.clock.branch)
         try:
             FORWARD.set(forward)
             setup.views.show(shown)
@@ -429,7 +303,7 @@ class Request:
         self.lane_set = None
         lanes = self._take_lanes(args, kwargs)
         for run in lanes.runs:
-            run.plan(*self.num_steps())
+            run.plan(*self.clock.num_steps())
         return lanes
 
     def _take_lanes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
@@ -498,7 +372,7 @@ class Request:
     @property
     def has_run(self) -> bool:
         """Whether it took steps, as far as the host can know."""
-        return self.calls > 0 or (self.lane_set is not None and self.lane_set.is_captured)
+        return self.clock.calls > 0 or (self.lane_set is not None and self.lane_set.is_captured)
 
     def nbytes(self) -> int:
         """Bytes of its buffers."""
@@ -515,3 +389,45 @@ class Request:
             f"{count} steps were full since {why}" for why, count in self.forced.items() if count
         ]
         return notes
+
+
+class CachedForward(InstanceMethod):
+    """The forward of a transformer, with the cache where the call belongs to a request.
+
+    Args:
+        module: the transformer.
+        implicit: requests that nobody started, by thread or task.
+        find: returns the request that a call here belongs to, None without.
+        run_plain: runs a call that belongs to none.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        implicit: MutableMapping[Place, Request],
+        find: Callable[[], Request | None],
+        run_plain: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+    ) -> None:
+        super().__init__(module, "forward", self._find_and_run)
+        self._key = id(module)
+        self._implicit = implicit
+        self._find = find
+        self._run_plain = run_plain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.call is None or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        request = ACTIVE.get().get(self._key)
+        if type(request) is not Request or request.is_closed:
+            place, request = PLACE.get(), None
+            is_here = place is not None and place.task is None and not _has_loop()
+            if place is not None and is_here and place.thread() is current_thread():
+                request = self._implicit.get(place)
+            if request is None:
+                return self._find_and_run(*args, **kwargs)
+        return request.forward(args, kwargs)
+
+    def _find_and_run(self, *args: Any, **kwargs: Any) -> Any:
+        request = self._find()
+        run = self._run_plain if request is None else request.forward
+        return run(args, kwargs)

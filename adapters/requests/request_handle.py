@@ -77,7 +77,7 @@ class RequestHandle:
             requests = self._requests()
             stack.enter_context(active(requests))
             for request in requests.values():
-                stack.enter_context(request.named(name, step_index, num_inference_steps))
+                stack.enter_context(request.clock.named(name, step_index, num_inference_steps))
             yield self
 
     @property

@@ -42,8 +42,9 @@ means to record anew."""
 class Recordable(Protocol):
     """What the executor needs of a request on a transformer."""
 
-    branch: str | None
-    """Guidance branch of the step under way."""
+    @property
+    def branch(self) -> str | None:
+        """Guidance branch of the step under way."""
 
     lane_set: Any
     """All that the request keeps on the device, which no other request has meanwhile."""
@@ -169,6 +170,28 @@ class Recording:
             raise
 
 
+class Turns:
+    """Lets a GPU end the replayed step of another stream first: recordings share a pool."""
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+
+    @contextlib.contextmanager
+    def __call__(self, tensors: list[torch.Tensor]) -> Iterator[None]:
+        """Hold while a step on `tensors` is recorded or replayed, on the current stream."""
+        device = next((x.device for x in tensors if x.is_cuda), None)
+        if device is None:
+            yield
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        try:
+            yield
+        finally:
+            self._stream = stream
+
+
 class GraphExecutor:
     """Records and replays the forwards of one transformer.
 
@@ -185,7 +208,7 @@ class GraphExecutor:
         self.module = module
         self.options = options
         self._lock = threading.RLock()
-        self._stream: Any = None
+        self._turns = Turns()
         self.recordings: dict[Any, Recording] = {}
         self.reasons: Counter[str] = Counter()
         self.retired = 0
@@ -246,7 +269,7 @@ class GraphExecutor:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         kind = request.kind_of(args, kwargs)
         key = (self._key(request, leaves, structure), kind, request.lane_set.serial)
-        with self._lock, self._in_turn(tensors):
+        with self._lock, self._turns(tensors):
             try:
                 recording = self._find(key)
             except TypeError as error:
@@ -279,21 +302,6 @@ class GraphExecutor:
         if not self.options.static_outputs:
             outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in outputs]
         return tree_unflatten(outputs, recording.structure)
-
-    @contextlib.contextmanager
-    def _in_turn(self, tensors: list[torch.Tensor]) -> Iterator[None]:
-        """Let a GPU end the replayed step of another stream first: recordings share a pool."""
-        device = next((x.device for x in tensors if x.is_cuda), None)
-        if device is None:
-            yield
-            return
-        stream = torch.cuda.current_stream(device)
-        if self._stream is not None and self._stream != stream:
-            stream.wait_stream(self._stream)
-        try:
-            yield
-        finally:
-            self._stream = stream
 
     @staticmethod
     def _key(request: Recordable, leaves: list[Any], structure: Structure) -> Any:

@@ -18,7 +18,7 @@ if str(ROOT) not in sys.path:  # `bench` is not installed
 import dbcache  # noqa: E402
 from bench import loop as bench_loop  # noqa: E402
 from bench.loop import OPTIONS, TINY, Loop, build, denoise  # noqa: E402
-from dbcache.adapters.requests import request  # noqa: E402
+from dbcache.adapters.requests import clock  # noqa: E402
 from dbcache.graphs import cuda_capture  # noqa: E402
 
 STEPS = 12
@@ -44,10 +44,10 @@ def test_one_replay_is_one_image(monkeypatch, one_thread):
     use_driver(monkeypatch, fake)
     monkeypatch.setitem(cuda_capture.USER_CAPTURES, "cpu", TapeUserCapture)
     x = noise(*flux.latent_shape, seed=3)
-    monkeypatch.setattr(request, "is_capturing", lambda: True)
+    monkeypatch.setattr(clock, "is_capturing", lambda: True)
     with TapeCapture(fake) as graph:
         denoise(model, scheduler, x, inputs, times)
-    monkeypatch.setattr(request, "is_capturing", lambda: False)
+    monkeypatch.setattr(clock, "is_capturing", lambda: False)
     for seed, latents in zip((1, 2), expected, strict=True):
         x.copy_(noise(*flux.latent_shape, seed=seed))
         graph.replay()

@@ -6,7 +6,7 @@ import pytest
 from fake_driver import FakeDriver
 from tape import TapeCapture, TapeUserCapture, use_driver
 
-from dbcache.adapters.requests import request
+from dbcache.adapters.requests import clock
 from dbcache.graphs import cuda_capture
 
 
@@ -37,12 +37,12 @@ def capture(monkeypatch):
     def run(fake, function):
         use_driver(monkeypatch, fake)
         monkeypatch.setitem(cuda_capture.USER_CAPTURES, "cpu", TapeUserCapture)
-        monkeypatch.setattr(request, "is_capturing", lambda: True)
+        monkeypatch.setattr(clock, "is_capturing", lambda: True)
         try:
             with TapeCapture(fake) as graph:
                 function()
         finally:
-            monkeypatch.setattr(request, "is_capturing", lambda: False)
+            monkeypatch.setattr(clock, "is_capturing", lambda: False)
         return graph
 
     return run

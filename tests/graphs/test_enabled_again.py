@@ -35,7 +35,7 @@ def test_other_numbers_are_served_by_the_same_recordings(driver, options, mode):
     ):
         before = graphs(model).replays
         dbcache.enable(model, **options | changes, cuda_graph=mode)
-        assert not len(inside.handle(model)._implicit), "the last request is over"
+        assert not len(inside.handle(model).implicit), "the last request is over"
         got = denoise(model, FLUX, 10)
         # a fresh model's first step is an eager one
         dbcache.enable(fresh, **options | changes, cuda_graph=mode)

@@ -14,7 +14,7 @@ def handle(target: Any) -> CachedTransformer:
 
 def request(target: Any) -> Request:
     """Return the request of this thread that nobody started."""
-    return handle(target)._implicit[current_place()]
+    return handle(target).implicit[current_place()]
 
 
 class InsideStack:
@@ -33,7 +33,7 @@ class InsideStack:
 def stacks(target: Any) -> list[InsideStack]:
     """Return the stacks, with the lanes of the latest request."""
     own = handle(target)
-    latest = own._implicit.get(current_place())
+    latest = own.implicit.get(current_place())
     lanes = None if latest is None else latest.lane_set
     if lanes is None:  # those that the next request takes
         pool = own.setup.lanes

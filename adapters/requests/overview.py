@@ -1,0 +1,37 @@
+"""What a summary shows of a transformer beside the lanes: the last request, bytes, notes."""
+
+from __future__ import annotations
+
+from dbcache.adapters.requests.cached_transformer import CachedTransformer
+from dbcache.adapters.requests.context import current_place
+from dbcache.adapters.requests.record import RequestRecord
+
+
+def shown(handle: CachedTransformer) -> RequestRecord | None:
+    """Return the record that a summary shows, None where no step was run."""
+    place = handle.implicit.get(current_place())
+    if place is not None and place.has_run:
+        return RequestRecord.of(place)
+    if handle.closed is not None:
+        return handle.closed
+    return next((RequestRecord.of(one) for one in handle.under_way() if one.has_run), None)
+
+
+def nbytes(handle: CachedTransformer) -> int:
+    """Bytes of all buffers: of open requests, and those kept for the next ones."""
+    pools = {id(setup.lanes): setup.lanes for setup in handle.setups}
+    held = [request.nbytes() for request in handle.under_way()]
+    return sum(held) + sum(pool.nbytes() for pool in pools.values())
+
+
+def notes(handle: CachedTransformer) -> list[str]:
+    """Return what the summary should say beside the lanes."""
+    latest = handle.enabled.latest
+    graphs = None if latest is None else latest.graphs
+    notes = [] if graphs is None else graphs.describe()
+    if handle.uncached_calls:
+        notes.append(
+            f"{handle.uncached_calls} calls came from outside of the pipeline that the cache is "
+            f"enabled on and ran without it"
+        )
+    return [f"{type(handle.module).__name__}: {note}" for note in notes]

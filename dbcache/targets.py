@@ -1,0 +1,77 @@
+"""What `enable` and its like are given: which pipeline, transformers and handles a target means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dbcache.adapters.blocks.block_adapter import BlockAdapter, like_blocks
+from dbcache.adapters.blocks.registry import BlockAdapterRegistry
+from dbcache.adapters.blocks.signature import unwrap
+from dbcache.adapters.blocks.spec import TransformerSpec
+from dbcache.adapters.requests.cached_pipeline import CachedPipeline
+from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
+from dbcache.config.cache import ParamsModifier
+from dbcache.config.parallelism import ParallelismConfig
+from dbcache.lanes.sharding import Sharding
+
+
+def resolve(target: object) -> tuple[Any, BlockAdapter | None]:
+    """Return (pipeline or None, adapter or None: the table of models says what to cache)."""
+    if isinstance(target, BlockAdapter):
+        return target.pipe, target
+    pipe = None if isinstance(target, torch.nn.Module) else target
+    return pipe, BlockAdapterRegistry.adapter_of(unwrap(target))
+
+
+def modifiers_of(
+    specs: list[TransformerSpec], given: ParamsModifier | Sequence[Any] | None
+) -> list[list[ParamsModifier | None]]:
+    """Return one modifier per stack: those given to `enable`, else those of the adapter."""
+    if given is None:
+        return [[stack.modifier for stack in spec.stacks] for spec in specs]
+    counts = [len(spec.stacks) for spec in specs]
+    return like_blocks("enable: params_modifiers", given, counts, ParamsModifier)
+
+
+def shardings_of(
+    specs: list[TransformerSpec], config: ParallelismConfig | None, pipe: Any
+) -> Sequence[Sharding | None]:
+    """Return how each transformer is spread over ranks; checked, not yet done."""
+    if config is None:
+        return [None] * len(specs)
+    from dbcache.parallel.handle import prepare  # torch.distributed only where it is used
+
+    return prepare([spec.transformer for spec in specs], config, pipe)
+
+
+def parts(target: object) -> list[object]:
+    """Return the objects that may carry a handle, pipeline first."""
+    if not isinstance(target, BlockAdapter):
+        return [unwrap(target)]
+    return [part for part in (target.pipe, *target.transformers()) if part is not None]
+
+
+def enabled(target: object, who: str) -> list[CachedTransformer]:
+    """Return the handles of the transformers of `target`."""
+    handles = enabled_or_none(target)
+    if not handles:
+        raise RuntimeError(
+            f"{who}: the cache must be enabled on it first, got {type(target).__name__}; call "
+            f"dbcache.enable"
+        )
+    return handles
+
+
+def enabled_or_none(target: object) -> list[CachedTransformer]:
+    """Return the handles of the transformers of `target`, none where the cache is not on."""
+    for part in parts(target):
+        handle = handle_of(part)
+        if isinstance(handle, CachedPipeline):
+            return [transformer for transformer, _ in handle.transformers]
+        if handle is not None:
+            found = [handle_of(module) for module in parts(target)]
+            return [transformer for transformer in found if transformer is not None]
+    return []
