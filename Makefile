@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PINS := .ci/constraints.txt
 PARTS := kernels adapters parallel
+# the oldest that is supported, and the one that torch 2.11 pins; the newest is in .venv
+TRITONS ?= 3.5.0 3.6.0
 
 # Which build of torch: `cpu`, `cu130`, ... or nothing for PyPI's, which on Linux brings
 # gigabytes of CUDA libraries. A build has its Triton, so the pin of Triton holds for `cpu` only.
@@ -25,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types bench build clean
+.PHONY: help install demo test tritons lint format types bench build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +45,15 @@ demo: $(INSTALLED)  ## generate pictures with a small trained model, plain and c
 # one thread per process: two processes with two threads each would fight for two cores
 test: $(INSTALLED)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Each lies in a folder of its own, which stands before .venv's packages while kernels are compiled.
+tritons: $(INSTALLED)  ## compile the kernels with older Tritons, for sm_90
+	@for v in $(TRITONS); do \
+		test -d .tritons/$$v || $(BIN)/pip install -qq --no-deps --target .tritons/$$v triton==$$v; \
+		echo "Triton $$v"; DBCACHE_TRITON=$(CURDIR)/.tritons/$$v $(BIN)/python -m pytest -q \
+			tests/kernels/test_offline_compile.py tests/kernels/test_offline_compile_parallel.py \
+			$(ARGS) || exit 1; \
+	done
 
 lint: $(INSTALLED)  ## check style
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from pathlib import Path
 BENCHES = {
     "kernels": ("bench.kernels", "the ops against PyTorch and against the memory's speed"),
     "overhead": ("bench.overhead", "host time per step that the cache adds, beside cache-dit"),
+    "dispatch": ("bench.dispatch", "host time of each op, with the launch left out"),
     "methods": ("bench.methods", "all methods: speed-up and quality on the trained model"),
     "graphs": ("bench.graphs", "steps as CUDA graphs, eager, and of cache-dit; needs a GPU"),
     "loop": ("bench.loop", "a whole denoising loop as one CUDA graph; needs a GPU"),

@@ -19,7 +19,7 @@ import triton.testing
 from dbcache.kernels.common import launches
 from dbcache.kernels.common.lane_state import MAX_SLOTS, NUM_COUNTERS, NUM_THRESHOLDS, LaneState
 from dbcache.kernels.common.launches import CONFIGS, Launch, configs_of
-from dbcache.kernels.common.select import DTYPES, invalid
+from dbcache.kernels.common.select import DTYPES, forget_plans, invalid
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
 from dbcache.kernels.decision.probe_diff import probe_diff
 from dbcache.kernels.prediction.commit import commit
@@ -101,13 +101,16 @@ def tune(
         for _ in range(ROUNDS):
             for launch, found in samples.items():
                 table[key] = launch
+                forget_plans()
                 found.append(timer(call))
     finally:
         table.pop(key, None)
         if before is not None:
             table[key] = before
+        forget_plans()
     choice = fastest({launch: statistics.median(found) for launch, found in samples.items()})
     table[key] = choice.launch
+    forget_plans()
     launches.write(path, launches.device_id(index), {key: choice.launch})
     return choice
 

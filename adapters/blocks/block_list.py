@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -89,6 +88,10 @@ class BlockList:
             in ``[:-n]`` or ``[-n:]``: all but the last n blocks, or these, n being an attribute of
             the transformer.
 
+    Attributes:
+        blocks: as last read.
+        seen: all that the whole list held then.
+
     Raises:
         AttributeError: there is no such list.
     """
@@ -108,6 +111,11 @@ class BlockList:
         if isinstance(self.owner, torch.nn.ModuleDict):
             outer, _, self.dict_name = owner.rpartition(".")
             self.dict_owner = _submodule(transformer, outer)
+        self.read()
+
+    def read(self) -> None:
+        """Read which blocks the model has now."""
+        self.seen = [*self.owner._modules[self.name]._modules.values()]  # type: ignore[union-attr]
         self.blocks = self.current()
 
     def whole(self) -> list[torch.nn.Module]:
@@ -120,55 +128,28 @@ class BlockList:
         """Return the blocks that the model has now."""
         return self.whole()[self.part]
 
-    def has_changed(self) -> bool:
-        """Whether blocks were exchanged since `blocks` was read."""
-        return self.current() != self.blocks
-
-    def show(self) -> None:
-        """Put a view in place of the list."""
-        holder: Any = self.owner._modules[self.name]
-        view = BlocksView(holder, self.place)
-        own = self._shown_in.__dict__
-        own.setdefault("__getstate__", _PlainState(self._shown_in))
+    def shown_in(self) -> tuple[dict[str, Any], str]:
+        """Return the attributes in which the model looks the list up, and the name there."""
         if self.dict_owner is None:
-            own[self.name] = view
-        else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
-            own.setdefault(self.dict_name, dict(self.owner._modules))[self.name] = view
-
-    def hide(self) -> None:
-        """Let the model look at its own list again."""
-        own = self._shown_in.__dict__
-        if self.dict_owner is None:
-            own.pop(self.name, None)
-        else:
-            shown = own.get(self.dict_name, {})
-            shown[self.name] = self.owner._modules[self.name]
-            if not any(isinstance(value, BlocksView) for value in shown.values()):
-                own.pop(self.dict_name, None)
-        is_own = isinstance(own.get("__getstate__"), _PlainState)
-        if is_own and not any(map(_is_view, own.values())):
-            del own["__getstate__"]
-
-    @property
-    def _shown_in(self) -> torch.nn.Module:
-        return self.owner if self.dict_owner is None else self.dict_owner
+            return self.owner.__dict__, self.name
+        return self.dict_owner.__dict__, self.dict_name
 
 
 class _PlainState:
-    """What copies and pickles of a module are made of while it shows views: none of them."""
+    """What copies and pickles of a module are made of while other blocks are shown in it."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
 
     def __call__(self) -> dict[str, Any]:
-        own = self._module.__dict__.copy()
-        return {k: v for k, v in own.items() if k != "__getstate__" and not _is_view(v)}
+        own = without_shown(self._module, self._module.__dict__)
+        own.pop("__getstate__", None)
+        return own
 
 
-def _is_view(value: Any) -> bool:
-    if type(value) is dict:
-        return any(isinstance(entry, BlocksView) for entry in list(value.values()))
-    return isinstance(value, BlocksView)
+def without_shown(module: torch.nn.Module, own: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes `own` of a module without those that lie over its lists of blocks."""
+    return {name: value for name, value in own.copy().items() if name not in module._modules}
 
 
 def _submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:
@@ -189,35 +170,39 @@ def rows_of(lists: Sequence[BlockList], entries: Sequence[list[Entry]]) -> dict[
     return rows
 
 
-class Views:
-    """The views of one model's lists, there for as long as any forward with a cache is under way.
+@dataclass(frozen=True)
+class Shown:
+    """What lies over the lists of a model while forwards are under way.
 
-    Forwards overlap where threads share the model: the first one shows the views, the last one
-    hides them.
+    Attributes:
+        rows: what a forward sees, by place of the list.
+        entries: (attributes of a module, name, row, view). The row is shown while all forwards see
+            the same ones, the view, a `BlocksView`, where they see different ones.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._forwards: Counter[Place] = Counter()
+    rows: Mapping[Place, list[Entry]]
+    entries: Sequence[tuple[dict[str, Any], str, Any, Any]]
 
-    def show(self, lists: Sequence[BlockList]) -> None:
-        """Show views of `lists`: a forward begins."""
-        with self._lock:
-            for block_list in lists:
-                self._forwards[block_list.place] += 1
-                if self._forwards[block_list.place] == 1:
-                    block_list.show()
 
-    @staticmethod
-    def clean(own: dict[str, Any]) -> dict[str, Any]:
-        """Return the attributes of a module without the views among them."""
-        return {name: value for name, value in own.items() if not _is_view(value)}
-
-    def hide(self, lists: Sequence[BlockList]) -> None:
-        """Hide views of `lists` that no other forward needs: a forward ends."""
-        with self._lock:
-            for block_list in lists:
-                self._forwards[block_list.place] -= 1
-                if self._forwards[block_list.place] < 1:
-                    del self._forwards[block_list.place]
-                    block_list.hide()
+def shown(
+    lists: Sequence[BlockList], entries: Sequence[list[Entry]], model: torch.nn.Module
+) -> Shown:
+    """Return what lies over `lists` of `model` while forwards see `entries` in their place."""
+    rows = rows_of(lists, entries)
+    over: dict[tuple[int, str], tuple[dict[str, Any], str, Any, Any]] = {}
+    for block_list in lists:
+        own, name = block_list.shown_in()
+        row = rows[block_list.place]
+        holder: Any = block_list.owner._modules[block_list.name]
+        view = BlocksView(holder, block_list.place)
+        if block_list.dict_owner is None:
+            over[id(own), name] = own, name, row, view
+        else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
+            modules = block_list.owner._modules
+            whole = over.setdefault((id(own), name), (own, name, dict(modules), dict(modules)))
+            whole[2][block_list.name], whole[3][block_list.name] = row, view
+        module = block_list.dict_owner or block_list.owner
+        if module is not model:
+            plain = _PlainState(module)
+            over[id(own), "__getstate__"] = own, "__getstate__", plain, plain
+    return Shown(rows, list(over.values()))

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.block_list import FORWARD, Entry, Place, Views, rows_of
+from dbcache.adapters.blocks.block_list import FORWARD, shown
 from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, describe
 from dbcache.adapters.blocks.signature import parameter_names
 from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
@@ -23,7 +23,7 @@ from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
 
 def learn(
     spec: TransformerSpec,
-    views: Views,
+    views: Any,
     run: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -39,12 +39,13 @@ def learn(
     chains = {i: _Chain(stack) for i, stack in enumerate(spec.stacks) if stack.pattern is None}
     lists = [block_list for chain in chains.values() for block_list in chain.stack.lists]
     entries = [row for chain in chains.values() for row in chain.rows]
-    token = FORWARD.set(_Observed(rows_of(lists, entries)))
-    views.show(lists)
+    over = shown(lists, entries, spec.transformer)
+    token = FORWARD.set(over)
+    views.show(over)
     try:
         output = run(*args, **kwargs)
     finally:
-        views.hide(lists)
+        views.hide()
         FORWARD.reset(token)
     learned = [chains[i].learned() if i in chains else s for i, s in enumerate(spec.stacks)]
     reasons = [f"{chain.name}: {chain.reason}" for chain in chains.values() if chain.reason]
@@ -59,13 +60,6 @@ def learn(
             who = f"BlockAdapter(auto=True): {chain.name} is not cached"
             warnings.warn(f"{who}: a block {chain.reason}", stacklevel=5)
     return output, learned
-
-
-@dataclass(frozen=True)
-class _Observed:
-    """What the forward sees in place of its lists of blocks; see `Seen`."""
-
-    rows: dict[Place, list[Entry]]
 
 
 class _Observer:

@@ -47,64 +47,6 @@ class ForwardPattern(Enum):
         return self.value[1]
 
 
-class OutputForm:
-    """How a block packs its streams into what it returns, learned from one real output.
-
-    Attributes:
-        is_tensor: the block returns `hidden_states` alone.
-        hidden_at: position of `hidden_states` in the tuple.
-        encoder_at: position of `encoder_hidden_states`, None where the pattern returns none. What
-            is there may be None: from the last block of a model, or without audio.
-    """
-
-    __slots__ = ("encoder_at", "hidden_at", "is_tensor", "rest", "sequence")
-
-    def __init__(self, pattern: ForwardPattern, output: Any, who: str) -> None:
-        self.encoder_at: int | None = None
-        self.hidden_at = 0
-        self.rest: tuple[Any, ...] = ()
-        self.sequence: type = type(output)
-        self.is_tensor = isinstance(output, torch.Tensor)
-        if self.is_tensor:
-            fits = len(pattern.returns) == 1 or pattern.takes != (HIDDEN,)
-        else:
-            fits = isinstance(output, tuple | list) and self._match(pattern, output)
-        if not fits:
-            raise ValueError(
-                f"{who}: a block of {pattern.name} must return ({', '.join(pattern.returns)}), got "
-                f"{describe(output)}; give the BlockAdapter the pattern that the block follows"
-            )
-
-    def _match(self, pattern: ForwardPattern, output: Any) -> bool:
-        """Find the streams in a tuple; say whether it fits the pattern."""
-        if len(pattern.returns) == 2 and len(output) == 2:
-            self.hidden_at = pattern.returns.index(HIDDEN)
-            self.encoder_at = 1 - self.hidden_at
-            if not isinstance(output[self.encoder_at], torch.Tensor | None):
-                return False
-        elif len(pattern.returns) == 2 or any(isinstance(x, torch.Tensor) for x in output[1:]):
-            return False
-        self.rest = tuple(None if isinstance(x, torch.Tensor) else x for x in output)
-        return len(output) > 0 and isinstance(output[self.hidden_at], torch.Tensor)
-
-    def unpack(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return (hidden_states, encoder_hidden_states or None) of a block's output."""
-        if self.is_tensor:
-            return output, None
-        encoder = output[self.encoder_at] if self.encoder_at is not None else None
-        return output[self.hidden_at], encoder
-
-    def pack(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> Any:
-        """Return the streams as the block would."""
-        if self.is_tensor:
-            return hidden
-        output = list(self.rest)
-        output[self.hidden_at] = hidden
-        if self.encoder_at is not None:
-            output[self.encoder_at] = encoder
-        return tuple(output) if self.sequence is tuple else output
-
-
 def describe(value: Any) -> str:
     """Return a short text that says what `value` is."""
     if isinstance(value, torch.Tensor):

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.patterns import ENCODER, ForwardPattern, Streams, describe
-
 CONDITIONS = (
     "encoder_hidden_states",
     "encoder_hidden_states_t5",
@@ -91,43 +89,3 @@ class ArgumentFinder:
         while isinstance(value, list | tuple) and value:
             value = value[0]
         return value
-
-
-class Inputs:
-    """Finds the streams among the arguments of a block; the signature is read once."""
-
-    __slots__ = ("encoder_at", "encoder_name", "hidden_at", "hidden_name", "takes_encoder", "who")
-
-    def __init__(
-        self, block: torch.nn.Module, pattern: ForwardPattern, streams: Streams, who: str
-    ) -> None:
-        self.who = who
-        self.takes_encoder = ENCODER in pattern.takes
-        self.hidden_name, self.encoder_name = streams
-        names = parameter_names(block)
-        self.hidden_at, self.encoder_at = (
-            names.index(name) if name in names else position
-            for position, name in enumerate(streams)
-        )
-
-    def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """Return `hidden_states`."""
-        if self.hidden_name in kwargs:
-            return kwargs[self.hidden_name]
-        if self.hidden_at < len(args):
-            return args[self.hidden_at]
-        return self._missing(self.hidden_name, args, kwargs)
-
-    def encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """Return `encoder_hidden_states`, None where the pattern has none as input."""
-        if not self.takes_encoder:
-            return None
-        if self.encoder_name in kwargs:
-            return kwargs[self.encoder_name]
-        if self.encoder_at < len(args):
-            return args[self.encoder_at]
-        return self._missing(self.encoder_name, args, kwargs)
-
-    def _missing(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = [describe(value) for value in args] + sorted(kwargs)
-        raise ValueError(f"{self.who}: must be called with {name}, got ({', '.join(given)})")

@@ -6,6 +6,7 @@ while a forward runs so do the lists of blocks. All that belongs to a request is
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import threading
@@ -13,16 +14,17 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import current_thread
 from typing import Any, NamedTuple
 
 import torch
 
-from dbcache.adapters.blocks.block_list import Views, outside_forwards
+from dbcache.adapters.blocks.block_list import outside_forwards, without_shown
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.patch_functor import Patches
-from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
+from dbcache.adapters.requests.context import ACTIVE, PLACE, Place, Suspended, current_place
 from dbcache.adapters.requests.record import RequestRecord, Totals
-from dbcache.adapters.requests.request import Request
+from dbcache.adapters.requests.request import Request, Views
 from dbcache.adapters.requests.setup import Setup
 from dbcache.lanes.sharding import Sharding
 
@@ -67,6 +69,27 @@ class Enabled(NamedTuple):
         setups = [setup for _, setup in kept] + ([self.alone] if self.alone is not None else [])
         latest = self.latest if any(self.latest is setup for setup in setups) else None
         return self._replace(owners=kept, latest=latest or (setups[-1] if setups else None))
+
+
+class CachedForward(InstanceMethod):
+    """Runs the module's own forward, with the cache where the call belongs to a request."""
+
+    def __init__(self, handle: CachedTransformer) -> None:
+        super().__init__(handle.module, "forward", self._run)
+        self.handle = handle
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.call is None or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        request = self.handle.current()
+        if request is None:
+            return self.handle.forward(args, kwargs)
+        return request.forward(args, kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        request = self.handle.current()
+        run = self.handle.forward if request is None else request.forward
+        return run(args, kwargs)
 
 
 class CachedTransformer:
@@ -209,7 +232,7 @@ class CachedTransformer:
         return self._functor if self._alive() else None
 
     def _make_patches(self) -> list[InstanceMethod]:
-        patches = [InstanceMethod(self.module, "forward", self.forward)]
+        patches: list[InstanceMethod] = [CachedForward(self)]
         if hasattr(self.module, "cache_context"):
             patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
         return patches
@@ -221,7 +244,7 @@ class CachedTransformer:
             patch.clean(own)
         for name in (HANDLE, "__getstate__"):
             own.pop(name, None)
-        return self.views.clean(own)
+        return without_shown(self.module, own)
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -285,13 +308,13 @@ class CachedTransformer:
     def current(self) -> Request | None:
         """Return the request that a forward called here belongs to; None: it runs as it is."""
         request = ACTIVE.get().get(id(self.module))
-        if isinstance(request, Request) and not request.is_closed:
+        if type(request) is Request and not request.is_closed:
             return request
-        return self.implicit()
-
-    def implicit(self) -> Request | None:
-        """Return the request of this thread or task that nobody started; None without."""
-        place = current_place()
+        # else the request of this thread or task that nobody started
+        place = PLACE.get()
+        is_here = place is not None and place.task is None and place.thread() is current_thread()
+        if place is None or not is_here or asyncio._get_running_loop() is not None:
+            place = current_place()
         request, setup = self._implicit.get(place), self.enabled.alone
         if request is None and setup is not None:
             request = Request(setup, follows=False, renew=self._alone)
@@ -358,14 +381,11 @@ class CachedTransformer:
 
     # --- calls --------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward, with the cache where the call belongs to a request."""
-        request = self.current()
-        if request is None:
-            self._note_uncached_call()
-            with outside_forwards():
-                return self.original(*args, **kwargs)
-        return request.forward(args, kwargs)
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's own forward outside of all requests."""
+        self._note_uncached_call()
+        with outside_forwards():
+            return self.original(*args, **kwargs)
 
     @contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:

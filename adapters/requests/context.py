@@ -27,21 +27,27 @@ class Suspended:
 
 
 class Place:
-    """One thread, or one task of a thread: what has an implicit request of its own."""
+    """One thread, or one task of a thread: what has an implicit request of its own.
+
+    Attributes:
+        thread: the thread.
+        task: the task of asyncio; None outside of one.
+    """
 
     def __init__(self) -> None:
-        self._thread = weakref.ref(threading.current_thread())
+        self.thread = weakref.ref(threading.current_thread())
         task = _current_task()
-        self._task = None if task is None else weakref.ref(task)
+        self.task = None if task is None else weakref.ref(task)
 
     def is_here(self) -> bool:
         """Whether the code that runs now runs in this thread and task."""
-        task = None if self._task is None else self._task()
-        is_task = _current_task() is task and (self._task is None or task is not None)
-        return is_task and self._thread() is threading.current_thread()
+        task = None if self.task is None else self.task()
+        is_task = _current_task() is task and (self.task is None or task is not None)
+        return is_task and self.thread() is threading.current_thread()
 
 
-_PLACE: ContextVar[Place | None] = ContextVar("dbcache_place", default=None)
+PLACE: ContextVar[Place | None] = ContextVar("dbcache_place", default=None)
+"""Where the code ran that asked last; a copied context holds that of another thread or task."""
 
 
 def _current_task() -> Any:
@@ -53,10 +59,10 @@ def _current_task() -> Any:
 
 def current_place() -> Place:
     """Return the thread or task that the code runs in; a copied context is a place of its own."""
-    place = _PLACE.get()
+    place = PLACE.get()
     if place is None or not place.is_here():
         place = Place()
-        _PLACE.set(place)
+        PLACE.set(place)
     return place
 
 

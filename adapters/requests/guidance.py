@@ -236,10 +236,3 @@ class Branches:
         if key is not None or not any(other.key in keys for other in self._found[1:]):
             return key
         return self.two_names[0] if self.two_names[1] in keys else "branch 1"
-
-
-def form_of(kwargs: dict[str, Any]) -> tuple[frozenset[str], tuple[Any, ...]]:
-    """Return what must stay the same from step to step: what is given, and the scale of LoRA."""
-    given = frozenset(name for name, value in kwargs.items() if value is not None)
-    options = [kwargs[name] for name in ATTENTION_OPTIONS if name in given]
-    return given, tuple(o.get("scale") for o in options if isinstance(o, dict))

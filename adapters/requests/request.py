@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,13 +10,13 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.block_list import FORWARD, Entry, Place
-from dbcache.adapters.requests.guidance import LEAVES_OUT, Branches, form_of
+from dbcache.adapters.blocks.block_list import FORWARD, Entry, Place, Shown
+from dbcache.adapters.requests.guidance import ATTENTION_OPTIONS, LEAVES_OUT, Branches
 from dbcache.adapters.requests.record import RequestRecord
 from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.requests.step_times import Move, StepTimes
 from dbcache.adapters.stacks.stack_run import LaneSet
-from dbcache.graphs.cuda_capture import UserCapture, is_capturing
+from dbcache.graphs.cuda_capture import UserCapture
 from dbcache.graphs.recording import Cutter
 from dbcache.graphs.trial import Restorable
 from dbcache.lanes.lane_copy import AnyLane, LaneCopy
@@ -23,6 +24,49 @@ from dbcache.lanes.shared_change import SharedCopy
 
 ALL = object()
 """Stands for all branches."""
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is captured by someone. CPU builds of PyTorch cannot tell."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+class Views:
+    """Shows a model other blocks in its lists, for as long as any forward with a cache runs.
+
+    Forwards overlap where threads share the model. As long as all see the same rows these lie in
+    the lists' place; proxies of a forward without a cache then just call their blocks.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._forwards = 0
+        self._over: dict[tuple[int, str], Any] = {}
+        self._first: Shown | None = None
+
+    def show(self, over: Shown) -> None:
+        """Let a forward that begins see its rows."""
+        with self._lock:
+            self._forwards += 1
+            if self._first is None:
+                self._first = over
+                for own, name, row, _ in over.entries:
+                    self._over[id(own), name] = own
+                    own[name] = row
+            elif self._first is not over:  # forwards see different rows
+                for own, name, _, view in (*self._first.entries, *over.entries):
+                    self._over[id(own), name] = own
+                    own[name] = view
+
+    def hide(self) -> None:
+        """Note that a forward has ended; the last one lets the model see its own lists again."""
+        with self._lock:
+            self._forwards -= 1
+            if self._forwards < 1:
+                self._forwards, self._first = 0, None
+                for (_, name), own in self._over.items():
+                    own.pop(name, None)
+                self._over.clear()
 
 
 class Forward:
@@ -37,7 +81,7 @@ class Forward:
         self.cutter = cutter
         self.steps: list[Any] = []
         for run in lanes.runs:
-            self.steps.append(run.stack.new_step(run, branch, self))
+            self.steps.append(run.stack.step(run.stack, run, branch, self))
 
 
 class Request:
@@ -52,6 +96,7 @@ class Request:
         renew: returns the setup to go on with when the request begins anew by itself.
 
     Attributes:
+        config: the settings that concern the transformer as a whole.
         branch: guidance branch of the call under way.
         name: what the caller named the call, None without.
         shares_steps: another transformer runs some of the steps that a pipeline tells of.
@@ -67,6 +112,7 @@ class Request:
         renew: Callable[[], Setup | None] | None = None,
     ) -> None:
         self.setup = setup
+        self.config = setup.config
         self.module = setup.module
         self.known_steps = steps
         self.planned_steps: Callable[[], tuple[int | None, int | None]] | None = None
@@ -85,11 +131,6 @@ class Request:
         self.loops = 0
         self._by_time = False
         self.restart()
-
-    @property
-    def config(self) -> Any:
-        """The settings that concern the transformer as a whole."""
-        return self.setup.config
 
     @property
     def renews(self) -> bool:
@@ -147,7 +188,7 @@ class Request:
         lanes, self.lane_set = self.lane_set, None
         if lanes is not None:
             self.setup.lanes.give(lanes)
-        self.setup = setup
+        self.setup, self.config = setup, setup.config
         self.restart()
 
     def force_full(self, reason: str, branch: Any = ALL) -> None:
@@ -174,34 +215,40 @@ class Request:
 
     def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin anew where that is due, and find the branch of the call."""
-        name = self.name
+        name, config = self.name, self.config
         if kwargs.get(LEAVES_OUT):
             name = LEAVES_OUT if name is None else f"{name}, {LEAVES_OUT}"
-        if self._is_over(name, args, kwargs):
+        steps = config.num_inference_steps if self.known_steps is None else self.known_steps
+        if self.follows:
+            if self._by_time:
+                self._tell_step(self._move(args, kwargs))
+        elif (
+            self.branch_calls[self._by_parity(name)] >= steps
+            if steps is not None
+            else self._move(args, kwargs) is Move.BACK
+        ):
             new = None if self._renew is None else self._renew()
             if new is not None and new is not self.setup:
                 self.move_to(new)
             self._refreshes = 0
             self.start()
-        elif self._is_refresh_due():
+        if self.calls == config.force_refresh_step_hint and (
+            self._refreshes == 0 or config.force_refresh_step_policy == "repeat"
+        ):
             self._refreshes += 1
             self.start()
-        lanes = self._take_lanes(args, kwargs)
+        if self.lane_set is None:
+            self._take_lanes(args, kwargs)
         if self.calls == 0:
-            for run in lanes.runs:
-                run.plan(*self.num_steps())
-        self.branch = self._find_branch(name, args, kwargs)
+            self._plan()
+        self._find_branch(name, args, kwargs)
 
-    def _is_over(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Say whether the call begins another request, and tell the branches of ended steps."""
-        steps = self.config.num_inference_steps if self.known_steps is None else self.known_steps
-        if self.follows:
-            if self._by_time:
-                self._tell_step(self._move(args, kwargs))
-            return False
-        if steps is not None:
-            return self.branch_calls[self._by_parity(name)] >= steps
-        return self._move(args, kwargs) is Move.BACK
+    def _plan(self) -> None:
+        """Fit the plans of all lanes to the number of steps."""
+        assert self.lane_set is not None
+        steps = self.num_steps()
+        for run in self.lane_set.runs:
+            run.plan(*steps)
 
     def _tell_step(self, move: Move) -> None:
         """Tell the branches what the time of a call says of the step before."""
@@ -225,13 +272,6 @@ class Request:
             return Move.ON
         return move
 
-    def _is_refresh_due(self) -> bool:
-        """Say whether the calls so far have reached the hint."""
-        repeats = self.config.force_refresh_step_policy == "repeat"
-        return self.calls == self.config.force_refresh_step_hint and (
-            repeats or self._refreshes == 0
-        )
-
     def num_steps(self) -> tuple[int | None, int | None]:
         """Return the steps of this request, and those that its scheduler has at most."""
         planned, at_most = (None, None) if self.planned_steps is None else self.planned_steps()
@@ -245,13 +285,12 @@ class Request:
         is_second = self.calls % 2 == 1
         return "uncond" if is_second != self.config.cfg_compute_first else "cond"
 
-    def _find_branch(
-        self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> str | None:
-        """Return the branch of a call; see to it that a cached step would continue it."""
-        asked = self.config.enable_separate_cfg is not None and name is None
-        if not self.branches.is_active or asked:
-            branch = self._by_parity(name)
+    def _find_branch(self, name: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the branch of a call; see to it that a cached step would continue it."""
+        if not self.branches.is_active or (
+            name is None and self.config.enable_separate_cfg is not None
+        ):
+            branch = self._by_parity(name) if self.setup.separate_cfg else name
         else:
             condition = self.setup.condition_of(args, kwargs)
             if not isinstance(condition, torch.Tensor):
@@ -259,12 +298,26 @@ class Request:
             branch, is_late = self.branches.of_call(name, condition)
             if is_late:
                 self.force_full("their branch of guidance had not run just before", branch)
-        form = form_of(kwargs)
-        if self._forms.setdefault(branch, form) != form:
-            changed = sorted(form[0] ^ self._forms[branch][0]) or ["the scale of LoRA"]
-            self.force_full(f"inputs came, went or changed ({', '.join(changed)})", branch)
-            self._forms[branch] = form
-        return branch
+        # what must stay the same from step to step: what is given, and the scale of LoRA
+        given, scales = [], []
+        for argument, value in kwargs.items():
+            if value is not None:
+                given.append(argument)
+                if argument in ATTENTION_OPTIONS and isinstance(value, dict):
+                    scales.append(value.get("scale"))
+        form = given, scales
+        known = self._forms.setdefault(branch, form)
+        if known != form:
+            self._note_change(branch, known, form)
+        self.branch = branch
+
+    def _note_change(self, branch: str | None, known: Any, form: Any) -> None:
+        """Make the next step of a branch a full one if other arguments are given than before."""
+        self._forms[branch] = form
+        changed = sorted({*known[0]} ^ {*form[0]})
+        if changed or known[1] != form[1]:
+            named = ", ".join(changed) or "the scale of LoRA"
+            self.force_full(f"inputs came, went or changed ({named})", branch)
 
     # --- forwards ---------------------------------------------------------------------------
 
@@ -293,7 +346,7 @@ class Request:
         setup = self.setup
         if not setup.stacks:
             return self._learn(args, kwargs)
-        cutter = self._user_capture()
+        cutter = self._user_capture() if is_capturing() else None
         # a branch whose calls leave blocks out has no step that could be recorded
         if setup.graphs is not None and cutter is None and self.branch not in setup.partial:
             return setup.graphs.step(self, args, kwargs)
@@ -303,15 +356,24 @@ class Request:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], cutter: Cutter | None = None
     ) -> Any:
         """Run one step eagerly, or while a `cutter` records it, with proxies in place of blocks."""
-        setup, lanes = self.setup, self._take_lanes(args, kwargs)
-        rows = setup.take_up_blocks()
+        setup, lanes, shown = self.setup, self.lane_set, self.setup.shown
+        assert lanes is not None
+        for block_list in setup.lists:  # blocks may have been exchanged since
+            holder: Any = block_list.owner._modules[block_list.name]
+            if [*holder._modules.values()] != block_list.seen:
+                shown = setup.take_up_blocks()
+        for stack, entries in zip(setup.stacks, setup.entries, strict=True):
+            if stack.entries is not entries:
+                shown = setup.take_up_blocks()
+                break
         for run in lanes.runs:
-            run.take_up_blocks()
-        forward = Forward(rows, cutter, lanes, self.branch)
+            if run.generation != run.stack.generation:
+                run.take_up_blocks()
         outer, is_shown = FORWARD.get(), False
+        forward = Forward(shown.rows, cutter, lanes, self.branch)
         try:
             FORWARD.set(forward)
-            setup.views.show(setup.lists)
+            setup.views.show(shown)
             is_shown = True
             for run in lanes.runs:
                 if cutter is not None:
@@ -319,9 +381,11 @@ class Request:
                 if run.source is not None:
                     run.source.start(self.module, args, kwargs, may_read=cutter is None)
             output = setup.original(*args, **kwargs)
-            partial = [step for step in forward.steps if step.left_blocks_out()]
             for step in forward.steps:
-                step.on_output(output)
+                if step.awaits_end or step.lane is None:
+                    step.check_end()
+                if step.watches_output:
+                    step.on_output(output)
         except BaseException:
             if cutter is not None:
                 cutter.abort()
@@ -331,14 +395,22 @@ class Request:
         finally:
             FORWARD.set(outer)
             if is_shown:
-                setup.views.hide(setup.lists)
-        for step in partial:
-            step.abort()
-        if partial:
-            self.partial_calls += 1
-            setup.partial.add(self.branch)
-        setup.after_forward(forward.steps)
+                setup.views.hide()
+        self._end_steps(forward)
         return output
+
+    def _end_steps(self, forward: Forward) -> None:
+        """End the steps of a forward; those whose blocks were left out count as never begun."""
+        is_partial = False
+        for step in forward.steps:
+            if step.awaits_end or (step.lane is None and step.stack.entries):
+                step.abort()
+                is_partial = True
+            if step.lane is not None and not step.stack.is_checked:
+                step.stack.forget_checks()
+        if is_partial:
+            self.partial_calls += 1
+            self.setup.partial.add(self.branch)
 
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward that tells what the blocks take and return; it counts as a full step."""
@@ -385,14 +457,12 @@ class Request:
         runs = [] if self.lane_set is None else self.lane_set.runs
         return [*map(LaneCopy, self.lanes()), *(SharedCopy(run.shared) for run in runs)]
 
-    def _user_capture(self) -> UserCapture | None:
-        """Return what records branches while the user captures a graph; None while not.
+    def _user_capture(self) -> UserCapture:
+        """Return what records branches while the user captures a graph.
 
         Raises:
             RuntimeError: there are no lanes yet, which cannot be made inside a capture.
         """
-        if not is_capturing():
-            return None
         runs = [] if self.lane_set is None else self.lane_set.runs
         if not runs or any(run.stack.entries and self.branch not in run.lanes for run in runs):
             raise RuntimeError(

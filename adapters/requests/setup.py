@@ -6,10 +6,9 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from operator import is_not
 from typing import Any
 
-from dbcache.adapters.blocks.block_list import Entry, Place, Views, rows_of
+from dbcache.adapters.blocks.block_list import Shown, shown
 from dbcache.adapters.blocks.infer import learn
 from dbcache.adapters.blocks.signature import CONDITIONS, ArgumentFinder
 from dbcache.adapters.blocks.spec import TransformerSpec
@@ -45,6 +44,7 @@ class Setup:
         original: the transformer's own forward; set when the cache is switched on.
         lanes: those of closed requests.
         partial: guidance branches whose calls leave blocks out.
+        shown: what forwards see in place of the blocks, made of the stacks' `entries`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Setup:
         self.condition_of = ArgumentFinder(self.module, CONDITIONS)
         self.graphs = None if graph_options is None else GraphExecutor(self.module, graph_options)
         self.capture: UserCapture | None = None
-        self.views = Views()
+        self.views: Any = None
         self.original: Any = None
         self.partial: set[str | None] = set()
         self.lanes = LanePool()
@@ -114,7 +114,7 @@ class Setup:
     def _set_stacks(self, stacks: list[BlockStack]) -> None:
         self.stacks = stacks
         self.lists = [block_list for stack in stacks for block_list in stack.lists]
-        self._shown: tuple[list[Any], dict[Place, list[Entry]]] = [], {}
+        self.take_up_blocks()
 
     def take_lanes(self, shape: object) -> LaneSet:
         """Return lanes for a request whose latents have the given shape."""
@@ -127,23 +127,20 @@ class Setup:
                 run.shared.by_device = True
         return lanes
 
-    def take_up_blocks(self) -> dict[Place, list[Entry]]:
-        """Return what a forward sees in place of the blocks that the model has now."""
+    def take_up_blocks(self) -> Shown:
+        """Take up blocks that were exchanged since; return what forwards see from now on."""
         for stack in self.stacks:
-            stack.take_up_blocks()
-        entries = [stack.entries for stack in self.stacks]
-        shown, rows = self._shown
-        if len(shown) != len(entries) or any(map(is_not, shown, entries)):
-            lists = [x for stack in self.stacks if stack.entries for x in stack.lists]
-            rows = rows_of(lists, [row for stack_rows in entries for row in stack_rows])
-            self._shown = entries, rows
-        return rows
-
-    def after_forward(self, steps: Sequence[Any]) -> None:
-        """Let probe and last blocks stand for themselves once a forward has checked them."""
-        for step in steps:
-            if step.lane is not None and not step.stack.is_checked:
-                step.stack.forget_checks()
+            if any(
+                [*block_list.owner._modules[block_list.name]._modules.values()] != block_list.seen  # type: ignore[union-attr]
+                for block_list in stack.lists
+            ):
+                stack.take_up_blocks()
+        showing = [stack for stack in self.stacks if stack.entries]
+        lists = [block_list for stack in showing for block_list in stack.lists]
+        rows = [row for stack in showing for row in stack.entries]
+        self.entries = [stack.entries for stack in self.stacks]
+        self.shown = shown(lists, rows, self.module)
+        return self.shown
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward that tells what the blocks take and return; return its output."""
@@ -155,7 +152,7 @@ class Setup:
         self._set_stacks(self._make_stacks())
         return output
 
-    def bind(self, views: Views, original: Any) -> None:
+    def bind(self, views: Any, original: Any) -> None:
         """Learn where the model sees its lists, and its own forward: the cache is switched on."""
         self.views, self.original = views, original
 

@@ -35,11 +35,16 @@ class BlockStack:
 
     Attributes:
         entries: what stands for each list, as rows.
+        has_own_encoder: the encoder states of a step are not those that blocks are given: they are
+            made by the blocks, or none.
         is_checked: a forward has compared what the blocks return with the pattern.
         generation: grows when blocks were exchanged; what was stored before no longer holds.
         sharding: ranks that each have a part of the tokens; None where each has all.
         recorder: notes of full steps what a calibration is made of.
     """
+
+    step: Any
+    """Class of the steps: made with the stack, what the request keeps, the branch, the forward."""
 
     def __init__(
         self,
@@ -55,6 +60,9 @@ class BlockStack:
         self.pattern = spec.pattern
         self.streams = spec.streams
         self.name = spec.name
+        # Pattern_2 takes encoder states, and returns none
+        takes = ENCODER in self.pattern.takes
+        self.has_own_encoder = not takes or ENCODER not in self.pattern.returns
         self.index = index
         self.leader = leader
         self.settings = prepare(settings, self.lists[0].owner, self.name)
@@ -128,16 +136,13 @@ class BlockStack:
             for turn, block_list in enumerate(self.lists)
         ]
 
-    def take_up_blocks(self) -> bool:
-        """Take up blocks that were exchanged since the last forward; say whether any were."""
-        if not any(block_list.has_changed() for block_list in self.lists):
-            return False
+    def take_up_blocks(self) -> None:
+        """Take up the blocks that the model has now."""
         for block_list in self.lists:
-            block_list.blocks = block_list.current()
+            block_list.read()
         self.fn, self.bn = self._clamp()
         self.entries, self.is_checked = self.make_entries(), False
         self.generation += 1
-        return True
 
     def forget_checks(self) -> None:
         """Let blocks that were checked stand for themselves."""
@@ -153,10 +158,6 @@ class BlockStack:
 
     def new_lane(self, run: StackRun, branch: str | None, device: torch.device, step: Any) -> Any:
         """Return a lane for a branch that has none; `step` is the one under way."""
-        raise NotImplementedError
-
-    def new_step(self, run: StackRun, branch: str | None, forward: Any) -> Any:
-        """Return the step that begins with a forward."""
         raise NotImplementedError
 
     def check_recordable(self, settings: StackSettings) -> None:

@@ -17,8 +17,106 @@ from typing import Any, Protocol
 import torch
 
 from dbcache.adapters.blocks.block_list import FORWARD
-from dbcache.adapters.blocks.patterns import ForwardPattern, OutputForm, Streams
-from dbcache.adapters.blocks.signature import Inputs
+from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, ForwardPattern, Streams, describe
+from dbcache.adapters.blocks.signature import parameter_names
+
+
+class Inputs:
+    """Finds the streams among the arguments of a block; the signature is read once."""
+
+    __slots__ = ("encoder_at", "encoder_name", "hidden_at", "hidden_name", "takes_encoder", "who")
+
+    def __init__(
+        self, block: torch.nn.Module, pattern: ForwardPattern, streams: Streams, who: str
+    ) -> None:
+        self.who = who
+        self.takes_encoder = ENCODER in pattern.takes
+        self.hidden_name, self.encoder_name = streams
+        names = parameter_names(block)
+        self.hidden_at, self.encoder_at = (
+            names.index(name) if name in names else position
+            for position, name in enumerate(streams)
+        )
+
+    def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """Return `hidden_states`."""
+        if self.hidden_name in kwargs:
+            return kwargs[self.hidden_name]
+        if self.hidden_at < len(args):
+            return args[self.hidden_at]
+        return self._missing(self.hidden_name, args, kwargs)
+
+    def encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """Return `encoder_hidden_states`, None where the pattern has none as input."""
+        if not self.takes_encoder:
+            return None
+        if self.encoder_name in kwargs:
+            return kwargs[self.encoder_name]
+        if self.encoder_at < len(args):
+            return args[self.encoder_at]
+        return self._missing(self.encoder_name, args, kwargs)
+
+    def _missing(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = [describe(value) for value in args] + sorted(kwargs)
+        raise ValueError(f"{self.who}: must be called with {name}, got ({', '.join(given)})")
+
+
+class OutputForm:
+    """How a block packs its streams into what it returns, learned from one real output.
+
+    Attributes:
+        is_tensor: the block returns `hidden_states` alone.
+        hidden_at: position of `hidden_states` in the tuple.
+        encoder_at: position of `encoder_hidden_states`, None where the pattern returns none. What
+            is there may be None: from the last block of a model, or without audio.
+    """
+
+    __slots__ = ("encoder_at", "hidden_at", "is_tensor", "rest", "sequence")
+
+    def __init__(self, pattern: ForwardPattern, output: Any, who: str) -> None:
+        self.encoder_at: int | None = None
+        self.hidden_at = 0
+        self.rest: tuple[Any, ...] = ()
+        self.sequence: type = type(output)
+        self.is_tensor = isinstance(output, torch.Tensor)
+        if self.is_tensor:
+            fits = len(pattern.returns) == 1 or pattern.takes != (HIDDEN,)
+        else:
+            fits = isinstance(output, tuple | list) and self._match(pattern, output)
+        if not fits:
+            raise ValueError(
+                f"{who}: a block of {pattern.name} must return ({', '.join(pattern.returns)}), got "
+                f"{describe(output)}; give the BlockAdapter the pattern that the block follows"
+            )
+
+    def _match(self, pattern: ForwardPattern, output: Any) -> bool:
+        """Find the streams in a tuple; say whether it fits the pattern."""
+        if len(pattern.returns) == 2 and len(output) == 2:
+            self.hidden_at = pattern.returns.index(HIDDEN)
+            self.encoder_at = 1 - self.hidden_at
+            if not isinstance(output[self.encoder_at], torch.Tensor | None):
+                return False
+        elif len(pattern.returns) == 2 or any(isinstance(x, torch.Tensor) for x in output[1:]):
+            return False
+        self.rest = tuple(None if isinstance(x, torch.Tensor) else x for x in output)
+        return len(output) > 0 and isinstance(output[self.hidden_at], torch.Tensor)
+
+    def unpack(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return (hidden_states, encoder_hidden_states or None) of a block's output."""
+        if self.is_tensor:
+            return output, None
+        encoder = output[self.encoder_at] if self.encoder_at is not None else None
+        return output[self.hidden_at], encoder
+
+    def pack(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> Any:
+        """Return the streams as the block would."""
+        if self.is_tensor:
+            return hidden
+        output = list(self.rest)
+        output[self.hidden_at] = hidden
+        if self.encoder_at is not None:
+            output[self.encoder_at] = encoder
+        return tuple(output) if self.sequence is tuple else output
 
 
 class HasBlocks(Protocol):
@@ -89,9 +187,10 @@ class ProbeStart(BlockProxy):
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        step = self.step()
-        if step is not None:
-            step.begin(self.inputs.hidden(args, kwargs))
+        forward = FORWARD.get()
+        if forward is None:
+            return self.block(*args, **kwargs)
+        forward.steps[self.index].begin(self.inputs.hidden(args, kwargs))
         return self.run(args, kwargs)
 
 
@@ -123,11 +222,14 @@ class SkippedBlock(BlockProxy):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = FORWARD.get()
-        if forward is None or not forward.steps[self.index].cached:
+        if forward is None or (self.form is not None and not forward.steps[self.index].cached):
+            return self.block(*args, **kwargs)
+        step, inputs = forward.steps[self.index], self.inputs
+        if not step.cached:
             return self.run(args, kwargs)
         if self.swaps_pair and not args:
-            return kwargs[self.inputs.encoder_name], kwargs[self.inputs.hidden_name]
-        return self.pass_through(forward.steps[self.index], args, kwargs)
+            return kwargs[inputs.encoder_name], kwargs[inputs.hidden_name]
+        return self.pass_through(step, args, kwargs)
 
     def pass_through(self, step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the inputs as the block would return its outputs."""
@@ -158,11 +260,13 @@ class Boundary(SkippedBlock):
         self.is_last = is_last
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        step = self.step()
-        if step is None:
-            return self.run(args, kwargs)
+        forward = FORWARD.get()
+        if forward is None:
+            return self.block(*args, **kwargs)
+        step = forward.steps[self.index]
         if self.is_first:
-            step.look_at(self.block, args, kwargs)
+            if step.run.source is not None:
+                step.run.source.at_block(self.block, args, kwargs)
             step.decide(self.inputs.hidden(args, kwargs), self.inputs.encoder(args, kwargs))
         if not step.cached:
             output = self.run(args, kwargs)
@@ -171,4 +275,6 @@ class Boundary(SkippedBlock):
             return output
         if self.is_last:
             return self.pack(*step.finish_cached())
+        if self.swaps_pair and not args:
+            return kwargs[self.inputs.encoder_name], kwargs[self.inputs.hidden_name]
         return self.pass_through(step, args, kwargs)

@@ -12,7 +12,7 @@ from dbcache.adapters.blocks.spec import StackSpec
 from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.prunable_blocks import PrunableBlocks, SingleBlocksStep, trimmed
 from dbcache.adapters.stacks.stack_run import StackRun
-from dbcache.adapters.stacks.step import check_needs_no_vote, check_stream, left_blocks_out
+from dbcache.adapters.stacks.step import check_end, check_needs_no_vote, check_stream
 from dbcache.config.cache import StackSettings
 from dbcache.config.prune import DBPruneConfig
 from dbcache.kernels.common.lane_state import PlanCode
@@ -92,9 +92,6 @@ class PrunedStack(BlockStack):
         run.shared.prepare(device)
         return PrunedLane(run.settings, self.prunable, device)
 
-    def new_step(self, run: StackRun, branch: str | None, forward: Any) -> PrunedStep:
-        return PrunedStep(self, run, branch, forward)
-
     def prepare_recording(self) -> None:
         """Let each block that is left out return what it would have, as it does while recorded."""
         self.fuses = False
@@ -128,6 +125,7 @@ class PrunedStep(SingleBlocksStep):
         self.lane: Any = None
         self.cached = False
         self.awaits_end = False
+        self.watches_output = False
 
     @property
     def single_blocks(self) -> PrunedStep:
@@ -183,12 +181,9 @@ class PrunedStep(SingleBlocksStep):
         self.awaits_end = False
         self.lane.steps.has_reference |= self.due is not None
 
-    def on_output(self, output: Any) -> None:
-        """Nothing is learned from what the transformer returns."""
-
-    def left_blocks_out(self) -> bool:
-        """Say whether the model did not run the blocks at which a step is decided and stored."""
-        return left_blocks_out(self)
+    def check_end(self) -> None:
+        """Raise if the model left out the last block on a step that leaves blocks out."""
+        check_end(self)
 
     def count_full(self, device: torch.device) -> None:
         """Count a step that ran without the proxies: full, with nothing kept of it."""
@@ -202,3 +197,6 @@ class PrunedStep(SingleBlocksStep):
         """Clean up after an exception: the step counts as never begun."""
         if self.lane is not None and self.cutter is None:
             self.lane.abort()
+
+
+PrunedStack.step = PrunedStep

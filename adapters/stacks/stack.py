@@ -29,6 +29,8 @@ from dbcache.lanes.predictors import check_runs_on_device
 class Stack(BlockStack):
     """Blocks of which the middle ones are skipped together; see `BlockStack` for the arguments."""
 
+    step = Step
+
     def __init__(
         self,
         spec: StackSpec,
@@ -106,9 +108,6 @@ class Stack(BlockStack):
                 f"the order of the forward, or use decision_scope='stack'"
             )
         return lane
-
-    def new_step(self, run: StackRun, branch: str | None, forward: Any) -> Step:
-        return Step(self, run, branch, forward)
 
     def check_recordable(self, settings: StackSettings) -> None:
         check_runs_on_device(settings.predictor, self.name)

@@ -38,6 +38,7 @@ class StackRun:
         lanes: by guidance branch.
         shared: the change that the branches share.
         source: what a policy without a probe measures; None where it is the probe.
+        generation: of the stack, whose blocks were stored.
         sharding: ranks that each have a part of the tokens; None where each has all.
         recorder: notes of full steps what a calibration is made of.
     """
@@ -49,16 +50,24 @@ class StackRun:
         self.shared = SharedChange(self.settings.cache)
         self.source = stack.make_source()
         self.sharding: Sharding | None = stack.sharding
+        self._read()
         self.recorder: Recorder | None = stack.recorder
-        self._generation = stack.generation
+        self.generation = stack.generation
 
     def serve(self, stack: Any) -> None:
         """Go on for a stack of the same blocks, whose settings need no other buffers."""
         self.stack, self.sharding, self.recorder = stack, stack.sharding, stack.recorder
         if stack.settings is not self.prepared:
             self.prepared = self.settings = stack.settings
+            self._read()
             for lane in self.lanes.values():
                 lane.reload(stack.settings)
+
+    def _read(self) -> None:
+        """Read from the settings what every step asks."""
+        self.compares_hidden_states = self.settings.cache.compares_hidden_states
+        whole = self.source is not None and self.source.is_whole
+        self.votes = self.sharding is not None and not whole
 
     def start_request(self) -> None:
         """Forget the last request."""
@@ -97,9 +106,9 @@ class StackRun:
 
     def take_up_blocks(self) -> None:
         """Drop what was stored of blocks that were exchanged since."""
-        if self._generation == self.stack.generation:
+        if self.generation == self.stack.generation:
             return
-        self._generation = self.stack.generation
+        self.generation = self.stack.generation
         for branch, lane in list(self.lanes.items()):
             if self.stack.fits(lane):
                 lane.forget_reference()

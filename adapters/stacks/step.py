@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.patterns import ENCODER, ForwardPattern, describe
+from dbcache.adapters.blocks.patterns import ENCODER, describe
 from dbcache.graphs.recording import Cutter
 from dbcache.kernels.common.lane_state import PlanCode
-from dbcache.lanes.buffers import Layout, layout_of
+from dbcache.lanes.buffers import Layout
 
 Streams = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -59,6 +59,7 @@ class Step:
         self.encoder_fn: torch.Tensor | None = None
         self.passed: Streams | None = None
         self.single_blocks: Any = None
+        self.watches_output = run.source is not None or run.recorder is not None
         self._given: torch.Tensor | None = None
         if stack.last_blocks is not None:
             self.single_blocks = stack.last_blocks.new_step(self)
@@ -66,17 +67,14 @@ class Step:
     def begin(self, h_in: torch.Tensor) -> None:
         """Keep what the first block is given."""
         stack, run = self.stack, self.run
-        check_stream(stack.name, h_in)
+        is_tensor = isinstance(h_in, torch.Tensor)
+        if not is_tensor:
+            check_stream(stack.name, h_in)
         if run.sharding is not None:
             h_in = run.sharding.split_input(f"{stack.lists[0].path}.0", h_in)
         self._given = h_in
-        compares = run.settings.cache.compares_hidden_states
-        self.h_in = h_in if compares else stack.probe_copies.of(h_in)
-
-    def look_at(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let a policy without a probe see what the first middle block is called with."""
-        if self.run.source is not None:
-            self.run.source.at_block(block, args, kwargs)
+        copies = stack.probe_copies.are_needed and not run.compares_hidden_states
+        self.h_in = h_in.clone() if copies else h_in
 
     def decide(self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None) -> None:
         """Take the decision, and predict where it is to cache.
@@ -90,9 +88,7 @@ class Step:
             h_fn, encoder_in = self._begin_without_probe(h_fn, encoder_in)
         if self.h_in is None:
             return  # the model left the first block out: all others run
-        if stack.pattern is ForwardPattern.Pattern_2:
-            encoder_in = None
-        elif ENCODER not in stack.pattern.takes:
+        if stack.has_own_encoder:
             encoder_in = self.encoder_fn
         if h_fn.shape != self.h_in.shape:
             raise ValueError(
@@ -100,9 +96,13 @@ class Step:
                 f"{tuple(self.h_in.shape)} before and {tuple(h_fn.shape)} after them; choose an "
                 f"Fn_compute_blocks within which the shape stays"
             )
-        stack.probe_copies.learn([(self._given, self.h_in)])
-        lane = self._find_lane(h_fn.device)
-        self.cached = self._decide(lane, h_fn, layout_of(h_fn, encoder_in))
+        if not stack.probe_copies.is_known:
+            stack.probe_copies.learn([(self._given, self.h_in)])
+        lane = self.run.lanes.get(self.branch) or self._add_lane(h_fn.device)
+        layout: Layout = (h_fn.shape, h_fn.dtype, h_fn.device)
+        if encoder_in is not None:
+            layout += (encoder_in.shape, encoder_in.dtype)
+        self.cached = self._decide(lane, h_fn, layout)
         self.lane = lane
         self.awaits_end = True
         if self.cached and encoder_in is None and lane.history.encoder_snapshots is not None:
@@ -133,12 +133,10 @@ class Step:
         self.h_in = h_fn
         return h_fn, encoder_in
 
-    def _find_lane(self, device: torch.device) -> Any:
-        """Return the lane of the branch, made at its first step."""
-        lanes = self.run.lanes
-        lane = lanes.get(self.branch)
-        if lane is None:
-            lane = lanes[self.branch] = self.stack.new_lane(self.run, self.branch, device, self)
+    def _add_lane(self, device: torch.device) -> Any:
+        """Return a lane for the branch, whose first step this is."""
+        lane = self.stack.new_lane(self.run, self.branch, device, self)
+        self.run.lanes[self.branch] = lane
         return lane
 
     def _decide(self, lane: Any, h_fn: torch.Tensor, layout: Layout) -> bool:
@@ -159,7 +157,7 @@ class Step:
             check_needs_no_vote(self.stack.name, run.sharding)
         if not (is_recorded or is_dynamic):
             lane.decide(None)
-        elif (run.shared.is_on or self._votes) and lane.history.p_ref is not None:
+        elif (run.shared.is_on or run.votes) and lane.history.p_ref is not None:
             lane.decide(self._change(lane, measured))
         else:
             lane.measure_and_decide(self.h_in, measured)
@@ -184,19 +182,13 @@ class Step:
         self._begin_conditional(lane)
         return False
 
-    @property
-    def _votes(self) -> bool:
-        """Whether a rank measures only its part of the tokens."""
-        run = self.run
-        return run.sharding is not None and (run.source is None or not run.source.is_whole)
-
     def _change(self, lane: Any, measured: torch.Tensor) -> torch.Tensor:
         """Return the change, of all ranks; or that of another branch, as `SharedChange` says."""
         run = self.run
 
         def measure() -> torch.Tensor:
             partials = lane.measure(self.h_in, measured)
-            if run.sharding is None or not self._votes:
+            if run.sharding is None or not run.votes:
                 return partials
             return run.sharding.vote(partials, per_sample=run.settings.cache.batch_reduce == "max")
 
@@ -240,7 +232,8 @@ class Step:
                 f"lists as separate stacks in a BlockAdapter"
             )
         given = self.passed
-        self.stack.middle_copies.learn([(given[0], self.h_fn), (given[1], self.encoder_fn)])
+        if not self.stack.middle_copies.is_known:
+            self.stack.middle_copies.learn([(given[0], self.h_fn), (given[1], self.encoder_fn)])
         if run.recorder is not None:
             run.recorder.on_blocks(self, h_out)
         made = encoder if self.stack.fn == 0 and self.encoder_fn is None else None
@@ -260,20 +253,20 @@ class Step:
             self.single_blocks.encoder = encoder
 
     def on_output(self, output: Any) -> None:
-        """Let a policy without a probe see what the transformer returns."""
+        """Let a policy without a probe, or a calibration, see what the transformer returns."""
         run = self.run
         if run.source is not None and self.lane is not None:
             run.source.finish(self.lane, output, self.cached)
         if run.recorder is not None:
             run.recorder.on_output(self, output)
 
-    def left_blocks_out(self) -> bool:
-        """Say whether the model did not run the blocks at which a step is decided and stored."""
-        return left_blocks_out(self)
+    def check_end(self) -> None:
+        """Raise if the model left out the block at which a cached step is predicted."""
+        check_end(self)
 
     def count_full(self, device: torch.device) -> None:
         """Count a step that ran without the proxies: full, with nothing kept of it."""
-        lane = self._find_lane(device)
+        lane = self.run.lanes.get(self.branch) or self._add_lane(device)
         if self.stack.leader is not None:
             lane.steps.read()
         else:
@@ -306,11 +299,11 @@ def check_needs_no_vote(who: str, sharding: Any) -> None:
         )
 
 
-def left_blocks_out(step: Any) -> bool:
-    """Say whether the model did not run the blocks at which a step is decided and stored.
+def check_end(step: Any) -> None:
+    """Raise if the model left out the block at which a cached step is predicted.
 
     Raises:
-        RuntimeError: the model did not run the block at which a cached step is predicted.
+        RuntimeError: the model did, and so nothing right can be returned.
     """
     if step.awaits_end and (step.cached or step.cutter is not None):
         raise RuntimeError(
@@ -318,4 +311,3 @@ def left_blocks_out(step: Any) -> bool:
             f"could not be predicted; forwards that leave blocks out on some steps only need a "
             f"branch of their own (cache_context), or the cache off (dbcache.disable)"
         )
-    return step.awaits_end or (bool(step.stack.entries) and step.lane is None)

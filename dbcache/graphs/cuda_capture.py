@@ -252,11 +252,6 @@ class UserCapture:
         return torch.cuda.use_mem_pool(pool)
 
 
-def is_capturing() -> bool:
-    """Whether the current stream is captured by someone. CPU builds of PyTorch cannot tell."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
 RECORDERS: dict[str, Any] = {"cuda": CudaRecorder}
 """What records, by type of device."""
 

@@ -90,6 +90,7 @@ class Lane:
         self.compares = leader is None and cache.probe_blocks > 0
         self.by_residual = self.compares and not cache.compares_hidden_states
         self.by_token = cache.important_condition_threshold > 0
+        self.replaces = settings.replace
         self.history = History()
         self.forecaster = make_forecaster(settings, device)
         self.tail: LaneTail | None = None
@@ -184,7 +185,7 @@ class Lane:
             decide(self.state, None)
             return
         before = h_in if self.by_residual else None
-        probe_and_decide(before, h_fn, p_ref, self.state, by_token=self.by_token)
+        probe_and_decide(before, h_fn, p_ref, self.steps.state, by_token=self.by_token)
 
     def settle(self, code: int) -> bool:
         """Count the step; return the decision, which the host reads only where it is open.
@@ -223,7 +224,7 @@ class Lane:
             out: written in place of a new tensor; any strides, and it may share memory with them.
             encoder_out: as `out`, for the encoder states.
         """
-        state, history = self.state, self.history
+        state, history = self.steps.state, self.history
         assert history.snapshots is not None
         if self.forecaster is not None:
             self.forecaster.weigh(state, self.steps.step - 1)
@@ -236,7 +237,7 @@ class Lane:
             encoder_fn, history.encoder_snapshots, encoder_weights,
             history.scales, history.encoder_scales,
             out=out if direct else None, encoder_out=encoder_out if direct else None,
-            replace=self.settings.replace,
+            replace=self.replaces,
         )  # fmt: skip
         if out is not None and not direct:
             hidden = out.copy_(hidden)
@@ -264,7 +265,7 @@ class Lane:
             h_in if self.by_residual else None, h_fn, h_out,
             history.p_ref if self.compares else None, snapshots, state.counters,
             encoder_fn, encoder_out, history.encoder_snapshots,
-            history.scales, history.encoder_scales, replace=self.settings.replace,
+            history.scales, history.encoder_scales, replace=self.replaces,
         )  # fmt: skip
         if self.forecaster is not None:
             stored = snapshots, history.encoder_snapshots

@@ -1,16 +1,23 @@
 """The fp8 format of stored activations: e4m3 codes with one float32 scale per token.
 
     scale = max(max|x| / 448, 2**-126)      over the token, the last dimension
-    code  = e4m3(x / scale)                 rounded to nearest even
+    code  = e4m3(x * (1 / scale))           rounded to nearest even, the reciprocal and product, too
     x'    = code * scale
 
-So |x' - x| <= max(|x| / 16, scale / 1024): 3 bits of mantissa, and subnormals below scale / 64.
+So |x' - x| <= max(|x| / 16, scale / 1024), to float32's rounding: 3 bits of mantissa, and
+subnormals below scale / 64. The reciprocal is a normal number for each scale there is.
 An element that is not finite comes back as NaN and does not touch the rest of its token; the
 lower bound of the scale is what tokens of zeros have, and keeps it a normal number.
 
-A code is a uint8, made and read by integer arithmetic: Triton has no e4m3 before sm_89, gfx942's
-own format is another one, and the bytes are to be the same everywhere.
+A code is a uint8, and the bytes are the same everywhere: made and read by the conversions of NVIDIA
+GPUs from sm_89 on (`is_native`), and by integer arithmetic elsewhere, as older ones have none and
+gfx942's own format is another one. The conversion to e4m3 (``cvt.rn.satfinite.e4m3x2.f32``) rounds
+to nearest even, keeps the sign of zero, makes subnormals, and takes what rounds beyond 448 to 448;
+NaN, which stands for all that is not finite, becomes 0x7F. The conversion from e4m3 is exact; 0x7F
+and 0xFF are NaN.
 """
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -34,7 +41,8 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = x.abs().masked_fill_(lost, 0.0).amax(-1)
     # divide by a tensor: by a number, PyTorch on a GPU multiplies with the rounded reciprocal
     scales = (largest / torch.full_like(largest, LARGEST)).clamp_(min=SMALLEST_SCALE)
-    codes = (x / scales[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
+    inverse = torch.full_like(scales, 1.0) / scales
+    codes = (x * inverse[..., None]).to(torch.float8_e4m3fn).view(torch.uint8)
     return codes.masked_fill_(lost, NAN_CODE), scales
 
 
@@ -66,16 +74,29 @@ def check_scales(op: str, name: str, ring: torch.Tensor, scales: torch.Tensor) -
 E4M3 = Constants(globals())
 
 
+@lru_cache
+def is_native(device: torch.device) -> bool:
+    """Whether a device has the conversions of this format as instructions."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 @triton.jit
-def quantize_rows(x):
+def quantize_rows(x, NATIVE: tl.constexpr):
     """Return the codes of a float32 tile, a token per row, and the scales of its rows."""
     magnitude = tl.abs(x)
     finite = magnitude < float("inf")  # false for NaN
     largest = tl.max(tl.where(finite, magnitude, 0.0), 1)
     # div_rn: `/` is off by an ulp on a GPU, which would change the bytes
     scales = tl.maximum(tl.div_rn(largest, E4M3.LARGEST), E4M3.SMALLEST_SCALE)
-    codes = encode(tl.div_rn(x, tl.broadcast_to(scales[:, None], x.shape)))
-    return tl.where(finite, codes, E4M3.NAN_CODE).to(tl.uint8), scales
+    # a reciprocal per row: a division takes some 30 instructions per element
+    scaled = x * tl.div_rn(tl.full(scales.shape, 1.0, tl.float32), scales)[:, None]
+    if NATIVE:
+        scaled = tl.where(finite, scaled, float("nan"))
+        codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        codes = tl.where(finite, encode(scaled), E4M3.NAN_CODE).to(tl.uint8)
+    return codes, scales
 
 
 @triton.jit
@@ -95,8 +116,17 @@ def encode(x):
 
 
 @triton.jit
-def decode(codes):
+def decode(codes, NATIVE: tl.constexpr):
     """Return the exact float32 values of uint8 e4m3 `codes`."""
+    if NATIVE:
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        values = _decoded(codes)
+    return values
+
+
+@triton.jit
+def _decoded(codes):
     codes = codes.to(tl.uint16)
     magnitude = codes & 0x7F
     # the bits of a float16 with the same sign, exponent and mantissa, whose bias is larger by 8

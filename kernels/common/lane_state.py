@@ -34,10 +34,10 @@ NUM_COUNTERS = TICKET + 1
 # entries of LaneState.values, float32
 DIFF = 0  # relative L1 of the latest step, -1 where it was not measured
 ACCUMULATED = 1  # sum of the diffs of cached dynamic steps since the last full step
-WEIGHTS = 2  # MAX_SLOTS entries, by ring slot, for hidden states
+RATE = 2  # for Signal.RATE; below 0 where there is none yet, one of the two below
+WEIGHTS = 4  # MAX_SLOTS entries, by ring slot, for hidden states; at a multiple of 16 bytes
 ENCODER_WEIGHTS = WEIGHTS + MAX_SLOTS  # the same for encoder hidden states
-RATE = ENCODER_WEIGHTS + MAX_SLOTS  # for Signal.RATE; below 0 where there is none yet, one of:
-NUM_VALUES = RATE + 1
+NUM_VALUES = ENCODER_WEIGHTS + MAX_SLOTS
 NO_OUTPUT = -1.0  # no output of a full step is kept
 ONE_OUTPUT = -2.0  # the output of one full step is kept
 
@@ -183,11 +183,14 @@ class LaneState:
     """NumPy views of the seven tensors, in the order of TENSORS, on the CPU; None elsewhere"""
     _reset: tuple[list[torch.Tensor], list[torch.Tensor]] = field(init=False, repr=False)
     """What a request writes, and what that is when it begins, as int32: for `reset`"""
+    _arguments: tuple[int, ...] | None = field(init=False, repr=False)
+    """What `arguments` returns, None where it is not known yet"""
 
     def __post_init__(self) -> None:
         self._make_views()
 
     def _make_views(self) -> None:
+        self._arguments = None
         # a fake tensor claims to be on the CPU, but has no memory
         on_cpu = self.counters.device.type == "cpu" and type(self.counters) is torch.Tensor
         self.host = tuple(x.numpy() for x in self.tensors()) if on_cpu else None
@@ -237,6 +240,12 @@ class LaneState:
         """Return the seven tensors, in the order of TENSORS."""
         state = (self.counters, self.values, self.limits, self.thresholds, self.plan)
         return (*state, self.trace_reason, self.trace_diff)
+
+    def arguments(self) -> tuple[int, ...]:
+        """Return the addresses of the tensors and the capacity: the last arguments of a kernel."""
+        if self._arguments is None:
+            self._arguments = (*self.addresses(), self.capacity)
+        return self._arguments
 
     @classmethod
     def from_tensors(cls, *tensors: torch.Tensor) -> "LaneState":

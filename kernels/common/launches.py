@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from dbcache.kernels.common.select import forget_plans
+
 BLOCK = 2048
 """Elements of a program, where nothing was tuned."""
 
@@ -64,6 +66,16 @@ _FOR_MANY_SLOTS = {
 def configs_of(op: str, slots: int = 1) -> tuple[Launch, ...]:
     """Return the configs of `op` for a ring of `slots` slots; the first is the default."""
     return (CONFIGS if slots < MANY_SLOTS else _FOR_MANY_SLOTS)[op]
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up. `triton.cdiv` and its like take 100 times as long on the host."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """Return the smallest power of 2 that is at least `n`."""
+    return 1 << (n - 1).bit_length()
 
 
 def contiguous(*tensors: torch.Tensor | None) -> list[Any]:
@@ -112,6 +124,7 @@ def reset() -> None:
     global _read
     _tables.clear()
     _read = None
+    forget_plans()
 
 
 def device_id(index: int) -> str:

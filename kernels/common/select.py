@@ -66,9 +66,24 @@ def without_gradient(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+_at_reset: list[Callable[[], None]] = []
+
+
+def on_reset(forget: Callable[[], None]) -> None:
+    """Have `forget` called whenever the environment or the tuned choices may have changed."""
+    _at_reset.append(forget)
+
+
 def reset_environment() -> None:
-    """Read the environment again at the next call of `select`."""
+    """Read the environment again at the next call of `select`, and forget what followed from it."""
     _environment.cache_clear()
+    forget_plans()
+
+
+def forget_plans() -> None:
+    """Forget how kernels were launched; see `plans`."""
+    for forget in _at_reset:
+        forget()
 
 
 def invalid(op: str, must: str, *got: Any) -> ValueError:

@@ -18,10 +18,16 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.launches import BLOCK
+from dbcache.kernels.common.launches import BLOCK, cdiv
 
-MAX_PARTIALS = 1024
-"""Most partial sums per sample: one program of `decide` adds them up."""
+MAX_PARTIALS = 896
+"""Most partial sums per sample: one program of `decide` adds them up.
+
+Seven programs of a probe fit on one of the 132 multiprocessors of an H100 or H200, so 896 programs
+run at once; of 1024, the last ones would run alone, after the others.
+"""
+MAX_LANES = 1024
+"""The power of 2 from MAX_PARTIALS on."""
 
 
 def partition(shape: torch.Size, by_token: bool) -> tuple[int, int]:
@@ -31,14 +37,23 @@ def partition(shape: torch.Size, by_token: bool) -> tuple[int, int]:
 
 def partition_of(numel: int) -> tuple[int, int]:
     """Return (blocks of elements per program, programs) for sums over `numel` elements."""
-    return _share(triton.cdiv(numel, BLOCK))
+    return _share(cdiv(numel, BLOCK))
 
 
 def _share(parts: int) -> tuple[int, int]:
     """Return (parts per program, programs), both at least 1, of at most MAX_PARTIALS programs."""
     parts = max(1, parts)
-    per_program = triton.cdiv(parts, MAX_PARTIALS)
-    return per_program, triton.cdiv(parts, per_program)
+    per_program = cdiv(parts, MAX_PARTIALS)
+    return per_program, cdiv(parts, per_program)
+
+
+def lanes_for(programs: int) -> tuple[int, int]:
+    """Return LOG_LANES and warps of a kernel that adds up `programs` partial sums.
+
+    One of two pairs: a kernel is not compiled anew for each resolution. Lanes beyond `programs` are
+    zeros, which change no sum.
+    """
+    return (7, 1) if programs <= 128 else (log2(MAX_LANES), 4)
 
 
 def log2(power: int) -> int:
@@ -117,13 +132,16 @@ def relative_l1_of_partials(partials, LOG_LANES: tl.constexpr, WIDTH: tl.constex
     den, important_num, important_den, largest = num, num, num, num
     for sample in range(partials.samples):
         sums_ptr = partials.ptr + sample * partials.programs * WIDTH
-        sample_num = sum_of_column(sums_ptr, partials.programs, LOG_LANES, WIDTH)
-        sample_den = sum_of_column(sums_ptr + 1, partials.programs, LOG_LANES, WIDTH)
+        sums = sums_of_columns(sums_ptr, partials.programs, LOG_LANES, WIDTH)
+        if WIDTH == 4:
+            nums, dens = tl.split(tl.reshape(sums, (2, 2)))
+            sample_num, some_num = tl.split(nums)
+            sample_den, some_den = tl.split(dens)
+        else:
+            sample_num, sample_den = tl.split(sums)
         num += sample_num
         den += sample_den
         if WIDTH == 4:
-            some_num = sum_of_column(sums_ptr + 2, partials.programs, LOG_LANES, WIDTH)
-            some_den = sum_of_column(sums_ptr + 3, partials.programs, LOG_LANES, WIDTH)
             important_num += some_num
             important_den += some_den
             sample_den = tl.where(some_num != 0, some_den, sample_den)
@@ -145,9 +163,33 @@ def total_of_partials(partials, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
     den = num
     for sample in range(partials.samples):
         sums_ptr = partials.ptr + sample * partials.programs * WIDTH
-        num += sum_of_column(sums_ptr, partials.programs, LOG_LANES, WIDTH)
-        den += sum_of_column(sums_ptr + 1, partials.programs, LOG_LANES, WIDTH)
+        sums = sums_of_columns(sums_ptr, partials.programs, LOG_LANES, WIDTH)
+        sample_num, sample_den = tl.split(sums)
+        num += sample_num
+        den += sample_den
     return num, den
+
+
+@triton.jit
+def sums_of_columns(sums_ptr, programs, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The function `tree_sum` above, of the columns of (programs, WIDTH) numbers, in one tile."""
+    lane, column = tl.arange(0, 1 << LOG_LANES), tl.arange(0, WIDTH)
+    offsets = lane[:, None] * WIDTH + column[None, :]
+    x = tl.load(sums_ptr + offsets, mask=(lane < programs)[:, None], other=0.0)
+    return _tree_sum_tile(x, LOG_LANES, WIDTH)
+
+
+@triton.jit
+def _tree_sum_tile(x, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
+    for level in tl.static_range(1, LOG_LANES + 1):
+        x = tl.sum(tl.reshape(x, ((1 << LOG_LANES) >> level, 2, WIDTH)), axis=1)
+    return tl.sum(x, axis=0)
+
+
+@triton.jit
+def tree_sums_of_two(x, y, LOG_LANES: tl.constexpr):
+    """The function `tree_sum` above, of each of two vectors of 2**LOG_LANES lanes."""
+    return tl.split(_tree_sum_tile(tl.join(x, y), LOG_LANES, 2))
 
 
 @triton.jit

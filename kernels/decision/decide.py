@@ -38,8 +38,9 @@ from dbcache.kernels.common.lane_state import (
 )
 from dbcache.kernels.common.launches import contiguous
 from dbcache.kernels.common.op import op
+from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import Impl, invalid
-from dbcache.kernels.common.sums import MAX_PARTIALS, Partials, f32
+from dbcache.kernels.common.sums import MAX_PARTIALS, Partials, f32, lanes_for
 from dbcache.kernels.decision.step_signal import (
     is_ready,
     is_signal_ready,
@@ -75,6 +76,10 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
             DYNAMIC and leaves it out of the traces).
     """
     counters = state.counters
+    found = LAUNCHES.find(impl, None, (counters, partials))
+    if found is not None:
+        found[0].launch(*state.arguments(), found[1][1])
+        return
     if partials is not None:
         if (
             partials.ndim != 3
@@ -87,6 +92,9 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
             must = f"partials must be float32 on {counters.device}"
             raise invalid("decide", must, partials.dtype, partials.device)
     _decide(impl, state, partials)
+
+
+LAUNCHES = Plans()
 
 
 def decide_reference(state: LaneState, partials: torch.Tensor | None) -> None:
@@ -209,11 +217,12 @@ def choose(
 )
 def _decide(state, partials):
     samples, programs, width = (0, 0, 2) if partials is None else partials.shape
-    log_lanes = max(0, programs - 1).bit_length()
-    _decide_kernel[(1,)](
-        *state.tensors(), state.capacity, *contiguous(partials), samples, programs,
-        LOG_LANES=log_lanes, WIDTH=width,
-        num_warps=1 if log_lanes < 8 else 4, enable_fp_fusion=False,
+    log_lanes, warps = lanes_for(programs)
+    tail = {"samples": samples, "programs": programs, "LOG_LANES": log_lanes, "WIDTH": width}
+    LAUNCHES.launch(
+        None, (state.counters, partials), _decide_kernel, (1,),
+        (*state.tensors(), state.capacity, *contiguous(partials)), tail,
+        num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -228,7 +237,7 @@ class Counts(NamedTuple):
     accumulated: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "samples", "programs"])
 def _decide_kernel(
     counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
     trace_diff_ptr, capacity, partials_ptr, samples, programs,

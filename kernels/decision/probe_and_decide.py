@@ -25,8 +25,9 @@ import triton.language as tl
 from dbcache.kernels.common.lane_state import LANE, LaneState, State
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
 from dbcache.kernels.common.op import op
+from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import Impl, invalid
-from dbcache.kernels.common.sums import Partials, log2, partition
+from dbcache.kernels.common.sums import MAX_LANES, Partials, log2, partition
 from dbcache.kernels.decision.decide import decide_once, decide_reference
 from dbcache.kernels.decision.probe_diff import (
     Probe,
@@ -61,6 +62,12 @@ def probe_and_decide(
         ValueError: shapes, dtypes or devices do not fit.
         RuntimeError: the state has no room for the step (reference only), as in `decide`.
     """
+    found = LAUNCHES.find(impl, by_token, (h_fn, p_ref, h_in, state.counters))
+    if found is not None:
+        plan, (h_fn_ptr, p_ref_ptr, h_in_ptr, _) = found
+        partials = torch.empty_like(plan.scratch)
+        plan.launch(partials.data_ptr(), h_fn_ptr, p_ref_ptr, h_in_ptr, *state.arguments())
+        return
     check_probe("probe_and_decide", h_in, h_fn, p_ref, by_token)
     if state.counters.device != h_fn.device:
         must = "the state must be on the device of h_fn"
@@ -80,30 +87,35 @@ def probe_and_decide_reference(
     decide_reference(state, probe_diff_reference(h_in, h_fn, p_ref, thresholds))
 
 
+LAUNCHES = Plans()
+
+
 @op(
     probe_and_decide_reference,
     like="h_fn",
     mutates=("counters", "values", "trace_reason", "trace_diff"),
 )
 def _probe_and_decide(h_in, h_fn, p_ref, state, by_token):
+    given = (h_fn, p_ref, h_in, state.counters)
     h_in, h_fn, p_ref = contiguous(h_in, h_fn, p_ref)
     batch, sums = h_fn.shape[0], 4 if by_token else 2
     per_program, programs = partition(h_fn.shape, by_token)
     partials = torch.empty(batch, programs, sums, device=h_fn.device, dtype=torch.float32)
     launch = launch_of("probe_and_decide tokens" if by_token else "probe_and_decide", h_fn)
-    _probe_and_decide_kernel[(programs, batch)](
-        h_in, h_fn, p_ref, partials, h_fn.numel() // batch, per_program, h_fn.shape[-1],
-        *state.tensors(), state.capacity,
-        LOG_BLOCK=log2(BLOCK), LOG_LANES=(programs - 1).bit_length(), WIDTH=sums,
+    tail = {"size": h_fn.numel() // batch, "per_program": per_program, "width": h_fn.shape[-1]}
+    tail |= {"LOG_BLOCK": log2(BLOCK), "LOG_LANES": log2(MAX_LANES), "WIDTH": sums}
+    LAUNCHES.launch(
+        by_token, given, _probe_and_decide_kernel, (programs, batch),
+        (partials, h_fn, p_ref, h_in, *state.tensors(), state.capacity), tail, partials,
         num_warps=launch.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_program", "capacity"])
 def _probe_and_decide_kernel(
-    h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, width,
+    partials_ptr, h_fn_ptr, p_ref_ptr, h_in_ptr,
     counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
-    trace_diff_ptr, capacity,
+    trace_diff_ptr, capacity, size, per_program, width,
     LOG_BLOCK: tl.constexpr, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     probe = Probe(h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, width)

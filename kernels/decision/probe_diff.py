@@ -28,7 +28,7 @@ from dbcache.kernels.common.lane_state import IMPORTANT, LANE
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, select, without_gradient
-from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sum_lanes
+from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sums_of_two
 
 
 def probe_diff(
@@ -160,7 +160,7 @@ class Probe(NamedTuple):
     width: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_program"])
 def _probe_diff_kernel(
     h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, thresholds_ptr, width,
     LOG_BLOCK: tl.constexpr,
@@ -183,8 +183,9 @@ def store_partial(probe, LOG_BLOCK: tl.constexpr):
         inside = lanes_of(program, probe.per_program, i, LOG_BLOCK)
         num, den = _add(probe, base + inside, inside < probe.size, num, den)
     out_ptr = probe.partials_ptr + (sample * tl.num_programs(0) + program) * 2
-    tl.store(out_ptr, tree_sum_lanes(num, LOG_BLOCK))
-    tl.store(out_ptr + 1, tree_sum_lanes(den, LOG_BLOCK))
+    num, den = tree_sums_of_two(num, den, LOG_BLOCK)
+    tl.store(out_ptr, num)
+    tl.store(out_ptr + 1, den)
 
 
 @triton.jit
@@ -203,8 +204,7 @@ def store_partial_by_token(probe, thresholds_ptr, LOG_BLOCK: tl.constexpr):
             mask = inside < tl.minimum(probe.width, probe.size - start)
             offsets = sample.to(tl.int64) * probe.size + start + inside
             nums, dens = _add(probe, offsets, mask, nums, dens)
-        token_num = tree_sum_lanes(nums, LOG_BLOCK)
-        token_den = tree_sum_lanes(dens, LOG_BLOCK)
+        token_num, token_den = tree_sums_of_two(nums, dens, LOG_BLOCK)
         important = tl.div_rn(token_num, token_den) > tl.load(thresholds_ptr + LANE.IMPORTANT)
         important |= (token_num != token_num) | (token_den != token_den)
         num += token_num

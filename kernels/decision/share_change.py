@@ -134,7 +134,7 @@ def _share_change(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["branch", "kind"])
+@triton.jit(do_not_specialize=["capacity", "branch", "kind", "numel"])
 def _share_change_kernel(
     own_ptr, kept_ptr, stamps_ptr, counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr,
     capacity, branch, kind, numel, BY_RULES: tl.constexpr, BLOCK: tl.constexpr,

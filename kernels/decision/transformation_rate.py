@@ -30,6 +30,7 @@ from dbcache.kernels.common.sums import (
     MAX_PARTIALS,
     Partials,
     divide,
+    lanes_for,
     total_of_partials,
     total_sums,
 )
@@ -85,17 +86,22 @@ def transformation_rate_reference(
     values[ls.RATE] = divide(divide(moved_out, moved_in), size)
 
 
+SIZES = ("output_samples", "output_programs", "input_samples", "input_programs")
+
+
 @op(transformation_rate_reference, like="values", mutates=("values",))
 def _transformation_rate(counters, values, output_partials, input_partials):
     sizes = (*output_partials.shape[:2], *input_partials.shape[:2])
-    log_lanes = max(sizes[1] - 1, sizes[3] - 1, 0).bit_length()
+    log_lanes, warps = lanes_for(max(sizes[1], sizes[3]))
     _transformation_rate_kernel[(1,)](
         counters, values, *contiguous(output_partials, input_partials), *sizes,
-        LOG_LANES=log_lanes, num_warps=1 if log_lanes < 8 else 4, enable_fp_fusion=False,
+        LOG_LANES=log_lanes, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["output_samples", "output_programs", "input_samples", "input_programs"]
+)
 def _transformation_rate_kernel(
     counters_ptr, values_ptr, output_ptr, input_ptr,
     output_samples, output_programs, input_samples, input_programs, LOG_LANES: tl.constexpr,

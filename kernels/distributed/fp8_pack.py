@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import e4m3
-from dbcache.kernels.common.e4m3 import decode, quantize_rows
+from dbcache.kernels.common.e4m3 import decode, is_native, quantize_rows
+from dbcache.kernels.common.launches import cdiv, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
@@ -211,12 +212,13 @@ def _launch(kernel: triton.JITFunction, x: torch.Tensor, buffer: torch.Tensor, s
     _, batch, tokens, heads, width = chunks.shape
     scales = _scales(buffer, chunks.shape) if buffer.dtype == torch.uint8 else None
     strides = chunks.stride()[:4]
-    block_d = triton.next_power_of_2(width)
+    block_d = power_of_2(width)
     block_rows = max(1, BLOCK // block_d)
-    kernel[(triton.cdiv(tokens * heads, block_rows), batch, world)](
+    kernel[(cdiv(tokens * heads, block_rows), batch, world)](
         x, buffer, scales, tokens * heads, heads, *strides, buffer.stride(0),
         0 if scales is None else scales.stride(0), D=width, ALIGN=math.gcd(16, *strides),
-        BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=False,
+        NATIVE=is_native(x.device), BLOCK_ROWS=block_rows, BLOCK_D=block_d,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -255,19 +257,19 @@ class Strides(NamedTuple):
     h: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads", "scales_size"])
 def _fp8_pack_kernel(
     x_ptr, buffer_ptr, scales_ptr, rows, heads, stride_w, stride_b, stride_s, stride_h,
     chunk_size, scales_size,
-    D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program packs `BLOCK_ROWS` of the `rows` of one sample for one rank.
 
     The strides of x are multiples of `ALIGN`, which lets the compiler widen the loads.
     """
     strides = Strides(stride_w, stride_b, stride_s, stride_h)
-    row, packed_row, x_row = _locate(rows, heads, strides, BLOCK_ROWS)
-    x_row = tl.multiple_of(x_row, ALIGN)
+    row, packed_row, x_row = _locate(rows, heads, strides, BLOCK_ROWS, ALIGN)
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < rows)[:, None] & (d < D)
     chunk = tl.program_id(2).to(tl.int64)
@@ -276,21 +278,21 @@ def _fp8_pack_kernel(
     if scales_ptr is None:
         tl.store(out_ptrs, x, mask=mask)
     else:
-        codes, scales = quantize_rows(x.to(tl.float32))
+        codes, scales = quantize_rows(x.to(tl.float32), NATIVE)
         tl.store(out_ptrs, codes, mask=mask)
         tl.store(scales_ptr + chunk * scales_size + packed_row, scales, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads", "scales_size"])
 def _fp8_unpack_kernel(
     out_ptr, buffer_ptr, scales_ptr, rows, heads, stride_w, stride_b, stride_s, stride_h,
     chunk_size, scales_size,
-    D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `_fp8_pack_kernel`, program by program."""
     strides = Strides(stride_w, stride_b, stride_s, stride_h)
-    row, packed_row, out_row = _locate(rows, heads, strides, BLOCK_ROWS)
-    out_row = tl.multiple_of(out_row, ALIGN)
+    row, packed_row, out_row = _locate(rows, heads, strides, BLOCK_ROWS, ALIGN)
     d = tl.arange(0, BLOCK_D)[None, :]
     mask = (row < rows)[:, None] & (d < D)
     chunk = tl.program_id(2).to(tl.int64)
@@ -298,12 +300,12 @@ def _fp8_unpack_kernel(
     x = tl.load(in_ptrs, mask=mask, other=0)
     if scales_ptr is not None:
         scale_ptrs = scales_ptr + chunk * scales_size + packed_row
-        x = decode(x) * tl.load(scale_ptrs, mask=row < rows, other=0.0)[:, None]
+        x = decode(x, NATIVE) * tl.load(scale_ptrs, mask=row < rows, other=0.0)[:, None]
     tl.store(out_ptr + out_row[:, None] + d, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _locate(rows, heads, strides, BLOCK_ROWS: tl.constexpr):
+def _locate(rows, heads, strides, BLOCK_ROWS: tl.constexpr, ALIGN: tl.constexpr):
     """Return this program's rows: in the sample, in the chunk, and as offsets in the tensor."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     batch = tl.program_id(1).to(tl.int64)
@@ -311,4 +313,5 @@ def _locate(rows, heads, strides, BLOCK_ROWS: tl.constexpr):
     s = (row // heads).to(tl.int64)
     h = (row % heads).to(tl.int64)
     offsets = chunk * strides.w + batch * strides.b + s * strides.s + h * strides.h
-    return row, batch * rows + row, offsets
+    # in here: Triton 3.6 forgets a hint on what a function returned
+    return row, batch * rows + row, tl.multiple_of(offsets, ALIGN)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dbcache.kernels.common.launches import cdiv, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
@@ -127,9 +128,9 @@ def _merge_attention(out_a, lse_a, out_b, lse_b, out_dtype):
     if out.numel() == 0:
         return out, lse
     strides = (*out_a.stride()[:3], *out_b.stride()[:3])
-    block_d = triton.next_power_of_2(width)
+    block_d = power_of_2(width)
     block_rows = max(1, BLOCK // block_d)
-    _merge_attention_kernel[(triton.cdiv(tokens * heads, block_rows), batch)](
+    _merge_attention_kernel[(cdiv(tokens * heads, block_rows), batch)](
         out_a, lse_a, out_b, lse_b, out, lse, tokens * heads, heads,
         *strides, *lse_a.stride(), *lse_b.stride(), D=width, ALIGN=math.gcd(16, *strides),
         BLOCK_ROWS=block_rows, BLOCK_D=block_d, num_warps=4, enable_fp_fusion=True,
@@ -137,7 +138,7 @@ def _merge_attention(out_a, lse_a, out_b, lse_b, out_dtype):
     return out, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "heads"])
 def _merge_attention_kernel(
     out_a_ptr, lse_a_ptr, out_b_ptr, lse_b_ptr, out_ptr, lse_ptr, rows, heads,
     out_a_stride_b, out_a_stride_s, out_a_stride_h, out_b_stride_b, out_b_stride_s, out_b_stride_h,

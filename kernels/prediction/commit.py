@@ -17,8 +17,9 @@ import triton.language as tl
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.e4m3 import quantize_rows
 from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, NUM_COUNTERS, SLOT
-from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
+from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op
+from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
 
@@ -67,6 +68,13 @@ def commit(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
+    tensors: tuple[torch.Tensor | None, ...] = (h_fn, h_out, ring, counters, p_ref, h_in)
+    if encoder_fn is not None or scales is not None:
+        tensors += (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
+    found = LAUNCHES.find(impl, replace, tensors)
+    if found is not None:
+        found[0].launch(*found[1])
+        return
     _check(h_in, h_fn, h_out, p_ref, counters)
     _check_ring("h_out", h_out, ring, scales)
     if encoder_fn is not None:
@@ -190,12 +198,15 @@ def _check_encoder(
         raise invalid("commit", must, (slots[0], devices[0]), (slots[1], devices[1]))
 
 
-def fp8_tile(width: int) -> tuple[int, int, int]:
+def fp8_tile(width: int, itemsize: int) -> tuple[int, int, int]:
     """Return rows and columns of a program's tile of whole tokens, and its warps."""
-    columns = triton.next_power_of_2(max(width, 16))
+    columns = power_of_2(max(width, 16))
     rows = max(1, BLOCK // columns)
-    # 16 elements per thread: 16 bytes of codes
-    return rows, columns, min(max(rows * columns // 512, 4), 16)
+    # 16 elements per thread, 16 bytes of codes; of float32 half as many, or registers spill
+    return rows, columns, min(max(rows * columns // 512, 4) * (2 if itemsize == 4 else 1), 16)
+
+
+LAUNCHES = Plans()
 
 
 @op(
@@ -207,30 +218,41 @@ def _commit(
     h_in, h_fn, h_out, p_ref, ring, counters, encoder_fn, encoder_out, encoder_ring, scales,
     encoder_scales, replace,
 ):  # fmt: skip
+    given = [h_fn, h_out, ring, counters, p_ref, h_in]
+    if encoder_fn is not None or scales is not None:
+        given += [encoder_fn, encoder_out, encoder_ring, scales, encoder_scales]
     h_in, h_fn, h_out = contiguous(h_in, h_fn, h_out)
     encoder_fn, encoder_out = contiguous(encoder_fn, encoder_out)
-    stream = (h_in, h_fn, h_out, p_ref, ring)
-    if scales is not None:
-        tokens, width = e4m3.tokens_and_width(h_fn)
-        encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
-        rows, columns, warps = fp8_tile(max(width, encoder_width))
-        parts, encoder_parts = triton.cdiv(tokens, rows), triton.cdiv(encoder_tokens, rows)
-        if parts + encoder_parts:
-            _commit_fp8_kernel[(parts + encoder_parts,)](
-                *stream, scales, counters, tokens, width, parts,
-                encoder_fn, encoder_out, encoder_ring, encoder_scales, encoder_tokens,
-                encoder_width, REPLACE=replace, ROWS=rows, COLUMNS=columns,
-                num_warps=warps, enable_fp_fusion=False,
-            )  # fmt: skip
-        return
+    plain = scales is None
+    kernel, parts, tail, warps = _plain(h_fn, encoder_fn) if plain else _fp8(h_fn, encoder_fn)
+    if parts:
+        encoder = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
+        tensors = (h_fn, h_out, ring, counters, p_ref, h_in, *encoder)
+        tail |= {"REPLACE": replace}
+        LAUNCHES.launch(
+            replace, given, kernel, (parts,), tensors, tail, num_warps=warps, enable_fp_fusion=False
+        )
+
+
+def _plain(h_fn, encoder_fn):
+    """Return kernel, programs, sizes and warps for rings without scales."""
     block, warps = launch_of("commit", h_fn)
     size, encoder_size = h_fn.numel(), 0 if encoder_fn is None else encoder_fn.numel()
-    parts, encoder_parts = triton.cdiv(size, block), triton.cdiv(encoder_size, block)
-    if parts + encoder_parts:
-        _commit_kernel[(parts + encoder_parts,)](
-            *stream, counters, size, parts, encoder_fn, encoder_out, encoder_ring, encoder_size,
-            REPLACE=replace, BLOCK=block, num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    parts = cdiv(size, block)
+    tail = {"size": size, "blocks": parts, "encoder_size": encoder_size, "BLOCK": block}
+    return _commit_kernel, parts + cdiv(encoder_size, block), tail, warps
+
+
+def _fp8(h_fn, encoder_fn):
+    """Return kernel, programs, sizes and warps for rings in fp8."""
+    tokens, width = e4m3.tokens_and_width(h_fn)
+    encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
+    rows, columns, warps = fp8_tile(max(width, encoder_width), h_fn.itemsize)
+    parts = cdiv(tokens, rows)
+    tail = {"tokens": tokens, "width": width, "blocks": parts, "encoder_tokens": encoder_tokens}
+    tail |= {"encoder_width": encoder_width, "NATIVE": e4m3.is_native(h_fn.device)}
+    tail |= {"ROWS": rows, "COLUMNS": columns}
+    return _commit_fp8_kernel, parts + cdiv(encoder_tokens, rows), tail, warps
 
 
 class Stream(NamedTuple):
@@ -243,11 +265,11 @@ class Stream(NamedTuple):
     ring_ptr: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _commit_kernel(
-    h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr, counters_ptr, size, blocks,
-    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, encoder_size,
-    REPLACE: tl.constexpr, BLOCK: tl.constexpr,
+    h_fn_ptr, h_out_ptr, ring_ptr, counters_ptr, p_ref_ptr, h_in_ptr,
+    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, scales_ptr, encoder_scales_ptr,
+    size, blocks, encoder_size, BLOCK: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """The first `blocks` programs take the hidden states, the others the encoder states."""
     block = tl.program_id(0)
@@ -289,39 +311,40 @@ def _residual(stream, offsets, mask, REPLACE: tl.constexpr):
     return residual
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "blocks", "encoder_tokens"])
 def _commit_fp8_kernel(
-    h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr, scales_ptr, counters_ptr,
-    tokens, width, blocks,
-    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, encoder_scales_ptr,
-    encoder_tokens, encoder_width,
-    REPLACE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    h_fn_ptr, h_out_ptr, ring_ptr, counters_ptr, p_ref_ptr, h_in_ptr,
+    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, scales_ptr, encoder_scales_ptr,
+    tokens, width, blocks, encoder_tokens, encoder_width, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """As `_commit_kernel`, with ROWS whole tokens per program."""
     block = tl.program_id(0)
     slot = tl.load(counters_ptr + LANE.SLOT).to(tl.int64)
     if encoder_fn_ptr is None or block < blocks:
         stream = Stream(h_in_ptr, h_fn_ptr, h_out_ptr, p_ref_ptr, ring_ptr)
-        _commit_tokens(stream, scales_ptr, slot, tokens, width, block, REPLACE, ROWS, COLUMNS)
+        _commit_tokens(
+            stream, scales_ptr, slot, tokens, width, block, REPLACE, NATIVE, ROWS, COLUMNS
+        )
     else:
         encoder = Stream(None, encoder_fn_ptr, encoder_out_ptr, None, encoder_ring_ptr)
         _commit_tokens(
             encoder, encoder_scales_ptr, slot, encoder_tokens, encoder_width, block - blocks,
-            REPLACE, ROWS, COLUMNS,
+            REPLACE, NATIVE, ROWS, COLUMNS,
         )  # fmt: skip
 
 
 @triton.jit
 def _commit_tokens(
     stream, scales_ptr, slot, tokens, width, block,
-    REPLACE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    REPLACE: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     offsets = rows[:, None] * width + columns[None, :]
     mask = (rows < tokens)[:, None] & (columns < width)[None, :]
     residual = _residual(stream, offsets, mask, REPLACE)
-    codes, scales = quantize_rows(residual)
+    codes, scales = quantize_rows(residual, NATIVE)
     slot_ptr = stream.ring_ptr + slot * tokens * width
     tl.store(slot_ptr + offsets, codes, mask=mask)
     tl.store(scales_ptr + slot * tokens + rows, scales, mask=rows < tokens)

@@ -28,7 +28,14 @@ from dbcache.kernels.common.lane_state import LANE, LaneState
 from dbcache.kernels.common.launches import BLOCK
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
-from dbcache.kernels.common.sums import lanes_of, log2, partition_of, sum_of_column, tree_sum_lanes
+from dbcache.kernels.common.sums import (
+    MAX_LANES,
+    lanes_of,
+    log2,
+    partition_of,
+    sum_of_column,
+    tree_sum_lanes,
+)
 
 NUM_SUMS = 5
 """Of D_{i+1}^2, D_{i+1} Y_i, Y_i^2, D_i D_{i+1} and D_i Y_i."""
@@ -127,7 +134,7 @@ def _fit_recurrence(ring, counters, fit, ridge):
     partials = torch.empty(NUM_SUMS, programs, device=ring.device, dtype=torch.float32)
     _fit_recurrence_kernel[(programs,)](
         ring, counters, partials, fit, size, per_program, slots, ridge,
-        LOG_BLOCK=log2(BLOCK), LOG_LANES=(programs - 1).bit_length(),
+        LOG_BLOCK=log2(BLOCK), LOG_LANES=log2(MAX_LANES),
         num_warps=num_warps(ring.element_size()), enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -141,7 +148,7 @@ class Snapshots(NamedTuple):
     size: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_program", "slots"])
 def _fit_recurrence_kernel(
     ring_ptr, counters_ptr, partials_ptr, fit_ptr, size, per_program, slots, ridge,
     LOG_BLOCK: tl.constexpr, LOG_LANES: tl.constexpr,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.launches import BLOCK, contiguous
+from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
 
@@ -126,7 +126,7 @@ def _add_residuals_reference(
 def _add_residuals(out, encoder_out, h, residuals, first, count, encoder, encoder_residuals):
     h, encoder = contiguous(h, encoder)
     size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()
-    parts, encoder_parts = triton.cdiv(size, BLOCK), triton.cdiv(encoder_size, BLOCK)
+    parts, encoder_parts = cdiv(size, BLOCK), cdiv(encoder_size, BLOCK)
     if parts + encoder_parts:
         _add_residuals_kernel[(parts + encoder_parts,)](
             h, residuals, out, size, first, count, parts,
@@ -143,7 +143,7 @@ class Stream(NamedTuple):
     out_ptr: Any
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count", "blocks"])
 def _add_residuals_kernel(
     h_ptr, residuals_ptr, out_ptr, size, first, count, blocks,
     encoder_ptr, encoder_residuals_ptr, encoder_out_ptr, encoder_size, BLOCK: tl.constexpr,

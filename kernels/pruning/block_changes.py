@@ -23,7 +23,7 @@ import triton.language as tl
 from dbcache.kernels.common.launches import BLOCK, contiguous
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, select, without_gradient
-from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sum_lanes
+from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sums_of_two
 
 
 def block_changes(
@@ -120,7 +120,7 @@ def _block_changes(h, inputs, residuals, stamps):
     return partials
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per_program", "blocks"])
 def _block_changes_kernel(
     h_ptr, inputs_ptr, residuals_ptr, stamps_ptr, partials_ptr, size, per_program, blocks,
     LOG_BLOCK: tl.constexpr,
@@ -136,22 +136,25 @@ def _block_changes_kernel(
         offsets = start + inside
         # the first block is compared with itself, so that the sum of h and nothing is h
         difference = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        before = tl.zeros((1 << LOG_BLOCK,), tl.float32)
+        before = tl.zeros((1 << LOG_BLOCK,), inputs_ptr.dtype.element_ty)
         step = tl.load(stamps_ptr) - 1
+        following = tl.load(inputs_ptr + offsets, mask=mask, other=0.0)
         for block in range(blocks):
-            x = tl.load(inputs_ptr + between * block + offsets, mask=mask, other=0.0)
-            x = x.to(tl.float32)
+            stored, x = following, following.to(tl.float32)
             stamp = tl.load(stamps_ptr + block)
             moved = stamp != step
             # not read: the residual before block 0, and one stored on the same step
             used = mask & (inside < tl.where(moved & (block > 0), size, 0))
             last = tl.maximum(block - 1, 0)
             added = tl.load(residuals_ptr + between * last + offsets, mask=used, other=0.0)
-            shifted = difference + ((before + added.to(tl.float32)) - x)
+            shifted = difference + ((before.to(tl.float32) + added.to(tl.float32)) - x)
             difference = tl.where(moved, shifted, difference)
-            before, step = x, stamp
-            num = tree_sum_lanes(tl.abs(difference), LOG_BLOCK)
-            den = tree_sum_lanes(tl.abs(x), LOG_BLOCK)
+            before, step = stored, stamp
+            # the next block's input, before the barriers of this one's sums
+            after = mask & (inside < tl.where(block + 1 < blocks, size, 0))
+            next_ptr = inputs_ptr + between * (block + 1)
+            following = tl.load(next_ptr + offsets, mask=after, other=0.0)
+            num, den = tree_sums_of_two(tl.abs(difference), tl.abs(x), LOG_BLOCK)
             out_ptr = partials_ptr + ((block * samples + sample) * programs + program) * 2
             if i > 0:
                 num += tl.load(out_ptr)

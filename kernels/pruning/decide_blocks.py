@@ -30,9 +30,10 @@ from dbcache.kernels.common.sums import (
     MAX_PARTIALS,
     Partials,
     f32,
+    lanes_for,
     relative_l1,
     relative_l1_of_partials,
-    sum_of_column,
+    sums_of_columns,
     tree_sum,
 )
 from dbcache.kernels.pruning import block_state as bs
@@ -132,26 +133,25 @@ def choose_blocks(
 def _decide_blocks(partials, growth_sums, prunable, rule, changes, decisions, ticket):
     blocks, samples, programs, _ = partials.shape
     parts = growth_sums.shape[1]
-    log_lanes, log_parts = ((n - 1).bit_length() for n in (programs, parts))
+    log_lanes, warps = lanes_for(max(programs, parts))
     _decide_blocks_kernel[(blocks,)](
         *contiguous(partials), growth_sums, prunable, rule, changes, decisions, ticket,
-        samples, programs, parts, LOG_LANES=log_lanes, LOG_PARTS=log_parts,
-        num_warps=1 if max(log_lanes, log_parts) < 8 else 4, enable_fp_fusion=False,
+        samples, programs, parts, LOG_LANES=log_lanes,
+        num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "programs", "parts"])
 def _decide_blocks_kernel(
     partials_ptr, growth_ptr, prunable_ptr, rule_ptr, changes_ptr, decisions_ptr, ticket_ptr,
-    samples, programs, parts, LOG_LANES: tl.constexpr, LOG_PARTS: tl.constexpr,
+    samples, programs, parts, LOG_LANES: tl.constexpr,
 ):  # fmt: skip
     """Program i adds up the sums of block i; the last to finish decides."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     partials = Partials(partials_ptr + block * samples * programs * 2, samples, programs)
     mean, largest, _ = relative_l1_of_partials(partials, LOG_LANES, 2)
     change = tl.where(tl.load(rule_ptr + BLOCKS.WORST_SAMPLE) > 0, largest, mean)
-    num = sum_of_column(growth_ptr + block * parts * 2, parts, LOG_PARTS, 2)
-    den = sum_of_column(growth_ptr + block * parts * 2 + 1, parts, LOG_PARTS, 2)
+    num, den = tl.split(sums_of_columns(growth_ptr + block * parts * 2, parts, LOG_LANES, 2))
     growth = tl.where(den > 0, tl.div_rn(num, tl.where(den > 0, den, 1.0)), 1.0)
     tl.store(changes_ptr + block * 2, change)
     tl.store(changes_ptr + block * 2 + 1, growth)

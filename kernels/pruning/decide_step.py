@@ -143,7 +143,7 @@ def _decide_step(state, decisions):
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "blocks"])
 def _decide_step_kernel(
     counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
     trace_diff_ptr, prunable_ptr, flags_ptr, store_ptr, trace_ptr, decisions_ptr, capacity, blocks,

@@ -91,7 +91,7 @@ def _decide_tail(counters, decisions, flags, store):
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _decide_tail_kernel(
     counters_ptr, decisions_ptr, flags_ptr, store_ptr, blocks, LOG_BLOCKS: tl.constexpr
 ):

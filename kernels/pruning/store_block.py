@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dbcache.kernels.common.launches import BLOCK, contiguous
+from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
-from dbcache.kernels.common.sums import lanes_of, log2, partition_of, tree_sum_lanes
+from dbcache.kernels.common.sums import lanes_of, log2, partition_of, tree_sums_of_two
 from dbcache.kernels.pruning import block_state as bs
 from dbcache.kernels.pruning.block_state import BLOCKS, BlockState
 
@@ -151,15 +151,15 @@ def _store_block(
     if growth_sums.shape[1] != programs:
         must = f"the state must have been allocated for Triton, with {programs} sums per block"
         raise invalid("store_block", must, growth_sums.shape[1])
-    _store_block_kernel[(programs + triton.cdiv(encoder_size, BLOCK),)](
-        h_in, h_out, inputs[index], residuals[index], growth_sums[index], stamps,
+    _store_block_kernel[(programs + cdiv(encoder_size, BLOCK),)](
+        h_in, h_out, inputs[index], residuals[index], growth_sums, stamps,
         store, index, h_in.numel(), per_program, programs,
         encoder_in, encoder_out, added, encoder_size,
         LOG_BLOCK=log2(BLOCK), num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["index", "per_program", "programs"])
 def _store_block_kernel(
     h_in_ptr, h_out_ptr, x_ptr, added_ptr, sums_ptr, stamps_ptr, store_ptr, index, size,
     per_program, programs, encoder_in_ptr, encoder_out_ptr, encoder_added_ptr, encoder_size,
@@ -186,8 +186,10 @@ def _store_block_kernel(
             tl.store(x_ptr + offsets, h_in.to(x_ptr.dtype.element_ty), mask=mask)
             residual = (h_out - h_in).to(added_ptr.dtype.element_ty)
             tl.store(added_ptr + offsets, residual, mask=mask)
-        tl.store(sums_ptr + program * 2, tree_sum_lanes(num, LOG_BLOCK))
-        tl.store(sums_ptr + program * 2 + 1, tree_sum_lanes(den, LOG_BLOCK))
+        out_ptr = sums_ptr + (index * programs + program) * 2
+        num, den = tree_sums_of_two(num, den, LOG_BLOCK)
+        tl.store(out_ptr, num)
+        tl.store(out_ptr + 1, den)
         if program == 0:
             tl.store(stamps_ptr + index, tl.load(store_ptr + BLOCKS.STAMP))
     else:

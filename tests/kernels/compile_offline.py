@@ -5,15 +5,18 @@
 Run by test_offline_compile.py in a process of its own, without Triton's interpreter.
 """
 
+import argparse
+import hashlib
 import json
+import os
 import re
 import subprocess
-import sys
 import tempfile
+from pathlib import Path
 
 import triton
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from dbcache.kernels.common import e4m3, launches, sums
@@ -33,7 +36,8 @@ from dbcache.kernels.pruning import (
 WIDE = re.compile(r"(ld|st)\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b32|v4\.b64)\b")
 WIDE_AMD = re.compile(r"(?:global|buffer)_(load|store)_(?:dwordx4|b128)\b")
 LOCAL = re.compile(r"\.local\b|scratch_(?:load|store)")
-SPILLED = re.compile(r"(\d+) bytes (?:stack frame|spill stores|spill loads)")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)", re.MULTILINE)
+TOOLS = Path(nvidia.__file__).parent / "bin"
 SPILLED_AMD = re.compile(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size): *(\d+)")
 
 STATE = {"counters_ptr": "*i32", "values_ptr": "*fp32", "limits_ptr": "*i32"}
@@ -111,13 +115,13 @@ def variants():
                     {"REPLACE": replace, "BLOCK": DEFAULTS["commit"].block},
                     {"num_warps": DEFAULTS["commit"].num_warps, "enable_fp_fusion": False},
                 )  # fmt: skip
-    for log_lanes in (None, 0, 10):
+    for log_lanes in (None, 7, 10):
         partials = {} if log_lanes is None else {"partials_ptr": "*fp32"}
         yield (
             f"decide-{'none' if log_lanes is None else 2**log_lanes}-bf16",
             decide._decide_kernel,
             STATE | partials | {"samples": "i32", "programs": "i32"},
-            {"LOG_LANES": log_lanes or 0, "WIDTH": 4 if log_lanes == 10 else 2},
+            {"LOG_LANES": log_lanes or 7, "WIDTH": 4 if log_lanes == 10 else 2},
             {"num_warps": 4 if log_lanes == 10 else 1, "enable_fp_fusion": False},
         )
     sizes = [f"{stream}_{what}" for stream in ("output", "input") for what in SUMS]
@@ -179,7 +183,7 @@ def fp8_variants():
     ):  # fmt: skip
         x, ring = f"*{dtype}", {"ring_ptr": "*u8", "scales_ptr": "*fp32"}
         form = f"{dtype}-{width}{'-encoder' * encoder}"
-        rows, columns, warps = commit.fp8_tile(width)
+        rows, columns, warps = commit.fp8_tile(width, 4 if dtype == "fp32" else 2)
         stream = {f"{name}_ptr": x for name in ("h_in", "h_fn", "h_out", "p_ref")} | ring
         extra = {f"encoder_{name}_ptr": x for name in ("fn", "out")}
         extra |= {f"encoder_{name}": kind for name, kind in ring.items()}
@@ -202,7 +206,7 @@ def fp8_variants():
                 predict._predict_fp8_kernel,
                 stream | sizes | (extra if encoder else {}),
                 {"K": slots, "REPLACE": False, "ROWS": rows, "COLUMNS": columns},
-                {"num_warps": 4, "enable_fp_fusion": True},
+                {"num_warps": 8 if dtype == "fp32" else 4, "enable_fp_fusion": True},
             )
 
 
@@ -264,15 +268,15 @@ def block_variants():
                 options | {"num_warps": store_block.WARPS},
             )  # fmt: skip
     pointers = ("partials", "growth", "rule", "changes", "decisions")
-    for lanes, parts in ((0, 0), (10, 10)):
+    for lanes in (7, 10):
         yield (
             f"decide_blocks-{2**lanes}-bf16",
             decide_blocks._decide_blocks_kernel,
             {f"{name}_ptr": "*fp32" for name in pointers}
             | {"prunable_ptr": "*i32", "ticket_ptr": "*i32"}
             | dict.fromkeys(("samples", "programs", "parts"), "i32"),
-            {"LOG_LANES": lanes, "LOG_PARTS": parts},
-            {"num_warps": 4 if lanes else 1, "enable_fp_fusion": False},
+            {"LOG_LANES": lanes},
+            {"num_warps": 4 if lanes == 10 else 1, "enable_fp_fusion": False},
         )
     own = ("trace", "prunable", "flags", "store")
     for measured in (False, True):
@@ -309,25 +313,30 @@ def shared_variants():
         )
 
 
-def spilled(target: GPUTarget, asm: str) -> int:
-    """Return the bytes (AMD: and registers) that are spilled to memory or kept on a stack."""
-    if target.backend != "cuda":
-        return sum(map(int, SPILLED_AMD.findall(asm)))
-    arch = re.search(r"\.target (\w+)", asm).group(1)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(asm)
-        ptx.flush()
-        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", ptx.name]
-        done = subprocess.run(
-            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True
-        )
-    found = SPILLED.findall(done.stderr)
-    assert len(found) == 3, done.stderr
-    return sum(map(int, found))
+def resources(cubin: bytes) -> dict[str, int]:
+    """Return what an NVIDIA kernel takes: registers, bytes of stack, instructions by kind."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-sass", "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = done.stdout + done.stderr
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    sass = INSTRUCTION.findall(text)
+    return {
+        "registers": int(usage[1]),
+        "spilled": int(usage[2]) + int(usage[3]),
+        "instructions": len(sass),
+        "barriers": sum(name == "BAR" for name in sass),
+        "calls": sum(name == "CALL" for name in sass),
+    }
 
 
-def compile_for(target: GPUTarget, kernel, arguments, constexprs, options) -> str:
-    """Return the PTX or AMD assembly of `kernel`, all pointers and sizes divisible by 16."""
+def compile_for(target: GPUTarget, kernel, arguments, constexprs, options):
+    """Return `kernel`, compiled for pointers and sizes that are divisible by 16."""
+    if "NATIVE" in kernel.arg_names:  # as `e4m3.is_native`
+        is_native = target.backend == "cuda" and target.arch >= 89
+        constexprs = constexprs | {"NATIVE": is_native}
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         signature[name] = arguments.get(name, "constexpr")
@@ -337,35 +346,65 @@ def compile_for(target: GPUTarget, kernel, arguments, constexprs, options) -> st
             constexprs = {name: None} | constexprs
             attrs.pop((i,), None)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    compiled = triton.compile(source, target=target, options=options)
-    return compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    return triton.compile(source, target=target, options=options)
 
 
-def main(targets: list[str], variants=variants) -> None:
+def row_of(target: str, gpu: GPUTarget, name: str, variant) -> dict[str, object]:
+    """Compile a variant and return what its code looks like."""
+    compiled = compile_for(gpu, *variant)
+    cuda = gpu.backend == "cuda"
+    asm = compiled.asm["ptx" if cuda else "amdgcn"]
+    wide = (WIDE if cuda else WIDE_AMD).findall(asm)
+    used = {} if not cuda else resources(compiled.asm["cubin"])
+    return {
+        "target": target,
+        "kernel": name,
+        "per_thread": elements_per_thread(*variant[2:], gpu),
+        "wide_loads": sum(w in ("ld", "load") for w in wide),
+        "wide_stores": sum(w in ("st", "store") for w in wide),
+        "local": bool(LOCAL.search(asm)),
+        "spilled": sum(map(int, SPILLED_AMD.findall(asm))),
+        "fma": "fma.rn.f32" in asm or "fma.rn.f64" in asm,
+        "e4m3": "cvt.rn.satfinite.e4m3x2" in asm or "e4m3x2" in asm,
+    } | used
+
+
+def cached_row(cache: Path | None, target: str, gpu: GPUTarget, name: str, variant):
+    """Return a row from the cache, which knows it by its source, Triton and this file."""
+    if cache is None:
+        return row_of(target, gpu, name, variant)
+    kernel, *rest = variant
+    parts = (triton.__version__, kernel.cache_key, target, name, *rest, SOURCE)
+    path = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    row = row_of(target, gpu, name, variant)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(row))
+    temporary.replace(path)  # at once: another process may read it
+    return row
+
+
+SOURCE = Path(__file__).read_text()
+
+
+def main(variants=variants) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("targets", nargs="+")
+    parser.add_argument("--cache", type=Path, help="folder of what was compiled before")
+    arguments = parser.parse_args()
+    if arguments.cache is not None:
+        arguments.cache.mkdir(parents=True, exist_ok=True)
     rows = []
-    for target in targets:
+    for target in arguments.targets:
         backend, arch = target.split(":")
         cuda = backend == "cuda"
         gpu = GPUTarget(backend, int(arch) if cuda else arch, 32 if cuda else 64)
         for name, *variant in with_configs(variants()):
-            if target not in FULL and "bf16" not in name:
-                continue
-            asm = compile_for(gpu, *variant)
-            wide = (WIDE if cuda else WIDE_AMD).findall(asm)
-            rows.append(
-                {
-                    "target": target,
-                    "kernel": name,
-                    "per_thread": elements_per_thread(*variant[2:], gpu),
-                    "wide_loads": sum(w in ("ld", "load") for w in wide),
-                    "wide_stores": sum(w in ("st", "store") for w in wide),
-                    "local": bool(LOCAL.search(asm)),
-                    "spilled": spilled(gpu, asm),
-                    "fma": "fma.rn.f32" in asm or "fma.rn.f64" in asm,
-                }
-            )
+            if target in FULL or "bf16" in name:
+                rows.append(cached_row(arguments.cache, target, gpu, name, variant))
     print(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

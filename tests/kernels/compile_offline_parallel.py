@@ -6,7 +6,6 @@ Run by test_offline_compile_parallel.py in a process of its own, without Triton'
 """
 
 import math
-import sys
 
 import triton
 from compile_offline import main
@@ -64,4 +63,4 @@ def blocks(module, width):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:], variants)
+    main(variants)

@@ -1,10 +1,17 @@
 """Where there is no GPU, Triton kernels run in Triton's interpreter, on the CPU."""
 
+import functools
+import json
 import os
+import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+
+HERE = Path(__file__).parent
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -23,6 +30,37 @@ if not torch.cuda.is_available():
 def device() -> torch.device:
     """Return where Triton runs here: a GPU, or the CPU through the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_plans():
+    """Let no test follow a launch of another one, which may have had other blocks."""
+    yield
+    from dbcache.kernels.common.select import forget_plans  # not before the check above
+
+    forget_plans()
+
+
+@pytest.fixture(scope="session")
+def compiled(pytestconfig: pytest.Config) -> Callable[[str, str], list[dict]]:
+    """Return a function of a script and a target: what its kernels look like, a row for each.
+
+    They are compiled in a process of its own, without the interpreter. What was compiled before is
+    kept under .pytest_cache. DBCACHE_TRITON is a folder with another Triton (see `make tritons`).
+    """
+    cache = pytestconfig.cache.mkdir("compiled")
+    other = filter(None, [os.environ.get("DBCACHE_TRITON")])
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([*other, str(HERE.parents[1]), *sys.path])
+
+    @functools.cache
+    def rows(script: str, target: str) -> list[dict]:
+        command = [sys.executable, str(HERE / script), target, "--cache", str(cache)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return rows
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from dbcache.kernels.common.lane_state import (
     Reason,
     Signal,
 )
+from dbcache.kernels.common.sums import MAX_PARTIALS
 from dbcache.kernels.decision.decide import decide
 
 # the interpreter divides with NumPy, which warns of what the tests do on purpose
@@ -407,7 +408,7 @@ def test_both_implementations_agree_bit_for_bit(steps, options):
         assert_same_bits(lanes[0].state, lanes[1].state, i)
 
 
-@pytest.mark.parametrize("programs", [1, 2, 3, 7, 100, 1024])
+@pytest.mark.parametrize("programs", [1, 2, 3, 7, 100, MAX_PARTIALS])
 @pytest.mark.parametrize(("samples", "width"), [(1, 2), (3, 2), (3, 4)])
 @pytest.mark.parametrize("batch_reduce", BatchReduce)
 def test_both_implementations_add_partial_sums_in_the_same_order(
@@ -472,10 +473,10 @@ def test_partials_may_have_any_strides(device):
 
 def test_rejects_partials_that_do_not_fit():
     state = LaneState.allocate(1, "cpu")
-    with pytest.raises(ValueError, match=r"must be \(B, T, 2 or 4\) with T <= 1024, got \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"must be \(B, T, 2 or 4\) with T <= 896, got \(1, 2\)"):
         decide(state, torch.zeros(1, 2))
-    with pytest.raises(ValueError, match=r"got \(1, 1025, 2\)"):
-        decide(state, torch.zeros(1, 1025, 2))
+    with pytest.raises(ValueError, match=r"got \(1, 897, 2\)"):
+        decide(state, torch.zeros(1, MAX_PARTIALS + 1, 2))
     with pytest.raises(ValueError, match=r"must be float32 on cpu, got torch.float64"):
         decide(state, torch.zeros(1, 1, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"must be float32 on cpu, got torch.float32 and meta"):

@@ -8,6 +8,9 @@ import triton.language as tl
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.e4m3 import decode, dequantize, encode, quantize, quantize_rows
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NATIVE = [False, True] if e4m3.is_native(DEVICE) else [False]
+"""Whether conversions are instructions. Those of the interpreter round subnormals down."""
 NAN = float("nan")
 INF = float("inf")
 
@@ -20,15 +23,15 @@ def encode_all(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def decode_all(codes_ptr, out_ptr):
+def decode_all(codes_ptr, out_ptr, NATIVE: tl.constexpr):
     offsets = tl.arange(0, 256)
-    tl.store(out_ptr + offsets, decode(tl.load(codes_ptr + offsets)))
+    tl.store(out_ptr + offsets, decode(tl.load(codes_ptr + offsets), NATIVE))
 
 
 @triton.jit
-def quantize_all(x_ptr, codes_ptr, scales_ptr, COLUMNS: tl.constexpr):
+def quantize_all(x_ptr, codes_ptr, scales_ptr, COLUMNS: tl.constexpr, NATIVE: tl.constexpr):
     row, columns = tl.program_id(0), tl.arange(0, COLUMNS)[None, :]
-    codes, scales = quantize_rows(tl.load(x_ptr + row * COLUMNS + columns))
+    codes, scales = quantize_rows(tl.load(x_ptr + row * COLUMNS + columns), NATIVE)
     tl.store(codes_ptr + row * COLUMNS + columns, codes)
     tl.store(scales_ptr + row + tl.arange(0, 1), scales)
 
@@ -66,25 +69,27 @@ def test_encodes_float32_around_every_code_and_every_tie_as_pytorch_does(device)
     assert torch.equal(encoded(x).cpu(), expected_codes(x))
 
 
-def test_decodes_every_code_as_pytorch_does(device):
+@pytest.mark.parametrize("native", NATIVE)
+def test_decodes_every_code_as_pytorch_does(device, native):
     codes = torch.arange(256, dtype=torch.uint8, device=device)
     got = torch.empty(256, device=device)
-    decode_all[(1,)](codes, got)
+    decode_all[(1,)](codes, got, NATIVE=native)
     expected = codes.cpu().view(torch.float8_e4m3fn).float()
     torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(torch.signbit(got[:1]), torch.tensor([False], device=device))
     assert torch.signbit(got[0x80])
 
 
+@pytest.mark.parametrize("native", NATIVE)
 @pytest.mark.parametrize("scale", [1e-45, 1e-40, 1e-30, 1e-3, 1.0, 1e30], ids=str)
-def test_rows_are_quantized_alike_in_triton_and_in_pytorch(random, device, scale):
+def test_rows_are_quantized_alike_in_triton_and_in_pytorch(random, device, scale, native):
     x = random(5, 32) * scale
     x[0] = 0.0
     x[1, 3], x[1, 4], x[2, 5] = NAN, INF, -INF
     x[4, 0] = 3.4e38 if scale > 1 else x[4, 0]
     codes = torch.empty(5, 32, dtype=torch.uint8, device=device)
     scales = torch.empty(5, device=device)
-    quantize_all[(5,)](x, codes, scales, COLUMNS=32)
+    quantize_all[(5,)](x, codes, scales, COLUMNS=32, NATIVE=native)
     expected_codes, expected_scales = quantize(x)
     assert torch.equal(codes, expected_codes)
     assert torch.equal(scales, expected_scales)

@@ -266,7 +266,7 @@ def test_triton_does_what_the_reference_does_on_any_shape(
 
 @pytest.mark.parametrize("width", [1, 5, 96, 128, 512, 513, 3072, 5120, 8192, e4m3.MAX_WIDTH])
 def test_tiles_are_whole_and_threads_have_16_codes(width):
-    rows, columns, warps = commit_module.fp8_tile(width)
+    rows, columns, warps = commit_module.fp8_tile(width, 2)
     assert columns >= width
     assert columns < 2 * max(width, 16)
     assert 16 <= rows * columns / (32 * warps) <= 32

@@ -10,7 +10,7 @@ from dbcache.kernels.common.lane_state import LaneState, PlanCode, Reason
 
 def test_entries_do_not_overlap():
     assert ls.RING_STEPS == ls.SLOT + 1
-    assert (ls.WEIGHTS, ls.ENCODER_WEIGHTS, ls.RATE, ls.NUM_VALUES) == (2, 10, 18, 19)
+    assert (ls.RATE, ls.WEIGHTS, ls.ENCODER_WEIGHTS, ls.NUM_VALUES) == (2, 4, 12, 20)
     assert (ls.TICKET, ls.NUM_COUNTERS) == (17, 18)
 
 
@@ -19,7 +19,7 @@ def test_a_new_state_never_caches_and_has_no_reference(device):
     assert state.capacity == 3
     assert state.counters.tolist() == [0] * ls.NUM_COUNTERS
     # neither a diff nor a rate yet
-    assert state.values.tolist() == [-1.0] + [0.0] * (ls.NUM_VALUES - 2) + [-1.0]
+    assert state.values.tolist() == [-1.0, 0.0, -1.0] + [0.0] * (ls.NUM_VALUES - 3)
     assert state.limits.tolist() == [-1, -1, 1] + [0] * (ls.NUM_LIMITS - 3)
     assert state.thresholds.tolist() == [0.0] * ls.NUM_THRESHOLDS
     assert state.plan.tolist() == [PlanCode.DYNAMIC] * 3
@@ -27,11 +27,12 @@ def test_a_new_state_never_caches_and_has_no_reference(device):
     assert state.trace_diff.tolist() == [-1.0] * 3
 
 
-def test_weights_are_views_of_values(device):
+def test_weights_are_views_of_values_at_multiples_of_16_bytes(device):
     state = LaneState.allocate(1, device)
     state.values.copy_(torch.arange(ls.NUM_VALUES))
-    assert state.weights.tolist() == list(range(2, 10))
-    assert state.encoder_weights.tolist() == list(range(10, 18))
+    assert state.weights.tolist() == list(range(4, 12))
+    assert all(x.data_ptr() % 16 == 0 for x in (state.weights, state.encoder_weights))
+    assert state.encoder_weights.tolist() == list(range(12, 20))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, LaneState.clone])

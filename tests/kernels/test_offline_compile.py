@@ -1,34 +1,23 @@
 """Kernels compile for GPUs that are not there, to code that moves 16 bytes per instruction."""
 
-import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from dbcache.kernels.common.launches import CONFIGS
 
-TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-SCRIPT = Path(__file__).with_name("compile_offline.py")
-ROOT = SCRIPT.parents[2]
+NVIDIA = ("cuda:90",) if os.environ.get("DBCACHE_TRITON") else ("cuda:80", "cuda:90", "cuda:100")
+AMD = () if os.environ.get("DBCACHE_TRITON") else ("hip:gfx942",)
+TARGETS = NVIDIA + AMD
+SCRIPT = "compile_offline.py"
 
-
-@pytest.fixture(scope="module")
-def compiled():
-    """Compile everything, in a process without the interpreter, and return a row per kernel."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
-    command = [sys.executable, str(SCRIPT), *TARGETS]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+# the first test of a target compiles all of it, where nothing is in the cache
+pytestmark = pytest.mark.timeout(1200)
 
 
 def wide_kernels(compiled, target):
-    rows = {row["kernel"]: row for row in compiled if row["target"] == target}
+    rows = {row["kernel"]: row for row in compiled(SCRIPT, target)}
     scalar_or_tiled = ("decide", "fp8", "weights")
     return {name: row for name, row in rows.items() if not name.startswith(scalar_or_tiled)}
 
@@ -40,12 +29,12 @@ def hidden_loads(name):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_kernel_uses_local_memory(compiled, target):
-    rows = [row for row in compiled if row["target"] == target]
+    rows = compiled(SCRIPT, target)
     assert len(rows) >= 11
     assert [row["kernel"] for row in rows if row["local"] or row["spilled"]] == []
 
 
-@pytest.mark.parametrize("target", TARGETS[:3])
+@pytest.mark.parametrize("target", NVIDIA)
 def test_each_tensor_is_moved_in_vectors_of_16_bytes(compiled, target):
     for name, row in wide_kernels(compiled, target).items():
         per_tensor = row["per_thread"] * (4 if "fp32" in name else 2) // 16
@@ -58,7 +47,7 @@ def test_each_tensor_is_moved_in_vectors_of_16_bytes(compiled, target):
             assert row["wide_loads"] >= 3 * per_tensor, name  # two snapshots, and a loop over more
             continue
         elif name.startswith("block_changes"):
-            loads, stores = 3, 0
+            loads, stores = 4, 0  # the first block's input before the loop, the next one's in it
         elif name.startswith("block_add"):
             loads, stores = 2 * streams, 1  # the streams share the code that stores
         elif name.startswith("block_store"):
@@ -70,17 +59,23 @@ def test_each_tensor_is_moved_in_vectors_of_16_bytes(compiled, target):
             loads = hidden_loads(name) + (streams - 1) * (1 if replace else 2)
             stores = streams + ("ring" not in name)
         expected = (loads * per_tensor, stores * per_tensor)
-        assert (row["wide_loads"], row["wide_stores"]) == expected, name
+        wide_loads = row["wide_loads"]
+        if name.startswith("probe_and_decide") and "tokens" in name:
+            # Triton before 3.7 also loads the partial sums, four per token, in such vectors
+            wide_loads = min(wide_loads, loads * per_tensor)
+        assert (wide_loads, row["wide_stores"]) == expected, name
 
 
-@pytest.mark.parametrize("target", TARGETS[:3])
+@pytest.mark.parametrize("target", NVIDIA)
 def test_fp8_codes_and_what_they_stand_for_are_moved_in_vectors_of_16_bytes(compiled, target):
-    rows = [r for r in compiled if r["target"] == target and r["kernel"].startswith("fp8")]
+    rows = [r for r in compiled(SCRIPT, target) if r["kernel"].startswith("fp8")]
     assert len(rows) >= 16
     for row in rows:
         name = row["kernel"]
         codes = 2 if "commit" in name and "16384" in name else 1  # vectors per tensor and thread
-        values = codes * (4 if "fp32" in name else 2)
+        values = 2 * codes
+        if "fp32" in name:  # 8 elements per thread
+            codes = 0
         streams = 2 if "encoder" in name else 1
         if "predict" in name:
             loads, stores = streams * (values + codes * int(name[-1])), streams * values
@@ -93,7 +88,7 @@ def test_fp8_codes_and_what_they_stand_for_are_moved_in_vectors_of_16_bytes(comp
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_config_that_tuning_may_choose_is_compiled(compiled, target):
-    names = {row["kernel"].rpartition("-block")[::2] for row in compiled if row["target"] == target}
+    names = {row["kernel"].rpartition("-block")[::2] for row in compiled(SCRIPT, target)}
     for op, configs in CONFIGS.items():
         start, *tokens = op.split()
         found = {
@@ -104,8 +99,9 @@ def test_every_config_that_tuning_may_choose_is_compiled(compiled, target):
         assert {f"{block}-warps{warps}" for block, warps in configs[1:]} <= found, op
 
 
-def test_amd_moves_vectors_of_16_bytes_too(compiled):
-    for name, row in wide_kernels(compiled, "hip:gfx942").items():
+@pytest.mark.parametrize("target", AMD)
+def test_amd_moves_vectors_of_16_bytes_too(compiled, target):
+    for name, row in wide_kernels(compiled, target).items():
         if row["per_thread"] < 8:  # 512 threads share 2048 elements: 8 bytes of bfloat16 each
             continue
         assert row["wide_loads"] >= 2, name
@@ -113,9 +109,41 @@ def test_amd_moves_vectors_of_16_bytes_too(compiled):
         assert row["wide_stores"] >= (not name.startswith(no_stores)), name
 
 
-@pytest.mark.parametrize("target", TARGETS[:3])
+@pytest.mark.parametrize("target", NVIDIA)
 def test_scalar_arithmetic_does_not_fuse_multiplications_and_additions(compiled, target):
-    scalar = [row for row in compiled if row["target"] == target]
+    scalar = compiled(SCRIPT, target)
     rows = [row for row in scalar if "decide" in row["kernel"] or "weights" in row["kernel"]]
     assert len(rows) >= 8
     assert not any(row["fma"] for row in rows)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_fp8_is_converted_by_instructions_where_there_are_any(compiled, target):
+    rows = [row for row in compiled(SCRIPT, target) if row["kernel"].startswith("fp8")]
+    assert {row["e4m3"] for row in rows} == {target in ("cuda:90", "cuda:100")}
+
+
+LIMITS = {
+    # at most 72 registers: seven programs per multiprocessor, see `sums.MAX_PARTIALS`
+    "probe_diff-bf16": (72, 352, 5),
+    "probe_and_decide-bf16": (72, 1776, 23),
+    "block_changes-bf16": (72, 528, 7),
+    "probe_and_decide-bf16-tokens": (77, 1912, 30),
+    "decide-1024-bf16": (64, 1712, 15),
+    "decide_blocks-1024-bf16": (64, 976, 15),
+    "block_store-bf16": (60, 336, 8),
+    "predict-bf16-k1-encoder": (32, 288, 0),
+    "predict-bf16-k8-encoder": (44, 584, 0),
+    "commit-bf16-encoder": (40, 152, 0),
+    "fp8_commit-bf16-3072": (48, 528, 4),
+    "fp8_predict-bf16-3072-k2": (34, 304, 1),
+    "fp8_predict-bf16-3072-k8": (64, 656, 1),
+}
+"""Most registers, instructions and barriers on sm_90, of Triton 3.5, 3.6 and 3.9, as measured."""
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_kernels_take_no_more_registers_and_instructions_than_they_did(compiled, name):
+    (row,) = [row for row in compiled(SCRIPT, "cuda:90") if row["kernel"] == name]
+    got = row["registers"], row["instructions"], row["barriers"]
+    assert all(x <= most for x, most in zip(got, LIMITS[name], strict=True)), got

@@ -1,28 +1,15 @@
 """As test_offline_compile.py, for the kernels that parallelism uses."""
 
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-NVIDIA = ("cuda:80", "cuda:90", "cuda:100")
-AMD = "hip:gfx942"
-SCRIPT = Path(__file__).with_name("compile_offline_parallel.py")
-ROOT = SCRIPT.parents[2]
+NVIDIA = ("cuda:90",) if os.environ.get("DBCACHE_TRITON") else ("cuda:80", "cuda:90", "cuda:100")
+AMD = () if os.environ.get("DBCACHE_TRITON") else ("hip:gfx942",)
+SCRIPT = "compile_offline_parallel.py"
 
-
-@pytest.fixture(scope="module")
-def compiled():
-    """Compile everything, in a process without the interpreter, and return a row per kernel."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
-    command = [sys.executable, str(SCRIPT), *NVIDIA, AMD]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+# the first test of a target compiles all of it, where nothing is in the cache
+pytestmark = pytest.mark.timeout(1200)
 
 
 def moved(name):
@@ -39,23 +26,37 @@ def moved(name):
     return (plain, codes) if op == "fp8_pack" else (codes, plain)
 
 
-@pytest.mark.parametrize("target", [*NVIDIA, AMD])
+@pytest.mark.parametrize("target", [*NVIDIA, *AMD])
 def test_no_kernel_spills_or_uses_local_memory(compiled, target):
-    rows = [row for row in compiled if row["target"] == target]
+    rows = compiled(SCRIPT, target)
     assert len(rows) >= 18
     assert [row["kernel"] for row in rows if row["local"] or row["spilled"]] == []
 
 
 @pytest.mark.parametrize("target", NVIDIA)
 def test_each_tensor_is_moved_in_vectors_of_16_bytes(compiled, target):
-    for row in compiled:
-        if row["target"] == target:
-            assert (row["wide_loads"], row["wide_stores"]) == moved(row["kernel"]), row["kernel"]
+    for row in compiled(SCRIPT, target):
+        assert (row["wide_loads"], row["wide_stores"]) == moved(row["kernel"]), row["kernel"]
 
 
-def test_amd_moves_vectors_of_16_bytes_too(compiled):
-    for row in compiled:
-        if row["target"] == AMD:
-            loads, stores = moved(row["kernel"])  # by twice as many threads
-            got = row["wide_loads"], row["wide_stores"]
-            assert got == (loads // 2, stores // 2), row["kernel"]
+@pytest.mark.parametrize("target", AMD)
+def test_amd_moves_vectors_of_16_bytes_too(compiled, target):
+    for row in compiled(SCRIPT, target):
+        loads, stores = moved(row["kernel"])  # by twice as many threads
+        got = row["wide_loads"], row["wide_stores"]
+        assert got == (loads // 2, stores // 2), row["kernel"]
+
+
+LIMITS = {
+    "fp8_pack-128-bf16": (85, 728),
+    "fp8_unpack-128-bf16": (32, 328),
+    "merge_attention-128-bf16": (32, 464),
+}
+"""Most registers and instructions on sm_90, of Triton 3.5, 3.6 and 3.9, as measured."""
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_kernels_take_no_more_registers_and_instructions_than_they_did(compiled, name):
+    (row,) = [row for row in compiled(SCRIPT, "cuda:90") if row["kernel"] == name]
+    got = row["registers"], row["instructions"]
+    assert all(x <= most for x, most in zip(got, LIMITS[name], strict=True)), got

@@ -38,7 +38,7 @@ def test_is_the_relative_movement_per_movement(random, shapes, impl):
     assert rate_of(outputs, inputs, impl) == pytest.approx(expected.item(), rel=2e-6)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (7, 3), (1, 300), (1024, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1), (7, 3), (1, 300), (MAX_PARTIALS, 2)])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_both_implementations_agree_bit_for_bit(device, sizes, samples):
     generator = torch.Generator().manual_seed(sum(sizes))

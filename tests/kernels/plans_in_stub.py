@@ -1,0 +1,147 @@
+"""Compare launches that follow a plan with those that go through Triton, as JSON.
+
+Run by test_plans.py in a process of its own, without Triton's interpreter.
+"""
+
+import json
+
+import torch
+
+from bench.stub_triton import Variant, stubbed_launches
+from dbcache.kernels.common.lane_state import LaneState
+from dbcache.kernels.common.select import forget_plans
+from dbcache.kernels.decision.decide import LAUNCHES as DECIDE_PLANS
+from dbcache.kernels.decision.decide import decide
+from dbcache.kernels.decision.probe_and_decide import LAUNCHES as PROBE_PLANS
+from dbcache.kernels.decision.probe_and_decide import probe_and_decide
+from dbcache.kernels.prediction.commit import LAUNCHES as COMMIT_PLANS
+from dbcache.kernels.prediction.commit import commit
+from dbcache.kernels.prediction.predict import LAUNCHES as PREDICT_PLANS
+from dbcache.kernels.prediction.predict import predict
+
+ALL = (DECIDE_PLANS, PROBE_PLANS, COMMIT_PLANS, PREDICT_PLANS)
+TOKENS, WIDTH, SLOTS = 24, 64, 2
+
+
+def bf16(*shape):
+    return torch.ones(shape, dtype=torch.bfloat16)
+
+
+def calls():
+    """Yield name and call of each form of the ops, on tensors that stay the same."""
+    h, h_in, h_out, p_ref = (bf16(1, TOKENS, WIDTH) for _ in range(4))
+    encoder, encoder_out = bf16(1, 8, WIDTH), bf16(1, 8, WIDTH)
+    ring, encoder_ring = bf16(SLOTS, *h.shape), bf16(SLOTS, *encoder.shape)
+    codes, encoder_codes = ring.to(torch.uint8), encoder_ring.to(torch.uint8)
+    scales, encoder_scales = torch.ones(ring.shape[:-1]), torch.ones(encoder_ring.shape[:-1])
+    state = LaneState.allocate(9, "cpu")
+    weights, counters = (state.weights, state.encoder_weights), state.counters
+    out, second_out = torch.empty_like(h), torch.empty_like(encoder)
+    given = {"out": out, "encoder_out": second_out}
+    second = (encoder, encoder_out)
+    partials = torch.ones(1, 3, 2)
+    yield "decide", lambda: decide(state, None)
+    yield "decide measured", lambda: decide(state, partials)
+    for by_token in (False, True):
+        for start in (h_in, None):
+            name = f"probe_and_decide {by_token} {start is None}"
+            yield name, lambda s=start, b=by_token: probe_and_decide(s, h, p_ref, state, by_token=b)
+    for replace in (False, True):
+        yield (
+            f"predict {replace}",
+            lambda r=replace: predict(h, ring, weights[0], out=out, replace=r),
+        )
+        yield (
+            f"predict encoder {replace}",
+            lambda r=replace: predict(
+                h, ring, weights[0], encoder, encoder_ring, weights[1], **given, replace=r
+            ),
+        )
+        yield (
+            f"predict fp8 {replace}",
+            lambda r=replace: predict(
+                h, codes, weights[0], encoder, encoder_codes, weights[1], scales, encoder_scales,
+                **given, replace=r,
+            ),
+        )  # fmt: skip
+        for start, reference in ((h_in, p_ref), (None, p_ref), (None, None)):
+            name = f"{replace} {start is None} {reference is None}"
+            args = (start, h, h_out, reference)
+            yield (
+                f"commit {name}",
+                lambda r=replace, a=args: commit(*a, ring, counters, replace=r),
+            )
+            yield (
+                f"commit encoder {name}",
+                lambda r=replace, a=args: commit(
+                    *a, ring, counters, *second, encoder_ring, replace=r
+                ),
+            )
+            yield (
+                f"commit fp8 {name}",
+                lambda r=replace, a=args: commit(
+                    *a, codes, counters, *second, encoder_codes, scales, encoder_scales, replace=r
+                ),
+            )
+    yield "predict fp8 alone", lambda: predict(h, codes, weights[0], scales=scales, out=out)
+
+
+def main() -> None:
+    launches = []
+    Variant.run = lambda self, *args: launches.append(args)
+    own_like = torch.empty_like
+
+    rows = []
+    with stubbed_launches(), torch.no_grad():
+        for name, call in calls():
+            call()
+            first = launches.pop()
+            plans = sum(map(len, ALL))
+            torch.empty_like = lambda x, **options: x  # the partial sums of the first launch
+            call()
+            torch.empty_like = own_like
+            again = launches.pop()
+            through = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in first]
+            # grid, stream, function and metadata; then what Triton hands to hooks; then arguments
+            same = through[:6] == list(again[:6]) and through[9:] == list(again[9:])
+            ints = not any(isinstance(x, torch.Tensor) for x in again)
+            rows.append({"name": name, "plans": plans, "same": same, "direct": ints})
+        before = sum(map(len, ALL))
+        forget_plans()
+        after = sum(map(len, ALL))
+    print(json.dumps({"rows": rows, "before": before, "after": after, "rest": others()}))
+
+
+def others() -> dict[str, bool]:
+    """Return what happens with tensors that a plan was not made for."""
+    launches: list[tuple] = []
+    Variant.run = lambda self, *args: launches.append(args)
+    found = {}
+    with stubbed_launches(), torch.no_grad():
+        h, ring, state = (
+            bf16(1, TOKENS, WIDTH),
+            bf16(1, 1, TOKENS, WIDTH),
+            LaneState.allocate(9, "cpu"),
+        )
+        predict(h, ring, state.weights)
+        odd = bf16(h.numel() + 1)[1:].view(h.shape)
+        predict(odd, ring, state.weights)
+        found["unaligned"] = isinstance(launches[-1][9 + 2], torch.Tensor)
+        transposed = bf16(1, WIDTH, TOKENS).mT
+        predict(transposed, ring, state.weights)
+        predict(transposed, ring, state.weights)  # launched on a copy, so there is no plan
+        found["transposed"] = isinstance(launches[-1][9 + 2], torch.Tensor)
+        try:
+            predict(h, ring, state.weights.double())
+        except ValueError as error:
+            found["checked"] = "must be float32" in str(error)
+        probe_and_decide(h, h, h, state)
+        state.grow(20)
+        probe_and_decide(h, h, h, state)
+        addresses = [*state.addresses(), 20]
+        found["grown"] = list(launches[-1][9 + 4 : 9 + 12]) == addresses
+    return found
+
+
+if __name__ == "__main__":
+    main()
