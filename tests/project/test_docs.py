@@ -1,4 +1,7 @@
-"""Links between pages, and from them to files, lead somewhere; the names in snippets exist."""
+"""Links between pages, and from them to files, lead somewhere; the names in snippets exist.
+
+The snippets of docs/serving.md are run, one after another, on a tiny pipeline.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,13 @@ import ast
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
+import torch
+
+import dbcache
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -61,8 +69,6 @@ def test_paths_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_snippets_that_use_the_package_are_python_with_names_that_exist(page):
-    import dbcache
-
     blocks = re.findall(r"(?:(?:^    .*|^)\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
     for block in blocks:
         code = textwrap.dedent(block)
@@ -77,3 +83,43 @@ def test_snippets_that_use_the_package_are_python_with_names_that_exist(page):
             elif isinstance(node, ast.ImportFrom) and node.module == "dbcache":
                 for alias in node.names:
                     assert hasattr(dbcache, alias.name), f"{page.name}: {alias.name}"
+
+
+def python_blocks(page: Path) -> list[str]:
+    """Return the indented blocks of a page; those inside of lists and tables are none."""
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=(?:\n)*    ))+", page.read_text(), re.MULTILINE)
+    return [textwrap.dedent(block).strip("\n") + "\n" for block in blocks if block.strip()]
+
+
+def names_of_the_serving_page() -> dict[str, Any]:
+    """Return what the page says that its snippets find."""
+    flux, pipe = tiny.FAMILIES["flux"], tiny.pipeline("flux")
+    job = {
+        "prompt_embeds": tiny.noise(1, tiny.TEXT_TOKENS, tiny.TEXT_DIM, seed=1),
+        "pooled_prompt_embeds": tiny.noise(1, 12, seed=2),
+        "height": 64,
+        "width": 64,
+        "output_type": "latent",
+    }
+    return {
+        "pipe": pipe,
+        "transformer": pipe.transformer,
+        "jobs": [job | {"num_inference_steps": steps} for steps in (5, 6, 7)],
+        "noise": tiny.noise(*flux.latent_shape, seed=3),
+        "inputs": lambda x, t: flux.arguments(x, t, "cond"),
+    }
+
+
+@pytest.mark.usefixtures("one_thread", "plain_kernels")
+def test_the_snippets_of_the_serving_page_run():
+    page = ROOT / "docs" / "serving.md"
+    blocks, names = python_blocks(page), names_of_the_serving_page()
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"{page.name}, snippet {number}", "exec"), names)
+    assert sum("dbcache" in block for block in blocks) >= 8
+    assert all(torch.isfinite(image).all() for image in names["images"])
+    assert names["request"].is_closed
+    assert names["active"] == []
+    lanes = dbcache.summary(names["transformer"], logging=False).lanes
+    assert [lane.steps for lane in lanes] == [8]  # the second image began anew
+    assert lanes[0].cached_steps
