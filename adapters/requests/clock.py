@@ -54,6 +54,7 @@ class Clock:
         self.branches = Branches(alternates=setup.spec.separate_cfg)
         self._force_full = force_full
         self._times = StepTimes(setup.module)
+        self._looks_at_times = False
         self._step_index: int | None = None
         self._by_time = False
         self.restart(setup)
@@ -138,6 +139,7 @@ class Clock:
         """Return how the time of a call lies to that of the call before."""
         if is_capturing():
             return Move.UNKNOWN
+        self._looks_at_times = True
         if self._step_index is None:
             move = self._times.move(args, kwargs)
         else:
@@ -185,4 +187,5 @@ class Clock:
         """Count a call that has ended without an exception."""
         self.calls += 1
         self.branch_calls[self.branch] += 1
-        self._times.end_call()
+        if self._looks_at_times:
+            self._times.end_call()
