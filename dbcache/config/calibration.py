@@ -218,7 +218,8 @@ def read_calibration(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapp
 
 def new_calibration(policy: str, model: str, steps: int, stacks: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a calibration, with the versions it was made with."""
-    versions = {name: _version(name) for name in ("dbcache", "diffusers", "torch")}
+    packages = {"dbcache": "dbcache-dit", "diffusers": "diffusers", "torch": "torch"}
+    versions = {name: _version(package) for name, package in packages.items()}
     return {
         "format": FORMAT,
         "policy": policy,

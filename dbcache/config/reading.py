@@ -44,7 +44,7 @@ def _parse_yaml(who: str, path: str | os.PathLike[str], text: str) -> Any:
     except ImportError as error:
         raise ImportError(
             f"{who}: PyYAML must be installed to read {Path(path).name}: "
-            f"pip install 'dbcache[yaml]'; or give a .json file or a dict"
+            f"pip install 'dbcache-dit[yaml]'; or give a .json file or a dict"
         ) from error
     try:
         return yaml.safe_load(text)

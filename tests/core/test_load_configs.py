@@ -264,7 +264,7 @@ def test_without_pyyaml_names_the_extra(tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", no_yaml)
-    with pytest.raises(ImportError, match=r"pip install 'dbcache\[yaml\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'dbcache-dit\[yaml\]'"):
         load_configs(path)
 
 
