@@ -117,25 +117,26 @@ def enable(
     is_spread = any(handle.setup.sharding is not None for handle in handles)
     if is_spread or (handles and parallelism_config is not None):
         disable(pipe if pipe is not None else target)  # what is spread cannot be checked
-    setups = _setups(target, adapter, settings, params_modifiers, parallelism_config, graphs)
+    parts_of = target, pipe, adapter
+    setups = _setups(parts_of, settings, params_modifiers, parallelism_config, graphs)
     switch_on(pipe, setups, max_requests)
     return target
 
 
 def _setups(
-    target: object,
-    adapter: BlockAdapter | None,
+    parts_of: tuple[object, Any, BlockAdapter | None],
     settings: StackSettings,
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None,
     parallelism_config: ParallelismConfig | None,
     graph_options: GraphOptions | None,
 ) -> list[Setup]:
-    """Return the setup of each transformer of `target`, checked; nothing is changed."""
+    """Return the setup of each transformer of (target, pipeline, adapter); nothing is changed."""
+    target, pipe, adapter = parts_of
     functor = adapter.patch_functor if adapter is not None else None
     modules = adapter.transformers() if adapter is not None else []
     with on_trial(functor, modules, [h for m in modules if (h := handle_of(m))]) as patches:
         specs = adapter.specs() if adapter is not None else find_specs(target)
-        shardings = shardings_of(specs, parallelism_config, resolve(target)[0])
+        shardings = shardings_of(specs, parallelism_config, pipe)
         setups = [
             Setup(
                 spec,

@@ -18,7 +18,7 @@ PARTS = ("kernels", "adapters", "parallel")
 SURFACE = ("integrations", "metrics")
 """Facades that nothing imports but what users call."""
 
-FACADE = ("api", "cache_factory", "__init__", "__main__", "cli", "demo", *SURFACE)
+FACADE = ("api", "targets", "cache_factory", "__init__", "__main__", "cli", "demo", *SURFACE)
 
 ORDER = {
     "kernels": (

@@ -238,7 +238,7 @@ def test_step_index_and_number_of_steps_are_used_where_they_are_given():
                 model(**FLUX.arguments(x, 0.5, "cond"))
     lanes = request.summary().lanes
     assert [lane.steps for lane in lanes] == [8, 8]
-    assert request._pairs[0][1].num_steps()[0] == 8
+    assert request._pairs[0][1].clock.num_steps()[0] == 8
     request.close()
     for _ in range(2):
         for step in range(5):

