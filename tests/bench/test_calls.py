@@ -17,8 +17,8 @@ BOUNDS = {
     # target, step: calls and files outside kernels/, calls and files of all
     ("transformer", "cached"): (49, 6, 96, 17),
     ("transformer", "full"): (54, 7, 116, 17),
-    ("pipeline", "cached"): (75, 13, 122, 24),
-    ("pipeline", "full"): (82, 14, 144, 24),
+    ("pipeline", "cached"): (80, 13, 128, 24),
+    ("pipeline", "full"): (88, 14, 150, 24),
 }
 """Upper bounds, to be lowered as the package gets simpler."""
 
