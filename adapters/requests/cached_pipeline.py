@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import torch
-
 from dbcache.adapters.patching.derived_class import ClassCache, derived_class
 from dbcache.adapters.requests.cached_transformer import HANDLE, CachedTransformer
 from dbcache.adapters.requests.context import ACTIVE, active, suspended
@@ -181,8 +179,3 @@ request_class = ClassCache(_request_class)
 def plain_class(pipe: Any) -> Any:
     """Return the class of a pipeline without what `enable` derived from it."""
     return vars(type(pipe)).get(PLAIN, type(pipe))
-
-
-def modules_of(pipeline: CachedPipeline) -> list[torch.nn.Module]:
-    """Return the transformers of a pipeline."""
-    return [handle.module for handle, _ in pipeline.transformers]
