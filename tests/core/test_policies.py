@@ -164,9 +164,8 @@ def test_each_request_of_a_pipeline_starts_anew(policy, name):
 
 
 def test_a_change_of_shape_starts_the_signal_again():
-    rule = replace(BASE, policy="easycache", residual_diff_threshold=1e9, max_warmup_steps=2)
-    family = FAMILIES["wan"]
-    rule = replace(rule, num_inference_steps=30)
+    rule = replace(BASE, policy="easycache", residual_diff_threshold=1e9, num_inference_steps=30)
+    rule, family = replace(rule, max_warmup_steps=2), FAMILIES["wan"]
     model = dbcache.enable(family.build(), cache_config=dbcache.DBCacheConfig(**options(rule)))
     for height, steps in ((8, 4), (12, 4)):
         for step in range(steps):
@@ -182,8 +181,7 @@ def test_a_change_of_shape_starts_the_signal_again():
 def test_an_exception_makes_the_step_count_as_never_begun(policy):
     family = FAMILIES["qwen"]
     content = calibration("qwen", policy) if policy in CALIBRATED else None
-    rule = replace(BASE, policy=policy, residual_diff_threshold=1e9)
-    rule = replace(rule, num_inference_steps=30)
+    rule = replace(BASE, policy=policy, residual_diff_threshold=1e9, num_inference_steps=30)
     config = dbcache.DBCacheConfig(**options(rule), calibration=content)
     model = dbcache.enable(family.build(), cache_config=config)
     denoise(model, family, 6)
