@@ -38,6 +38,8 @@ from dbcache.config.predictors import FoCaCalibratorConfig as FoCaCalibratorConf
 from dbcache.config.predictors import HermiteCalibratorConfig as HermiteCalibratorConfig
 from dbcache.config.predictors import SpectrumCalibratorConfig as SpectrumCalibratorConfig
 from dbcache.config.predictors import TaylorSeerCalibratorConfig as TaylorSeerCalibratorConfig
+from dbcache.config.presets import preset as preset
+from dbcache.config.presets import presets as presets
 from dbcache.config.prune import DBPruneConfig as DBPruneConfig
 from dbcache.config.steps_mask import steps_mask as steps_mask
 from dbcache.graphs.graph import GraphOptions as GraphOptions
@@ -77,6 +79,8 @@ __all__ = [
     "load_configs",
     "load_options",
     "load_parallelism_config",
+    "preset",
+    "presets",
     "refresh_context",
     "register_predictor",
     "start_request",

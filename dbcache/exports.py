@@ -33,6 +33,7 @@ MODULES = {
         "SpectrumCalibratorConfig",
         "TaylorSeerCalibratorConfig",
     ),
+    "config.presets": ("preset", "presets"),
     "config.prune": ("DBPruneConfig",),
     "config.steps_mask": ("steps_mask",),
     "graphs.graph": ("GraphOptions",),
