@@ -12,6 +12,10 @@ PARTS := kernels adapters parallel
 # the oldest that is supported, and the one that torch 2.11 pins; the newest is in .venv
 TRITONS ?= 3.5.0 3.6.0
 
+# Engines that the tests drive, without their dependencies: of those, what has no build for CPUs is
+# stubbed in tests/support, and the rest is not needed.
+ENGINES := vllm-omni
+
 # Which build of torch: `cpu`, `cu130`, ... or nothing for PyPI's, which on Linux brings
 # gigabytes of CUDA libraries. A build has its Triton, so the pin of Triton holds for `cpu` only.
 ifneq ($(shell uname -s),Linux)
@@ -90,4 +94,5 @@ $(INSTALLED): pyproject.toml setup.py $(PINS)
 	|| $(BIN)/pip install -c $(VENV)/pins.txt '$(TORCH)' \
 		$(TORCH_BUILD:%=--extra-index-url https://download.pytorch.org/whl/%)
 	@$(BIN)/pip install -qq -c $(VENV)/pins.txt --editable '.[dev]'
+	@$(BIN)/pip install -qq -c $(VENV)/pins.txt --no-deps $(ENGINES)
 	@touch $@

@@ -1,0 +1,1 @@
+"""dbcache inside other engines, by their own plugin points."""
