@@ -158,7 +158,7 @@ def record(target: str, *, steps: int = 28, threshold: float = 0.3) -> dict[str,
     recorder.steps.clear()
     with recorder.on():
         draw()
-    cached = dbcache.summary(enabled).lanes[0].cached_steps
+    cached = dbcache.summary(enabled, logging=False).lanes[0].cached_steps
     return most_calls(recorder.steps, cached)
 
 

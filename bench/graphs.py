@@ -93,7 +93,7 @@ def dbcache_variant(kind: str, mode: str | None) -> Variant:
         return dbcache.enable(model, **options(kind), cuda_graph=mode or False)
 
     def cached_steps(model: torch.nn.Module) -> int:
-        return len(dbcache.summary(model).lanes[0].cached_steps)
+        return len(dbcache.summary(model, logging=False).lanes[0].cached_steps)
 
     return Variant(kind, f"dbcache {mode or 'eager'}", switch_on, dbcache.disable, cached_steps)
 

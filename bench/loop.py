@@ -131,7 +131,7 @@ class Loop:
         measuring = OPTIONS | {"residual_diff_threshold": 1e-6}
         dbcache.enable(self.model, num_inference_steps=self.steps, **measuring)
         self.eager()
-        threshold = dbcache.summary(self.model).lanes[0].percentiles["P75"]
+        threshold = dbcache.summary(self.model, logging=False).lanes[0].percentiles["P75"]
         chosen = OPTIONS | {"residual_diff_threshold": threshold}
         dbcache.enable(self.model, num_inference_steps=self.steps, **chosen)
         return threshold
@@ -162,7 +162,7 @@ class Loop:
         Raises:
             SystemExit: nothing was cached, or all that could be.
         """
-        lane = dbcache.summary(self.model).lanes[0]
+        lane = dbcache.summary(self.model, logging=False).lanes[0]
         cached, most = lane.cached_steps, self.steps - OPTIONS["max_warmup_steps"]
         if not 0 < len(cached) < most:
             raise SystemExit(

@@ -199,7 +199,7 @@ def _with_dbcache(bench: Bench, method: Method, options: Options, seed: int) -> 
         calibrator = getattr(dbcache, name)(**fields)
     dbcache.enable(bench.pipe, calibrator_config=calibrator, **options)
     run = bench.draw(seed)
-    run.cached = len(dbcache.summary(bench.pipe).lanes[0].cached_steps)
+    run.cached = len(dbcache.summary(bench.pipe, logging=False).lanes[0].cached_steps)
     dbcache.disable(bench.pipe)
     return run
 

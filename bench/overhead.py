@@ -154,7 +154,7 @@ def with_dbcache(kind: str, order: int, device: str, launches: Launches | None =
         "dbcache",
         model,
         lambda: dbcache.refresh_context(model, num_inference_steps=STEPS),
-        lambda: len(dbcache.summary(model).lanes[0].cached_steps),
+        lambda: len(dbcache.summary(model, logging=False).lanes[0].cached_steps),
         launches,
     )
     if launches is not None:  # the device, which is not there, has left no trace

@@ -4,7 +4,7 @@ import dbcache
 
 dbcache.enable(pipe)            # any diffusers pipeline, a transformer, or a BlockAdapter
 image = pipe(prompt).images[0]
-print(dbcache.summary(pipe))
+dbcache.summary(pipe)
 dbcache.disable(pipe)           # the model is exactly as it was
 """
 

@@ -1,12 +1,10 @@
-"""The public functions: `enable`, `disable`, `summary`, `refresh_context` and their like."""
+"""The public functions: `enable`, `disable`, `refresh_context` and their like."""
 
 from __future__ import annotations
 
 import copy
 import json
-import logging as log
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +14,8 @@ import torch
 
 from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.models.lookup import find_specs
-from dbcache.adapters.models.matrix import matrix
-from dbcache.adapters.models.table import MODELS
 from dbcache.adapters.patching.patch_functor import on_trial
-from dbcache.adapters.requests import overview
-from dbcache.adapters.requests.cached_pipeline import CachedPipeline
 from dbcache.adapters.requests.cached_transformer import MAX_REQUESTS, CachedTransformer, handle_of
-from dbcache.adapters.requests.record import RequestRecord
 from dbcache.adapters.requests.request import Request
 from dbcache.adapters.requests.request_handle import RequestHandle
 from dbcache.adapters.requests.setup import Setup
@@ -41,7 +34,7 @@ from dbcache.config.options import (
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.config.predictors import CalibratorConfig
 from dbcache.graphs.graph import GraphOptions, Recording
-from dbcache.report import Summary
+from dbcache.overview import summary_of
 from dbcache.targets import (
     enabled,
     enabled_or_none,
@@ -52,7 +45,6 @@ from dbcache.targets import (
 )
 
 Target = TypeVar("Target")
-LOGGER = log.getLogger("dbcache")
 
 OF_REQUESTS = ("num_inference_steps", "enable_separate_cfg", "cfg_compute_first")
 """Options of `calibrate`."""
@@ -207,7 +199,7 @@ def start_request(
         for handle, request in pairs:
             handle.close(request)
         raise
-    return RequestHandle(pairs, _summary_of)
+    return RequestHandle(pairs, summary_of)
 
 
 def is_enabled(target: object) -> bool:
@@ -217,88 +209,6 @@ def is_enabled(target: object) -> bool:
         target: a pipeline, a transformer or a `BlockAdapter`.
     """
     return bool(enabled_or_none(target))
-
-
-def summary(target: object, details: bool = False, logging: bool = True) -> Summary:
-    """Return what the last request did, per lane; reads it back from the device.
-
-    Args:
-        target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
-        details: let the text of the summary list each step.
-        logging: log the text, too, at level INFO of the logger "dbcache".
-
-    Raises:
-        RuntimeError: the cache is not enabled on it.
-    """
-    check_flag("summary: details", details)
-    check_flag("summary: logging", logging)
-    handles = enabled(target, "summary")
-    pipeline = next(
-        (h for part in parts(target) if isinstance(h := handle_of(part), CachedPipeline)), None
-    )
-    records = [] if pipeline is None else pipeline.shown()
-    if not records:
-        records = [record for handle in handles if (record := overview.shown(handle)) is not None]
-    totals: Counter[str] = Counter()
-    for handle in handles:
-        totals.update(handle.totals.read())
-    notes = [note for handle in handles for note in overview.notes(handle)]
-    found = _summary(records, notes, details, handles, dict(totals))
-    if logging:
-        LOGGER.info("%s", found)
-    return found
-
-
-def _summary(
-    records: Sequence[RequestRecord],
-    notes: list[str],
-    details: bool,
-    handles: Sequence[CachedTransformer] = (),
-    totals: dict[str, int] | None = None,
-) -> Summary:
-    if not records:
-        notes = notes + [
-            f"{stack.name}: all {stack.num_blocks} blocks run on every step"
-            for handle in handles
-            for stack in handle.setup.stacks
-            if not stack.entries
-        ]
-    return Summary(
-        [lane for record in records for lane in record.lanes()],
-        [*notes, *(note for record in records for note in record.notes)],
-        details,
-        totals or {},
-        sum(overview.nbytes(handle) for handle in handles),
-    )
-
-
-def _summary_of(requests: Sequence[Request], details: bool) -> Summary:
-    """Return the summary of requests that the user started."""
-    records = [request.record or RequestRecord.of(request) for request in requests]
-    return _summary(records, [], details)
-
-
-def strify(target: object) -> str:
-    """Return a short name of what is enabled and of how much was cached, for files and tables.
-
-    The settings and the last request of the first block stack: ``DBCache_F8B0_W8I1M0MC0_R0.08``,
-    the predictor, ``S`` and the steps cached; under DBPrune also ``P`` and the percentage of the
-    blocks left out.
-
-    Args:
-        target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
-
-    Raises:
-        RuntimeError: the cache is not enabled on it.
-    """
-    setup = enabled(target, "strify")[0].setup
-    parts = [setup.config.strify(), setup.base.predictor.strify()]
-    lanes = summary(target, logging=False).lanes
-    if lanes:
-        parts.append(f"S{len(lanes[0].cached_steps)}")
-        if lanes[0].pruned is not None:
-            parts.append(f"P{100 * lanes[0].pruned_ratio:.1f}")
-    return "_".join(parts)
 
 
 def refresh_context(
@@ -448,26 +358,6 @@ def capture(target: Any, **inputs: Any) -> list[Recording]:
     for handle in handles:
         handle.begin_anew(None)
     return recorded
-
-
-def supported_pipelines() -> tuple[int, list[str]]:
-    """Return how many transformer classes are supported by name, and these with their models.
-
-    A pipeline is supported if one of its transformers is; others work through a `BlockAdapter`.
-    """
-    names = [f"{row.transformer}: {row.models}" for row in MODELS]
-    return len(names), names
-
-
-def supported_matrix() -> str:
-    """Return a Markdown table: for each transformer class, what tests cover.
-
-    The columns are the cache, ControlNet residuals, and the model spread over ranks along the
-    sequence or by its weights. docs/models.md names the tests.
-    """
-    from dbcache.parallel.plans import PLANS  # torch.distributed only where it is used
-
-    return matrix(PLANS)
 
 
 def _from_options(

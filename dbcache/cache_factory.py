@@ -27,8 +27,9 @@ _TAYLOR_ORDER = 2
 
 
 class CacheType(str, Enum):
-    """The methods: of whole steps (FBCache: with one probe block), and of single blocks."""
+    """The methods: of whole steps (FBCache: with one probe block), of single blocks, and none."""
 
+    NONE = "NONE"
     DBCache = "DBCache"
     DBPrune = "DBPrune"
     FBCache = "FBCache"
@@ -41,6 +42,8 @@ class CacheType(str, Enum):
             ValueError: an unknown method.
         """
         kind = cache_type(kind)
+        if kind is CacheType.NONE:
+            return {"cache_type": kind}
         is_first_block = kind is CacheType.FBCache
         return {
             "cache_type": kind,
@@ -52,19 +55,35 @@ class CacheType(str, Enum):
         }
 
     @staticmethod
+    def type(name: CacheType | str | None) -> CacheType:
+        """Return `cache_type` of the same."""
+        return cache_type(name)
+
+    @staticmethod
     def range(start: int, end: int, step: int = 1) -> list[int]:
         """Return `block_range` of the same."""
         return block_range(start, end, step)
 
 
-def cache_type(name: str) -> CacheType:
-    """Return the method of a name.
+NONE, DBCache, DBPrune = CacheType.NONE, CacheType.DBCache, CacheType.DBPrune
+
+_SHORT = {"DB": "DBCACHE", "DBP": "DBPRUNE", "FB": "FBCACHE", "NC": "NONE", "NOCACHE": "NONE"}
+_SHORT |= {"DUALBLOCKCACHE": "DBCACHE", "DYNAMICBLOCKPRUNE": "DBPRUNE"}
+"""Other names of the methods, in capitals and without underscores."""
+
+
+def cache_type(name: CacheType | str | None) -> CacheType:
+    """Return the method of a name, in any case, with or without underscores; None is `NONE`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none of that name.
     """
-    check_choice("cache_type", name, tuple(kind.value for kind in CacheType))
-    return CacheType(name)
+    kinds = {kind.value.upper(): kind for kind in CacheType}
+    plain = str(getattr(name, "value", "NONE" if name is None else name)).upper().replace("_", "")
+    found = kinds.get(_SHORT.get(plain, plain))
+    if found is None:
+        check_choice("cache_type", name, tuple(kind.value for kind in CacheType))
+    return CacheType(found)
 
 
 def block_range(start: int, end: int, step: int = 1) -> list[int]:
@@ -89,7 +108,8 @@ def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
 
     Args:
         pipe: as for `enable`.
-        **options: of `enable`, or `warmup_steps` (-1: none), `non_prune_blocks_ids`,
+        **options: `cache_type` (`CacheType.NONE` does nothing), and those of `enable`, or
+            `warmup_steps` (-1: none), `non_prune_blocks_ids`,
             `do_separate_classifier_free_guidance`, and ``taylorseer_kwargs={"n_derivatives": 2}``
             (that is its default), which counts with `enable_taylorseer` only.
 
@@ -98,6 +118,8 @@ def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
     """
     options = {_NEW_NAMES.get(name, name): value for name, value in options.items()}
     kind = cache_type(options.pop("cache_type", CacheType.DBCache))
+    if kind is CacheType.NONE:
+        return pipe
     if options.get("max_warmup_steps") == -1:
         options["max_warmup_steps"] = 0
     taylorseer = options.pop("taylorseer_kwargs", None)

@@ -2,7 +2,15 @@
 
 MODULES = {
     "adapters.blocks.block_adapter": ("BlockAdapter",),
-    "adapters.blocks.patterns": ("ForwardPattern",),
+    "adapters.blocks.patterns": (
+        "ForwardPattern",
+        "Pattern_0",
+        "Pattern_1",
+        "Pattern_2",
+        "Pattern_3",
+        "Pattern_4",
+        "Pattern_5",
+    ),
     "adapters.blocks.registry": ("BlockAdapterRegistry",),
     "adapters.patching.patch_functor": ("PatchFunctor",),
     "adapters.requests.request_handle": ("RequestHandle",),
@@ -14,12 +22,8 @@ MODULES = {
         "is_enabled",
         "refresh_context",
         "start_request",
-        "strify",
-        "summary",
-        "supported_matrix",
-        "supported_pipelines",
     ),
-    "cache_factory": ("CacheType", "block_range", "cache_type"),
+    "cache_factory": ("CacheType", "DBCache", "DBPrune", "NONE", "block_range", "cache_type"),
     "config.cache": ("DBCacheConfig", "ParamsModifier"),
     "config.files": ("load_cache_config", "load_configs", "load_parallelism_config"),
     "config.parallelism": ("ParallelismBackend", "ParallelismConfig"),
@@ -36,11 +40,35 @@ MODULES = {
     "config.presets": ("preset", "presets"),
     "config.prune": ("DBPruneConfig",),
     "config.steps_mask": ("steps_mask",),
+    "dropin": ("disable_print", "init_logger", "maybe_empty_cache", "version_tuple"),
     "graphs.graph": ("GraphOptions",),
+    "overview": (
+        "get_adapter",
+        "strify",
+        "summary",
+        "supported_matrix",
+        "supported_pipelines",
+    ),
+    "refused": (
+        "ENV",
+        "LayerwiseOffloadHandle",
+        "LayerwiseOffloadHandleGroup",
+        "ProfilerContext",
+        "create_profiler_context",
+        "get_layerwise_offload_handles",
+        "get_profiler_output_dir",
+        "layerwise_cpu_offload",
+        "layerwise_offload",
+        "parse_extra_modules",
+        "profile_function",
+        "remove_layerwise_offload",
+        "set_profiler_output_dir",
+    ),
 }
 """Names by the module that defines them."""
 
 ALIASES = {
+    "BasicCacheConfig": "DBCacheConfig",
     "BlockAdapterRegister": "BlockAdapterRegistry",
     "disable_cache": "disable",
     "enable_cache": "enable",
@@ -52,7 +80,7 @@ HOME = {name: module for module, names in MODULES.items() for name in names}
 HOME |= {alias: HOME[name] for alias, name in ALIASES.items()}
 
 SUBMODULES = (
-    "adapters", "api", "cache_factory", "config", "graphs", "kernels", "lanes", "metrics",
-    "parallel", "report", "testing",
+    "adapters", "api", "cache_factory", "caching", "config", "graphs", "kernels", "lanes",
+    "metrics", "overview", "parallel", "ray", "results", "testing",
 )  # fmt: skip
 """Modules that need no import of their own."""

@@ -22,7 +22,7 @@ def resolve(target: object) -> tuple[Any, BlockAdapter | None]:
     """Return (pipeline or None, adapter or None: the table of models says what to cache)."""
     if isinstance(target, BlockAdapter):
         return target.pipe, target
-    pipe = None if isinstance(target, torch.nn.Module) else target
+    pipe = None if isinstance(target, torch.nn.Module) or not callable(target) else target
     return pipe, BlockAdapterRegistry.adapter_of(unwrap(target))
 
 
@@ -48,10 +48,20 @@ def shardings_of(
 
 
 def parts(target: object) -> list[object]:
-    """Return the objects that may carry a handle, pipeline first."""
+    """Return the objects that may carry a handle, pipeline first.
+
+    A pipeline that is not called, but has methods of other names, carries none: its modules do.
+    """
     if not isinstance(target, BlockAdapter):
-        return [unwrap(target)]
+        own = {} if callable(target) else getattr(target, "__dict__", {})
+        modules = [part for part in own.values() if isinstance(part, torch.nn.Module)]
+        return [unwrap(part) for part in (target, *modules)]
     return [part for part in (target.pipe, *target.transformers()) if part is not None]
+
+
+def name_of(target: object) -> str:
+    """Return the class of the pipeline or transformer that a target means."""
+    return type(unwrap(parts(target)[0])).__name__
 
 
 def enabled(target: object, who: str) -> list[CachedTransformer]:

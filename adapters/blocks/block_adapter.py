@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from dbcache.adapters.blocks.signature import parameter_names, unwrap
 from dbcache.adapters.blocks.spec import Fills, StackSpec, TransformerSpec
 from dbcache.adapters.patching.patch_functor import Functor, check_functor
 from dbcache.config.cache import ParamsModifier
-from dbcache.config.options import check_flag, check_type, shown
+from dbcache.config.options import check_flag, check_type, reject_unknown, shown, unknown
+
+BLOCKS = torch.nn.ModuleList
 
 
 @dataclass(kw_only=True)
@@ -44,11 +47,14 @@ class BlockAdapter:
             at most `Fn_compute_blocks`.
         patch_functor: a `PatchFunctor`, or a function of the transformer, that rewrites parts of
             the instance for as long as the cache is on, for blocks that follow no pattern.
+        blocks_name: in place of `blocks`, their names as attributes of the transformer.
+        check_forward_pattern: False leaves the blocks' signature unchecked.
         auto: find what was not given: `blocks`, the lists of blocks of the transformer that hold
             most of its parameters, each a stack of its own; `forward_pattern`, from the source
             of the blocks or, where that leaves it open, from the first forward, which is full.
 
     Raises:
+        TypeError: an unknown option (the error names the nearest one).
         ValueError, TypeError: from `dbcache.enable`, for what does not fit together.
     """
 
@@ -63,12 +69,20 @@ class BlockAdapter:
     long_skips: bool = False
     patch_functor: Functor | None = None
     auto: bool = False
+    blocks_name: Any = None
+    check_forward_pattern: bool | None = None
+
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        reject_unknown(cls.__name__, options, cls.__dataclass_fields__)
+        return super().__new__(cls)
 
     def specs(self) -> list[TransformerSpec]:
         """Return what is to be cached, checked and in one shape."""
         transformers, streams = self.transformers(), _stream_names(self.streams)
         check_flag("BlockAdapter.long_skips", self.long_skips)
         given, pattern = self.blocks, self.forward_pattern
+        if self.blocks_name is not None:
+            given = _by_name(self.blocks_name, given, transformers)
         if self.auto and given is None:
             check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
             found = [find_blocks(transformer, pattern) for transformer in transformers]
@@ -87,7 +101,13 @@ class BlockAdapter:
             TransformerSpec(
                 transformer,
                 tuple(
-                    _stack_spec(transformer, *stack, streams, self.long_skips)
+                    _stack_spec(
+                        transformer,
+                        *stack,
+                        streams,
+                        self.long_skips,
+                        is_checked=self.check_forward_pattern is not False,
+                    )
                     for stack in zip(blocks[i], patterns[i], modifiers[i], strict=True)
                 ),
                 self.has_separate_cfg,
@@ -115,6 +135,25 @@ class BlockAdapter:
                 f'lambda call: call.get("return_kv", False), got {shown(self.fills)}'
             )
         return list(map(unwrap, transformers))
+
+
+def _by_name(names: Any, blocks: Any, transformers: list[torch.nn.Module]) -> list[list[Any]]:
+    """Return the lists of blocks that have these names, per transformer."""
+    who = "BlockAdapter.blocks_name"
+    if blocks is not None:
+        return blocks  # as read from an adapter that has both
+    rows = names if isinstance(names, list | tuple) and len(transformers) > 1 else [names]
+    rows = [[row] if isinstance(row, str) else list(row) for row in rows]
+    if len(rows) != len(transformers):
+        raise ValueError(
+            f"{who} must have one entry per transformer, got {len(rows)} for {len(transformers)}"
+        )
+    for transformer, row in zip(transformers, rows, strict=True):
+        known = [name for name, x in transformer.named_children() if isinstance(x, BLOCKS)]
+        for name in row:
+            if name not in known:
+                raise ValueError(unknown(f"{who} of {type(transformer).__name__}", name, known))
+    return [[getattr(m, name) for name in row] for m, row in zip(transformers, rows, strict=True)]
 
 
 def _per_transformer(
@@ -175,12 +214,32 @@ def _stack_spec(
     modifier: ParamsModifier | None,
     streams: Streams,
     long_skips: bool,
+    *,
+    is_checked: bool,
 ) -> StackSpec:
     """Find where the transformer holds `blocks` and check them against the pattern."""
     block_list = find_list(transformer, blocks)
-    if pattern is not None:
+    if pattern is not None and is_checked:
+        pattern = _true_pattern(block_list, pattern, streams)
         check_signatures(block_list, pattern, streams)
     return StackSpec((block_list,), pattern, modifier, streams, long_skips=long_skips)
+
+
+def _true_pattern(
+    block_list: BlockList, pattern: ForwardPattern, streams: Streams
+) -> ForwardPattern:
+    """Return the pattern that the source of a block shows where it returns other streams."""
+    seen = guess_pattern(block_list.blocks[0]) if len(block_list.blocks) else None
+    is_open = seen is None or len(seen.returns) == 1 or streams != STREAMS
+    if seen is None or is_open or seen.returns == pattern.returns:
+        return pattern
+    warnings.warn(
+        f"BlockAdapter: {block_list.path} was given as {pattern.name}, but its blocks return "
+        f"({', '.join(seen.returns)}), which is {seen.name}; goes on with that. FLUX's single "
+        f"blocks returned one stream up to diffusers 0.34; give forward_pattern={seen.name}",
+        stacklevel=2,
+    )
+    return seen
 
 
 def _check_given(pattern: Any) -> None:

@@ -36,6 +36,11 @@ class ForwardPattern(Enum):
     HIDDEN_TO_HIDDEN_ENCODER = Pattern_4
     HIDDEN_TO_ENCODER_HIDDEN = Pattern_5
 
+    @staticmethod
+    def supported_patterns() -> list[ForwardPattern]:
+        """Return all of them."""
+        return list(ForwardPattern)
+
     @property
     def takes(self) -> tuple[str, ...]:
         """Names of the streams that a block is called with."""
@@ -45,6 +50,10 @@ class ForwardPattern(Enum):
     def returns(self) -> tuple[str, ...]:
         """Names of the streams that a block returns, in order."""
         return self.value[1]
+
+
+Pattern_0, Pattern_1, Pattern_2 = (ForwardPattern[f"Pattern_{i}"] for i in (0, 1, 2))
+Pattern_3, Pattern_4, Pattern_5 = (ForwardPattern[f"Pattern_{i}"] for i in (3, 4, 5))
 
 
 def describe(value: Any) -> str:

@@ -17,10 +17,10 @@ from dbcache.adapters.blocks.block_list import BlockList
 from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
 from dbcache.adapters.models.row import ModelRow
-from dbcache.adapters.models.table import MODELS, REFUSED
+from dbcache.adapters.models.table import ELSEWHERE, MODELS, REFUSED
 from dbcache.config.options import shown
 
-_ROWS = {row.transformer: row for row in MODELS}
+_ROWS = {row.transformer: row for row in (*MODELS, *ELSEWHERE)}
 
 
 def _known(module: object) -> str | None:

@@ -177,6 +177,12 @@ OTHER = (
 
 MODELS = (*IMAGE, *VIDEO, *AUDIO, *OTHER)
 
+ELSEWHERE = (
+    Row("LongCatVideoTransformer3DModel", "LongCat-Video",
+        "blocks: x -> x", fills=lambda call: call.get("return_kv", False)),
+)
+"""Classes that come with code of their own, not with diffusers."""
+
 UNETS = (
     "UNet1DModel", "UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel",
     "UNetMotionModel", "UNetSpatioTemporalConditionModel", "UNetControlNetXSModel",

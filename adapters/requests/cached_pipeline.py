@@ -7,6 +7,7 @@ same name, that opens a request around the call. `disable` gives the instance it
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -32,6 +33,7 @@ class CachedPipeline:
 
     Attributes:
         closed: what is kept of the call that ended last, per transformer.
+        seconds: what that call took, on the host.
     """
 
     def __init__(self, pipe: Any, transformers: Sequence[tuple[CachedTransformer, Setup]]) -> None:
@@ -39,6 +41,7 @@ class CachedPipeline:
         self.transformers = list(transformers)
         self.closed: list[RequestRecord] = []
         self.doubts_scheduler = False
+        self.seconds: float | None = None
         self._open: list[PipelineCall] = []
 
     @property
@@ -76,6 +79,7 @@ class PipelineCall:
         self.pipeline = pipeline
         self.requests: dict[int, Request] = {}
         self._handles: list[CachedTransformer] = []
+        self._began = time.perf_counter()
         self._steps_of_scheduler: int | None = None
 
     def open(self) -> None:
@@ -136,6 +140,7 @@ class PipelineCall:
         if self in pipeline._open:
             pipeline._open.remove(self)
         records = [request.record for request in self.requests.values()]
+        pipeline.seconds = time.perf_counter() - self._began
         pipeline.closed = [record for record in records if record is not None]
 
 

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
-from dbcache.report import LaneSummary
+from dbcache.results.lane import LaneSummary
 
 PENDING = 8
 """Closed requests whose numbers stay on the device; older ones are read, and added up."""
@@ -76,6 +76,8 @@ def _lane(
             megabytes=nbytes / 1e6,
             pruned=None if pruned is None else pruned(),
             blocks=stack.num_blocks,
+            always=stack.fn + stack.bn,
+            options=cache.as_dict(),
         )
 
     return read

@@ -35,6 +35,14 @@ INSTEAD = {
     "extra_parallel_modules": "only transformers are spread over ranks; leave it out",
     "extra_parallel_kwargs": "there are no options of single models; leave it out",
     "use_ray": "start one process per GPU with torchrun",
+    "dummy_blocks_names": "lists that are not named as blocks run as they are; leave it out",
+    "unique_blocks_name": "stacks are told apart by themselves; leave it out",
+    "check_num_outputs": "outputs are always compared with the pattern; leave it out",
+    "skip_post_init": "nothing happens before enable; leave it out",
+    **dict.fromkeys(
+        ("allow_prefixes", "check_prefixes", "allow_suffixes", "check_suffixes", "blocks_policy"),
+        "auto=True finds all lists; name those that are meant as blocks or blocks_name",
+    ),
     "force_reduce_calibrator_vram": "a lane keeps no more than its predictor needs; leave it out",
 }
 """Options of other versions and of cache-dit, and what to do about them."""
@@ -59,8 +67,9 @@ def unknown(who: str, name: Any, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
     hint = f"did you mean {near[0]!r}? " if near else ""
-    if isinstance(name, str) and name in INSTEAD:
-        hint = f"{INSTEAD[name]}; "
+    if isinstance(name, str):
+        instead = INSTEAD.get("use_ray" if name.startswith("ray_") else name)
+        hint = hint if instead is None else f"{instead}; "
     return f"{who}: unknown option {shown(name)}; {hint}known: {', '.join(known)}"
 
 

@@ -124,7 +124,7 @@ class Demo:
             dbcache.enable(self.pipe, row.cache, row.calibrator)
         row.images, elapsed = self.draw(self.pipe, steps)
         if row.cache is not None:
-            lanes = dbcache.summary(self.pipe).lanes
+            lanes = dbcache.summary(self.pipe, logging=False).lanes
             row.cached = len(lanes[0].cached_steps) if lanes else 0
             dbcache.disable(self.pipe)
         return elapsed

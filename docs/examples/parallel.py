@@ -121,7 +121,7 @@ def compare(pipe: Any, inputs: dict[str, Any], options: argparse.Namespace) -> d
         )
         results.append(output[0].float().cpu())  # waits for the device
         seconds.append(time.perf_counter() - start)
-    report = str(dbcache.summary(pipe))
+    report = str(dbcache.summary(pipe, logging=False))
     dbcache.disable(pipe)
     full, cached = results
     error = (full - cached).square().mean()

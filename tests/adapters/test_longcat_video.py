@@ -178,3 +178,18 @@ def test_what_tells_filling_calls_must_be_a_function(pipe):
     )
     with pytest.raises(TypeError, match=r"BlockAdapter\.fills must be a function"):
         dbcache.enable(adapter)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_class_is_known_without_an_adapter(pipe, whole):
+    other = Pipeline()
+    target = other if whole else other.dit
+    dbcache.enable(target, **FORCED)
+    dbcache.refresh_context(pipe.dit, **FORCED)
+    outputs = [one.generate_vc(old_video(), "", STEPS) for one in (other, pipe)]
+    assert all(map(torch.equal, *outputs))
+    (lane,) = dbcache.summary(target, logging=False).lanes
+    assert (lane.stack, lane.cached_steps) == ("blocks", [1, 2, 3, 4])
+    dbcache.disable(target)
+    assert all(map(torch.equal, other.generate_t2v("", 2), Pipeline().generate_t2v("", 2)))
+    assert not any("_dbcache" in part.__dict__ for part in (other, other.dit))

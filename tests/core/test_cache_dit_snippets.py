@@ -1,8 +1,13 @@
 """What users of cache-dit wrote runs with `import dbcache as cache_dit`, on tiny models.
 
 One test per snippet of its user guide, for what exists here; thresholds that let tiny models cache.
+At the end whole scripts, whose hub names and GPUs are replaced by tiny models on the CPU. Left out:
+what needs several processes (tests/parallel has it) or a CUDA library (bitsandbytes), what measures
+pictures (tests/metrics), and what upstream cannot run as printed: options written as ``...``, and a
+refresh of ``pipe.transformer`` where ``pipe = enable_cache(pipe.transformer)`` made it no pipeline.
 """
 
+import diffusers
 import models
 import pytest
 import tiny
@@ -25,7 +30,7 @@ STEPS = 12
 
 def cached(target):
     """Return the cached steps of each lane."""
-    return [lane.cached_steps for lane in cache_dit.summary(target).lanes]
+    return [lane.cached_steps for lane in cache_dit.summary(target, logging=False).lanes]
 
 
 def run(target):
@@ -261,11 +266,232 @@ def test_supported_matrix_is_a_markdown_table():
     header, rule, *lines = cache_dit.supported_matrix().splitlines()
     assert header.startswith("| Models | Transformer | Cache |")
     assert len({line.count("|") for line in (header, rule, *lines)}) == 1
-    assert len(lines) == cache_dit.supported_pipelines()[0]
 
 
-def test_supported_pipelines_counts_and_names():
-    count, names = cache_dit.supported_pipelines()
-    assert count == len(names) == len(set(names)) > 0
-    for name in ("FluxTransformer2DModel", "QwenImageTransformer2DModel", "WanTransformer3DModel"):
-        assert sum(line.startswith(f"{name}:") for line in names) == 1
+HEAD = """
+import cache_dit
+import torch
+from cache_dit import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern, ParamsModifier
+from cache_dit import BlockAdapterRegister, TaylorSeerCalibratorConfig
+from diffusers import DiffusionPipeline, FluxPipeline
+"""
+
+FLUX = """
+pipe = FluxPipeline.from_pretrained(
+    "black-forest-labs/FLUX.1-dev",
+    torch_dtype=torch.bfloat16,
+).to("cuda")
+"""
+
+OF_V02 = "from cache_dit.cache_factory import CacheType, apply_cache_on_pipe\n" + FLUX
+
+SCRIPTS = {
+    "quick start": """
+pipe = DiffusionPipeline.from_pretrained("Qwen/Qwen-Image")
+cache_dit.enable_cache(pipe)
+output = call(pipe)
+stats = cache_dit.summary(pipe)
+cache_dit.disable_cache(pipe)
+""",
+    "adapter": """
+pipe = DiffusionPipeline.from_pretrained("Qwen/Qwen-Image")
+cache_dit.enable_cache(
+    BlockAdapter(pipe=pipe, auto=True, forward_pattern=ForwardPattern.Pattern_1),
+)
+call(pipe)
+cache_dit.enable_cache(
+    BlockAdapter(
+        pipe=pipe,
+        transformer=pipe.transformer,
+        blocks=pipe.transformer.transformer_blocks,
+        forward_pattern=ForwardPattern.Pattern_1,
+    ),
+)
+call(pipe)
+stats = cache_dit.summary(pipe)
+""",
+    "hybrid": FLUX + """
+cache_dit.enable_cache(
+    BlockAdapter(
+        pipe=pipe,
+        transformer=pipe.transformer,
+        blocks=[
+            pipe.transformer.transformer_blocks,
+            pipe.transformer.single_transformer_blocks,
+        ],
+        forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_3],
+    ),
+    cache_config=DBCacheConfig(Fn_compute_blocks=1),
+    params_modifiers=[
+        ParamsModifier(
+            cache_config=DBCacheConfig().reset(
+                Fn_compute_blocks=2,
+                residual_diff_threshold=0.6,
+            ),
+        ),
+        ParamsModifier(
+            cache_config=DBCacheConfig().reset(
+                Fn_compute_blocks=1,
+                residual_diff_threshold=0.9,
+            ),
+        ),
+    ],
+)
+call(pipe)
+stats = cache_dit.summary(pipe)
+assert [s.threshold for s in stats] == [0.6, 0.9]
+""",
+    "registered": FLUX + """
+@BlockAdapterRegister.register("Flux")
+def flux_adapter(pipe, **kwargs) -> BlockAdapter:
+    from diffusers import FluxTransformer2DModel
+    from cache_dit.caching.patch_functors import HiDreamPatchFunctor
+
+    assert isinstance(pipe.transformer, FluxTransformer2DModel)
+    return BlockAdapter(
+        pipe=pipe,
+        transformer=pipe.transformer,
+        blocks=[
+            pipe.transformer.transformer_blocks,
+            pipe.transformer.single_transformer_blocks,
+        ],
+        forward_pattern=[ForwardPattern.Pattern_1, ForwardPattern.Pattern_3],
+        patch_functor=HiDreamPatchFunctor(),
+        **kwargs,
+    )
+
+cache_dit.enable_cache(pipe, Fn_compute_blocks=1)
+BlockAdapterRegister.unregister("Flux")
+call(pipe)
+stats = cache_dit.summary(pipe)
+assert len(stats) == 2
+""",
+    "custom options": FLUX + """
+cache_dit.enable_cache(pipe)
+cache_dit.enable_cache(
+    pipe,
+    cache_config=DBCacheConfig(
+        max_warmup_steps=8,
+        max_cached_steps=-1,
+        Fn_compute_blocks=8,
+        Bn_compute_blocks=8,
+        residual_diff_threshold=0.12,
+        enable_separate_cfg=True,
+        cfg_compute_first=False,
+        cfg_diff_compute_separate=True,
+    ),
+    calibrator_config=TaylorSeerCalibratorConfig(taylorseer_order=1),
+)
+call(pipe)
+stats = cache_dit.summary(pipe, details=True)
+""",
+    "pruning": FLUX + """
+for more in ({}, {"Fn_compute_blocks": 1, "non_prune_block_ids": list(range(2, 4))}):
+    cache_dit.enable_cache(
+        pipe,
+        cache_config=DBPruneConfig(
+            max_warmup_steps=8,
+            residual_diff_threshold=0.12,
+            enable_dynamic_prune_threshold=True,
+            **more,
+        ),
+    )
+    call(pipe)
+    stats = cache_dit.summary(pipe)
+""",
+    "masks": FLUX + """
+cache_dit.enable_cache(
+    pipe,
+    cache_config=DBCacheConfig(
+        Fn_compute_blocks=8,
+        Bn_compute_blocks=0,
+        residual_diff_threshold=0.12,
+        steps_computation_mask=cache_dit.steps_mask(
+            compute_bins=[6, 1, 1], cache_bins=[1, 1, 2],
+        ),
+        steps_computation_policy="dynamic",
+    ),
+    calibrator_config=TaylorSeerCalibratorConfig(taylorseer_order=1),
+)
+call(pipe)
+stats = cache_dit.summary(pipe)
+""",
+    "compiled": FLUX + """
+cache_dit.enable_cache(pipe, Fn_compute_blocks=1)
+pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+call(pipe)
+torch._dynamo.config.recompile_limit = 96
+stats = cache_dit.summary(pipe)
+""",
+    "v0.2": OF_V02 + """
+apply_cache_on_pipe(pipe, **CacheType.default_options(CacheType.DBPrune))
+cache_options = CacheType.default_options(CacheType.FBCache)
+cache_options = {
+    "cache_type": CacheType.DBCache,
+    "warmup_steps": 8,
+    "max_cached_steps": 8,
+    "Fn_compute_blocks": 1,
+    "Bn_compute_blocks": 4,
+    "Bn_compute_blocks_ids": CacheType.range(0, 4, 2),
+    "non_compute_blocks_diff_threshold": 0.08,
+    "residual_diff_threshold": 0.12,
+    "enable_taylorseer": True,
+    "enable_encoder_taylorseer": True,
+    "taylorseer_cache_type": "residual",
+    "taylorseer_kwargs": {"n_derivatives": 2},
+    "do_separate_classifier_free_guidance": True,
+    "cfg_compute_first": False,
+    "cfg_diff_compute_separate": True,
+}
+apply_cache_on_pipe(pipe, **cache_options)
+call(pipe)
+stats = cache_dit.summary(pipe)
+""",
+    "v0.2 pruning": OF_V02 + """
+cache_options = {
+    "cache_type": CacheType.DBPrune,
+    "residual_diff_threshold": 0.05,
+    "Fn_compute_blocks": 1,
+    "Bn_compute_blocks": 1,
+    "warmup_steps": 8,
+    "max_pruned_steps": 12,
+    "enable_dynamic_prune_threshold": True,
+    "max_dynamic_prune_threshold": 2 * 0.05,
+    "dynamic_prune_threshold_relax_ratio": 1.25,
+    "residual_cache_update_interval": 1,
+    "non_prune_blocks_ids": [],
+}
+apply_cache_on_pipe(pipe, **cache_options)
+call(pipe)
+stats = cache_dit.summary(pipe)
+assert "M12" in cache_dit.strify(pipe)
+""",
+}  # fmt: skip
+
+
+def stand_in(hub, **options):
+    """Return a tiny pipeline of the same class, with blocks enough for the defaults."""
+    is_flux = hub == "black-forest-labs/FLUX.1-dev"
+    pipe = tiny.pipeline("flux" if is_flux else "qwen")
+    transformer = tiny.flux(double=8, single=12) if is_flux else tiny.qwen(layers=12)
+    pipe.register_modules(transformer=transformer)
+    return pipe
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("one_thread", "plain_kernels")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_runs_with_another_import(name, monkeypatch, capsys):
+    limit = torch._dynamo.config.recompile_limit
+    for cls in (diffusers.DiffusionPipeline, diffusers.FluxPipeline):
+        monkeypatch.setattr(cls, "from_pretrained", stand_in)
+        monkeypatch.setattr(cls, "to", lambda self, device: self)
+    script = (HEAD + SCRIPTS[name]).replace("import cache_dit\n", "import dbcache as cache_dit\n")
+    script = script.replace("from cache_dit", "from dbcache")
+    names = {"call": lambda pipe: tiny.generate(pipe, STEPS, guided=False)}
+    try:
+        exec(compile(script, name, "exec"), names)
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+    assert names["stats"][0].steps == STEPS
+    assert names["stats"][0].stack in capsys.readouterr().out

@@ -17,7 +17,7 @@ from oracle import Decider, Rule
 import dbcache
 from dbcache.config.cache import StackSettings
 from dbcache.lanes.lane import Lane
-from dbcache.report import REASONS
+from dbcache.results.lane import REASONS
 
 STEPS = 14
 LETTERS = {

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from dbcache.kernels.common.lane_state import Reason
-from dbcache.report import REASONS, LaneSummary, Summary
+from dbcache.results.lane import REASONS, LaneSummary
+from dbcache.results.summary import Summary
 
 
 def lane(reasons, diffs, threshold=0.1):

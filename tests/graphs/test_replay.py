@@ -21,7 +21,7 @@ from tiny import BRANCHES, CFG_SCALE, FAMILIES, denoise, fill, noise
 import dbcache
 from dbcache import DBCacheConfig, TaylorSeerCalibratorConfig
 from dbcache.lanes.step_state import StepState
-from dbcache.report import CACHED
+from dbcache.results.lane import CACHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,7 +22,7 @@ import dbcache
 from dbcache import DBCacheConfig
 from dbcache.kernels.common.lane_state import CACHED as CACHED_FLAG
 from dbcache.lanes.block_store import BlockStore
-from dbcache.report import CACHED
+from dbcache.results.lane import CACHED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

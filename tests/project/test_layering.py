@@ -16,9 +16,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("kernels", "adapters", "parallel")
 SURFACE = ("integrations", "metrics")
+OF_CACHE_DIT = ("cache_factory", "caching", "dropin", "ray", "refused")
+"""Names and paths that cache-dit's users know."""
+
 """Facades that nothing imports but what users call."""
 
-FACADE = ("api", "targets", "cache_factory", "__init__", "__main__", "cli", "demo", *SURFACE)
+FACADE = (
+    "api", "overview", "targets", "__init__", "__main__", "cli", "demo", *OF_CACHE_DIT, *SURFACE
+)  # fmt: skip
 
 ORDER = {
     "kernels": (
@@ -28,7 +33,7 @@ ORDER = {
         ("pruning",),
         ("tuning",),
     ),
-    "core": (("config",), ("lanes",), ("graphs",), ("report",)),
+    "core": (("config",), ("lanes",), ("graphs",), ("results",)),
     "adapters": (("patching",), ("blocks",), ("signals", "models"), ("stacks",), ("requests",)),
 }
 """Folders of each part, from the bottom up: a folder imports of those below it."""
@@ -221,7 +226,7 @@ def test_kernels_need_only_torch_and_triton() -> None:
         ("dbcache/lane.py", "def f():\n    from . import api"),
         ("dbcache/graphs/graph.py", "from ..api import enable"),
         ("dbcache/config/cache.py", "from dbcache.lanes.plan import make_plan"),
-        ("dbcache/config/cache.py", "from dbcache.report import Summary"),
+        ("dbcache/config/cache.py", "from dbcache.results.summary import Summary"),
         ("kernels/common/sums.py", "from dbcache.kernels.tuning import tune"),
         ("kernels/decision/decide.py", "from dbcache.kernels.pruning import decide_tail"),
         ("adapters/models/table.py", "from dbcache.adapters.signals.modulated import f"),

@@ -8,7 +8,8 @@ from model_case import find_class
 
 import dbcache
 from dbcache.adapters.models import matrix
-from dbcache.adapters.models.table import MODELS, REFUSED
+from dbcache.adapters.models.series import SERIES
+from dbcache.adapters.models.table import ELSEWHERE, MODELS, REFUSED
 from dbcache.parallel.plans import PLANS
 
 COLUMNS = ["Cache", "ControlNet", "Context parallel", "Tensor parallel"]
@@ -52,7 +53,5 @@ def test_matrix_has_a_line_per_class_and_a_tick_per_test():
         assert {row[2 + i] for row in cells} <= {"✅", "–"}
 
 
-def test_supported_pipelines_names_the_same_classes():
-    count, names = dbcache.supported_pipelines()
-    assert count == len(names) == len(MODELS)
-    assert [name.partition(":")[0] for name in names] == [row.transformer for row in MODELS]
+def test_each_class_has_a_series_of_pipelines():
+    assert set(SERIES) == {row.transformer for row in (*MODELS, *ELSEWHERE)}

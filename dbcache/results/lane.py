@@ -1,13 +1,14 @@
-"""What a request did: which steps were cached, how much changed, and why each step was decided."""
+"""One lane of a request: which steps were cached, how much changed, why each was decided."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dbcache.kernels.common.lane_state import Reason
+from dbcache.results.cache_stats import CacheStats
 
 REASONS = {
     Reason.WARMUP: "warm-up",
@@ -32,7 +33,7 @@ PERCENTILES = (("min", 0), ("P25", 25), ("P50", 50), ("P75", 75), ("P95", 95), (
 
 
 @dataclass(frozen=True)
-class LaneSummary:
+class LaneSummary(CacheStats):
     """One lane's last request.
 
     Attributes:
@@ -49,6 +50,10 @@ class LaneSummary:
         follows: the stack that decided for this one, None where it decides for itself.
         policy: what decided; the diffs of others than "dbcache" are what each step contributed to
             the sum that is compared.
+        always: blocks that run on a cached step, too.
+        seconds: what each step's forward took, if `dbcache.profile` was on; else empty.
+        options: the settings of the stack, by the names of their fields.
+        other: the second guidance branch of the same stack, where this is the first.
     """
 
     transformer: str
@@ -62,6 +67,10 @@ class LaneSummary:
     blocks: int = 0
     follows: str | None = None
     policy: str = "dbcache"
+    always: int = 0
+    seconds: list[float] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    other: LaneSummary | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_trace(cls, reasons: list[int], diffs: list[float], **attributes: Any) -> LaneSummary:
@@ -94,6 +103,11 @@ class LaneSummary:
         return sum(self.pruned_blocks) / calls if calls else 0.0
 
     @property
+    def name(self) -> str:
+        """Stack and branch."""
+        return f"{self.stack} ({self.branch})" if self.branch else self.stack
+
+    @property
     def counts(self) -> dict[str, int]:
         """How many steps each reason decided, most frequent first."""
         return dict(Counter(self.reasons).most_common())
@@ -109,7 +123,7 @@ class LaneSummary:
         """What the user should know, each with what to do."""
         if self.follows:
             return []  # those of the stack that decided say it all
-        counts, who = self.counts, f"{self.stack}{f' ({self.branch})' if self.branch else ''}"
+        counts, who = self.counts, self.name
         found = []
         nan = counts.get(REASONS[Reason.NAN], 0)
         if nan:
@@ -146,7 +160,8 @@ class LaneSummary:
         """Return everything, as plain data."""
         derived = ["steps", "cached_steps", "counts", "percentiles", "warnings"]
         derived += ["pruned_blocks", "pruned_ratio"]
-        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+        own = [one.name for one in fields(self) if one.name != "other"]
+        return {name: getattr(self, name) for name in own + derived}
 
 
 _PLANNED = frozenset((REASONS[Reason.WARMUP], REASONS[Reason.MASK]))
@@ -158,115 +173,3 @@ def _percentile(values: list[float], q: float) -> float:
     low = math.floor(position)
     high = min(low + 1, len(values) - 1)
     return values[low] + (values[high] - values[low]) * (position - low)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """All lanes of what the cache is enabled on; `print` shows it as a table.
-
-    It is a sequence of its lanes, too.
-
-    Attributes:
-        lanes: those that ran in the last request.
-        notes: warnings that belong to no single lane.
-        details: whether its text lists each step.
-        totals: of all closed requests: their number, steps, cached steps, and steps per reason.
-        nbytes: bytes of all buffers, of open requests and of those kept for the next ones.
-    """
-
-    lanes: list[LaneSummary] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    details: bool = False
-    totals: dict[str, int] = field(default_factory=dict)
-    nbytes: int = 0
-
-    def __len__(self) -> int:
-        return len(self.lanes)
-
-    def __getitem__(self, index: int) -> LaneSummary:
-        return self.lanes[index]
-
-    def __bool__(self) -> bool:
-        return True
-
-    @property
-    def warnings(self) -> list[str]:
-        """All warnings."""
-        return self.notes + [warning for lane in self.lanes for warning in lane.warnings]
-
-    @property
-    def cached_fraction(self) -> float:
-        """Cached steps over steps, over all lanes; 0 without steps."""
-        steps = sum(lane.steps for lane in self.lanes)
-        return sum(len(lane.cached_steps) for lane in self.lanes) / steps if steps else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything, as plain data."""
-        return {
-            "lanes": [lane.to_dict() for lane in self.lanes],
-            "cached_fraction": self.cached_fraction,
-            "warnings": self.warnings,
-            "totals": self.totals,
-            "bytes": self.nbytes,
-        }
-
-    def _rows(self) -> list[list[str]]:
-        prunes = any(lane.pruned is not None for lane in self.lanes)
-        header = ["stack", "branch", "policy", "steps", "cached", *["pruned"] * prunes]
-        rows = [[*header, *(name for name, _ in PERCENTILES), "why (steps)"]]
-        for lane in self.lanes:
-            diffs = lane.percentiles
-            rows.append(
-                [
-                    lane.stack,
-                    lane.branch or "-",
-                    lane.policy,
-                    str(lane.steps),
-                    str(len(lane.cached_steps)),
-                    *[f"{lane.pruned_ratio:.0%}" if lane.pruned is not None else "-"] * prunes,
-                    *(f"{diffs[name]:.3f}" if diffs else "-" for name, _ in PERCENTILES),
-                    f"as {lane.follows}: " * bool(lane.follows)
-                    + ", ".join(f"{reason} {count}" for reason, count in lane.counts.items()),
-                ]
-            )
-        return rows
-
-    def _step_rows(self) -> list[list[str]]:
-        """Return what happened on each step of each lane."""
-        prunes = any(lane.pruned is not None for lane in self.lanes)
-        rows = [["stack", "branch", "step", "why", "diff", *["pruned blocks"] * prunes]]
-        for lane in self.lanes:
-            for step, reason in enumerate(lane.reasons):
-                diff = f"{lane.diffs[step]:.3f}" if step in lane.diffs else "-"
-                row = [lane.stack, lane.branch or "-", str(step), reason, diff]
-                left_out = lane.pruned[step] if lane.pruned is not None else []
-                rows.append(row + [" ".join(map(str, left_out)) or "-"] * prunes)
-        return rows
-
-    def _tables(self) -> list[list[list[str]]]:
-        return [self._rows(), self._step_rows()] if self.details else [self._rows()]
-
-    def to_markdown(self) -> str:
-        """Return Markdown: a table with one row per lane, and the warnings as a list.
-
-        With `details` a second table has one row per step.
-        """
-        lines: list[str] = []
-        for rows in self._tables():
-            lines += [""] * bool(lines) + ["| " + " | ".join(row) + " |" for row in rows]
-            lines.insert(len(lines) - len(rows) + 1, "|" + "---|" * len(rows[0]))
-        return "\n".join(lines + [""] * bool(self.warnings) + [f"- {w}" for w in self.warnings])
-
-    def __str__(self) -> str:
-        if not self.lanes:
-            return "\n".join(["dbcache: no step was run yet", *self.notes])
-        lines: list[str] = []
-        for rows in self._tables():
-            widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-            lines += [""] * bool(lines) + [
-                "  ".join(
-                    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-                ).rstrip()
-                for row in rows
-            ]
-        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])

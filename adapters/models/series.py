@@ -1,0 +1,90 @@
+"""Names of pipelines by the transformer that they have: what `supported_pipelines` lists.
+
+A name stands for all pipelines whose class begins with it.
+"""
+
+from __future__ import annotations
+
+# fmt: off
+SERIES = {
+    "FluxTransformer2DModel": "Flux VisualCloze",
+    "QwenImageTransformer2DModel": "QwenImage",
+    "CogView3PlusTransformer2DModel": "CogView3Plus",
+    "CogView4Transformer2DModel": "CogView4",
+    "PixArtTransformer2DModel": "PixArt",
+    "SanaTransformer2DModel": "Sana",
+    "BriaTransformer2DModel": "Bria",
+    "OvisImageTransformer2DModel": "OvisImage",
+    "LongCatImageTransformer2DModel": "LongCatImage",
+    "Flux2Transformer2DModel": "Flux2",
+    "SD3Transformer2DModel": "StableDiffusion3",
+    "BriaFiboTransformer2DModel": "BriaFibo",
+    "AuraFlowTransformer2DModel": "AuraFlow",
+    "ChromaTransformer2DModel": "Chroma",
+    "LuminaNextDiT2DModel": "Lumina",
+    "Lumina2Transformer2DModel": "Lumina2",
+    "OmniGenTransformer2DModel": "OmniGen",
+    "Flux3Transformer2DModel": "Flux3",
+    "DiTTransformer2DModel": "DiT",
+    "HiDreamImageTransformer2DModel": "HiDream",
+    "HunyuanDiT2DModel": "HunyuanDiT HunyuanDiTPAG",
+    "GlmImageTransformer2DModel": "GlmImage",
+    "ErnieImageTransformer2DModel": "ErnieImage",
+    "Krea2Transformer2DModel": "Krea2",
+    "JoyImageEditTransformer3DModel": "JoyImageEdit",
+    "JoyImageEditPlusTransformer3DModel": "JoyImageEditPlus",
+    "ZImageTransformer2DModel": "ZImage",
+    "PRXTransformer2DModel": "PRX",
+    "HunyuanImageTransformer2DModel": "HunyuanImage",
+    "QwenImage21Transformer2DModel": "QwenImage21",
+    "NucleusMoEImageTransformer2DModel": "NucleusMoEImage",
+    "Ideogram4Transformer2DModel": "Ideogram4",
+    "BriaFibo2Transformer2DModel": "BriaFibo2",
+    "WanTransformer3DModel": "Wan LucyEdit",
+    "WanVACETransformer3DModel": "WanVACE",
+    "WanAnimateTransformer3DModel": "WanAnimate",
+    "WanAnimate2Transformer3DModel": "WanAnimate2",
+    "ChronoEditTransformer3DModel": "ChronoEdit",
+    "SkyReelsV2Transformer3DModel": "SkyReelsV2",
+    "HeliosTransformer3DModel": "Helios",
+    "AnyFlowTransformer3DModel": "AnyFlow",
+    "AnyFlowFARTransformer3DModel": "AnyFlowFAR",
+    "CogVideoXTransformer3DModel": "CogVideoX",
+    "ConsisIDTransformer3DModel": "ConsisID",
+    "HunyuanVideoTransformer3DModel": "HunyuanVideo HunyuanSkyreels",
+    "HunyuanVideoFramepackTransformer3DModel": "HunyuanVideoFramepack",
+    "HunyuanVideo15Transformer3DModel": "HunyuanVideo15",
+    "MochiTransformer3DModel": "Mochi",
+    "EasyAnimateTransformer3DModel": "EasyAnimate",
+    "AllegroTransformer3DModel": "Allegro",
+    "LatteTransformer3DModel": "Latte",
+    "LTXVideoTransformer3DModel": "LTX",
+    "LTX2VideoTransformer3DModel": "LTX2",
+    "SanaWMLTX2RefinerTransformer3DModel": "SanaWM",
+    "CosmosTransformer3DModel": "Cosmos",
+    "Cosmos3OmniTransformer": "Cosmos3Omni",
+    "SanaVideoTransformer3DModel": "SanaVideo SanaImageToVideo",
+    "SanaWMTransformer3DModel": "SanaWM",
+    "Kandinsky5Transformer3DModel": "Kandinsky5",
+    "Kandinsky6Transformer3DModel": "Kandinsky6",
+    "Kandinsky6SRTransformer3DModel": "Kandinsky6SR",
+    "MotifVideoTransformer3DModel": "MotifVideo",
+    "MiniMaxH3Transformer3DModel": "MiniMaxH3",
+    "LongCatVideoTransformer3DModel": "LongCatVideo",
+    "StableAudioDiTModel": "StableAudio",
+    "AceStepTransformer1DModel": "AceStep",
+    "LongCatAudioDiTTransformer": "LongCatAudioDiT",
+    "StableAudio3DiTModel": "StableAudio3",
+    "MiniMaxMusic3Transformer1DModel": "MiniMaxMusic3",
+    "T5FilmDecoder": "SpectrogramDiffusion",
+    "UVit2DModel": "Amused",
+    "PriorTransformer": "ShapE KandinskyPrior KandinskyV22Prior UnCLIP",
+    "Transformer2DModel": "VQDiffusion",
+}
+# fmt: on
+
+
+def pipelines() -> list[str]:
+    """Return the beginnings of the names of supported pipelines, as in ``"Flux*"``."""
+    names = {name for names in SERIES.values() for name in names.split()}
+    return [f"{name}*" for name in sorted(names, key=str.lower)]

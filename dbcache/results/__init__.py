@@ -1,0 +1,1 @@
+"""What requests did: the summary of each lane, and the report on one page."""

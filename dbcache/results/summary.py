@@ -1,0 +1,181 @@
+"""What a request did, over all lanes: text, Markdown, plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dbcache.results.drawing import Plot, timelines
+from dbcache.results.lane import PERCENTILES, LaneSummary
+from dbcache.results.markup import table
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All lanes of what the cache is enabled on; `print` and notebooks show it as a table.
+
+    It is a sequence of its lanes, too.
+
+    Attributes:
+        lanes: those that ran in the last request.
+        notes: warnings that belong to no single lane.
+        details: whether its text lists each step.
+        totals: of all closed requests: their number, steps, cached steps, and steps per reason.
+        nbytes: bytes of all buffers, of open requests and of those kept for the next ones.
+        name: class of the pipeline or transformer.
+        config: Python that enables the cache with the same settings.
+        seconds: what the last call of the pipeline took on the host; None without one.
+    """
+
+    lanes: list[LaneSummary] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    details: bool = False
+    totals: dict[str, int] = field(default_factory=dict)
+    nbytes: int = 0
+    name: str = ""
+    config: str = ""
+    seconds: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    def __getitem__(self, index: int) -> LaneSummary:
+        return self.lanes[index]
+
+    def __bool__(self) -> bool:
+        return True
+
+    @property
+    def warnings(self) -> list[str]:
+        """All warnings."""
+        return self.notes + [warning for lane in self.lanes for warning in lane.warnings]
+
+    @property
+    def cached_fraction(self) -> float:
+        """Cached steps over steps, over all lanes; 0 without steps."""
+        steps = sum(lane.steps for lane in self.lanes)
+        return sum(len(lane.cached_steps) for lane in self.lanes) / steps if steps else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything, as plain data."""
+        return {
+            "lanes": [lane.to_dict() for lane in self.lanes],
+            "cached_fraction": self.cached_fraction,
+            "warnings": self.warnings,
+            "totals": self.totals,
+            "bytes": self.nbytes,
+            "name": self.name,
+            "config": self.config,
+            "seconds": self.seconds,
+        }
+
+    def to_json(self, indent: int | None = 1) -> str:
+        """Return everything as JSON; a change that is no number is null.
+
+        Args:
+            indent: spaces per level; None: one line.
+        """
+        return json.dumps(_plain(self.to_dict()), indent=indent)
+
+    def plot(self) -> Plot:
+        """Return a drawing of the changes by step, a panel per lane.
+
+        Notebooks show it; its `save` writes an SVG file.
+        """
+        return Plot(timelines(self.lanes))
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show."""
+        head, *rows = self._rows()
+        notes = [["warning"], *([warning] for warning in self.warnings)]
+        shown = table(head, rows) + (table(*notes[:1], notes[1:]) if self.warnings else "")
+        return f"<div>{self._title()}{shown}{timelines(self.lanes)}</div>"
+
+    def _title(self) -> str:
+        return f"Cache steps and diffs: {self.name}" if self.name else "Cache steps and diffs"
+
+    def _rows(self) -> list[list[str]]:
+        prunes = any(lane.pruned is not None for lane in self.lanes)
+        header = ["stack", "branch", "policy", "steps", "cached", *["pruned"] * prunes]
+        rows = [[*header, *(name for name, _ in PERCENTILES), "why (steps)"]]
+        for lane in self.lanes:
+            diffs = lane.percentiles
+            rows.append(
+                [
+                    lane.stack,
+                    lane.branch or "-",
+                    lane.policy,
+                    str(lane.steps),
+                    str(len(lane.cached_steps)),
+                    *[f"{lane.pruned_ratio:.0%}" if lane.pruned is not None else "-"] * prunes,
+                    *(f"{diffs[name]:.3f}" if diffs else "-" for name, _ in PERCENTILES),
+                    f"as {lane.follows}: " * bool(lane.follows)
+                    + ", ".join(f"{reason} {count}" for reason, count in lane.counts.items()),
+                ]
+            )
+        return rows
+
+    def _step_rows(self) -> list[list[str]]:
+        """Return what happened on each step of each lane."""
+        prunes = any(lane.pruned is not None for lane in self.lanes)
+        rows = [["stack", "branch", "step", "why", "diff", *["pruned blocks"] * prunes]]
+        for lane in self.lanes:
+            for step, reason in enumerate(lane.reasons):
+                diff = f"{lane.diffs[step]:.3f}" if step in lane.diffs else "-"
+                row = [lane.stack, lane.branch or "-", str(step), reason, diff]
+                left_out = lane.pruned[step] if lane.pruned is not None else []
+                rows.append(row + [" ".join(map(str, left_out)) or "-"] * prunes)
+        return rows
+
+    def _tables(self) -> list[list[list[str]]]:
+        return [self._rows(), self._step_rows()] if self.details else [self._rows()]
+
+    def to_markdown(self) -> str:
+        """Return Markdown: a table with one row per lane, and the warnings as a list.
+
+        With `details` it has a title, and a second table with one row per step.
+        """
+        lines: list[str] = [f"{self._title()}"] * self.details
+        for rows in self._tables():
+            lines += [""] * bool(lines) + ["| " + " | ".join(row) + " |" for row in rows]
+            lines.insert(len(lines) - len(rows) + 1, "|" + "---|" * len(rows[0]))
+        return "\n".join(lines + [""] * bool(self.warnings) + [f"- {w}" for w in self.warnings])
+
+    def __str__(self) -> str:
+        if not self.lanes:
+            return "\n".join(["dbcache: no step was run yet", *self.notes])
+        if self.details:
+            return self.to_markdown()
+        rows = self._rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+
+
+def paired(lanes: Sequence[LaneSummary]) -> list[LaneSummary]:
+    """Return the lanes, where the first branch of each stack knows the second one."""
+    stacks: dict[tuple[str, str], list[LaneSummary]] = {}
+    for lane in lanes:
+        stacks.setdefault((lane.transformer, lane.stack), []).append(lane)
+    others = {}
+    for branches in stacks.values():
+        first = next((lane for lane in branches if lane.branch == "cond"), branches[0])
+        others[id(first)] = next((lane for lane in branches if lane is not first), None)
+    return [replace(lane, other=others.get(id(lane))) for lane in lanes]
+
+
+def _plain(value: Any) -> Any:
+    """Return data that JSON can hold."""
+    if isinstance(value, dict):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
