@@ -21,10 +21,10 @@ from dbcache.api import enable as enable_cache
 from dbcache.api import is_enabled as is_enabled
 from dbcache.api import refresh_context as refresh_context
 from dbcache.api import start_request as start_request
+from dbcache.cache_factory import NONE as NONE
 from dbcache.cache_factory import CacheType as CacheType
 from dbcache.cache_factory import DBCache as DBCache
 from dbcache.cache_factory import DBPrune as DBPrune
-from dbcache.cache_factory import NONE as NONE
 from dbcache.cache_factory import block_range as block_range
 from dbcache.cache_factory import cache_type as cache_type
 from dbcache.config.cache import DBCacheConfig as BasicCacheConfig

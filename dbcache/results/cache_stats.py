@@ -12,61 +12,52 @@ from typing import Any
 class CacheStats:
     """Other names of what a `LaneSummary` holds."""
 
-    cached_steps: list[int]
-    diffs: dict[int, float]
-    options: dict[str, Any]
-    pruned: list[list[int]] | None
-    pruned_blocks: list[int]
-    pruned_ratio: float
-    blocks: int
-    other: CacheStats | None
-
     @property
-    def cache_options(self) -> dict[str, Any]:
+    def cache_options(self: Any) -> dict[str, Any]:
         """The settings of the stack, by the names of their fields."""
         return self.options
 
     @property
-    def residual_diffs(self) -> dict[str, float]:
+    def residual_diffs(self: Any) -> dict[str, float]:
         """Change by step; the steps are strings there."""
         return {str(step): diff for step, diff in self.diffs.items()}
 
     @property
-    def pruned_steps(self) -> list[int]:
+    def pruned_steps(self: Any) -> list[int]:
         """Steps on which blocks were left out; none where whole steps are cached."""
         return self.cached_steps if self.pruned is not None else []
 
     @property
-    def actual_blocks(self) -> list[int]:
+    def actual_blocks(self: Any) -> list[int]:
         """How many blocks ran, by step; empty where whole steps are cached."""
         return [self.blocks - count for count in self.pruned_blocks]
 
     @property
-    def cfg_cached_steps(self) -> list[int]:
+    def cfg_cached_steps(self: Any) -> list[int]:
         """`cached_steps` of the second branch."""
         return self.other.cached_steps if self.other else []
 
     @property
-    def cfg_residual_diffs(self) -> dict[str, float]:
+    def cfg_residual_diffs(self: Any) -> dict[str, float]:
         """`residual_diffs` of the second branch."""
         return self.other.residual_diffs if self.other else {}
 
     @property
-    def cfg_pruned_steps(self) -> list[int]:
+    def cfg_pruned_steps(self: Any) -> list[int]:
         """`pruned_steps` of the second branch."""
         return self.other.pruned_steps if self.other else []
 
     @property
-    def cfg_pruned_blocks(self) -> list[int]:
+    def cfg_pruned_blocks(self: Any) -> list[int]:
         """`pruned_blocks` of the second branch."""
         return self.other.pruned_blocks if self.other else []
 
     @property
-    def cfg_actual_blocks(self) -> list[int]:
+    def cfg_actual_blocks(self: Any) -> list[int]:
         """`actual_blocks` of the second branch."""
         return self.other.actual_blocks if self.other else []
 
     @property
-    def cfg_pruned_ratio(self) -> float:
+    def cfg_pruned_ratio(self: Any) -> float:
         """`pruned_ratio` of the second branch."""
         return self.other.pruned_ratio if self.other else 0.0

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Any
 
 from dbcache.results.drawing import Plot, timelines
@@ -90,9 +91,9 @@ class Summary:
     def _repr_html_(self) -> str:
         """Return what notebooks show."""
         head, *rows = self._rows()
-        notes = [["warning"], *([warning] for warning in self.warnings)]
-        shown = table(head, rows) + (table(*notes[:1], notes[1:]) if self.warnings else "")
-        return f"<div>{self._title()}{shown}{timelines(self.lanes)}</div>"
+        warnings = [[warning] for warning in self.warnings]
+        shown = table(head, rows) + (table(["warning"], warnings) if warnings else "")
+        return f"<div><p>{escape(self._title())}</p>{shown}{timelines(self.lanes)}</div>"
 
     def _title(self) -> str:
         return f"Cache steps and diffs: {self.name}" if self.name else "Cache steps and diffs"
