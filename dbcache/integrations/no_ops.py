@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from dbcache.report import Summary
+from dbcache.results.summary import Summary
 
 MOST = 16
 """Kinds of requests that are said; after so many the log has told enough."""
