@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test tritons lint format types bench build clean
+.PHONY: browser help install demo test tritons lint format types bench build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -47,8 +47,15 @@ demo: $(INSTALLED)  ## generate pictures with a small trained model, plain and c
 	$(BIN)/python -m dbcache demo $(ARGS)
 
 # one thread per process: two processes with two threads each would fight for two cores
-test: $(INSTALLED)  ## run the tests
+test: $(INSTALLED) browser  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# A test looks at the report in a headless browser: Debian's, or the one that DBCACHE_BROWSER names.
+browser:
+	@test -n "$$DBCACHE_BROWSER" || command -v chromium chromium-browser google-chrome >/dev/null \
+	|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update \
+		&& apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
+	|| echo 'tests/core/test_report.py needs Chromium: apt-get install chromium'
 
 # Each lies in a folder of its own, which stands before .venv's packages while kernels are compiled.
 tritons: $(INSTALLED)  ## compile the kernels with older Tritons, for sm_90

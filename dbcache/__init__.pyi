@@ -58,6 +58,7 @@ from dbcache.overview import strify as strify
 from dbcache.overview import summary as summary
 from dbcache.overview import supported_matrix as supported_matrix
 from dbcache.overview import supported_pipelines as supported_pipelines
+from dbcache.profiling import profile as profile
 from dbcache.refused import ENV as ENV
 from dbcache.refused import LayerwiseOffloadHandle as LayerwiseOffloadHandle
 from dbcache.refused import LayerwiseOffloadHandleGroup as LayerwiseOffloadHandleGroup
@@ -71,6 +72,7 @@ from dbcache.refused import parse_extra_modules as parse_extra_modules
 from dbcache.refused import profile_function as profile_function
 from dbcache.refused import remove_layerwise_offload as remove_layerwise_offload
 from dbcache.refused import set_profiler_output_dir as set_profiler_output_dir
+from dbcache.reporting import report as report
 
 __version__: str
 __all__ = [  # noqa: RUF022
@@ -133,10 +135,12 @@ __all__ = [  # noqa: RUF022
     "parse_extra_modules",
     "preset",
     "presets",
+    "profile",
     "profile_function",
     "refresh_context",
     "register_predictor",
     "remove_layerwise_offload",
+    "report",
     "set_profiler_output_dir",
     "start_request",
     "steps_mask",

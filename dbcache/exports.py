@@ -49,6 +49,8 @@ MODULES = {
         "supported_matrix",
         "supported_pipelines",
     ),
+    "profiling": ("profile",),
+    "reporting": ("report",),
     "refused": (
         "ENV",
         "LayerwiseOffloadHandle",
@@ -81,6 +83,6 @@ HOME |= {alias: HOME[name] for alias, name in ALIASES.items()}
 
 SUBMODULES = (
     "adapters", "api", "cache_factory", "caching", "config", "graphs", "kernels", "lanes",
-    "metrics", "overview", "parallel", "ray", "results", "testing",
+    "metrics", "overview", "parallel", "profiling", "ray", "results", "testing",
 )  # fmt: skip
 """Modules that need no import of their own."""

@@ -9,6 +9,12 @@ from typing import Any
 
 from dbcache.results.lane import LaneSummary
 
+Times = tuple[Any, Any]
+"""Begin and end of a forward: seconds, or events of the device."""
+
+TIMES = "_times"
+"""Attribute of a request with the times of its forwards by branch, while they are profiled."""
+
 PENDING = 8
 """Closed requests whose numbers stay on the device; older ones are read, and added up."""
 
@@ -42,7 +48,9 @@ class RequestRecord:
         for run in runs:
             keys = [branch for branch, lane in run.lanes.items() if lane.steps.step]
             for branch in run.lanes:
-                lanes.append(_lane(name, run, branch, request.clock.branches.shown(branch, keys)))
+                shown = request.clock.branches.shown(branch, keys)
+                times = getattr(request, TIMES, {}).get(branch, [])
+                lanes.append(_lane(name, run, branch, shown, list(times)))
         return cls(lanes, notes, request.clock.calls)
 
     def lanes(self) -> list[LaneSummary]:
@@ -54,7 +62,7 @@ class RequestRecord:
 
 
 def _lane(
-    transformer: str, run: Any, branch: str | None, shown: str | None
+    transformer: str, run: Any, branch: str | None, shown: str | None, times: list[Times]
 ) -> Callable[[], LaneSummary | None]:
     """Return a function that makes the summary of a lane as it is now."""
     lane, stack, cache = run.lanes[branch], run.stack, run.settings.cache
@@ -78,9 +86,19 @@ def _lane(
             blocks=stack.num_blocks,
             always=stack.fn + stack.bn,
             options=cache.as_dict(),
+            seconds=list(map(_seconds, times)) if len(times) == len(reasons) else [],
         )
 
     return read
+
+
+def _seconds(times: Times) -> float:
+    """Return what a forward took; waits for the device where it took the time."""
+    begin, end = times
+    if isinstance(begin, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
 
 
 class Totals:

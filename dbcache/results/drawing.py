@@ -87,7 +87,8 @@ def panel(lane: LaneSummary) -> str:
         parts.append(
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="{LINE}" '
             f'stroke-dasharray="5 3"/><text x="{WIDTH - RIGHT}" y="{y - 4:.1f}" fill="{LINE}" '
-            f'text-anchor="end">threshold {lane.threshold:g}</text>'
+            f'text-anchor="end" stroke="#fff" stroke-width="3" paint-order="stroke">'
+            f"threshold {lane.threshold:g}</text>"
         )
     return "".join(parts)
 
