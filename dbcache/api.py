@@ -16,6 +16,7 @@ from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.models.lookup import find_specs
 from dbcache.adapters.patching.patch_functor import on_trial
 from dbcache.adapters.requests.cached_transformer import MAX_REQUESTS, CachedTransformer, handle_of
+from dbcache.adapters.requests.facts import facts_of
 from dbcache.adapters.requests.request import Request
 from dbcache.adapters.requests.request_handle import RequestHandle
 from dbcache.adapters.requests.setup import Setup
@@ -36,8 +37,11 @@ from dbcache.config.predictors import CalibratorConfig
 from dbcache.graphs.graph import GraphOptions, Recording
 from dbcache.overview import summary_of
 from dbcache.targets import (
+    agreement,
     enabled,
     enabled_or_none,
+    groups_named,
+    has_to_go_first,
     modifiers_of,
     parts,
     resolve,
@@ -60,13 +64,12 @@ def enable(
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None = None,
     parallelism_config: ParallelismConfig | None = None,
     *,
+    decide_together: Any = None,
     cuda_graph: bool | str | GraphOptions = False,
     max_requests: int = MAX_REQUESTS,
     **options: Any,
 ) -> Target:
     """Switch the cache on; enabling again replaces the settings.
-
-    CUDA graphs that were recorded are kept where nothing that they hold changes.
 
     Args:
         target: a diffusers pipeline, a transformer of a supported class, or a `BlockAdapter`.
@@ -78,9 +81,12 @@ def enable(
             the first transformer, then the second); one alone holds for all.
         parallelism_config: spread the transformers over the ranks of `torch.distributed`, all of
             which must call this alike; `disable` undoes it. None: each rank has all.
+        decide_together: process groups or device meshes, this rank's one along each axis, whose
+            ranks cache the same steps, beside those found on the model (FSDP2, diffusers').
         cuda_graph: record the forward as CUDA graphs, with the decision inside: "device" (one
             graph, the branch is taken on the GPU), "host" (the host reads the decision between
             graphs), "auto" or True (the best that works here), or `GraphOptions`; False: eager.
+            What is recorded is kept where nothing changes that it holds.
         max_requests: requests of a transformer that may be open at once, each with buffers of its
             own. Above, calls of a pipeline wait, and `start_request` raises.
         **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
@@ -91,35 +97,45 @@ def enable(
         `target`.
 
     Raises:
-        TypeError: an unknown option or a wrong type; ValueError: a value that is not allowed, or
-            an unsupported model (the error lists what is supported). Nothing is changed then,
-            but a model that was spread over ranks is disabled.
-        RuntimeError: `torch.distributed` is not initialised, or failed.
+        TypeError: an unknown option or a wrong type; ValueError: a value that is not allowed, an
+            unsupported model (the error lists what is supported), ranks whose settings differ.
+            Nothing is changed then, but a model that was spread over ranks is disabled.
+        RuntimeError: `torch.distributed` is not initialised, or failed; another rank raised.
     """
-    check_type("enable: cache_config", cache_config, DBCacheConfig)
-    check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
     check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
-    check_int("enable: max_requests", max_requests, 1)
-    partial, calibrator = _from_options("enable", options, cache_config, calibrator_config)
-    config = merge(cache_config or DBCacheConfig(), partial)
-    settings = StackSettings(config, calibrator or CalibratorConfig())
-    graphs = GraphOptions.of(cuda_graph)
-    pipe, adapter = resolve(target)
-    handles = enabled_or_none(target)
-    is_spread = any(handle.setup.sharding is not None for handle in handles)
-    if is_spread or (handles and parallelism_config is not None):
-        disable(pipe if pipe is not None else target)  # what is spread cannot be checked
-    parts_of = target, pipe, adapter
-    setups = _setups(parts_of, settings, params_modifiers, parallelism_config, graphs)
+    groups = groups_named("enable: decide_together", decide_together)
+    with agreement(target, parallelism_config, groups) as agree:
+        check_int("enable: max_requests", max_requests, 1)
+        settings = _settings(options, cache_config, calibrator_config)
+        graphs = GraphOptions.of(cuda_graph)
+        pipe, adapter = resolve(target)
+        if has_to_go_first(target, parallelism_config):
+            agree({})  # with tp_size, a rank cannot do this alone
+            disable(pipe if pipe is not None else target)
+        parts_of = target, pipe, adapter
+        setups = _setups(parts_of, settings, params_modifiers, (parallelism_config, groups), graphs)
+        agree(facts_of(setups, parallelism_config))
     switch_on(pipe, setups, max_requests)
     return target
+
+
+def _settings(
+    options: dict[str, Any],
+    cache_config: DBCacheConfig | None,
+    calibrator_config: CalibratorConfig | None,
+) -> StackSettings:
+    check_type("enable: cache_config", cache_config, DBCacheConfig)
+    check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
+    partial, calibrator = _from_options("enable", options, cache_config, calibrator_config)
+    config = merge(cache_config or DBCacheConfig(), partial)
+    return StackSettings(config, calibrator or CalibratorConfig())
 
 
 def _setups(
     parts_of: tuple[object, Any, BlockAdapter | None],
     settings: StackSettings,
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None,
-    parallelism_config: ParallelismConfig | None,
+    ranks: tuple[ParallelismConfig | None, Sequence[Any]],
     graph_options: GraphOptions | None,
 ) -> list[Setup]:
     """Return the setup of each transformer of (target, pipeline, adapter); nothing is changed."""
@@ -128,7 +144,7 @@ def _setups(
     modules = adapter.transformers() if adapter is not None else []
     with on_trial(functor, modules, [h for m in modules if (h := handle_of(m))]) as patches:
         specs = adapter.specs() if adapter is not None else find_specs(target)
-        shardings = shardings_of(specs, parallelism_config, pipe)
+        shardings = shardings_of(specs, pipe, *ranks)
         setups = [
             Setup(
                 spec,

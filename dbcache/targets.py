@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dbcache.adapters.blocks.block_adapter import BlockAdapter, like_blocks
 from dbcache.adapters.blocks.registry import BlockAdapterRegistry
 from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.blocks.spec import TransformerSpec
+from dbcache.adapters.models.lookup import find_specs
 from dbcache.adapters.requests.cached_pipeline import CachedPipeline
 from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
 from dbcache.config.cache import ParamsModifier
@@ -37,14 +40,63 @@ def modifiers_of(
 
 
 def shardings_of(
-    specs: list[TransformerSpec], config: ParallelismConfig | None, pipe: Any
+    specs: list[TransformerSpec], pipe: Any, config: ParallelismConfig | None, groups: Sequence[Any]
 ) -> Sequence[Sharding | None]:
-    """Return how each transformer is spread over ranks; checked, not yet done."""
-    if config is None:
+    """Return which ranks share each transformer, and how; checked, not yet done."""
+    if not dist.is_available():
         return [None] * len(specs)
     from dbcache.parallel.handle import prepare  # torch.distributed only where it is used
+    from dbcache.parallel.together import Together
 
-    return prepare([spec.transformer for spec in specs], config, pipe)
+    modules = [spec.transformer for spec in specs]
+    if config is not None:
+        return prepare(modules, config, pipe, groups)
+    return [Together(module, groups) for module in modules]
+
+
+def groups_named(who: str, given: Any) -> list[Any]:
+    """Return the process groups that a user names, see `together.named_groups`."""
+    if given is None:
+        return []
+    from dbcache.parallel.together import named_groups
+
+    return named_groups(who, given)
+
+
+def agreement(
+    target: object, config: ParallelismConfig | None, groups: Sequence[Any]
+) -> AbstractContextManager[Callable[[Mapping[str, str]], None]]:
+    """Return where the ranks that share a target see that all of them enable it alike."""
+    if not dist.is_available():
+        return nullcontext(lambda facts: None)
+    from dbcache.parallel.found import is_distributed
+    from dbcache.parallel.together import Agreement, Ranks, Together, groups_of
+
+    ranks = Ranks(groups)
+    if is_distributed():
+        if config is not None:
+            ranks.add(groups_of(config))
+        for module in _modules(target):
+            ranks.add(Together(module).look().groups)
+    return Agreement("enable", ranks)
+
+
+def has_to_go_first(target: object, config: ParallelismConfig | None) -> bool:
+    """Whether a cache that is on must be disabled first: what is spread cannot be checked."""
+    handles = enabled_or_none(target)
+    is_spread = any(getattr(handle.setup.sharding, "spreads", False) for handle in handles)
+    return is_spread or (bool(handles) and config is not None)
+
+
+def _modules(target: object) -> list[torch.nn.Module]:
+    """Return the transformers of a target, none where it has no supported ones."""
+    _, adapter = resolve(target)
+    if adapter is not None:
+        return list(adapter.transformers())
+    try:
+        return [spec.transformer for spec in find_specs(target)]
+    except (TypeError, ValueError):
+        return []
 
 
 def parts(target: object) -> list[object]:

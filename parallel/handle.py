@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,14 @@ from dbcache.parallel.plans import PLANS, TOKENS, PlanRow
 from dbcache.parallel.processors import Site, reach
 from dbcache.parallel.sequence import Each, PlanHooks, Shards, check_plan, input_entry, matching
 from dbcache.parallel.tensor import SplitLayers
+from dbcache.parallel.together import Ranks, Together
 
 
 def prepare(
-    modules: Sequence[torch.nn.Module], config: ParallelismConfig, pipe: object = None
+    modules: Sequence[torch.nn.Module],
+    config: ParallelismConfig,
+    pipe: object = None,
+    groups: Sequence[Any] = (),
 ) -> list[Parallelized]:
     """Check that `config` fits each transformer, and return what installs it. No communication.
 
@@ -28,6 +32,7 @@ def prepare(
         modules: the transformers.
         config: how they are spread.
         pipe: the pipeline that calls them; needed for `cfg_size` only.
+        groups: process groups of other ranks that decide together with these.
 
     Raises:
         RuntimeError: `torch.distributed` is not initialised.
@@ -39,7 +44,7 @@ def prepare(
             f"ParallelismConfig: cfg_size=2 needs a pipeline that calls the transformer twice per "
             f"step, one of {', '.join(PIPELINES)}, got {type(pipe).__name__}; leave out cfg_size"
         )
-    return [Parallelized(module, config) for module in modules]
+    return [Parallelized(module, config, groups) for module in modules]
 
 
 class Parallelized:
@@ -48,12 +53,17 @@ class Parallelized:
     Args:
         module: the transformer; all ranks have the same weights.
         config: how.
+        groups: process groups of other ranks that decide together with these.
 
     Raises:
         as `prepare`.
     """
 
-    def __init__(self, module: torch.nn.Module, config: ParallelismConfig) -> None:
+    spreads = True
+
+    def __init__(
+        self, module: torch.nn.Module, config: ParallelismConfig, groups: Sequence[Any] = ()
+    ) -> None:
         self.module = module
         self.config = config
         self.options = config.context
@@ -63,6 +73,9 @@ class Parallelized:
         self.splits_sequence = self.sizes["ulysses"] * self.sizes["ring"] > 1
         self.splits_guidance = self.sizes["cfg"] > 1
         self._check_free()
+        self.together = Together(module, groups)
+        self.together.look()  # what others have split; the DTensors of `tp_size` come later
+        self._ranks = Ranks(self.together.ranks.groups)
         self.layers = self._layers()
         self.plan: dict[str, Any] = {}
         self.attentions: list[tuple[Any, tuple[str, ...]]] = []
@@ -168,6 +181,9 @@ class Parallelized:
             return
         try:
             self.mesh = make_mesh(self.config)
+            self._ranks.add(self.mesh.groups)
+            if self.together.votes and self.splits_sequence:
+                self.together.ranks.add([self.mesh.sequence.group])
             if self.layers is not None:
                 self.layers.install(self.mesh.tp)
             if self.splits_sequence:
@@ -175,6 +191,32 @@ class Parallelized:
         except BaseException:
             self.remove()
             raise
+
+    @property
+    def votes(self) -> bool:
+        """Whether a decision takes a message."""
+        return self.splits_sequence or self.together.votes
+
+    @property
+    def sees_whole(self) -> bool:
+        """Whether each rank is given the latents of all that vote."""
+        return not self.together.votes
+
+    def meet(self, facts: Callable[[], Mapping[str, str]], device: torch.device) -> None:
+        """See that all ranks of a replica begin a request alike.
+
+        Args:
+            facts: returns what must be the same on all of them.
+            device: of the latents.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.mesh is None:
+            return
+        self._ranks.check_equal(self.who, facts(), device)
+        if self.together.votes:
+            self.together.ranks.check_equal(self.who, facts(), device)
 
     def _install_sequence(self, mesh: Mesh) -> None:
         uneven = self.options.experimental_ulysses_anything or mesh.ulysses.size == 1
@@ -243,6 +285,8 @@ class Parallelized:
             per_sample: keep the samples apart, as `batch_reduce="max"` needs them.
         """
         assert self.mesh is not None
+        if self.together.votes:
+            return self.together.vote(partials, per_sample=per_sample)
         sums = partials.sum(1 if per_sample else (0, 1))
         dist.all_reduce(sums, group=self.mesh.sequence.group)
         return sums[:, None] if per_sample else sums[None, None]

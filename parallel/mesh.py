@@ -46,6 +46,12 @@ class Mesh:
     tp: Axis
     cfg: Axis
 
+    @property
+    def groups(self) -> list[Any]:
+        """The groups of all ranks that work on one request, an axis each."""
+        axes = (self.sequence, self.tp, self.cfg)
+        return [axis.group for axis in axes if axis.group is not None]
+
 
 def check_world(config: ParallelismConfig) -> dict[str, int]:
     """Return the sizes of the axes in this run, without any communication.

@@ -17,6 +17,7 @@ from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.requests import clock as clocks
 from dbcache.adapters.requests.clock import Clock
 from dbcache.adapters.requests.context import ACTIVE, PLACE, Place
+from dbcache.adapters.requests.facts import meet_ranks
 from dbcache.adapters.requests.record import RequestRecord
 from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.stacks.stack_run import LaneSet
@@ -186,13 +187,14 @@ class Request:
         if self.lane_set is None:
             self._take_lanes(args, kwargs)
         if clock.calls == 0:
-            self._plan()
+            self._plan(_latents(args, kwargs))
         clock.find_branch(args, kwargs)
 
-    def _plan(self) -> None:
+    def _plan(self, latents: torch.Tensor | None) -> None:
         """Fit the plans of all lanes to the number of steps."""
         assert self.lane_set is not None
         steps = self.clock.num_steps()
+        meet_ranks(self.setup, steps, latents)
         for run in self.lane_set.runs:
             run.plan(*steps)
 
@@ -309,9 +311,8 @@ class Request:
     def _take_lanes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
         """Return the lanes of this request, taken from those of closed ones or made."""
         if self.lane_set is None:
-            inputs = (*args, *kwargs.values())
-            shape = next((x.shape for x in inputs if isinstance(x, torch.Tensor)), None)
-            self.use(self.setup.take_lanes(shape))
+            latents = _latents(args, kwargs)
+            self.use(self.setup.take_lanes(None if latents is None else latents.shape))
         assert self.lane_set is not None
         return self.lane_set
 
@@ -389,6 +390,11 @@ class Request:
             f"{count} steps were full since {why}" for why, count in self.forced.items() if count
         ]
         return notes
+
+
+def _latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Return the first tensor of a call."""
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
 
 
 class CachedForward(InstanceMethod):

@@ -38,7 +38,7 @@ class Setup:
         modifiers: what each stack does differently; the first one's also counts for what concerns
             the transformer as a whole (guidance, steps per request, refresh).
         graph_options: how to record CUDA graphs; None runs eagerly.
-        sharding: how the transformer is spread over ranks. It then runs eagerly.
+        sharding: the ranks that share the transformer, if there are any. It then runs eagerly.
 
     Attributes:
         views: where the model sees its lists of blocks; set when the cache is switched on.
@@ -64,12 +64,9 @@ class Setup:
         self.modifiers = modifiers
         self.sharding = sharding
         self.patches = patches
-        if graph_options is not None and sharding is not None:
-            warnings.warn(
-                f"{type(self.module).__name__}: CUDA graphs are not recorded of a transformer that "
-                f"is spread over ranks; runs eagerly. Leave out cuda_graph or parallelism_config",
-                stacklevel=2,
-            )
+        is_shared = sharding is not None and (sharding.spreads or sharding.votes)
+        if graph_options is not None and is_shared:
+            self._warn_of_graphs()
             graph_options = None
         self._records = graph_options is not None
         self.config = base.modified(modifiers[0]).cache
@@ -92,7 +89,7 @@ class Setup:
             self._check_long_skips(stacks)
         sharding = self.sharding
         for stack in stacks:
-            if sharding is not None and sharding.splits_sequence:
+            if sharding is not None and sharding.votes:
                 stack.sharding = sharding
             separate = stack.settings.cache.cfg_diff_compute_separate
             if sharding is not None and sharding.splits_guidance and not separate:
@@ -113,6 +110,24 @@ class Setup:
                     f"Fn_compute_blocks, got {stack.bn} and {stack.fn}: long skip connections feed "
                     f"what the first blocks make to the last ones; raise Fn_compute_blocks"
                 )
+
+    def _warn_of_graphs(self) -> None:
+        warnings.warn(
+            f"{type(self.module).__name__}: CUDA graphs are not recorded of a transformer that "
+            f"ranks share; runs eagerly. Leave out cuda_graph",
+            stacklevel=2,
+        )
+
+    def take_up_ranks(self) -> None:
+        """Let the ranks vote that share the transformer since."""
+        if self.sharding is None or not self.sharding.votes:
+            return
+        if self.graphs is not None:
+            self._warn_of_graphs()
+            self.graphs.retire()
+            self.graphs = None
+        for stack in self.stacks:
+            stack.sharding = self.sharding
 
     def _set_stacks(self, stacks: list[BlockStack]) -> None:
         self.lists = [block_list for stack in stacks for block_list in stack.lists]

@@ -6,6 +6,7 @@ it returns from `measured` is compared with what it returned one step before.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,11 @@ class Source:
     """What all sources have in common: they measure a tensor, and learn nothing from the output."""
 
     is_whole = True
-    """Whether every rank that shares a sequence measures all of it, so that none needs to ask."""
+    """Whether every rank that is given all of the latents measures them, so that none needs to
+    ask."""
+
+    vote: Callable[..., torch.Tensor] | None = None
+    """Gives the sums of all ranks, where they vote."""
 
     def __init__(self, who: str) -> None:
         self.who = who
@@ -92,7 +97,7 @@ class Latents(Source):
 
     def finish(self, lane: Lane, output: Any, cached: bool) -> None:
         if not cached:
-            lane.record_output(first_tensor(self.who, output))
+            lane.record_output(first_tensor(self.who, output), self.vote)
 
 
 class ModulatedInput(Source):

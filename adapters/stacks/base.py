@@ -39,7 +39,7 @@ class BlockStack:
             made by the blocks, or none.
         is_checked: a forward has compared what the blocks return with the pattern.
         generation: grows when blocks were exchanged; what was stored before no longer holds.
-        sharding: ranks that each have a part of the tokens; None where each has all.
+        sharding: ranks that vote on decisions; None where each decides for itself.
         recorder: notes of full steps what a calibration is made of.
     """
 

@@ -39,7 +39,7 @@ class StackRun:
         shared: the change that the branches share.
         source: what a policy without a probe measures; None where it is the probe.
         generation: of the stack, whose blocks were stored.
-        sharding: ranks that each have a part of the tokens; None where each has all.
+        sharding: ranks that vote on decisions; None where each decides for itself.
         recorder: notes of full steps what a calibration is made of.
     """
 
@@ -49,14 +49,13 @@ class StackRun:
         self.lanes: dict[str | None, Any] = {}
         self.shared = SharedChange(self.settings.cache)
         self.source = stack.make_source()
-        self.sharding: Sharding | None = stack.sharding
         self._read()
         self.recorder: Recorder | None = stack.recorder
         self.generation = stack.generation
 
     def serve(self, stack: Any) -> None:
         """Go on for a stack of the same blocks, whose settings need no other buffers."""
-        self.stack, self.sharding, self.recorder = stack, stack.sharding, stack.recorder
+        self.stack, self.recorder = stack, stack.recorder
         if stack.settings is not self.prepared:
             self.prepared = self.settings = stack.settings
             self._read()
@@ -66,8 +65,14 @@ class StackRun:
     def _read(self) -> None:
         """Read from the settings what every step asks."""
         self.compares_hidden_states = self.settings.cache.compares_hidden_states
-        whole = self.source is not None and self.source.is_whole
-        self.votes = self.sharding is not None and not whole
+        self._read_ranks()
+
+    def _read_ranks(self) -> None:
+        self.sharding: Sharding | None = self.stack.sharding
+        self.votes = self.sharding is not None
+        if self.sharding is not None and self.source is not None:
+            self.votes = not (self.source.is_whole and self.sharding.sees_whole)
+            self.source.vote = self.sharding.vote if self.votes else None
 
     def start_request(self) -> None:
         """Forget the last request."""
@@ -87,6 +92,8 @@ class StackRun:
         Raises:
             ValueError: they do not fit, or need the number of steps.
         """
+        if self.sharding is not self.stack.sharding:
+            self._read_ranks()
         name, cache = self.stack.name, self.prepared.cache
         given, steps = steps, at_most if steps is None else steps
         is_named = isinstance(cache.steps_computation_mask, str)

@@ -8,7 +8,7 @@ lane whose steps are decided before the first block has no P_ref.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -74,16 +74,24 @@ class History:
 
     @outside_inference_mode
     @torch.no_grad()
-    def record_output(self, state: LaneState, output: torch.Tensor) -> None:
+    def record_output(
+        self,
+        state: LaneState,
+        output: torch.Tensor,
+        vote: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
         """Measure how the output of a full step followed its input, and keep both (EasyCache).
 
-        On a cached step nothing is changed. Which of them it was is seen on the device.
+        On a cached step nothing is changed. Which of them it was is seen on the device. `vote`
+        gives the sums of all ranks, see `Sharding.vote`.
         """
         assert self.p_ref is not None
         if self.full_input is None or self.full_output is None:
             self.full_input, self.full_output = empty_like(self.p_ref), empty_like(output)
         moved_out = probe_diff(None, self.full_output, output)
         moved_in = probe_diff(None, self.full_input, self.p_ref)
+        if vote is not None:
+            moved_out, moved_in = (vote(x, per_sample=False) for x in (moved_out, moved_in))
         transformation_rate(state, moved_out, moved_in)
         cached = state.counters[CACHED : CACHED + 1] != 0
         torch.where(cached, self.full_input, self.p_ref, out=self.full_input)

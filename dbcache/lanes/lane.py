@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from dbcache.config.cache import StackSettings
@@ -276,9 +278,11 @@ class Lane:
         """Keep the measurement of this step for the next one (policies without a probe)."""
         self.history.remember(measured)
 
-    def record_output(self, output: torch.Tensor) -> None:
+    def record_output(
+        self, output: torch.Tensor, vote: Callable[..., torch.Tensor] | None = None
+    ) -> None:
         """Measure how the output of a full step followed its input, and keep both (EasyCache)."""
-        self.history.record_output(self.state, output)
+        self.history.record_output(self.state, output, vote)
 
     def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
         """Return the large tensors."""

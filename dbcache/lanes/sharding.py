@@ -1,21 +1,36 @@
-"""What the cache asks of a transformer that is spread over ranks (`dbcache.parallel` answers)."""
+"""What the cache asks of ranks that share a transformer (`dbcache.parallel` answers)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
 
 class Sharding(Protocol):
-    """One transformer spread over ranks; see `dbcache.parallel.handle.Parallelized`."""
+    """One transformer that ranks share.
 
-    splits_sequence: bool
-    """Whether a rank has only a part of the tokens, so that a decision takes a vote."""
+    It is spread by dbcache (`dbcache.parallel.handle.Parallelized`), or by others, or not at all
+    (`dbcache.parallel.together.Together`).
+    """
+
+    spreads: bool
+    """Whether `install` changes the transformer."""
+
+    @property
+    def votes(self) -> bool:
+        """Whether a decision takes a vote, as far as is known."""
+
+    @property
+    def sees_whole(self) -> bool:
+        """Whether each rank is given the latents of all, so that what they tell needs no vote."""
 
     splits_guidance: bool
     """Whether a rank runs only one of two guidance branches."""
+
+    def meet(self, facts: Callable[[], Mapping[str, str]], device: torch.device) -> None:
+        """See which ranks there are as a request begins; raise unless all begin it alike."""
 
     def install(self) -> None:
         """Spread the transformer; does nothing where it is."""

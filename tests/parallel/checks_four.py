@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import checks_together_two
 import inside
 import pytest
 import ranks
@@ -408,6 +409,27 @@ def check_ranks_that_disagree_raise() -> None:
     told = pytest.raises(ValueError, match="all ranks that share a sequence must")
     with spread.spread(model, ulysses_size=4), told:
         spread.step(model, given)
+
+
+def check_axes_of_a_mesh_decide_as_one_batch() -> None:
+    """Two axes at once, each rank with samples of its own; other groups are no mesh."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("cfg", "tp"))
+    name, asked = "FluxTransformer2DModel", {"enable_separate_cfg": False}
+    model, seeds = spread.build(name, heads=4), (5, 6, 7, 8)
+    expected = checks_together_two.loop(model, name, seeds, **checks_together_two.ASKED)
+    mine = [x.chunk(4)[dist.get_rank()] for x in expected[1]]
+    for groups in (
+        mesh,
+        [mesh.get_group(axis) for axis in ("cfg", "tp")[:: 1 - 2 * (dist.get_rank() % 2)]],
+    ):
+        settings = checks_together_two.ASKED | {"decide_together": groups}
+        found = checks_together_two.loop(model, name, (seeds[dist.get_rank()],), **settings)
+        checks_together_two.compare("two axes", found, (expected[0], mine))
+    chain = [dist.new_group([first, first + 1]) for first in range(3)]
+    own = [group for group in chain if group is not dist.GroupMember.NON_GROUP_MEMBER]
+    with checks_together_two.raises(ValueError, "must be axes of one mesh of ranks"):
+        dbcache.enable(model, decide_together=own, **asked)
+    assert "_dbcache" not in model.__dict__
 
 
 if __name__ == "__main__":

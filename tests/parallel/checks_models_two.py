@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import checks_policies_two
+import checks_together_two
 import diffusers
 import ranks
 import spread
@@ -214,4 +215,4 @@ def check_the_example_runs() -> None:
 
 
 if __name__ == "__main__":
-    ranks.main(globals() | vars(checks_policies_two))
+    ranks.main(globals() | vars(checks_policies_two) | vars(checks_together_two))

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import inside
 import models
 import pytest
 import spread
@@ -38,6 +39,30 @@ def test_needs_a_process_group() -> None:
     with pytest.raises(RuntimeError, match=r"torchrun and call torch\.distributed\.init_process"):
         dbcache.enable(model, parallelism_config=ParallelismConfig(ulysses_size=2))
     assert "_dbcache" not in model.__dict__
+
+
+def test_ranks_that_decide_together_must_be_groups_of_an_initialised_run() -> None:
+    model = spread.build("FluxTransformer2DModel", heads=4)
+    with pytest.raises(RuntimeError, match=r"decide_together: torch\.distributed must be initial"):
+        dbcache.enable(model, decide_together=object())
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        for given, shown in (
+            (3, "3"),
+            ("world", "'world'"),
+            ([True], "True"),
+            ({1: 2}, r"\{1: 2\}"),
+        ):
+            with pytest.raises(TypeError, match=f"process groups or device meshes .*, got {shown}"):
+                dbcache.enable(model, decide_together=given)
+        with pytest.raises(ValueError, match="this rank, 0, must be in each group"):
+            dbcache.enable(model, decide_together=dist.GroupMember.NON_GROUP_MEMBER)
+        assert "_dbcache" not in model.__dict__
+        dbcache.enable(model, decide_together=[dist.group.WORLD, None])  # alone: nobody to ask
+        assert not inside.stacks(model)[0].votes
+        dbcache.disable(model)
+    finally:
+        dist.destroy_process_group()
 
 
 CASES: list[tuple[str, int, dict[str, Any], str]] = [
