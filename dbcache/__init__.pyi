@@ -73,6 +73,7 @@ from dbcache.refused import profile_function as profile_function
 from dbcache.refused import remove_layerwise_offload as remove_layerwise_offload
 from dbcache.refused import set_profiler_output_dir as set_profiler_output_dir
 from dbcache.reporting import report as report
+from dbcache.totals import counters as counters
 
 __version__: str
 __all__ = [  # noqa: RUF022
@@ -115,6 +116,7 @@ __all__ = [  # noqa: RUF022
     "calibrate",
     "capture",
     "create_profiler_context",
+    "counters",
     "disable",
     "disable_cache",
     "disable_print",

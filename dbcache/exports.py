@@ -66,6 +66,7 @@ MODULES = {
         "remove_layerwise_offload",
         "set_profiler_output_dir",
     ),
+    "totals": ("counters",),
 }
 """Names by the module that defines them."""
 

@@ -20,6 +20,7 @@ import torch
 from dbcache.adapters.blocks.block_list import outside_forwards, without_shown
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.patch_functor import Patches
+from dbcache.adapters.requests import counts
 from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
 from dbcache.adapters.requests.record import RequestRecord, Totals
 from dbcache.adapters.requests.request import CachedForward, Request, Views
@@ -97,6 +98,7 @@ class CachedTransformer:
         self._freed = threading.Condition(self._lock)
         self._patches: list[InstanceMethod] = []
         self._is_fitting = False
+        counts.watch(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_handle, ()  # a copy of the transformer has its cache off
@@ -335,6 +337,7 @@ class CachedTransformer:
         if request.record is not None and request.record.calls:
             self.closed = request.record
             self.totals.add(request.record)
+            counts.add(self, request.record)
 
     # --- calls --------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ import dbcache
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.requests.cached_transformer import handle_of
 from dbcache.adapters.requests.request_handle import RequestHandle
+from dbcache.integrations import prometheus
 from dbcache.integrations.no_ops import NoOps
 from dbcache.integrations.vllm_omni.models import split_steps, target_of, transformers
 from dbcache.integrations.vllm_omni.settings import Settings, as_config
@@ -175,6 +176,8 @@ class Backend:
             handle.close()
             self._no_ops.look_at(summary)
             LOGGER.debug("dbcache:\n%s", summary)
+        if handles and prometheus.is_there():
+            prometheus.publish()
 
     def _wrap(self, pipeline: Any, name: str, call: Any) -> None:
         """Let `call(pipeline, original, ...)` run in place of a method of the pipeline."""

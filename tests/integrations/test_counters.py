@@ -1,0 +1,132 @@
+"""Counters per model: as a dictionary, and as Prometheus metrics of one or more processes."""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import prometheus_client
+import pytest
+import tiny
+import torch
+
+import dbcache
+from dbcache.integrations import prometheus
+
+NAME = "QwenImageTransformer2DModel"
+OPTIONS = {"Fn_compute_blocks": 1, "max_warmup_steps": 2, "residual_diff_threshold": 1.0}
+
+pytestmark = pytest.mark.usefixtures("one_thread", "plain_kernels")
+
+
+@torch.no_grad()
+def run(model, request, steps):
+    with request:
+        for step in range(steps):
+            model(
+                **tiny.FAMILIES["qwen"].arguments(
+                    tiny.noise(1, 16, 16, seed=step), 1 - step / steps, "cond"
+                )
+            )
+    request.close()
+
+
+def values(registry):
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for metric in registry.collect()
+        for sample in metric.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+def test_what_requests_did_is_counted_per_model():
+    registry = prometheus_client.CollectorRegistry()
+    before = dbcache.counters().get(
+        NAME, {"requests": 0, "steps_full": 0, "steps_cached": 0, "bytes": 0}
+    )
+    prometheus.publish(registry)
+    start = values(registry)
+    model = dbcache.enable(tiny.qwen(layers=3), **OPTIONS)
+    assert dbcache.counters(model)[NAME]["requests"] == 0
+    run(model, dbcache.start_request(model), 6)
+    run(model, dbcache.start_request(model, residual_diff_threshold=0), 5)
+    held = dbcache.start_request(model)
+    with held, torch.no_grad():
+        model(**tiny.FAMILIES["qwen"].arguments(tiny.noise(1, 16, 16, seed=0), 1.0, "cond"))
+    own = dbcache.counters(model)[NAME]
+    assert own == {
+        "requests": 2,
+        "requests_without_cached_steps": 1,
+        "steps_full": 7,
+        "steps_cached": 4,
+        "reasons": {"warm-up": 4, "threshold is 1 or more": 4, "threshold is 0": 3},
+        "bytes": dbcache.summary(model, logging=False).nbytes,
+    }
+    assert own["bytes"] >= held.nbytes > 0
+    after = dbcache.counters()[NAME]
+    for name in ("requests", "steps_full", "steps_cached"):
+        assert after[name] - before[name] == own[name]
+    prometheus.publish(registry)
+    prometheus.publish(registry)  # again counts nothing twice
+    now = values(registry)
+    assert now["dbcache_buffer_bytes", NAME] == after["bytes"]
+    for key, count in {
+        ("dbcache_requests_total", NAME): 2,
+        ("dbcache_requests_without_cached_steps_total", NAME): 1,
+        ("dbcache_steps_total", NAME, "full"): 7,
+        ("dbcache_steps_total", NAME, "cached"): 4,
+        ("dbcache_decisions_total", NAME, "threshold is 0"): 3,
+    }.items():
+        assert now[key] - start.get(key, 0) == count
+    assert (
+        f'dbcache_requests_total{{model="{NAME}"}} {after["requests"]:.1f}\n' in prometheus.text()
+    )
+
+    held.close()
+    dbcache.disable(model)
+    del model, held
+    gc.collect()
+    gone = dbcache.counters()[NAME]
+    assert gone["requests"] == after["requests"] + 1
+    assert gone["bytes"] == before["bytes"]
+    with pytest.raises(RuntimeError, match="counters: the cache must be enabled on it first"):
+        dbcache.counters(tiny.qwen(layers=2))
+
+
+WORKER = f"""
+from dbcache.integrations import prometheus
+found = dict.fromkeys(("requests_without_cached_steps", "steps_full", "bytes"), 3)
+found |= dict(requests=2, steps_cached=4, reasons={{}})
+prometheus.publish(counts={{"{NAME}": found}})
+"""
+
+
+def test_an_engine_adds_up_what_its_workers_count(tmp_path):
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    collect = (
+        "import prometheus_client as p, prometheus_client.multiprocess as m\n"
+        "r = p.CollectorRegistry(); m.MultiProcessCollector(r)\n"
+        "print(p.generate_latest(r).decode())"
+    )
+    root = Path(__file__).parents[2]
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=env,
+            cwd=root,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        for code in (WORKER, WORKER, collect)
+    ][-1].stdout
+    assert f'dbcache_requests_total{{model="{NAME}"}} 4.0' in said
+    assert f'dbcache_steps_total{{kind="cached",model="{NAME}"}} 8.0' in said
+
+
+def test_without_prometheus_client_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(ImportError, match="pip install prometheus-client"):
+        prometheus.text()
