@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from dbcache.adapters.blocks.block_list import BlockList
-from dbcache.adapters.blocks.discover import find_blocks, guess_pattern
+from dbcache.adapters.blocks.declared import declared
+from dbcache.adapters.blocks.discover import find_blocks, guess_pattern, pattern_of
 from dbcache.adapters.blocks.patterns import STREAMS, ForwardPattern, Streams
 from dbcache.adapters.blocks.signature import parameter_names, unwrap
 from dbcache.adapters.blocks.spec import Fills, StackSpec, TransformerSpec
@@ -36,7 +37,8 @@ class BlockAdapter:
             holds for all.
         params_modifiers: what single stacks do differently, in the same nesting as `blocks`.
         streams: names of the parameters of the blocks that take the hidden states and, where they
-            take any, the encoder states.
+            take any, the encoder states: one or two names for all, or such a tuple per stack, in
+            the same nesting as `blocks`, as in ``[("img", "txt"), ("x",)]``.
         has_separate_cfg: calls alternate between two guidance branches, where nothing else tells
             them apart: no `cache_context`, no pipeline or one without a scheduler.
         fills: takes the keyword arguments of a call as a dictionary and tells whether the call is
@@ -63,7 +65,7 @@ class BlockAdapter:
     blocks: Any = None
     forward_pattern: Any = None
     params_modifiers: Any = None
-    streams: Sequence[str] = STREAMS
+    streams: Any = STREAMS
     has_separate_cfg: bool = False
     fills: Fills | None = None
     long_skips: bool = False
@@ -78,7 +80,7 @@ class BlockAdapter:
 
     def specs(self) -> list[TransformerSpec]:
         """Return what is to be cached, checked and in one shape."""
-        transformers, streams = self.transformers(), _stream_names(self.streams)
+        transformers, names = self.transformers(), _stream_names(self.streams)
         check_flag("BlockAdapter.long_skips", self.long_skips)
         given, pattern = self.blocks, self.forward_pattern
         if self.blocks_name is not None:
@@ -90,10 +92,11 @@ class BlockAdapter:
         blocks = _per_transformer("blocks", given, transformers, torch.nn.ModuleList)
         counts = [len(lists) for lists in blocks]
         if self.auto and pattern is None:
-            pattern = [[guess_pattern(blocks_[0]) for blocks_ in lists] for lists in blocks]
+            pattern = [[pattern_of(blocks_[0]) for blocks_ in lists] for lists in blocks]
         if not self.auto:
             _check_given(pattern)
         patterns = like_blocks("BlockAdapter.forward_pattern", pattern, counts, ForwardPattern)
+        streams = like_blocks("BlockAdapter.streams", names, counts, Names)
         modifiers = like_blocks(
             "BlockAdapter.params_modifiers", self.params_modifiers, counts, ParamsModifier
         )
@@ -101,20 +104,32 @@ class BlockAdapter:
             TransformerSpec(
                 transformer,
                 tuple(
-                    _stack_spec(
-                        transformer,
-                        *stack,
-                        streams,
-                        self.long_skips,
-                        is_checked=self.check_forward_pattern is not False,
-                    )
-                    for stack in zip(blocks[i], patterns[i], modifiers[i], strict=True)
+                    self._stack_spec(transformer, *stack)
+                    for stack in zip(blocks[i], patterns[i], modifiers[i], streams[i], strict=True)
                 ),
                 self.has_separate_cfg,
                 self.fills,
             )
             for i, transformer in enumerate(transformers)
         ]
+
+    def _stack_spec(
+        self,
+        transformer: torch.nn.Module,
+        blocks: torch.nn.ModuleList,
+        pattern: ForwardPattern | None,
+        modifier: ParamsModifier | None,
+        names: Names,
+    ) -> StackSpec:
+        """Find where the transformer holds `blocks` and check them against the pattern."""
+        block_list, streams = find_list(transformer, blocks), names.streams
+        known = declared(blocks[0]) if self.auto and len(blocks) and streams == STREAMS else None
+        if known is not None and known[0] is pattern:
+            streams = known[1]
+        if pattern is not None and self.check_forward_pattern is not False:
+            pattern = _true_pattern(block_list, pattern, streams)
+            check_signatures(block_list, pattern, streams)
+        return StackSpec((block_list,), pattern, modifier, streams, long_skips=self.long_skips)
 
     def transformers(self) -> list[torch.nn.Module]:
         """Return the transformers, without what `torch.compile` wrapped around them."""
@@ -207,24 +222,6 @@ def like_blocks(who: str, given: Any, counts: list[int], kind: type) -> list[lis
     return nested
 
 
-def _stack_spec(
-    transformer: torch.nn.Module,
-    blocks: torch.nn.ModuleList,
-    pattern: ForwardPattern | None,
-    modifier: ParamsModifier | None,
-    streams: Streams,
-    long_skips: bool,
-    *,
-    is_checked: bool,
-) -> StackSpec:
-    """Find where the transformer holds `blocks` and check them against the pattern."""
-    block_list = find_list(transformer, blocks)
-    if pattern is not None and is_checked:
-        pattern = _true_pattern(block_list, pattern, streams)
-        check_signatures(block_list, pattern, streams)
-    return StackSpec((block_list,), pattern, modifier, streams, long_skips=long_skips)
-
-
 def _true_pattern(
     block_list: BlockList, pattern: ForwardPattern, streams: Streams
 ) -> ForwardPattern:
@@ -253,15 +250,28 @@ def _check_given(pattern: Any) -> None:
         _check_given(entry)
 
 
-def _stream_names(given: Any) -> Streams:
-    """Return the names of both streams; one alone leaves the other its usual name."""
+@dataclass(frozen=True)
+class Names:
+    """Names of the streams of one block stack."""
+
+    streams: Streams
+
+
+def _stream_names(given: Any) -> Any:
+    """Return `Names`, or lists of them in the nesting of `given`.
+
+    One name alone leaves the other stream its usual name.
+    """
     names = list(given) if isinstance(given, list | tuple) else [given]
+    if names and all(isinstance(name, list | tuple) for name in names):
+        return [_stream_names(name) for name in names]
     if not 1 <= len(names) <= 2 or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"BlockAdapter.streams must be the names of one or two parameters of the blocks, as in "
-            f'("hidden_states", "audio_hidden_states"), got {shown(given)}'
+            f'("hidden_states", "audio_hidden_states"), or such a tuple per stack, got '
+            f"{shown(given)}"
         )
-    return names[0], names[1] if len(names) == 2 else STREAMS[1]
+    return Names((names[0], names[1] if len(names) == 2 else STREAMS[1]))
 
 
 def find_list(transformer: torch.nn.Module, blocks: torch.nn.ModuleList) -> BlockList:

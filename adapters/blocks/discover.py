@@ -2,7 +2,8 @@
 
 A block's pattern is read from its forward: the names of the parameters say what it takes, the
 names in its last return statement what it returns, and in which order. Where the source leaves that
-open, the first forward of the model tells (`learning`): a wrong guess would swap the two streams.
+open, what diffusers declares of the block counts (`declared`), else the first forward of the model
+tells (`infer`): a wrong guess would swap the two streams.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import textwrap
 
 import torch
 
+from dbcache.adapters.blocks.declared import declared
 from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, ForwardPattern
 from dbcache.adapters.blocks.signature import forward_of, parameter_names, unwrap
 
@@ -47,7 +49,13 @@ def find_blocks(
             f"BlockAdapter(blocks=..., forward_pattern=...)"
         )
     lists = list(found.values())
-    return lists, [pattern or guess_pattern(blocks[0]) for blocks in lists]
+    return lists, [pattern or pattern_of(blocks[0]) for blocks in lists]
+
+
+def pattern_of(block: torch.nn.Module) -> ForwardPattern | None:
+    """Return the pattern that the source of a block tells, else the one that diffusers declares."""
+    guess, known = guess_pattern(block), declared(block)
+    return known[0] if guess is None and known is not None else guess
 
 
 def guess_pattern(block: torch.nn.Module) -> ForwardPattern | None:

@@ -113,6 +113,30 @@ def test_pattern_that_is_named_counts_where_the_source_leaves_it_open():
     assert [stack.pattern for stack in spec.stacks] == [ForwardPattern.Pattern_0]
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Cosmos3OmniTransformer", [(ForwardPattern.Pattern_1, ("gen_seq", "und_seq"))]),
+        ("Kandinsky5Transformer3DModel", [(ForwardPattern.Pattern_3, ("visual_embed",))]),
+        # what diffusers declares of Bria's double blocks is wrong: the source counts
+        ("BriaTransformer2DModel", [(ForwardPattern.Pattern_1, ("hidden_states",))] * 2),
+    ],
+)
+def test_where_the_source_leaves_it_open_what_diffusers_declares_counts(name, expected):
+    if find_class(name) is None:
+        pytest.skip("absent in this diffusers")
+    (spec,) = BlockAdapter(transformer=models.model(name), auto=True).specs()
+    found = [
+        (stack.pattern, stack.streams[: len(names)])
+        for stack, (_, names) in zip(spec.stacks, expected, strict=True)
+    ]
+    assert found == expected
+    named = BlockAdapter(transformer=models.model(name), auto=True, streams=("own", "names"))
+    if expected[0][1][0] != "hidden_states":
+        with pytest.raises(ValueError, match="must take"):
+            named.specs()
+
+
 def test_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="must have a ModuleList of blocks"):
         dbcache.enable(BlockAdapter(transformer=torch.nn.Linear(2, 2), auto=True))
