@@ -330,6 +330,17 @@ def test_nothing_is_left_of_the_name_and_of_an_enable_that_fails(omni):
         backend.enable(types.SimpleNamespace(unet=torch.nn.Linear(1, 1)))
 
 
+def test_pipeline_parallelism_is_refused(omni, monkeypatch):
+    from vllm_omni.diffusion.distributed import parallel_state
+
+    pipe = pipeline(omni, "qwen")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel_state, "_PP", types.SimpleNamespace(world_size=2))
+    with pytest.raises(RuntimeError, match="without pipeline parallelism"):
+        omni.selector.get_cache_backend("dbcache", dict(OWN)).enable(pipe)
+    assert HANDLE not in pipe.transformer.__dict__
+
+
 class Stranger(torch.nn.Module):
     """A model that no table knows and that declares nothing; its blocks have other names."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import checks_engines_two
 import checks_policies_two
 import checks_together_two
 import diffusers
@@ -215,4 +216,5 @@ def check_the_example_runs() -> None:
 
 
 if __name__ == "__main__":
-    ranks.main(globals() | vars(checks_policies_two) | vars(checks_together_two))
+    files = (checks_engines_two, checks_policies_two, checks_together_two)
+    ranks.main({name: check for file in files for name, check in vars(file).items()} | globals())

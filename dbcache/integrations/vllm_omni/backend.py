@@ -95,16 +95,15 @@ class Backend:
         """Switch the cache on, for all denoising modules of a pipeline or, if it raises, none.
 
         Raises:
-            ValueError: a module cannot be cached. RuntimeError: the ranks cannot decide together.
+            ValueError: a module cannot be cached. RuntimeError: pipeline parallelism.
         """
         if self.enabled:
             self.disable(pipeline)
-        modules = transformers(pipeline)
-        check_ranks()
+        modules, groups = transformers(pipeline), groups_of_ranks()
         with ExitStack() as undo:
             for module in modules:
                 target = target_of(module, LOGGER)
-                dbcache.enable(target, **self._settings.options)
+                dbcache.enable(target, decide_together=groups or None, **self._settings.options)
                 undo.callback(dbcache.disable, module)
             undo.pop_all()
         self._modules = modules
@@ -294,23 +293,25 @@ def _active(call: Call) -> Iterator[None]:
         CALL.reset(token)
 
 
-def check_ranks() -> None:
-    """Raise if ranks share a sequence or the layers of a model.
+def groups_of_ranks() -> list[Any]:
+    """Return the process groups whose ranks must cache the same steps.
+
+    A rank that skips a block would leave the others waiting for its part of the sequence or of the
+    weights. Ranks of guidance parallelism run branches of their own.
 
     Raises:
-        RuntimeError: they do. Each would decide for itself, and wait for the others for ever.
+        RuntimeError: ranks share the layers of a model (pipeline parallelism).
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
+        return []
+    from vllm.distributed import parallel_state as of_vllm
     from vllm_omni.diffusion.distributed import parallel_state
 
-    for name, option in (
-        ("_SP", "--ulysses-degree and --ring"),
-        ("_PP", "--pipeline-parallel-size"),
-    ):
-        group = getattr(parallel_state, name, None)
-        if group is not None and group.world_size > 1:
-            raise RuntimeError(
-                f"dbcache: ranks must not share the sequence or the layers of a model, got a group "
-                f"of {group.world_size}; start the engine without {option}"
-            )
+    stages = parallel_state._PP
+    if stages is not None and stages.world_size > 1:
+        raise RuntimeError(
+            f"dbcache: each rank must have all layers of a model, got a group of "
+            f"{stages.world_size} that share them; start the engine without pipeline parallelism"
+        )
+    groups = (parallel_state._SP, of_vllm._TP)
+    return [group.device_group for group in groups if group is not None and group.world_size > 1]
