@@ -8,16 +8,21 @@ dbcache.summary(pipe)
 dbcache.disable(pipe)           # the model is exactly as it was
 """
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 
 from dbcache.exports import ALIASES, HOME, SUBMODULES
+from dbcache.foreign import CURE, beside
 
 # A wheel carries kernels/, adapters/ and parallel/ inside this package (see setup.py).
 # In a source checkout they lie beside it, so look there too.
 _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
+
+if beside(_here):
+    warnings.warn(f"dbcache: {CURE}", stacklevel=2)
 
 __version__ = "0.1.0"
 __all__ = sorted(HOME)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from html import escape
 from typing import Any
 
 from dbcache.results.drawing import Plot, timelines
 from dbcache.results.lane import PERCENTILES, LaneSummary
 from dbcache.results.markup import table
+from dbcache.results.plain import plain
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,31 @@ class Summary:
         Args:
             indent: spaces per level; None: one line.
         """
-        return json.dumps(_plain(self.to_dict()), indent=indent)
+        return json.dumps(plain(self.to_dict()), indent=indent)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Summary:
+        """Return the summary of which `to_dict` or the JSON of `to_json` was made.
+
+        Raises:
+            KeyError, TypeError: something is missing in it, or of another kind.
+        """
+        names = {one.name for one in fields(LaneSummary)} - {"other"}
+        lanes = []
+        for entry in data["lanes"]:
+            own = {name: value for name, value in entry.items() if name in names}
+            diffs = {int(step): math.nan if x is None else x for step, x in own["diffs"].items()}
+            lanes.append(LaneSummary(**own | {"diffs": diffs}))
+        of_lanes = {warning for lane in lanes for warning in lane.warnings}
+        return cls(
+            paired(lanes),
+            [warning for warning in data["warnings"] if warning not in of_lanes],
+            totals=dict(data["totals"]),
+            nbytes=data["bytes"],
+            name=data["name"],
+            config=data["config"],
+            seconds=data["seconds"],
+        )
 
     def plot(self) -> Plot:
         """Return a drawing of the changes by step, a panel per lane.
@@ -169,14 +194,3 @@ def paired(lanes: Sequence[LaneSummary]) -> list[LaneSummary]:
         first = next((lane for lane in branches if lane.branch == "cond"), branches[0])
         others[id(first)] = next((lane for lane in branches if lane is not first), None)
     return [replace(lane, other=others.get(id(lane))) for lane in lanes]
-
-
-def _plain(value: Any) -> Any:
-    """Return data that JSON can hold."""
-    if isinstance(value, dict):
-        return {str(name): _plain(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,39 @@
+"""What a command returns, and what several of them do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command found.
+
+    Attributes:
+        text: for people.
+        data: for ``--json``.
+        code: exit code of the process.
+    """
+
+    text: str
+    data: Any
+    code: int = 0
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as text in columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def require(modules: Sequence[str], extra: str) -> None:
+    """Raise an ImportError that names what is missing of `modules`, and the extra that has them."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"needs {', '.join(missing)}, not installed here: pip install 'dbcache-dit[{extra}]'"
+        )
