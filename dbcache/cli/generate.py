@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from pathlib import Path
 from typing import Any
 
-from dbcache.cli.outcome import Outcome
+from dbcache.cli.outcome import Outcome, pair
 
 HELP = "generate pictures, videos or sounds with a pipeline of diffusers, with the cache on"
 
@@ -146,32 +144,9 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return found
 
 
-def pair(text: str) -> tuple[str, Any]:
-    """Return name and value of ``name=value``; the value is read as JSON, or else is the text."""
-    name, sign, value = text.partition("=")
-    if not sign or not name.strip():
-        raise ValueError(f"options must be written as name=value, got {text!r}")
-    known = {"true": True, "false": False, "none": None}
-    if value.strip().lower() in known:
-        return name.strip(), known[value.strip().lower()]
-    try:
-        return name.strip(), json.loads(value)
-    except ValueError:
-        return name.strip(), value.strip()
-
-
 def _save(arguments: argparse.Namespace, result: Any, more: str = "") -> list[str]:
     from dbcache.cli.media import save
 
     out = arguments.out or Path(f"out{ENDINGS[result.kind]}")
     out = out.with_name(f"{out.stem}{more}{out.suffix}")
     return list(map(str, save(result.kind, result.entries, out, arguments.fps, arguments.rate)))
-
-
-def clock(device: Any) -> float:
-    """Return the time, with the device's work done."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

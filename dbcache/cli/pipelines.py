@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 
 import dbcache
-from dbcache.cli.generate import clock, pair
 from dbcache.cli.media import media_of, picture
+from dbcache.cli.outcome import pair
 
 
 @dataclass
@@ -209,3 +210,10 @@ def _call(pipe: Any, arguments: argparse.Namespace) -> dict[str, Any]:
             f"as --set {needed[0]}=..."
         )
     return call
+
+
+def clock(device: torch.device) -> float:
+    """Return the time, with the device's work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
