@@ -11,6 +11,7 @@ from dbcache.adapters.blocks.patterns import Pattern_5 as Pattern_5
 from dbcache.adapters.blocks.registry import BlockAdapterRegistry as BlockAdapterRegister
 from dbcache.adapters.blocks.registry import BlockAdapterRegistry as BlockAdapterRegistry
 from dbcache.adapters.patching.patch_functor import PatchFunctor as PatchFunctor
+from dbcache.adapters.requests.attention_backend import set_attn_backend as set_attn_backend
 from dbcache.adapters.requests.request_handle import RequestHandle as RequestHandle
 from dbcache.api import calibrate as calibrate
 from dbcache.api import capture as capture
@@ -143,6 +144,7 @@ __all__ = [  # noqa: RUF022
     "register_predictor",
     "remove_layerwise_offload",
     "report",
+    "set_attn_backend",
     "set_profiler_output_dir",
     "start_request",
     "steps_mask",

@@ -14,9 +14,13 @@ import torch
 
 from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.models.lookup import find_specs
+from dbcache.adapters.patching.attention import ModelAttention, find_backend
+from dbcache.adapters.patching.other_caches import refuse_other_caches
 from dbcache.adapters.patching.patch_functor import on_trial
 from dbcache.adapters.requests.cached_transformer import MAX_REQUESTS, CachedTransformer, handle_of
 from dbcache.adapters.requests.facts import facts_of
+from dbcache.adapters.requests.notices import tell
+from dbcache.adapters.requests.overview import end_images
 from dbcache.adapters.requests.request import Request
 from dbcache.adapters.requests.request_handle import RequestHandle
 from dbcache.adapters.requests.setup import Setup
@@ -63,6 +67,7 @@ def enable(
     calibrator_config: CalibratorConfig | None = None,
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None = None,
     parallelism_config: ParallelismConfig | None = None,
+    attention_backend: str | None = None,
     *,
     decide_together: Any = None,
     cuda_graph: bool | str | GraphOptions = False,
@@ -72,23 +77,22 @@ def enable(
     """Switch the cache on; enabling again replaces the settings.
 
     Args:
-        target: a diffusers pipeline, a transformer of a supported class, or a `BlockAdapter`.
-            With a pipeline, each call of it is a request; a transformer alone starts a new one
-            after `num_inference_steps` or at `refresh_context`.
+        target: a diffusers pipeline, each call of which is a request; a transformer of a supported
+            class, alone (docs/serving.md); or a `BlockAdapter`.
         cache_config: when to cache; defaults as in `DBCacheConfig`. It is copied.
         calibrator_config: how to predict; None reuses the last residual.
         params_modifiers: what single block stacks do differently, in the order of the stacks (of
             the first transformer, then the second); one alone holds for all.
         parallelism_config: spread the transformers over the ranks of `torch.distributed`, all of
-            which must call this alike; `disable` undoes it. None: each rank has all.
+            which must call this alike. None: each rank has all.
+        attention_backend: diffusers' name of one, as in "flash", of these transformers alone until
+            `disable`. One in `parallel_kwargs` holds in its place. None leaves it as it is.
         decide_together: process groups or device meshes, this rank's one along each axis, whose
             ranks cache the same steps, beside those found on the model (FSDP2, diffusers').
-        cuda_graph: record the forward as CUDA graphs, with the decision inside: "device" (one
-            graph, the branch is taken on the GPU), "host" (the host reads the decision between
-            graphs), "auto" or True (the best that works here), or `GraphOptions`; False: eager.
-            What is recorded is kept where nothing changes that it holds.
-        max_requests: requests of a transformer that may be open at once, each with buffers of its
-            own. Above, calls of a pipeline wait, and `start_request` raises.
+        cuda_graph: record the forward as CUDA graphs, with the decision inside: "device" (one graph
+            with the branch in it), "host" (the host reads the decision between graphs), "auto" or
+            True (the best that works here), or `GraphOptions`; False: eager.
+        max_requests: requests of a transformer that may be open at once, each with own buffers.
         **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
             `calibrator_config` also those of a predictor, as in ``enable_taylorseer=True,
             taylorseer_order=2``. All that `load_configs` takes.
@@ -97,25 +101,25 @@ def enable(
         `target`.
 
     Raises:
-        TypeError: an unknown option or a wrong type; ValueError: a value that is not allowed, an
-            unsupported model (the error lists what is supported), ranks whose settings differ.
-            Nothing is changed then, but a model that was spread over ranks is disabled.
+        TypeError, ValueError: an unknown option, a wrong type or value, an unsupported model, ranks
+            whose settings differ. Nothing is changed, but what was spread over ranks is disabled.
         RuntimeError: `torch.distributed` is not initialised, or failed; another rank raised.
+        ImportError: the package of the `attention_backend` is missing; how to install it.
     """
     check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
     groups = groups_named("enable: decide_together", decide_together)
     with agreement(target, parallelism_config, groups) as agree:
         check_int("enable: max_requests", max_requests, 1)
         settings = _settings(options, cache_config, calibrator_config)
-        graphs = GraphOptions.of(cuda_graph)
+        how = GraphOptions.of(cuda_graph), find_backend("enable", attention_backend)
         pipe, adapter = resolve(target)
         if has_to_go_first(target, parallelism_config):
             agree({})  # with tp_size, a rank cannot do this alone
             disable(pipe if pipe is not None else target)
-        parts_of = target, pipe, adapter
-        setups = _setups(parts_of, settings, params_modifiers, (parallelism_config, groups), graphs)
+        what = (target, pipe, adapter), settings, params_modifiers
+        setups = _setups(*what, (parallelism_config, groups), *how)
         agree(facts_of(setups, parallelism_config))
-    switch_on(pipe, setups, max_requests)
+    tell(switch_on(pipe, setups, max_requests))
     return target
 
 
@@ -137,6 +141,7 @@ def _setups(
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None,
     ranks: tuple[ParallelismConfig | None, Sequence[Any]],
     graph_options: GraphOptions | None,
+    attention: Any,
 ) -> list[Setup]:
     """Return the setup of each transformer of (target, pipeline, adapter); nothing is changed."""
     target, pipe, adapter = parts_of
@@ -144,6 +149,7 @@ def _setups(
     modules = adapter.transformers() if adapter is not None else []
     with on_trial(functor, modules, [h for m in modules if (h := handle_of(m))]) as patches:
         specs = adapter.specs() if adapter is not None else find_specs(target)
+        refuse_other_caches([pipe, *(spec.transformer for spec in specs)])
         shardings = shardings_of(specs, pipe, *ranks)
         setups = [
             Setup(
@@ -153,6 +159,7 @@ def _setups(
                 graph_options=graph_options,
                 sharding=sharding,
                 patches=patch,
+                attention=ModelAttention.of(spec.transformer, attention),
             )
             for spec, modifiers, sharding, patch in zip(
                 specs,
@@ -173,6 +180,7 @@ def disable(target: Target) -> Target:
     Args:
         target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
     """
+    end_images(parts(target))
     switch_off([part for part in parts(target) if handle_of(part) is not None])
     return target
 
@@ -207,6 +215,7 @@ def start_request(
         for handle in handles:
             setup = handle.setup.renewed(changes, for_request=True)
             setup.check_options(handle.setup)
+            tell([setup], [handle.setup])
             setup.bind(handle.views, handle.original)
             request = Request(setup, steps=setup.config.num_inference_steps, follows=True)
             request.clock.follow(tells_steps=False, by_time=True)
@@ -251,6 +260,7 @@ def refresh_context(
     handles = enabled(target, "refresh_context")
     changes = _changes("refresh_context", handles, cache_config, calibrator_config, options)
     renewed = [handle.setup.renewed(changes) for handle in handles]
+    tell(renewed, [handle.setup for handle in handles])
     replace_setups(handles, renewed)
     for handle, setup in zip(handles, renewed, strict=True):
         handle.refresh(setup)

@@ -13,6 +13,7 @@ MODULES = {
     ),
     "adapters.blocks.registry": ("BlockAdapterRegistry",),
     "adapters.patching.patch_functor": ("PatchFunctor",),
+    "adapters.requests.attention_backend": ("set_attn_backend",),
     "adapters.requests.request_handle": ("RequestHandle",),
     "api": (
         "calibrate",

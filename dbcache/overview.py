@@ -13,7 +13,7 @@ from dbcache.adapters.models.series import pipelines
 from dbcache.adapters.requests import overview
 from dbcache.adapters.requests.cached_pipeline import CachedPipeline
 from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
-from dbcache.adapters.requests.record import RequestRecord
+from dbcache.adapters.requests.record import RequestRecord, all_run
 from dbcache.adapters.requests.request import Request
 from dbcache.config.cache import DBCacheConfig, merge
 from dbcache.config.options import check_flag
@@ -75,12 +75,7 @@ def _summary(
     seconds: float | None = None,
 ) -> Summary:
     if not records:
-        notes = notes + [
-            f"{stack.name}: all {stack.num_blocks} blocks run on every step"
-            for handle in handles
-            for stack in handle.setup.stacks
-            if not stack.entries
-        ]
+        notes = notes + [text for handle in handles for text in all_run(handle.setup)]
     return Summary(
         paired([lane for record in records for lane in record.lanes()]),
         [*notes, *(note for record in records for note in record.notes)],
@@ -90,6 +85,7 @@ def _summary(
         name,
         _config(handles),
         seconds,
+        bool(records) or any(overview.has_run(handle) for handle in handles),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from dbcache.adapters.blocks.spec import Fills, StackSpec, TransformerSpec
 from dbcache.adapters.patching.patch_functor import Functor, check_functor
 from dbcache.config.cache import ParamsModifier
 from dbcache.config.options import check_flag, check_type, reject_unknown, shown, unknown
+from dbcache.notices import say
 
 BLOCKS = torch.nn.ModuleList
 
@@ -230,11 +230,10 @@ def _true_pattern(
     is_open = seen is None or len(seen.returns) == 1 or streams != STREAMS
     if seen is None or is_open or seen.returns == pattern.returns:
         return pattern
-    warnings.warn(
+    say(
         f"BlockAdapter: {block_list.path} was given as {pattern.name}, but its blocks return "
         f"({', '.join(seen.returns)}), which is {seen.name}; goes on with that. FLUX's single "
-        f"blocks returned one stream up to diffusers 0.34; give forward_pattern={seen.name}",
-        stacklevel=2,
+        f"blocks returned one stream up to diffusers 0.34; give forward_pattern={seen.name}"
     )
     return seen
 

@@ -8,7 +8,6 @@ block returns them. Names do not matter, except that of two streams the one call
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from dbcache.adapters.blocks.block_list import FORWARD, shown
 from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, describe
 from dbcache.adapters.blocks.signature import parameter_names
 from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
+from dbcache.notices import say
 
 
 def learn(
@@ -58,7 +58,7 @@ def learn(
     for chain in chains.values():
         if chain.reason and chain.fed:
             who = f"BlockAdapter(auto=True): {chain.name} is not cached"
-            warnings.warn(f"{who}: a block {chain.reason}", stacklevel=5)
+            say(f"{who}: a block {chain.reason}")
     return output, learned
 
 

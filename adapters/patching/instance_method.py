@@ -33,6 +33,10 @@ class InstanceMethod:
             return _uncompiled(call, args, kwargs)
         return call(*args, **kwargs)
 
+    def __get__(self, instance: Any, owner: Any = None) -> InstanceMethod:
+        """Return itself, which is bound: others bind the forward that they found once more."""
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         if self.had_own:
             return _identity, (self.original,)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,14 +17,17 @@ from typing import Any, NamedTuple
 import torch
 
 from dbcache.adapters.blocks.block_list import outside_forwards, without_shown
+from dbcache.adapters.patching.attention import AttentionInForce
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.patch_functor import Patches
 from dbcache.adapters.requests import counts
 from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
+from dbcache.adapters.requests.notices import OUTSIDE, Tally
 from dbcache.adapters.requests.record import RequestRecord, Totals
 from dbcache.adapters.requests.request import CachedForward, Request, Views
 from dbcache.adapters.requests.setup import Setup
 from dbcache.lanes.sharding import Sharding
+from dbcache.notices import say
 
 HANDLE = "_dbcache"
 """Name of the attribute by which a transformer or pipeline knows its handle."""
@@ -80,6 +82,7 @@ class CachedTransformer:
         enabled: who enabled it, with which setup.
         closed: the request that closed last; `totals` are the sums over all closed ones.
         uncached_calls: forwards outside of a request, which ran without the cache.
+        tally: how many requests began and ended, and what they said.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -89,11 +92,13 @@ class CachedTransformer:
         self.closed: RequestRecord | None = None
         self.totals = Totals()
         self.uncached_calls = 0
+        self.tally = Tally()
         self._open: weakref.WeakSet[Request] = weakref.WeakSet()
         self.implicit: weakref.WeakKeyDictionary[Place, Request] = weakref.WeakKeyDictionary()
         self.setups: list[Setup] = []
         self._functor: Patches | None = None
         self._sharding: Sharding | None = None
+        self._attention = AttentionInForce()
         self._lock = threading.RLock()
         self._freed = threading.Condition(self._lock)
         self._patches: list[InstanceMethod] = []
@@ -123,6 +128,7 @@ class CachedTransformer:
         """
         with self._lock:
             self.enabled = enabled
+            self.tally.said.clear()
             for place, request in list(self.implicit.items()):
                 if not self.is_on or (request.renew is not None and enabled.alone is None):
                     del self.implicit[place]
@@ -146,6 +152,8 @@ class CachedTransformer:
                 old.undo()
             if functor is not None:
                 functor.redo()
+        if self.is_on or not wanted:  # else requests under way go on with it
+            self._attention.fit(self.setup.attention if self.is_on else None)
         if wanted:
             own[HANDLE] = self
             own["__getstate__"] = self.copied_state
@@ -255,6 +263,7 @@ class CachedTransformer:
                     f"enable with a higher max_requests"
                 )
             weakref.finalize(request, self._on_dropped).atexit = False
+            request.notices.tally = self.tally
             self._open.add(request)
         return request
 
@@ -291,6 +300,7 @@ class CachedTransformer:
         request, setup = self.implicit.get(place), self.enabled.alone
         if request is None and setup is not None:
             request = Request(setup, follows=False, renew=self._alone)
+            request.notices.tally = self.tally
             self.implicit[place] = request
         return request
 
@@ -325,6 +335,7 @@ class CachedTransformer:
             if new is not None and (setup is not None or is_captured):
                 renew = None if self.enabled.alone is None else self._alone
                 request = self.implicit[place] = Request(new, follows=False, renew=renew)
+                request.notices.tally = self.tally
                 if lanes is not None:  # reset now: the next step may be captured, or replayed
                     request.use(new.take_lanes(lanes.shape))
             self._fit()
@@ -339,11 +350,11 @@ class CachedTransformer:
             self.totals.add(request.record)
             counts.add(self, request.record)
 
-    # --- calls --------------------------------------------------------------------------------
-
     def _run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's own forward outside of all requests."""
-        self._note_uncached_call()
+        self.uncached_calls += 1
+        if self.uncached_calls == 1 and self.is_on:
+            say(OUTSIDE.format(who=type(self.module).__name__))
         with outside_forwards():
             return self.original(*args, **kwargs)
 
@@ -360,16 +371,6 @@ class CachedTransformer:
             else:
                 with request.clock.named(name, **told):
                     yield
-
-    def _note_uncached_call(self) -> None:
-        self.uncached_calls += 1
-        if self.uncached_calls == 1 and self.is_on:
-            warnings.warn(
-                f"{type(self.module).__name__} was called outside of a call of the pipeline that "
-                f"dbcache was enabled on, and runs without the cache; enable the pipeline that "
-                f"calls it, or the transformer itself, or call dbcache.refresh_context first",
-                stacklevel=3,
-            )
 
 
 @functools.cache

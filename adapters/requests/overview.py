@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dbcache.adapters.requests.cached_transformer import CachedTransformer
+from collections.abc import Iterable
+
+from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
 from dbcache.adapters.requests.context import current_place
 from dbcache.adapters.requests.record import RequestRecord
 
@@ -32,6 +34,28 @@ def notes(handle: CachedTransformer) -> list[str]:
     if handle.uncached_calls:
         notes.append(
             f"{handle.uncached_calls} calls came from outside of the pipeline that the cache is "
-            f"enabled on and ran without it"
+            f"enabled on and ran without it; enable the pipeline that calls it, or the transformer"
         )
+    tally, living = handle.tally, sum(one.notices.has_begun for one in handle.under_way())
+    lost = tally.begun - tally.ended - living
+    if lost > 0:
+        notes.append(
+            f"{lost} requests ended unseen, with their thread or dropped without "
+            f"close(), and are missing here; call summary in the thread, or close them"
+        )
+    notes += [] if latest is None else latest.notices
     return [f"{type(handle.module).__name__}: {note}" for note in notes]
+
+
+def has_run(handle: CachedTransformer) -> bool:
+    """Whether calls were made of which there may be nothing to show."""
+    return bool(handle.uncached_calls or handle.tally.begun or handle.closed)
+
+
+def end_images(parts: Iterable[object]) -> None:
+    """Say what there is to say of the requests of this thread or task that nobody ends."""
+    for handle in map(handle_of, parts):
+        if isinstance(handle, CachedTransformer):
+            request = handle.implicit.get(current_place())
+            if request is not None and request.has_run:
+                request.notices.end_image(request)

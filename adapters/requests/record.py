@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
+from dbcache.notices import nothing_cached
 from dbcache.results.lane import LaneSummary
 
 Times = tuple[Any, Any]
@@ -15,6 +16,10 @@ Times = tuple[Any, Any]
 TIMES = "_times"
 """Attribute of a request with the times of its forwards by branch, while they are profiled."""
 
+BLOCKS = (
+    "{stack}: all {blocks} blocks run on every step, so nothing is cached; lower "
+    "Fn_compute_blocks or Bn_compute_blocks (now {fn} and {bn})"
+)
 PENDING = 8
 """Closed requests whose numbers stay on the device; older ones are read, and added up."""
 
@@ -26,6 +31,10 @@ class RequestRecord:
         lanes: make the summary of each lane, None for one that took no step.
         notes: what the summary should say beside them.
         calls: forwards of the request.
+
+    Attributes:
+        tally: what says it where the lanes, once they are read, have cached nothing; None where
+            nothing is to be said.
     """
 
     def __init__(
@@ -34,15 +43,15 @@ class RequestRecord:
         self._read = lanes
         self.notes = notes
         self.calls = calls
+        self.tally: Any = None
         self._lanes: list[LaneSummary] | None = None
 
     @classmethod
     def of(cls, request: Any) -> RequestRecord:
         """Return the record of a request as it stands."""
-        setup, name = request.setup, type(request.module).__name__
-        notes = [f"{stack.name}: all {stack.num_blocks} blocks run on every step"
-                 for stack in setup.stacks if not stack.entries]  # fmt: skip
-        notes += [f"{name}: {note}" for note in request.notes()]
+        name = type(request.module).__name__
+        said = [text for kind, text in request.notices.texts.items() if kind != "blocks"]
+        notes = all_run(request.setup) + said + [f"{name}: {note}" for note in _remarks(request)]
         runs = [] if request.lane_set is None else request.lane_set.runs
         lanes = []
         for run in runs:
@@ -58,7 +67,32 @@ class RequestRecord:
         if self._lanes is None:
             self._lanes = [lane for read in self._read if (lane := read()) is not None]
             self._read = []
+            if self.tally is not None and self._lanes:
+                for text in nothing_cached(self._lanes[0].transformer, self._lanes):
+                    self.tally.say("nothing cached", text)
         return self._lanes
+
+
+def _remarks(request: Any) -> list[str]:
+    """Return what the summary should say beside the lanes."""
+    notes = []
+    if request.loops > 1:
+        notes.append(f"the pipeline denoised {request.loops} times, the last time is shown")
+    if request.partial_calls:
+        notes.append(f"{request.partial_calls} calls left blocks out and ran without the cache")
+    notes += [
+        f"{count} steps were full since {why}" for why, count in request.forced.items() if count
+    ]
+    return notes
+
+
+def all_run(setup: Any) -> list[str]:
+    """Return a text on each stack whose blocks all run on every step."""
+    return [BLOCKS.format(**values_of(x)) for x in setup.stacks if not x.entries]
+
+
+def values_of(stack: Any) -> dict[str, Any]:
+    return {"stack": stack.name, "blocks": stack.num_blocks, "fn": stack.fn, "bn": stack.bn}
 
 
 def _lane(
@@ -67,6 +101,7 @@ def _lane(
     """Return a function that makes the summary of a lane as it is now."""
     lane, stack, cache = run.lanes[branch], run.stack, run.settings.cache
     trace, pruned, nbytes = lane.steps.snapshot(), stack.pruned_blocks(lane), lane.nbytes()
+    host_nbytes = lane.host_nbytes() if run.is_on_host else 0
 
     def read() -> LaneSummary | None:
         reasons, changes = trace()
@@ -82,6 +117,7 @@ def _lane(
             policy=cache.policy,
             follows=None if stack.leader is None else stack.leader.name,
             megabytes=nbytes / 1e6,
+            host_megabytes=host_nbytes / 1e6,
             pruned=None if pruned is None else pruned(),
             blocks=stack.num_blocks,
             always=stack.fn + stack.bn,

@@ -18,8 +18,10 @@ from dbcache.adapters.requests import clock as clocks
 from dbcache.adapters.requests.clock import Clock
 from dbcache.adapters.requests.context import ACTIVE, PLACE, Place
 from dbcache.adapters.requests.facts import meet_ranks
+from dbcache.adapters.requests.notices import Notices
 from dbcache.adapters.requests.record import RequestRecord
 from dbcache.adapters.requests.setup import Setup
+from dbcache.adapters.signals.lora import Adapters
 from dbcache.adapters.stacks.stack_run import LaneSet
 from dbcache.graphs.cuda_capture import UserCapture
 from dbcache.graphs.recording import Cutter
@@ -103,6 +105,7 @@ class Request:
         clock: tells which step and guidance branch a call is.
         lane_set: what the request keeps on the device; None before its first step.
         record: what the summary shows of it, once it is closed.
+        notices: what it says beside the lanes.
     """
 
     def __init__(
@@ -121,6 +124,8 @@ class Request:
         self.record: RequestRecord | None = None
         self.lane_set: LaneSet | None = None
         self.sharded: Any = None
+        self.notices = Notices()
+        self.adapters = Adapters()
         self.loops = 0
         self.restart()
 
@@ -171,6 +176,7 @@ class Request:
         """Begin anew where that is due, and find the branch of the call."""
         clock = self.clock
         if clock.is_over(args, kwargs):
+            self.notices.end_image(self)
             new = None if self.renew is None else self.renew()
             if new is not None and new is not self.setup:
                 self.move_to(new)
@@ -188,6 +194,10 @@ class Request:
             self._take_lanes(args, kwargs)
         if clock.calls == 0:
             self._plan(_latents(args, kwargs))
+            self.notices.begin_image(self, args, kwargs)
+        has_adapters = "peft_config" in self.module.__dict__ or self.adapters.are_known
+        if has_adapters and self.adapters.have_changed(self.module, self.setup.lists, clock.calls):
+            self.force_full("the adapters of LoRA changed")
         clock.find_branch(args, kwargs)
 
     def _plan(self, latents: torch.Tensor | None) -> None:
@@ -215,7 +225,10 @@ class Request:
         except BaseException:
             self.clock.branches.undo_call()
             raise
-        self.clock.end_call()
+        clock = self.clock
+        clock.end_call()
+        if clock.branch_calls[clock.branch] == self.notices.last_step:
+            self.notices.end_step(self)
         return output
 
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -366,6 +379,7 @@ class Request:
             return
         self.is_closed = True
         self.record = RequestRecord.of(self)
+        self.notices.close(self, self.record)
         lanes, self.lane_set = self.lane_set, None
         if lanes is not None:
             self.setup.lanes.give(lanes)
@@ -378,18 +392,6 @@ class Request:
     def nbytes(self) -> int:
         """Bytes of its buffers."""
         return 0 if self.lane_set is None else self.lane_set.nbytes()
-
-    def notes(self) -> list[str]:
-        """Return what the summary should say beside the lanes."""
-        notes = []
-        if self.loops > 1:
-            notes.append(f"the pipeline denoised {self.loops} times, the last time is shown")
-        if self.partial_calls:
-            notes.append(f"{self.partial_calls} calls left blocks out and ran without the cache")
-        notes += [
-            f"{count} steps were full since {why}" for why, count in self.forced.items() if count
-        ]
-        return notes
 
 
 def _latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:

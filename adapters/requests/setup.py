@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import threading
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,15 +12,18 @@ from dbcache.adapters.blocks.block_list import Shown, shown
 from dbcache.adapters.blocks.infer import learn
 from dbcache.adapters.blocks.signature import CONDITIONS, ArgumentFinder
 from dbcache.adapters.blocks.spec import TransformerSpec
+from dbcache.adapters.patching.attention import ModelAttention
 from dbcache.adapters.patching.patch_functor import Patches
 from dbcache.adapters.requests.lane_pool import LanePool
 from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.build import make_stacks
 from dbcache.adapters.stacks.stack_run import LaneSet, StackRun
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.config.without_effect import without_effect
 from dbcache.graphs.cuda_capture import UserCapture, user_capture
 from dbcache.graphs.graph import GraphExecutor, GraphOptions
 from dbcache.lanes.sharding import Sharding
+from dbcache.notices import say
 
 
 def _without_steps(config: DBCacheConfig) -> dict[str, Any]:
@@ -39,6 +41,8 @@ class Setup:
             the transformer as a whole (guidance, steps per request, refresh).
         graph_options: how to record CUDA graphs; None runs eagerly.
         sharding: the ranks that share the transformer, if there are any. It then runs eagerly.
+        patches: what a functor changes.
+        attention: the backend of its attention; None leaves that as it is.
 
     Attributes:
         views: where the model sees its lists of blocks; set when the cache is switched on.
@@ -57,6 +61,7 @@ class Setup:
         graph_options: GraphOptions | None = None,
         sharding: Sharding | None = None,
         patches: Patches | None = None,
+        attention: ModelAttention | None = None,
     ) -> None:
         self.spec = spec
         self.module = spec.transformer
@@ -64,6 +69,7 @@ class Setup:
         self.modifiers = modifiers
         self.sharding = sharding
         self.patches = patches
+        self.attention = attention
         is_shared = sharding is not None and (sharding.spreads or sharding.votes)
         if graph_options is not None and is_shared:
             self._warn_of_graphs()
@@ -112,10 +118,9 @@ class Setup:
                 )
 
     def _warn_of_graphs(self) -> None:
-        warnings.warn(
+        say(
             f"{type(self.module).__name__}: CUDA graphs are not recorded of a transformer that "
-            f"ranks share; runs eagerly. Leave out cuda_graph",
-            stacklevel=2,
+            f"ranks share; runs eagerly. Leave out cuda_graph"
         )
 
     def take_up_ranks(self) -> None:
@@ -133,6 +138,15 @@ class Setup:
         self.lists = [block_list for stack in stacks for block_list in stack.lists]
         self._show(stacks)
         self.stacks = stacks  # last: a request in another thread may wait for them
+
+    @property
+    def notices(self) -> list[str]:
+        """Texts on options that were given and have no effect."""
+        each = [self.base.modified(modifier) for modifier in self.modifiers]
+        texts = [text for settings in each for text in without_effect(settings)]
+        if len(each) == 1 and "decision_scope" in self.config.given and self.stacks:
+            texts.append("decision_scope has no effect: there is one block stack; leave it out")
+        return list(dict.fromkeys(texts))
 
     def take_lanes(self, shape: object) -> LaneSet:
         """Return lanes for a request whose latents have the given shape."""
@@ -221,6 +235,7 @@ class Setup:
             graph_options=None if self.graphs is None else self.graphs.options,
             sharding=self.sharding,
             patches=self.patches,
+            attention=self.attention,
         )
         renewed.inherit(self, always=for_request)
         return renewed

@@ -17,18 +17,22 @@ from dbcache.adapters.requests.cached_transformer import (
 from dbcache.adapters.requests.setup import Setup
 
 
-def switch_on(pipe: Any, setups: Sequence[Setup], max_requests: int) -> None:
+def switch_on(pipe: Any, setups: Sequence[Setup], max_requests: int) -> Sequence[Setup]:
     """Switch the cache on, for calls of a pipeline or, where `pipe` is None, for all others.
 
     Args:
         pipe: the pipeline; it is given a class whose calls are requests.
         setups: of its transformers.
         max_requests: how many requests of each may be open at once.
+
+    Returns:
+        `setups`.
     """
     handles = [transformer_handle(setup.module) for setup in setups]
     pairs = list(zip(handles, setups, strict=True))
     for handle, setup in pairs:
         handle.patches_in_use(None if setup.patches is None else setup.patches.functor)
+        _check_goes_with_others(pipe, handle.enabled, setup)
     with Transaction() as transaction:
         for handle, setup in pairs:
             old = handle.enabled.latest
@@ -48,6 +52,37 @@ def switch_on(pipe: Any, setups: Sequence[Setup], max_requests: int) -> None:
             transaction.set_class(pipe, request_class(plain_class(pipe)))
     for handle in handles:
         handle.begin_anew(None)
+    return setups
+
+
+def _check_goes_with_others(pipe: Any, enabled: Enabled, setup: Setup) -> None:
+    """Raise a ValueError if another pipeline needs the transformer otherwise than `setup` does.
+
+    Settings, and which blocks run, are each pipeline's own; the module itself is shared.
+    """
+    owners = [(owner(), own) for owner, own in enabled.owners]
+    others = [own for owner, own in owners if owner is not None and owner.pipe is not pipe]
+    if pipe is not None and enabled.alone is not None:
+        others.append(enabled.alone)
+    for other in others:
+        functors = [x.patches and x.patches.functor for x in (other, setup)]
+        what = None
+        if functors[0] is not functors[1]:
+            what = "patch_functor"
+        elif _spreads(other) != _spreads(setup):
+            what = "parallelism_config"
+        elif other.attention != setup.attention:
+            what = "attention_backend"
+        if what is not None:
+            raise ValueError(
+                f"enable: pipelines that share a {type(setup.module).__name__} must have the same "
+                f"{what}, which changes the model itself, got another one; give both the same, or "
+                f"call dbcache.disable on the transformer first"
+            )
+
+
+def _spreads(setup: Setup) -> bool:
+    return setup.sharding is not None and setup.sharding.spreads
 
 
 def switch_off(parts: Sequence[Any]) -> None:

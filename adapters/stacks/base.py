@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from dbcache.adapters.stacks.stack_run import Recorder, StackRun
 from dbcache.config.cache import StackSettings
 from dbcache.config.checks import prepare
 from dbcache.lanes.sharding import Sharding
+from dbcache.notices import say
 
 
 class BlockStack:
@@ -106,10 +106,9 @@ class BlockStack:
         bn = min(self.round * (cache.Bn_compute_blocks + 1) - 1, total - fn)
         if fn + bn == total:
             wanted = f"Fn={cache.probe_blocks}, Bn={cache.Bn_compute_blocks}"
-            warnings.warn(
+            say(
                 f"{self.name}: {wanted} leaves none of the {total} blocks to skip; runs Fn={fn}, "
-                f"Bn={bn}: every block on every step. Lower Fn_compute_blocks to cache here",
-                stacklevel=2,
+                f"Bn={bn}: every block on every step. Lower Fn_compute_blocks to cache here"
             )
         return fn, bn
 

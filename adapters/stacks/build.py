@@ -6,14 +6,13 @@ their own: all their blocks but the Bn last can be skipped, their lanes share th
 
 from __future__ import annotations
 
-import warnings
-
 from dbcache.adapters.blocks.spec import StackSpec
 from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.pruned_stack import PrunedStack
 from dbcache.adapters.stacks.stack import Stack
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.config.prune import DBPruneConfig
+from dbcache.notices import say
 
 OF_EACH_STACK = ("Bn_compute_blocks", "cache_dtype")
 """What stacks under one decision may differ in."""
@@ -69,10 +68,9 @@ def _with_a_middle(spec: StackSpec, settings: StackSettings) -> StackSettings:
             f"got {blocks} blocks in {name} with Bn_compute_blocks={bn}; lower it for this stack "
             f"(ParamsModifier), or use decision_scope='stack'"
         )
-    warnings.warn(
+    say(
         f"{name}: Fn_compute_blocks={fn} leaves none of the {blocks} blocks to skip, and this "
-        f"stack decides for the model; runs Fn={most}",
-        stacklevel=2,
+        f"stack decides for the model; runs Fn={most}"
     )
     changes = DBCacheConfig(Fn_compute_blocks=most)
     return settings.modified(ParamsModifier(cache_config=changes))

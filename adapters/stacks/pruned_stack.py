@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from dbcache.config.prune import DBPruneConfig
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.lanes.buffers import layout_of
 from dbcache.lanes.pruned_lane import PrunedLane
+from dbcache.notices import say
 
 
 class PrunedStack(BlockStack):
@@ -63,10 +63,9 @@ class PrunedStack(BlockStack):
         prunable = [i not in always for i in middle]
         if True not in prunable:
             if len(middle):  # else `_clamp` has warned
-                warnings.warn(
+                say(
                     f"{self.name}: non_prune_block_ids={config.non_prune_block_ids} leaves none of "
-                    f"the {self.num_blocks} blocks to leave out: every block runs on every step",
-                    stacklevel=2,
+                    f"the {self.num_blocks} blocks to leave out: every block runs on every step"
                 )
             return []
         first, prunable = trimmed(prunable)

@@ -22,6 +22,7 @@ from dbcache.adapters.stacks.proxies import (
 from dbcache.adapters.stacks.stack_run import StackRun
 from dbcache.adapters.stacks.step import Step
 from dbcache.config.cache import StackSettings
+from dbcache.lanes.host_lane import HostLane
 from dbcache.lanes.lane import Lane
 from dbcache.lanes.predictors import check_runs_on_device
 
@@ -84,7 +85,10 @@ class Stack(BlockStack):
     def new_lane(self, run: StackRun, branch: str | None, device: torch.device, step: Any) -> Any:
         run.shared.prepare(device)
         leader = None if self.leader is None else self.leader_lane(step.forward)
-        lane = Lane(run.settings, device if leader is None else leader.device, branch, leader)
+        if run.is_on_host:
+            lane: Lane = HostLane(run.settings, device, branch)
+        else:
+            lane = Lane(run.settings, device if leader is None else leader.device, branch, leader)
         lane.tail = self.new_tail(run.settings, device)
         return lane
 
@@ -111,3 +115,8 @@ class Stack(BlockStack):
 
     def check_recordable(self, settings: StackSettings) -> None:
         check_runs_on_device(settings.predictor, self.name)
+        if settings.cache.cache_device == "cpu":
+            raise ValueError(
+                f"{self.name}: steps recorded as CUDA graphs must have their residuals on the GPU, "
+                f"got cache_device='cpu'; leave out one of them"
+            )

@@ -41,6 +41,7 @@ class StackRun:
         generation: of the stack, whose blocks were stored.
         sharding: ranks that vote on decisions; None where each decides for itself.
         recorder: notes of full steps what a calibration is made of.
+        is_on_host: what is stored lies in host memory.
     """
 
     def __init__(self, stack: Any) -> None:
@@ -52,6 +53,7 @@ class StackRun:
         self._read()
         self.recorder: Recorder | None = stack.recorder
         self.generation = stack.generation
+        self.is_on_host = self.settings.cache.cache_device == "cpu"
 
     def serve(self, stack: Any) -> None:
         """Go on for a stack of the same blocks, whose settings need no other buffers."""
@@ -121,6 +123,12 @@ class StackRun:
                 lane.forget_reference()
             else:
                 del self.lanes[branch]
+
+    def prefetch(self, branch: str | None) -> None:
+        """Begin to fetch what a branch has in host memory."""
+        lane = self.lanes.get(branch)
+        if lane is not None:
+            lane.prefetch()
 
     def forget(self, branch: str | None) -> bool:
         """Make the next step of a branch a full one; say whether it could have been cached."""

@@ -73,6 +73,8 @@ class Step:
         if run.sharding is not None:
             h_in = run.sharding.split_input(f"{stack.lists[0].path}.0", h_in)
         self._given = h_in
+        if run.is_on_host:
+            run.prefetch(self.branch)
         copies = stack.probe_copies.are_needed and not run.compares_hidden_states
         self.h_in = h_in.clone() if copies else h_in
 

@@ -38,6 +38,7 @@ _SHORT = {
     "l1_hidden_states_diff_threshold": "HS{0.l1_hidden_states_diff_threshold:g}",
     "important_condition_threshold": "IC{0.important_condition_threshold:g}",
     "cache_dtype": "D{0.cache_dtype}",
+    "cache_device": "CD{0.cache_device}",
     "decision_scope": "DS{0.decision_scope}",
     "enable_separate_cfg": "CFG{0.enable_separate_cfg:d}",
 }
@@ -150,6 +151,10 @@ class DBCacheConfig(Options):
     cache_dtype: Literal["model", "float32", "fp8"] = "model"
     """How the ring stores residuals: in the model's dtype, in float32, or in fp8 (e4m3 with one
     float32 scale per token), which halves the memory of bfloat16."""
+
+    cache_device: Literal["model", "cpu"] = "model"
+    """Where the ring lies: on the model's device, or in host memory, pinned where the model is on a
+    GPU. Then a step that may be cached fetches it while the probe runs."""
 
     decision_scope: Literal["stack", "model"] = "stack"
     """In models with several block stacks: "stack", each decides for itself; "model", the probe
@@ -323,6 +328,7 @@ class StackSettings:
             self.slots,
             self.replace,
             cache.cache_dtype,
+            cache.cache_device,
             cache.policy,
             cache.compares_hidden_states,
             cache.important_condition_threshold > 0,

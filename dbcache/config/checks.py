@@ -39,6 +39,11 @@ def _check_options(cache: DBCacheConfig) -> None:
                 f"{who}.{option} must be {default!r} with policy={cache.policy!r}, got "
                 f"{shown(value)}: {why}; leave it out, or use policy='dbcache'"
             )
+    if cache.cache_device == "cpu" and cache.decision_scope == "model":
+        raise ValueError(
+            f"{who}.cache_device must be 'model' with decision_scope='model', got 'cpu': later "
+            f"stacks follow the first one without the host; use decision_scope='stack'"
+        )
     if cache.calibration is not None and cache.policy not in CALIBRATED:
         raise ValueError(
             f"{who}.calibration must come with a policy of {CALIBRATED}, got policy="

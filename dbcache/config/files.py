@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dbcache.config.attention import backend_name
 from dbcache.config.cache import DBCacheConfig
 from dbcache.config.flat import ALIASES, PREDICTION, split
 from dbcache.config.options import check_choice, reject_unknown, shown
@@ -19,7 +20,8 @@ from dbcache.config.reading import read
 
 SECTION = "cache_config"
 PARALLELISM = "parallelism_config"
-_OTHER_SECTIONS = ("attention_backend", "quantize_config")
+ATTENTION = "attention_backend"
+_OTHER_SECTIONS = ("quantize_config",)
 _FLAT = (*DBPruneConfig.names(), *ALIASES, *PREDICTION)
 _METHODS: dict[str, type[DBCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
 
@@ -42,7 +44,8 @@ def load_configs(source: Source) -> dict[str, Any]:
 
     Returns:
         `cache_config`, which holds the options that were given, and `calibrator_config`, None
-        where nothing was said of it; `parallelism_config` where there is that section.
+        where nothing was said of it; `parallelism_config` where there is that section, and
+        `attention_backend` where that is given beside the sections.
 
     Raises:
         TypeError: an unknown option (the error names the nearest one) or a wrong type.
@@ -98,16 +101,19 @@ def _configs(who: str, given: Any) -> dict[str, Any]:
             f"{unsupported[0]!r}; remove it"
         )
     sections = [name for name in (SECTION, PARALLELISM) if name in given]
+    attention = {ATTENTION: backend_name(f"{who}: {ATTENTION}", given.get(ATTENTION))}
+    attention = {name: value for name, value in attention.items() if value is not None}
     if not sections:
-        return _cache_options(who, given)
-    reject_unknown(who, given, (SECTION, PARALLELISM))
+        rest = {name: value for name, value in given.items() if name != ATTENTION}
+        return _cache_options(who, rest) | attention
+    reject_unknown(who, given, (SECTION, PARALLELISM, ATTENTION))
     for name in sections:
         if not isinstance(given[name], Mapping):
             raise TypeError(f"{who}: {name} must be a mapping of options, got {shown(given[name])}")
     configs = _cache_options(who, given.get(SECTION, {}))
     if PARALLELISM in given:
         configs[PARALLELISM] = _parallelism(who, given[PARALLELISM])
-    return configs
+    return configs | attention
 
 
 def _cache_options(who: str, given: Mapping[str, Any]) -> dict[str, Any]:

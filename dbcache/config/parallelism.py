@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
+from dbcache.config.attention import backend_name
 from dbcache.config.options import Options, check_choice, check_type, option, reject_unknown, shown
 
 Size = int | Literal["auto"] | None
@@ -56,7 +57,7 @@ class ContextOptions(Options):
     cp_plan: Mapping[str, Any] | None = None
     """What is split and gathered where, in the form of diffusers' `_cp_plan`. None: the model's."""
 
-    attention_backend: str | None = None
+    attention_backend: str | None = option(None, check=backend_name)
     """diffusers' name of the attention within a rank, as in "native" or "flash". None: as set."""
 
     experimental_ulysses_anything: bool = False
@@ -111,7 +112,7 @@ class ParallelismConfig(Options):
     cp_plan: Mapping[str, Any] | None = None
     """This and the next fields, where given, are the options in `parallel_kwargs` of that name."""
 
-    attention_backend: str | None = None
+    attention_backend: str | None = option(None, check=backend_name)
     """See `cp_plan`."""
 
     ulysses_anything: bool | None = None

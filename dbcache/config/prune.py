@@ -18,6 +18,7 @@ _WITHOUT_MEANING = (
     "l1_hidden_states_diff_threshold",
     "max_accumulated_residual_diff_threshold",
     "cache_dtype",
+    "cache_device",
     "decision_scope",
     "policy",
     "calibration",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from dbcache.graphs.fingerprint import fingerprint, reason_against
 from dbcache.graphs.recording import Cutter, DeviceReplay, HostReplay, SegmentCutter
 from dbcache.graphs.trial import Restorable, compare, run_trial
 from dbcache.lanes.lane_copy import AnyLane
+from dbcache.notices import say
 
 MODES = ("device", "host")
 """From best to last resort."""
@@ -354,7 +354,7 @@ class GraphExecutor:
         if self.options.mode != "auto":
             raise RuntimeError(f"cuda_graph={self.options.mode!r} is impossible here: {reason}")
         if not self.reasons[reason]:
-            warnings.warn(f"dbcache: cuda_graph: runs eagerly: {reason}", stacklevel=6)
+            say(f"dbcache: cuda_graph: runs eagerly: {reason}")
         self.reasons[reason] += 1
 
     def _record(
@@ -385,10 +385,7 @@ class GraphExecutor:
                 then = f"goes on with {self._modes[0]!r}" if self._modes else "runs eagerly"
                 self._failure = f"{mode!r} failed: {error}"
                 self.reasons[self._failure] += 1
-                warnings.warn(
-                    f"dbcache: cuda_graph={mode!r} is impossible here and {then}: {error}",
-                    stacklevel=5,
-                )
+                say(f"dbcache: cuda_graph={mode!r} is impossible here and {then}: {error}")
         return None
 
     def _make_room(self, mode: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -59,9 +60,9 @@ class History:
         """Allocate P_ref, like `compared`, and the snapshots; return those of `h_out`."""
         if compared is not None:
             self.p_ref = empty_like(compared)
-        self.snapshots, self.scales = _room(settings, h_out)
+        self.snapshots, self.scales = room(settings, h_out)
         if encoder_out is not None:
-            self.encoder_snapshots, self.encoder_scales = _room(settings, encoder_out)
+            self.encoder_snapshots, self.encoder_scales = room(settings, encoder_out)
         return self.snapshots
 
     @outside_inference_mode
@@ -102,12 +103,21 @@ class History:
         return sum(x.nbytes for x in self.by_name().values() if x is not None)
 
 
-def _room(settings: StackSettings, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return empty snapshots of residuals like `x`, and their scales if they are fp8."""
+def room(
+    settings: StackSettings, x: torch.Tensor, **where: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return empty snapshots of residuals like `x`, and their scales if they are fp8.
+
+    Args:
+        settings: of the stack.
+        x: what the blocks returned.
+        **where: options of `torch.empty`; none: on the device of `x`.
+    """
+    where = where or {"device": x.device}
     shape = (settings.slots, *x.shape)
     dtypes = {"model": x.dtype, "float32": torch.float32, "fp8": torch.uint8}
     dtype = dtypes[settings.cache.cache_dtype]
-    snapshots = torch.empty(shape, dtype=dtype, device=x.device)
+    snapshots = torch.empty(shape, dtype=dtype, **where)
     if dtype != torch.uint8:
         return snapshots, None
-    return snapshots, torch.empty(shape[:-1], dtype=torch.float32, device=x.device)
+    return snapshots, torch.empty(shape[:-1], dtype=torch.float32, **where)

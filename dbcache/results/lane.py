@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dbcache.kernels.common.lane_state import Reason
+from dbcache.notices import nothing_cached
 from dbcache.results.cache_stats import CacheStats
 
 REASONS = {
@@ -50,6 +51,7 @@ class LaneSummary(CacheStats):
         follows: the stack that decided for this one, None where it decides for itself.
         policy: what decided; the diffs of others than "dbcache" are what each step contributed to
             the sum that is compared.
+        host_megabytes: that part of `megabytes` which lies in host memory.
         always: blocks that run on a cached step, too.
         seconds: what each step's forward took, if `dbcache.profile` was on; else empty.
         options: the settings of the stack, by the names of their fields.
@@ -67,6 +69,7 @@ class LaneSummary(CacheStats):
     blocks: int = 0
     follows: str | None = None
     policy: str = "dbcache"
+    host_megabytes: float = 0.0
     always: int = 0
     seconds: list[float] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -121,6 +124,11 @@ class LaneSummary(CacheStats):
     @property
     def warnings(self) -> list[str]:
         """What the user should know, each with what to do."""
+        return self.remarks + nothing_cached(self.name, [self])
+
+    @property
+    def remarks(self) -> list[str]:
+        """The warnings but for that of a lane that cached nothing."""
         if self.follows:
             return []  # those of the stack that decided say it all
         counts, who = self.counts, self.name
@@ -135,20 +143,8 @@ class LaneSummary(CacheStats):
             found.append(
                 f"{who}: {nan} diffs are NaN, those steps were computed; {cause}: {remedy}"
             )
-        asked = [step for step, reason in enumerate(self.reasons) if reason not in _PLANNED]
-        if asked and not self.cached_steps:
-            finite = [diff for diff in self.diffs.values() if math.isfinite(diff)]
-            least = f"the smallest diff was {min(finite):.3g}" if finite else "no diff was measured"
-            found.append(
-                f"{who}: the cache never hit; {least}, the threshold is {self.threshold:g}"
-            )
-        elif not asked and self.steps and not self.cached_steps:
-            found.append(
-                f"{who}: all {self.steps} steps were fixed as full by warm-up or mask; lower "
-                f"max_warmup_steps (or run more steps) to cache"
-            )
         limited = sum(counts.get(reason, 0) for reason in LIMITS)
-        if limited and not counts.get(REASONS[Reason.ABOVE_THRESHOLD], 0):
+        if limited and self.cached_steps and not counts.get(REASONS[Reason.ABOVE_THRESHOLD], 0):
             found.append(
                 f"{who}: the threshold {self.threshold:g} never decided, the limits did "
                 f"({limited} steps); lower it to let the diffs decide, or keep it if the fixed "
@@ -162,9 +158,6 @@ class LaneSummary(CacheStats):
         derived += ["pruned_blocks", "pruned_ratio"]
         own = [one.name for one in fields(self) if one.name != "other"]
         return {name: getattr(self, name) for name in own + derived}
-
-
-_PLANNED = frozenset((REASONS[Reason.WARMUP], REASONS[Reason.MASK]))
 
 
 def _percentile(values: list[float], q: float) -> float:

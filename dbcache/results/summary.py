@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from html import escape
 from typing import Any
 
+from dbcache.notices import nothing_cached
 from dbcache.results.drawing import Plot, timelines
 from dbcache.results.lane import PERCENTILES, LaneSummary
 from dbcache.results.markup import table
@@ -30,6 +31,7 @@ class Summary:
         name: class of the pipeline or transformer.
         config: Python that enables the cache with the same settings.
         seconds: what the last call of the pipeline took on the host; None without one.
+        has_run: calls were made, with the cache or without.
     """
 
     lanes: list[LaneSummary] = field(default_factory=list)
@@ -40,6 +42,7 @@ class Summary:
     name: str = ""
     config: str = ""
     seconds: float | None = None
+    has_run: bool = False
 
     def __len__(self) -> int:
         return len(self.lanes)
@@ -52,8 +55,14 @@ class Summary:
 
     @property
     def warnings(self) -> list[str]:
-        """All warnings."""
-        return self.notes + [warning for lane in self.lanes for warning in lane.warnings]
+        """All warnings; one for each transformer that cached nothing in all of its lanes."""
+        found = list(self.notes)
+        for name in dict.fromkeys(lane.transformer for lane in self.lanes):
+            lanes = [lane for lane in self.lanes if lane.transformer == name]
+            idle = nothing_cached(name, lanes)
+            found += idle
+            found += [text for x in lanes for text in (x.remarks if idle else x.warnings)]
+        return found
 
     @property
     def cached_fraction(self) -> float:
@@ -172,7 +181,8 @@ class Summary:
 
     def __str__(self) -> str:
         if not self.lanes:
-            return "\n".join(["dbcache: no step was run yet", *self.notes])
+            what = "no step ran with the cache" if self.has_run else "no step was run yet"
+            return "\n".join([f"dbcache: {what}", *self.notes])
         if self.details:
             return self.to_markdown()
         rows = self._rows()
@@ -181,6 +191,8 @@ class Summary:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
+        held = sum(lane.host_megabytes for lane in self.lanes)
+        lines += [f"in host memory: {held:.3f} MB of stored residuals"] * (held > 0)
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 

@@ -1,0 +1,71 @@
+"""Which adapters of LoRA a transformer has, and how strong they are.
+
+What was stored under others does not hold. diffusers and PEFT keep the names in the `peft_config`
+of the model; only where that is, one layer of each block is asked for the rest, on each step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+CONFIG = "peft_config"
+"""Attribute of a model with adapters: their configs by name."""
+
+
+class Adapters:
+    """The adapters that the steps of a request ran with.
+
+    Attributes:
+        are_known: there were some at the last step.
+    """
+
+    def __init__(self) -> None:
+        self.are_known = False
+        self._state: Any = None
+        self._names: Any = None
+        self._layers: list[Any] = []
+
+    def have_changed(self, model: torch.nn.Module, lists: Iterable[Any], calls: int) -> bool:
+        """Say whether they are others than at the last step, or not as strong.
+
+        Args:
+            model: the transformer.
+            lists: the lists of its blocks.
+            calls: of the image so far; its first step has none before it.
+        """
+        names = tuple(vars(model).get(CONFIG) or ())
+        if names != self._names:
+            self._names, self._layers = names, _layers([block_list.blocks for block_list in lists])
+        state = [(names, _state(layer)) for layer in self._layers] or None
+        before, self._state = self._state, state
+        self.are_known = state is not None
+        return calls > 0 and before != state
+
+
+def _layers(lists: Sequence[Sequence[torch.nn.Module]]) -> list[Any]:
+    """Return the first layer of each block that has adapters."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if tuners is None:
+        return []
+    kind = tuners.BaseTunerLayer
+    found = (
+        next((module for module in block.modules() if isinstance(module, kind)), None)
+        for blocks in lists
+        for block in blocks
+    )
+    return [layer for layer in found if layer is not None]
+
+
+def _state(layer: Any) -> tuple[Any, ...]:
+    """Return what a layer makes of its adapters."""
+    active = getattr(layer, "active_adapters", ())
+    return (
+        tuple(active),
+        dict(getattr(layer, "scaling", None) or {}),
+        tuple(getattr(layer, "merged_adapters", ())),
+        getattr(layer, "disable_adapters", False),
+    )
