@@ -119,6 +119,9 @@ class OutputForm:
         return tuple(output) if self.sequence is tuple else output
 
 
+_under_way = FORWARD.get
+
+
 class HasBlocks(Protocol):
     """The stack that a proxy's block belongs to."""
 
@@ -132,7 +135,7 @@ class HasBlocks(Protocol):
 class BlockProxy:
     """Stands for one block in the model's loop. Reads of attributes go to the block."""
 
-    __slots__ = ("block", "form", "index", "inputs", "pattern", "swaps_pair", "who")
+    __slots__ = ("block", "form", "index", "inputs", "pair", "pattern", "who")
 
     def __init__(self, stack: HasBlocks, block: torch.nn.Module, who: str) -> None:
         self.index = stack.index
@@ -140,7 +143,8 @@ class BlockProxy:
         self.block = block
         self.who = who
         self.form: OutputForm | None = None
-        self.swaps_pair = False
+        self.pair: tuple[str, str] | None = None
+        """Names of the streams in the order of the output, where all are inputs by name."""
         self.inputs = Inputs(block, stack.pattern, stack.streams, who)
 
     def __getattr__(self, name: str) -> Any:
@@ -152,7 +156,7 @@ class BlockProxy:
 
     def step(self) -> Any:
         """Return the step that the stack takes in the forward under way; None outside of one."""
-        forward = FORWARD.get()
+        forward = _under_way()
         return None if forward is None else forward.steps[self.index]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -160,7 +164,8 @@ class BlockProxy:
         output = self.block(*args, **kwargs)
         if self.form is None:
             form = OutputForm(self.pattern, output, self.who)
-            self.swaps_pair = form.encoder_at == 0 and self.inputs.takes_encoder
+            if form.encoder_at == 0 and self.inputs.takes_encoder:
+                self.pair = self.inputs.encoder_name, self.inputs.hidden_name
             self.form = form
         return output
 
@@ -187,7 +192,7 @@ class ProbeStart(BlockProxy):
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = FORWARD.get()
+        forward = _under_way()
         if forward is None:
             return self.block(*args, **kwargs)
         forward.steps[self.index].begin(self.inputs.hidden(args, kwargs))
@@ -221,15 +226,17 @@ class SkippedBlock(BlockProxy):
     __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = FORWARD.get()
-        if forward is None or (self.form is not None and not forward.steps[self.index].cached):
-            return self.block(*args, **kwargs)
-        step, inputs = forward.steps[self.index], self.inputs
-        if not step.cached:
-            return self.run(args, kwargs)
-        if self.swaps_pair and not args:
-            return kwargs[inputs.encoder_name], kwargs[inputs.hidden_name]
-        return self.pass_through(step, args, kwargs)
+        forward = _under_way()
+        if forward is not None:
+            step = forward.steps[self.index]
+            if step.cached:
+                pair = self.pair
+                if pair is not None and not args:
+                    return kwargs[pair[0]], kwargs[pair[1]]
+                return self.pass_through(step, args, kwargs)
+            if self.form is None:
+                return self.run(args, kwargs)
+        return self.block(*args, **kwargs)
 
     def pass_through(self, step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the inputs as the block would return its outputs."""
@@ -260,7 +267,7 @@ class Boundary(SkippedBlock):
         self.is_last = is_last
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = FORWARD.get()
+        forward = _under_way()
         if forward is None:
             return self.block(*args, **kwargs)
         step = forward.steps[self.index]
@@ -275,6 +282,4 @@ class Boundary(SkippedBlock):
             return output
         if self.is_last:
             return self.pack(*step.finish_cached())
-        if self.swaps_pair and not args:
-            return kwargs[self.inputs.encoder_name], kwargs[self.inputs.hidden_name]
         return self.pass_through(step, args, kwargs)
