@@ -22,9 +22,10 @@ BENCHES = {
     "parallel": ("bench.parallel", "attention over ranks, beside diffusers' own"),
     "demo": ("dbcache", "speed-up and quality on the trained model"),
     "warmup": ("bench.warmup", "how long the warm-up of few steps should be"),
+    "rows": ("bench.rows", "who decides in a batch: the whole, the worst sample, or each"),
     "policies": ("bench.policies", "which policy caches which steps, at what quality"),
 }
-SLOW = ("methods", "demo", "graphs", "loop", "warmup", "policies")
+SLOW = ("methods", "demo", "graphs", "loop", "warmup", "rows", "policies")
 """Left out on a CPU, unless named."""
 
 

@@ -13,6 +13,7 @@ from dbcache.adapters.blocks.registry import BlockAdapterRegistry as BlockAdapte
 from dbcache.adapters.patching.patch_functor import PatchFunctor as PatchFunctor
 from dbcache.adapters.requests.attention_backend import set_attn_backend as set_attn_backend
 from dbcache.adapters.requests.request_handle import RequestHandle as RequestHandle
+from dbcache.adapters.requests.rows import rows as rows
 from dbcache.api import calibrate as calibrate
 from dbcache.api import capture as capture
 from dbcache.api import disable as disable
@@ -144,6 +145,7 @@ __all__ = [  # noqa: RUF022
     "register_predictor",
     "remove_layerwise_offload",
     "report",
+    "rows",
     "set_attn_backend",
     "set_profiler_output_dir",
     "start_request",

@@ -15,6 +15,7 @@ MODULES = {
     "adapters.patching.patch_functor": ("PatchFunctor",),
     "adapters.requests.attention_backend": ("set_attn_backend",),
     "adapters.requests.request_handle": ("RequestHandle",),
+    "adapters.requests.rows": ("rows",),
     "api": (
         "calibrate",
         "capture",

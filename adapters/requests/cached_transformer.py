@@ -291,10 +291,10 @@ class CachedTransformer:
             self._freed.notify_all()
             self._fit()
 
-    def current(self) -> Request | None:
-        """Return the request that a forward called here belongs to; None: it runs as it is."""
+    def current(self) -> Any:
+        """Return the request, or `RowGroup`, that a forward called here belongs to, if to any."""
         request = ACTIVE.get().get(id(self.module))
-        if type(request) is Request and not request.is_closed:
+        if request is not None and not isinstance(request, Suspended) and not request.is_closed:
             return request
         place = current_place()  # else the request of this thread or task that nobody started
         request, setup = self.implicit.get(place), self.enabled.alone

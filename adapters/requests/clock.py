@@ -103,11 +103,18 @@ class Clock:
         known = self.known_steps if planned is None else planned
         return (self.config.num_inference_steps if known is None else known), at_most
 
-    def is_over(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Say whether a call begins the request anew; tell the branches of a step that ended."""
+    def is_over(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], time: float | None = None
+    ) -> bool:
+        """Say whether a call begins the request anew; tell the branches of a step that ended.
+
+        Args:
+            args: of the call, as `kwargs`.
+            time: of the call, where it was read already.
+        """
         if self.follows:
             if self._by_time:
-                self._tell_step(self._move(args, kwargs))
+                self._tell_step(self._move(args, kwargs, time))
             return False
         steps = self.config.num_inference_steps if self.known_steps is None else self.known_steps
         if steps is None:
@@ -135,15 +142,15 @@ class Clock:
         if move is Move.ON and self.calls:
             self.branches.end_step()
 
-    def _move(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Move:
+    def _move(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], time: float | None = None
+    ) -> Move:
         """Return how the time of a call lies to that of the call before."""
         if is_capturing():
             return Move.UNKNOWN
         self._looks_at_times = True
-        if self._step_index is None:
-            move = self._times.move(args, kwargs)
-        else:
-            move = self._times.move_to(self._step_index)
+        now = time if self._step_index is None else self._step_index
+        move = self._times.move(args, kwargs) if now is None else self._times.move_to(now)
         if self.follows and move is Move.BACK:  # what was started is one request, however it runs
             return Move.ON
         return move

@@ -76,7 +76,7 @@ class Views:
 class Forward:
     """One forward of the transformer under way: the steps of all stacks, and what it sees."""
 
-    __slots__ = ("cutter", "rows", "steps")
+    __slots__ = ("cutter", "given", "members", "rows", "runs", "steps")
 
     def __init__(
         self,
@@ -84,9 +84,14 @@ class Forward:
         cutter: Cutter | None,
         lanes: LaneSet,
         branch: Any,
+        members: list[Any] | None = None,
+        given: tuple[Any, ...] = (),
     ) -> None:
         self.rows = rows
+        self.given = given
         self.cutter = cutter
+        self.members = members
+        self.runs = lanes.runs
         self.steps: list[Any] = []
         for run in lanes.runs:
             self.steps.append(run.stack.step(run.stack, run, branch, self))
@@ -167,15 +172,19 @@ class Request:
     def force_full(self, reason: str, branch: Any = ALL) -> None:
         """Make the next step of a branch, or of all, a full one; `reason` is for the summary."""
         runs = [] if self.lane_set is None else self.lane_set.runs
-        keys = {key for run in runs for key in run.lanes} if branch is ALL else {branch}
+        keys = {
+            key for run in runs for key in (run.lanes if branch is ALL else run.keys_of(branch))
+        }
         for key in keys:
             forgot = [run.forget(key) for run in runs]
             self.forced[reason] += any(forgot)
 
-    def _begin_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin anew where that is due, and find the branch of the call."""
+    def begin_step(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], time: float | None = None
+    ) -> None:
+        """Begin anew where that is due, and find the branch of the call; `time` is its time."""
         clock = self.clock
-        if clock.is_over(args, kwargs):
+        if clock.is_over(args, kwargs, time):
             self.notices.end_image(self)
             new = None if self.renew is None else self.renew()
             if new is not None and new is not self.setup:
@@ -217,7 +226,7 @@ class Request:
             self.start_loop()
             return setup.original(*args, **kwargs)
         try:
-            self._begin_step(args, kwargs)
+            self.begin_step(args, kwargs)
             if self.sharded is None:
                 output = self._step(args, kwargs)
             else:
@@ -244,9 +253,16 @@ class Request:
         return self.run(args, kwargs, cutter)
 
     def run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], cutter: Cutter | None = None
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cutter: Cutter | None = None,
+        members: list[Any] | None = None,
     ) -> Any:
-        """Run one step eagerly, or while a `cutter` records it, with proxies in place of blocks."""
+        """Run one step eagerly, or while a `cutter` records it, with proxies in place of blocks.
+
+        The samples of the batch may belong to several requests: `members`, a `Member` for each.
+        """
         setup, lanes, shown = self.setup, self.lane_set, self.setup.shown
         assert lanes is not None
         for block_list in setup.lists:  # blocks may have been exchanged since
@@ -261,7 +277,7 @@ class Request:
             if run.generation != run.stack.generation:
                 run.take_up_blocks()
         outer, is_shown = FORWARD.get(), False
-        forward = Forward(shown.rows, cutter, lanes, self.clock.branch)
+        forward = Forward(shown.rows, cutter, lanes, self.clock.branch, members, (args, kwargs))
         try:
             FORWARD.set(forward)
             setup.views.show(shown)
@@ -282,12 +298,14 @@ class Request:
                 cutter.abort()
             for step in forward.steps:
                 step.abort()
+            forward.steps.clear()
             raise
         finally:
             FORWARD.set(outer)
             if is_shown:
                 setup.views.hide()
         self._end_steps(forward)
+        forward.steps.clear()  # they refer to one another, and hold activations
         return output
 
     def _end_steps(self, forward: Forward) -> None:

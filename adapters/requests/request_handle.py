@@ -39,7 +39,12 @@ class RequestHandle:
         self._pairs = list(pairs)
         self._show = show
 
-    def _requests(self) -> dict[int, Request]:
+    def requests(self) -> dict[int, Request]:
+        """Return the requests by the identity of their transformers.
+
+        Raises:
+            RuntimeError: they were closed.
+        """
         if self.is_closed:
             raise RuntimeError(
                 "request: must be open, got one that was closed; start another one with "
@@ -49,7 +54,7 @@ class RequestHandle:
 
     def __enter__(self) -> RequestHandle:
         """Let forwards called inside belong to this request, in this thread or task."""
-        requests, before = self._requests(), ACTIVE.get()
+        requests, before = self.requests(), ACTIVE.get()
         _OUTER.set((before, _OUTER.get()))
         ACTIVE.set({**before, **requests})
         return self
@@ -74,7 +79,7 @@ class RequestHandle:
             num_inference_steps: of the request, where the options did not tell.
         """
         with ExitStack() as stack:
-            requests = self._requests()
+            requests = self.requests()
             stack.enter_context(active(requests))
             for request in requests.values():
                 stack.enter_context(request.clock.named(name, step_index, num_inference_steps))

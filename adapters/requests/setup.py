@@ -97,6 +97,11 @@ class Setup:
         for stack in stacks:
             if sharding is not None and sharding.votes:
                 stack.sharding = sharding
+                if stack.settings.cache.batch_reduce == "each":
+                    raise ValueError(
+                        f"{stack.name}: batch_reduce must be 'mean' or 'max' where the ranks of a "
+                        f"sequence vote, got 'each'; leave out parallelism_config, or use tp_size"
+                    )
             separate = stack.settings.cache.cfg_diff_compute_separate
             if sharding is not None and sharding.splits_guidance and not separate:
                 raise ValueError(

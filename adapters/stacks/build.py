@@ -9,6 +9,7 @@ from __future__ import annotations
 from dbcache.adapters.blocks.spec import StackSpec
 from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.pruned_stack import PrunedStack
+from dbcache.adapters.stacks.row_stack import RowStack
 from dbcache.adapters.stacks.stack import Stack
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.config.prune import DBPruneConfig
@@ -50,6 +51,8 @@ def _stack(
 ) -> BlockStack:
     if isinstance(settings.cache, DBPruneConfig):
         return PrunedStack(spec, settings, index)
+    if settings.cache.batch_reduce == "each":
+        return RowStack(spec, settings, index, leader)
     return Stack(spec, settings, index, leader)
 
 

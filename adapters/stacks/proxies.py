@@ -282,4 +282,6 @@ class Boundary(SkippedBlock):
             return output
         if self.is_last:
             return self.pack(*step.finish_cached())
+        if self.pair is not None and not args:
+            return kwargs[self.pair[0]], kwargs[self.pair[1]]
         return self.pass_through(step, args, kwargs)

@@ -16,6 +16,11 @@ from dbcache.lanes.sharding import Sharding
 from dbcache.lanes.shared_change import SharedChange
 
 
+def row_key(branch: str | None, place: int) -> str:
+    """Return the key of the lane of one row of a batch, as in ``"cond[0]"``."""
+    return f"{branch or ''}[{place}]"
+
+
 class Recorder(Protocol):
     """Notes what happens on full steps, for a calibration."""
 
@@ -126,9 +131,13 @@ class StackRun:
 
     def prefetch(self, branch: str | None) -> None:
         """Begin to fetch what a branch has in host memory."""
-        lane = self.lanes.get(branch)
-        if lane is not None:
-            lane.prefetch()
+        for key in self.keys_of(branch):
+            self.lanes[key].prefetch()
+
+    def keys_of(self, branch: str | None) -> list[Any]:
+        """Return the keys of the lanes of a branch: its own, or those of its rows."""
+        rows = row_key(branch, 0)[:-2]
+        return [k for k in self.lanes if k == branch or (k or "").startswith(rows)]
 
     def forget(self, branch: str | None) -> bool:
         """Make the next step of a branch a full one; say whether it could have been cached."""

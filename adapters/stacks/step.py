@@ -93,11 +93,7 @@ class Step:
         if stack.has_own_encoder:
             encoder_in = self.encoder_fn
         if h_fn.shape != self.h_in.shape:
-            raise ValueError(
-                f"{stack.name}: hidden_states must keep their shape through the probe blocks, got "
-                f"{tuple(self.h_in.shape)} before and {tuple(h_fn.shape)} after them; choose an "
-                f"Fn_compute_blocks within which the shape stays"
-            )
+            raise shape_changed(stack.name, self.h_in, h_fn)
         if not stack.probe_copies.is_known:
             stack.probe_copies.learn([(self._given, self.h_in)])
         lane = self.run.lanes.get(self.branch) or self._add_lane(h_fn.device)
@@ -234,7 +230,7 @@ class Step:
                 f"lists as separate stacks in a BlockAdapter"
             )
         given = self.passed
-        if not self.stack.middle_copies.is_known:
+        if not self.stack.middle_copies.is_known and self.prediction is None:
             self.stack.middle_copies.learn([(given[0], self.h_fn), (given[1], self.encoder_fn)])
         if run.recorder is not None:
             run.recorder.on_blocks(self, h_out)
@@ -283,6 +279,15 @@ class Step:
             self.lane.abort()
 
 
+def shape_changed(who: str, before: torch.Tensor, after: torch.Tensor) -> ValueError:
+    """Return the error for probe blocks that change the shape of the hidden states."""
+    return ValueError(
+        f"{who}: hidden_states must keep their shape through the probe blocks, got "
+        f"{tuple(before.shape)} before and {tuple(after.shape)} after them; choose an "
+        f"Fn_compute_blocks within which the shape stays"
+    )
+
+
 def check_stream(who: str, hidden: object) -> None:
     """Raise a TypeError if what a block is given as hidden states is no tensor."""
     if not isinstance(hidden, torch.Tensor):
@@ -308,8 +313,13 @@ def check_end(step: Any) -> None:
         RuntimeError: the model did, and so nothing right can be returned.
     """
     if step.awaits_end and (step.cached or step.cutter is not None):
-        raise RuntimeError(
-            f"{step.stack.name}: the model did not run its last middle block, so that the step "
-            f"could not be predicted; forwards that leave blocks out on some steps only need a "
-            f"branch of their own (cache_context), or the cache off (dbcache.disable)"
-        )
+        raise left_out(step.stack.name)
+
+
+def left_out(who: str) -> RuntimeError:
+    """Return the error for a model that left out the block at which a step is predicted."""
+    return RuntimeError(
+        f"{who}: the model did not run its last middle block, so that the step could not be "
+        f"predicted; forwards that leave blocks out on some steps only need a branch of their own "
+        f"(cache_context), or the cache off (dbcache.disable)"
+    )

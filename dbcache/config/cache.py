@@ -85,8 +85,9 @@ class DBCacheConfig(Options):
     """What `dbcache.calibrate` wrote, for the policies "magcache" and "teacache": the file or its
     content. None: for TeaCache the published polynomial of the model, if there is one."""
 
-    batch_reduce: Literal["mean", "max"] = "mean"
-    """The change of a batch: "mean" of the batch as a whole, or "max", that of its worst sample."""
+    batch_reduce: Literal["mean", "max", "each"] = "mean"
+    """The change of a batch: "mean" of the batch as a whole, or "max", that of its worst sample.
+    "each": every sample of the batch decides for itself, with limits and snapshots of its own."""
 
     important_condition_threshold: float = 0.0
     """Above 0: compare only the tokens whose own relative L1 change is above this, if there are
@@ -175,6 +176,23 @@ class DBCacheConfig(Options):
         if self.steps_computation_mask is not None:
             static = self.steps_computation_policy == "static"
             check_mask(self.steps_computation_mask, steps=self.num_inference_steps, static=static)
+        if self.batch_reduce == "each":
+            self._check_each_sample()
+
+    def _check_each_sample(self) -> None:
+        """Raise a ValueError if samples cannot decide for themselves."""
+        others = {
+            "policy": self.policy != "dbcache",
+            "Bn_compute_blocks_ids": bool(self.Bn_compute_blocks_ids),
+            "cfg_diff_compute_separate": not self.cfg_diff_compute_separate,
+        }
+        for name, is_set in others.items():
+            if is_set:
+                raise ValueError(
+                    f"{type(self).__name__}.{name}: must be left as it is with "
+                    f"batch_reduce='each', got {shown(getattr(self, name))}; samples decide for "
+                    f"themselves by the probe alone. Leave it out, or choose 'mean' or 'max'"
+                )
 
     @property
     def probe_blocks(self) -> int:
@@ -333,6 +351,7 @@ class StackSettings:
             cache.compares_hidden_states,
             cache.important_condition_threshold > 0,
             cache.cfg_diff_compute_separate,
+            cache.batch_reduce == "each",
         )
 
     @property

@@ -70,6 +70,11 @@ class DBPruneConfig(DBCacheConfig):
                 f"{who}: max_cached_steps and max_pruned_steps must not differ, got {limits[0]} "
                 f"and {limits[1]}; set one of them"
             )
+        if self.batch_reduce == "each":
+            raise ValueError(
+                f"{who}.batch_reduce must be 'mean' or 'max', as blocks are left out for the batch "
+                f"as a whole, got 'each'; with DBCacheConfig samples decide for themselves"
+            )
         defaults = DBCacheConfig().as_dict()
         for name in _WITHOUT_MEANING:
             default = defaults[name]

@@ -94,7 +94,7 @@ class FollowedSteps:
                 leader.forget_reference()
         return self.plan[self.step - 1]
 
-    def settle(self, code: int) -> bool:
+    def settle(self, code: int, flag: bool | None = None) -> bool:
         """Return the decision, which `begin` has found."""
         return self.cached
 

@@ -35,7 +35,7 @@ def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
         ls.SLOTS: settings.slots,
         ls.ORDER: order,
         ls.ENCODER_ORDER: encoder_order,
-        ls.BATCH_REDUCE: BatchReduce[cache.batch_reduce.upper()],
+        ls.BATCH_REDUCE: BatchReduce.MAX if cache.batch_reduce == "max" else BatchReduce.MEAN,
         ls.PREDICTOR: settings.predictor.kind,
         ls.SIGNAL: POLICIES[cache.policy].signal,
     }
@@ -189,13 +189,14 @@ class Lane:
         before = h_in if self.by_residual else None
         probe_and_decide(before, h_fn, p_ref, self.steps.state, by_token=self.by_token)
 
-    def settle(self, code: int) -> bool:
+    def settle(self, code: int, flag: bool | None = None) -> bool:
         """Count the step; return the decision, which the host reads only where it is open.
 
         Args:
             code: what `begin` gave.
+            flag: the decision, where it was read already.
         """
-        return self.steps.settle(code)
+        return self.steps.settle(code, flag)
 
     def decision(self) -> Decision:
         """Return the next decision, for recorded work."""

@@ -127,11 +127,12 @@ class StepState(Generic[Tensors]):
     def _move(self, device: torch.device) -> None:
         self._bind(self.tensors.clone(device))
 
-    def settle(self, code: int) -> bool:
+    def settle(self, code: int, flag: bool | None = None) -> bool:
         """Count a step that the device decides; return the decision.
 
         Args:
             code: the step's plan code, or `KNOWN` plus the reason.
+            flag: the decision, where it was read already.
         """
         if not self.has_reference or code in (PlanCode.WARMUP, PlanCode.MASK):
             return self.advance(False)
@@ -139,7 +140,7 @@ class StepState(Generic[Tensors]):
             return self.advance(True)
         if code >= ls.KNOWN:
             return self.advance(Reason(code - ls.KNOWN).cached)
-        return self.advance(self.read_flag())
+        return self.advance(self.read_flag() if flag is None else flag)
 
     def read_flag(self) -> bool:
         """Return whether the device decided to cache. The only host wait of a dynamic step."""

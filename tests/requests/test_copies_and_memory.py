@@ -205,6 +205,24 @@ def census():
 
 
 @torch.no_grad()
+def test_a_step_keeps_no_activations_until_the_next_collection():
+    model, made = dbcache.enable(tiny.flux(), **CACHED), []
+    model.transformer_blocks[0].register_forward_hook(
+        lambda _module, _given, output: made.append(weakref.ref(output[1]))
+    )
+    given = tiny.FAMILIES["flux"].arguments(tiny.noise(1, 16, 16, seed=1), 0.5, "cond")
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            model(**given)
+    finally:
+        gc.enable()
+    assert len(made) == 4
+    assert [x() for x in made] == [None] * 4
+
+
+@torch.no_grad()
 def test_three_hundred_requests_of_varying_shape_leave_nothing_behind():
     count = 300
     model = Nested()

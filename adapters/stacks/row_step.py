@@ -1,0 +1,285 @@
+"""A step whose samples decide for themselves: the middle blocks run on those that need them.
+
+Each sample has a lane of its own, and so a plan, limits, a ring and a predictor. The middle blocks
+are given the rows of the samples that run in full, with every argument that has a row per sample
+cut alike; the rest of the batch passes, and gets its prediction at the last middle block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from dbcache.adapters.stacks.proxies import Boundary, SkippedBlock
+from dbcache.adapters.stacks.stack_run import StackRun, row_key
+from dbcache.adapters.stacks.step import Step, Streams, left_out, shape_changed
+from dbcache.kernels.common.lane_state import PlanCode
+from dbcache.lanes.buffers import empty_like, layout_of
+
+
+class Member(NamedTuple):
+    """Whose row a sample of a forward is.
+
+    Attributes:
+        runs: what the request keeps, by stack.
+        branch: guidance branch of the row.
+        place: which row of that branch.
+    """
+
+    runs: Sequence[StackRun]
+    branch: str | None
+    place: int
+
+
+class RowLanes:
+    """The lanes of the samples of a batch, in place of one for all of them.
+
+    Attributes:
+        lanes: of each sample.
+        full: samples whose step is a full one.
+    """
+
+    def __init__(self, lanes: list[Any]) -> None:
+        self.lanes = lanes
+        self.full: list[int] = []
+
+    def commit(self, *streams: torch.Tensor | None) -> None:
+        """Store what a full step did, of the samples that took one; see `Lane.commit`."""
+        for row in self.full:
+            self.lanes[row].commit(*(_row(x, row) for x in streams))
+
+    def abort(self) -> None:
+        """Undo a step after an exception: the step counts as never begun."""
+        for lane in self.lanes:
+            lane.abort()
+
+
+class RowStep(Step):
+    """The step of a stack whose samples decide for themselves; see `Step` for the arguments.
+
+    Attributes:
+        full: samples on which the middle blocks run, int64 on the device of the blocks; None where
+            that is all of them, or none.
+    """
+
+    def __init__(self, stack: Any, run: StackRun, branch: str | None, forward: Any) -> None:
+        super().__init__(stack, run, branch, forward)
+        self.lane: RowLanes | None = None
+        self.full: torch.Tensor | None = None
+        self._cut: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def decide(self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None) -> None:
+        stack = self.stack
+        if stack.fn == 0:
+            h_fn, encoder_in = self._begin_without_probe(h_fn, encoder_in)
+        if self.h_in is None:
+            return
+        if h_fn.shape != self.h_in.shape:
+            raise shape_changed(stack.name, self.h_in, h_fn)
+        if stack.has_own_encoder:
+            encoder_in = self.encoder_fn
+        if encoder_in is not None and encoder_in.shape[0] == 1:
+            encoder_in = encoder_in.expand(h_fn.shape[0], *encoder_in.shape[1:])
+        if not stack.probe_copies.is_known:
+            stack.probe_copies.learn([(self._given, self.h_in)])
+        lanes = self._find_lanes(h_fn)
+        self.lane, self.awaits_end = RowLanes(lanes), True
+        cached = self._decide_rows(lanes, h_fn, encoder_in)
+        self.lane.full = [row for row, skips in enumerate(cached) if not skips]
+        self.cached = not self.lane.full
+        self.passed = h_fn, encoder_in
+        copies = stack.middle_copies
+        self.h_fn, self.encoder_fn = h_fn, encoder_in
+        if any(cached):
+            self.prediction = self._predict_rows(lanes, cached)
+            if self.lane.full:
+                self.full = torch.tensor(self.lane.full, device=h_fn.device)
+        elif copies.are_needed:
+            self.h_fn = h_fn.clone()
+            self.encoder_fn = None if encoder_in is None else encoder_in.clone()
+
+    def _find_lanes(self, h_fn: torch.Tensor) -> list[Any]:
+        """Return the lane of each sample; new ones have not taken a step."""
+        members = self.forward.members
+        if members is None:
+            runs = self.forward.runs
+            members = [Member(runs, self.branch, place) for place in range(h_fn.shape[0])]
+        if len(members) != h_fn.shape[0]:
+            raise ValueError(
+                f"{self.stack.name}: the blocks must be given one row per sample, got "
+                f"{tuple(h_fn.shape)} for {len(members)} rows of requests; name as many in "
+                f"dbcache.rows as the batch has samples"
+            )
+        lanes = []
+        for runs, branch, place in members:
+            run, key = runs[self.stack.index], row_key(branch, place)
+            if key not in run.lanes:
+                check_samples(self.stack, h_fn, self.forward.given)
+                run.lanes[key] = self.stack.new_lane(run, branch, h_fn.device, self)
+            lanes.append(run.lanes[key])
+        return lanes
+
+    def _decide_rows(
+        self, lanes: list[Any], h_fn: torch.Tensor, encoder: torch.Tensor | None
+    ) -> list[bool]:
+        """Decide for each sample; the host reads once, and only where a decision is open."""
+        assert self.h_in is not None
+        codes, is_open = [], False
+        for row, lane in enumerate(lanes):
+            layout = layout_of(h_fn[row : row + 1], _row(encoder, row))
+            code = lane.begin(layout, h_fn.device)
+            if code == PlanCode.DYNAMIC and lane.steps.has_reference:
+                lane.measure_and_decide(self.h_in[row : row + 1], h_fn[row : row + 1])
+                is_open = True
+            else:
+                lane.decide(None)
+            codes.append(code)
+        flags: list[Any] = [None] * len(codes)
+        if is_open:
+            flags = torch.cat([lane.steps.flag() for lane in lanes]).tolist()
+        decided = zip(lanes, codes, flags, strict=True)
+        return [lane.settle(code, bool(flag)) for lane, code, flag in decided]
+
+    def _predict_rows(self, lanes: list[Any], cached: list[bool]) -> Streams:
+        """Return the outputs of the middle blocks; of samples that run in full, nothing yet."""
+        h_fn, encoder = self.h_fn, self.encoder_fn
+        assert h_fn is not None
+        rows = [row for row, skips in enumerate(cached) if skips]
+        if lanes[rows[0]].history.encoder_snapshots is None:
+            encoder = None
+        out, encoder_out = empty_like(h_fn), None if encoder is None else empty_like(encoder)
+        for row in rows:
+            given = h_fn[row : row + 1], _row(encoder, row), out[row : row + 1]
+            lanes[row].predict(*given, _row(encoder_out, row))
+        return out, encoder_out
+
+    def run_rows(self, proxy: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a block on the samples that need it.
+
+        Returns:
+            What it returns, for the whole batch: the others keep what they were given, and have
+            their prediction behind the last middle block.
+        """
+        cut_args, cut_kwargs = self._cut_all(args), self._cut_all(kwargs)
+        hidden, encoder = proxy.streams(proxy.run_whole(cut_args, cut_kwargs))
+        rest = proxy.inputs.hidden(args, kwargs), proxy.inputs.encoder(args, kwargs)
+        for stream in rest:
+            self._cut.pop(id(stream), None)
+        if proxy.is_last:
+            assert self.prediction is not None
+            rest = self.prediction
+        return proxy.pack(self._put(rest[0], hidden), self._put(rest[1], encoder))
+
+    def _put(self, rest: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the batch `rest` with the rows of the samples that ran in full."""
+        if rest is None or rows is None:
+            return rows
+        assert self.full is not None
+        return rest.to(rows.dtype).index_copy(0, self.full, rows)
+
+    def _cut_all(self, value: Any) -> Any:
+        """Return arguments with the rows of samples that run in full, wherever there is one each.
+
+        What all blocks are given is cut once per step.
+        """
+        assert self.h_fn is not None
+        if isinstance(value, torch.Tensor):
+            if value.ndim == 0 or value.shape[0] != len(self.h_fn):
+                return value
+            known = self._cut.get(id(value))
+            if known is None or known[0] is not value:
+                assert self.full is not None
+                self._cut[id(value)] = known = value, value.index_select(0, self.full)
+            return known[1]
+        if isinstance(value, dict):
+            return {
+                name: part if _is_of_tokens(name, part) else self._cut_all(part)
+                for name, part in value.items()
+            }
+        if type(value) in (tuple, list):
+            return type(value)(self._cut_all(part) for part in value)
+        return value
+
+    def check_end(self) -> None:
+        if self.awaits_end and self.prediction is not None:
+            raise left_out(self.stack.name)
+
+    def count_full(self, device: torch.device) -> None:
+        """Leave such a step out: how many samples there are is not known yet."""
+
+
+POSITIONS = ("rotary", "rope", "freqs", "pos_", "position", "_ids")
+"""Parts of the names of arguments that hold something per token, which all samples share."""
+
+
+def _is_of_tokens(name: Any, value: Any) -> bool:
+    """Whether an argument has a row per token rather than per sample, be there as many or not."""
+    parts = value if isinstance(value, tuple | list) else (value,)
+    is_flat = all(isinstance(x, torch.Tensor) and x.ndim <= 2 for x in parts)
+    return is_flat and isinstance(name, str) and any(part in name for part in POSITIONS)
+
+
+def check_samples(stack: Any, h_fn: torch.Tensor, given: tuple[Any, ...]) -> None:
+    """Raise a ValueError if the blocks are given rows that are not the samples of the batch.
+
+    Args:
+        stack: the blocks.
+        h_fn: what they are given.
+        given: arguments of the transformer, by place and by name: one has as many rows, or parts.
+    """
+    args, kwargs = given
+    batches = {
+        len(x)
+        for x in (*args, *kwargs.values())
+        if isinstance(x, list) or (isinstance(x, torch.Tensor) and x.ndim)
+    }
+    if h_fn.shape[0] not in batches:
+        raise not_samples(stack, f"hidden states {tuple(h_fn.shape)} for {sorted(batches)} samples")
+
+
+def not_samples(stack: Any, reason: str) -> ValueError:
+    """Return the error for a stack in which samples cannot decide for themselves."""
+    model = type(stack.lists[0].owner).__name__
+    return ValueError(
+        f"{model}.{stack.name}: batch_reduce must be 'mean' or 'max' here, got 'each'; {reason}"
+    )
+
+
+def _row(x: torch.Tensor | None, row: int) -> Any:
+    return None if x is None else x[row : row + 1]
+
+
+class RowBlock(SkippedBlock):
+    """A middle block that may run on some of the samples."""
+
+    __slots__ = ()
+
+    is_last = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step = self.step()
+        if step is None or step.full is None:
+            return super().__call__(*args, **kwargs)
+        return step.run_rows(self, args, kwargs)
+
+    def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block on what it is given."""
+        return super().run(args, kwargs)
+
+
+class RowBoundary(Boundary):
+    """The first middle block, or the last one, of a stack whose samples decide for themselves."""
+
+    __slots__ = ()
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        step = self.step()
+        if step is None or step.full is None:
+            return super().run(args, kwargs)
+        return step.run_rows(self, args, kwargs)
+
+    def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block on what it is given."""
+        return super().run(args, kwargs)
