@@ -259,9 +259,9 @@ class Request:
         cutter: Cutter | None = None,
         members: list[Any] | None = None,
     ) -> Any:
-        """Run one step eagerly, or while a `cutter` records it, with proxies in place of blocks.
+        """Run one step with proxies in place of blocks, eagerly or while a `cutter` records it.
 
-        The samples of the batch may belong to several requests: `members`, a `Member` for each.
+        `members`: whose the samples of the batch are, where they belong to several requests.
         """
         setup, lanes, shown = self.setup, self.lane_set, self.setup.shown
         assert lanes is not None
@@ -305,7 +305,7 @@ class Request:
             if is_shown:
                 setup.views.hide()
         self._end_steps(forward)
-        forward.steps.clear()  # they refer to one another, and hold activations
+        forward.steps.clear()  # they hold activations, in a circle
         return output
 
     def _end_steps(self, forward: Forward) -> None:
@@ -357,8 +357,7 @@ class Request:
     def lanes(self) -> list[AnyLane]:
         """Return the lanes of the step under way."""
         runs = [] if self.lane_set is None else self.lane_set.runs
-        lanes = [run.lanes.get(self.branch) for run in runs]
-        return [lane for lane in lanes if lane is not None]
+        return [lane for run in runs if (lane := run.lanes.get(self.branch)) is not None]
 
     def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
         """Return what the host reads of a call's tensors; recorded work holds for that alone."""
