@@ -246,7 +246,7 @@ class Request:
             return self._learn(args, kwargs)
         if self.lane_set is None or not self.lane_set.runs:  # another request learned the stacks
             self._take_lanes_anew(args, kwargs)
-        cutter = self._user_capture() if clocks.is_capturing() else None
+        cutter = _user_capture(self) if clocks.is_capturing() else None
         # a branch whose calls leave blocks out has no step that could be recorded
         if setup.graphs is not None and cutter is None and branch not in setup.partial:
             return setup.graphs.step(self, args, kwargs)
@@ -370,24 +370,6 @@ class Request:
         runs = [] if self.lane_set is None else self.lane_set.runs
         return [*map(LaneCopy, self.lanes()), *(SharedCopy(run.shared) for run in runs)]
 
-    def _user_capture(self) -> UserCapture:
-        """Return what records branches while the user captures a graph.
-
-        Raises:
-            RuntimeError: there are no lanes yet, which cannot be made inside a capture.
-        """
-        runs = [] if self.lane_set is None else self.lane_set.runs
-        if not runs or any(run.stack.entries and self.branch not in run.lanes for run in runs):
-            raise RuntimeError(
-                f"{type(self.module).__name__}: a step must have run before one is captured, and "
-                f"made the buffers, got none of branch {self.branch!r}; run one first"
-            )
-        assert self.lane_set is not None
-        self.lane_set.is_captured = True
-        capture = self.setup.user_capture()
-        capture.fixed_by_plan = self.began_in_capture
-        return capture
-
     # --- the end ----------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -414,6 +396,25 @@ class Request:
 def _latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Return the first tensor of a call."""
     return next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+
+
+def _user_capture(request: Request) -> UserCapture:
+    """Return what records branches while the user captures a graph.
+
+    Raises:
+        RuntimeError: there are no lanes yet, which cannot be made inside a capture.
+    """
+    runs = [] if request.lane_set is None else request.lane_set.runs
+    if not runs or any(run.stack.entries and request.branch not in run.lanes for run in runs):
+        raise RuntimeError(
+            f"{type(request.module).__name__}: a step must have run before one is captured, and "
+            f"made the buffers, got none of branch {request.branch!r}; run one first"
+        )
+    assert request.lane_set is not None
+    request.lane_set.is_captured = True
+    capture = request.setup.user_capture()
+    capture.fixed_by_plan = request.began_in_capture
+    return capture
 
 
 class CachedForward(InstanceMethod):
