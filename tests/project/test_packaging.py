@@ -128,6 +128,27 @@ print("ok")
     assert run_python(code, cwd=tmp_path, path=site, safe=True) == "ok"
 
 
+def test_commands_run_from_the_wheel(distributions: tuple[Path, Path], tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    with zipfile.ZipFile(distributions[1]) as wheel:
+        wheel.extractall(site)
+        (points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+        assert "dbcache = dbcache.cli:main" in wheel.read(points).decode()
+    code = """
+import os
+os.environ["DBCACHE_KERNELS"] = "reference"
+import torch
+torch.set_num_threads(1)
+from dbcache.cli import main
+assert main(["info"]) == 0
+assert main("demo --out out --steps 2 --per-digit 1 --repeats 1".split()) == 0
+"""
+    printed = run_python(code, cwd=tmp_path, path=site, safe=True)
+    assert "several ranks (gloo)" in printed
+    assert "F1B0 W4 R0.12" in printed
+    assert (tmp_path / "out" / "digits.png").is_file()
+
+
 def test_checkout_does_not_hide_an_installed_kernels_package(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
