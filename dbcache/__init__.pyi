@@ -29,6 +29,8 @@ from dbcache.cache_factory import DBCache as DBCache
 from dbcache.cache_factory import DBPrune as DBPrune
 from dbcache.cache_factory import block_range as block_range
 from dbcache.cache_factory import cache_type as cache_type
+from dbcache.compilation import compile as compile
+from dbcache.compilation import set_compile_configs as set_compile_configs
 from dbcache.config.cache import DBCacheConfig as BasicCacheConfig
 from dbcache.config.cache import DBCacheConfig as DBCacheConfig
 from dbcache.config.cache import ParamsModifier as ParamsModifier
@@ -117,6 +119,7 @@ __all__ = [  # noqa: RUF022
     "cache_type",
     "calibrate",
     "capture",
+    "compile",
     "counters",
     "create_profiler_context",
     "disable",
@@ -147,6 +150,7 @@ __all__ = [  # noqa: RUF022
     "report",
     "rows",
     "set_attn_backend",
+    "set_compile_configs",
     "set_profiler_output_dir",
     "start_request",
     "steps_mask",

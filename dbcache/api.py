@@ -50,6 +50,7 @@ from dbcache.targets import (
     parts,
     resolve,
     shardings_of,
+    wrappers,
 )
 
 Target = TypeVar("Target")
@@ -119,7 +120,7 @@ def enable(
         what = (target, pipe, adapter), settings, params_modifiers
         setups = _setups(*what, (parallelism_config, groups), *how)
         agree(facts_of(setups, parallelism_config))
-    tell(switch_on(pipe, setups, max_requests))
+    tell(switch_on(pipe, setups, max_requests, wrappers(target)))
     return target
 
 

@@ -26,6 +26,7 @@ MODULES = {
         "start_request",
     ),
     "cache_factory": ("CacheType", "DBCache", "DBPrune", "NONE", "block_range", "cache_type"),
+    "compilation": ("compile", "set_compile_configs"),
     "config.cache": ("DBCacheConfig", "ParamsModifier"),
     "config.files": ("load_cache_config", "load_configs", "load_parallelism_config"),
     "config.parallelism": ("ParallelismBackend", "ParallelismConfig"),

@@ -14,6 +14,7 @@ from dbcache.adapters.blocks.registry import BlockAdapterRegistry
 from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.blocks.spec import TransformerSpec
 from dbcache.adapters.models.lookup import find_specs
+from dbcache.adapters.patching.whole_compile import wrappers_in
 from dbcache.adapters.requests.cached_pipeline import CachedPipeline
 from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
 from dbcache.config.cache import ParamsModifier
@@ -114,6 +115,17 @@ def parts(target: object) -> list[object]:
 def name_of(target: object) -> str:
     """Return the class of the pipeline or transformer that a target means."""
     return type(unwrap(parts(target)[0])).__name__
+
+
+def wrappers(target: object) -> list[Any]:
+    """Return what `torch.compile` made of the transformers of `target`."""
+    given: list[object] = [target]
+    if isinstance(target, BlockAdapter):
+        transformer = target.transformer
+        given = [target.pipe]
+        given += transformer if isinstance(transformer, list | tuple) else [transformer]
+    pipes = [part for part in given if not isinstance(part, torch.nn.Module)]
+    return wrappers_in([*given, *(own for pipe in pipes for own in vars(pipe or object).values())])
 
 
 def enabled(target: object, who: str) -> list[CachedTransformer]:

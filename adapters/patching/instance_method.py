@@ -28,10 +28,11 @@ class InstanceMethod:
         functools.update_wrapper(self, self.original, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self.call or self.original
+        if self.call is None:
+            return self.original(*args, **kwargs)
         if torch.compiler.is_compiling():
-            return _uncompiled(call, args, kwargs)
-        return call(*args, **kwargs)
+            return _uncompiled(self.run_uncompiled, args, kwargs)
+        return self.call(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> InstanceMethod:
         """Return itself, which is bound: others bind the forward that they found once more."""
@@ -41,6 +42,10 @@ class InstanceMethod:
         if self.had_own:
             return _identity, (self.original,)
         return _own_method, (self.module, self.name)
+
+    def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        """Run what runs in its place, where a compiled function calls it."""
+        return (self.call or self.original)(*args, **kwargs)
 
     @property
     def is_removed(self) -> bool:
@@ -69,7 +74,12 @@ class InstanceMethod:
             own[f"_old_{self.name}"] = self.original
 
 
-@torch.compiler.disable
+@torch.compiler.disable(
+    reason="dbcache decides on each step which blocks run, so that the model as a whole is no "
+    "single graph; instead of fullgraph=True for all of it, compile its blocks, as in "
+    "dbcache.compile(pipe) or transformer.compile_repeated_blocks(fullgraph=True), or call "
+    "dbcache.disable first"
+)
 def _uncompiled(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Keep Dynamo out: traced as a whole, the forward would run past the proxies."""
     return call(*args, **kwargs)

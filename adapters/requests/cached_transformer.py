@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dbcache.adapters.blocks.block_list import outside_forwards, without_shown
+from dbcache.adapters.blocks.block_list import BlockList, outside_forwards, without_shown
 from dbcache.adapters.patching.attention import AttentionInForce
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.patch_functor import Patches
+from dbcache.adapters.patching.whole_compile import COMPILED, WholeCompile
 from dbcache.adapters.requests import counts
 from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
 from dbcache.adapters.requests.notices import OUTSIDE, Tally
@@ -96,6 +97,7 @@ class CachedTransformer:
         self._open: weakref.WeakSet[Request] = weakref.WeakSet()
         self.implicit: weakref.WeakKeyDictionary[Place, Request] = weakref.WeakKeyDictionary()
         self.setups: list[Setup] = []
+        self.compiled = WholeCompile(module, lambda: _lists(self.setups))
         self._functor: Patches | None = None
         self._sharding: Sharding | None = None
         self._attention = AttentionInForce()
@@ -163,6 +165,7 @@ class CachedTransformer:
             for patch in self._patches:
                 patch.install()
         self._keep_setups()
+        (self.compiled.move if wanted else self.compiled.undo)()
         if self.is_on:
             self._sharding = self.setup.sharding
         if not wanted:
@@ -176,8 +179,8 @@ class CachedTransformer:
 
     def _keep_setups(self) -> None:
         """Tell setups that are needed where they work, and end those that are not."""
-        current = [setup for _, setup in self.enabled.owners]
-        current += [setup for setup in (self.enabled.alone,) if setup is not None]
+        owned = [*(setup for _, setup in self.enabled.owners), self.enabled.alone]
+        current = [setup for setup in owned if setup is not None]
         current += [request.setup for request in self.under_way()]
         for setup in current:
             setup.bind(self.views, self.original)
@@ -219,9 +222,8 @@ class CachedTransformer:
         return self._functor if list(self._open) else None
 
     def _make_patches(self) -> list[InstanceMethod]:
-        patches: list[InstanceMethod] = [
-            CachedForward(self.module, self.implicit, self.current, self._run_plain)
-        ]
+        calls = self.current, self._run_plain, self.compiled.follow_caller
+        patches: list[InstanceMethod] = [CachedForward(self.module, self.implicit, *calls)]
         if hasattr(self.module, "cache_context"):
             patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
         return patches
@@ -231,7 +233,7 @@ class CachedTransformer:
         own = dict(self.module.__dict__)
         for patch in self._patches:
             patch.clean(own)
-        for name in (HANDLE, "__getstate__"):
+        for name in (HANDLE, "__getstate__", COMPILED):  # no copy of a module is compiled
             own.pop(name, None)
         return without_shown(self.module, own)
 
@@ -280,8 +282,7 @@ class CachedTransformer:
     def _holds_one(self) -> bool:
         """Whether the code that runs now is part of an open request: to wait would be for ever."""
         own = ACTIVE.get().get(id(self.module))
-        own = own.request if isinstance(own, Suspended) else own
-        return own is not None and own in self._open
+        return (own.request if isinstance(own, Suspended) else own) in self._open
 
     def close(self, request: Request) -> None:
         """Close a request, and keep its record."""
@@ -322,7 +323,7 @@ class CachedTransformer:
 
         Args:
             setup: of the new request; None: it begins with the next forward, if at all. A graph
-                that the user captured goes on with the lanes that it found.
+                captured by the user goes on with its lanes.
         """
         with self._lock:
             place = current_place()
@@ -371,6 +372,11 @@ class CachedTransformer:
             else:
                 with request.clock.named(name, **told):
                     yield
+
+
+def _lists(setups: list[Setup]) -> list[BlockList]:
+    stacks = [stack for setup in setups for stack in setup.spec.stacks]
+    return [block_list for stack in stacks for block_list in stack.lists]
 
 
 @functools.cache

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from threading import current_thread
 from typing import Any
 
 import torch
+from torch.compiler import cudagraph_mark_step_begin
 
-from dbcache.adapters.blocks.block_list import FORWARD, Entry, Shown
+from dbcache.adapters.blocks.block_list import FORWARD, BlockList, Entry, Shown
 from dbcache.adapters.blocks.block_list import Place as ListPlace
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.requests import clock as clocks
@@ -24,6 +25,7 @@ from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.signals.lora import Adapters
 from dbcache.adapters.stacks.stack_run import LaneSet
 from dbcache.graphs.cuda_capture import UserCapture
+from dbcache.graphs.fingerprint import has_own_graphs
 from dbcache.graphs.recording import Cutter
 from dbcache.graphs.trial import Restorable
 from dbcache.lanes.lane_copy import AnyLane, LaneCopy
@@ -47,6 +49,17 @@ class Views:
         self._forwards = 0
         self._over: dict[tuple[int, str], Any] = {}
         self._first: Shown | None = None
+        self._ends_generation = False
+
+    def find_graphs(self, lists: Iterable[BlockList]) -> None:
+        """Look for blocks that are compiled with CUDA graphs of their own.
+
+        What their graphs return must live as long as the forward: they are told where one ends.
+        """
+        blocks = [block for block_list in lists for block in block_list.seen]
+        self._ends_generation = any(map(has_own_graphs, blocks))
+        if self._ends_generation:
+            cudagraph_mark_step_begin()
 
     def show(self, over: Shown) -> None:
         """Let a forward that begins see its rows."""
@@ -71,6 +84,8 @@ class Views:
                 for (_, name), own in self._over.items():
                     own.pop(name, None)
                 self._over.clear()
+                if self._ends_generation:
+                    cudagraph_mark_step_begin()
 
 
 class Forward:
@@ -425,6 +440,7 @@ class CachedForward(InstanceMethod):
         implicit: requests that nobody started, by thread or task.
         find: returns the request that a call here belongs to, None without.
         run_plain: runs a call that belongs to none.
+        on_compiled: is told of calls that come from compiled code.
     """
 
     def __init__(
@@ -433,8 +449,10 @@ class CachedForward(InstanceMethod):
         implicit: MutableMapping[Place, Request],
         find: Callable[[], Request | None],
         run_plain: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+        on_compiled: Callable[[], None],
     ) -> None:
         super().__init__(module, "forward", self._find_and_run)
+        self._on_compiled = on_compiled
         self._key = id(module)
         self._implicit = implicit
         self._find = find
@@ -452,6 +470,10 @@ class CachedForward(InstanceMethod):
             if request is None:
                 return self._find_and_run(*args, **kwargs)
         return request.forward(args, kwargs)
+
+    def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        self._on_compiled()
+        return super().run_uncompiled(*args, **kwargs)
 
     def _find_and_run(self, *args: Any, **kwargs: Any) -> Any:
         request = self._find()

@@ -156,6 +156,7 @@ class Setup:
     def take_lanes(self, shape: object) -> LaneSet:
         """Return lanes for a request whose latents have the given shape."""
         stacks = self.stacks  # another thread may learn them meanwhile
+        self.views.find_graphs(self.lists)
         return self.lanes.take(stacks, shape, lambda: self._make_lanes(stacks))
 
     def _make_lanes(self, stacks: Sequence[BlockStack]) -> LaneSet:

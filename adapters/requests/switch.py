@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,22 +18,29 @@ from dbcache.adapters.requests.cached_transformer import (
 from dbcache.adapters.requests.setup import Setup
 
 
-def switch_on(pipe: Any, setups: Sequence[Setup], max_requests: int) -> Sequence[Setup]:
+def switch_on(
+    pipe: Any, setups: Sequence[Setup], max_requests: int, wrappers: Sequence[Any] = ()
+) -> Sequence[Setup]:
     """Switch the cache on, for calls of a pipeline or, where `pipe` is None, for all others.
 
     Args:
         pipe: the pipeline; it is given a class whose calls are requests.
         setups: of its transformers.
         max_requests: how many requests of each may be open at once.
+        wrappers: what `torch.compile` made of the transformers.
 
     Returns:
         `setups`.
+
+    Raises:
+        ValueError: a transformer is compiled as one graph.
     """
     handles = [transformer_handle(setup.module) for setup in setups]
     pairs = list(zip(handles, setups, strict=True))
     for handle, setup in pairs:
         handle.patches_in_use(None if setup.patches is None else setup.patches.functor)
         _check_goes_with_others(pipe, handle.enabled, setup)
+        handle.compiled.check(wrappers)
     with Transaction() as transaction:
         for handle, setup in pairs:
             old = handle.enabled.latest
@@ -46,6 +54,8 @@ def switch_on(pipe: Any, setups: Sequence[Setup], max_requests: int) -> Sequence
                 new = handle.enabled._replace(alone=setup, latest=setup, max_requests=max_requests)
             else:
                 new = handle.enabled.with_owner(pipeline, setup, max_requests)
+            compiled = handle.compiled
+            transaction.do(functools.partial(compiled.move, wrappers), compiled.undo)
             _change(transaction, handle, new)
         if pipeline is not None:
             transaction.set(pipe.__dict__, HANDLE, pipeline)

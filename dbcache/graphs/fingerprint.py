@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def reason_against(module: torch.nn.Module) -> str | None:
             mover = next((m for m in _hooks(part.__dict__.get(attribute)) if m in MOVERS), None)
             if mover is not None:
                 return f"weights must stay where they are, {where} has the hook {mover}"
-        if _has_own_graphs(part):
+        if has_own_graphs(part):
             return (
                 f"{where} is compiled with CUDA graphs of its own; compile without them, as in "
                 f"mode='default' or 'max-autotune-no-cudagraphs'"
@@ -79,8 +80,11 @@ def _hooks(holder: Any) -> list[str]:
     return [type(hook).__name__ for hook in (holder, *inner)]
 
 
-def _has_own_graphs(part: torch.nn.Module) -> bool:
-    """Whether torch.compile was told to use CUDA graphs for `part`."""
+def has_own_graphs(part: torch.nn.Module) -> bool:
+    """Whether torch.compile was told to use CUDA graphs for `part`, or for all that it compiles."""
     compiled = part.__dict__.get("_compiled_call_impl") or part
     config = getattr(compiled, "get_compiler_config", None)
-    return bool(config is not None and (config() or {}).get("triton.cudagraphs"))
+    if config is None:
+        return False
+    triton = getattr(sys.modules.get("torch._inductor.config"), "triton", None)
+    return bool((config() or {}).get("triton.cudagraphs", getattr(triton, "cudagraphs", False)))

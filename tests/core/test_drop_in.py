@@ -32,7 +32,7 @@ PLACES = {
 
 IN_THE_MAKING = {
     "QuantizeBackend", "QuantizeConfig", "load", "load_attn_backend_config",
-    "load_quantize_config", "quantize", "set_attn_backend", "set_compile_configs",
+    "load_quantize_config", "quantize", "set_attn_backend",
 }  # fmt: skip
 
 REFUSED = {

@@ -22,8 +22,8 @@ OF_CACHE_DIT = ("cache_factory", "caching", "dropin", "ray", "refused")
 """Facades that nothing imports but what users call."""
 
 FACADE = (
-    "api", "foreign", "overview", "profiling", "reporting", "targets", "totals", "__init__",
-    "__main__", "cli", "demo", *OF_CACHE_DIT, *SURFACE,
+    "api", "compilation", "foreign", "overview", "profiling", "reporting", "targets", "totals",
+    "__init__", "__main__", "cli", "demo", *OF_CACHE_DIT, *SURFACE,
 )  # fmt: skip
 
 ORDER = {
