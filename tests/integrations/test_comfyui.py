@@ -204,15 +204,19 @@ def test_a_sampling_that_ends_early_or_within_another_leaves_nothing(caplog):
     own = dict(module.__dict__)
 
     class Interrupted(comfy_like.Guider):
+        until = 1
+
         def _predict(self, x, sigma, step, sigmas):
-            if step == 3:
+            if step == self.until:
                 raise InterruptedError
             return super()._predict(x, sigma, step, sigmas)
 
-    with pytest.raises(InterruptedError):
-        Interrupted(node, PROMPTS).sample(noise, 14)
+    for Interrupted.until in (1, 3):
+        with pytest.raises(InterruptedError):
+            Interrupted(node, PROMPTS).sample(noise, 14)
     assert module.__dict__ == own
     assert lanes(shown(node))["blocks", "cond"] == (3, 1)
+    assert caplog.text == ""
 
     class Nested(comfy_like.Guider):
         def _predict(self, x, sigma, step, sigmas):

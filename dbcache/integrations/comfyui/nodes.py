@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from dbcache.config.policies import POLICIES
 from dbcache.integrations.comfyui.sampling import Choices, Sampling
 
 OWN = "dbcache"
@@ -13,7 +12,8 @@ OWN = "dbcache"
 FROM_PRESET = "as the preset"
 LEVELS = ("balanced", "high", "fast")
 PREDICTORS = ("none", "taylorseer", "hermite", "foca", "dmd", "spectrum")
-NEED_CALIBRATION = ("magcache", "teacache")
+POLICIES = ("dbcache", "easycache")
+"""Those that need to know nothing of a model."""
 
 
 def _number(kind: str, most: float, step: float, text: str, least: float = -1) -> Any:
@@ -32,7 +32,6 @@ class DBCache:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, Any]]:  # noqa: N802 - ComfyUI's name
         """Return what the node takes."""
-        policies = (FROM_PRESET, *(name for name in POLICIES if name not in NEED_CALIBRATION))
         return {
             "required": {
                 "model": ("MODEL",),
@@ -47,7 +46,10 @@ class DBCache:
                     (FROM_PRESET, *PREDICTORS),
                     {"tooltip": "of what skipped blocks add"},
                 ),
-                "policy": (policies, {"tooltip": "what decides whether a step is cached"}),
+                "policy": (
+                    (FROM_PRESET, *POLICIES),
+                    {"tooltip": "what decides whether a step is cached"},
+                ),
             },
         }
 

@@ -155,15 +155,19 @@ class Sampling:
         # the step has begun
         patch = InstanceMethod(module, "forward", forward)
         patch.install()
+        is_whole = False
         try:
             with request:
-                return run()
+                output = run()
+            is_whole = True
         finally:
             patch.remove()
             summary = request.summary()
             request.close()
             self.text = str(summary)
-            self._no_ops.look_at(summary)
+            if is_whole:
+                self._no_ops.look_at(summary)
+        return output
 
 
 def lane_of(names: dict[Any, str], values: tuple[Any, ...]) -> str | None:

@@ -144,7 +144,7 @@ class Backend:
     def disable(self, pipeline: Any) -> None:
         """Switch the cache off: pipeline and modules are as they were."""
         for _, handles in self._stepwise.values():
-            self._close(handles)
+            self._close(handles, is_whole=False)
         self._stepwise.clear()
         for patch in self._patches:
             patch.remove()
@@ -169,11 +169,13 @@ class Backend:
             handles.append(dbcache.start_request(module, num_inference_steps=own, **options))
         return handles
 
-    def _close(self, handles: Sequence[RequestHandle]) -> None:
+    def _close(self, handles: Sequence[RequestHandle], *, is_whole: bool = True) -> None:
+        """End requests; `is_whole` says whether they ran to their end."""
         for handle in handles:
             summary = handle.summary()
             handle.close()
-            self._no_ops.look_at(summary)
+            if is_whole:
+                self._no_ops.look_at(summary)
             LOGGER.debug("dbcache:\n%s", summary)
         if handles and prometheus.is_there():
             prometheus.publish()
@@ -191,11 +193,14 @@ class Backend:
     def _forward(self, pipeline: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         steps, self._told.steps = getattr(self._told, "steps", None), None
         handles = self._start(pipeline, steps)
+        is_whole = False
         try:
             with _active(Call(handles, 0 if self._scheduler_tells else None)):
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
+            is_whole = True
         finally:
-            self._close(handles)
+            self._close(handles, is_whole=is_whole)
+        return output
 
     def _predict_branches(self, pipeline: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
         call = CALL.get()
@@ -269,7 +274,7 @@ class Backend:
         for key, (state, handles) in list(self._stepwise.items()):
             if state() is None:
                 del self._stepwise[key]
-                self._close(handles)
+                self._close(handles, is_whole=False)
 
 
 @functools.cache
