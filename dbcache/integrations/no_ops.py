@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 
+from dbcache.notices import nothing_cached
 from dbcache.results.summary import Summary
 
 MOST = 16
 """Kinds of requests that are said; after so many the log has told enough."""
+
+
+NOT_RUN = "a request ran none of the blocks that are cached"
 
 
 class NoOps:
@@ -26,12 +30,10 @@ class NoOps:
     def look_at(self, summary: Summary) -> None:
         """Warn if a request that ended cached nothing."""
         lanes = summary.lanes
-        if any(lane.cached_steps or lane.pruned_ratio for lane in lanes):
-            return
+        texts = nothing_cached("a request", lanes) if lanes else summary.warnings or [NOT_RUN]
         kind = frozenset((lane.stack, lane.steps, *lane.counts) for lane in lanes)
         with self._lock:
-            if kind in self._said or len(self._said) >= MOST:
+            if not texts or kind in self._said or len(self._said) >= MOST:
                 return
             self._said.add(kind)
-        why = "; ".join(summary.warnings) or "its blocks were not run"
-        self._log.warning("dbcache: a request ran without a cached step: %s", why)
+        self._log.warning("dbcache: %s", "; ".join(texts))

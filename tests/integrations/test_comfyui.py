@@ -230,7 +230,7 @@ def test_a_sampling_that_ends_early_or_within_another_leaves_nothing(caplog):
     assert module.__dict__ == own
 
     comfy_like.Guider(cached(patcher, **(ALWAYS | {"warmup_steps": 20})), PROMPTS).sample(noise, 6)
-    assert "all 6 steps were fixed as full by warm-up" in caplog.text
+    assert "in 6 steps: all of them were fixed as full by warm-up" in caplog.text
     unet = cached(comfy_like.Patcher(torch.nn.Conv2d(4, 4, 1)), preset="fast")
     with pytest.raises(ValueError, match="must have a ModuleList of blocks"):
         comfy_like.Guider(unet, PROMPTS).sample(noise, 4)

@@ -71,7 +71,9 @@ class Choices:
         own = dict(self.options)
         if "max_warmup_steps" in own:  # a mask would cut it off
             own["steps_computation_mask"] = None
-        options["cache_config"] = merge(options["cache_config"], DBCacheConfig(**own))
+        config = options["cache_config"] = merge(options["cache_config"], DBCacheConfig(**own))
+        if "policy" in own:  # what the preset says of another policy was not chosen
+            config.__dict__["_given"] &= {*own, "max_warmup_steps"}
         if self.predictor == "none":
             options["calibrator_config"] = None
         elif self.predictor is not None:

@@ -59,6 +59,8 @@ class Call:
             yield
 
 
+UNMASKED = {"steps_computation_mask": None, "steps_computation_policy": "dynamic"}
+
 CALL: ContextVar[Call | None] = ContextVar("dbcache_vllm_omni_call", default=None)
 
 
@@ -131,10 +133,8 @@ class Backend:
         steps = num_inference_steps or None
         self._told.steps = steps
         for module, own in zip(self._modules, self._split(pipeline, steps), strict=True):
-            options: dict[str, Any] = {"num_inference_steps": own}
-            if self._settings.mask is not None:
-                options["steps_computation_mask"] = self._settings.mask if own else None
-            dbcache.refresh_context(module, **options)
+            options = self._masked(own)
+            dbcache.refresh_context(module, num_inference_steps=own, **options)
             clock = handle_of(module).current().clock  # its branches are found from the calls
             clock.follows = True
             clock.follow(tells_steps=False, by_time=True)
@@ -158,12 +158,15 @@ class Backend:
         count = len(self._modules)
         return [None] * count if steps is None else split_steps(pipeline, steps, count)
 
+    def _masked(self, steps: int | None) -> dict[str, Any]:
+        """Return the options of the named mask for a request; without its steps there is none."""
+        masked = self._settings.masked
+        return UNMASKED if masked and steps is None else masked
+
     def _start(self, pipeline: Any, steps: int | None) -> list[RequestHandle]:
         handles = []
         for module, own in zip(self._modules, self._split(pipeline, steps), strict=True):
-            options: dict[str, Any] = {}
-            if self._settings.mask is not None:
-                options["steps_computation_mask"] = self._settings.mask if own else None
+            options = self._masked(own)
             if own is None:
                 own = self._settings.options["cache_config"].num_inference_steps
             handles.append(dbcache.start_request(module, num_inference_steps=own, **options))

@@ -25,6 +25,7 @@ TAKEN = (
 
 TAYLORSEER = ("enable_taylorseer", "taylorseer_order")
 MASK = "scm_steps_mask_policy"
+OF_MASK = ("steps_computation_mask", "steps_computation_policy")
 
 OF_ENABLE = ("cuda_graph", "max_requests")
 """Options that are arguments of `enable`, not of the cache's config."""
@@ -53,11 +54,11 @@ class Settings:
 
     Attributes:
         options: its keyword arguments.
-        mask: name of a mask; it takes effect once the steps of a request are known.
+        masked: options of a named mask, which takes effect once the steps of a request are known.
     """
 
     options: dict[str, Any]
-    mask: str | None
+    masked: dict[str, Any]
 
     @classmethod
     def of(cls, config: Any) -> Settings:
@@ -77,15 +78,23 @@ class Settings:
             given |= {name: getattr(config, name) for name in TAYLORSEER}
             given["enable_encoder_taylorseer"] = True
         given |= {name: value for name, value in extra.items() if name not in OF_ENABLE}
-        mask = given.pop(MASK, config.scm_steps_mask_policy)
+        if config.scm_steps_mask_policy is not None:
+            given[MASK] = config.scm_steps_mask_policy
         split_options("cache_config", given)  # before load_configs, for the name in its errors
-        configs = dbcache.load_configs(given if mask is None else given | {MASK: mask})
-        own = configs["cache_config"]
-        if mask is not None:
-            own = type(own)(**{k: v for k, v in own.given.items() if k != "steps_computation_mask"})
-        options = configs | {"cache_config": own}
-        options |= {name: extra[name] for name in OF_ENABLE if name in extra}
-        return cls(options, mask)
+        configs = dbcache.load_configs(given)
+        values, masked = dict(configs["cache_config"].given), {}
+        if MASK in given:
+            masked = {name: values.pop(name) for name in OF_MASK}
+        own = configs["cache_config"] = type(configs["cache_config"])(**values)
+        # the engine passes all of its options: those at its defaults were not chosen
+        plain = vars(type(config)())
+        own.__dict__["_given"] = frozenset(
+            name
+            for name, value in values.items()
+            if name in extra or name == "max_warmup_steps" or plain.get(name, ...) != value
+        )
+        options = configs | {name: extra[name] for name in OF_ENABLE if name in extra}
+        return cls(options, masked)
 
 
 def _reject_others(config: Any) -> None:
