@@ -14,7 +14,7 @@ TRITONS ?= 3.5.0 3.6.0
 
 # Engines that the tests drive, without their dependencies: of those, what has no build for CPUs is
 # stubbed in tests/support, and the rest is not needed.
-ENGINES := vllm-omni
+ENGINES := sglang vllm-omni
 
 # Which build of torch: `cpu`, `cu130`, ... or nothing for PyPI's, which on Linux brings
 # gigabytes of CUDA libraries. A build has its Triton, so the pin of Triton holds for `cpu` only.
@@ -100,6 +100,6 @@ $(INSTALLED): pyproject.toml setup.py $(PINS)
 	@$(BIN)/pip install --quiet -c $(VENV)/pins.txt '$(TORCH)$(TORCH_BUILD:%=+%)' 2>/dev/null \
 	|| $(BIN)/pip install -c $(VENV)/pins.txt '$(TORCH)' \
 		$(TORCH_BUILD:%=--extra-index-url https://download.pytorch.org/whl/%)
-	@$(BIN)/pip install -qq -c $(VENV)/pins.txt --editable '.[dev]'
+	@$(BIN)/pip install -qq -c $(VENV)/pins.txt --no-warn-conflicts --editable '.[dev]'
 	@$(BIN)/pip install -qq -c $(VENV)/pins.txt --no-deps $(ENGINES)
 	@touch $@

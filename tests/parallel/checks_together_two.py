@@ -1,12 +1,15 @@
 """Two ranks take one decision, whoever spread the model, and only with the same settings."""
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import ranks
+import sglang_stub
 import spread
 import tiny
 import torch
@@ -197,6 +200,32 @@ def check_tensor_parallel_of_pytorch_takes_one_decision() -> None:
         lanes, _ = loop(model, FLUX, **{order: tensor_parallel}, **settings)
         assert 0 < len(lanes[0][0]) < STEPS - 2, f"no decision was open: {lanes}"
         assert everyone(lanes)[0] == everyone(lanes)[1], f"{order}: ranks decided apart"
+
+
+def check_groups_of_sglang_decide_together() -> None:
+    """Its stage hands its groups over; what each rank is given is its part of the tokens."""
+    os.environ |= {"SGLANG_DBCACHE": "1", "SGLANG_CACHE_DIT_WARMUP": "2"}
+    os.environ["SGLANG_CACHE_DIT_RDT"] = str(ASKED["residual_diff_threshold"])
+    sp = SimpleNamespace(world_size=2, device_group=dist.group.WORLD)
+    seen = []
+    with sglang_stub.engine() as engine:
+        from dbcache.integrations.sglang.hooks import HOOKS
+
+        for target, hook in HOOKS.items():
+            around = engine.plugins.HookType.AROUND
+            engine.plugins.HookRegistry.register(target, hook, around)
+        engine.plugins.HookRegistry.apply_hooks()
+        for name, value in {"get_world_size": 2, "get_sp_group": sp, "get_tp_group": None}.items():
+            setattr(engine.denoising, name, lambda value=value: value)
+        stage = sglang_stub.stage(engine.denoising, spread.build(FLUX, heads=4))
+        for steps in (STEPS, STEPS - 1):
+            batch = sglang_stub.batch(steps, enable_cache_dit=True)
+            stage._maybe_enable_cache_dit(steps, batch)
+            lanes, _ = run(stage.transformer, FLUX, (5 + dist.get_rank(),), steps)
+            seen.append(lanes)
+        stage._unmount_cache_dit()
+    assert all(lanes[0][0] for lanes in seen), "nothing cached"
+    assert everyone(seen)[0] == everyone(seen)[1], "ranks decided apart"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.blocks.patterns import ForwardPattern
 from dbcache.adapters.blocks.registry import BlockAdapterRegistry
 from dbcache.adapters.blocks.signature import unwrap
-from dbcache.adapters.models.lookup import find_specs, refusal_of, row_of
+from dbcache.integrations.blocks import known_or_auto
 
 DECLARED = "_cache_dit_adapter_config"
 """Attribute by which a model of the engine says what its blocks look like."""
@@ -71,16 +71,7 @@ def target_of(module: torch.nn.Module, log: logging.Logger) -> Any:
             forward_pattern=[ForwardPattern[pattern.name] for pattern in paths.values()],
             has_separate_cfg=declared.has_separate_cfg,
         )
-    if refusal_of(module) is not None:
-        return module  # `enable` says why
-    if row_of(module) is not None:
-        try:
-            find_specs(module)
-        except (AttributeError, ValueError) as error:  # the engine's class has another form
-            log.info("dbcache: %s is not that of diffusers (%s); reads its source", name, error)
-        else:
-            return module
-    return BlockAdapter(transformer=module, auto=True)
+    return known_or_auto(module, log)
 
 
 def split_steps(pipeline: Any, steps: int, modules: int) -> list[int | None]:
