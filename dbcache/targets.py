@@ -52,7 +52,10 @@ def shardings_of(
     modules = [spec.transformer for spec in specs]
     if config is not None:
         return prepare(modules, config, pipe, groups)
-    return [Together(module, groups) for module in modules]
+    shared = [Together(module, groups) for module in modules]
+    for together in shared:
+        together.look()
+    return shared
 
 
 def groups_named(who: str, given: Any) -> list[Any]:

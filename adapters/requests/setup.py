@@ -94,14 +94,8 @@ class Setup:
         if stacks:
             self._check_long_skips(stacks)
         sharding = self.sharding
+        self._let_vote(stacks)
         for stack in stacks:
-            if sharding is not None and sharding.votes:
-                stack.sharding = sharding
-                if stack.settings.cache.batch_reduce == "each":
-                    raise ValueError(
-                        f"{stack.name}: batch_reduce must be 'mean' or 'max' where the ranks of a "
-                        f"sequence vote, got 'each'; leave out parallelism_config, or use tp_size"
-                    )
             separate = stack.settings.cache.cfg_diff_compute_separate
             if sharding is not None and sharding.splits_guidance and not separate:
                 raise ValueError(
@@ -136,7 +130,18 @@ class Setup:
             self._warn_of_graphs()
             self.graphs.retire()
             self.graphs = None
-        for stack in self.stacks:
+        self._let_vote(self.stacks)
+
+    def _let_vote(self, stacks: Sequence[BlockStack]) -> None:
+        if self.sharding is None or not self.sharding.votes:
+            return
+        for stack in stacks:
+            if stack.settings.cache.batch_reduce == "each":
+                raise ValueError(
+                    f"{stack.name}: batch_reduce must be 'mean' or 'max' where ranks decide "
+                    f"together, got 'each'; choose one of these, or leave out parallelism_config "
+                    f"and decide_together"
+                )
             stack.sharding = self.sharding
 
     def _set_stacks(self, stacks: list[BlockStack]) -> None:

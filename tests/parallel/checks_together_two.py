@@ -140,7 +140,8 @@ def check_both_transformers_of_a_pipeline_decide_as_one_process() -> None:
         dbcache.enable(pipe, Fn_compute_blocks=1, max_warmup_steps=2, residual_diff_threshold=0.22)
         spreads(pipe.transformer_2)
         latents = [tiny.generate(pipe, 8, seed=seed)[-1] for seed in (5, 6)]
-        lanes = [(x.transformer, x.branch, x.reasons) for x in dbcache.summary(pipe).lanes]
+        summary = dbcache.summary(pipe, logging=False)
+        lanes = [(x.transformer, x.branch, x.reasons) for x in summary.lanes]
         assert any("below threshold" in reasons for _, _, reasons in lanes)
         dbcache.disable(pipe)
         found.append((lanes, latents))
@@ -272,6 +273,15 @@ def check_ranks_with_other_settings_are_told_at_once() -> None:
         dbcache.enable(model, residual_diff_threshold=(0.1, 0.2)[rank])
     dbcache.enable(model, **ASKED)  # nothing is left that would wait
     dbcache.disable(model)
+
+
+def check_what_does_not_go_with_a_vote_is_told_whenever_ranks_are_found() -> None:
+    for when in ("before", "after"):
+        model = spread.build(FLUX, heads=4)
+        each = ASKED | {"batch_reduce": "each"}
+        with raises(ValueError, "batch_reduce must be 'mean' or 'max' where ranks decide together"):
+            loop(model, FLUX, **{when: context_parallel}, **each)
+        dbcache.disable(model)
 
 
 def check_a_rank_that_raises_at_enable_is_told_to_the_others() -> None:
