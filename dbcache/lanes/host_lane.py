@@ -149,8 +149,8 @@ class HostLane(Lane):
         if steps.has_reference and code not in (PlanCode.WARMUP, PlanCode.MASK):
             self.ring.prefetch(self.history, self.device)
 
-    def settle(self, code: int) -> bool:
-        cached = super().settle(code)
+    def settle(self, code: int, flag: bool | None = None) -> bool:
+        cached = super().settle(code, flag)
         if not cached:
             self.ring.drop()
         return cached
