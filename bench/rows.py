@@ -1,6 +1,6 @@
 """One batch of easy and hard samples: who decides, the batch, its worst sample, or each sample?
 
-    python -m bench.rows [--steps 28] [--threshold 0.15] [--rounds 5] [--json FILE]
+    python -m bench.rows [--steps 50] [--threshold 0.15] [--order 0] [--rounds 3] [--json FILE]
 
 The trained digits model, one batch of 4 easy and 4 hard samples: of 40 that are drawn alone, those
 with the most and those with the fewest cached steps. Then the batch is drawn without the cache and
@@ -32,19 +32,20 @@ class Rows:
     Args:
         steps: of denoising.
         threshold: `residual_diff_threshold`.
+        order: of TaylorSeer; 0 reuses the residual.
     """
 
-    def __init__(self, steps: int, threshold: float) -> None:
+    def __init__(self, steps: int, threshold: float, order: int) -> None:
         self.pipe = digits.load_pipeline()
         self.pipe.set_progress_bar_config(disable=True)
         self.steps = steps
-        self.options = {
+        self.options: dict[str, Any] = {
             "Fn_compute_blocks": 1,
             "max_warmup_steps": 4,
             "residual_diff_threshold": threshold,
-            "enable_taylorseer": True,
-            "taylorseer_order": 1,
         }
+        if order:
+            self.options |= {"enable_taylorseer": True, "taylorseer_order": order}
 
     def draw(
         self, samples: list[Sample], rule: str | None
@@ -75,10 +76,10 @@ class Rows:
         return [samples[i] for i in (*order[:count], *order[-count:])]
 
 
-def measure(steps: int, threshold: float, rounds: int, count: int) -> dict[str, Any]:
+def measure(steps: int, threshold: float, order: int, rounds: int, count: int) -> dict[str, Any]:
     """Return what was measured, by rule; "alone" is each sample by itself."""
     torch.set_num_threads(1)
-    rows = Rows(steps, threshold)
+    rows = Rows(steps, threshold, order)
     samples = rows.choose(count)
     plain, _, _ = rows.draw(samples, None)
     seconds: dict[str, list[float]] = {name: [] for name in ("plain", *RULES)}
@@ -120,13 +121,14 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=28)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threshold", type=float, default=0.15)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--order", type=int, default=0, help="of TaylorSeer; 0: reuse")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", type=int, default=4, help="easy samples, and as many hard ones")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     given = parser.parse_args()
-    found = measure(given.steps, given.threshold, given.rounds, given.count)
+    found = measure(given.steps, given.threshold, given.order, given.rounds, given.count)
     print(f"# dbcache {dbcache.__version__}, torch {torch.__version__}, CPU, one thread")
     print(table(found))
     if given.json:
