@@ -1,6 +1,6 @@
 """One batch of easy and hard samples: who decides, the batch, its worst sample, or each sample?
 
-    python -m bench.rows [--steps 50] [--threshold 0.15] [--order 0] [--rounds 3] [--json FILE]
+    python -m bench.rows [--steps 50] [--threshold 0.1] [--order 0] [--rounds 3] [--json FILE]
 
 The trained digits model, one batch of 4 easy and 4 hard samples: of 40 that are drawn alone, those
 with the most and those with the fewest cached steps. Then the batch is drawn without the cache and
@@ -122,7 +122,7 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--threshold", type=float, default=0.15)
+    parser.add_argument("--threshold", type=float, default=0.1)
     parser.add_argument("--order", type=int, default=0, help="of TaylorSeer; 0: reuse")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", type=int, default=4, help="easy samples, and as many hard ones")
