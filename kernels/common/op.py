@@ -14,7 +14,12 @@ Function = Callable[..., Any]
 
 
 def op(
-    reference: Function, *, like: str, mutates: Sequence[str] = (), fake: Function | None = None
+    reference: Function,
+    *,
+    like: str,
+    mutates: Sequence[str] = (),
+    into: Sequence[str] = (),
+    fake: Function | None = None,
 ) -> Callable[[Function], Function]:
     """Register the decorated launch of a Triton kernel as ``torch.ops.dbcache.<its name>``.
 
@@ -26,6 +31,8 @@ def op(
         like: the tensor whose device and type decide where the op runs; ``"state.tensor"`` for
             one of a state.
         mutates: names of the tensors that are written.
+        into: names of tensors, None where there is none, that the op takes first and writes what
+            the reference returns to.
         fake: result of the registered op for fake tensors; None for ops without a result.
 
     Returns:
@@ -34,6 +41,8 @@ def op(
     Raises:
         TypeError: the arguments of the launch are not those of the reference.
     """
+    if into:
+        reference, mutates = _writing(reference, into), into
     kinds = {n: p.annotation for n, p in inspect.signature(reference).parameters.items()}
     states = [hasattr(kind, "TENSORS") for kind in kinds.values()]
     argument, _, attribute = like.partition(".")
@@ -73,6 +82,23 @@ def op(
         return call
 
     return register
+
+
+def _writing(reference: Function, into: Sequence[str]) -> Function:
+    """Return `reference` with the tensors that it writes its results to as first arguments."""
+
+    def write(*args: Any) -> None:
+        for out, result in zip(args, reference(*args[len(into) :]), strict=False):
+            if out is not None:
+                out.copy_(result)
+
+    signature, either = inspect.signature(reference), inspect.Parameter.POSITIONAL_OR_KEYWORD
+    outputs = [inspect.Parameter(x, either, annotation=torch.Tensor | None) for x in into]
+    parameters = [*outputs, *signature.parameters.values()]
+    write.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(default=inspect.Parameter.empty) for p in parameters], return_annotation=None
+    )
+    return write
 
 
 def _registered(

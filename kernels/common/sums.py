@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common.launches import BLOCK, cdiv
+from dbcache.kernels.common.select import invalid
 
 MAX_PARTIALS = 896
 """Most partial sums per sample: one program of `decide` adds them up.
@@ -54,6 +55,23 @@ def lanes_for(programs: int) -> tuple[int, int]:
     zeros, which change no sum.
     """
     return (7, 1) if programs <= 128 else (log2(MAX_LANES), 4)
+
+
+def check_partials(
+    op: str,
+    x: torch.Tensor,
+    device: torch.device,
+    *,
+    widths: Sequence[int] = (2,),
+    blocks: Sequence[int] = (),
+) -> None:
+    """Raise unless `x` are float32 partial sums (*blocks, B, T, a width) on `device`."""
+    fits = x.ndim == 3 + len(blocks) and x.shape[:-3] == tuple(blocks) and x.shape[-1] in widths
+    if not fits or x.shape[-2] > MAX_PARTIALS:
+        form = ", ".join(map(str, (*blocks, "B", "T", " or ".join(map(str, widths)))))
+        raise invalid(op, f"partials must be ({form}) with T <= {MAX_PARTIALS}", tuple(x.shape))
+    if x.dtype != torch.float32 or x.device != device:
+        raise invalid(op, f"partials must be float32 on {device}", x.dtype, x.device)
 
 
 def log2(power: int) -> int:

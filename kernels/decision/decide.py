@@ -39,8 +39,8 @@ from dbcache.kernels.common.lane_state import (
 from dbcache.kernels.common.launches import contiguous
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import Plans
-from dbcache.kernels.common.select import Impl, invalid
-from dbcache.kernels.common.sums import MAX_PARTIALS, Partials, f32, lanes_for
+from dbcache.kernels.common.select import Impl
+from dbcache.kernels.common.sums import Partials, check_partials, f32, lanes_for
 from dbcache.kernels.decision.step_signal import (
     is_ready,
     is_signal_ready,
@@ -81,16 +81,7 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
         found[0].launch(*state.arguments(), found[1][1])
         return
     if partials is not None:
-        if (
-            partials.ndim != 3
-            or partials.shape[2] not in (2, 4)
-            or partials.shape[1] > MAX_PARTIALS
-        ):
-            must = f"partials must be (B, T, 2 or 4) with T <= {MAX_PARTIALS}"
-            raise invalid("decide", must, tuple(partials.shape))
-        if partials.dtype != torch.float32 or partials.device != counters.device:
-            must = f"partials must be float32 on {counters.device}"
-            raise invalid("decide", must, partials.dtype, partials.device)
+        check_partials("decide", partials, counters.device, widths=(2, 4))
     _decide(impl, state, partials)
 
 

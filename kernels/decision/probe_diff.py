@@ -120,13 +120,7 @@ def check_probe(
         raise invalid(who, must, first.device, h_fn.device, p_ref.device)
 
 
-def _fake(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    p_ref: torch.Tensor,
-    thresholds: torch.Tensor | None,
-    impl: str,
-) -> torch.Tensor:
+def _fake(h_in, h_fn, p_ref, thresholds, impl):
     by_token = thresholds is not None
     programs = partition(h_fn.shape, by_token)[1] if select(impl, h_fn) == "triton" else 1
     return h_fn.new_empty((h_fn.shape[0], programs, 4 if by_token else 2), dtype=torch.float32)

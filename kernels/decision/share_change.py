@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.lane_state import (
     LANE,
     PLANS,
@@ -31,7 +32,7 @@ from dbcache.kernels.common.lane_state import (
     State,
 )
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import Impl, invalid
+from dbcache.kernels.common.select import Impl
 from dbcache.kernels.decision.decide import Counts, choose, choose_once
 from dbcache.kernels.decision.step_signal import is_ready, is_signal_ready
 
@@ -78,15 +79,10 @@ def share_change(
         ValueError: the tensors do not fit.
     """
     for name, x in (("own", own), ("kept", kept)):
-        if x.dtype != torch.float32 or x.shape != own.shape or not x.is_contiguous():
-            must = f"{name} must be float32 {tuple(own.shape)}, contiguous"
-            raise invalid("share_change", must, x.dtype, tuple(x.shape), x.stride())
-    if stamps.shape != (PROGRAMS, 3) or stamps.dtype != torch.int32:
-        must = f"stamps must be int32 ({PROGRAMS}, 3)"
-        raise invalid("share_change", must, stamps.dtype, tuple(stamps.shape))
-    devices = [x.device for x in (own, kept, stamps, state.counters)]
-    if any(device != own.device for device in devices):
-        raise invalid("share_change", "all tensors must be on one device", *devices)
+        check_tensor("share_change", name, x, torch.float32, own.shape, contiguous=True)
+    check_tensor("share_change", "stamps", stamps, torch.int32, (PROGRAMS, 3))
+    tensors = {"own": own, "kept": kept, "stamps": stamps, "state": state.counters}
+    check_shared("share_change", "device", **tensors)
     decided_by = (state.counters, state.values, state.limits, state.thresholds, state.plan)
     _share_change(impl, own, kept, stamps, *decided_by, branch, kind, by_rules)
 

@@ -25,10 +25,10 @@ from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LANE, LaneState
 from dbcache.kernels.common.launches import contiguous
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import Impl, invalid
+from dbcache.kernels.common.select import Impl
 from dbcache.kernels.common.sums import (
-    MAX_PARTIALS,
     Partials,
+    check_partials,
     divide,
     lanes_for,
     total_of_partials,
@@ -61,11 +61,7 @@ def transformation_rate(
     """
     counters, values = state.counters, state.values
     for partials in (output_partials, input_partials):
-        fits = partials.ndim == 3 and partials.shape[2] == 2 and partials.shape[1] <= MAX_PARTIALS
-        if not fits or partials.dtype != torch.float32 or partials.device != values.device:
-            must = f"partials must be float32 (B, T, 2) with T <= {MAX_PARTIALS} on {values.device}"
-            got = (tuple(partials.shape), partials.dtype, partials.device)
-            raise invalid("transformation_rate", must, *got)
+        check_partials("transformation_rate", partials, values.device)
     _transformation_rate(impl, counters, values, output_partials, input_partials)
 
 
@@ -84,9 +80,6 @@ def transformation_rate_reference(
     moved_out, size = total_sums(output_partials.tolist())
     moved_in, _ = total_sums(input_partials.tolist())
     values[ls.RATE] = divide(divide(moved_out, moved_in), size)
-
-
-SIZES = ("output_samples", "output_programs", "input_samples", "input_programs")
 
 
 @op(transformation_rate_reference, like="values", mutates=("values",))

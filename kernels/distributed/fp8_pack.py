@@ -222,9 +222,7 @@ def _launch(kernel: triton.JITFunction, x: torch.Tensor, buffer: torch.Tensor, s
     )  # fmt: skip
 
 
-def _fake_pack(
-    x: torch.Tensor, world: int, scatter: str, quantize: bool, impl: str
-) -> torch.Tensor:
+def _fake_pack(x, world, scatter, quantize, impl):
     return _allocate(x, world, quantize)
 
 
@@ -235,9 +233,7 @@ def _fp8_pack(x, world, scatter, quantize):
     return buffer
 
 
-def _fake_unpack(
-    buffer: torch.Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype, impl: str
-) -> torch.Tensor:
+def _fake_unpack(buffer, shape, gather, dtype, impl):
     return buffer.new_empty(list(shape), dtype=dtype)
 
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dbcache.kernels.common.checks import check_shared
 from dbcache.kernels.common.launches import cdiv, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
@@ -89,32 +90,22 @@ def _check(
     lse_b: torch.Tensor,
     out_dtype: torch.dtype,
 ) -> None:
+    who = "merge_attention"
     if out_a.ndim != 4 or out_a.shape != out_b.shape or out_a.shape[3] == 0:
         must = "out_a and out_b must share a shape (B, S, H, D) with D >= 1"
-        raise invalid("merge_attention", must, tuple(out_a.shape), tuple(out_b.shape))
+        raise invalid(who, must, tuple(out_a.shape), tuple(out_b.shape))
     if not (lse_a.shape == lse_b.shape == out_a.shape[:3]):
         must = f"lse_a and lse_b must be {tuple(out_a.shape[:3])}"
-        raise invalid("merge_attention", must, tuple(lse_a.shape), tuple(lse_b.shape))
+        raise invalid(who, must, tuple(lse_a.shape), tuple(lse_b.shape))
     if lse_a.dtype != torch.float32 or lse_b.dtype != torch.float32:
-        must = "lse_a and lse_b must be float32"
-        raise invalid("merge_attention", must, lse_a.dtype, lse_b.dtype)
+        raise invalid(who, "lse_a and lse_b must be float32", lse_a.dtype, lse_b.dtype)
     if any(dtype not in DTYPES for dtype in (out_a.dtype, out_b.dtype, out_dtype)):
         must = f"out_a, out_b and out_dtype must have a dtype of {DTYPES}"
-        raise invalid("merge_attention", must, out_a.dtype, out_b.dtype, out_dtype)
-    devices = (out_a.device, lse_a.device, out_b.device, lse_b.device)
-    if any(device != devices[0] for device in devices):
-        must = "out_a, lse_a, out_b and lse_b must be on one device"
-        raise invalid("merge_attention", must, *devices)
+        raise invalid(who, must, out_a.dtype, out_b.dtype, out_dtype)
+    check_shared(who, "device", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
 
 
-def _fake(
-    out_a: torch.Tensor,
-    lse_a: torch.Tensor,
-    out_b: torch.Tensor,
-    lse_b: torch.Tensor,
-    out_dtype: torch.dtype,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(out_a, lse_a, out_b, lse_b, out_dtype, impl):
     return out_a.new_empty(out_a.shape, dtype=out_dtype), lse_a.new_empty(lse_a.shape)
 
 

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.constants import Constants
 from dbcache.kernels.common.lane_state import LANE, LaneState
 from dbcache.kernels.common.launches import BLOCK
@@ -79,11 +80,8 @@ def fit_recurrence(
     if ring.dtype not in DTYPES or not ring.is_contiguous() or not 1 <= len(ring) <= ls.MAX_SLOTS:
         must = f"ring must be contiguous (K, ...) with K <= {ls.MAX_SLOTS} and a dtype of {DTYPES}"
         raise invalid("fit_recurrence", must, tuple(ring.shape), ring.dtype, ring.stride())
-    if fit.dtype != torch.float64 or fit.shape != (2,):
-        raise invalid("fit_recurrence", "fit must be float64 (2,)", fit.dtype, tuple(fit.shape))
-    if not (ring.device == fit.device == state.counters.device):
-        must = "ring, fit and state must be on one device"
-        raise invalid("fit_recurrence", must, ring.device, fit.device, state.counters.device)
+    check_tensor("fit_recurrence", "fit", fit, torch.float64, (2,))
+    check_shared("fit_recurrence", "device", ring=ring, fit=fit, state=state.counters)
     if not ridge >= 0:
         raise invalid("fit_recurrence", "ridge must be at least 0", ridge)
     _fit_recurrence(impl, ring, state.counters, fit, ridge)

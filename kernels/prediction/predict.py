@@ -235,32 +235,10 @@ def fp8_tile(width: int) -> tuple[int, int]:
     return BLOCK // columns, columns
 
 
-@without_gradient
-def _predict_reference(
-    out: torch.Tensor,
-    encoder_out: torch.Tensor | None,
-    h: torch.Tensor,
-    ring: torch.Tensor,
-    weights: torch.Tensor,
-    encoder: torch.Tensor | None,
-    encoder_ring: torch.Tensor | None,
-    encoder_weights: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    encoder_scales: torch.Tensor | None,
-    replace: bool,
-) -> None:
-    """The function `predict_reference`, into `out` and `encoder_out`."""
-    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
-    predicted, encoder_predicted = predict_reference(*streams, replace)
-    out.copy_(predicted)
-    if encoder_out is not None and encoder_predicted is not None:
-        encoder_out.copy_(encoder_predicted)
-
-
 LAUNCHES = Plans()
 
 
-@op(_predict_reference, like="h", mutates=("out", "encoder_out"))
+@op(predict_reference, like="h", into=("out", "encoder_out"))
 def _predict(
     out, encoder_out, h, ring, weights, encoder, encoder_ring, encoder_weights, scales,
     encoder_scales, replace,

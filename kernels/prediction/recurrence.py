@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.constants import Constants
 from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, LaneState
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import Impl, invalid
+from dbcache.kernels.common.select import Impl
 from dbcache.kernels.common.sums import f32
 
 DIGITS = 32
@@ -64,11 +65,9 @@ def recurrence_weights(
     """
     counters = state.counters
     for one in (fit, encoder_fit):
-        if one is None:
-            continue
-        if one.shape != (2,) or one.dtype != torch.float64 or one.device != counters.device:
-            must = f"a fit must be float64 (2,) on {counters.device}"
-            raise invalid("recurrence_weights", must, one.dtype, tuple(one.shape), one.device)
+        if one is not None:
+            device = counters.device
+            check_tensor("recurrence_weights", "a fit", one, torch.float64, (2,), device)
     _recurrence_weights(impl, counters, state.values, state.limits, fit, encoder_fit)
 
 

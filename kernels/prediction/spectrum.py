@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.constants import Constants
 from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, LaneState
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import Impl, invalid
+from dbcache.kernels.common.select import Impl
 from dbcache.kernels.common.sums import f32
 
 MAX_ORDER = 4
@@ -62,12 +63,8 @@ def spectrum_weights(state: LaneState, parameters: torch.Tensor, *, impl: Impl =
     Raises:
         ValueError: `parameters` does not fit.
     """
-    if parameters.shape != (NUM_PARAMETERS,) or parameters.dtype != torch.float64:
-        must = f"parameters must be float64 ({NUM_PARAMETERS},)"
-        raise invalid("spectrum_weights", must, parameters.dtype, tuple(parameters.shape))
-    if parameters.device != state.counters.device:
-        must = f"parameters must be on {state.counters.device}"
-        raise invalid("spectrum_weights", must, parameters.device)
+    form = (torch.float64, (NUM_PARAMETERS,), state.counters.device)
+    check_tensor("spectrum_weights", "parameters", parameters, *form)
     _spectrum_weights(impl, state.counters, state.values, state.limits, parameters)
 
 

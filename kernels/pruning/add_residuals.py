@@ -104,25 +104,7 @@ def _check(name: str, x: torch.Tensor, residuals: torch.Tensor, blocks: int) -> 
         raise invalid("add_residuals", must, x.device, residuals.device)
 
 
-def _add_residuals_reference(
-    out: torch.Tensor,
-    encoder_out: torch.Tensor | None,
-    h: torch.Tensor,
-    residuals: torch.Tensor,
-    first: int,
-    count: int,
-    encoder: torch.Tensor | None,
-    encoder_residuals: torch.Tensor | None,
-) -> None:
-    """The function `add_residuals_reference`, into `out` and `encoder_out`."""
-    args = (h, residuals, first, count, encoder, encoder_residuals)
-    total, encoder_total = add_residuals_reference(*args)
-    out.copy_(total)
-    if encoder_out is not None and encoder_total is not None:
-        encoder_out.copy_(encoder_total)
-
-
-@op(_add_residuals_reference, like="h", mutates=("out", "encoder_out"))
+@op(add_residuals_reference, like="h", into=("out", "encoder_out"))
 def _add_residuals(out, encoder_out, h, residuals, first, count, encoder, encoder_residuals):
     h, encoder = contiguous(h, encoder)
     size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()

@@ -20,9 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
+from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.launches import BLOCK, contiguous
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import DTYPES, Impl, invalid, select, without_gradient
+from dbcache.kernels.common.select import Impl, invalid, select, without_gradient
 from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sums_of_two
 
 
@@ -82,28 +83,14 @@ def _check(
     who, blocks = "block_changes", inputs.shape[0]
     if h.ndim < 2 or h.shape[0] == 0 or blocks == 0:
         raise invalid(who, "h must be (B, ...) and the stored ones (M, B, ...)", tuple(h.shape))
+    check_shared(who, "dtype", h=h, inputs=inputs, residuals=residuals)
     for name, stored in (("inputs", inputs), ("residuals", residuals)):
-        if stored.shape != (blocks, *h.shape) or not stored.is_contiguous():
-            must = f"{name} must be ({blocks}, *{tuple(h.shape)}) and contiguous"
-            raise invalid(who, must, tuple(stored.shape), stored.stride())
-        if stored.dtype != h.dtype or h.dtype not in DTYPES:
-            raise invalid(
-                who, f"h and {name} must share a dtype of {DTYPES}", h.dtype, stored.dtype
-            )
-    if stamps.dtype != torch.int32 or stamps.shape != (blocks,):
-        raise invalid(who, f"stamps must be int32 ({blocks},)", stamps.dtype, tuple(stamps.shape))
-    devices = [x.device for x in (h, inputs, residuals, stamps)]
-    if any(device != h.device for device in devices):
-        raise invalid(who, "all tensors must be on one device", *devices)
+        check_tensor(who, name, stored, h.dtype, (blocks, *h.shape), contiguous=True)
+    check_tensor(who, "stamps", stamps, torch.int32, (blocks,))
+    check_shared(who, "device", h=h, inputs=inputs, residuals=residuals, stamps=stamps)
 
 
-def _fake(
-    h: torch.Tensor,
-    inputs: torch.Tensor,
-    residuals: torch.Tensor,
-    stamps: torch.Tensor,
-    impl: str,
-) -> torch.Tensor:
+def _fake(h, inputs, residuals, stamps, impl):
     programs = partition(h.shape, by_token=False)[1] if select(impl, h) == "triton" else 1
     return h.new_empty((inputs.shape[0], h.shape[0], programs, 2), dtype=torch.float32)
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.constants import Constants
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.kernels.common.select import Impl, select
@@ -32,6 +33,12 @@ NUM_STORE = 3
 
 BLOCKS = Constants(globals())
 """The constants above, for kernels."""
+
+
+def check_decisions(op: str, decisions: torch.Tensor, flags: torch.Tensor) -> None:
+    """Raise unless `decisions` are as `decide_blocks` leaves them for the blocks of `flags`."""
+    shape = (flags.shape[0], 2)
+    check_tensor(op, "decisions", decisions, torch.float32, shape, flags.device)
 
 
 @dataclass(slots=True, eq=False)

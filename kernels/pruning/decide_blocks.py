@@ -25,10 +25,10 @@ import triton.language as tl
 from dbcache.kernels.common.constants import Constants
 from dbcache.kernels.common.launches import contiguous
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import Impl, invalid, without_gradient
+from dbcache.kernels.common.select import Impl, without_gradient
 from dbcache.kernels.common.sums import (
-    MAX_PARTIALS,
     Partials,
+    check_partials,
     f32,
     lanes_for,
     relative_l1,
@@ -59,18 +59,8 @@ def decide_blocks(partials: torch.Tensor, state: BlockState, *, impl: Impl = "au
     Raises:
         ValueError: `partials` does not fit.
     """
-    blocks = state.stamps.shape[0]
-    if (
-        partials.ndim != 4
-        or partials.shape[0] != blocks
-        or partials.shape[3] != 2
-        or partials.shape[2] > MAX_PARTIALS
-    ):
-        must = f"partials must be ({blocks}, B, T, 2) with T <= {MAX_PARTIALS}"
-        raise invalid("decide_blocks", must, tuple(partials.shape))
-    if partials.dtype != torch.float32 or partials.device != state.decisions.device:
-        must = f"partials must be float32 on {state.decisions.device}"
-        raise invalid("decide_blocks", must, partials.dtype, partials.device)
+    blocks, device = tuple(state.stamps.shape), state.decisions.device
+    check_partials("decide_blocks", partials, device, blocks=blocks)
     tensors = (partials, state.growth_sums, state.prunable, state.rule)
     written = (state.changes, state.decisions, state.ticket)
     _decide_blocks(impl, *tensors, *written)

@@ -25,10 +25,10 @@ import triton.language as tl
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LANE, PLANS, REASONS, Reason, State
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import Impl, invalid
+from dbcache.kernels.common.select import Impl
 from dbcache.kernels.decision.decide import Counts, choose, choose_once
 from dbcache.kernels.pruning import block_state as bs
-from dbcache.kernels.pruning.block_state import BLOCKS, BlockSteps
+from dbcache.kernels.pruning.block_state import BLOCKS, BlockSteps, check_decisions
 
 
 def decide_step(state: BlockSteps, decisions: torch.Tensor | None, *, impl: Impl = "auto") -> None:
@@ -54,12 +54,7 @@ def decide_step(state: BlockSteps, decisions: torch.Tensor | None, *, impl: Impl
     """
     flags = state.flags
     if decisions is not None:
-        if decisions.shape != (*flags.shape, 2) or decisions.dtype != torch.float32:
-            must = f"decisions must be float32 ({flags.shape[0]}, 2)"
-            raise invalid("decide_step", must, decisions.dtype, tuple(decisions.shape))
-        if decisions.device != flags.device:
-            must = f"decisions must be on {flags.device}"
-            raise invalid("decide_step", must, decisions.device)
+        check_decisions("decide_step", decisions, flags)
     _decide_step(impl, state, decisions)
 
 

@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
+from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.lane_state import LANE
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import Impl, invalid
 from dbcache.kernels.pruning import block_state as bs
-from dbcache.kernels.pruning.block_state import BLOCKS
+from dbcache.kernels.pruning.block_state import BLOCKS, check_decisions
 
 
 def decide_tail(
@@ -52,14 +53,9 @@ def decide_tail(
         raise invalid(who, "flags must be int32 (M,)", flags.dtype, tuple(flags.shape))
     sizes = {"counters": (counters, ls.NUM_COUNTERS), "store": (store, bs.NUM_STORE)}
     for name, (x, size) in sizes.items():
-        if x.shape != (size,) or x.dtype != torch.int32 or x.device != flags.device:
-            must = f"{name} must be int32 ({size},) on {flags.device}"
-            raise invalid(who, must, x.dtype, tuple(x.shape), x.device)
+        check_tensor(who, name, x, torch.int32, (size,), flags.device)
     if decisions is not None:
-        must = f"decisions must be float32 ({flags.shape[0]}, 2) on {flags.device}"
-        is_like = decisions.dtype == torch.float32 and decisions.device == flags.device
-        if decisions.shape != (*flags.shape, 2) or not is_like:
-            raise invalid(who, must, decisions.dtype, tuple(decisions.shape), decisions.device)
+        check_decisions(who, decisions, flags)
     _decide_tail(impl, counters, decisions, flags, store)
 
 

@@ -1,0 +1,48 @@
+"""Checks of an op's tensors. Each raises a ValueError that says ``op: what must hold, got ...``."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from dbcache.kernels.common.select import DTYPES, invalid
+
+_SHARED = {
+    "shape": "share a shape",
+    "dtype": f"share a dtype of {DTYPES}",
+    "device": "be on one device",
+}
+
+
+def check_shared(
+    op: str, what: Literal["shape", "dtype", "device"], /, **tensors: torch.Tensor | None
+) -> None:
+    """Raise unless the tensors, by name, are alike; None stands for one that is missing."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    values = [getattr(x, what) for x in given.values()]
+    if any(value != values[0] for value in values) or (what == "dtype" and values[0] not in DTYPES):
+        *names, last = given
+        got = map(tuple, values) if what == "shape" else values
+        raise invalid(op, f"{', '.join(names)} and {last} must {_SHARED[what]}", *got)
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    device: torch.device | None = None,
+    *,
+    contiguous: bool = False,
+) -> None:
+    """Raise unless `x` has this dtype and shape; on `device` and contiguous, where that is said."""
+    must, got = f"{str(dtype)[len('torch.') :]} {tuple(shape)}", [x.dtype, tuple(x.shape)]
+    if contiguous:
+        must, got = f"{must}, contiguous", [*got, x.stride()]
+    if device is not None:
+        must, got = f"{must} on {device}", [*got, x.device]
+    is_there = device is None or x.device == device
+    is_like = x.dtype == dtype and x.shape == tuple(shape) and is_there
+    if not is_like or (contiguous and not x.is_contiguous()):
+        raise invalid(op, f"{name} must be {must}", *got)
