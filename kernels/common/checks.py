@@ -37,12 +37,9 @@ def check_tensor(
     contiguous: bool = False,
 ) -> None:
     """Raise unless `x` has this dtype and shape; on `device` and contiguous, where that is said."""
-    must, got = f"{str(dtype)[len('torch.') :]} {tuple(shape)}", [x.dtype, tuple(x.shape)]
-    if contiguous:
-        must, got = f"{must}, contiguous", [*got, x.stride()]
-    if device is not None:
-        must, got = f"{must} on {device}", [*got, x.device]
-    is_there = device is None or x.device == device
-    is_like = x.dtype == dtype and x.shape == tuple(shape) and is_there
-    if not is_like or (contiguous and not x.is_contiguous()):
-        raise invalid(op, f"{name} must be {must}", *got)
+    is_like = x.dtype == dtype and x.shape == tuple(shape)
+    if not is_like or (device or x.device) != x.device or (contiguous and not x.is_contiguous()):
+        must = f"{'contiguous ' * contiguous}{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+        where = "" if device is None else f" on {device}"
+        got = (x.dtype, tuple(x.shape), *[x.stride()] * contiguous, x.device)
+        raise invalid(op, f"{name} must be {must}{where}", *got)

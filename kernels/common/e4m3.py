@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.constants import Constants
 from dbcache.kernels.common.select import invalid
 
@@ -63,12 +64,8 @@ def check_scales(op: str, name: str, ring: torch.Tensor, scales: torch.Tensor) -
     if ring.ndim < 2 or ring.shape[-1] > MAX_WIDTH:
         must = f"the fp8 ring of {name} must have tokens (..., D) with D <= {MAX_WIDTH}"
         raise invalid(op, must, tuple(ring.shape[1:]))
-    if scales.dtype != torch.float32 or scales.shape != ring.shape[:-1]:
-        must = f"the scales of {name} must be float32 {tuple(ring.shape[:-1])}"
-        raise invalid(op, must, scales.dtype, tuple(scales.shape))
-    if not scales.is_contiguous() or scales.device != ring.device:
-        must = f"the scales of {name} must be contiguous, on {ring.device}"
-        raise invalid(op, must, scales.stride(), scales.device)
+    form = (torch.float32, ring.shape[:-1], ring.device)
+    check_tensor(op, f"the scales of {name}", scales, *form, contiguous=True)
 
 
 E4M3 = Constants(globals())

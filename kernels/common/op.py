@@ -14,12 +14,7 @@ Function = Callable[..., Any]
 
 
 def op(
-    reference: Function,
-    *,
-    like: str,
-    mutates: Sequence[str] = (),
-    into: Sequence[str] = (),
-    fake: Function | None = None,
+    reference: Function, *, like: str, mutates: Sequence[str] = (), fake: Function | None = None
 ) -> Callable[[Function], Function]:
     """Register the decorated launch of a Triton kernel as ``torch.ops.dbcache.<its name>``.
 
@@ -31,8 +26,6 @@ def op(
         like: the tensor whose device and type decide where the op runs; ``"state.tensor"`` for
             one of a state.
         mutates: names of the tensors that are written.
-        into: names of tensors, None where there is none, that the op takes first and writes what
-            the reference returns to.
         fake: result of the registered op for fake tensors; None for ops without a result.
 
     Returns:
@@ -41,8 +34,6 @@ def op(
     Raises:
         TypeError: the arguments of the launch are not those of the reference.
     """
-    if into:
-        reference, mutates = _writing(reference, into), into
     kinds = {n: p.annotation for n, p in inspect.signature(reference).parameters.items()}
     states = [hasattr(kind, "TENSORS") for kind in kinds.values()]
     argument, _, attribute = like.partition(".")
@@ -84,8 +75,13 @@ def op(
     return register
 
 
-def _writing(reference: Function, into: Sequence[str]) -> Function:
-    """Return `reference` with the tensors that it writes its results to as first arguments."""
+def writing(reference: Function, *into: str) -> Function:
+    """Return `reference` for an op that writes its results, to tensors that it takes first.
+
+    Args:
+        reference: returns as many tensors as there are names, None for one that is not written.
+        *into: names of these tensors.
+    """
 
     def write(*args: Any) -> None:
         for out, result in zip(args, reference(*args[len(into) :]), strict=False):

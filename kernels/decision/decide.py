@@ -228,6 +228,20 @@ class Counts(NamedTuple):
     accumulated: Any
 
 
+@triton.jit
+def counts_of(state, step):
+    """Load what `choose_once` compares on `step`."""
+    counters_ptr = state.counters_ptr
+    return Counts(
+        tl.load(state.plan_ptr + step, mask=step < state.capacity, other=PLANS.DYNAMIC),
+        tl.load(counters_ptr + LANE.REFERENCE),
+        is_signal_ready(state),
+        tl.load(counters_ptr + LANE.CACHED_STEPS),
+        tl.load(counters_ptr + LANE.CONSECUTIVE),
+        tl.load(state.values_ptr + LANE.ACCUMULATED),
+    )
+
+
 @triton.jit(do_not_specialize=["capacity", "samples", "programs"])
 def _decide_kernel(
     counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
@@ -259,15 +273,8 @@ def _advance(state, diff, MEASURED: tl.constexpr):
     """The function `advance` above, on the state in memory."""
     counters_ptr, values_ptr = state.counters_ptr, state.values_ptr
     step = tl.load(counters_ptr + LANE.STEP)
-    planned = step < state.capacity
-    code = tl.load(state.plan_ptr + step, mask=planned, other=PLANS.DYNAMIC)
-    reference = tl.load(counters_ptr + LANE.REFERENCE)
-    ready = is_signal_ready(state)
-    measured = MEASURED & (code == PLANS.DYNAMIC) & (reference == 1) & ready
-    cached_steps = tl.load(counters_ptr + LANE.CACHED_STEPS)
-    consecutive = tl.load(counters_ptr + LANE.CONSECUTIVE)
-    accumulated = tl.load(values_ptr + LANE.ACCUMULATED)
-    counts = Counts(code, reference, ready, cached_steps, consecutive, accumulated)
+    planned, counts = step < state.capacity, counts_of(state, step)
+    measured = MEASURED & is_undecided(counts)
     reason = choose_once(state, counts, diff, MEASURED)
     cached = reason >= REASONS.STATIC
 
@@ -278,9 +285,9 @@ def _advance(state, diff, MEASURED: tl.constexpr):
     tl.debug_barrier()
     if cached:
         _store_weights(state, step, head, slots, snapshots)
-        tl.store(counters_ptr + LANE.CACHED_STEPS, cached_steps + 1)
-        tl.store(counters_ptr + LANE.CONSECUTIVE, consecutive + 1)
-        tl.store(values_ptr + LANE.ACCUMULATED, accumulated + diff, mask=measured)
+        tl.store(counters_ptr + LANE.CACHED_STEPS, counts.cached_steps + 1)
+        tl.store(counters_ptr + LANE.CONSECUTIVE, counts.consecutive + 1)
+        tl.store(values_ptr + LANE.ACCUMULATED, counts.accumulated + diff, mask=measured)
     else:
         tl.store(counters_ptr + LANE.SLOT, head)
         tl.store(counters_ptr + LANE.RING_STEPS + head, step)
@@ -296,6 +303,12 @@ def _advance(state, diff, MEASURED: tl.constexpr):
     tl.store(state.trace_reason_ptr + step, reason, mask=planned)
     tl.store(state.trace_diff_ptr + step, diff, mask=planned)
     tl.store(counters_ptr + LANE.STEP, step + 1)
+
+
+@triton.jit
+def is_undecided(counts):
+    """Whether the plan leaves the step to its change, which can be measured."""
+    return (counts.code == PLANS.DYNAMIC) & (counts.reference == 1) & counts.ready
 
 
 @triton.jit

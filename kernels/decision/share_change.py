@@ -24,7 +24,6 @@ from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.lane_state import (
     LANE,
-    PLANS,
     REASONS,
     LaneState,
     PlanCode,
@@ -33,8 +32,8 @@ from dbcache.kernels.common.lane_state import (
 )
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import Impl
-from dbcache.kernels.decision.decide import Counts, choose, choose_once
-from dbcache.kernels.decision.step_signal import is_ready, is_signal_ready
+from dbcache.kernels.decision.decide import choose, choose_once, counts_of, is_undecided
+from dbcache.kernels.decision.step_signal import is_ready
 
 PROGRAMS = 16
 """Programs of a launch, and stamps."""
@@ -108,13 +107,11 @@ def share_change_reference(
         return
     bounds, numbers = limits.tolist(), values.tolist()
     code = int(plan[step]) if step < len(plan) else PlanCode.DYNAMIC
-    is_undecided = (
-        code == PlanCode.DYNAMIC and counts[ls.REFERENCE] == 1 and is_ready(bounds, numbers)
-    )
+    is_open = code == PlanCode.DYNAMIC and counts[ls.REFERENCE] == 1
     if by_rules:
         reason = choose(counts, numbers, bounds, thresholds.tolist(), code, None)
-        is_undecided = is_undecided and reason == Reason.NAN
-    if is_undecided:
+        is_open = is_open and reason == Reason.NAN
+    if is_open and is_ready(bounds, numbers):
         kept.copy_(own)
         stamps.copy_(torch.tensor([branch, step, kind], dtype=torch.int32))
 
@@ -142,25 +139,18 @@ def _share_change_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     stamp_ptr = stamps_ptr + 3 * pid
     step = tl.load(counters_ptr + LANE.STEP)
-    code = tl.load(plan_ptr + step, mask=step < capacity, other=PLANS.DYNAMIC)
-    reference = tl.load(counters_ptr + LANE.REFERENCE)
-    ready = is_signal_ready(state)
-    is_undecided = (code == PLANS.DYNAMIC) & (reference == 1) & ready
+    counts = counts_of(state, step)
+    undecided = is_undecided(counts)
     if BY_RULES:
-        cached_steps = tl.load(counters_ptr + LANE.CACHED_STEPS)
-        consecutive = tl.load(counters_ptr + LANE.CONSECUTIVE)
-        accumulated = tl.load(values_ptr + LANE.ACCUMULATED)
-        counts = Counts(code, reference, ready, cached_steps, consecutive, accumulated)
-        is_undecided &= (
-            choose_once(state, counts, tl.full((), 0.0, tl.float32), False) == REASONS.NAN
-        )
+        zero = tl.full((), 0.0, tl.float32)
+        undecided &= choose_once(state, counts, zero, False) == REASONS.NAN
     is_taken = tl.load(stamp_ptr) != branch
     is_taken &= (tl.load(stamp_ptr + 1) == step) & (tl.load(stamp_ptr + 2) == kind)
     # every warp reads before the first one writes, or they would not take the same branch
     tl.debug_barrier()
     if is_taken:
         _copy(own_ptr, kept_ptr, numel, pid, programs, BLOCK)
-    elif is_undecided:
+    elif undecided:
         _copy(kept_ptr, own_ptr, numel, pid, programs, BLOCK)
         tl.store(stamp_ptr, branch)
         tl.store(stamp_ptr + 1, step)

@@ -15,12 +15,14 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import e4m3
+from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.e4m3 import quantize_rows
-from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, NUM_COUNTERS, SLOT
+from dbcache.kernels.common.lane_state import LANE, NUM_COUNTERS, SLOT
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
+from dbcache.kernels.prediction.ring import check_both, check_ring
 
 
 def commit(
@@ -76,11 +78,14 @@ def commit(
         found[0].launch(*found[1])
         return
     _check(h_in, h_fn, h_out, p_ref, counters)
-    _check_ring("h_out", h_out, ring, scales)
+    check_ring("commit", "h_out", h_out, ring, scales)
     if encoder_fn is not None:
         if encoder_out is None or encoder_ring is None:
             raise ValueError("commit: encoder_fn must come with its output and ring, got None")
-        _check_encoder(h_fn, ring, encoder_fn, encoder_out, encoder_ring, encoder_scales)
+        for what in ("shape", "dtype", "device"):
+            check_shared("commit", what, encoder_fn=encoder_fn, encoder_out=encoder_out)
+        check_ring("commit", "encoder_out", encoder_out, encoder_ring, encoder_scales)
+        check_both("commit", h_fn, ring, encoder_fn, encoder_ring)
     streams = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
     _commit(impl, h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
 
@@ -136,66 +141,14 @@ def _check(
 ) -> None:
     if h_in is not None and p_ref is None:
         raise invalid("commit", "h_in must come with p_ref", tuple(h_in.shape), None)
-    inputs = [x for x in (h_in, h_fn, h_out) if x is not None]
-    written = [] if p_ref is None else [p_ref]
-    if any(x.shape != h_fn.shape for x in (*inputs, *written)):
-        shapes = (tuple(x.shape) for x in (*inputs, *written))
-        raise invalid("commit", "h_in, h_fn, h_out and p_ref must share a shape", *shapes)
-    dtypes = [x.dtype for x in inputs]
-    if len(set(dtypes)) != 1 or h_fn.dtype not in DTYPES:
-        must = f"h_in, h_fn and h_out must share a dtype of {DTYPES}"
-        raise invalid("commit", must, *dtypes)
+    inputs = {"h_in": h_in, "h_fn": h_fn, "h_out": h_out}
+    check_shared("commit", "shape", **inputs, p_ref=p_ref)
+    check_shared("commit", "dtype", **inputs)
+    check_shared("commit", "device", **inputs, p_ref=p_ref, counters=counters)
+    check_tensor("commit", "counters", counters, torch.int32, (NUM_COUNTERS,))
     if p_ref is not None and (p_ref.dtype not in DTYPES or not p_ref.is_contiguous()):
         must = f"p_ref must be contiguous with a dtype of {DTYPES}"
         raise invalid("commit", must, p_ref.dtype, p_ref.stride())
-    if counters.dtype != torch.int32 or counters.shape != (NUM_COUNTERS,):
-        must = f"counters must be int32 ({NUM_COUNTERS},)"
-        raise invalid("commit", must, counters.dtype, tuple(counters.shape))
-    devices = [x.device for x in (*inputs, *written, counters)]
-    if any(device != devices[0] for device in devices):
-        must = "h_in, h_fn, h_out, p_ref and counters must be on one device"
-        raise invalid("commit", must, *devices)
-
-
-def _check_ring(
-    name: str, x: torch.Tensor, ring: torch.Tensor, scales: torch.Tensor | None
-) -> None:
-    if ring.shape[1:] != x.shape or not 1 <= ring.shape[0] <= MAX_SLOTS:
-        must = f"the ring of {name} must be (K, *{name}.shape) with 1 <= K <= {MAX_SLOTS}"
-        raise invalid("commit", must, tuple(ring.shape), tuple(x.shape))
-    dtypes = DTYPES if scales is None else (torch.uint8,)
-    if ring.dtype not in dtypes or not ring.is_contiguous() or ring.device != x.device:
-        which = f"the ring of {name}{' with scales' * (scales is not None)}"
-        must = f"{which} must be contiguous, on {x.device}, with a dtype of {dtypes}"
-        raise invalid("commit", must, ring.dtype, ring.stride(), ring.device)
-    if scales is not None:
-        e4m3.check_scales("commit", name, ring, scales)
-
-
-def _check_encoder(
-    h_fn: torch.Tensor,
-    ring: torch.Tensor,
-    encoder_fn: torch.Tensor,
-    encoder_out: torch.Tensor,
-    encoder_ring: torch.Tensor,
-    encoder_scales: torch.Tensor | None,
-) -> None:
-    if encoder_fn.shape != encoder_out.shape:
-        shapes = (tuple(encoder_fn.shape), tuple(encoder_out.shape))
-        raise invalid("commit", "encoder_fn and encoder_out must share a shape", *shapes)
-    if encoder_fn.dtype != encoder_out.dtype or encoder_fn.dtype not in DTYPES:
-        must = f"encoder_fn and encoder_out must share a dtype of {DTYPES}"
-        raise invalid("commit", must, encoder_fn.dtype, encoder_out.dtype)
-    _check_ring("encoder_out", encoder_out, encoder_ring, encoder_scales)
-    if (ring.dtype == torch.uint8) != (encoder_scales is not None):
-        must = "both rings must be fp8 or none"
-        raise invalid("commit", must, ring.dtype, encoder_ring.dtype)
-    slots, devices = (ring.shape[0], encoder_ring.shape[0]), (h_fn.device, encoder_fn.device)
-    if slots[0] != slots[1] or any(
-        device != h_fn.device for device in (*devices, encoder_out.device)
-    ):
-        must = "both streams must share the slots and the device"
-        raise invalid("commit", must, (slots[0], devices[0]), (slots[1], devices[1]))
 
 
 def fp8_tile(width: int, itemsize: int) -> tuple[int, int, int]:

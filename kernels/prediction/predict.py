@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import e4m3
+from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.e4m3 import decode
 from dbcache.kernels.common.lane_state import MAX_SLOTS
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
-from dbcache.kernels.common.op import op
+from dbcache.kernels.common.op import op, writing
 from dbcache.kernels.common.plans import Plan, Plans
 from dbcache.kernels.common.select import (
     DTYPES,
@@ -28,6 +29,7 @@ from dbcache.kernels.common.select import (
     select,
     without_gradient,
 )
+from dbcache.kernels.prediction.ring import check_both, check_ring
 
 MAX_COLUMNS = 512
 """Widest tile of fp8 tokens; widths of models are multiples of it, or nearly."""
@@ -86,10 +88,14 @@ def predict(
             return outputs
     _check("h", h, ring, weights, scales)
     if encoder is not None:
-        _check_encoder(h, ring, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
+        if encoder_ring is None or encoder_weights is None:
+            raise ValueError("predict: encoder must come with its ring and weights, got None")
+        _check("encoder", encoder, encoder_ring, encoder_weights, encoder_scales)
+        check_both("predict", h, ring, encoder, encoder_ring)
     if out is None and encoder_out is None and not is_traced(h) and select(impl, h) == "reference":
         return predict_reference(*streams, replace)
-    out, encoder_out = _outputs(h, out, encoder, encoder_out)
+    out = _output("h", h, out)
+    encoder_out = None if encoder is None else _output("encoder", encoder, encoder_out)
     _predict(impl, out, encoder_out, *streams, replace)
     return out, encoder_out
 
@@ -115,26 +121,12 @@ def _follow(
     return out, encoder_out
 
 
-def _outputs(
-    h: torch.Tensor,
-    out: torch.Tensor | None,
-    encoder: torch.Tensor | None,
-    encoder_out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out = _output("h", h, out)
-    return out, None if encoder is None else _output("encoder", encoder, encoder_out)
-
-
 def _output(name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     """Return `out` if it fits `x`, or a new tensor for None."""
     if out is None:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    if out.shape != x.shape or not out.is_contiguous():
-        must = f"the output for {name} must be contiguous with the shape {tuple(x.shape)}"
-        raise invalid("predict", must, tuple(out.shape), out.stride())
-    if out.dtype != x.dtype or out.device != x.device:
-        must = f"the output for {name} must be {x.dtype} on {x.device}"
-        raise invalid("predict", must, out.dtype, out.device)
+    form = (x.dtype, x.shape, x.device)
+    check_tensor("predict", f"the output for {name}", out, *form, contiguous=True)
     return out
 
 
@@ -187,46 +179,15 @@ def _check(
     weights: torch.Tensor,
     scales: torch.Tensor | None,
 ) -> None:
-    if ring.shape[1:] != h.shape or not 1 <= ring.shape[0] <= MAX_SLOTS:
-        must = f"the ring of {name} must be (K, *{name}.shape) with 1 <= K <= {MAX_SLOTS}"
-        raise invalid("predict", must, tuple(ring.shape), tuple(h.shape))
-    if h.dtype not in DTYPES or (scales is None and ring.dtype not in DTYPES):
-        must = f"{name} and its ring without scales must have a dtype of {DTYPES}"
-        raise invalid("predict", must, h.dtype, ring.dtype)
-    if scales is not None:
-        if ring.dtype != torch.uint8:
-            must = f"the ring of {name} with scales must be {torch.uint8}"
-            raise invalid("predict", must, ring.dtype)
-        e4m3.check_scales("predict", name, ring, scales)
-    if not ring.is_contiguous():
-        raise invalid("predict", f"the ring of {name} must be contiguous", ring.stride())
+    if h.dtype not in DTYPES:
+        raise invalid("predict", f"{name} must have a dtype of {DTYPES}", h.dtype)
+    check_ring("predict", name, h, ring, scales)
     if weights.dtype != torch.float32 or weights.shape != (MAX_SLOTS,):
         must = f"the weights of {name} must be float32 ({MAX_SLOTS},)"
         raise invalid("predict", must, weights.dtype, tuple(weights.shape))
-    if not (h.device == ring.device == weights.device):
-        must = f"{name}, its ring and its weights must be on one device"
-        raise invalid("predict", must, h.device, ring.device, weights.device)
-
-
-def _check_encoder(
-    h: torch.Tensor,
-    ring: torch.Tensor,
-    encoder: torch.Tensor,
-    encoder_ring: torch.Tensor | None,
-    encoder_weights: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    encoder_scales: torch.Tensor | None,
-) -> None:
-    if encoder_ring is None or encoder_weights is None:
-        raise ValueError("predict: encoder must come with its ring and weights, got None")
-    _check("encoder", encoder, encoder_ring, encoder_weights, encoder_scales)
-    if encoder_ring.shape[0] != ring.shape[0] or encoder.device != h.device:
-        must = "both streams must share the slots and the device"
-        got = ((ring.shape[0], h.device), (encoder_ring.shape[0], encoder.device))
-        raise invalid("predict", must, *got)
-    if (scales is None) != (encoder_scales is None):
-        must = "both rings must be fp8 or none"
-        raise invalid("predict", must, ring.dtype, encoder_ring.dtype)
+    if h.device != weights.device:
+        must = f"{name} and its weights must be on one device"
+        raise invalid("predict", must, h.device, weights.device)
 
 
 def fp8_tile(width: int) -> tuple[int, int]:
@@ -238,7 +199,10 @@ def fp8_tile(width: int) -> tuple[int, int]:
 LAUNCHES = Plans()
 
 
-@op(predict_reference, like="h", into=("out", "encoder_out"))
+OUTPUTS = ("out", "encoder_out")
+
+
+@op(writing(predict_reference, *OUTPUTS), like="h", mutates=OUTPUTS)
 def _predict(
     out, encoder_out, h, ring, weights, encoder, encoder_ring, encoder_weights, scales,
     encoder_scales, replace,

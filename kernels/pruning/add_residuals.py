@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
+from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous
-from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
+from dbcache.kernels.common.op import op, writing
+from dbcache.kernels.common.select import Impl, invalid, is_traced, select, without_gradient
 
 
 def add_residuals(
@@ -93,18 +94,16 @@ def add_residuals_reference(
 
 
 def _check(name: str, x: torch.Tensor, residuals: torch.Tensor, blocks: int) -> None:
-    if residuals.shape != (blocks, *x.shape) or not residuals.is_contiguous():
-        must = f"the residuals of {name} must be ({blocks}, *{tuple(x.shape)}) and contiguous"
-        raise invalid("add_residuals", must, tuple(residuals.shape), residuals.stride())
-    if residuals.dtype != x.dtype or x.dtype not in DTYPES:
-        must = f"{name} and its residuals must share a dtype of {DTYPES}"
-        raise invalid("add_residuals", must, x.dtype, residuals.dtype)
-    if residuals.device != x.device:
-        must = f"{name} and its residuals must be on one device"
-        raise invalid("add_residuals", must, x.device, residuals.device)
+    added = f"the residuals of {name}"
+    check_shared("add_residuals", "dtype", **{name: x, added: residuals})
+    form = (x.dtype, (blocks, *x.shape), x.device)
+    check_tensor("add_residuals", added, residuals, *form, contiguous=True)
 
 
-@op(add_residuals_reference, like="h", into=("out", "encoder_out"))
+OUTPUTS = ("out", "encoder_out")
+
+
+@op(writing(add_residuals_reference, *OUTPUTS), like="h", mutates=OUTPUTS)
 def _add_residuals(out, encoder_out, h, residuals, first, count, encoder, encoder_residuals):
     h, encoder = contiguous(h, encoder)
     size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()

@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import LANE, PLANS, REASONS, Reason, State
+from dbcache.kernels.common.lane_state import LANE, REASONS, Reason, State
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import Impl
-from dbcache.kernels.decision.decide import Counts, choose, choose_once
+from dbcache.kernels.decision.decide import choose, choose_once, counts_of
 from dbcache.kernels.pruning import block_state as bs
 from dbcache.kernels.pruning.block_state import BLOCKS, BlockSteps, check_decisions
 
@@ -146,15 +146,12 @@ def _decide_step_kernel(
     """The function `decide_step_reference` above; one program of one warp."""
     step = tl.load(counters_ptr + LANE.STEP)
     planned = step < capacity
-    code = tl.load(plan_ptr + step, mask=planned, other=PLANS.DYNAMIC)
-    reference = tl.load(counters_ptr + LANE.REFERENCE)
-    cached_steps = tl.load(counters_ptr + LANE.CACHED_STEPS)
-    consecutive = tl.load(counters_ptr + LANE.CONSECUTIVE)
-    zero = tl.full((), 0.0, tl.float32)
-    state = State(counters_ptr, values_ptr, limits_ptr, thresholds_ptr, None, None, None, capacity)
-    ready = reference == reference
-    counts = Counts(code, reference, ready, cached_steps, consecutive, zero)
-    reason = choose_once(state, counts, zero, False)
+    state = State(
+        counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, None, None, capacity
+    )
+    counts = counts_of(state, step)
+    reference = counts.reference
+    reason = choose_once(state, counts, tl.full((), 0.0, tl.float32), False)
     every = tl.load(store_ptr + BLOCKS.EVERY)
     # all threads read before the first one writes
     tl.debug_barrier()
@@ -186,8 +183,8 @@ def _decide_step_kernel(
     due = tl.where(reference == 1, tl.where(step % every == 0, 2, 0), 1)
     tl.store(counters_ptr + LANE.CACHED, cached.to(tl.int32))
     tl.store(counters_ptr + LANE.REASON, reason)
-    tl.store(counters_ptr + LANE.CACHED_STEPS, cached_steps + cached.to(tl.int32))
-    tl.store(counters_ptr + LANE.CONSECUTIVE, tl.where(cached, consecutive + 1, 0))
+    tl.store(counters_ptr + LANE.CACHED_STEPS, counts.cached_steps + cached.to(tl.int32))
+    tl.store(counters_ptr + LANE.CONSECUTIVE, tl.where(cached, counts.consecutive + 1, 0))
     tl.store(counters_ptr + LANE.REFERENCE, 1)
     tl.store(counters_ptr + LANE.STEP, step + 1)
     tl.store(store_ptr + BLOCKS.DUE, due)

@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
+from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
+from dbcache.kernels.common.select import Impl, invalid, without_gradient
 from dbcache.kernels.common.sums import lanes_of, log2, partition_of, tree_sums_of_two
 from dbcache.kernels.pruning import block_state as bs
 from dbcache.kernels.pruning.block_state import BLOCKS, BlockState
@@ -109,11 +110,7 @@ def _check(
     who, blocks = "store_block", state.inputs.shape[0]
     if not 0 <= index < blocks:
         raise invalid(who, f"index must be from 0 to {blocks - 1}", index)
-    if store.dtype != torch.int32 or store.shape != (bs.NUM_STORE,):
-        must = f"store must be int32 ({bs.NUM_STORE},)"
-        raise invalid(who, must, store.dtype, tuple(store.shape))
-    if store.device != state.stamps.device:
-        raise invalid(who, f"store must be on {state.stamps.device}", store.device)
+    check_tensor(who, "store", store, torch.int32, (bs.NUM_STORE,), state.stamps.device)
     if (encoder_in is None) != (encoder_out is None):
         raise ValueError(f"{who}: encoder_in and encoder_out must come together, got one of them")
     streams = [("h", h_in, h_out, state.inputs)]
@@ -123,15 +120,10 @@ def _check(
             raise invalid(who, must, "one without")
         streams.append(("encoder", encoder_in, encoder_out, state.encoder_residuals))
     for name, before, after, stored in streams:
-        if not (before.shape == after.shape == stored.shape[1:]):
-            must = f"{name}_in and {name}_out must have the shape {tuple(stored.shape[1:])}"
-            raise invalid(who, must, tuple(before.shape), tuple(after.shape))
-        if not (before.dtype == after.dtype == stored.dtype) or before.dtype not in DTYPES:
-            must = f"{name}_in and {name}_out must be {stored.dtype}, one of {DTYPES}"
-            raise invalid(who, must, before.dtype, after.dtype)
-        if not (before.device == after.device == stored.device):
-            must = f"{name}_in and {name}_out must be on {stored.device}"
-            raise invalid(who, must, before.device, after.device)
+        check_shared(who, "dtype", **{f"{name}_in": before, f"{name}_out": after})
+        for which, x in (("in", before), ("out", after)):
+            form = (stored.dtype, stored.shape[1:], stored.device)
+            check_tensor(who, f"{name}_{which}", x, *form)
 
 
 @op(

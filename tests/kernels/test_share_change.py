@@ -173,7 +173,7 @@ def _is_looked_at(state, by_rules):
 def test_rejects_what_does_not_fit(device):
     own, stamps, state = torch.ones(2, 3, device=device), make_stamps(device), lane_at(1, device)
     for kept in (torch.ones(6, device=device), own.double(), torch.ones(3, 2, device=device).T):
-        with pytest.raises(ValueError, match=r"kept must be float32 \(2, 3\), contiguous, got"):
+        with pytest.raises(ValueError, match=r"kept must be contiguous float32 \(2, 3\), got"):
             share_change(own, kept, stamps, state, 0, 0)
     with pytest.raises(ValueError, match=r"stamps must be int32 \(16, 3\), got"):
         share_change(own, own.clone(), stamps[:3], state, 0, 0)

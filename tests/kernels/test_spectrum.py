@@ -100,7 +100,9 @@ def test_both_implementations_agree_bit_for_bit_as_the_ring_wraps(
 
 def test_rejects_parameters_that_do_not_fit():
     state = LaneState.allocate(1, "cpu")
-    with pytest.raises(ValueError, match=r"parameters must be float64 \(5,\) on cpu, got torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"parameters must be float64 \(5,\) on cpu, got torch.float32"
+    ):
         spectrum_weights(state, torch.zeros(5))
 
 

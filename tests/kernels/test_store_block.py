@@ -95,10 +95,10 @@ def test_rejects_what_does_not_fit(random):
     store = due_of(h, 0, 1)
     for owner, args, must in (
         (state, (store, 2, h, h), "index must be from 0 to 1"),
-        (state, (store, 0, h, random(2, 8)), "h_in and h_out must have the shape"),
-        (state, (store, 0, h, h.half()), "must be torch.float32"),
+        (state, (store, 0, h, random(2, 8)), r"h_out must be float32 \(2, 7\)"),
+        (state, (store, 0, h, h.half()), "share a dtype"),
         (state, (store, 0, h, h, encoder, None), "must come together"),
-        (state, (store, 0, h, h, encoder, random(2, 4)), "encoder_in and encoder_out must have"),
+        (state, (store, 0, h, h, encoder, random(2, 4)), "encoder_out must be float32"),
         (bare, (store, 0, h, h, encoder, encoder), "allocated with encoder states"),
         (state, (store.float(), 0, h, h), "store must be int32"),
         (state, (store[:2], 0, h, h), "store must be int32"),
