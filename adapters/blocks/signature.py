@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,16 +53,24 @@ def names_of_class(cls: Any) -> list[str]:
     return list(inspect.signature(cls.forward).parameters)[1:]
 
 
-def argument(
-    model: torch.nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Return an argument of the model's forward by name; None where it is not given."""
-    if name in kwargs:
-        return kwargs[name]
-    cls: Any = type(model)
-    names = names_of_class(cls)
-    at = names.index(name) if name in names else len(args)
-    return args[at] if at < len(args) else None
+class Call(NamedTuple):
+    """A call of a model's forward."""
+
+    model: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the forward's parameters."""
+        return names_of_class(type(self.model))
+
+    def get(self, name: str) -> Any:
+        """Return an argument by name; None where it is not given."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        at = self.names.index(name) if name in self.names else len(self.args)
+        return self.args[at] if at < len(self.args) else None
 
 
 class ArgumentFinder:

@@ -14,6 +14,7 @@ from torch.compiler import cudagraph_mark_step_begin
 
 from dbcache.adapters.blocks.block_list import FORWARD, BlockList, Entry, Shown
 from dbcache.adapters.blocks.block_list import Place as ListPlace
+from dbcache.adapters.blocks.signature import Call
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.requests import clock as clocks
 from dbcache.adapters.requests.clock import Clock
@@ -301,7 +302,7 @@ class Request:
                 if cutter is not None:
                     run.stack.check_recordable(run.settings)
                 if run.source is not None:
-                    run.source.start(self.module, args, kwargs, may_read=cutter is None)
+                    run.source.start(Call(self.module, args, kwargs), cutter is None)
             output = setup.original(*args, **kwargs)
             for step in forward.steps:
                 if step.awaits_end or step.lane is None:
@@ -378,7 +379,7 @@ class Request:
         """Return what the host reads of a call's tensors; recorded work holds for that alone."""
         runs = self._take_lanes(args, kwargs).runs
         sources = [run.source for run in runs if run.source is not None]
-        return tuple(source.kind_of(self.module, args, kwargs) for source in sources)
+        return tuple(source.kind_of(Call(self.module, args, kwargs)) for source in sources)
 
     def copies(self) -> list[Restorable]:
         """Return copies of all that the step under way changes."""

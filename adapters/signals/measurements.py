@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dbcache.adapters.blocks.patterns import describe
-from dbcache.adapters.blocks.signature import argument, names_of_class
+from dbcache.adapters.blocks.signature import Call
 from dbcache.adapters.signals.modulated import check_block, modulated_input
 from dbcache.adapters.signals.sea_filter import sea_filter
 from dbcache.config.cache import StackSettings
@@ -50,19 +50,11 @@ class Source:
     def start_request(self) -> None:
         """Forget the last request."""
 
-    def kind_of(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> object:
+    def kind_of(self, call: Call) -> object:
         """Return what the host reads of a call's tensors; recorded work holds for that alone."""
         return None
 
-    def start(
-        self,
-        model: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        may_read: bool = True,
-    ) -> None:
+    def start(self, call: Call, may_read: bool = True) -> None:
         """Take note of what the transformer is called with.
 
         `may_read` says whether its tensors may be read on the host: not while it is recorded.
@@ -86,14 +78,8 @@ class Source:
 class Latents(Source):
     """EasyCache: the latents that go in, and how the output follows them."""
 
-    def start(
-        self,
-        model: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        may_read: bool = True,
-    ) -> None:
-        self.value = _latents(self.who, model, args, kwargs)
+    def start(self, call: Call, may_read: bool = True) -> None:
+        self.value = _latents(self.who, call)
 
     def finish(self, lane: Lane, output: Any, cached: bool) -> None:
         if not cached:
@@ -129,16 +115,10 @@ class Spectrum(Source):
     def start_request(self) -> None:
         self._grids.clear()
 
-    def start(
-        self,
-        model: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        may_read: bool = True,
-    ) -> None:
-        x = _latents(self.who, model, args, kwargs)
-        timestep = argument(model, "timestep", args, kwargs)
-        full_noise = _full_noise(model)
+    def start(self, call: Call, may_read: bool = True) -> None:
+        x = _latents(self.who, call)
+        timestep = call.get("timestep")
+        full_noise = _full_noise(call.model)
         assert full_noise is not None
         if not isinstance(timestep, torch.Tensor) or timestep.ndim > 1:
             raise ValueError(
@@ -149,7 +129,7 @@ class Spectrum(Source):
         if x.ndim > 3:  # (B, C, H, W) or (B, C, frames, H, W)
             self.value = sea_filter(x, sigma, tuple(range(2, x.ndim)))
             return
-        grid = self._grid_of(model, args, kwargs, may_read)
+        grid = self._grid_of(call, may_read)
         tokens = grid[0] * grid[1]
         if tokens > x.shape[1]:
             raise ValueError(
@@ -159,30 +139,22 @@ class Spectrum(Source):
         # what follows are tokens of pictures that are given, not made
         self.value = sea_filter(x[:, :tokens].unflatten(1, grid), sigma, (1, 2))
 
-    def kind_of(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> object:
-        x = _latents(self.who, model, args, kwargs)
-        return None if x.ndim > 3 else self._grid_of(model, args, kwargs, may_read=True)
+    def kind_of(self, call: Call) -> object:
+        x = _latents(self.who, call)
+        return None if x.ndim > 3 else self._grid_of(call, may_read=True)
 
-    def _grid_of(
-        self,
-        model: torch.nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        may_read: bool,
-    ) -> tuple[int, ...]:
+    def _grid_of(self, call: Call, may_read: bool) -> tuple[int, ...]:
         """Return (rows, columns) of packed latents, from `img_ids` read once per request.
 
         They are read once for each of their shapes: some pipelines make them anew at each step
         (FLUX.2, behind given pictures), but the size of what is made does not change in a request.
         """
-        shapes = argument(model, "img_shapes", args, kwargs)
+        shapes = call.get("img_shapes")
         if shapes is not None:
             first = shapes[0]
             _, rows, columns = first[0] if isinstance(first, list) else first
             return rows, columns
-        ids = argument(model, "img_ids", args, kwargs)
+        ids = call.get("img_ids")
         if ids is None:
             raise ValueError(
                 f"{self.who}: policy='seacache' must get img_ids or img_shapes with packed "
@@ -230,14 +202,10 @@ def make_source(
     return Spectrum(who, model) if source == "spectrum" else None
 
 
-def _latents(
-    who: str, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> torch.Tensor:
+def _latents(who: str, call: Call) -> torch.Tensor:
     """Return what the transformer denoises: `hidden_states`, or its first parameter."""
-    cls: Any = type(model)
-    names = names_of_class(cls)
-    name = "hidden_states" if "hidden_states" in names else names[0]
-    x = _one_tensor(argument(model, name, args, kwargs))
+    name = "hidden_states" if "hidden_states" in call.names else call.names[0]
+    x = _one_tensor(call.get(name))
     if x is None:
         raise ValueError(
             f"{who}: the transformer must be called with its latents, tensors of one shape in "

@@ -23,6 +23,7 @@ from dbcache.graphs.recording import Cutter
 from dbcache.lanes.decision import Decision
 
 Streams = tuple[torch.Tensor, torch.Tensor | None]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def trimmed(prunable: list[bool]) -> tuple[int, list[bool]]:
@@ -160,10 +161,11 @@ class PrunableBlock(BlockProxy):
         if whole is None:
             return self.run(args, kwargs)
         step, index = whole.single_blocks, self.place
-        hidden = self.inputs.hidden(args, kwargs)
-        encoder = self.inputs.encoder(args, kwargs) if self.inputs.takes_encoder else step.encoder
-        if not self.blocks.returns_encoder:
-            encoder = None
+        hidden, encoder = self.inputs.hidden(args, kwargs), None
+        if self.blocks.returns_encoder:
+            takes = self.inputs.takes_encoder
+            encoder = self.inputs.encoder(args, kwargs) if takes else step.encoder
+        streams, call = (hidden, encoder), (args, kwargs)
         if index == 0:
             step.open(hidden, encoder)
         if step.store is None:
@@ -171,11 +173,10 @@ class PrunableBlock(BlockProxy):
         if index > 0 and hidden is not step.last:
             self.blocks.breaks.add(index - 1)
         if step.recording is not None:
-            output = self._record(step, args, kwargs, hidden, encoder)
+            output = self._record(step, call, streams)
         elif not step.skipped[index]:
-            output = self._run_and_keep(step, args, kwargs, hidden, encoder)
+            output = self._run_and_keep(step, call, streams)
         else:
-            streams = hidden, encoder
             if step.ends_run(index):
                 streams = step.replace(index, *streams)
             step.last, step.encoder = streams
@@ -184,46 +185,32 @@ class PrunableBlock(BlockProxy):
             step.close()
         return output
 
-    def _record(
-        self,
-        step: SingleBlocksStep,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        hidden: torch.Tensor,
-        encoder: torch.Tensor | None,
-    ) -> Any:
+    def _record(self, step: SingleBlocksStep, call: Arguments, given: Streams) -> Any:
         """Record both ways of a block that may be left out."""
         index, cutter = self.place, step.recording
         if not self.blocks.prunable[index]:
-            return self._run_and_keep(step, args, kwargs, hidden, encoder)
+            return self._run_and_keep(step, call, given)
         assert cutter is not None
         cutter.begin_full(step.decisions[index], self.who)
-        output = self._run_and_keep(step, args, kwargs, hidden, encoder)
+        output = self._run_and_keep(step, call, given)
         cutter.begin_cached()
-        left_out = step.store.replace(index, 1, hidden, encoder)
+        left_out = step.store.replace(index, 1, *given)
         for returned, kept in zip((step.last, step.encoder), left_out, strict=True):
             if returned is not None and kept is not None and returned is not kept:
                 returned.copy_(kept)
         cutter.end_branch()
         return output
 
-    def _run_and_keep(
-        self,
-        step: SingleBlocksStep,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        hidden: torch.Tensor,
-        encoder: torch.Tensor | None,
-    ) -> Any:
-        stores = step.due is not None
-        before = hidden, encoder
+    def _run_and_keep(self, step: SingleBlocksStep, call: Arguments, given: Streams) -> Any:
+        stores, (hidden, encoder) = step.due is not None, given
         if stores:
-            before = self.copies.of(hidden), None if encoder is None else self.copies.of(encoder)
-        output = self.run(args, kwargs)
+            hidden = self.copies.of(hidden)
+            encoder = None if encoder is None else self.copies.of(encoder)
+        output = self.run(*call)
         after = self.streams(output)
         if stores:
             if step.recording is None:
-                self.copies.learn([(hidden, before[0]), (encoder, before[1])])
-            step.keep(self.place, before, after, self.who)
+                self.copies.learn(list(zip(given, (hidden, encoder), strict=True)))
+            step.keep(self.place, (hidden, encoder), after, self.who)
         step.last, step.encoder = after
         return output

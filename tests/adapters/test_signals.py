@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dbcache
+from dbcache.adapters.blocks.signature import Call
 from dbcache.adapters.signals.measurements import FULL_NOISE, first_tensor
 from dbcache.adapters.signals.modulated import MODULATED
 
@@ -103,19 +104,18 @@ def test_tokens_of_pictures_that_are_given_are_left_out():
     ids[:12, 1], ids[:12, 2] = torch.arange(12) // 4, torch.arange(12) % 4
     ids[12:, 0] = 1  # Kontext: another picture behind the one that is made
     given = {"hidden_states": x, "timestep": torch.tensor([0.5]), "img_ids": ids}
-    stack.source.start(model, (), given)
+    stack.source.start(Call(model, (), given))
     alone = stack.source.measured()
     assert alone.shape == (1, 3, 4, 4)
-    stack.source.start(
-        model, (), given | {"hidden_states": torch.cat([x[:, :12], x[:, 12:] * 9], 1)}
-    )
+    changed = given | {"hidden_states": torch.cat([x[:, :12], x[:, 12:] * 9], 1)}
+    stack.source.start(Call(model, (), changed))
     assert torch.equal(stack.source.measured(), alone)
     with pytest.raises(ValueError, match=r"one token per point of their grid, got 8 tokens for a"):
-        stack.source.start(model, (), given | {"hidden_states": x[:, :8]})
+        stack.source.start(Call(model, (), given | {"hidden_states": x[:, :8]}))
     with pytest.raises(ValueError, match=r"one timestep per sample, got \(1, 20\); choose"):
-        stack.source.start(model, (), given | {"timestep": torch.ones(1, 20)})
+        stack.source.start(Call(model, (), given | {"timestep": torch.ones(1, 20)}))
     with pytest.raises(ValueError, match="must get img_ids or img_shapes with packed latents"):
-        stack.source.start(model, (), {"hidden_states": x, "timestep": torch.tensor([0.5])})
+        stack.source.start(Call(model, (), {"hidden_states": x, "timestep": torch.tensor([0.5])}))
     dbcache.disable(model)
 
 
@@ -129,7 +129,7 @@ def test_the_ids_are_read_once_per_request_though_made_anew_at_each_step(monkeyp
         """Return the shape of what is measured of pictures of this size."""
         ids = torch.tensor([(0.0, row, column) for row in range(rows) for column in range(columns)])
         given = {"hidden_states": x, "timestep": torch.tensor([0.5]), "img_ids": ids}
-        stack.source.start(model, (), given)
+        stack.source.start(Call(model, (), given))
         return stack.source.measured().shape
 
     assert [measured(3, 4) for _ in range(3)] == [(1, 3, 4, 4)] * 3

@@ -23,6 +23,7 @@ from tape import Tape
 from tiny import BRANCHES, FAMILIES, generate, noise, pipeline
 
 import dbcache
+from dbcache.adapters.blocks.signature import Call
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -309,7 +310,7 @@ def test_a_step_that_is_to_serve_all_needs_one_of_its_shape_before_it(capture, p
     expected = denoise(model, steps=range(4))
     given = FLUX.arguments(start(1)[:, :12], 1.0, "cond") | {"img_ids": few}
     if policy == "seacache":  # or else it is missed first
-        inside.stacks(model)[0].source.kind_of(model, (), given)
+        inside.stacks(model)[0].source.kind_of(Call(model, (), given))
     dbcache.refresh_context(model)
     with pytest.raises(RuntimeError, match=r"serve all steps.*run a step before the capture"):
         capture(FakeDriver(), lambda: torch.no_grad()(model)(**given))

@@ -199,7 +199,7 @@ def test_rejects_what_does_not_fit(device):
     for decisions in (torch.zeros(3, 2), torch.zeros(2), torch.zeros(2, 2, dtype=torch.float64)):
         with pytest.raises(ValueError, match=r"decisions must be float32 \(2, 2\)"):
             decide_step(state, decisions.to(device))
-    with pytest.raises(ValueError, match="decisions must be .* on"):
+    with pytest.raises(ValueError, match=r"decisions must be .* on"):
         decide_step(state, torch.zeros(2, 2, device="meta"))
 
 
