@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import triton.testing
+from torch import Tensor
 
 from dbcache.kernels.common import launches
 from dbcache.kernels.common.lane_state import MAX_SLOTS, NUM_COUNTERS, NUM_THRESHOLDS, LaneState
@@ -159,7 +160,7 @@ def _call(
 ) -> Call:
     """Return a call of `op` on random tensors."""
 
-    def normal(*size: int) -> torch.Tensor:
+    def normal(*size: int) -> Tensor:
         return torch.randn(size, dtype=dtype, device=device)
 
     h, tokens = normal(*shape), op.endswith("tokens")

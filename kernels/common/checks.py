@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dbcache.kernels.common.select import DTYPES, invalid
 
@@ -15,7 +16,7 @@ _SHARED = {
 
 
 def check_shared(
-    op: str, what: Literal["shape", "dtype", "device"], /, **tensors: torch.Tensor | None
+    op: str, what: Literal["shape", "dtype", "device"], /, **tensors: Tensor | None
 ) -> None:
     """Raise unless the tensors, by name, are alike; None stands for one that is missing."""
     given = {name: x for name, x in tensors.items() if x is not None}
@@ -29,7 +30,7 @@ def check_shared(
 def check_tensor(
     op: str,
     name: str,
-    x: torch.Tensor,
+    x: Tensor,
     dtype: torch.dtype,
     shape: Sequence[int],
     device: torch.device | None = None,

@@ -22,6 +22,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.constants import Constants
@@ -34,7 +35,7 @@ MAX_WIDTH = 16384
 """Longest token: a program of `commit` keeps one in registers."""
 
 
-def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the codes of float32 `x` (..., D), uint8, and its scales (...), float32."""
     if x.numel() == 0:
         return x.to(torch.uint8), x.new_full(x.shape[:-1], SMALLEST_SCALE)
@@ -47,19 +48,19 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes.masked_fill_(lost, NAN_CODE), scales
 
 
-def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     """Return the float32 values of uint8 `codes` (..., D) with float32 `scales` (...)."""
     return codes.view(torch.float8_e4m3fn).float() * scales[..., None]
 
 
-def tokens_and_width(x: torch.Tensor | None) -> tuple[int, int]:
+def tokens_and_width(x: Tensor | None) -> tuple[int, int]:
     """Return the number of tokens of `x` (..., D), and D; (0, 0) for None."""
     if x is None or x.numel() == 0:
         return 0, 0
     return x.numel() // x.shape[-1], x.shape[-1]
 
 
-def check_scales(op: str, name: str, ring: torch.Tensor, scales: torch.Tensor) -> None:
+def check_scales(op: str, name: str, ring: Tensor, scales: Tensor) -> None:
     """Raise unless `scales` fit the fp8 `ring` (K, ..., D) of the stream `name`."""
     if ring.ndim < 2 or ring.shape[-1] > MAX_WIDTH:
         must = f"the fp8 ring of {name} must have tokens (..., D) with D <= {MAX_WIDTH}"

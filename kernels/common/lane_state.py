@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dbcache.kernels.common.constants import Constants
 
@@ -160,28 +161,28 @@ class LaneState:
     TENSORS: ClassVar[tuple[str, ...]]
     """Names of the tensors that a `LaneState` is made of."""
 
-    counters: torch.Tensor
+    counters: Tensor
     """int32 (NUM_COUNTERS,)"""
-    values: torch.Tensor
+    values: Tensor
     """float32 (NUM_VALUES,)"""
-    limits: torch.Tensor
+    limits: Tensor
     """int32 (NUM_LIMITS,), written by the host when the configuration changes"""
-    thresholds: torch.Tensor
+    thresholds: Tensor
     """float32 (NUM_THRESHOLDS,), written by the host when the configuration changes"""
-    plan: torch.Tensor
+    plan: Tensor
     """int32 (capacity,): a PlanCode per step, or KNOWN + its Reason"""
-    trace_reason: torch.Tensor
+    trace_reason: Tensor
     """int32 (capacity,): a Reason per step, -1 where the request has not come yet"""
-    trace_diff: torch.Tensor
+    trace_diff: Tensor
     """float32 (capacity,): relative L1 per step, -1 where it was not measured"""
-    weights: torch.Tensor = field(init=False)
+    weights: Tensor = field(init=False)
     """float32 (MAX_SLOTS,), a view of `values`: what `predict` takes for hidden states"""
-    encoder_weights: torch.Tensor = field(init=False)
+    encoder_weights: Tensor = field(init=False)
     """float32 (MAX_SLOTS,), a view of `values`: what `predict` takes for encoder states"""
 
     host: tuple[Any, ...] | None = field(init=False)
     """NumPy views of the seven tensors, in the order of TENSORS, on the CPU; None elsewhere"""
-    _reset: tuple[list[torch.Tensor], list[torch.Tensor]] = field(init=False, repr=False)
+    _reset: tuple[list[Tensor], list[Tensor]] = field(init=False, repr=False)
     """What a request writes, and what that is when it begins, as int32: for `reset`"""
     _arguments: tuple[int, ...] | None = field(init=False, repr=False)
     """What `arguments` returns, None where it is not known yet"""
@@ -192,7 +193,7 @@ class LaneState:
     def _make_views(self) -> None:
         self._arguments = None
         # a fake tensor claims to be on the CPU, but has no memory
-        on_cpu = self.counters.device.type == "cpu" and type(self.counters) is torch.Tensor
+        on_cpu = self.counters.device.type == "cpu" and type(self.counters) is Tensor
         self.host = tuple(x.numpy() for x in self.tensors()) if on_cpu else None
         self.weights = self.values[WEIGHTS : WEIGHTS + MAX_SLOTS]
         self.encoder_weights = self.values[ENCODER_WEIGHTS : ENCODER_WEIGHTS + MAX_SLOTS]
@@ -236,7 +237,7 @@ class LaneState:
         """Number of steps that the plan and the traces can hold."""
         return self.plan.shape[0]
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """Return the seven tensors, in the order of TENSORS."""
         state = (self.counters, self.values, self.limits, self.thresholds, self.plan)
         return (*state, self.trace_reason, self.trace_diff)
@@ -248,7 +249,7 @@ class LaneState:
         return self._arguments
 
     @classmethod
-    def from_tensors(cls, *tensors: torch.Tensor) -> "LaneState":
+    def from_tensors(cls, *tensors: Tensor) -> "LaneState":
         """Return the state made of the seven tensors."""
         return cls(*tensors)
 
@@ -302,7 +303,7 @@ TENSORS = tuple(tensor.name for tensor in fields(LaneState) if tensor.init)
 LaneState.TENSORS = TENSORS
 
 
-def _blank(capacity: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:
+def _blank(capacity: int, device: torch.device | str) -> tuple[Tensor, ...]:
     """Return counters, values and the two traces of a request that has not begun."""
     values = torch.zeros(NUM_VALUES, dtype=torch.float32, device=device)
     values[DIFF], values[RATE] = -1.0, NO_OUTPUT

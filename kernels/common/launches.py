@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from dbcache.kernels.common.select import forget_plans
 
@@ -78,7 +79,7 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def contiguous(*tensors: torch.Tensor | None) -> list[Any]:
+def contiguous(*tensors: Tensor | None) -> list[Any]:
     """Return the tensors in contiguous form; None stays None."""
     return [x if x is None else x.contiguous() for x in tensors]
 
@@ -88,7 +89,7 @@ _tables: dict[int, Table] = {}  # by index of the device
 _read: dict[str, Table] | None = None  # by description of the device
 
 
-def launch_of(op: str, x: torch.Tensor, slots: int = 1) -> Launch:
+def launch_of(op: str, x: Tensor, slots: int = 1) -> Launch:
     """Return how to launch `op` on hidden states `x`."""
     index = x.get_device()
     table = _tables.get(index)

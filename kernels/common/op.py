@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dbcache.kernels.common.select import is_traced, select
 
@@ -39,7 +40,7 @@ def op(
     argument, _, attribute = like.partition(".")
     place = list(kinds).index(argument)
 
-    def tensor_of(args: Sequence[Any]) -> torch.Tensor:
+    def tensor_of(args: Sequence[Any]) -> Tensor:
         return getattr(args[place], attribute) if attribute else args[place]
 
     def register(launch: Function) -> Function:
@@ -47,7 +48,7 @@ def op(
             must = f"{launch.__name__}: the arguments must be those of the reference"
             raise TypeError(f"{must}, {', '.join(kinds)}")
 
-        def execute(impl: str, x: torch.Tensor, args: Sequence[Any]) -> Any:
+        def execute(impl: str, x: Tensor, args: Sequence[Any]) -> Any:
             if select(impl, x) == "reference":
                 return reference(*args)
             with torch.cuda.device_of(x):
@@ -89,7 +90,7 @@ def writing(reference: Function, *into: str) -> Function:
                 out.copy_(result)
 
     signature, either = inspect.signature(reference), inspect.Parameter.POSITIONAL_OR_KEYWORD
-    outputs = [inspect.Parameter(x, either, annotation=torch.Tensor | None) for x in into]
+    outputs = [inspect.Parameter(x, either, annotation=Tensor | None) for x in into]
     parameters = [*outputs, *signature.parameters.values()]
     write.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [p.replace(default=inspect.Parameter.empty) for p in parameters], return_annotation=None
@@ -109,7 +110,7 @@ def _registered(
     flat: dict[str, Any] = {}
     for argument, kind in kinds.items():
         is_state = hasattr(kind, "TENSORS")
-        flat |= dict.fromkeys(kind.TENSORS, torch.Tensor) if is_state else {argument: kind}
+        flat |= dict.fromkeys(kind.TENSORS, Tensor) if is_state else {argument: kind}
     flat["impl"] = str
     either = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(n, either, annotation=kind) for n, kind in flat.items()]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from dbcache.kernels.common import select
 
@@ -79,7 +80,7 @@ class Plans(dict[Hashable, Plan]):
         select.on_reset(self.clear)
 
     def find(
-        self, impl: str, flags: Hashable, tensors: Sequence[torch.Tensor | None]
+        self, impl: str, flags: Hashable, tensors: Sequence[Tensor | None]
     ) -> tuple[Plan, list[int | None]] | None:
         """Return the plan for tensors of this layout, and their addresses.
 
@@ -88,7 +89,7 @@ class Plans(dict[Hashable, Plan]):
         where no kernel runs, or something traces the call. The first tensor is never None.
         """
         first = tensors[0]
-        if type(first) is not torch.Tensor or _is_compiling() or not self:
+        if type(first) is not Tensor or _is_compiling() or not self:
             return None
         addresses: list[int | None] = []
         layout: list[Hashable] = [flags]
@@ -112,12 +113,12 @@ class Plans(dict[Hashable, Plan]):
     def launch(
         self,
         flags: Hashable,
-        tensors: Sequence[torch.Tensor | None],
+        tensors: Sequence[Tensor | None],
         kernel: Any,
         grid: tuple[int, ...],
         args: Sequence[Any],
         tail: dict[str, Any],
-        scratch: torch.Tensor | None = None,
+        scratch: Tensor | None = None,
         **options: Any,
     ) -> None:
         """Launch `kernel` through Triton, and keep the plan if later launches can follow it.
@@ -135,14 +136,14 @@ class Plans(dict[Hashable, Plan]):
         """
         variant = kernel[grid](*args, **tail, **options)
         is_known = KNOWN[0] <= _VERSION < KNOWN[1] and isinstance(kernel, triton.JITFunction)
-        given = [x for x in (*tensors, *args) if isinstance(x, torch.Tensor)]
+        given = [x for x in (*tensors, *args) if isinstance(x, Tensor)]
         is_plain = all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in given)
         if is_known and is_plain and not kernel.pre_run_hooks:
             rest = (len(args), tuple(tail.values()), scratch)
             self[_layout_of(flags, tensors)] = Plan(variant, given[0].get_device(), grid, *rest)
 
 
-def _layout_of(flags: Hashable, tensors: Sequence[torch.Tensor | None]) -> tuple[Hashable, ...]:
+def _layout_of(flags: Hashable, tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
     """Return what `Plans.find` looks for: all but the addresses that checks and launches read."""
     layout: list[Hashable] = [flags]
     for x in tensors:

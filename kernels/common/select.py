@@ -6,6 +6,7 @@ from functools import cache, wraps
 from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 import torch
+from torch import Tensor
 
 Impl = Literal["auto", "triton", "reference"]
 Backend = Literal["triton", "reference"]
@@ -16,7 +17,7 @@ R = TypeVar("R")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def select(impl: str, x: torch.Tensor) -> Backend:
+def select(impl: str, x: Tensor) -> Backend:
     """Resolve `impl` for a call on `x`.
 
     ``"auto"`` takes Triton for tensors on a GPU (CUDA or ROCm) and the reference for others, unless
@@ -40,13 +41,13 @@ def select(impl: str, x: torch.Tensor) -> Backend:
     return cast(Backend, impl)
 
 
-def is_traced(x: torch.Tensor) -> bool:
+def is_traced(x: Tensor) -> bool:
     """Whether the call on `x` must go through the registered op, so that a tracer sees it.
 
     True while torch.compile or torch.export traces, and for tensor subclasses such as fake tensors.
     Plain tensors skip the op, whose dispatch costs 10 to 20 us of host time per call.
     """
-    return torch.compiler.is_compiling() or type(x) is not torch.Tensor
+    return torch.compiler.is_compiling() or type(x) is not Tensor
 
 
 def without_gradient(function: Callable[P, R]) -> Callable[P, R]:

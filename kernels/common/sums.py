@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common.launches import BLOCK, cdiv
 from dbcache.kernels.common.select import invalid
@@ -59,7 +60,7 @@ def lanes_for(programs: int) -> tuple[int, int]:
 
 def check_partials(
     op: str,
-    x: torch.Tensor,
+    x: Tensor,
     device: torch.device,
     *,
     widths: Sequence[int] = (2,),

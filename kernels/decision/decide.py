@@ -21,9 +21,9 @@ of it is computed here, too.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import (
@@ -51,7 +51,7 @@ from dbcache.kernels.decision.step_signal import (
 from dbcache.kernels.prediction.taylor import Ring, reached, store_weights, weights_by_slot
 
 
-def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "auto") -> None:
+def decide(state: LaneState, partials: Tensor | None, *, impl: Impl = "auto") -> None:
     """Decide the next step of `state`, compute its weights, and advance the state, in place.
 
     ``counters[CACHED]`` then says 1 (replace the blocks by `predict` with ``state.weights``) or 0
@@ -88,7 +88,7 @@ def decide(state: LaneState, partials: torch.Tensor | None, *, impl: Impl = "aut
 LAUNCHES = Plans()
 
 
-def decide_reference(state: LaneState, partials: torch.Tensor | None) -> None:
+def decide_reference(state: LaneState, partials: Tensor | None) -> None:
     """Plain Python, the meaning of `decide`."""
     if state.host is None:
         on_cpu = state.clone("cpu")

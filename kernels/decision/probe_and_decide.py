@@ -21,6 +21,7 @@ replayed.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common.lane_state import LANE, LaneState, State
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
@@ -39,9 +40,9 @@ from dbcache.kernels.decision.probe_diff import (
 
 
 def probe_and_decide(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    p_ref: torch.Tensor,
+    h_in: Tensor | None,
+    h_fn: Tensor,
+    p_ref: Tensor,
     state: LaneState,
     *,
     by_token: bool = False,
@@ -76,11 +77,7 @@ def probe_and_decide(
 
 
 def probe_and_decide_reference(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    p_ref: torch.Tensor,
-    state: LaneState,
-    by_token: bool = False,
+    h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, state: LaneState, by_token: bool = False
 ) -> None:
     """Plain PyTorch and Python, the meaning of `probe_and_decide`."""
     thresholds = state.thresholds if by_token else None

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common.lane_state import IMPORTANT, LANE
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
@@ -32,13 +33,13 @@ from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sums_of_
 
 
 def probe_diff(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    p_ref: torch.Tensor,
-    thresholds: torch.Tensor | None = None,
+    h_in: Tensor | None,
+    h_fn: Tensor,
+    p_ref: Tensor,
+    thresholds: Tensor | None = None,
     *,
     impl: Impl = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """Return partial sums of ``|P - p_ref|`` and ``|p_ref|``, where ``P = h_fn - h_in``.
 
     P is rounded to the dtype of `p_ref`, as `commit` stores it, so an unchanged input gives
@@ -68,11 +69,8 @@ def probe_diff(
 
 @without_gradient
 def probe_diff_reference(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    p_ref: torch.Tensor,
-    thresholds: torch.Tensor | None = None,
-) -> torch.Tensor:
+    h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, thresholds: Tensor | None = None
+) -> Tensor:
     """Plain PyTorch, the meaning of `probe_diff`."""
     if h_in is None:
         p = h_fn.to(p_ref.dtype).float()
@@ -90,9 +88,7 @@ def probe_diff_reference(
     return torch.stack((num, den), -1).unsqueeze_(1)
 
 
-def _sums_by_token(
-    change: torch.Tensor, size: torch.Tensor, thresholds: torch.Tensor
-) -> torch.Tensor:
+def _sums_by_token(change: Tensor, size: Tensor, thresholds: Tensor) -> Tensor:
     """Return (B, 1, 4) sums: of all tokens, and of those that changed more than the threshold."""
     num = change.sum(-1).flatten(1)
     den = size.sum(-1, dtype=torch.float32).flatten(1)
@@ -101,9 +97,7 @@ def _sums_by_token(
     return torch.stack([x.sum(1) for x in sums], -1).unsqueeze_(1)
 
 
-def check_probe(
-    who: str, h_in: torch.Tensor | None, h_fn: torch.Tensor, p_ref: torch.Tensor, by_token: bool
-) -> None:
+def check_probe(who: str, h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, by_token: bool) -> None:
     """Raise a ValueError, as from `who`, unless the inputs of `probe_diff` fit."""
     first = h_fn if h_in is None else h_in
     if not (first.shape == h_fn.shape == p_ref.shape) or h_fn.ndim == 0 or h_fn.shape[0] == 0:

@@ -19,17 +19,11 @@ A few kilobytes, one launch. Each program has a stamp of its own, so that none w
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.checks import check_shared, check_tensor
-from dbcache.kernels.common.lane_state import (
-    LANE,
-    REASONS,
-    LaneState,
-    PlanCode,
-    Reason,
-    State,
-)
+from dbcache.kernels.common.lane_state import LANE, REASONS, LaneState, PlanCode, Reason, State
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import Impl
 from dbcache.kernels.decision.decide import choose, choose_once, counts_of, is_undecided
@@ -40,15 +34,15 @@ PROGRAMS = 16
 BLOCK = 1024
 
 
-def make_stamps(device: torch.device) -> torch.Tensor:
+def make_stamps(device: torch.device) -> Tensor:
     """Return int32 stamps (PROGRAMS, 3) that match no step, all -1."""
     return torch.full((PROGRAMS, 3), -1, dtype=torch.int32, device=device)
 
 
 def share_change(
-    own: torch.Tensor,
-    kept: torch.Tensor,
-    stamps: torch.Tensor,
+    own: Tensor,
+    kept: Tensor,
+    stamps: Tensor,
     state: LaneState,
     branch: int,
     kind: int,
@@ -87,14 +81,14 @@ def share_change(
 
 
 def share_change_reference(
-    own: torch.Tensor,
-    kept: torch.Tensor,
-    stamps: torch.Tensor,
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    thresholds: torch.Tensor,
-    plan: torch.Tensor,
+    own: Tensor,
+    kept: Tensor,
+    stamps: Tensor,
+    counters: Tensor,
+    values: Tensor,
+    limits: Tensor,
+    thresholds: Tensor,
+    plan: Tensor,
     branch: int,
     kind: int,
     by_rules: bool,

@@ -17,9 +17,9 @@ from `probe_diff`, so that all of it is the same, bit for bit, in Python and Tri
 rounded once, in the same order.
 """
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LANE, LaneState
@@ -37,11 +37,7 @@ from dbcache.kernels.common.sums import (
 
 
 def transformation_rate(
-    state: LaneState,
-    output_partials: torch.Tensor,
-    input_partials: torch.Tensor,
-    *,
-    impl: Impl = "auto",
+    state: LaneState, output_partials: Tensor, input_partials: Tensor, *, impl: Impl = "auto"
 ) -> None:
     """Update ``state.values[RATE]`` after a step, in place.
 
@@ -66,10 +62,7 @@ def transformation_rate(
 
 
 def transformation_rate_reference(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    output_partials: torch.Tensor,
-    input_partials: torch.Tensor,
+    counters: Tensor, values: Tensor, output_partials: Tensor, input_partials: Tensor
 ) -> None:
     """Plain Python, the meaning of `transformation_rate`."""
     if int(counters[ls.CACHED]):

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.e4m3 import decode, is_native, quantize_rows
@@ -31,13 +32,8 @@ BLOCK = 4096
 
 
 def fp8_pack(
-    x: torch.Tensor,
-    *,
-    world: int,
-    scatter: Split,
-    quantize: bool = True,
-    impl: Impl = "auto",
-) -> torch.Tensor:
+    x: Tensor, *, world: int, scatter: Split, quantize: bool = True, impl: Impl = "auto"
+) -> Tensor:
     """Return the send buffer of an all-to-all over `world` ranks that scatters a dimension of `x`.
 
     In fp8 an element is off by at most 1/16 of itself or 1/1024 of its row's scale, whichever is
@@ -66,13 +62,13 @@ def fp8_pack(
 
 
 def fp8_unpack(
-    buffer: torch.Tensor,
+    buffer: Tensor,
     shape: Sequence[int],
     *,
     gather: Split,
     dtype: torch.dtype | None = None,
     impl: Impl = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """Return the tensor from the buffer that an all-to-all of packed buffers received.
 
     Args:
@@ -100,9 +96,7 @@ def fp8_unpack(
 
 
 @without_gradient
-def fp8_pack_reference(
-    x: torch.Tensor, world: int, scatter: str, quantize: bool = True
-) -> torch.Tensor:
+def fp8_pack_reference(x: Tensor, world: int, scatter: str, quantize: bool = True) -> Tensor:
     """Plain PyTorch, the meaning of `fp8_pack`."""
     chunks = _by_rank(x, world, scatter)
     if not quantize:
@@ -116,8 +110,8 @@ def fp8_pack_reference(
 
 @without_gradient
 def fp8_unpack_reference(
-    buffer: torch.Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype
-) -> torch.Tensor:
+    buffer: Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype
+) -> Tensor:
     """Plain PyTorch, the meaning of `fp8_unpack`."""
     out = torch.empty(list(shape), dtype=dtype, device=buffer.device)
     chunks = _by_rank(out, buffer.shape[0], gather)
@@ -129,7 +123,7 @@ def fp8_unpack_reference(
     return out
 
 
-def _by_rank(x: torch.Tensor, world: int, split: str) -> torch.Tensor:
+def _by_rank(x: Tensor, world: int, split: str) -> Tensor:
     """View (B, S, H, D) as (world, B, S, H, D) with the ranks' parts of a dimension apart."""
     dim = 2 if split == "heads" else 1
     return x.unflatten(dim, (world, x.shape[dim] // world)).movedim(dim, 0)
@@ -141,7 +135,7 @@ def sections(rows: int, width: int) -> tuple[int, int]:
     return start, start + (rows * 4 + 15) // 16 * 16
 
 
-def _allocate(x: torch.Tensor, world: int, quantize: bool) -> torch.Tensor:
+def _allocate(x: Tensor, world: int, quantize: bool) -> Tensor:
     if not quantize:
         return x.new_empty((world, x.numel() // world))
     rows = x.shape[0] * x.shape[1] * x.shape[2] // world
@@ -151,12 +145,12 @@ def _allocate(x: torch.Tensor, world: int, quantize: bool) -> torch.Tensor:
     return allocate((world, size), dtype=torch.uint8)
 
 
-def _codes(buffer: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def _codes(buffer: Tensor, shape: Sequence[int]) -> Tensor:
     """View the codes' section of all chunks, of `shape` (world, B, S, H, D)."""
     return buffer[:, : math.prod(shape[1:])].unflatten(1, list(shape[1:]))
 
 
-def _scales(buffer: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def _scales(buffer: Tensor, shape: Sequence[int]) -> Tensor:
     """View the scales' section of all chunks, of `shape` (world, B, S, H, D) without D."""
     if buffer.storage_offset() % 4:  # not in _check_unpack: torch.compile cannot trace it
         must = "the buffer must start at a multiple of 4 bytes, for the scales"
@@ -178,15 +172,13 @@ def _check_split(op: str, name: str, split: str, shape: Sequence[int], world: in
         raise invalid(op, must, size, world)
 
 
-def _check_pack(x: torch.Tensor, world: int, scatter: str) -> None:
+def _check_pack(x: Tensor, world: int, scatter: str) -> None:
     _check_split("fp8_pack", "scatter", scatter, x.shape, world)
     if x.dtype not in DTYPES:
         raise invalid("fp8_pack", f"x must have a dtype of {DTYPES}", x.dtype)
 
 
-def _check_unpack(
-    buffer: torch.Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype
-) -> None:
+def _check_unpack(buffer: Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype) -> None:
     if buffer.ndim != 2 or not buffer.is_contiguous():
         must = "the buffer must be (world, size) and contiguous"
         raise invalid("fp8_unpack", must, tuple(buffer.shape), buffer.stride())
@@ -203,7 +195,7 @@ def _check_unpack(
         raise invalid("fp8_unpack", must, tuple(buffer.shape))
 
 
-def _launch(kernel: triton.JITFunction, x: torch.Tensor, buffer: torch.Tensor, split: str) -> None:
+def _launch(kernel: triton.JITFunction, x: Tensor, buffer: Tensor, split: str) -> None:
     """Run a kernel between a tensor (B, S, H, D) whose D is contiguous and a buffer."""
     if x.numel() == 0:
         return

@@ -13,6 +13,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common.checks import check_shared
 from dbcache.kernels.common.launches import cdiv, power_of_2
@@ -23,14 +24,14 @@ BLOCK = 2048
 
 
 def merge_attention(
-    out_a: torch.Tensor,
-    lse_a: torch.Tensor,
-    out_b: torch.Tensor,
-    lse_b: torch.Tensor,
+    out_a: Tensor,
+    lse_a: Tensor,
+    out_b: Tensor,
+    lse_b: Tensor,
     *,
     out_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return the output and the log-sum-exp of the attention over the keys of both partials.
 
     Everything is float32 inside; the output is rounded once. To add up many partials, keep the
@@ -62,12 +63,8 @@ def merge_attention(
 
 @without_gradient
 def merge_attention_reference(
-    out_a: torch.Tensor,
-    lse_a: torch.Tensor,
-    out_b: torch.Tensor,
-    lse_b: torch.Tensor,
-    out_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, the meaning of `merge_attention`."""
     top = torch.maximum(lse_a, lse_b)
     # finite where both are -inf, so that both weights are exp(-inf) = 0
@@ -84,11 +81,7 @@ def merge_attention_reference(
 
 
 def _check(
-    out_a: torch.Tensor,
-    lse_a: torch.Tensor,
-    out_b: torch.Tensor,
-    lse_b: torch.Tensor,
-    out_dtype: torch.dtype,
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out_dtype: torch.dtype
 ) -> None:
     who = "merge_attention"
     if out_a.ndim != 4 or out_a.shape != out_b.shape or out_a.shape[3] == 0:

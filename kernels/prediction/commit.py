@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.checks import check_shared, check_tensor
@@ -26,17 +27,17 @@ from dbcache.kernels.prediction.ring import check_both, check_ring
 
 
 def commit(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    h_out: torch.Tensor,
-    p_ref: torch.Tensor | None,
-    ring: torch.Tensor,
-    counters: torch.Tensor,
-    encoder_fn: torch.Tensor | None = None,
-    encoder_out: torch.Tensor | None = None,
-    encoder_ring: torch.Tensor | None = None,
-    scales: torch.Tensor | None = None,
-    encoder_scales: torch.Tensor | None = None,
+    h_in: Tensor | None,
+    h_fn: Tensor,
+    h_out: Tensor,
+    p_ref: Tensor | None,
+    ring: Tensor,
+    counters: Tensor,
+    encoder_fn: Tensor | None = None,
+    encoder_out: Tensor | None = None,
+    encoder_ring: Tensor | None = None,
+    scales: Tensor | None = None,
+    encoder_scales: Tensor | None = None,
     *,
     replace: bool = False,
     impl: Impl = "auto",
@@ -70,7 +71,7 @@ def commit(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    tensors: tuple[torch.Tensor | None, ...] = (h_fn, h_out, ring, counters, p_ref, h_in)
+    tensors: tuple[Tensor | None, ...] = (h_fn, h_out, ring, counters, p_ref, h_in)
     if encoder_fn is not None or scales is not None:
         tensors += (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
     found = LAUNCHES.find(impl, replace, tensors)
@@ -92,17 +93,17 @@ def commit(
 
 @without_gradient
 def commit_reference(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    h_out: torch.Tensor,
-    p_ref: torch.Tensor | None,
-    ring: torch.Tensor,
-    counters: torch.Tensor,
-    encoder_fn: torch.Tensor | None = None,
-    encoder_out: torch.Tensor | None = None,
-    encoder_ring: torch.Tensor | None = None,
-    scales: torch.Tensor | None = None,
-    encoder_scales: torch.Tensor | None = None,
+    h_in: Tensor | None,
+    h_fn: Tensor,
+    h_out: Tensor,
+    p_ref: Tensor | None,
+    ring: Tensor,
+    counters: Tensor,
+    encoder_fn: Tensor | None = None,
+    encoder_out: Tensor | None = None,
+    encoder_ring: Tensor | None = None,
+    scales: Tensor | None = None,
+    encoder_scales: Tensor | None = None,
     replace: bool = False,
 ) -> None:
     """Plain PyTorch, the meaning of `commit`."""
@@ -123,7 +124,7 @@ def commit_reference(
             its_scales[slot].copy_(token_scales)
 
 
-def _store_difference(a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor) -> None:
+def _store_difference(a: Tensor, b: Tensor | None, out: Tensor) -> None:
     if b is None:
         out.copy_(a)
     elif out.dtype == a.dtype:
@@ -133,11 +134,7 @@ def _store_difference(a: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor
 
 
 def _check(
-    h_in: torch.Tensor | None,
-    h_fn: torch.Tensor,
-    h_out: torch.Tensor,
-    p_ref: torch.Tensor | None,
-    counters: torch.Tensor,
+    h_in: Tensor | None, h_fn: Tensor, h_out: Tensor, p_ref: Tensor | None, counters: Tensor
 ) -> None:
     if h_in is not None and p_ref is None:
         raise invalid("commit", "h_in must come with p_ref", tuple(h_in.shape), None)

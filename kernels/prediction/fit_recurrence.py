@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.checks import check_shared, check_tensor
@@ -52,12 +53,7 @@ def num_warps(itemsize: int) -> int:
 
 
 def fit_recurrence(
-    ring: torch.Tensor,
-    state: LaneState,
-    fit: torch.Tensor,
-    *,
-    ridge: float = 0.0,
-    impl: Impl = "auto",
+    ring: Tensor, state: LaneState, fit: Tensor, *, ridge: float = 0.0, impl: Impl = "auto"
 ) -> None:
     """Write (alpha, gamma) of the snapshots in `ring` to `fit`; NaN where there is no fit.
 
@@ -88,9 +84,7 @@ def fit_recurrence(
 
 
 @without_gradient
-def fit_recurrence_reference(
-    ring: torch.Tensor, counters: torch.Tensor, fit: torch.Tensor, ridge: float
-) -> None:
+def fit_recurrence_reference(ring: Tensor, counters: Tensor, fit: Tensor, ridge: float) -> None:
     """Plain PyTorch, the meaning of `fit_recurrence`."""
     numbers = counters.tolist()
     slots, head = ring.shape[0], numbers[ls.HEAD]

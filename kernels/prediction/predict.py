@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.checks import check_tensor
@@ -21,14 +22,7 @@ from dbcache.kernels.common.lane_state import MAX_SLOTS
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op, writing
 from dbcache.kernels.common.plans import Plan, Plans
-from dbcache.kernels.common.select import (
-    DTYPES,
-    Impl,
-    invalid,
-    is_traced,
-    select,
-    without_gradient,
-)
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
 from dbcache.kernels.prediction.ring import check_both, check_ring
 
 MAX_COLUMNS = 512
@@ -36,20 +30,20 @@ MAX_COLUMNS = 512
 
 
 def predict(
-    h: torch.Tensor,
-    ring: torch.Tensor,
-    weights: torch.Tensor,
-    encoder: torch.Tensor | None = None,
-    encoder_ring: torch.Tensor | None = None,
-    encoder_weights: torch.Tensor | None = None,
-    scales: torch.Tensor | None = None,
-    encoder_scales: torch.Tensor | None = None,
+    h: Tensor,
+    ring: Tensor,
+    weights: Tensor,
+    encoder: Tensor | None = None,
+    encoder_ring: Tensor | None = None,
+    encoder_weights: Tensor | None = None,
+    scales: Tensor | None = None,
+    encoder_scales: Tensor | None = None,
     *,
-    out: torch.Tensor | None = None,
-    encoder_out: torch.Tensor | None = None,
+    out: Tensor | None = None,
+    encoder_out: Tensor | None = None,
     replace: bool = False,
     impl: Impl = "auto",
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Return ``h + sum_j weights[j] * ring[j]``, and the same for the encoder states.
 
     The sum is float32, rounded once to the dtype of `h`. A slot whose weight is exactly 0 does not
@@ -103,11 +97,11 @@ def predict(
 def _follow(
     plan: Plan,
     addresses: Sequence[int | None],
-    h: torch.Tensor,
-    out: torch.Tensor | None,
-    encoder: torch.Tensor | None,
-    encoder_out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    h: Tensor,
+    out: Tensor | None,
+    encoder: Tensor | None,
+    encoder_out: Tensor | None,
+) -> tuple[Tensor, Tensor | None] | None:
     """Launch what `plan` says and return the outputs, None if one is not aligned as at first."""
     # what has a plan is contiguous
     out = torch.empty_like(h) if out is None else _output("h", h, out)
@@ -121,7 +115,7 @@ def _follow(
     return out, encoder_out
 
 
-def _output(name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def _output(name: str, x: Tensor, out: Tensor | None) -> Tensor:
     """Return `out` if it fits `x`, or a new tensor for None."""
     if out is None:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -132,16 +126,16 @@ def _output(name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tenso
 
 @without_gradient
 def predict_reference(
-    h: torch.Tensor,
-    ring: torch.Tensor,
-    weights: torch.Tensor,
-    encoder: torch.Tensor | None = None,
-    encoder_ring: torch.Tensor | None = None,
-    encoder_weights: torch.Tensor | None = None,
-    scales: torch.Tensor | None = None,
-    encoder_scales: torch.Tensor | None = None,
+    h: Tensor,
+    ring: Tensor,
+    weights: Tensor,
+    encoder: Tensor | None = None,
+    encoder_ring: Tensor | None = None,
+    encoder_weights: Tensor | None = None,
+    scales: Tensor | None = None,
+    encoder_scales: Tensor | None = None,
     replace: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Plain PyTorch, the meaning of `predict`."""
     out = _weighted_sum(h, ring, weights, scales, replace)
     if encoder is None or encoder_ring is None or encoder_weights is None:
@@ -150,12 +144,8 @@ def predict_reference(
 
 
 def _weighted_sum(
-    h: torch.Tensor,
-    ring: torch.Tensor,
-    weights: torch.Tensor,
-    scales: torch.Tensor | None,
-    replace: bool,
-) -> torch.Tensor:
+    h: Tensor, ring: Tensor, weights: Tensor, scales: Tensor | None, replace: bool
+) -> Tensor:
     """Add up in float32, one op per used slot; h first, so that it needs no pass of its own."""
     total = None if replace else h.float()
     for slot, weight in enumerate(weights.tolist()[: ring.shape[0]]):
@@ -172,13 +162,7 @@ def _weighted_sum(
     return out.clone(memory_format=torch.contiguous_format) if total is h else out.contiguous()
 
 
-def _check(
-    name: str,
-    h: torch.Tensor,
-    ring: torch.Tensor,
-    weights: torch.Tensor,
-    scales: torch.Tensor | None,
-) -> None:
+def _check(name: str, h: Tensor, ring: Tensor, weights: Tensor, scales: Tensor | None) -> None:
     if h.dtype not in DTYPES:
         raise invalid("predict", f"{name} must have a dtype of {DTYPES}", h.dtype)
     check_ring("predict", name, h, ring, scales)

@@ -19,6 +19,7 @@ from math import sqrt
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.checks import check_tensor
@@ -42,11 +43,7 @@ RECURRENCE = Constants(globals())
 
 
 def recurrence_weights(
-    state: LaneState,
-    fit: torch.Tensor | None,
-    encoder_fit: torch.Tensor | None = None,
-    *,
-    impl: Impl = "auto",
+    state: LaneState, fit: Tensor | None, encoder_fit: Tensor | None = None, *, impl: Impl = "auto"
 ) -> None:
     """Overwrite the weights of the cached step that `decide` has just decided, in place.
 
@@ -72,11 +69,7 @@ def recurrence_weights(
 
 
 def recurrence_weights_reference(
-    counters: torch.Tensor,
-    values: torch.Tensor,
-    limits: torch.Tensor,
-    fit: torch.Tensor | None,
-    encoder_fit: torch.Tensor | None,
+    counters: Tensor, values: Tensor, limits: Tensor, fit: Tensor | None, encoder_fit: Tensor | None
 ) -> None:
     """Plain Python, the meaning of `recurrence_weights`."""
     numbers, slots = counters.tolist(), limits.tolist()[ls.SLOTS]

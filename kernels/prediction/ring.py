@@ -1,15 +1,14 @@
 """What `commit` and `predict` ask of a ring of snapshots, and of the two of a step."""
 
 import torch
+from torch import Tensor
 
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.lane_state import MAX_SLOTS
 from dbcache.kernels.common.select import DTYPES, invalid
 
 
-def check_ring(
-    op: str, name: str, x: torch.Tensor, ring: torch.Tensor, scales: torch.Tensor | None
-) -> None:
+def check_ring(op: str, name: str, x: Tensor, ring: Tensor, scales: Tensor | None) -> None:
     """Raise unless `ring` and, of fp8, its `scales` fit a stream `x`."""
     if ring.shape[1:] != x.shape or not 1 <= ring.shape[0] <= MAX_SLOTS:
         must = f"the ring of {name} must be (K, *{name}.shape) with 1 <= K <= {MAX_SLOTS}"
@@ -23,13 +22,7 @@ def check_ring(
         e4m3.check_scales(op, name, ring, scales)
 
 
-def check_both(
-    op: str,
-    h: torch.Tensor,
-    ring: torch.Tensor,
-    encoder: torch.Tensor,
-    encoder_ring: torch.Tensor,
-) -> None:
+def check_both(op: str, h: Tensor, ring: Tensor, encoder: Tensor, encoder_ring: Tensor) -> None:
     """Raise unless the hidden and the encoder states may be handled in one launch."""
     if (ring.dtype == torch.uint8) != (encoder_ring.dtype == torch.uint8):
         raise invalid(op, "both rings must be fp8 or none", ring.dtype, encoder_ring.dtype)

@@ -21,6 +21,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.checks import check_tensor
@@ -48,7 +49,7 @@ WIDTH = 8
 SPECTRUM = Constants(globals())
 
 
-def spectrum_weights(state: LaneState, parameters: torch.Tensor, *, impl: Impl = "auto") -> None:
+def spectrum_weights(state: LaneState, parameters: Tensor, *, impl: Impl = "auto") -> None:
     """Overwrite the weights of the cached step that `decide` has just decided, in place.
 
     Args:
@@ -69,7 +70,7 @@ def spectrum_weights(state: LaneState, parameters: torch.Tensor, *, impl: Impl =
 
 
 def spectrum_weights_reference(
-    counters: torch.Tensor, values: torch.Tensor, limits: torch.Tensor, parameters: torch.Tensor
+    counters: Tensor, values: Tensor, limits: Tensor, parameters: Tensor
 ) -> None:
     """Plain Python, the meaning of `spectrum_weights`."""
     order, encoder_order, ridge, blend, last = parameters.tolist()

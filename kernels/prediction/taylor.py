@@ -23,10 +23,7 @@ TAYLOR = Constants(globals())
 
 
 def taylor_weights(
-    ages: Sequence[int],
-    order: int,
-    predictor: int = Predictor.TAYLOR,
-    scale: float = 0.0,
+    ages: Sequence[int], order: int, predictor: int = Predictor.TAYLOR, scale: float = 0.0
 ) -> list[float]:
     """Return the weights that predict the current step from snapshots `ages` steps old.
 

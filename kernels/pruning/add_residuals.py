@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous
@@ -20,15 +21,15 @@ from dbcache.kernels.common.select import Impl, invalid, is_traced, select, with
 
 
 def add_residuals(
-    h: torch.Tensor,
-    residuals: torch.Tensor,
+    h: Tensor,
+    residuals: Tensor,
     first: int,
     count: int,
-    encoder: torch.Tensor | None = None,
-    encoder_residuals: torch.Tensor | None = None,
+    encoder: Tensor | None = None,
+    encoder_residuals: Tensor | None = None,
     *,
     impl: Impl = "auto",
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Return ``h + residuals[first : first + count].sum(0)``, and the same for the encoder states.
 
     Args:
@@ -73,16 +74,16 @@ def add_residuals(
 
 @without_gradient
 def add_residuals_reference(
-    h: torch.Tensor,
-    residuals: torch.Tensor,
+    h: Tensor,
+    residuals: Tensor,
     first: int,
     count: int,
-    encoder: torch.Tensor | None = None,
-    encoder_residuals: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    encoder: Tensor | None = None,
+    encoder_residuals: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """Plain PyTorch, the meaning of `add_residuals`."""
 
-    def total(x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    def total(x: Tensor, added: Tensor) -> Tensor:
         sum_of_all = x.float()
         for block in range(first, first + count):
             sum_of_all = sum_of_all + added[block]
@@ -93,7 +94,7 @@ def add_residuals_reference(
     return total(h, residuals), total(encoder, encoder_residuals)
 
 
-def _check(name: str, x: torch.Tensor, residuals: torch.Tensor, blocks: int) -> None:
+def _check(name: str, x: Tensor, residuals: Tensor, blocks: int) -> None:
     added = f"the residuals of {name}"
     check_shared("add_residuals", "dtype", **{name: x, added: residuals})
     form = (x.dtype, (blocks, *x.shape), x.device)

@@ -19,6 +19,7 @@ For the blocks up to the first that runs this is exact, and it is what DBPrune c
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.launches import BLOCK, contiguous
@@ -28,13 +29,8 @@ from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sums_of_
 
 
 def block_changes(
-    h: torch.Tensor,
-    inputs: torch.Tensor,
-    residuals: torch.Tensor,
-    stamps: torch.Tensor,
-    *,
-    impl: Impl = "auto",
-) -> torch.Tensor:
+    h: Tensor, inputs: Tensor, residuals: Tensor, stamps: Tensor, *, impl: Impl = "auto"
+) -> Tensor:
     """Return partial sums of ``|b_i|`` and ``|X_i|`` for each block i and each sample.
 
     Differences and sums are float32. The same inputs give the same bits on every run.
@@ -60,9 +56,7 @@ def block_changes(
 
 
 @without_gradient
-def block_changes_reference(
-    h: torch.Tensor, inputs: torch.Tensor, residuals: torch.Tensor, stamps: torch.Tensor
-) -> torch.Tensor:
+def block_changes_reference(h: Tensor, inputs: Tensor, residuals: Tensor, stamps: Tensor) -> Tensor:
     """Plain PyTorch, the meaning of `block_changes`."""
     steps, partials = stamps.tolist(), []
     for i, step in enumerate(steps):
@@ -77,9 +71,7 @@ def block_changes_reference(
     return torch.stack(partials)
 
 
-def _check(
-    h: torch.Tensor, inputs: torch.Tensor, residuals: torch.Tensor, stamps: torch.Tensor
-) -> None:
+def _check(h: Tensor, inputs: Tensor, residuals: Tensor, stamps: Tensor) -> None:
     who, blocks = "block_changes", inputs.shape[0]
     if h.ndim < 2 or h.shape[0] == 0 or blocks == 0:
         raise invalid(who, "h must be (B, ...) and the stored ones (M, B, ...)", tuple(h.shape))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.constants import Constants
@@ -35,7 +36,7 @@ BLOCKS = Constants(globals())
 """The constants above, for kernels."""
 
 
-def check_decisions(op: str, decisions: torch.Tensor, flags: torch.Tensor) -> None:
+def check_decisions(op: str, decisions: Tensor, flags: Tensor) -> None:
     """Raise unless `decisions` are as `decide_blocks` leaves them for the blocks of `flags`."""
     shape = (flags.shape[0], 2)
     check_tensor(op, "decisions", decisions, torch.float32, shape, flags.device)
@@ -45,35 +46,35 @@ def check_decisions(op: str, decisions: torch.Tensor, flags: torch.Tensor) -> No
 class BlockState:
     """The tensors of a run of M blocks, all on one device, contiguous. Make one with `allocate`."""
 
-    inputs: torch.Tensor
+    inputs: Tensor
     """(M, *shape): hidden states before each block, when it was last stored"""
-    residuals: torch.Tensor
+    residuals: Tensor
     """(M, *shape): what each block added to them"""
-    encoder_residuals: torch.Tensor | None
+    encoder_residuals: Tensor | None
     """(M, *encoder shape): what each block added to the encoder states, 0 for one that returns
     none"""
-    stamps: torch.Tensor
+    stamps: Tensor
     """int32 (M,): step at which each block was last stored"""
-    growth_sums: torch.Tensor
+    growth_sums: Tensor
     """float32 (M, T, 2): partial sums of how much each block's output and input changed"""
-    prunable: torch.Tensor
+    prunable: Tensor
     """int32 (M,): 1 for a block that may be skipped"""
-    rule: torch.Tensor
+    rule: Tensor
     """float32 (NUM_RULE,)"""
-    changes: torch.Tensor
+    changes: Tensor
     """float32 (M, 2), for `decide_blocks`: change and growth of each block"""
-    decisions: torch.Tensor
+    decisions: Tensor
     """float32 (M, 2): the change that was compared, and 1 for a block that is skipped, else 0"""
-    ticket: torch.Tensor
+    ticket: Tensor
     """int32 (1,): programs of `decide_blocks` that are done; 0 between launches"""
 
     @classmethod
     def allocate(
         cls,
-        h: torch.Tensor,
-        encoder: torch.Tensor | None,
+        h: Tensor,
+        encoder: Tensor | None,
         prunable: Sequence[bool],
-        rule: torch.Tensor | Sequence[float],
+        rule: Tensor | Sequence[float],
         impl: Impl = "auto",
     ) -> "BlockState":
         """Return the state of ``len(prunable)`` blocks of which nothing is stored yet.
@@ -89,7 +90,7 @@ class BlockState:
         triton_runs = select(impl, h) == "triton"
         programs = partition_of(h.numel())[1] if triton_runs else 1
 
-        def zeros(*shape: int) -> torch.Tensor:
+        def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, device=device)
 
         # a block that returns no encoder states adds nothing to them
@@ -107,7 +108,7 @@ class BlockState:
             ticket=torch.zeros(1, dtype=torch.int32, device=device),
         )
 
-    def fits(self, h: torch.Tensor, encoder: torch.Tensor | None) -> bool:
+    def fits(self, h: Tensor, encoder: Tensor | None) -> bool:
         """Whether blocks with these streams can be stored; encoder states only if there is room."""
         added = self.encoder_residuals
         pairs = [(h, self.inputs)]
@@ -134,13 +135,13 @@ class BlockSteps:
 
     lane: LaneState
     """what `decide` goes by; its ring, weights and accumulated change are not used"""
-    prunable: torch.Tensor
+    prunable: Tensor
     """int32 (M,): 1 for a block that may be skipped"""
-    flags: torch.Tensor
+    flags: Tensor
     """int32 (M,): 1 for a block that is skipped on the latest step"""
-    store: torch.Tensor
+    store: Tensor
     """int32 (NUM_STORE,): what `store_block` does on the latest step"""
-    trace: torch.Tensor
+    trace: Tensor
     """int32 (capacity, M): `flags` of each step"""
 
     @classmethod
@@ -150,7 +151,7 @@ class BlockSteps:
         """Return the state of a new request of at most `capacity` steps, see `LaneState`."""
         count = len(prunable)
 
-        def zeros(*shape: int) -> torch.Tensor:
+        def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         store = zeros(NUM_STORE)
@@ -163,12 +164,12 @@ class BlockSteps:
             trace=zeros(capacity, count),
         )
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """Return the lane's tensors and the four others, in the order of the fields."""
         return (*self.lane.tensors(), self.prunable, self.flags, self.store, self.trace)
 
     @classmethod
-    def from_tensors(cls, *tensors: torch.Tensor) -> "BlockSteps":
+    def from_tensors(cls, *tensors: Tensor) -> "BlockSteps":
         """Return the state made of the tensors."""
         count = len(LaneState.TENSORS)
         return cls(LaneState(*tensors[:count]), *tensors[count:])

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common.constants import Constants
 from dbcache.kernels.common.launches import contiguous
@@ -44,7 +45,7 @@ COUNTED = 5
 RULE = Constants(globals())
 
 
-def decide_blocks(partials: torch.Tensor, state: BlockState, *, impl: Impl = "auto") -> None:
+def decide_blocks(partials: Tensor, state: BlockState, *, impl: Impl = "auto") -> None:
     """Write the change of each block, and whether it is skipped, to ``state.decisions``.
 
     Args:
@@ -68,13 +69,13 @@ def decide_blocks(partials: torch.Tensor, state: BlockState, *, impl: Impl = "au
 
 @without_gradient
 def decide_blocks_reference(
-    partials: torch.Tensor,
-    growth_sums: torch.Tensor,
-    prunable: torch.Tensor,
-    rule: torch.Tensor,
-    changes: torch.Tensor,
-    decisions: torch.Tensor,
-    ticket: torch.Tensor,
+    partials: Tensor,
+    growth_sums: Tensor,
+    prunable: Tensor,
+    rule: Tensor,
+    changes: Tensor,
+    decisions: Tensor,
+    ticket: Tensor,
 ) -> None:
     """Plain Python, the meaning of `decide_blocks`."""
     numbers = rule.tolist()

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LANE, REASONS, Reason, State
@@ -31,7 +32,7 @@ from dbcache.kernels.pruning import block_state as bs
 from dbcache.kernels.pruning.block_state import BLOCKS, BlockSteps, check_decisions
 
 
-def decide_step(state: BlockSteps, decisions: torch.Tensor | None, *, impl: Impl = "auto") -> None:
+def decide_step(state: BlockSteps, decisions: Tensor | None, *, impl: Impl = "auto") -> None:
     """Decide the next step of `state` and advance it, in place.
 
     ``flags`` then says which blocks are skipped, and ``store`` what becomes of the others;
@@ -99,7 +100,7 @@ def _of_blocks(
     return flags, min(own, default=float("nan")), reason
 
 
-def decide_step_reference(state: BlockSteps, decisions: torch.Tensor | None) -> None:
+def decide_step_reference(state: BlockSteps, decisions: Tensor | None) -> None:
     """Plain Python, the meaning of `decide_step`."""
     lane = state.lane
     counters, store = lane.counters.tolist(), state.store.tolist()

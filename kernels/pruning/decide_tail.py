@@ -14,6 +14,7 @@ Integer arithmetic, once in Python (the reference) and once as a Triton kernel.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.checks import check_tensor
@@ -25,12 +26,7 @@ from dbcache.kernels.pruning.block_state import BLOCKS, check_decisions
 
 
 def decide_tail(
-    counters: torch.Tensor,
-    decisions: torch.Tensor | None,
-    flags: torch.Tensor,
-    store: torch.Tensor,
-    *,
-    impl: Impl = "auto",
+    counters: Tensor, decisions: Tensor | None, flags: Tensor, store: Tensor, *, impl: Impl = "auto"
 ) -> None:
     """Write `flags` and `store` for the latest step, in place.
 
@@ -60,10 +56,7 @@ def decide_tail(
 
 
 def decide_tail_reference(
-    counters: torch.Tensor,
-    decisions: torch.Tensor | None,
-    flags: torch.Tensor,
-    store: torch.Tensor,
+    counters: Tensor, decisions: Tensor | None, flags: Tensor, store: Tensor
 ) -> None:
     """Plain Python, the meaning of `decide_tail`."""
     latest, last_stored = counters.tolist(), int(store[bs.STAMP])

@@ -15,6 +15,7 @@ it reads four tensors and writes two. The growth, the quotient of the two sums, 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous
@@ -30,12 +31,12 @@ WARPS = 8
 
 def store_block(
     state: BlockState,
-    store: torch.Tensor,
+    store: Tensor,
     index: int,
-    h_in: torch.Tensor,
-    h_out: torch.Tensor,
-    encoder_in: torch.Tensor | None = None,
-    encoder_out: torch.Tensor | None = None,
+    h_in: Tensor,
+    h_out: Tensor,
+    encoder_in: Tensor | None = None,
+    encoder_out: Tensor | None = None,
     *,
     impl: Impl = "auto",
 ) -> None:
@@ -69,17 +70,17 @@ def store_block(
 
 @without_gradient
 def store_block_reference(
-    inputs: torch.Tensor,
-    residuals: torch.Tensor,
-    encoder_residuals: torch.Tensor | None,
-    stamps: torch.Tensor,
-    growth_sums: torch.Tensor,
-    store: torch.Tensor,
+    inputs: Tensor,
+    residuals: Tensor,
+    encoder_residuals: Tensor | None,
+    stamps: Tensor,
+    growth_sums: Tensor,
+    store: Tensor,
     index: int,
-    h_in: torch.Tensor,
-    h_out: torch.Tensor,
-    encoder_in: torch.Tensor | None,
-    encoder_out: torch.Tensor | None,
+    h_in: Tensor,
+    h_out: Tensor,
+    encoder_in: Tensor | None,
+    encoder_out: Tensor | None,
 ) -> None:
     """Plain PyTorch, the meaning of `store_block`."""
     _, due, step = store.tolist()
@@ -100,12 +101,12 @@ def store_block_reference(
 
 def _check(
     state: BlockState,
-    store: torch.Tensor,
+    store: Tensor,
     index: int,
-    h_in: torch.Tensor,
-    h_out: torch.Tensor,
-    encoder_in: torch.Tensor | None,
-    encoder_out: torch.Tensor | None,
+    h_in: Tensor,
+    h_out: Tensor,
+    encoder_in: Tensor | None,
+    encoder_out: Tensor | None,
 ) -> None:
     who, blocks = "store_block", state.inputs.shape[0]
     if not 0 <= index < blocks:
