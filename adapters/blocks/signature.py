@@ -63,7 +63,8 @@ class Call(NamedTuple):
     @property
     def names(self) -> list[str]:
         """Names of the forward's parameters."""
-        return names_of_class(type(self.model))
+        cls: Any = type(self.model)
+        return names_of_class(cls)
 
     def get(self, name: str) -> Any:
         """Return an argument by name; None where it is not given."""
