@@ -1,6 +1,6 @@
 """Checks of an op's tensors. Each raises a ValueError that says ``op: what must hold, got ...``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -19,12 +19,21 @@ def check_shared(
     op: str, what: Literal["shape", "dtype", "device"], /, **tensors: Tensor | None
 ) -> None:
     """Raise unless the tensors, by name, are alike; None stands for one that is missing."""
-    given = {name: x for name, x in tensors.items() if x is not None}
-    values = [getattr(x, what) for x in given.values()]
-    if any(value != values[0] for value in values) or (what == "dtype" and values[0] not in DTYPES):
-        *names, last = given
-        got = map(tuple, values) if what == "shape" else values
-        raise invalid(op, f"{', '.join(names)} and {last} must {_SHARED[what]}", *got)
+    first = None
+    for x in tensors.values():
+        value = first if x is None else getattr(x, what)
+        first = value if first is None else first
+        if value != first:
+            raise _differ(op, what, tensors)
+    if what == "dtype" and first not in DTYPES:
+        raise _differ(op, what, tensors)
+
+
+def _differ(op: str, what: str, tensors: Mapping[str, Tensor | None]) -> ValueError:
+    given = {name: getattr(x, what) for name, x in tensors.items() if x is not None}
+    *names, last = given
+    got = map(tuple, given.values()) if what == "shape" else given.values()
+    return invalid(op, f"{', '.join(names)} and {last} must {_SHARED[what]}", *got)
 
 
 def check_tensor(

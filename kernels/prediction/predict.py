@@ -18,11 +18,10 @@ from torch import Tensor
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.e4m3 import decode
-from dbcache.kernels.common.lane_state import MAX_SLOTS
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
 from dbcache.kernels.common.op import op, writing
 from dbcache.kernels.common.plans import Plan, Plans
-from dbcache.kernels.common.select import DTYPES, Impl, invalid, is_traced, select, without_gradient
+from dbcache.kernels.common.select import Impl, is_traced, select, without_gradient
 from dbcache.kernels.prediction.ring import check_both, check_ring
 
 MAX_COLUMNS = 512
@@ -80,11 +79,11 @@ def predict(
         outputs = _follow(*found, h, out, encoder, encoder_out)
         if outputs is not None:
             return outputs
-    _check("h", h, ring, weights, scales)
+    check_ring("predict", "h", h, ring, scales, weights)
     if encoder is not None:
         if encoder_ring is None or encoder_weights is None:
             raise ValueError("predict: encoder must come with its ring and weights, got None")
-        _check("encoder", encoder, encoder_ring, encoder_weights, encoder_scales)
+        check_ring("predict", "encoder", encoder, encoder_ring, encoder_scales, encoder_weights)
         check_both("predict", h, ring, encoder, encoder_ring)
     if out is None and encoder_out is None and not is_traced(h) and select(impl, h) == "reference":
         return predict_reference(*streams, replace)
@@ -162,18 +161,6 @@ def _weighted_sum(
     return out.clone(memory_format=torch.contiguous_format) if total is h else out.contiguous()
 
 
-def _check(name: str, h: Tensor, ring: Tensor, weights: Tensor, scales: Tensor | None) -> None:
-    if h.dtype not in DTYPES:
-        raise invalid("predict", f"{name} must have a dtype of {DTYPES}", h.dtype)
-    check_ring("predict", name, h, ring, scales)
-    if weights.dtype != torch.float32 or weights.shape != (MAX_SLOTS,):
-        must = f"the weights of {name} must be float32 ({MAX_SLOTS},)"
-        raise invalid("predict", must, weights.dtype, tuple(weights.shape))
-    if h.device != weights.device:
-        must = f"{name} and its weights must be on one device"
-        raise invalid("predict", must, h.device, weights.device)
-
-
 def fp8_tile(width: int) -> tuple[int, int]:
     """Return rows (tokens) and columns of a program's tile, BLOCK elements."""
     columns = min(power_of_2(max(width, 16)), MAX_COLUMNS)
@@ -181,8 +168,6 @@ def fp8_tile(width: int) -> tuple[int, int]:
 
 
 LAUNCHES = Plans()
-
-
 OUTPUTS = ("out", "encoder_out")
 
 

@@ -8,8 +8,17 @@ from dbcache.kernels.common.lane_state import MAX_SLOTS
 from dbcache.kernels.common.select import DTYPES, invalid
 
 
-def check_ring(op: str, name: str, x: Tensor, ring: Tensor, scales: Tensor | None) -> None:
-    """Raise unless `ring` and, of fp8, its `scales` fit a stream `x`."""
+def check_ring(
+    op: str,
+    name: str,
+    x: Tensor,
+    ring: Tensor,
+    scales: Tensor | None,
+    weights: Tensor | None = None,
+) -> None:
+    """Raise unless `ring`, its `weights` and, of fp8, its `scales` fit a stream `x`."""
+    if x.dtype not in DTYPES:
+        raise invalid(op, f"{name} must have a dtype of {DTYPES}", x.dtype)
     if ring.shape[1:] != x.shape or not 1 <= ring.shape[0] <= MAX_SLOTS:
         must = f"the ring of {name} must be (K, *{name}.shape) with 1 <= K <= {MAX_SLOTS}"
         raise invalid(op, must, tuple(ring.shape), tuple(x.shape))
@@ -20,6 +29,13 @@ def check_ring(op: str, name: str, x: Tensor, ring: Tensor, scales: Tensor | Non
         raise invalid(op, must, ring.dtype, ring.stride(), ring.device)
     if scales is not None:
         e4m3.check_scales(op, name, ring, scales)
+    if weights is not None:
+        if weights.dtype != torch.float32 or weights.shape != (MAX_SLOTS,):
+            must = f"the weights of {name} must be float32 ({MAX_SLOTS},)"
+            raise invalid(op, must, weights.dtype, tuple(weights.shape))
+        if x.device != weights.device:
+            must = f"{name} and its weights must be on one device"
+            raise invalid(op, must, x.device, weights.device)
 
 
 def check_both(op: str, h: Tensor, ring: Tensor, encoder: Tensor, encoder_ring: Tensor) -> None:

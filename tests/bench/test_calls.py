@@ -15,10 +15,10 @@ from bench import calls  # noqa: E402
 
 BOUNDS = {
     # target, step: calls and files outside kernels/, calls and files of all
-    ("transformer", "cached"): (49, 6, 96, 17),
-    ("transformer", "full"): (54, 7, 116, 17),
-    ("pipeline", "cached"): (80, 13, 128, 24),
-    ("pipeline", "full"): (88, 14, 150, 24),
+    ("transformer", "cached"): (49, 6, 96, 18),
+    ("transformer", "full"): (54, 7, 116, 19),
+    ("pipeline", "cached"): (80, 13, 128, 25),
+    ("pipeline", "full"): (88, 14, 150, 26),
 }
 """Upper bounds, to be lowered as the package gets simpler."""
 
