@@ -3,9 +3,10 @@
 python -m bench.dispatch [--rounds N] [--json FILE]
 
 Checks, the choice of a grid, outputs and the look-up of the compiled kernel are all there, as
-`bench.stub_triton` lets kernels be dispatched on CPU tensors; only the launch does nothing. Beside
-it are the PyTorch operations that cache-dit (1.5.3) calls for the same purpose, on CPU tensors of
-64 elements, which are dispatched and compute next to nothing; its wait for the result is left out.
+`bench.stubbed_triton` lets kernels be dispatched on CPU tensors; only the launch does nothing.
+Beside it are the PyTorch operations that cache-dit (1.5.3) calls for the same purpose, on CPU
+tensors of 64 elements, which are dispatched and compute next to nothing; its wait for the result is
+left out.
 
 All rows are timed in turns, a few calls at a time, and the fastest turn counts. A small `torch.add`
 is one of the rows and the unit of the others, so that figures of different machines can be
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from bench.stub_triton import stubbed_launches
+from bench.stubbed_triton import stubbed_triton
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.kernels.decision.decide import decide
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
@@ -71,7 +72,7 @@ def rows() -> dict[str, tuple[Call, Call | None]]:
 
 def measure(rounds: int) -> dict[str, list[float | None]]:
     """Return by name: microseconds of the op, of cache-dit's operations or None."""
-    with stubbed_launches(), torch.no_grad():
+    with stubbed_triton(counted=False), torch.no_grad():
         calls = rows()
         best: dict[tuple[str, int], float] = {}
         for _ in range(rounds):

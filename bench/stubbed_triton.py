@@ -1,88 +1,53 @@
-"""Triton on a CPU whose launches do nothing: what remains of an op is its time on the host.
+"""Triton on a CPU without compilation and launches: what remains of an op is its time on the host.
 
-    with stubbed_triton() as launches:     # before the first launch in the process
+    with stubbed_triton() as launches:
         probe_and_decide(h_in, h_fn, p_ref, state)
 
-All that a launch costs in Python is there: the op's checks, its grid, the look-up or compilation of
-the kernel (for sm_90, as on a GPU), the handing over of arguments. What is left out is Triton's
-launcher in C, and the driver. Outputs stay as they were allocated. The one thing that a launch does
-is that kernels which decide write the decision that is asked for, as the host goes by it.
+Kernels are dispatched as for an sm_90 GPU, on CPU tensors. All that a launch costs in Python is
+there: the op's checks, its grid, binding and specialising of arguments, the look-up of the variant.
+A variant that is new is counted instead of compiled; Triton's launcher in C and the driver are left
+out. Outputs stay as they were allocated. The one thing that a launch does is that kernels which
+decide write the decision that is asked for, as the host goes by it.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
-import pkgutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from functools import cache
 from typing import Any
 
-import torch
+import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from dbcache import kernels
+from dbcache.kernels.common import plans, select
 from dbcache.kernels.common.lane_state import CACHED
-from dbcache.kernels.common.select import reset_environment, select
 
-CAPABILITY = 90
 ARGUMENTS_FROM = 9
 """What Triton hands to a launcher before the kernel's own arguments: grid, stream, function, ..."""
-OVERRIDE, INTERPRET = "DBCACHE_KERNELS", "TRITON_INTERPRET"
 
 
 class Launches:
-    """What was launched, and what the next decision is to be."""
+    """What was launched, and what the next decision is to be.
+
+    Attributes:
+        counts: launches of each kernel, by its name.
+        variants: variants of each kernel that would have been compiled.
+        cached: what kernels that decide write.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.variants: Counter[str] = Counter()
         self.cached = False
 
 
-class _Launcher:
-    """Stands in for the launcher of one compiled kernel."""
-
-    def __init__(self, source: Any, launches: Launches) -> None:
-        names = list(source.fn.arg_names)
-        self.name = source.fn.__name__
-        self.launches = launches
-        self.decides = "decide" in self.name and "counters_ptr" in names
-        self.place = ARGUMENTS_FROM + names.index("counters_ptr") if self.decides else 0
-
-    def __call__(self, *arguments: Any) -> None:
-        self.launches.counts[self.name] += 1
-        if self.decides:
-            counters = arguments[self.place]
-            address = counters if isinstance(counters, int) else counters.data_ptr()
-            flag = ctypes.c_int32.from_address(address + 4 * CACHED)
-            flag.value = self.launches.cached
-
-
-class _Driver(DriverBase):
-    """An sm_90 that is not there."""
-
-    def __init__(self, launches: Launches) -> None:
-        self.launcher_cls = lambda source, metadata: _Launcher(source, launches)
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": 232448},
-            load_binary=lambda name, binary, shared, device: (1, 1, 32, 0, 1024),
-            unload_module=lambda module: None,
-        )
-
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError("nothing is launched")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError("there is nothing to time on a device")
+class Driver:
+    """What `triton.runtime.driver.active` is on a GPU, as far as a launch asks."""
 
     def get_current_device(self) -> int:
         return 0
@@ -91,37 +56,74 @@ class _Driver(DriverBase):
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", CAPABILITY, 32)
+        return GPUTarget("cuda", 90, 32)
 
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+
+class Variant:
+    """A compiled variant of a kernel that does nothing."""
+
+    function = 0
+    packed_metadata = ()
+
+    def launch_metadata(self, *args: Any) -> None:
+        return None
+
+    def run(self, *args: Any) -> None:
+        pass
+
+
+class CountedVariant(Variant):
+    """A variant whose launches are counted, and which decides as it is told to."""
+
+    def __init__(self, kernel: JITFunction, launches: Launches) -> None:
+        names = list(kernel.arg_names)
+        self.name = kernel.__name__
+        self.launches = launches
+        self.decides = "decide" in self.name and "counters_ptr" in names
+        self.place = ARGUMENTS_FROM + names.index("counters_ptr") if self.decides else 0
+
+    def run(self, *args: Any) -> None:
+        self.launches.counts[self.name] += 1
+        if self.decides:
+            counters = args[self.place]
+            address = counters if isinstance(counters, int) else counters.data_ptr()
+            flag = ctypes.c_int32.from_address(address + 4 * CACHED)
+            flag.value = self.launches.cached
 
 
 @contextmanager
-def stubbed_triton() -> Iterator[Launches]:
+def stubbed_triton(*, counted: bool = True) -> Iterator[Launches]:
     """Let the ops take their Triton path for tensors on the CPU, with launches that do nothing.
+
+    Args:
+        counted: False: launches are neither counted nor do they decide, which takes no time.
 
     Raises:
         RuntimeError: the process interprets Triton's kernels.
     """
-    if os.environ.get(INTERPRET) == "1":
-        raise RuntimeError(
-            f"stubbed_triton: {INTERPRET} must be unset before Triton is imported, got 1"
-        )
-    for info in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
-        importlib.import_module(info.name)  # kernels are interpreted or not from their import on
-    launches, before, active = Launches(), os.environ.get(OVERRIDE), driver._active
-    os.environ |= {OVERRIDE: "triton", INTERPRET: "1"}  # for `select`, which reads them once
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        must = "TRITON_INTERPRET must be unset before Triton is imported"
+        raise RuntimeError(f"stubbed_triton: {must}, got 1")
+    launches, made = Launches(), []
+
+    def compiled(kernel: JITFunction, key: Any, signature: Any, device: int, *rest: Any) -> Variant:
+        launches.variants[kernel.__name__] += 1
+        variant = CountedVariant(kernel, launches) if counted else Variant()
+        known = kernel.device_caches[device][0]
+        made.append((known, key))
+        return known.setdefault(key, variant)
+
+    own_compile, own_environment = JITFunction._do_compile, select._environment
+    own_driver, own_device = triton.runtime.driver._active, plans._current_device
+    triton.runtime.driver.set_active(Driver())
+    JITFunction._do_compile = compiled
+    select._environment = cache(lambda: ("triton", True))
+    plans._current_device = lambda: -1
     try:
-        reset_environment()
-        select("auto", torch.empty(0))
-        del os.environ[INTERPRET]
-        driver.set_active(_Driver(launches))
         yield launches
     finally:
-        os.environ.pop(INTERPRET, None)
-        os.environ.pop(OVERRIDE)
-        if before is not None:
-            os.environ[OVERRIDE] = before
-        reset_environment()
-        driver._active = active
+        JITFunction._do_compile, select._environment = own_compile, own_environment
+        triton.runtime.driver._active, plans._current_device = own_driver, own_device
+        select.forget_plans()
+        for known, key in made:
+            known.pop(key, None)

@@ -14,7 +14,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from tqdm import tqdm
 
 import dbcache
-from dbcache.config.cache import DBCacheConfig
+from dbcache.config.cache import UNLIMITED, DBCacheConfig
 from dbcache.config.predictors import CalibratorConfig, TaylorSeerCalibratorConfig
 from dbcache.demo import digits
 from dbcache.demo.picture import draw_grid
@@ -41,31 +41,20 @@ def settings() -> list[Setting]:
     return [
         Setting("uncached"),
         Setting("default: F8B0 W8 R0.08", DBCacheConfig()),
-        Setting(
-            "F1B0 W4 R0.12",
-            DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4, residual_diff_threshold=0.12),
-        ),
-        Setting(
-            "F1B0 W4 MC4 R0.30 + TaylorSeer",
-            DBCacheConfig(
-                Fn_compute_blocks=1,
-                max_warmup_steps=4,
-                max_continuous_cached_steps=4,
-                residual_diff_threshold=0.3,
-            ),
-            taylor,
-        ),
-        Setting(
-            "F1B0 W4 MC6 R0.50 + TaylorSeer",
-            DBCacheConfig(
-                Fn_compute_blocks=1,
-                max_warmup_steps=4,
-                max_continuous_cached_steps=6,
-                residual_diff_threshold=0.5,
-            ),
-            taylor,
-        ),
+        Setting("F1B0 W4 R0.12", _one_block(0.12)),
+        Setting("F1B0 W4 MC4 R0.30 + TaylorSeer", _one_block(0.3, 4), taylor),
+        Setting("F1B0 W4 MC6 R0.50 + TaylorSeer", _one_block(0.5, 6), taylor),
     ]
+
+
+def _one_block(threshold: float, in_a_row: int = UNLIMITED) -> DBCacheConfig:
+    """Return settings with one probe block and a short warm-up."""
+    return DBCacheConfig(
+        Fn_compute_blocks=1,
+        max_warmup_steps=4,
+        max_continuous_cached_steps=in_a_row,
+        residual_diff_threshold=threshold,
+    )
 
 
 class Demo:

@@ -153,22 +153,30 @@ class CudaDriver:
 
     def _add_nodes(self, graph: Any, after: list[Any], flag: int) -> tuple[Any, tuple[Any, Any]]:
         """Append the nodes of a branch with empty bodies; return the last and (full, cached)."""
-        if self.has_else:
-            handle = self._handle(graph)
-            setter = self._add_setter(graph, after, handle, flag, equal=1)
-            node, (cached, full) = self._add_if(graph, [setter], handle, bodies=2)
-            return node, (full, cached)
-        # both conditions before the first body, which writes where the next decision will be
-        handles = [self._handle(graph), self._handle(graph)]
-        for equal, handle in enumerate(handles):
+        handles = self._handles(graph)
+        for equal, handle in handles.items():
             after = [self._add_setter(graph, after, handle, flag, equal=equal)]
-        node, (full,) = self._add_if(graph, after, handles[0], bodies=1)
-        node, (cached,) = self._add_if(graph, [node], handles[1], bodies=1)
-        return node, (full, cached)
+        return self._add_ifs(graph, after, handles)
 
-    def _handle(self, graph: Any) -> Any:
+    def _handles(self, graph: Any) -> dict[int, Any]:
+        """Return new conditions, by the flag that sets them.
+
+        Both of two are set before the first body, which writes where the next decision will be.
+        """
         context = self.call("cuCtxGetCurrent")
-        return self.call("cuGraphConditionalHandleCreate", graph, context, 0, ASSIGN_DEFAULT)
+        new = ("cuGraphConditionalHandleCreate", graph, context, 0, ASSIGN_DEFAULT)
+        return {equal: self.call(*new) for equal in ((1,) if self.has_else else (0, 1))}
+
+    def _add_ifs(
+        self, graph: Any, after: list[Any], handles: dict[int, Any]
+    ) -> tuple[Any, tuple[Any, Any]]:
+        """Append one IF/ELSE node or two IF nodes; return the last and (full, cached)."""
+        if self.has_else:
+            node, (cached, full) = self._add_if(graph, after, handles[1], bodies=2)
+        else:
+            node, (full,) = self._add_if(graph, after, handles[0], bodies=1)
+            node, (cached,) = self._add_if(graph, [node], handles[1], bodies=1)
+        return node, (full, cached)
 
     def _add_setter(self, graph: Any, after: list[Any], handle: Any, flag: int, equal: int) -> Any:
         arguments = _Arguments(handle, flag, equal)
@@ -262,9 +270,8 @@ class CudaDriver:
             RuntimeError: the stream is not capturing.
         """
         handle_graph, _ = self._captured(stream)
-        equals = (1,) if self.has_else else (0, 1)
-        handles = [self._handle(handle_graph) for _ in equals]
-        for equal, handle in zip(equals, handles, strict=True):
+        handles = self._handles(handle_graph)
+        for equal, handle in handles.items():
             # a captured launch comes after all that was captured so far
             arguments = _Arguments(handle, flag, equal)
             self.call(
@@ -272,16 +279,10 @@ class CudaDriver:
                 arguments.address, 0,
             )  # fmt: skip
         graph, after = self._captured(stream)
-        if self.has_else:
-            node, (cached, full) = self._add_if(graph, after, handles[0], bodies=2)
-        else:
-            node, (full,) = self._add_if(graph, after, handles[0], bodies=1)
-            node, (cached,) = self._add_if(graph, [node], handles[1], bodies=1)
-        edges = [None] if self.version >= (13, 0) else []
-        update = "cuStreamUpdateCaptureDependencies" + ("" if edges else "_v2")
-        edges = edges or [None]
-        self.call(update, self.cu.CUstream(stream), [node], *edges, 1, SET_DEPENDENCIES)
-        return full, cached
+        node, bodies = self._add_ifs(graph, after, handles)
+        update = "cuStreamUpdateCaptureDependencies" + ("" if self.version >= (13, 0) else "_v2")
+        self.call(update, self.cu.CUstream(stream), [node], None, 1, SET_DEPENDENCIES)
+        return bodies
 
     def _captured(self, stream: int) -> tuple[Any, list[Any]]:
         """Return the graph that `stream` captures and the nodes that come before the next one."""

@@ -101,6 +101,17 @@ def launch_of(op: str, x: Tensor, slots: int = 1) -> Launch:
     return table.get(key_of(op, x.numel(), x.itemsize, slots), default)
 
 
+def elementwise(
+    op: str, h: Tensor, encoder: Tensor | None, slots: int = 1
+) -> tuple[int, dict[str, int], int]:
+    """Return programs, sizes and warps of a launch for both streams, block after block of each."""
+    block, warps = launch_of(op, h, slots)
+    size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()
+    parts = cdiv(size, block)
+    tail = {"size": size, "blocks": parts, "encoder_size": encoder_size, "BLOCK": block}
+    return parts + cdiv(encoder_size, block), tail, warps
+
+
 def key_of(op: str, numel: int, itemsize: int, slots: int) -> Key:
     """Return the key of a choice: sizes between two powers of 2 share one."""
     return op, numel.bit_length() - 1, itemsize, slots

@@ -19,7 +19,7 @@ from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.e4m3 import quantize_rows
 from dbcache.kernels.common.lane_state import LANE, NUM_COUNTERS, SLOT
-from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
+from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, elementwise, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
@@ -173,8 +173,10 @@ def _commit(
         given += [encoder_fn, encoder_out, encoder_ring, scales, encoder_scales]
     h_in, h_fn, h_out = contiguous(h_in, h_fn, h_out)
     encoder_fn, encoder_out = contiguous(encoder_fn, encoder_out)
-    plain = scales is None
-    kernel, parts, tail, warps = _plain(h_fn, encoder_fn) if plain else _fp8(h_fn, encoder_fn)
+    if scales is None:
+        kernel, (parts, tail, warps) = _commit_kernel, elementwise("commit", h_fn, encoder_fn)
+    else:
+        kernel, (parts, tail, warps) = _commit_fp8_kernel, _fp8(h_fn, encoder_fn)
     if parts:
         encoder = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
         tensors = (h_fn, h_out, ring, counters, p_ref, h_in, *encoder)
@@ -184,17 +186,8 @@ def _commit(
         )
 
 
-def _plain(h_fn, encoder_fn):
-    """Return kernel, programs, sizes and warps for rings without scales."""
-    block, warps = launch_of("commit", h_fn)
-    size, encoder_size = h_fn.numel(), 0 if encoder_fn is None else encoder_fn.numel()
-    parts = cdiv(size, block)
-    tail = {"size": size, "blocks": parts, "encoder_size": encoder_size, "BLOCK": block}
-    return _commit_kernel, parts + cdiv(encoder_size, block), tail, warps
-
-
 def _fp8(h_fn, encoder_fn):
-    """Return kernel, programs, sizes and warps for rings in fp8."""
+    """Return programs, sizes and warps for rings in fp8."""
     tokens, width = e4m3.tokens_and_width(h_fn)
     encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
     rows, columns, warps = fp8_tile(max(width, encoder_width), h_fn.itemsize)
@@ -202,7 +195,7 @@ def _fp8(h_fn, encoder_fn):
     tail = {"tokens": tokens, "width": width, "blocks": parts, "encoder_tokens": encoder_tokens}
     tail |= {"encoder_width": encoder_width, "NATIVE": e4m3.is_native(h_fn.device)}
     tail |= {"ROWS": rows, "COLUMNS": columns}
-    return _commit_fp8_kernel, parts + cdiv(encoder_tokens, rows), tail, warps
+    return parts + cdiv(encoder_tokens, rows), tail, warps
 
 
 class Stream(NamedTuple):

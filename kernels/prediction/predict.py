@@ -18,7 +18,7 @@ from torch import Tensor
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.e4m3 import decode
-from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, launch_of, power_of_2
+from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, elementwise, power_of_2
 from dbcache.kernels.common.op import op, writing
 from dbcache.kernels.common.plans import Plan, Plans
 from dbcache.kernels.common.select import Impl, is_traced, select, without_gradient
@@ -181,9 +181,10 @@ def _predict(
         given += [encoder, encoder_ring, encoder_weights, scales, encoder_scales]
     h, encoder = contiguous(h, encoder)
     if scales is None:
-        kernel, parts, tail, warps = _plain(h, encoder, ring.shape[0])
+        sizes = elementwise("predict", h, encoder, ring.shape[0])
+        kernel, (parts, tail, warps) = _predict_kernel, sizes
     else:
-        kernel, parts, tail, warps = _fp8(h, encoder)
+        kernel, (parts, tail, warps) = _predict_fp8_kernel, _fp8(h, encoder)
     if not parts:
         return
     tail |= {"K": ring.shape[0], "REPLACE": replace}
@@ -194,17 +195,8 @@ def _predict(
     )
 
 
-def _plain(h, encoder, slots):
-    """Return kernel, programs, sizes and warps for rings without scales."""
-    block, warps = launch_of("predict", h, slots)
-    size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()
-    parts = cdiv(size, block)
-    tail = {"size": size, "blocks": parts, "encoder_size": encoder_size, "BLOCK": block}
-    return _predict_kernel, parts + cdiv(encoder_size, block), tail, warps
-
-
 def _fp8(h, encoder):
-    """Return kernel, programs, sizes and warps for rings in fp8."""
+    """Return programs, sizes and warps for rings in fp8."""
     tokens, width = e4m3.tokens_and_width(h)
     encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder)
     rows, columns = fp8_tile(max(width, encoder_width))
@@ -214,7 +206,7 @@ def _fp8(h, encoder):
     tail |= {"encoder_width": encoder_width, "NATIVE": e4m3.is_native(h.device)}
     tail |= {"ROWS": rows, "COLUMNS": columns}
     # of float32, 16 elements per thread spill
-    return _predict_fp8_kernel, parts + encoder_parts, tail, 8 if h.itemsize == 4 else 4
+    return parts + encoder_parts, tail, 8 if h.itemsize == 4 else 4
 
 
 class Stream(NamedTuple):

@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from bench.stub_triton import stubbed_launches
+from bench.stubbed_triton import stubbed_triton
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.kernels.decision.decide import decide
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
@@ -82,12 +82,12 @@ def run_exchange(tokens: int) -> None:
 
 
 def main() -> None:
-    with stubbed_launches() as variants, torch.no_grad():
+    with stubbed_triton() as launches, torch.no_grad():
         for i, tokens in enumerate(TOKENS):
             run_requests(STEPS * 2 + i, tokens)
             run_blocks(STEPS + i, tokens)
             run_exchange(tokens)
-    print(json.dumps(variants))
+    print(json.dumps(launches.variants))
 
 
 if __name__ == "__main__":

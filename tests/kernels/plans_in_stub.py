@@ -7,7 +7,7 @@ import json
 
 import torch
 
-from bench.stub_triton import Variant, stubbed_launches
+from bench.stubbed_triton import Variant, stubbed_triton
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.kernels.common.select import forget_plans
 from dbcache.kernels.decision.decide import LAUNCHES as DECIDE_PLANS
@@ -92,7 +92,7 @@ def main() -> None:
     own_like = torch.empty_like
 
     rows = []
-    with stubbed_launches(), torch.no_grad():
+    with stubbed_triton(counted=False), torch.no_grad():
         for name, call in calls():
             call()
             first = launches.pop()
@@ -117,7 +117,7 @@ def others() -> dict[str, bool]:
     launches: list[tuple] = []
     Variant.run = lambda self, *args: launches.append(args)
     found = {}
-    with stubbed_launches(), torch.no_grad():
+    with stubbed_triton(counted=False), torch.no_grad():
         h, ring, state = (
             bf16(1, TOKENS, WIDTH),
             bf16(1, 1, TOKENS, WIDTH),
