@@ -58,9 +58,25 @@ FULL = ("cuda:90",)
 
 def variants():
     """Yield name, kernel, arguments by name, constexprs and options of what is launched."""
+    yield from probe_variants()
+    yield from stream_variants()
+    yield from decision_variants()
+    yield from fp8_variants()
+    yield from predictor_variants()
+    yield from block_variants()
+    yield from block_decision_variants()
+    yield from shared_variants()
+
+
+def each_dtype():
+    """Yield dtype, pointer and the type of sizes: one dtype has those of 2**31 elements and up."""
     for dtype in ("bf16", "fp16", "fp32"):
-        x = f"*{dtype}"
-        size = "i64" if dtype == "fp16" else "i32"  # of more than 2**31 elements
+        yield dtype, f"*{dtype}", "i64" if dtype == "fp16" else "i32"
+
+
+def probe_variants():
+    """Yield the same of the kernels that measure a change."""
+    for dtype, x, size in each_dtype():
         for start in ("h_in_ptr", None) if dtype == "bf16" else ("h_in_ptr",):
             streams = dict.fromkeys(filter(None, (start, "h_fn_ptr", "p_ref_ptr")), x)
             measured = streams | {"partials_ptr": "*fp32"}
@@ -86,6 +102,11 @@ def variants():
                     constants | {"LOG_LANES": 10, "WIDTH": 4 if by_token else 2},
                     options,
                 )
+
+
+def stream_variants():
+    """Yield the same of `predict` and `commit` for rings without scales."""
+    for dtype, x, size in each_dtype():
         for slots, encoder, replace in (
             (1, False, False), (1, True, False), (5, True, True), (8, True, False), (8, True, True),
         ):  # fmt: skip
@@ -115,6 +136,10 @@ def variants():
                     {"REPLACE": replace, "BLOCK": DEFAULTS["commit"].block},
                     {"num_warps": DEFAULTS["commit"].num_warps, "enable_fp_fusion": False},
                 )  # fmt: skip
+
+
+def decision_variants():
+    """Yield the same of the kernels that add up partial sums."""
     for log_lanes in (None, 7, 10):
         partials = {} if log_lanes is None else {"partials_ptr": "*fp32"}
         yield (
@@ -134,10 +159,6 @@ def variants():
         {"LOG_LANES": 10},
         {"num_warps": 4, "enable_fp_fusion": False},
     )
-    yield from fp8_variants()
-    yield from predictor_variants()
-    yield from block_variants()
-    yield from shared_variants()
 
 
 SUMS = ("samples", "programs")
@@ -233,8 +254,7 @@ def predictor_variants():
 
 def block_variants():
     """Yield the same of the kernels that leave single blocks out."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        x, size = f"*{dtype}", "i64" if dtype == "fp16" else "i32"
+    for dtype, x, size in each_dtype():
         log_block = {"LOG_BLOCK": sums.log2(launches.BLOCK)}
         options = {"num_warps": 4, "enable_fp_fusion": False}
         yield (
@@ -267,6 +287,10 @@ def block_variants():
                 log_block,
                 options | {"num_warps": store_block.WARPS},
             )  # fmt: skip
+
+
+def block_decision_variants():
+    """Yield the same of the kernels that decide which blocks are left out."""
     pointers = ("partials", "growth", "rule", "changes", "decisions")
     for lanes in (7, 10):
         yield (

@@ -10,6 +10,19 @@ from tiny import BRANCHES, FAMILIES, denoise
 
 import dbcache
 
+LETTERS = {
+    "warm-up": "W",
+    "mask": "M",
+    "no reference": "N",
+    "shape changed": "S",
+    "threshold is 0": "0",
+    "count limit": "C",
+    "consecutive limit": "R",
+    "accumulated limit": "A",
+    "above threshold": "a",
+    "below threshold": "b",
+}
+
 STEPS = 24
 CALIBRATED = ("teacache", "magcache")
 BASE = Rule(max_warmup_steps=3, residual_diff_threshold=0.1037, enable_separate_cfg=False)
