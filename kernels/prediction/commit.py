@@ -81,12 +81,7 @@ def commit(
     _check(h_in, h_fn, h_out, p_ref, counters)
     check_ring("commit", "h_out", h_out, ring, scales)
     if encoder_fn is not None:
-        if encoder_out is None or encoder_ring is None:
-            raise ValueError("commit: encoder_fn must come with its output and ring, got None")
-        for what in ("shape", "dtype", "device"):
-            check_shared("commit", what, encoder_fn=encoder_fn, encoder_out=encoder_out)
-        check_ring("commit", "encoder_out", encoder_out, encoder_ring, encoder_scales)
-        check_both("commit", h_fn, ring, encoder_fn, encoder_ring)
+        _check_encoder(h_fn, ring, encoder_fn, encoder_out, encoder_ring, encoder_scales)
     streams = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
     _commit(impl, h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
 
@@ -146,6 +141,22 @@ def _check(
     if p_ref is not None and (p_ref.dtype not in DTYPES or not p_ref.is_contiguous()):
         must = f"p_ref must be contiguous with a dtype of {DTYPES}"
         raise invalid("commit", must, p_ref.dtype, p_ref.stride())
+
+
+def _check_encoder(
+    h_fn: Tensor,
+    ring: Tensor,
+    encoder_fn: Tensor,
+    encoder_out: Tensor | None,
+    encoder_ring: Tensor | None,
+    encoder_scales: Tensor | None,
+) -> None:
+    if encoder_out is None or encoder_ring is None:
+        raise ValueError("commit: encoder_fn must come with its output and ring, got None")
+    for what in ("shape", "dtype", "device"):
+        check_shared("commit", what, encoder_fn=encoder_fn, encoder_out=encoder_out)
+    check_ring("commit", "encoder_out", encoder_out, encoder_ring, encoder_scales)
+    check_both("commit", h_fn, ring, encoder_fn, encoder_ring)
 
 
 def fp8_tile(width: int, itemsize: int) -> tuple[int, int, int]:

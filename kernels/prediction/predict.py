@@ -54,8 +54,7 @@ def predict(
         ring: (K, *h.shape), contiguous, 1 <= K <= MAX_SLOTS, one of the dtypes, or uint8 for fp8.
         weights: float32 (MAX_SLOTS,), the first K are used.
         encoder: second stream, as `h`, of any size of its own; its ring and weights come with it.
-        encoder_ring: as `ring`, with the same K.
-        encoder_weights: as `weights`.
+        encoder_ring: as `ring`, with the same K; `encoder_weights` as `weights`.
         scales: of an fp8 ring, as `commit` left them, float32 (K, *h.shape[:-1]), contiguous.
         encoder_scales: as `scales`, for `encoder_ring`: both rings are fp8, or none.
         out: written instead of a new tensor: shape, dtype and device of `h`, contiguous. It may
@@ -75,15 +74,15 @@ def predict(
     streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
     is_simple = encoder is None and scales is None
     found = LAUNCHES.find(impl, replace, streams[:3] if is_simple else streams)
-    if found is not None:
-        outputs = _follow(*found, h, out, encoder, encoder_out)
-        if outputs is not None:
-            return outputs
+    outputs = None if found is None else _follow(*found, h, out, encoder, encoder_out)
+    if outputs is not None:
+        return outputs
     check_ring("predict", "h", h, ring, scales, weights)
     if encoder is not None:
         if encoder_ring is None or encoder_weights is None:
             raise ValueError("predict: encoder must come with its ring and weights, got None")
-        check_ring("predict", "encoder", encoder, encoder_ring, encoder_scales, encoder_weights)
+        second = (encoder_ring, encoder_scales, encoder_weights)
+        check_ring("predict", "encoder", encoder, *second)
         check_both("predict", h, ring, encoder, encoder_ring)
     if out is None and encoder_out is None and not is_traced(h) and select(impl, h) == "reference":
         return predict_reference(*streams, replace)
