@@ -58,15 +58,14 @@ def predict(
         scales: of an fp8 ring, as `commit` left them, float32 (K, *h.shape[:-1]), contiguous.
         encoder_scales: as `scales`, for `encoder_ring`: both rings are fp8, or none.
         out: written instead of a new tensor: shape, dtype and device of `h`, contiguous. It may
-            be `h` itself; it must not overlap the rest.
-        encoder_out: as `out`, for `encoder`.
+            be `h` itself; it must not overlap the rest. `encoder_out` is that of `encoder`.
         replace: leave `h` out of the sum, for rings that hold outputs rather than residuals.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
     Returns:
-        Contiguous tensors (`out` and `encoder_out` where given, else new ones), or None for a
-        stream that was not given. No gradient. The reference reads the weights on the host, which
-        synchronises if they are on a GPU; Triton does not.
+        Contiguous tensors (those given, else new ones), None for a stream that was not given. No
+        gradient. The reference reads the weights on the host, which synchronises if they are on a
+        GPU; Triton does not.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
