@@ -64,8 +64,7 @@ def predict(
 
     Returns:
         Contiguous tensors (those given, else new ones), None for a stream that was not given. No
-        gradient. The reference reads the weights on the host, which synchronises if they are on a
-        GPU; Triton does not.
+        gradient. The reference synchronises if the weights are on a GPU; Triton does not.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
