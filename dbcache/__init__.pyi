@@ -34,6 +34,7 @@ from dbcache.compilation import set_compile_configs as set_compile_configs
 from dbcache.config.cache import DBCacheConfig as BasicCacheConfig
 from dbcache.config.cache import DBCacheConfig as DBCacheConfig
 from dbcache.config.cache import ParamsModifier as ParamsModifier
+from dbcache.config.files import load_attn_backend_config as load_attn_backend_config
 from dbcache.config.files import load_cache_config as load_cache_config
 from dbcache.config.files import load_configs as load_configs
 from dbcache.config.files import load_configs as load_options
@@ -134,6 +135,7 @@ __all__ = [  # noqa: RUF022
     "is_enabled",
     "layerwise_cpu_offload",
     "layerwise_offload",
+    "load_attn_backend_config",
     "load_cache_config",
     "load_configs",
     "load_options",

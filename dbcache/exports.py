@@ -28,7 +28,12 @@ MODULES = {
     "cache_factory": ("CacheType", "DBCache", "DBPrune", "NONE", "block_range", "cache_type"),
     "compilation": ("compile", "set_compile_configs"),
     "config.cache": ("DBCacheConfig", "ParamsModifier"),
-    "config.files": ("load_cache_config", "load_configs", "load_parallelism_config"),
+    "config.files": (
+        "load_attn_backend_config",
+        "load_cache_config",
+        "load_configs",
+        "load_parallelism_config",
+    ),
     "config.parallelism": ("ParallelismBackend", "ParallelismConfig"),
     "config.predictor_registry": ("register_predictor",),
     "config.predictors": (

@@ -75,6 +75,15 @@ def load_parallelism_config(source: Source) -> ParallelismConfig | None:
     return _load("load_parallelism_config", source).get(PARALLELISM)
 
 
+def load_attn_backend_config(source: Source) -> str | None:
+    """Return the `attention_backend` of what `load_configs` does, None where it is not given.
+
+    Raises:
+        TypeError, ValueError, OSError, ImportError: as `load_configs`.
+    """
+    return _load("load_attn_backend_config", source).get(ATTENTION)
+
+
 def _load(who: str, source: Source) -> dict[str, Any]:
     if isinstance(source, Mapping):
         return _configs(who, source)

@@ -111,10 +111,15 @@ def _step(lane: LaneSummary, step: int, wide: float, top: float) -> str:
             f'width="{0.8 * wide:.2f}" height="{high:.2f}" fill="{colour}" opacity="0.75"/>'
         )
     fill, y = ("none" if is_cached else colour), TOP + HEIGHT + 4
+    at = f'x="{x + 0.5:.2f}" width="{max(wide - 1, 0.5):.2f}"'
     parts.append(
-        f'<rect class="{"cached" if is_cached else "full"}" x="{x + 0.5:.2f}" y="{y}" '
-        f'width="{max(wide - 1, 0.5):.2f}" height="{STRIP}" fill="{fill}" stroke="{colour}"/>'
+        f'<rect class="{"cached" if is_cached else "full"}" {at} y="{y}" height="{STRIP}" '
+        f'fill="{fill}" stroke="{colour}"/>'
     )
+    if is_cached and lane.pruned is not None and lane.blocks:
+        ran = STRIP * (1 - len(lane.pruned[step]) / lane.blocks)
+        where = f'y="{y + STRIP - ran:.2f}" height="{ran:.2f}"'
+        parts.append(f'<rect class="ran" {at} {where} fill="{colour}"/>')
     every = max(1, round(lane.steps / 15))
     if step % every == 0:
         parts.append(

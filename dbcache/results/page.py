@@ -22,7 +22,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.1rem; margin: 2rem
 table { border-collapse: collapse; margin: .5rem 0; display: block; overflow-x: auto; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #dde1e6; text-align: left;
   vertical-align: top; white-space: nowrap; }
-td:last-child { white-space: normal; }
+td:last-child, td:first-child, th:first-child { white-space: normal; overflow-wrap: anywhere; }
 th { font-weight: 600; background: #f4f6f8; }
 svg { max-width: 100%; height: auto; display: block; }
 pre { background: #f4f6f8; padding: .8rem 1rem; overflow-x: auto; border-radius: 6px; }
@@ -73,7 +73,8 @@ def _key(lanes: Sequence[LaneSummary]) -> str:
     ]
     return (
         f'<p class="key">{"".join(entries)}</p><p class="note">Bars: the change that was compared '
-        f"with the threshold. Strip below: filled is a full step, hollow a cached one.</p>"
+        f"with the threshold. Strip below: filled is a full step, hollow a cached one; where "
+        f"single blocks are left out it is filled as far as blocks ran.</p>"
     )
 
 
@@ -102,7 +103,9 @@ def _estimates(lanes: Sequence[LaneSummary]) -> str:
             head = [f"{lane.name}: threshold", *(f"{threshold:g}" for threshold, _ in found)]
             parts.append(table(head, [["steps cached (estimate)", *(str(n) for _, n in found)]]))
     if not parts:
-        return '<p class="note">No step compared a change with a threshold.</p>'
+        single = any(lane.pruned is not None for lane in lanes)
+        why = "Blocks are left out one by one" if single else "No change was compared"
+        return f'<p class="note">{why}: there is nothing to replay.</p>'
     return "".join(parts) + (
         '<p class="note">An estimate: replayed from the changes of this request. Steps that are '
         "cached otherwise would change what later ones are compared with.</p>"

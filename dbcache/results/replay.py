@@ -11,8 +11,10 @@ import math
 from dbcache.kernels.common.lane_state import Reason
 from dbcache.results.lane import CACHED, REASONS, LaneSummary
 
-FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
-"""Thresholds that are replayed, over the one that was set."""
+FACTORS = (0.5, 1.5, 2.0)
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
+"""Thresholds that are replayed: over the one that was set, and that let these shares of the changes
+pass."""
 
 FIXED = frozenset(
     REASONS[reason]
@@ -57,8 +59,9 @@ def estimates(lane: LaneSummary) -> list[tuple[float, int]]:
     """
     if lane.pruned is not None or lane.follows or not lane.diffs:
         return []
-    base = lane.threshold
-    if not 0 < base < 1:  # always or never: the recorded changes tell which thresholds matter
-        base = sorted(lane.diffs.values())[len(lane.diffs) // 2] or 0.08
-    thresholds = sorted({float(f"{base * factor:.3g}") for factor in FACTORS} | {lane.threshold})
+    finite = sorted(diff for diff in lane.diffs.values() if math.isfinite(diff))
+    found = {1.01 * finite[math.ceil(share * len(finite)) - 1] for share in SHARES if finite}
+    if 0 < lane.threshold < 1:
+        found |= {lane.threshold * factor for factor in FACTORS}
+    thresholds = sorted({float(f"{one:.3g}") for one in found if one > 0} | {lane.threshold})
     return [(threshold, len(replayed(lane, threshold))) for threshold in thresholds]

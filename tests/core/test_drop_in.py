@@ -31,8 +31,7 @@ PLACES = {
 """Modules of cache-dit's own, which its documents do not name; what they define is on top."""
 
 IN_THE_MAKING = {
-    "QuantizeBackend", "QuantizeConfig", "load", "load_attn_backend_config",
-    "load_quantize_config", "quantize", "set_attn_backend",
+    "QuantizeBackend", "QuantizeConfig", "load", "load_quantize_config", "quantize",
 }  # fmt: skip
 
 REFUSED = {
@@ -357,6 +356,19 @@ def test_a_summary_is_seen_unless_it_is_not_wanted(capsys, caplog):
     assert "FluxPipeline" in title
     assert head.startswith("| stack |")
     assert re.fullmatch(r"\|(---\|)+", rule)
+
+
+def test_parts_of_a_file_by_themselves(tmp_path):
+    file = tmp_path / "all.json"
+    file.write_text(
+        '{"cache_config": {"max_warmup_steps": 3}, "attention_backend": "native", '
+        '"parallelism_config": {"ulysses": 2}}'
+    )
+    assert cache_dit.load_attn_backend_config(file) == "native"
+    assert cache_dit.load_attn_backend_config({"max_warmup_steps": 3}) is None
+    assert cache_dit.load_parallelism_config(file).ulysses_size == 2
+    assert cache_dit.load_cache_config(file)[0].given == {"max_warmup_steps": 3}
+    assert cache_dit.load_options(file).keys() >= {"cache_config", "attention_backend"}
 
 
 def test_modifiers_take_options_by_name():

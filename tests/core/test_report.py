@@ -1,5 +1,7 @@
 """The report: a page that a browser shows, with what the summary knows, and honest estimates."""
 
+import json
+import math
 import os
 import re
 import shutil
@@ -11,8 +13,11 @@ import tiny
 from PIL import Image
 
 import dbcache
-from dbcache import DBCacheConfig, FoCaCalibratorConfig
+from dbcache import DBCacheConfig, DBPruneConfig, FoCaCalibratorConfig, ParamsModifier
 from dbcache.results import page as pages
+from dbcache.results.lane import LaneSummary
+from dbcache.results.replay import estimates, replayed
+from dbcache.results.summary import Summary
 
 pytestmark = pytest.mark.usefixtures("one_thread", "plain_kernels")
 
@@ -101,3 +106,111 @@ def test_a_browser_shows_a_page_that_needs_nothing_else(tmp_path):
         if max(abs(x - y) for x, y in zip(colour, bar, strict=True)) < 3
     )
     assert near > 2000
+
+
+def test_the_settings_on_the_page_do_the_same():
+    pipe = run("flux", None, params_modifiers=ParamsModifier(max_warmup_steps=5))
+    expected = dbcache.summary(pipe, logging=False)
+    other = tiny.pipeline("flux")
+    exec(expected.config, {"dbcache": dbcache, "pipe": other})
+    tiny.generate(other, STEPS, guided=False)
+    found = dbcache.summary(other, logging=False)
+    assert found[0].reasons == expected[0].reasons
+    assert found.config == expected.config
+    assert "max_warmup_steps=5" in expected.config
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_continuous_cached_steps": 2},
+        {"max_cached_steps": 4, "residual_diff_threshold": 0.3},
+        {"max_accumulated_residual_diff_threshold": 0.2, "residual_diff_threshold": 0.5},
+        {"residual_diff_threshold": 1.0, "max_continuous_cached_steps": 3},
+        {"residual_diff_threshold": 0.0},
+        {"warmup_interval": 2, "max_warmup_steps": 8},
+        {"policy": "easycache", "residual_diff_threshold": 0.3},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*nothing was cached")
+def test_a_replay_under_the_same_threshold_caches_the_same_steps(options):
+    pipe = run("wan", DBCacheConfig(**OPTIONS | options))
+    for lane in dbcache.summary(pipe, logging=False):
+        assert replayed(lane, lane.threshold) == lane.cached_steps
+        found = dict(estimates(lane))
+        assert found[lane.threshold] == len(lane.cached_steps)
+        assert found[max(found)] >= max(found.values()) - ("max_acc" in str(options))
+
+
+def test_a_cache_that_never_hits_is_shown_thresholds_that_would():
+    lane = LaneSummary(
+        "T", "blocks", None, 0.01, ["warm-up"] + ["above threshold"] * 4,
+        {1: 0.2, 2: 0.3, 3: 0.25, 4: 0.5}, 1.0,
+    )  # fmt: skip
+    found = dict(estimates(lane))
+    assert found[0.01] == 0
+    assert found[max(found)] == 4
+    assert sorted(set(found.values())) == [0, 1, 2, 3, 4]
+
+
+def test_what_is_not_compared_has_no_estimate():
+    pipe = run("wan", DBPruneConfig(**OPTIONS))
+    text = pages.page(dbcache.summary(pipe, logging=False))
+    assert "Blocks are left out one by one" in text
+    assert "of the blocks left out" in text
+    assert "by blocks, not measured" in text
+    assert text.count('class="ran"') == text.count('class="cached"') > 0
+
+
+def test_the_bound_is_that_of_medians():
+    reasons = ["warm-up", "warm-up", "below threshold", "below threshold"]
+    lane = LaneSummary(
+        "T", "blocks", None, 0.1, reasons, {2: 0.01, 3: 0.02}, 1.0, seconds=[9.0, 1.0, 0.2, 0.4]
+    )
+    assert pages.costs(lane) == (1.0, pytest.approx(0.3))
+    assert pages.bound(0.5, 0.3) == pytest.approx(1 / 0.65)
+    text = pages.page(Summary([lane]))
+    assert "0.30 (measured)" in text
+    assert "1.54x" in text
+
+
+def test_what_models_are_called_cannot_break_the_page():
+    lane = LaneSummary("T", "<b>&", '"x"', math.inf, ["NaN diff"], {0: math.nan}, 1.0)
+    summary = Summary([lane], ["<script>alert(1)</script>"], name="</title>")
+    for text in (pages.page(summary), summary._repr_html_(), summary.plot().svg):
+        assert "<script" not in text
+        assert "<b>" not in text
+    assert json.loads(summary.to_json())["lanes"][0]["diffs"] == {"0": None}
+    assert "no step" in pages.page(Summary())
+
+
+def test_notebooks_and_files(tmp_path):
+    summary = dbcache.summary(run("wan"), logging=False)
+    shown = summary._repr_html_()
+    assert "<table>" in shown
+    assert "<svg" in shown
+    assert "WanPipeline" in shown
+    data = json.loads(summary.to_json())
+    assert data["lanes"][0]["cached_steps"] == summary[0].cached_steps
+    assert data == json.loads(summary.to_json(indent=None))
+    assert json.loads(Summary.from_dict(data).to_json()) == data
+    assert pages.page(Summary.from_dict(data)) == pages.page(summary)
+    assert summary.seconds > 0
+    plot = summary.plot()
+    plot.save(tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text() == plot.svg == plot._repr_svg_()
+    cached = plot.svg.count('class="cached"')
+    assert cached == sum(len(lane.cached_steps) for lane in summary) > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*nothing was cached")
+def test_bad_paths_and_targets(tmp_path):
+    pipe = run("flux")
+    with pytest.raises(FileNotFoundError, match="make it"):
+        dbcache.report(pipe, tmp_path / "none" / "run.html")
+    with pytest.raises(TypeError, match="path must be"):
+        dbcache.report(pipe, 3)
+    with pytest.raises(RuntimeError, match="enabled on it first"):
+        dbcache.report(tiny.pipeline("flux"), tmp_path / "run.html")
+    assert list(tmp_path.iterdir()) == []
