@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     if settings is not None:
         with enabled(runner.pipe, settings):
             if arguments.compile:
-                runner.compile()
+                dbcache.compile(runner.pipe)
             result = runner.run(warm=arguments.compile)
             found = dbcache.summary(runner.pipe, logging=False)
             data |= {"summary": found.to_dict(), "settings": dbcache.strify(runner.pipe)}
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
         lines.append(str(found))
     else:
         if arguments.compile:
-            runner.compile()
+            dbcache.compile(runner.pipe)
         result = runner.run(warm=arguments.compile)
     if not is_first:
         return Outcome("", {})

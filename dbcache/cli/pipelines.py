@@ -113,14 +113,6 @@ class Runner:
         pipe.set_progress_bar_config(disable=is_quiet)
         return cls(pipe, device, call, arguments.seed)
 
-    def compile(self) -> None:
-        """Compile each block that may be cached; blocks of one class are compiled once."""
-        for part in self.pipe.components.values():
-            adapter = dbcache.get_adapter(part) if isinstance(part, torch.nn.Module) else None
-            for blocks in () if adapter is None else adapter.blocks:
-                for block in (block for one in blocks for block in one):
-                    block.compile()
-
     @torch.no_grad()
     def run(self, warm: bool = False) -> Result:
         """Call the pipeline; with `warm` once before, untimed."""
