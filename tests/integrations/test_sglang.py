@@ -3,6 +3,7 @@
 import importlib.metadata
 import logging
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,7 +208,9 @@ def test_options_of_dbcache_per_request_and_of_the_server(engine, monkeypatch, t
     request(stage, 6)
     plain = settings(stage)
     assert plain.startswith("DBCache_F1B0_W2I1M0MC2_R0.5_")
-    request(stage, 6, cache_dit_params={"policy": "easycache", "max_warmup_steps": 3})
+    with warnings.catch_warnings(record=True) as said:
+        request(stage, 6, cache_dit_params={"policy": "easycache", "max_warmup_steps": 3})
+    assert not [str(w.message) for w in said if "no effect" in str(w.message)]
     assert settings(stage).startswith("EasyCache_F0B0_W3I1M0MC2")
     request(stage, 6, cache_dit_params={"enable_foca": True})
     foca = settings(stage)
@@ -307,14 +310,17 @@ def test_the_groups_of_the_engine_decide_together(engine, monkeypatch):
     assert seen == [["sp"], ["sp", "dit"], ["sp"], ["sp"]]
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing was cached")
 def test_requests_that_cached_nothing_are_said_in_the_log(engine, caplog):
     stage = sglang_stub.stage(engine.denoising, tiny.flux())
-    with caplog.at_level(logging.WARNING, logger="dbcache.integrations.sglang"):
-        for _ in range(3):
-            request(stage, 7, cache_dit_params={"residual_diff_threshold": 1e-4})
+    with caplog.at_level(logging.DEBUG, logger="dbcache"):
+        for steps in (7, 7, 6):
+            request(stage, steps, cache_dit_params={"residual_diff_threshold": 1e-4})
         stage._unmount_cache_dit()
     texts = [record.getMessage() for record in caplog.records]
-    assert len([text for text in texts if "ran without a cached step" in text]) == 1
+    assert sum("nothing was cached in 7 steps" in text for text in texts) >= 2
+    assert any("nothing was cached in 6 steps: the cache never hit" in text for text in texts)
+    assert len([text for text in texts if text.startswith("stack ")]) == 3, "a summary each"
 
 
 def test_the_diffusers_backend_takes_the_same_file(engine, monkeypatch, tmp_path):

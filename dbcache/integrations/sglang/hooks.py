@@ -17,11 +17,9 @@ import dbcache
 from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.blocks.patterns import ForwardPattern
 from dbcache.integrations.blocks import known_or_auto
-from dbcache.integrations.no_ops import NoOps
 from dbcache.integrations.sglang.settings import OWN, check, is_chosen, options_of, split
 
 LOG = logging.getLogger(__name__)
-NO_OPS = NoOps(LOG)
 
 RUNTIME = "sglang.multimodal_gen.runtime"
 INTEGRATION = f"{RUNTIME}.cache.cache_dit_integration"
@@ -227,7 +225,7 @@ def _mount(
     is_separate: bool,
 ) -> None:
     named = [group for group in groups if group is not None]
-    options = {"enable_separate_cfg": is_separate} | options_of(config)
+    options = options_of(config, enable_separate_cfg=is_separate)
     dbcache.enable(target, decide_together=named or None, **options)
     if not hasattr(transformer, MARK):
         setattr(transformer, MARK, "dbcache")
@@ -242,11 +240,9 @@ def _patterns(given: Any) -> Any:
 
 
 def _tell(transformer: torch.nn.Module) -> None:
-    """Say in the log what the request did that ended."""
-    summary = dbcache.summary(transformer, logging=False)
-    if summary.lanes:
-        LOG.debug("%s", summary)
-        NO_OPS.look_at(summary)
+    """Log what the request did that ended; that it cached nothing, the core says."""
+    if LOG.isEnabledFor(logging.DEBUG):
+        LOG.debug("%s", dbcache.summary(transformer, logging=False))
 
 
 HOOKS: dict[str, Callable[..., Any]] = {

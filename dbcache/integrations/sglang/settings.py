@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dbcache.config.files import partial_config, split_options
+from dbcache.config.files import load_configs, partial_config, split_options
 from dbcache.config.options import shown
 from dbcache.config.reading import read
 
@@ -45,11 +45,11 @@ def is_chosen() -> bool:
     return os.environ.get(CHOSEN, "").strip().lower() in ("1", "true", "yes", "on")
 
 
-def options_of(config: Any) -> dict[str, Any]:
-    """Return the options of `dbcache.enable` for the engine's `CacheDitConfig`.
+def options_of(config: Any, **more: Any) -> dict[str, Any]:
+    """Return the arguments of `dbcache.enable` for the engine's `CacheDitConfig`.
 
     On top of it come the environment's own options, then those of the request. A predictor among
-    these replaces that of the engine's config.
+    these replaces that of the engine's config. `more` are options below all of these.
     """
     own = options_of_environment() | getattr(config, OWN, {})
     options = {name: getattr(config, name) for name in TAKEN if getattr(config, name) is not None}
@@ -58,7 +58,15 @@ def options_of(config: Any) -> dict[str, Any]:
             if getattr(config, f"enable_{name}"):
                 switches = {f"enable_{name}": True, f"enable_encoder_{name}": True}
                 options |= switches | {field: getattr(config, field) for field in fields}
-    return options | own
+    configs = load_configs(more | options | own)
+    # the engine passes all of its options: those at its defaults were not chosen
+    plain, cache = type(config)(), configs["cache_config"]
+    cache.__dict__["_given"] = frozenset(
+        name
+        for name, value in cache.given.items()
+        if name in own or name == "max_warmup_steps" or getattr(plain, name, ...) != value
+    )
+    return configs
 
 
 def options_of_environment() -> dict[str, Any]:
