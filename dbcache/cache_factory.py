@@ -22,6 +22,14 @@ _NEW_NAMES = {
     "non_prune_blocks_ids": "non_prune_block_ids",
     "do_separate_classifier_free_guidance": "enable_separate_cfg",
 }
+_OF_NAMED = {
+    "max_warmup_steps": 0,
+    "Fn_compute_blocks": 1,
+    "Bn_compute_blocks": 0,
+    "residual_diff_threshold": 0.05,
+}
+"""What options that are left out are where `cache_type` is given; the limits are off."""
+
 _TAYLOR_ORDER = 2
 """Where `taylorseer_kwargs` does not say."""
 
@@ -106,6 +114,9 @@ def block_range(start: int, end: int, step: int = 1) -> list[int]:
 def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
     """Do what `dbcache.enable` does, with options as cache-dit 0.2 named them.
 
+    With a `cache_type` options that are left out are those of its bare method: F1B0, no warm-up,
+    threshold 0.05. Without one they are `CacheType.default_options` of DBCache.
+
     Args:
         pipe: as for `enable`.
         **options: `cache_type` (`CacheType.NONE` does nothing), and those of `enable`, or
@@ -117,6 +128,7 @@ def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
         TypeError, ValueError: as `enable`.
     """
     options = {_NEW_NAMES.get(name, name): value for name, value in options.items()}
+    is_named = "cache_type" in options
     kind = cache_type(options.pop("cache_type", CacheType.DBCache))
     if kind is CacheType.NONE:
         return pipe
@@ -129,7 +141,7 @@ def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
         order = (taylorseer or {}).get("n_derivatives", _TAYLOR_ORDER)
         options.setdefault("taylorseer_order", order)
     is_prune = kind is CacheType.DBPrune
-    defaults = CacheType.default_options(kind)
+    defaults = _OF_NAMED if is_named else CacheType.default_options(kind)
     defaults = {_NEW_NAMES.get(name, name): value for name, value in defaults.items()}
     method = {"cache_type": "DBPrune" if is_prune else "DBCache"}
     return enable(pipe, **defaults | options | method)

@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"dbcache.cli.{arguments.command}")
     try:
         outcome: Outcome = module.run(arguments)
-        print(_json(outcome.data) if arguments.json else outcome.text)
+        text = _json(outcome.data) if arguments.json else outcome.text
+        if outcome.text:
+            print(text)
         sys.stdout.flush()
     except BrokenPipeError:  # as in `dbcache models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

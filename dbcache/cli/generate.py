@@ -140,7 +140,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
         found = {"level": arguments.cache}
     if arguments.parallel is not None:
         sizes = dict(pair(text) for text in arguments.parallel.split(","))
-        found |= dbcache.load_configs({"cache_config": {}, "parallelism_config": sizes})
+        found["parallelism_config"] = dbcache.load_parallelism_config({"parallelism_config": sizes})
     return found
 
 

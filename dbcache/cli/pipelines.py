@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import inspect
 import os
 import time
@@ -154,6 +155,7 @@ def start_ranks() -> bool:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
     return torch.distributed.get_rank() == 0
 
 

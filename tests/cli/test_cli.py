@@ -1,6 +1,8 @@
 """`dbcache` as its users type it: what it prints, writes and returns, and how it fails."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import warnings
@@ -271,6 +273,24 @@ def test_a_video_from_a_prompt(capsys, video_folder, tmp_path):
         frames = list(container.decode(video=0))
     assert [(f.width, f.height) for f in frames] == [(16, 16)] * 5
     assert ".mp4" in VIDEO_ENDINGS
+
+
+@pytest.mark.ranks
+def test_a_video_on_two_ranks(video_folder, tmp_path):
+    command = f"-m torch.distributed.run --nproc_per_node 2 -m dbcache generate {video_folder}"
+    command += f" --prompt cat --steps 4 --height 16 --width 16 --frames 5 --cache {OPTIONS}"
+    command += f" --parallel ulysses=2 --json --summary {tmp_path / 's.json'}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DBCACHE_KERNELS": "reference"}
+    run = subprocess.run(
+        [sys.executable, *command.split(), "--out", tmp_path / "wan.mp4"],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    (first,) = re.findall(r"^\{.*?^\}", run.stdout, re.DOTALL | re.MULTILINE)  # of one rank
+    summary = json.loads(first)["summary"]
+    assert [lane["cached_steps"] for lane in summary["lanes"]] == [[2, 3]] * 2
+    assert json.loads((tmp_path / "s.json").read_text())["lanes"] == summary["lanes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s.json", "wan.mp4"]
 
 
 def test_settings_come_from_files_levels_and_nowhere(capsys, image_folder, tmp_path, monkeypatch):

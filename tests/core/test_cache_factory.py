@@ -99,6 +99,9 @@ def test_what_version_0_2_did_when_nothing_was_said():
         tiny.pipeline("flux"), warmup_steps=-1, do_separate_classifier_free_guidance=True
     )
     assert "_W0I1M0MC0_R0.12_CFG1" in dbcache.strify(pipe)
+    for kind in (CacheType.DBCache, CacheType.FBCache, CacheType.DBPrune):
+        pipe = apply_cache_on_pipe(tiny.pipeline("flux"), cache_type=kind)
+        assert "_F1B0_W0I1M0MC0_R0.05" in dbcache.strify(pipe)
 
 
 @pytest.mark.parametrize(
