@@ -79,6 +79,7 @@ from dbcache.refused import remove_layerwise_offload as remove_layerwise_offload
 from dbcache.refused import set_profiler_output_dir as set_profiler_output_dir
 from dbcache.reporting import report as report
 from dbcache.totals import counters as counters
+from dbcache.tuning.tune import tune as tune
 
 __version__: str
 __all__ = [  # noqa: RUF022
@@ -160,5 +161,6 @@ __all__ = [  # noqa: RUF022
     "summary",
     "supported_matrix",
     "supported_pipelines",
+    "tune",
     "version_tuple",
 ]

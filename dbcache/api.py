@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,9 +25,8 @@ from dbcache.adapters.requests.request_handle import RequestHandle
 from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.requests.switch import replace_setups, switch_off, switch_on
 from dbcache.adapters.signals.recorders import RECORDERS, calibration_of, record
-from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings, merge
+from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.config.calibration import OPEN
-from dbcache.config.files import partial_config, split_options
 from dbcache.config.options import (
     check_choice,
     check_flag,
@@ -38,6 +36,8 @@ from dbcache.config.options import (
 )
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.config.predictors import CalibratorConfig
+from dbcache.config.schedule import Source
+from dbcache.given import Modifiers, changes_of, check_scheduled, rows_of, settings_of
 from dbcache.graphs.graph import GraphOptions, Recording
 from dbcache.overview import summary_of
 from dbcache.targets import (
@@ -63,7 +63,8 @@ MOST_RUNS = 5
 
 
 def enable(
-    target: Target,
+    model: Target,
+    /,
     cache_config: DBCacheConfig | None = None,
     calibrator_config: CalibratorConfig | None = None,
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None = None,
@@ -71,14 +72,17 @@ def enable(
     attention_backend: str | None = None,
     *,
     decide_together: Any = None,
+    schedule: Source | None = None,
+    target: str | float | None = None,
+    guard: float | None = None,
     cuda_graph: bool | str | GraphOptions = False,
     max_requests: int = MAX_REQUESTS,
     **options: Any,
 ) -> Target:
-    """Switch the cache on; enabling again replaces the settings.
+    """Switch the cache on and return `model`; enabling again replaces the settings.
 
     Args:
-        target: a diffusers pipeline, each call of which is a request; a transformer of a supported
+        model: a diffusers pipeline, each call of which is a request; a transformer of a supported
             class, alone (docs/serving.md); or a `BlockAdapter`.
         cache_config: when to cache; defaults as in `DBCacheConfig`. It is copied.
         calibrator_config: how to predict; None reuses the last residual.
@@ -90,16 +94,15 @@ def enable(
             `disable`. One in `parallel_kwargs` holds in its place. None leaves it as it is.
         decide_together: process groups or device meshes, this rank's one along each axis, whose
             ranks cache the same steps, beside those found on the model (FSDP2, diffusers').
-        cuda_graph: record the forward as CUDA graphs, with the decision inside: "device" (one graph
-            with the branch in it), "host" (the host reads the decision between graphs), "auto" or
-            True (the best that works here), or `GraphOptions`; False: eager.
+        schedule: what `dbcache.tune` wrote, the file or its content, in place of the configs.
+        target: which row of it: "2x" or 2.0, "45dB", "16 full", or a level, as "balanced".
+        guard: with a schedule, run a step in full that moved more than this times what tuning saw.
+        cuda_graph: record CUDA graphs with the decision inside: "device" (one graph), "host" (which
+            reads the decision between graphs), "auto" or True, or `GraphOptions`; False: eager.
         max_requests: requests of a transformer that may be open at once, each with own buffers.
         **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
             `calibrator_config` also those of a predictor, as in ``enable_taylorseer=True,
             taylorseer_order=2``. All that `load_configs` takes.
-
-    Returns:
-        `target`.
 
     Raises:
         TypeError, ValueError: an unknown option, a wrong type or value, an unsupported model, ranks
@@ -108,32 +111,34 @@ def enable(
         ImportError: the package of the `attention_backend` is missing; how to install it.
     """
     check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
-    groups = groups_named("enable: decide_together", decide_together)
-    with agreement(target, parallelism_config, groups) as agree:
-        check_int("enable: max_requests", max_requests, 1)
-        settings = _settings(options, cache_config, calibrator_config)
+    check_int("enable: max_requests", max_requests, 1)
+    ranks = parallelism_config, groups_named("enable: decide_together", decide_together)
+    with agreement(model, *ranks) as agree:
+        configs = (cache_config, calibrator_config, params_modifiers)
+        what = settings_of("enable", schedule, target, guard, configs, options)
         how = GraphOptions.of(cuda_graph), find_backend("enable", attention_backend)
-        pipe, adapter = resolve(target)
-        if has_to_go_first(target, parallelism_config):
-            agree({})  # with tp_size, a rank cannot do this alone
-            disable(pipe if pipe is not None else target)
-        what = (target, pipe, adapter), settings, params_modifiers
-        setups = _setups(*what, (parallelism_config, groups), *how)
-        agree(facts_of(setups, parallelism_config))
-    tell(switch_on(pipe, setups, max_requests, wrappers(target)))
-    return target
+        pipe, setups = _agreed_setups(model, schedule, what, ranks, how, agree)
+    tell(switch_on(pipe, setups, max_requests, wrappers(model)))
+    return model
 
 
-def _settings(
-    options: dict[str, Any],
-    cache_config: DBCacheConfig | None,
-    calibrator_config: CalibratorConfig | None,
-) -> StackSettings:
-    check_type("enable: cache_config", cache_config, DBCacheConfig)
-    check_type("enable: calibrator_config", calibrator_config, CalibratorConfig)
-    partial, calibrator = _from_options("enable", options, cache_config, calibrator_config)
-    config = merge(cache_config or DBCacheConfig(), partial)
-    return StackSettings(config, calibrator or CalibratorConfig())
+def _agreed_setups(
+    model: object,
+    schedule: Source | None,
+    what: tuple[StackSettings, Modifiers],
+    ranks: tuple[ParallelismConfig | None, Sequence[Any]],
+    how: tuple[GraphOptions | None, Any],
+    agree: Callable[[dict[str, str]], None],
+) -> tuple[Any, list[Setup]]:
+    """Return the pipeline and the setups that all ranks agree on."""
+    pipe, adapter = resolve(model)
+    if has_to_go_first(model, ranks[0]):
+        agree({})  # with tp_size, a rank cannot do this alone
+        disable(pipe if pipe is not None else model)
+    setups = _setups((model, pipe, adapter), *what, ranks, *how)
+    check_scheduled("enable", schedule, setups, pipe)
+    agree(facts_of(setups, ranks[0]))
+    return pipe, setups
 
 
 def _setups(
@@ -187,9 +192,14 @@ def disable(target: Target) -> Target:
 
 
 def start_request(
-    target: object,
+    model: object,
+    /,
     cache_config: DBCacheConfig | None = None,
     calibrator_config: CalibratorConfig | None = None,
+    *,
+    schedule: Source | None = None,
+    target: str | float | None = None,
+    guard: float | None = None,
     **options: Any,
 ) -> RequestHandle:
     """Start a request, for whoever calls a transformer without its pipeline.
@@ -199,9 +209,11 @@ def start_request(
     `step_index` of `RequestHandle.branch`. A time on the device is read once per call.
 
     Args:
-        target: an enabled transformer, pipeline or `BlockAdapter`.
+        model: an enabled transformer, pipeline or `BlockAdapter`.
         cache_config: fields that were given in it replace those of `enable`, for this request.
         calibrator_config: replaces the predictor; with as many snapshots as that of `enable`.
+        schedule: as in `enable`, in place of the configs; enabled must be a schedule, too, with or
+            without a guard as here. `target` and `guard` go with it.
         **options: as in `enable`: all that need no other blocks and no other buffers, as
             `num_inference_steps`, `residual_diff_threshold`, warm-up, limits and masks.
 
@@ -209,12 +221,17 @@ def start_request(
         RuntimeError: the cache is not enabled on it, or `max_requests` are open.
         TypeError, ValueError: as `enable`, or an option that needs other blocks or buffers.
     """
-    handles = enabled(target, "start_request")
-    changes = _changes("start_request", handles, cache_config, calibrator_config, options)
+    handles = enabled(model, "start_request")
+    given = (cache_config, calibrator_config, None)
+    rows = rows_of("start_request", schedule, target, guard, given, options)
+    if rows is None:
+        changes = changes_of("start_request", handles, cache_config, calibrator_config, options)
+    check_scheduled("start_request", schedule, [handle.setup for handle in handles], model)
     pairs: list[tuple[CachedTransformer, Request]] = []
     try:
-        for handle in handles:
-            setup = handle.setup.renewed(changes, for_request=True)
+        for index, handle in enumerate(handles):
+            own, overrides = (changes, False) if rows is None else (rows[index], True)
+            setup = handle.setup.renewed(own, for_request=True, overrides=overrides)
             setup.check_options(handle.setup)
             tell([setup], [handle.setup])
             setup.bind(handle.views, handle.original)
@@ -259,7 +276,7 @@ def refresh_context(
     """
     check_flag("refresh_context: verbose", verbose)
     handles = enabled(target, "refresh_context")
-    changes = _changes("refresh_context", handles, cache_config, calibrator_config, options)
+    changes = changes_of("refresh_context", handles, cache_config, calibrator_config, options)
     renewed = [handle.setup.renewed(changes) for handle in handles]
     tell(renewed, [handle.setup for handle in handles])
     replace_setups(handles, renewed)
@@ -268,23 +285,6 @@ def refresh_context(
         if verbose:
             settings = f"{setup.config.strify()}_{setup.base.predictor.strify()}"
             print(f"dbcache: {type(setup.module).__name__} goes on with {settings}")
-
-
-def _changes(
-    who: str,
-    handles: Sequence[CachedTransformer],
-    cache_config: DBCacheConfig | None,
-    calibrator_config: CalibratorConfig | None,
-    options: dict[str, Any],
-) -> ParamsModifier:
-    """Return what is to differ from the settings in force."""
-    check_type(f"{who}: cache_config", cache_config, DBCacheConfig)
-    check_type(f"{who}: calibrator_config", calibrator_config, CalibratorConfig)
-    base = cache_config or handles[0].setup.config
-    partial, calibrator = _from_options(who, options, base, calibrator_config)
-    if cache_config is not None:
-        partial = type(cache_config)(**{**cache_config.given, **partial.given})
-    return ParamsModifier(cache_config=partial, calibrator_config=calibrator)
 
 
 @contextmanager
@@ -385,19 +385,3 @@ def capture(target: Any, **inputs: Any) -> list[Recording]:
     for handle in handles:
         handle.begin_anew(None)
     return recorded
-
-
-def _from_options(
-    who: str,
-    options: dict[str, Any],
-    cache_config: DBCacheConfig | None,
-    calibrator_config: CalibratorConfig | None,
-) -> tuple[DBCacheConfig, CalibratorConfig | None]:
-    """Return flat options as a partial config, and a copy of the predictor."""
-    fields, calibrator = split_options(who, options)
-    if calibrator is not None and calibrator_config is not None:
-        raise ValueError(
-            f"{who}: calibrator_config must not be given together with a predictor's options, got "
-            f"both; set them in the config"
-        )
-    return partial_config(who, fields, cache_config), copy.copy(calibrator_config or calibrator)

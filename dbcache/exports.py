@@ -75,6 +75,7 @@ MODULES = {
         "set_profiler_output_dir",
     ),
     "totals": ("counters",),
+    "tuning.tune": ("tune",),
 }
 """Names by the module that defines them."""
 
@@ -93,5 +94,6 @@ HOME |= {alias: HOME[name] for alias, name in ALIASES.items()}
 SUBMODULES = (
     "adapters", "api", "cache_factory", "caching", "config", "graphs", "kernels", "lanes",
     "metrics", "overview", "parallel", "profiling", "ray", "results", "testing",
+    "tuning",
 )  # fmt: skip
 """Modules that need no import of their own."""

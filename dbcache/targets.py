@@ -19,6 +19,7 @@ from dbcache.adapters.requests.cached_pipeline import CachedPipeline
 from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
 from dbcache.config.cache import ParamsModifier
 from dbcache.config.parallelism import ParallelismConfig
+from dbcache.given import PerTransformer
 from dbcache.lanes.sharding import Sharding
 
 
@@ -34,6 +35,13 @@ def modifiers_of(
     specs: list[TransformerSpec], given: ParamsModifier | Sequence[Any] | None
 ) -> list[list[ParamsModifier | None]]:
     """Return one modifier per stack: those given to `enable`, else those of the adapter."""
+    if isinstance(given, PerTransformer):
+        if len(given) != len(specs):
+            raise ValueError(
+                f"enable: the schedule must have a part for each transformer, got {len(given)} for "
+                f"{len(specs)}; use one that was made for this pipeline"
+            )
+        return [[each] * len(spec.stacks) for each, spec in zip(given, specs, strict=True)]
     if given is None:
         return [[stack.modifier for stack in spec.stacks] for spec in specs]
     counts = [len(spec.stacks) for spec in specs]

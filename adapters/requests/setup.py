@@ -220,17 +220,23 @@ class Setup:
             self.capture = user_capture(next(self.module.parameters()).device)
         return self.capture
 
-    def renewed(self, changes: ParamsModifier, *, for_request: bool = False) -> Setup:
+    def renewed(
+        self, changes: ParamsModifier, *, for_request: bool = False, overrides: bool = False
+    ) -> Setup:
         """Return one with the given fields of `changes` on top; itself if they change nothing.
 
         Args:
             changes: fields that were given count.
             for_request: the new one is for a single request, beside this one.
+            overrides: `changes` take the place of what single stacks do differently.
 
         Raises:
             ValueError: values that are not allowed, or do not go together.
         """
         base = self.base.modified(changes)
+        modifiers = self.modifiers
+        if overrides:
+            modifiers = [changes for _ in modifiers]
         config = merge(self.config, changes.cache_config)
         if base.predictor == self.base.predictor:
             if config.as_dict() == self.config.as_dict() and config.warmup == self.config.warmup:
@@ -242,7 +248,7 @@ class Setup:
         renewed = Setup(
             self.spec,
             base,
-            self.modifiers,
+            modifiers,
             graph_options=None if self.graphs is None else self.graphs.options,
             sharding=self.sharding,
             patches=self.patches,

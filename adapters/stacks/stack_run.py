@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from dbcache.config.cache import DBCacheConfig, ParamsModifier
+from dbcache.config.schedule import fit_to_steps
 from dbcache.lanes.plan import check_retention, resolve_mask
 from dbcache.lanes.predictors import check_steps_are_known
 from dbcache.lanes.sharding import Sharding
@@ -107,10 +108,11 @@ class StackRun:
         mask = resolve_mask(cache, steps if is_named else given, name)
         check_retention(cache, steps, name)
         check_steps_are_known(self.settings.predictor, steps, name)
+        lanes = fit_to_steps(self.prepared.calibration, steps, at_most, name)
         is_new = mask != self.settings.cache.steps_computation_mask
-        if not is_new and steps == self.settings.steps:
+        if not is_new and steps == self.settings.steps and lanes == self.settings.calibration:
             return
-        self.settings = replace(self.settings, steps=steps)
+        self.settings = replace(self.settings, steps=steps, calibration=lanes)
         if is_new:
             # the number of steps has done its part: the mask must not be compared with it again
             changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)

@@ -58,9 +58,11 @@ class DBCacheConfig(Options):
         ValueError: a value outside its range.
     """
 
-    policy: Literal["dbcache", "easycache", "teacache", "seacache", "magcache"] = "dbcache"
+    policy: Literal[
+        "dbcache", "easycache", "teacache", "seacache", "magcache", "schedule", "guarded_schedule"
+    ] = "dbcache"
     """What decides: the change of the probe residual, or a signal that needs no block. See
-    `policies`."""
+    `policies`. The last two are what `enable` sets with a `schedule`."""
 
     Fn_compute_blocks: int = option(8, low=1)
     """First n blocks, always run: the probe whose residual is compared. At least 1. Policies other

@@ -21,6 +21,7 @@ from typing import Any
 
 from dbcache.config.options import shown
 from dbcache.config.reading import read
+from dbcache.config.scheduled_lane import ScheduledLane
 from dbcache.kernels.common.lane_state import DEGREE
 
 FORMAT = "dbcache calibration 1"
@@ -35,10 +36,18 @@ class Calibration:
     Attributes:
         coefficients: TeaCache's polynomial, from the highest power down.
         ratios: MagCache's, one per step, by guidance branch.
+        lanes: what a schedule says, by guidance branch.
+        steps: of the requests that the schedule is for; 0 without one.
     """
 
     coefficients: tuple[float, ...] = ()
     ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    lanes: Mapping[str, ScheduledLane] = field(default_factory=dict)
+    steps: int = 0
+
+    def lane_for(self, branch: str | None) -> ScheduledLane:
+        """Return the schedule of a branch; one that is not in it takes that of the first."""
+        return self.lanes.get(branch or "") or next(iter(self.lanes.values()))
 
     def ratios_for(self, branch: str | None, steps: int | None) -> tuple[float, ...]:
         """Return one ratio per step, fitted to `steps` by taking the nearest (as MagCache does).

@@ -7,7 +7,8 @@ from dataclasses import replace
 from dbcache.config.cache import DBCacheConfig, StackSettings
 from dbcache.config.calibration import find_calibration
 from dbcache.config.options import shown
-from dbcache.config.policies import CALIBRATED, POLICIES
+from dbcache.config.policies import CALIBRATED, POLICIES, SCHEDULED
+from dbcache.config.schedule import lanes_of
 
 
 def prepare(settings: StackSettings, model: object, stack: str) -> StackSettings:
@@ -24,6 +25,8 @@ def prepare(settings: StackSettings, model: object, stack: str) -> StackSettings
     """
     cache = settings.cache
     _check_options(cache)
+    if cache.policy in SCHEDULED:
+        return replace(settings, calibration=lanes_of(cache.calibration, model, stack))
     if cache.policy not in CALIBRATED:
         return settings
     found = find_calibration(cache.policy, cache.calibration, model, stack)
@@ -44,7 +47,7 @@ def _check_options(cache: DBCacheConfig) -> None:
             f"{who}.cache_device must be 'model' with decision_scope='model', got 'cpu': later "
             f"stacks follow the first one without the host; use decision_scope='stack'"
         )
-    if cache.calibration is not None and cache.policy not in CALIBRATED:
+    if cache.calibration is not None and cache.policy not in (*CALIBRATED, *SCHEDULED):
         raise ValueError(
             f"{who}.calibration must come with a policy of {CALIBRATED}, got policy="
             f"{cache.policy!r}; leave it out"

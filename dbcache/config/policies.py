@@ -5,6 +5,8 @@
     teacache    polynomial of the first block's input   arXiv:2411.19108
     seacache    change of the latents, filtered         arXiv:2602.18993
     magcache    ratios of a calibration run             arXiv:2506.09045
+    schedule    a mask per guidance branch              `dbcache.tune`
+    guarded_schedule    the same, where the latents move as they did when it was made
 
 All but the first decide before the first block: a cached step then runs none but the last Bn, and
 the residual that is kept and predicted spans all others. They add up what each step contributes
@@ -52,6 +54,10 @@ POLICIES = {
     "teacache": Policy("TeaCache", "modulated", Signal.SUM, _NO_PROBE),
     "seacache": Policy("SeaCache", "spectrum", Signal.SUM, _NO_PROBE),
     "magcache": Policy("MagCache", "calibration", Signal.SUM, _NO_PROBE | _NOTHING),
+    "schedule": Policy("Schedule", "calibration", Signal.SUM, _NO_PROBE | _NOTHING),
+    "guarded_schedule": Policy("GuardedSchedule", "latents", Signal.RATE, _NO_PROBE | _ONE_RATE),
 }
 CALIBRATED = ("teacache", "magcache")
 """Policies that `dbcache.calibrate` prepares."""
+SCHEDULED = ("schedule", "guarded_schedule")
+"""Policies that ``enable(schedule=...)`` sets."""

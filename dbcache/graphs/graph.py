@@ -26,7 +26,7 @@ from dbcache.graphs.arguments import Structure, flatten, unflatten
 from dbcache.graphs.cuda_capture import RECORDERS
 from dbcache.graphs.cuda_driver import find_driver
 from dbcache.graphs.fingerprint import fingerprint, reason_against
-from dbcache.graphs.recording import Cutter, DeviceReplay, HostReplay, SegmentCutter
+from dbcache.graphs.recording import Cutter, Replay, SegmentCutter, replay_of
 from dbcache.graphs.trial import Restorable, compare, run_trial
 from dbcache.lanes.lane_copy import AnyLane
 from dbcache.notices import say
@@ -147,7 +147,7 @@ class Recording:
     """
 
     name: str
-    replay: HostReplay | DeviceReplay
+    replay: Replay
     inputs: list[torch.Tensor]
     outputs: list[Any]
     structure: Any
@@ -440,14 +440,11 @@ class GraphExecutor:
             finally:
                 for lane, had_reference in zip(lanes, knew, strict=True):
                     lane.steps.has_reference = had_reference
-        if mode == "device":
-            replay: Any = DeviceReplay(cutter.program, recorder)
-        else:
-            replay = HostReplay(cutter.program)
+        replay = replay_of(cutter.program, mode, recorder, lanes)
         outputs, out_structure = tree_flatten(output)
         inputs = [x for x in static if isinstance(x, torch.Tensor)]
         homes = [Home.of(lane) for lane in lanes]
-        name = _name(mode, inputs, request.branch)
+        name = _name(replay.mode, inputs, request.branch)
         owner = weakref.ref(request.lane_set)
         return Recording(name, replay, inputs, outputs, out_structure, homes, owner)
 

@@ -16,7 +16,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.lanes.decision import Decision
+from dbcache.lanes.lane_copy import AnyLane
 
 
 class Segment(Protocol):
@@ -195,3 +197,17 @@ class DeviceReplay:
         """Free the graph."""
         self.driver.destroy(self.graph, self.executable)
         self.graph = self.executable = None
+
+
+Replay = HostReplay | DeviceReplay
+
+
+def replay_of(program: Program, mode: str, recorder: Any, lanes: Sequence[AnyLane]) -> Replay:
+    """Return what replays a program in a mode.
+
+    Where the plans of all lanes leave nothing open, the host knows which way each step goes, and
+    strings the segments together without waiting: a branch in the graph would have nothing to ask.
+    """
+    if mode == "device" and any(PlanCode.DYNAMIC in lane.steps.plan for lane in lanes):
+        return DeviceReplay(program, recorder)
+    return HostReplay(program)

@@ -18,6 +18,7 @@ from dbcache.kernels.prediction.predict import predict
 from dbcache.lanes.buffers import Layout, can_write, outside_inference_mode
 from dbcache.lanes.decision import Decision
 from dbcache.lanes.following import FollowedSteps, Leader
+from dbcache.lanes.guard import make_guard
 from dbcache.lanes.history import History
 from dbcache.lanes.last_blocks import LaneTail
 from dbcache.lanes.plan import coefficients
@@ -82,6 +83,7 @@ class Lane:
     ) -> None:
         self.settings = settings
         self.device = device
+        self._branch = branch
         self.layout: Layout | None = None
         self.steps: StepState[LaneState] | FollowedSteps
         if leader is None:
@@ -94,7 +96,8 @@ class Lane:
         self.by_token = cache.important_condition_threshold > 0
         self.replaces = settings.replace
         self.history = History()
-        self.forecaster = make_forecaster(settings, device)
+        self.forecaster = make_forecaster(settings, device, branch)
+        self.guard = make_guard(settings, device, branch)
         self.tail: LaneTail | None = None
         self._load()
 
@@ -112,14 +115,20 @@ class Lane:
     def replan(self, settings: StackSettings) -> None:
         """Use settings that differ in the mask or the number of steps."""
         self.settings = settings
-        if self.forecaster is not None:
-            self.forecaster.replan(settings.steps)
+        self._refit(settings)
         self.steps.replan(settings)
+
+    def _refit(self, settings: StackSettings) -> None:
+        """Tell the predictor and the guard of other settings."""
+        for part in (self.forecaster, self.guard):
+            if part is not None:
+                part.replan(settings)
 
     @outside_inference_mode
     def reload(self, settings: StackSettings) -> None:
         """Use settings that need no other buffers and no other `forecaster`."""
         self.settings = settings
+        self._refit(settings)
         self._load()
         if self.tail is not None:
             self.tail.reload(settings)
@@ -141,13 +150,16 @@ class Lane:
             if device != self.device:
                 self._move(device)
             self._take(layout, {})
+        if self.guard is not None:
+            self.guard.arm(self.state)
         return code
 
     @outside_inference_mode
     def _move(self, device: torch.device) -> None:
         """Move the predictor and the last blocks to another device."""
         self.device = device
-        self.forecaster = make_forecaster(self.settings, device)
+        self.forecaster = make_forecaster(self.settings, device, self._branch)
+        self.guard = make_guard(self.settings, device, self._branch)
         if self.tail is not None:
             self.tail.move(device)
 

@@ -16,12 +16,15 @@ from dbcache.config.predictors import (
     CalibratorConfig,
     CustomCalibratorConfig,
     DMDCalibratorConfig,
+    ScheduledCalibratorConfig,
     SpectrumCalibratorConfig,
 )
-from dbcache.kernels.common.lane_state import LaneState, spread
+from dbcache.config.scheduled_lane import MAX_STEPS
+from dbcache.kernels.common.lane_state import MAX_SLOTS, LaneState, spread
 from dbcache.kernels.prediction import spectrum
 from dbcache.kernels.prediction.fit_recurrence import fit_recurrence
 from dbcache.kernels.prediction.recurrence import recurrence_weights
+from dbcache.kernels.prediction.scheduled_weights import scheduled_weights
 from dbcache.kernels.prediction.spectrum import spectrum_weights
 
 Snapshots = tuple[torch.Tensor, torch.Tensor | None]
@@ -31,8 +34,8 @@ Snapshots = tuple[torch.Tensor, torch.Tensor | None]
 class Forecaster:
     """What a lane asks of its predictor. By default there is nothing to do."""
 
-    def replan(self, steps: int | None) -> None:
-        """Prepare for a request of this number of steps, None if it is unknown."""
+    def replan(self, settings: StackSettings) -> None:
+        """Prepare for a request of the steps, and with the schedule, that `settings` have."""
 
     def learn(self, state: LaneState, stored: Snapshots, step: int, is_first: bool) -> None:
         """Learn from the full step just stored; `is_first`: nothing was stored before."""
@@ -45,13 +48,17 @@ class Forecaster:
         return []
 
 
-def make_forecaster(settings: StackSettings, device: torch.device) -> Forecaster | None:
+def make_forecaster(
+    settings: StackSettings, device: torch.device, branch: str | None = None
+) -> Forecaster | None:
     """Return what the predictor in `settings` needs, None where `decide` does it all."""
     calibrator, used = settings.predictor, settings.predicts
     if not any(used):
         return None
     if isinstance(calibrator, SpectrumCalibratorConfig):
-        return _Spectrum(calibrator, used, device, settings.steps)
+        return _Spectrum(calibrator, used, device, settings)
+    if isinstance(calibrator, ScheduledCalibratorConfig):
+        return _Scheduled(settings, device, branch)
     if isinstance(calibrator, DMDCalibratorConfig):
         return _Recurrence(calibrator, used, device)
     if isinstance(calibrator, CustomCalibratorConfig):
@@ -85,7 +92,7 @@ class _Spectrum(Forecaster):
         config: SpectrumCalibratorConfig,
         used: tuple[bool, bool],
         device: torch.device,
-        steps: int | None,
+        settings: StackSettings,
     ) -> None:
         parameters = torch.zeros(spectrum.NUM_PARAMETERS, dtype=torch.float64)
         parameters[spectrum.ORDER] = config.spectrum_order * used[0]
@@ -93,14 +100,40 @@ class _Spectrum(Forecaster):
         parameters[spectrum.RIDGE] = config.spectrum_ridge
         parameters[spectrum.BLEND] = config.spectrum_blend
         self._parameters = parameters.to(device)
-        self.replan(steps)
+        self.replan(settings)
 
-    def replan(self, steps: int | None) -> None:
+    def replan(self, settings: StackSettings) -> None:
         last = spectrum.LAST_STEP
-        self._parameters[last : last + 1].fill_(float(max(1, (steps or 0) - 1)))
+        self._parameters[last : last + 1].fill_(float(max(1, (settings.steps or 0) - 1)))
 
     def weigh(self, state: LaneState, step: int) -> None:
         spectrum_weights(state, self._parameters)
+
+
+class _Scheduled(Forecaster):
+    """A table of weights, whose tensor stays where it is: recorded graphs read what is in it."""
+
+    def __init__(self, settings: StackSettings, device: torch.device, branch: str | None) -> None:
+        self._branch, self._slots = branch, settings.slots
+        self._table = torch.full((MAX_STEPS, 2 * MAX_SLOTS), -1.0, device=device)
+        self._lane: object = None
+        self.replan(settings)
+
+    def replan(self, settings: StackSettings) -> None:
+        if settings.calibration is None or not settings.calibration.lanes:
+            return
+        lane = settings.calibration.lane_for(self._branch)
+        if lane is not self._lane:
+            self._lane = lane
+            rows = torch.tensor(lane.table(self._slots), dtype=torch.float32)
+            self._table.fill_(-1.0)
+            self._table[: len(rows)].copy_(rows)
+
+    def weigh(self, state: LaneState, step: int) -> None:
+        scheduled_weights(state, self._table)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self._table]
 
 
 class _Recurrence(Forecaster):

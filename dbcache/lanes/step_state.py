@@ -17,7 +17,7 @@ from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LaneState, PlanCode, Reason
 from dbcache.kernels.pruning.block_state import BlockSteps
 from dbcache.lanes.buffers import HostCopy, outside_inference_mode
-from dbcache.lanes.plan import decide_ahead, make_plan
+from dbcache.lanes.plan import decide_ahead, make_plan, scheduled_plan
 
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
@@ -82,7 +82,9 @@ class StepState(Generic[Tensors]):
         self._settings = settings
         plan: list[int] = [*make_plan(settings.cache, self.state.capacity, settings.steps)]
         self._known_changes: dict[int, float] = {}
-        if POLICIES[settings.cache.policy].measures == "calibration":
+        if settings.calibration is not None and settings.calibration.lanes:
+            plan = [*scheduled_plan(settings, self.branch, self.state.capacity)]
+        elif POLICIES[settings.cache.policy].measures == "calibration":
             assert settings.calibration is not None
             ratios = settings.calibration.ratios_for(self.branch, settings.steps)
             plan, self._known_changes = decide_ahead(plan, ratios, self.limits, self.thresholds)

@@ -22,7 +22,8 @@ OF_CACHE_DIT = ("cache_factory", "caching", "dropin", "ray", "refused")
 """Facades that nothing imports but what users call."""
 
 FACADE = (
-    "api", "compilation", "foreign", "overview", "profiling", "reporting", "targets", "totals",
+    "api", "compilation", "foreign", "given", "overview", "profiling", "reporting", "targets",
+    "totals", "tuning",
     "__init__", "__main__", "cli", "demo", *OF_CACHE_DIT, *SURFACE,
 )  # fmt: skip
 
@@ -83,7 +84,7 @@ def is_upward(module: str, name: str) -> bool:
         return False
     if is_in(name, tuple(f"dbcache.{facade}" for facade in SURFACE)):
         head = module.split(".")[1:2]
-        return head not in (["api"], ["cli"], ["__main__"], name.split(".")[1:2])
+        return head not in (["api"], ["cli"], ["__main__"], ["tuning"], name.split(".")[1:2])
     if layer(module) == "parallel" and name in CONFIGS:
         return False
     if layer(name) not in MAY_IMPORT[layer(module)]:
