@@ -63,15 +63,14 @@ def _values(counts: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Any, ...]
             yield "dbcache_decisions", model, reason, count
 
 
-def is_there() -> bool:
-    """Whether prometheus_client is installed."""
-    return importlib.util.find_spec("prometheus_client") is not None
+def publish_where_installed() -> None:
+    """Do what `publish` does, if prometheus_client is there: what backends do after a request."""
+    if importlib.util.find_spec("prometheus_client") is not None:
+        publish()
 
 
 def publish(registry: Any = None, counts: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Bring the metrics of a registry up to the counters; makes them the first time.
-
-    The backends of engines do this after each request.
 
     Args:
         registry: a `prometheus_client.CollectorRegistry`; None: the one that engines expose.

@@ -16,6 +16,7 @@ import torch
 import dbcache
 from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.blocks.patterns import ForwardPattern
+from dbcache.integrations import prometheus
 from dbcache.integrations.blocks import known_or_auto
 from dbcache.integrations.sglang.settings import OWN, check, is_chosen, options_of, split
 
@@ -132,6 +133,7 @@ def refresh(
         options["steps_computation_mask"] = steps_computation_mask
         options["steps_computation_policy"] = steps_computation_policy or "dynamic"
     dbcache.refresh_context(transformer, verbose=verbose, **options)
+    prometheus.publish_where_installed()  # what is over now
     return None
 
 

@@ -180,8 +180,8 @@ class Backend:
             if is_whole:
                 self._no_ops.look_at(summary)
             LOGGER.debug("dbcache:\n%s", summary)
-        if handles and prometheus.is_there():
-            prometheus.publish()
+        if handles:
+            prometheus.publish_where_installed()
 
     def _wrap(self, pipeline: Any, name: str, call: Any) -> None:
         """Let `call(pipeline, original, ...)` run in place of a method of the pipeline."""
