@@ -20,6 +20,7 @@ from dbcache.adapters.requests.record import TIMES
 from dbcache.adapters.requests.request import Request
 from dbcache.adapters.stacks.prunable_blocks import SingleBlocksStep
 from dbcache.adapters.stacks.pruned_stack import PrunedStep
+from dbcache.adapters.stacks.row_step import RowStep
 from dbcache.adapters.stacks.step import Step
 from dbcache.config.options import check_flag
 from dbcache.lanes.lane import Lane
@@ -191,6 +192,8 @@ _METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (Step, "begin", _begins("probe")),
     (Step, "_decide", _wrapped("decide")),
     (Step, "decide", _begins("middle blocks")),
+    (RowStep, "_decide_rows", _wrapped("decide")),
+    (RowStep, "decide", _begins("middle blocks")),
     (Step, "finish_full", _ends),
     (Step, "abort", _ends),
     (Step, "on_output", _ends),

@@ -58,7 +58,8 @@ class RequestRecord:
             keys = [branch for branch, lane in run.lanes.items() if lane.steps.step]
             for branch in run.lanes:
                 shown = request.clock.branches.shown(branch, keys)
-                times = getattr(request, TIMES, {}).get(branch, [])
+                of_branch = (branch or "").partition("[")[0] or None  # without the row of a batch
+                times = getattr(request, TIMES, {}).get(of_branch, [])
                 lanes.append(_lane(name, run, branch, shown, list(times)))
         return cls(lanes, notes, request.clock.calls)
 

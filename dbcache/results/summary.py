@@ -44,6 +44,11 @@ class Summary:
     seconds: float | None = None
     has_run: bool = False
 
+    def __repr__(self) -> str:
+        steps = sum(lane.steps for lane in self.lanes)
+        cached = sum(len(lane.cached_steps) for lane in self.lanes)
+        return f"<Summary of {self.name}: {len(self)} lanes, {cached} of {steps} steps cached>"
+
     def __len__(self) -> int:
         return len(self.lanes)
 
@@ -198,11 +203,13 @@ class Summary:
 
 def paired(lanes: Sequence[LaneSummary]) -> list[LaneSummary]:
     """Return the lanes, where the first branch of each stack knows the second one."""
-    stacks: dict[tuple[str, str], list[LaneSummary]] = {}
+    stacks: dict[tuple[str, ...], list[LaneSummary]] = {}
     for lane in lanes:
-        stacks.setdefault((lane.transformer, lane.stack), []).append(lane)
+        _, bracket, row = (lane.branch or "").partition("[")  # "cond[1]": of the second sample
+        stacks.setdefault((lane.transformer, lane.stack, bracket, row), []).append(lane)
     others = {}
     for branches in stacks.values():
-        first = next((lane for lane in branches if lane.branch == "cond"), branches[0])
+        named = (lane for lane in branches if (lane.branch or "").partition("[")[0] == "cond")
+        first = next(named, branches[0])
         others[id(first)] = next((lane for lane in branches if lane is not first), None)
     return [replace(lane, other=others.get(id(lane))) for lane in lanes]

@@ -102,6 +102,20 @@ def test_outputs_are_the_same_with_and_without():
         assert found.counts["commit"] > 0
 
 
+def test_samples_that_decide_for_themselves_have_ranges_and_times():
+    family = tiny.FAMILIES["qwen"]
+    model = dbcache.enable(family.build(), **FORCED | ONE_BRANCH, batch_reduce="each")
+    with dbcache.profile() as found, torch.no_grad():
+        for step in range(STEPS):
+            x = tiny.noise(*family.latent_shape, seed=step).expand(2, -1, -1).clone()
+            model(**family.arguments(x, 1 - step / STEPS, "cond"))
+    assert found.counts["decide"] == found.counts["step"] == STEPS
+    assert found.counts["middle blocks"] == 3
+    lanes = dbcache.summary(model, logging=False).lanes
+    assert [len(lane.seconds) for lane in lanes] == [STEPS] * 2
+    assert [lane.other for lane in lanes] == [None, None]
+
+
 def test_a_step_that_fails_leaves_no_range_open():
     pipe = dbcache.enable(tiny.pipeline("flux"), DBCacheConfig(**FORCED))
     for index in (0, 3):  # in the probe, in the middle

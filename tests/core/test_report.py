@@ -197,6 +197,8 @@ def test_notebooks_and_files(tmp_path):
     assert json.loads(Summary.from_dict(data).to_json()) == data
     assert pages.page(Summary.from_dict(data)) == pages.page(summary)
     assert summary.seconds > 0
+    cached = sum(len(lane.cached_steps) for lane in summary)
+    assert repr(summary) == f"<Summary of WanPipeline: 2 lanes, {cached} of 40 steps cached>"
     plot = summary.plot()
     plot.save(tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text() == plot.svg == plot._repr_svg_()
