@@ -109,9 +109,9 @@ def pipeline(omni, name, *, declared=None):
         def predict_noise(self, model, **kwargs):
             return model(**kwargs)[0]
 
-        def velocity(self, x, t, guides):
+        def velocity(self, x, t, guides, **others):
             branches = [
-                {"model": self.model_at(t), **family.arguments(x, t, branch)}
+                {"model": self.model_at(t), **family.arguments(x, t, branch), **others}
                 for branch in tiny.BRANCHES
             ]
             return self.predict_noise_maybe_with_cfg(guides, SCALE, *branches, cfg_normalize=False)
@@ -127,8 +127,9 @@ def pipeline(omni, name, *, declared=None):
         # --- step-wise ---
 
         def denoise_step(self, batch, *, states=None):
-            (state,) = states
-            return self.velocity(state.latents, 1 - state.step_index / state.total_steps, True)
+            times = [1 - state.step_index / state.total_steps for state in states]
+            x = torch.cat([state.latents for state in states])
+            return self.velocity(x, times[0], True, timestep=torch.tensor(times))
 
         def step_scheduler(self, state, v):
             state.latents = self.scheduler_step(
@@ -439,3 +440,42 @@ def test_step_wise_requests_are_requests_of_their_own(omni, caplog):
 
     backend.disable(pipe)
     assert HANDLE not in pipe.transformer.__dict__
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("each", [True, False])
+def test_steps_of_several_requests_in_one_batch(omni, each, caplog):
+    pipe = pipeline(omni, "qwen")
+    config = OWN | ({"batch_reduce": "each"} if each else {})
+    backend = omni.selector.get_cache_backend("dbcache", config)
+    backend.enable(pipe)
+    plans = ((5, 12), (6, 9), (7, 10))
+    expected = {(seed, steps): pipe(steps, True, seed) for seed, steps in plans}
+    before = dbcache.summary(pipe.transformer, logging=False).totals
+    waiting = [
+        (key, omni.state(str(key), None, timesteps=torch.arange(key[1]))) for key in expected
+    ]
+    for key, state in waiting:
+        state.latents = tiny.noise(*tiny.FAMILIES["qwen"].latent_shape, seed=key[0])
+    active, caplog.handler.level = [], logging.WARNING
+    images = {}
+    for turn in range(40):
+        if turn % 2 == 0 and waiting:  # requests join, and leave
+            active.append(waiting.pop(0))
+        if not active:
+            break
+        noise = pipe.denoise_step(None, states=[state for _, state in active])
+        for (key, state), v in list(zip(active, noise.split(1), strict=True)):
+            pipe.step_scheduler(state, v)
+            if state.denoise_completed:
+                images[key] = pipe.post_decode(state)
+                active.remove((key, state))
+    after = dbcache.summary(pipe.transformer, logging=False).totals
+    backend.disable(pipe)
+    assert images.keys() == expected.keys()
+    if each:
+        assert all(torch.allclose(images[key], expected[key], atol=1e-5) for key in images)
+        for name in ("requests", "steps", "cached_steps"):
+            assert after[name] == 2 * before[name]
+    else:
+        assert "steps of several requests in one batch run without the cache" in caplog.text

@@ -13,7 +13,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -48,18 +48,56 @@ class Call:
         self.step = step
         self.place: int | None = None
 
-    @contextmanager
-    def branch(self) -> Iterator[None]:
+    def branch(self) -> AbstractContextManager[None]:
         """Name the guidance branch of the next call."""
         place, self.place = self.place or 0, (self.place or 0) + 1
-        name = BRANCHES[place] if place < len(BRANCHES) else f"branch {place + 1}"
+        return self.named(BRANCHES[place] if place < len(BRANCHES) else f"branch {place + 1}")
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Name the guidance branch of calls inside."""
         with ExitStack() as stack:
             for handle in self.handles:
                 stack.enter_context(handle.branch(name, step_index=self.step))
             yield
 
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Let calls inside belong to the requests."""
+        with ExitStack() as stack:
+            for handle in self.handles:
+                stack.enter_context(handle)
+            yield
+
 
 UNMASKED = {"steps_computation_mask": None, "steps_computation_policy": "dynamic"}
+
+
+class RowsCall(Call):
+    """Like `Call`, for a batch of rows of several engine requests, each at a step of its own.
+
+    Attributes:
+        rows: the requests of each row, one per transformer.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[RequestHandle]]) -> None:
+        super().__init__((), None)
+        self.rows = rows
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        with ExitStack() as stack:
+            for handles in zip(*self.rows, strict=True):
+                stack.enter_context(dbcache.rows([(handle, name) for handle in handles]))
+            yield
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for handles in zip(*self.rows, strict=True):
+                stack.enter_context(dbcache.rows(handles))
+            yield
+
 
 CALL: ContextVar[Call | None] = ContextVar("dbcache_vllm_omni_call", default=None)
 
@@ -239,12 +277,18 @@ class Backend:
         if not states:
             return original(*args, **kwargs)
         self._close_ended()
-        if len(states) > 1:
-            call = self._uncached_call(pipeline)
-        else:
-            call = Call(self._handles_of(pipeline, states[0]), states[0].step_index)
-        with _active(call):
+        with _active(self._call_of(pipeline, states)):
             return original(*args, states=states, **kwargs)
+
+    def _call_of(self, pipeline: Any, states: Sequence[Any]) -> Call:
+        is_each = self._settings.options["cache_config"].batch_reduce == "each"
+        if len(states) == 1:  # rows go by the time, and so does a request that may become one
+            index = None if is_each else states[0].step_index
+            return Call(self._handles_of(pipeline, states[0]), index)
+        if not is_each:
+            return self._uncached_call(pipeline)
+        rows = [[self._handles_of(pipeline, state)] * len(state.latents) for state in states]
+        return RowsCall([handles for own in rows for handles in own])
 
     def _handles_of(self, pipeline: Any, state: Any) -> list[RequestHandle]:
         """Return the requests of an engine request, which begin with its first step."""
@@ -260,7 +304,7 @@ class Backend:
             self._said_together = True
             LOGGER.warning(
                 "dbcache: steps of several requests in one batch run without the cache, since they "
-                "are at different places; serve one request at a time in step-wise mode"
+                'are at different places; set "batch_reduce": "each" in the cache config'
             )
         return Call(self._start(pipeline, None), None)
 
@@ -293,9 +337,7 @@ def _active(call: Call) -> Iterator[None]:
     """Let forwards belong to the requests of a call."""
     token = CALL.set(call)
     try:
-        with ExitStack() as stack:
-            for handle in call.handles:
-                stack.enter_context(handle)
+        with call.active():
             yield
     finally:
         CALL.reset(token)
