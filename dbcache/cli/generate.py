@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Fn_compute_blocks=1,residual_diff_threshold=0.12",
     )  # fmt: skip
     cache.add_argument("--config", type=Path, help="a file of settings, .yaml or .json")
+    cache.add_argument("--schedule", type=Path, help="a file that dbcache.tune wrote")
+    parser.add_argument("--target", help="row of the schedule, as in 2x or balanced")
     how = parser.add_argument_group("how to run it")
     how.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU")
     how.add_argument("--device", help="cpu or cuda; the GPU where there is one")
@@ -110,7 +112,7 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    for name in ("image", "config"):
+    for name in ("image", "config", "schedule"):
         path = getattr(arguments, name)
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"--{name}: there is no file {path}")
@@ -118,7 +120,7 @@ def _check(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, name)
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"--{name}: there is no folder {path.parent}; make it")
-        if path is not None and arguments.cache == "none" and arguments.config is None:
+        if path is not None and arguments.cache == "none":
             raise ValueError(f"--{name} needs the cache, got --cache none")
 
 
@@ -126,7 +128,13 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Return the keyword arguments of `enable`, None without a cache."""
     import dbcache
 
-    if arguments.config is not None:
+    if arguments.target is not None and arguments.schedule is None:
+        raise ValueError("--target is a row of a schedule; give --schedule, too")
+    if arguments.schedule is not None:
+        found = {"schedule": arguments.schedule}
+        if arguments.target is not None:
+            found["target"] = arguments.target
+    elif arguments.config is not None:
         found = dbcache.load_configs(arguments.config)
     elif arguments.cache == "none":
         if arguments.parallel is not None:

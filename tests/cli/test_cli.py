@@ -17,6 +17,7 @@ import tiny
 import torch
 import transformers
 from PIL import Image
+from schedules import content
 from tokenizers import Tokenizer
 from tokenizers import models as token_models
 from tokenizers.pre_tokenizers import Whitespace
@@ -309,6 +310,28 @@ def test_settings_come_from_files_levels_and_nowhere(capsys, image_folder, tmp_p
     assert {type(block).__name__ for block in compiled} == {"BasicTransformerBlock"}
 
 
+def test_a_schedule_and_the_row_of_it(capsys, image_folder, tmp_path):
+    file = tmp_path / "dit.json"
+    lane = {"weights": {}, "changes": {}}
+    rows = [
+        {"full": mask.count("1"), "speedup": {"expected": speed}, "psnr": {"mean": 40.0},
+         "transformers": [{"": lane | {"mask": mask}}]}
+        for mask, speed in (("110110", 1.4), ("110100", 1.8))
+    ]  # fmt: skip
+    schedule = content() | {
+        "scheduler": "DDIMScheduler", "num_inference_steps": 6, "scheduler_steps": 6,
+        "levels": {"high": 0, "balanced": 1, "fast": 1}, "rows": rows,
+        "transformers": [{"model": "DiTTransformer2DModel", "calls": 6}],
+    }  # fmt: skip
+    file.write_text(json.dumps(schedule))
+    argv = ["generate", image_folder, "--set", "class_labels=[1]", "--steps", 6, "--quiet"]
+    argv += ["--out", tmp_path / "x.png", "--schedule", file]
+    for target, cached in (("high", [2, 5]), ("fast", [2, 4, 5])):
+        (lane,) = data_of(capsys, *argv, "--target", target)["summary"]["lanes"]
+        assert lane["cached_steps"] == cached
+    assert "9x" in failed(capsys, *argv, "--target", "9x")
+
+
 @pytest.mark.parametrize(
     ("argv", "match"),
     [
@@ -317,6 +340,8 @@ def test_settings_come_from_files_levels_and_nowhere(capsys, image_folder, tmp_p
         (["--cache", "Fn_compute_block=1"], "did you mean 'Fn_compute_blocks'"),
         (["--cache", "fastest"], "fastest"),
         (["--config", "none.yaml"], "there is no file none.yaml"),
+        (["--schedule", "none.json"], "there is no file none.json"),
+        (["--target", "2x"], "give --schedule"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--report", "no/where.html"], "make it"),
         (["--cache", "none", "--summary", "s.json"], "needs the cache"),
