@@ -14,7 +14,10 @@ def python_of(
     predictor: CalibratorConfig,
     modifiers: Sequence[ParamsModifier | None] = (),
 ) -> str:
-    """Return the call of `enable` that has these settings."""
+    """Return the call of `enable` that has these settings; of a schedule, that there was one."""
+    parts = [cache, *(one.cache_config for one in modifiers if one is not None)]
+    if any(part is not None and part.policy == "schedule" for part in parts):
+        return 'dbcache.enable(pipe, schedule="...", target="...")  # as written by dbcache.tune'
     lines = ["pipe", call_of(cache)]
     if type(predictor) is not CalibratorConfig:
         lines.append(call_of(predictor))

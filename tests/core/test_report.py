@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 import tiny
 from PIL import Image
+from schedules import content
 
 import dbcache
 from dbcache import DBCacheConfig, DBPruneConfig, FoCaCalibratorConfig, ParamsModifier
@@ -118,6 +119,14 @@ def test_the_settings_on_the_page_do_the_same():
     assert found[0].reasons == expected[0].reasons
     assert found.config == expected.config
     assert "max_warmup_steps=5" in expected.config
+
+
+def test_of_a_schedule_the_page_says_that_there_was_one(tmp_path):
+    pipe = dbcache.enable(tiny.pipeline("flux"), schedule=content(), target="fast")
+    tiny.generate(pipe, 12, guided=False)
+    text = dbcache.report(pipe, tmp_path / "run.html").read_text()
+    assert "schedule=&quot;...&quot;" in text
+    assert "No change was compared" in text
 
 
 @pytest.mark.parametrize(
