@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: browser help install demo test tritons lint format types bench build clean
+.PHONY: browser help install demo test tritons lint format types docs bench build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -80,6 +80,10 @@ types: $(INSTALLED)  ## check types
 	@ln -s $(CURDIR)/dbcache/* $(wildcard $(PARTS:%=$(CURDIR)/%)) .links/dbcache/
 	MYPYPATH=.links $(BIN)/mypy -p dbcache
 
+docs: $(INSTALLED)  ## make the site of the documentation in site/
+	$(BIN)/python .ci/reference.py
+	$(BIN)/python -m zensical build --clean --strict
+
 bench: $(INSTALLED)  ## measure
 	$(BIN)/python -m bench.run $(ARGS)
 
@@ -89,7 +93,7 @@ build: $(INSTALLED)  ## make the wheel and the sdist in dist/
 	rm -rf build
 
 clean:  ## remove everything generated but .venv
-	rm -rf build dist demo_out .links *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist demo_out site .links *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml setup.py $(PINS)

@@ -21,6 +21,7 @@ BENCHES = {
     "calls": ("bench.calls", "Python calls into the package per step, by file"),
     "parallel": ("bench.parallel", "attention over ranks, beside diffusers' own"),
     "demo": ("dbcache", "speed-up and quality on the trained model"),
+    "memory": ("bench.memory", "bytes that a lane keeps, by model and resolution"),
     "warmup": ("bench.warmup", "how long the warm-up of few steps should be"),
     "rows": ("bench.rows", "who decides in a batch: the whole, the worst sample, or each"),
     "policies": ("bench.policies", "which policy caches which steps, at what quality"),

@@ -14,11 +14,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from pages import PAGES, ROOT, python_blocks
 
 import dbcache
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED = re.compile(r"(?<![\w/.-])((?:docs|bench|tests|adapters|kernels|parallel|dbcache)/[\w/.-]+)")
 
@@ -83,12 +82,6 @@ def test_snippets_that_use_the_package_are_python_with_names_that_exist(page):
             elif isinstance(node, ast.ImportFrom) and node.module == "dbcache":
                 for alias in node.names:
                     assert hasattr(dbcache, alias.name), f"{page.name}: {alias.name}"
-
-
-def python_blocks(page: Path) -> list[str]:
-    """Return the indented blocks of a page; those inside of lists and tables are none."""
-    blocks = re.findall(r"(?:^    .*\n|^\n(?=(?:\n)*    ))+", page.read_text(), re.MULTILINE)
-    return [textwrap.dedent(block).strip("\n") + "\n" for block in blocks if block.strip()]
 
 
 def names_of_the_serving_page() -> dict[str, Any]:
