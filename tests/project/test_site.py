@@ -19,7 +19,7 @@ def test_the_site_is_built_with_all_pages(tmp_path):
         [sys.executable, ROOT / ".ci" / "reference.py", page], capture_output=True, check=False
     )
     assert written.returncode == 0, written.stderr.decode()
-    for name in ("start_request(target", "class DBCacheConfig", "Other names: `enable_cache`"):
+    for name in ("start_request(model", "class DBCacheConfig", "Other names: `enable_cache`"):
         assert name in page.read_text()
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     built = subprocess.run(

@@ -25,6 +25,7 @@ OWN_TESTS = {
     "metrics.md": "tests/metrics/test_page.py",
     "engines.md": "tests/integrations",
     "parallel.md": "tests/parallel: the blocks need torchrun",
+    "tuning.md": "tests/tuning: a search takes minutes, and draws the same picture twice",
 }
 """Pages whose blocks are run elsewhere."""
 
