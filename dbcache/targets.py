@@ -81,15 +81,15 @@ def agreement(
     """Return where the ranks that share a target see that all of them enable it alike."""
     if not dist.is_available():
         return nullcontext(lambda facts: None)
-    from dbcache.parallel.found import is_distributed
-    from dbcache.parallel.together import Agreement, Ranks, Together, groups_of
+    from dbcache.parallel.found import found_groups, is_distributed
+    from dbcache.parallel.together import Agreement, Ranks, groups_of
 
     ranks = Ranks(groups)
     if is_distributed():
         if config is not None:
             ranks.add(groups_of(config))
         for module in _modules(target):
-            ranks.add(Together(module).look().groups)
+            ranks.add(group for found in found_groups(module).values() for group in found)
     return Agreement("enable", ranks)
 
 

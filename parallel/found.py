@@ -38,6 +38,14 @@ def found_groups(module: torch.nn.Module) -> dict[str, list[Any]]:
     return by_how
 
 
+def is_spread_otherwise(module: torch.nn.Module) -> bool:
+    """Whether a module says that ranks share it, but not which: ParaAttention, cache-dit, xDiT."""
+    classes = type(module).__mro__
+    return bool(getattr(module, "_is_parallelized", False)) or any(
+        cls.__module__.partition(".")[0] == "xfuser" for cls in classes
+    )
+
+
 def context_parallel(module: torch.nn.Module) -> Any:
     """Return the `ContextParallelConfig` that diffusers put on the module, None without."""
     config = getattr(module, "_parallel_config", None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from math import prod
@@ -23,7 +24,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dbcache.config.options import shown
 from dbcache.config.parallelism import ParallelismConfig
-from dbcache.parallel.found import context_parallel, found_groups, is_distributed, split_by_hook
+from dbcache.parallel.found import (
+    context_parallel,
+    found_groups,
+    is_distributed,
+    is_spread_otherwise,
+    split_by_hook,
+)
 from dbcache.parallel.mesh import check_world, make_mesh
 
 LOGGER = logging.getLogger("dbcache")
@@ -261,6 +268,7 @@ class Together:
         self.who = type(module).__name__
         self.ranks = Ranks(groups)
         self._is_split = False
+        self._has_warned = False
 
     def look(self) -> Ranks:
         """Return the ranks that decide together now."""
@@ -269,7 +277,21 @@ class Together:
             for how, groups in found_groups(self.module).items():
                 if self.ranks.add(groups):
                     LOGGER.info("%s: ranks decide together, found %s", self.who, how)
+            if not self.ranks and is_spread_otherwise(self.module):
+                self._warn()
         return self.ranks
+
+    def _warn(self) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        text = (
+            f"{self.who}: is spread over ranks in a way that dbcache does not know, so that each "
+            f"rank decides for itself, and ranks that differ wait for each other; pass their "
+            f"process groups as decide_together"
+        )
+        LOGGER.warning("%s", text)
+        warnings.warn(text, stacklevel=2)
 
     def meet(self, facts: Callable[[], Mapping[str, str]], device: torch.device) -> None:
         """See which ranks there are as a request begins, and that all begin it alike.

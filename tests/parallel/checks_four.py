@@ -12,6 +12,7 @@ import spread
 import tiny
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 
 import dbcache
 from dbcache.adapters.models.table import MODELS
@@ -430,6 +431,36 @@ def check_axes_of_a_mesh_decide_as_one_batch() -> None:
     with checks_together_two.raises(ValueError, "must be axes of one mesh of ranks"):
         dbcache.enable(model, decide_together=own, **asked)
     assert "_dbcache" not in model.__dict__
+
+
+def check_replicas_decide_together_where_that_is_named() -> None:
+    """Sequences over two ranks, and two replicas with samples of their own."""
+    pair = [dist.new_group([0, 2]), dist.new_group([1, 3])][dist.get_rank() % 2]
+    name, replica = "QwenImageTransformer2DModel", dist.get_rank() // 2
+    model, asked = spread.build(name, heads=4), checks_together_two.ASKED
+    lanes, outputs = checks_together_two.loop(model, name, (5, 6), **asked)
+    expected = lanes, [x.chunk(2)[replica] for x in outputs]
+    config = ParallelismConfig(ulysses_size=2, dp_size=2)
+    options = asked | {"parallelism_config": config, "decide_together": pair}
+    found = checks_together_two.loop(model, name, ((5, 6)[replica],), **options)
+    checks_together_two.compare("two replicas", found, expected)
+
+
+def check_replicas_of_hsdp_decide_apart() -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+    name, rank = "FluxTransformer2DModel", dist.get_rank()
+    model, seeds = spread.build(name, heads=4), (5, 6, 7, 8)
+    replica, asked = rank // 2, checks_together_two.ASKED
+    own = seeds[2 * replica : 2 * replica + 2]
+    lanes, outputs = checks_together_two.loop(model, name, own, **asked)
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        fully_shard(block, mesh=mesh)
+    found = checks_together_two.loop(model, name, (seeds[rank],), **asked)
+    everyone = checks_together_two.everyone(found[0])
+    assert everyone[0] == everyone[1] != everyone[2] == everyone[3]
+    for x, whole in zip(found[1], outputs, strict=True):
+        assert (x - whole.chunk(2)[rank % 2]).abs().max() < 1e-4
+    assert found[0][0][:3] == lanes[0][:3]
 
 
 if __name__ == "__main__":

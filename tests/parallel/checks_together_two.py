@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -130,6 +131,22 @@ def check_context_parallel_of_diffusers_decides_as_one_process() -> None:
                 plain = spread.step(model, spread.inputs(name, "even"))  # still split by diffusers
                 whole = spread.step(spread.build(name, heads=4), spread.inputs(name, "even"))
                 assert (plain - whole).abs().max() < 1e-5
+
+
+def check_what_is_spread_between_requests_is_seen_by_the_next() -> None:
+    for begin in (dbcache.refresh_context, lambda model: None):
+        model = spread.build(QWEN, heads=4)
+        dbcache.enable(model, num_inference_steps=STEPS, enable_separate_cfg=False, **ASKED)
+        expected = run(model, QWEN)
+        context_parallel(model)
+        begin(model)
+        compare("spread between requests", run(model, QWEN), expected)
+        with dbcache.start_request(model) as request:
+            for index in range(STEPS):
+                spread.step(model, inputs(QWEN, (5,), 1 - index / STEPS))
+            (lane,) = request.summary().lanes
+        assert len({str(reasons) for reasons in everyone(lane.reasons)}) == 1
+        dbcache.disable(model)
 
 
 def check_both_transformers_of_a_pipeline_decide_as_one_process() -> None:
@@ -282,6 +299,25 @@ def check_what_does_not_go_with_a_vote_is_told_whenever_ranks_are_found() -> Non
         with raises(ValueError, "batch_reduce must be 'mean' or 'max' where ranks decide together"):
             loop(model, FLUX, **{when: context_parallel}, **each)
         dbcache.disable(model)
+        model = spread.build(FLUX, heads=4)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            lanes, _ = loop(model, FLUX, **{when: context_parallel}, cuda_graph="host", **ASKED)
+        assert any("CUDA graphs are not recorded" in str(warning.message) for warning in said)
+        assert everyone(lanes)[0] == everyone(lanes)[1]
+
+
+def check_what_is_spread_in_an_unknown_way_is_said() -> None:
+    model = spread.build(FLUX, heads=4)
+    for spreads, groups in ((False, None), (True, None), (True, dist.group.WORLD)):
+        model._is_parallelized = spreads
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            loop(model, FLUX, decide_together=groups, **ASKED)
+        texts = [
+            str(warning.message) for warning in said if "dbcache does not know" in str(warning)
+        ]
+        assert len(texts) == (spreads and groups is None), texts
 
 
 def check_a_rank_that_raises_at_enable_is_told_to_the_others() -> None:
