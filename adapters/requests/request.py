@@ -127,6 +127,7 @@ class Request:
         lane_set: what the request keeps on the device; None before its first step.
         record: what the summary shows of it, once it is closed.
         notices: what it says beside the lanes.
+        hit: a step was cached, as far as the host knows.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class Request:
         """Forget all steps and branches: what comes is another image, or loop of a video."""
         self.loops += 1
         self.partial_calls = 0
+        self.hit = False
         self.forced: Counter[str] = Counter()
         self.clock.restart(self.setup)
         self._start()
@@ -202,6 +204,7 @@ class Request:
         clock = self.clock
         if clock.is_over(args, kwargs, time):
             self.notices.end_image(self)
+            self.hit = False
             new = None if self.renew is None else self.renew()
             if new is not None and new is not self.setup:
                 self.move_to(new)
@@ -252,7 +255,7 @@ class Request:
             raise
         clock = self.clock
         clock.end_call()
-        if clock.branch_calls[clock.branch] == self.notices.last_step:
+        if not self.hit and clock.branch_calls[clock.branch] == self.notices.last_step:
             self.notices.end_step(self)
         return output
 
@@ -328,6 +331,7 @@ class Request:
         """End the steps of a forward; those whose blocks were left out count as never begun."""
         is_partial = False
         for step in forward.steps:
+            self.hit |= step.cached
             if step.awaits_end or (step.lane is None and step.stack.entries):
                 step.abort()
                 is_partial = True

@@ -1,0 +1,257 @@
+"""The cache beside compile, offload, LoRA and quantised weights: cells of a matrix, and its table.
+
+    python tests/support/matrix.py          runs all cells; prints the table of docs/together.md
+    python tests/support/matrix.py --pairs  runs some that have every pair of values
+
+A cell builds a tiny model in the order that the document gives, denoises twice, and compares the
+second request with the reference: the model of these weights in eager mode and without offload,
+there with the same cache, or without dbcache where the threshold is 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("DBCACHE_KERNELS", "reference")
+    sys.path.insert(0, str(Path(__file__).parent))
+
+import accelerate
+import tiny
+import torch
+
+import dbcache
+
+CPU = torch.device("cpu")
+STEPS = 7
+FACTORS = {
+    "compile": ("eager", "regional", "whole"),
+    "offload": ("none", "sequential", "group block", "group leaf"),
+    "weights": ("plain", "LoRA", "int8"),
+    "cache": ("threshold 0", "F1B0", "F1B0 FoCa", "EasyCache"),
+    "model": ("flux", "wan"),
+}
+ON = {"max_warmup_steps": 3, "residual_diff_threshold": 1.0, "max_continuous_cached_steps": 2}
+CACHES: dict[str, dict[str, Any]] = {
+    "threshold 0": ON | {"Fn_compute_blocks": 1, "residual_diff_threshold": 0.0},
+    "F1B0": ON | {"Fn_compute_blocks": 1},
+    "F1B0 FoCa": ON | {"Fn_compute_blocks": 1, "enable_foca": True, "enable_encoder_foca": True},
+    "EasyCache": ON | {"policy": "easycache", "residual_diff_threshold": 5.0},
+}
+BUILDS: dict[str, Callable[[], torch.nn.Module]] = {
+    "flux": lambda: tiny.flux(double=2, single=3),
+    "wan": lambda: tiny.wan(layers=4),
+}
+
+
+class Backend:
+    """A backend of torch.compile that runs the graph as it is, and counts."""
+
+    def __init__(self) -> None:
+        self.runs = self.graphs = 0
+
+    def __call__(self, graph: Any, _: Any) -> Callable[..., Any]:
+        self.graphs += 1
+
+        def run(*args: Any) -> Any:
+            self.runs += 1
+            return graph.forward(*args)
+
+        return run
+
+
+BACKEND = Backend()  # one for all, so that Dynamo compiles each class of blocks once per kind
+
+
+def with_lora(model: torch.nn.Module) -> None:
+    """Add an adapter that does something."""
+    import peft
+
+    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0"])
+    model.add_adapter(config)
+    generator = torch.Generator().manual_seed(4)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
+
+
+def with_int8(model: torch.nn.Module) -> None:
+    """Quantise the weights of the blocks' linear layers."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    inside = ("blocks.", "transformer_blocks.")
+
+    def is_inside(module: torch.nn.Module, name: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and any(part in name for part in inside)
+
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=is_inside)
+
+
+WEIGHTS: dict[str, Callable[[torch.nn.Module], Any]] = {
+    "plain": lambda model: None,
+    "LoRA": with_lora,
+    "int8": with_int8,
+}
+OFFLOADS: dict[str, Callable[[torch.nn.Module], Any]] = {
+    "none": lambda model: None,
+    "sequential": lambda model: accelerate.cpu_offload(model, CPU, offload_buffers=False),
+    "group block": lambda model: model.enable_group_offload(
+        CPU, CPU, offload_type="block_level", num_blocks_per_group=1
+    ),
+    "group leaf": lambda model: model.enable_group_offload(CPU, CPU, offload_type="leaf_level"),
+}
+
+
+def compile_blocks(model: torch.nn.Module) -> None:
+    """Compile each block, as diffusers' `compile_repeated_blocks` does."""
+    for name in tiny.FAMILIES["flux" if hasattr(model, "single_transformer_blocks") else "wan"].lists:
+        for block in getattr(model, name):
+            block.compile(backend=BACKEND)
+
+
+COMPILES: dict[str, Callable[[torch.nn.Module], Any]] = {
+    "eager": lambda model: None,
+    "regional": compile_blocks,
+    "whole": lambda model: model.compile(backend=BACKEND),
+}
+
+
+@dataclass
+class Result:
+    """What a cell did.
+
+    Attributes:
+        outputs: of every step of two requests.
+        cached: cached steps of the second one.
+        compiled: graphs that ran in the second one.
+
+    """
+
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    cached: list[int] = field(default_factory=list)
+    compiled: int = 0
+    limit: str | None = None
+
+
+def run(cell: dict[str, str], *, with_dbcache: bool = True) -> Result:
+    """Build a model in the order of the document, and denoise twice."""
+    family, model = tiny.FAMILIES[cell["model"]], BUILDS[cell["model"]]()
+    WEIGHTS[cell["weights"]](model)
+    model.requires_grad_(False)
+    OFFLOADS[cell["offload"]](model)
+    COMPILES[cell["compile"]](model)
+    if with_dbcache:
+        dbcache.enable(model, num_inference_steps=STEPS, **CACHES[cell["cache"]])
+    result = Result()
+    for _ in range(2):
+        before = BACKEND.runs
+        result.outputs += tiny.denoise(model, family, STEPS, named=True)
+        result.compiled = BACKEND.runs - before
+    if with_dbcache:
+        result.cached = dbcache.summary(model, logging=False)[0].cached_steps
+    return result
+
+
+@functools.cache
+def reference(model: str, weights: str, cache: str) -> Result:
+    """Return what a cell must give."""
+    cell = {"model": model, "weights": weights, "cache": cache}
+    cell |= {"compile": "eager", "offload": "none"}
+    return run(cell, with_dbcache=cache != "threshold 0")
+
+
+@functools.cache
+def limit(model: str, weights: str, offload: str, compile: str) -> str | None:
+    """Return why the libraries cannot do this by themselves; None where they can."""
+    cell = {"model": model, "weights": weights, "offload": offload, "compile": compile}
+    try:
+        run(cell, with_dbcache=False)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    return None
+
+
+def check(cell: dict[str, str]) -> str:
+    """Run a cell and compare; return "same", or what the libraries cannot do.
+
+    Raises:
+        AssertionError: it gave something else. Whatever the cell raises.
+    """
+    want = reference(cell["model"], cell["weights"], cell["cache"])
+    try:
+        got = run(cell)
+    except Exception:
+        reason = limit(cell["model"], cell["weights"], cell["offload"], cell["compile"])
+        if reason is None:
+            raise
+        return reason
+    assert len(got.outputs) == len(want.outputs)
+    for step, pair in enumerate(zip(got.outputs, want.outputs, strict=True)):
+        assert torch.equal(*pair), f"{cell}: step {step} differs"
+    assert got.cached == want.cached, cell
+    assert bool(got.cached) == (cell["cache"] != "threshold 0"), cell
+    assert (got.compiled > 0) == (cell["compile"] != "eager"), cell
+    return "same"
+
+
+def cells() -> list[dict[str, str]]:
+    """Return all cells."""
+    return [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
+
+
+def _pairs(cell: dict[str, str]) -> set[tuple[tuple[str, str], ...]]:
+    return set(itertools.combinations(cell.items(), 2))
+
+
+def pairwise() -> Iterator[dict[str, str]]:
+    """Yield cells such that each pair of values is in one of them, by greedy choice."""
+    everything = cells()
+    missing = set().union(*map(_pairs, everything))
+    while missing:
+        best = max(everything, key=lambda cell: len(_pairs(cell) & missing))
+        missing -= _pairs(best)
+        yield best
+
+
+def table(results: Sequence[tuple[dict[str, str], str]]) -> str:
+    """Return Markdown: a row per offload and weights, a column per way to compile."""
+    compiles = FACTORS["compile"]
+    lines = ["| offload | weights | " + " | ".join(compiles) + " |", "| --- " * (len(compiles) + 2) + "|"]
+    for offload, weights in itertools.product(FACTORS["offload"], FACTORS["weights"]):
+        row = []
+        for how in compiles:
+            key = {"offload": offload, "weights": weights, "compile": how}
+            found = [text for cell, text in results if key.items() <= cell.items()]
+            others = sorted({text for text in found if text != "same"})
+            row.append("; ".join(others) or (f"same ({len(found)})" if found else "-"))
+        lines.append(f"| {offload} | {weights} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    results = []
+    for cell in pairwise() if "--pairs" in sys.argv else cells():
+        try:
+            text = check(cell)
+        except Exception as error:
+            text = f"**{type(error).__name__}: {str(error)[:80]}**"
+            print(cell, repr(error)[:300], file=sys.stderr)
+        results.append((cell, text))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
