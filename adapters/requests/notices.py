@@ -26,10 +26,6 @@ KINDS = {
         "{who}: {cache} was enabled on the same model after dbcache: each skips what the other "
         "measures; remove one of them: {cure}, or dbcache.disable"
     ),
-    "compile": (
-        "{who}: torch.compile of the whole transformer is bypassed, since the cache decides "
-        "between its blocks; compile these (transformer.compile_repeated_blocks())"
-    ),
     "exchanged": (
         "{who}: the pipeline's transformer is another one than dbcache was enabled on, and runs "
         "without the cache; call dbcache.enable on the pipeline again"
@@ -114,8 +110,6 @@ class Notices:
             if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
                 self.add(request, "gradients")
         self._look_for_other_caches(request)
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            self.add(request, "compile")
         steps, given = clock.num_steps()[0], clock.config.num_inference_steps
         if clock.planned_steps is not None and given is not None and given != steps:
             self.add(request, "steps", given=given, ran=steps)

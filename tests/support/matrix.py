@@ -110,16 +110,9 @@ OFFLOADS: dict[str, Callable[[torch.nn.Module], Any]] = {
 }
 
 
-def compile_blocks(model: torch.nn.Module) -> None:
-    """Compile each block, as diffusers' `compile_repeated_blocks` does."""
-    for name in tiny.FAMILIES["flux" if hasattr(model, "single_transformer_blocks") else "wan"].lists:
-        for block in getattr(model, name):
-            block.compile(backend=BACKEND)
-
-
 COMPILES: dict[str, Callable[[torch.nn.Module], Any]] = {
     "eager": lambda model: None,
-    "regional": compile_blocks,
+    "regional": lambda model: dbcache.compile(model, backend=BACKEND),
     "whole": lambda model: model.compile(backend=BACKEND),
 }
 
@@ -204,7 +197,8 @@ def check(cell: dict[str, str]) -> str:
 
 def cells() -> list[dict[str, str]]:
     """Return all cells."""
-    return [dict(zip(FACTORS, values, strict=True)) for values in itertools.product(*FACTORS.values())]
+    products = itertools.product(*FACTORS.values())
+    return [dict(zip(FACTORS, values, strict=True)) for values in products]
 
 
 def _pairs(cell: dict[str, str]) -> set[tuple[tuple[str, str], ...]]:
@@ -224,7 +218,10 @@ def pairwise() -> Iterator[dict[str, str]]:
 def table(results: Sequence[tuple[dict[str, str], str]]) -> str:
     """Return Markdown: a row per offload and weights, a column per way to compile."""
     compiles = FACTORS["compile"]
-    lines = ["| offload | weights | " + " | ".join(compiles) + " |", "| --- " * (len(compiles) + 2) + "|"]
+    lines = [
+        f"| offload | weights | {' | '.join(compiles)} |",
+        "| --- " * (2 + len(compiles)) + "|",
+    ]
     for offload, weights in itertools.product(FACTORS["offload"], FACTORS["weights"]):
         row = []
         for how in compiles:
