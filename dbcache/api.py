@@ -118,7 +118,7 @@ def enable(
         what = settings_of("enable", schedule, target, guard, configs, options)
         how = GraphOptions.of(cuda_graph), find_backend("enable", attention_backend)
         pipe, setups = _agreed_setups(model, schedule, what, ranks, how, agree)
-    tell(switch_on(pipe, setups, max_requests, wrappers(model)))
+    switch_on(pipe, setups, max_requests, wrappers(model))
     return model
 
 

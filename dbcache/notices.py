@@ -9,6 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 LOGGER = logging.getLogger("dbcache")
@@ -51,14 +52,21 @@ NOTHING = {
 """Why nothing was cached, and the cure; the first one that holds of any lane is said first."""
 
 
-def say(text: str) -> None:
-    """Warn, at the line of the user's code that led here, and write `text` to the log."""
+def say(text: str, *, raises: bool = True) -> None:
+    """Warn, at the line of the user's code that led here, and write `text` to the log.
+
+    Args:
+        text: what to say.
+        raises: where the user's filters make an error of a warning. False: where something ends,
+            which must not end halfway.
+    """
     if LOGGER.hasHandlers():  # a log that nobody set up would show it twice
         LOGGER.warning("%s", text)
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _package(frame) in INNER:
         frame, level = frame.f_back, level + 1
-    warnings.warn(text, stacklevel=level)
+    with nullcontext() if raises else suppress(Warning):
+        warnings.warn(text, stacklevel=level)
 
 
 def _package(frame: Any) -> str:

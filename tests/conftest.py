@@ -30,8 +30,11 @@ def plain_kernels(monkeypatch):
     monkeypatch.setenv("DBCACHE_KERNELS", "reference")
 
 
-def pytest_collection_modifyitems(items):
-    """Leave out what needs a GPU where there is none."""
+def pytest_collection_modifyitems(config, items):
+    """Leave out what needs a GPU where there is none, and the whole matrix where nobody asks."""
+    for item in items:
+        if item.get_closest_marker("matrix") and "matrix" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m matrix"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -66,12 +66,13 @@ class Tally:
         self.begun = self.ended = 0
         self.said: Counter[str] = Counter()
 
-    def say(self, kind: str, text: str) -> None:
+    def say(self, kind: str, text: str, *, raises: bool = False) -> None:
         """Say it, unless too many requests have said the same."""
         self.said[kind] += 1
         if self.said[kind] <= MOST:
             is_last = self.said[kind] == MOST
-            say(text + f" (said {MOST} times; from now on only in summary)" * is_last)
+            last = f" (said {MOST} times; from now on only in summary)" * is_last
+            say(text + last, raises=raises)
 
 
 class Notices:
@@ -96,7 +97,7 @@ class Notices:
         if kind not in self.texts:
             who = type(request.module).__name__
             self.texts[kind] = KINDS[kind].format(who=who, **values)
-            self.tally.say(kind, self.texts[kind])
+            self.tally.say(kind, self.texts[kind], raises=not request.clock.calls)
 
     def begin_image(self, request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Say what is known when the first step of an image begins."""

@@ -15,12 +15,13 @@ from dbcache.adapters.requests.cached_transformer import (
     handle_of,
     transformer_handle,
 )
+from dbcache.adapters.requests.notices import tell
 from dbcache.adapters.requests.setup import Setup
 
 
 def switch_on(
     pipe: Any, setups: Sequence[Setup], max_requests: int, wrappers: Sequence[Any] = ()
-) -> Sequence[Setup]:
+) -> None:
     """Switch the cache on, for calls of a pipeline or, where `pipe` is None, for all others.
 
     Args:
@@ -28,9 +29,6 @@ def switch_on(
         setups: of its transformers.
         max_requests: how many requests of each may be open at once.
         wrappers: what `torch.compile` made of the transformers.
-
-    Returns:
-        `setups`.
 
     Raises:
         ValueError: a transformer is compiled as one graph.
@@ -41,6 +39,7 @@ def switch_on(
         handle.patches_in_use(None if setup.patches is None else setup.patches.functor)
         _check_goes_with_others(pipe, handle.enabled, setup)
         handle.compiled.check(wrappers)
+    tell(setups)
     with Transaction() as transaction:
         for handle, setup in pairs:
             old = handle.enabled.latest
@@ -62,7 +61,6 @@ def switch_on(
             transaction.set_class(pipe, request_class(plain_class(pipe)))
     for handle in handles:
         handle.begin_anew(None)
-    return setups
 
 
 def _check_goes_with_others(pipe: Any, enabled: Enabled, setup: Setup) -> None:
