@@ -127,3 +127,30 @@ def test_what_does_not_go_with_it_is_refused(options, text):
     dbcache.enable(model, **ON)
     with pytest.raises(ValueError, match="need no other buffers"):
         dbcache.start_request(model, cache_device="cpu")
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu_the_ring_is_pinned_and_the_pictures_are_the_same(monkeypatch):
+    monkeypatch.delenv("DBCACHE_KERNELS")
+    family = tiny.FAMILIES["flux"]
+    pictures = {}
+    for device in ("model", "cpu"):
+        model = family.build().cuda()
+        dbcache.enable(model, cache_device=device, **ON | VARIANTS["order 2"])
+        request = dbcache.start_request(model, num_inference_steps=9)
+        x = tiny.noise(*family.latent_shape, seed=5).cuda()
+        for step in range(9):
+            given = family.arguments(x.cpu(), 1 - step / 9, "cond")
+            given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+            with request.branch("cond", step_index=step):
+                x = x - model(**given | {"hidden_states": x})[0] / 9
+        if device == "cpu":
+            (_, own), *_ = request._pairs
+            lane = own.lane_set.runs[0].lanes["cond"]
+            assert lane.history.snapshots.is_pinned()
+            assert lane.history.p_ref.is_cuda
+        assert request.summary()[0].cached_steps
+        request.close()
+        pictures[device] = x.cpu()
+    assert torch.equal(pictures["cpu"], pictures["model"])
