@@ -2,7 +2,9 @@
 
 import ast
 import gc
+import importlib
 import logging
+import sys
 import textwrap
 import types
 from collections import Counter
@@ -313,6 +315,25 @@ def test_nothing_is_left_of_the_name_and_of_an_enable_that_fails(omni):
     assert omni.selector.get_cache_backend is replaced.without_dbcache
     with pytest.raises(ValueError, match="Unsupported cache backend: dbcache"):
         omni.selector.get_cache_backend("dbcache", None)
+    # a process that has not imported the engine's function yet
+    del sys.modules[omni.selector.__name__]
+    finders = list(sys.meta_path)
+    for _ in range(2):
+        omni.ours.register()
+    assert omni.selector.__name__ not in sys.modules
+    assert len(sys.meta_path) == len(finders) + 1
+    later = importlib.import_module(omni.selector.__name__)
+    assert sys.meta_path == finders
+    assert later.get_cache_backend("dbcache", None).is_enabled() is False
+    omni.ours.unregister()
+    with pytest.raises(ValueError, match="Unsupported cache backend: dbcache"):
+        later.get_cache_backend("dbcache", None)
+    del sys.modules[omni.selector.__name__]
+    omni.ours.register()
+    omni.ours.unregister()
+    assert sys.meta_path == finders
+    sys.modules[omni.selector.__name__] = omni.selector
+
     omni.ours.register()
     again = omni.selector.get_cache_backend
     omni.ours.register()
