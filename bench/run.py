@@ -24,9 +24,10 @@ BENCHES = {
     "memory": ("bench.memory", "bytes that a lane keeps, by model and resolution"),
     "warmup": ("bench.warmup", "how long the warm-up of few steps should be"),
     "rows": ("bench.rows", "who decides in a batch: the whole, the worst sample, or each"),
+    "quantize": ("bench.quantize", "narrow weights, with and without a cache"),
     "policies": ("bench.policies", "which policy caches which steps, at what quality"),
 }
-SLOW = ("methods", "demo", "graphs", "loop", "warmup", "rows", "policies")
+SLOW = ("methods", "demo", "graphs", "loop", "warmup", "rows", "quantize", "policies")
 """Left out on a CPU, unless named."""
 
 

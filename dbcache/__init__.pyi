@@ -39,6 +39,7 @@ from dbcache.config.files import load_cache_config as load_cache_config
 from dbcache.config.files import load_configs as load_configs
 from dbcache.config.files import load_configs as load_options
 from dbcache.config.files import load_parallelism_config as load_parallelism_config
+from dbcache.config.files import load_quantize_config as load_quantize_config
 from dbcache.config.parallelism import ParallelismBackend as ParallelismBackend
 from dbcache.config.parallelism import ParallelismConfig as ParallelismConfig
 from dbcache.config.predictor_registry import register_predictor as register_predictor
@@ -52,6 +53,8 @@ from dbcache.config.predictors import TaylorSeerCalibratorConfig as TaylorSeerCa
 from dbcache.config.presets import preset as preset
 from dbcache.config.presets import presets as presets
 from dbcache.config.prune import DBPruneConfig as DBPruneConfig
+from dbcache.config.quantize import QuantizeBackend as QuantizeBackend
+from dbcache.config.quantize import QuantizeConfig as QuantizeConfig
 from dbcache.config.steps_mask import steps_mask as steps_mask
 from dbcache.dropin import disable_print as disable_print
 from dbcache.dropin import init_logger as init_logger
@@ -64,6 +67,7 @@ from dbcache.overview import summary as summary
 from dbcache.overview import supported_matrix as supported_matrix
 from dbcache.overview import supported_pipelines as supported_pipelines
 from dbcache.profiling import profile as profile
+from dbcache.quantization import quantize as quantize
 from dbcache.refused import ENV as ENV
 from dbcache.refused import LayerwiseOffloadHandle as LayerwiseOffloadHandle
 from dbcache.refused import LayerwiseOffloadHandleGroup as LayerwiseOffloadHandleGroup
@@ -73,6 +77,7 @@ from dbcache.refused import get_layerwise_offload_handles as get_layerwise_offlo
 from dbcache.refused import get_profiler_output_dir as get_profiler_output_dir
 from dbcache.refused import layerwise_cpu_offload as layerwise_cpu_offload
 from dbcache.refused import layerwise_offload as layerwise_offload
+from dbcache.refused import load as load
 from dbcache.refused import parse_extra_modules as parse_extra_modules
 from dbcache.refused import profile_function as profile_function
 from dbcache.refused import remove_layerwise_offload as remove_layerwise_offload
@@ -114,6 +119,8 @@ __all__ = [  # noqa: RUF022
     "Pattern_4",
     "Pattern_5",
     "ProfilerContext",
+    "QuantizeBackend",
+    "QuantizeConfig",
     "RequestHandle",
     "SpectrumCalibratorConfig",
     "TaylorSeerCalibratorConfig",
@@ -136,17 +143,20 @@ __all__ = [  # noqa: RUF022
     "is_enabled",
     "layerwise_cpu_offload",
     "layerwise_offload",
+    "load",
     "load_attn_backend_config",
     "load_cache_config",
     "load_configs",
     "load_options",
     "load_parallelism_config",
+    "load_quantize_config",
     "maybe_empty_cache",
     "parse_extra_modules",
     "preset",
     "presets",
     "profile",
     "profile_function",
+    "quantize",
     "refresh_context",
     "register_predictor",
     "remove_layerwise_offload",

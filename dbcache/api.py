@@ -36,10 +36,12 @@ from dbcache.config.options import (
 )
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.config.predictors import CalibratorConfig
+from dbcache.config.quantize import QuantizeConfig
 from dbcache.config.schedule import Source
 from dbcache.given import Modifiers, changes_of, check_scheduled, rows_of, settings_of
 from dbcache.graphs.graph import GraphOptions, Recording
 from dbcache.overview import summary_of
+from dbcache.quantization import NOTHING, plan
 from dbcache.targets import (
     agreement,
     enabled,
@@ -70,6 +72,7 @@ def enable(
     params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None = None,
     parallelism_config: ParallelismConfig | None = None,
     attention_backend: str | None = None,
+    quantize_config: QuantizeConfig | None = None,
     *,
     decide_together: Any = None,
     schedule: Source | None = None,
@@ -86,12 +89,12 @@ def enable(
             class, alone (docs/serving.md); or a `BlockAdapter`.
         cache_config: when to cache; defaults as in `DBCacheConfig`. It is copied.
         calibrator_config: how to predict; None reuses the last residual.
-        params_modifiers: what single block stacks do differently, in the order of the stacks (of
-            the first transformer, then the second); one alone holds for all.
+        params_modifiers: what single block stacks do differently, in their order; one is for all.
         parallelism_config: spread the transformers over the ranks of `torch.distributed`, all of
             which must call this alike. None: each rank has all.
         attention_backend: diffusers' name of one, as in "flash", of these transformers alone until
             `disable`. One in `parallel_kwargs` holds in its place. None leaves it as it is.
+        quantize_config: what `quantize` does to the model in the end; `disable` leaves that.
         decide_together: process groups or device meshes, this rank's one along each axis, whose
             ranks cache the same steps, beside those found on the model (FSDP2, diffusers').
         schedule: what `dbcache.tune` wrote, the file or its content, in place of the configs.
@@ -100,15 +103,14 @@ def enable(
         cuda_graph: record CUDA graphs with the decision inside: "device" (one graph), "host" (which
             reads the decision between graphs), "auto" or True, or `GraphOptions`; False: eager.
         max_requests: requests of a transformer that may be open at once, each with own buffers.
-        **options: fields of `DBCacheConfig`, on top of `cache_config`; instead of a
-            `calibrator_config` also those of a predictor, as in ``enable_taylorseer=True,
-            taylorseer_order=2``. All that `load_configs` takes.
+        **options: fields of `DBCacheConfig`, on top of `cache_config`, and of a predictor, as in
+            ``enable_taylorseer=True, taylorseer_order=2``: all that `load_configs` takes.
 
     Raises:
         TypeError, ValueError: an unknown option, a wrong type or value, an unsupported model, ranks
             whose settings differ. Nothing is changed, but what was spread over ranks is disabled.
         RuntimeError: `torch.distributed` is not initialised, or failed; another rank raised.
-        ImportError: the package of the `attention_backend` is missing; how to install it.
+        ImportError: a package that is needed is missing; how to install it.
     """
     check_type("enable: parallelism_config", parallelism_config, ParallelismConfig)
     check_int("enable: max_requests", max_requests, 1)
@@ -118,7 +120,9 @@ def enable(
         what = settings_of("enable", schedule, target, guard, configs, options)
         how = GraphOptions.of(cuda_graph), find_backend("enable", attention_backend)
         pipe, setups = _agreed_setups(model, schedule, what, ranks, how, agree)
+    quantization = NOTHING if quantize_config is None else plan(model, quantize_config)
     switch_on(pipe, setups, max_requests, wrappers(model))
+    quantization.apply()
     return model
 
 

@@ -62,6 +62,7 @@ set_profiler_output_dir = _refused("set_profiler_output_dir", _PROFILE)
 parse_extra_modules = _refused(
     "parse_extra_modules", "only transformers are spread over ranks; pass nothing for the others"
 )
+load = _refused("load", "load a quantised model with diffusers' from_pretrained (docs/quantize.md)")
 enable_ray_parallelism = _refused("ray.enable_ray_parallelism", _RAY)
 enable_ray_module_parallelism = _refused("ray.enable_ray_module_parallelism", _RAY)
 enable_ray_pipeline_parallelism = _refused("ray.enable_ray_pipeline_parallelism", _RAY)

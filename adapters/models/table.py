@@ -201,6 +201,12 @@ REFUSED: dict[str, str] = {
     "DreamLiteTransformer2DModel": "is a layer of a UNet, which calls many of them in each step; "
     "a UNet has no list of blocks that could be skipped",
     **dict.fromkeys(
+        ("NunchakuFluxTransformer2dModel", "NunchakuSanaTransformer2DModel"),
+        "of Nunchaku runs all blocks inside of one module, so that none can be skipped; load "
+        "NunchakuFluxTransformer2DModelV2 or a Nunchaku Lite checkpoint (diffusers), whose blocks "
+        "are modules, or use Nunchaku's own first-block cache",
+    ),
+    **dict.fromkeys(
         UNETS,
         "is a UNet: its blocks work at several resolutions and feed each other across, so that "
         "there is no list of them that could be skipped",

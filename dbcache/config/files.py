@@ -16,12 +16,13 @@ from dbcache.config.options import check_choice, reject_unknown, shown
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.config.predictors import CalibratorConfig
 from dbcache.config.prune import DBPruneConfig
+from dbcache.config.quantize import QuantizeConfig
 from dbcache.config.reading import read
 
 SECTION = "cache_config"
 PARALLELISM = "parallelism_config"
 ATTENTION = "attention_backend"
-_OTHER_SECTIONS = ("quantize_config",)
+QUANTIZATION = "quantize_config"
 _FLAT = (*DBPruneConfig.names(), *ALIASES, *PREDICTION)
 _METHODS: dict[str, type[DBCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
 
@@ -40,12 +41,12 @@ def load_configs(source: Source) -> dict[str, Any]:
             foca, dmd, spectrum and custom `enable_foca`, `enable_encoder_foca`, its fields as in
             `foca_horizon`, and `calibrator_cache_type`. A section `parallelism_config` beside it
             has the fields of `ParallelismConfig`, where `ulysses`, `ring` and `tp` stand for the
-            sizes, too.
+            sizes, too, and a section `quantize_config` those of `QuantizeConfig`.
 
     Returns:
         `cache_config`, which holds the options that were given, and `calibrator_config`, None
-        where nothing was said of it; `parallelism_config` where there is that section, and
-        `attention_backend` where that is given beside the sections.
+        where nothing was said of it; `parallelism_config` and `quantize_config` where there
+        are those sections, and `attention_backend` where that is given beside them.
 
     Raises:
         TypeError: an unknown option (the error names the nearest one) or a wrong type.
@@ -84,6 +85,15 @@ def load_attn_backend_config(source: Source) -> str | None:
     return _load("load_attn_backend_config", source).get(ATTENTION)
 
 
+def load_quantize_config(source: Source) -> QuantizeConfig | None:
+    """Return the `quantize_config` of what `load_configs` does, None without that section.
+
+    Raises:
+        TypeError, ValueError, OSError, ImportError: as `load_configs`.
+    """
+    return _load("load_quantize_config", source).get(QUANTIZATION)
+
+
 def _load(who: str, source: Source) -> dict[str, Any]:
     if isinstance(source, Mapping):
         return _configs(who, source)
@@ -103,25 +113,21 @@ def _load(who: str, source: Source) -> dict[str, Any]:
 def _configs(who: str, given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise TypeError(f"{who}: a mapping of options must be given, got {shown(given)}")
-    unsupported = [name for name in _OTHER_SECTIONS if name in given]
-    if unsupported:
-        raise ValueError(
-            f"{who}: the section must be {SECTION!r} or {PARALLELISM!r}, got "
-            f"{unsupported[0]!r}; remove it"
-        )
-    sections = [name for name in (SECTION, PARALLELISM) if name in given]
+    sections = [name for name in (SECTION, PARALLELISM, QUANTIZATION) if name in given]
     attention = {ATTENTION: backend_name(f"{who}: {ATTENTION}", given.get(ATTENTION))}
     attention = {name: value for name, value in attention.items() if value is not None}
     if not sections:
         rest = {name: value for name, value in given.items() if name != ATTENTION}
         return _cache_options(who, rest) | attention
-    reject_unknown(who, given, (SECTION, PARALLELISM, ATTENTION))
+    reject_unknown(who, given, (SECTION, PARALLELISM, QUANTIZATION, ATTENTION))
     for name in sections:
         if not isinstance(given[name], Mapping):
             raise TypeError(f"{who}: {name} must be a mapping of options, got {shown(given[name])}")
     configs = _cache_options(who, given.get(SECTION, {}))
     if PARALLELISM in given:
         configs[PARALLELISM] = _parallelism(who, given[PARALLELISM])
+    if QUANTIZATION in given:
+        configs[QUANTIZATION] = QuantizeConfig(**given[QUANTIZATION])
     return configs | attention
 
 

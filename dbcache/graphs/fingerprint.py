@@ -59,16 +59,21 @@ def reason_against(module: torch.nn.Module) -> str | None:
         return "its weights must lie on the device, some are offloaded (meta)"
     for name, part in module.named_modules():
         where = f"{name or 'the transformer'} ({type(part).__name__})"
-        for attribute in OFFLOADING:
-            mover = next((m for m in _hooks(part.__dict__.get(attribute)) if m in MOVERS), None)
-            if mover is not None:
-                return f"weights must stay where they are, {where} has the hook {mover}"
+        mover = mover_of(part)
+        if mover is not None:
+            return f"weights must stay where they are, {where} has the hook {mover}"
         if has_own_graphs(part):
             return (
                 f"{where} is compiled with CUDA graphs of its own; compile without them, as in "
                 f"mode='default' or 'max-autotune-no-cudagraphs'"
             )
     return None
+
+
+def mover_of(part: torch.nn.Module) -> str | None:
+    """Return the class of a hook of a module that moves its weights, None without."""
+    hooks = (name for attribute in OFFLOADING for name in _hooks(part.__dict__.get(attribute)))
+    return next((name for name in hooks if name in MOVERS), None)
 
 
 def _hooks(holder: Any) -> list[str]:
