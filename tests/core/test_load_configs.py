@@ -149,7 +149,6 @@ def test_only_what_was_given_counts_and_switched_off_is_said():
         ({"scm_step_policy": "static"}, TypeError, "did you mean 'scm_steps_policy'"),
         ({"cache_config": {"enable_taylorser": True}}, TypeError, "'enable_taylorseer'"),
         ({"cache_config": {}, "Fn_compute_blocks": 1}, TypeError, "unknown option 'Fn_comp"),
-        ({"cache_config": {}, "quantize_config": {}}, ValueError, "got 'quantize_config'"),
         ({"parallelism_config": {"ulyses": 2}}, TypeError, "did you mean 'ulysses_size'"),
         ({"parallelism_config": {"tp": 2, "tp_size": 2}}, ValueError, "must not both be given"),
         ({"parallelism_config": 2}, TypeError, "must be a mapping of options, got 2"),
