@@ -30,8 +30,15 @@ def plain_kernels(monkeypatch):
     monkeypatch.setenv("DBCACHE_KERNELS", "reference")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the markers
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs a GPU where there is none, and the whole matrix where nobody asks."""
+    """Leave out what needs a GPU where there is none, and the whole matrix where nobody asks.
+
+    Of the combinations of parameters, tell which are ``full``.
+    """
+    from matrices import mark_what_is_full
+
+    mark_what_is_full(items)
     for item in items:
         if item.get_closest_marker("matrix") and "matrix" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m matrix"))

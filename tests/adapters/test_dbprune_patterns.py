@@ -176,6 +176,7 @@ def left_out_on_last_step(stack):
     return getattr(lane, "tail", lane.state).flags.tolist()
 
 
+@pytest.mark.covering(1)
 @patterns
 @pytest.mark.parametrize("in_place", [False, True], ids=["", "in place"])
 @pytest.mark.parametrize("mode", ["host", "device"])

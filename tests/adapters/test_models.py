@@ -82,6 +82,7 @@ def test_never_caching_is_bit_identical_and_disabling_leaves_no_trace(name):
     assert all(map(torch.equal, models.run(name, STEPS), plain))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_cached_steps_skip_the_middle_blocks_and_no_other(name, setting):
     model, stacks = models.model(name), models.stacks_of(name)
@@ -95,6 +96,7 @@ def test_cached_steps_skip_the_middle_blocks_and_no_other(name, setting):
     assert all(output.isfinite().all() for output in outputs)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_same_input_gives_the_same_output_full_and_cached(name, setting):
     fn, bn = always_run(name, setting)
@@ -106,6 +108,7 @@ def test_the_same_input_gives_the_same_output_full_and_cached(name, setting):
     torch.testing.assert_close(cached, plain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_cached_outputs_are_those_of_a_replay_in_plain_torch(name, setting):
     fn, bn = always_run(name, setting)

@@ -66,6 +66,7 @@ def of_another_dtype(h, encoder):
     return h.double(), encoder.double()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cache_dtype", ["model", "float32", "fp8"])
 @pytest.mark.parametrize(

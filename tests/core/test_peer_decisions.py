@@ -47,6 +47,7 @@ def compare(engine, name: str, rule: Rule, steps: int = STEPS, **how) -> Run:
     return reference
 
 
+@pytest.mark.covering(1)
 @engines
 @pytest.mark.parametrize(("case", "name"), on_families(SHARED))
 def test_bare_transformer_equals_cache_dit(engine, case, name):

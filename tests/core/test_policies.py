@@ -29,6 +29,7 @@ def test_decides_and_predicts_as_the_formulas_say(policy, family):
     assert {"below threshold", "above threshold"} <= set(lane.reasons)
 
 
+@pytest.mark.covering(1)
 @policies
 @pytest.mark.parametrize(
     "changes",

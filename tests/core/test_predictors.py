@@ -219,6 +219,7 @@ CASES = {
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+@pytest.mark.covering
 @cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cache_type", ["residual", "hidden_states"])
@@ -244,6 +245,7 @@ def test_cached_steps_are_the_forecast_in_both_streams(case, dtype, cache_type):
             assert error <= TOLERANCES[dtype], (step, error)
 
 
+@pytest.mark.covering
 @cases
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cache_dtype", ["model", "float32"])

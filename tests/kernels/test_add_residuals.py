@@ -17,6 +17,7 @@ def stored(random, device, blocks, first, count, shape, dtype):
     return residuals
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -28,6 +28,7 @@ def sums_of(h, inputs, residuals, stamps):
     return torch.stack(sums)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -24,6 +24,7 @@ def assert_only_slot_written(ring, slot, expected):
     assert ring[others].isnan().all()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -40,6 +41,7 @@ def test_stores_exact_differences_in_one_slot(integers, device, shape, dtype, re
     assert torch.equal(counters, before)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,6 +57,7 @@ def test_without_h_in_the_hidden_states_are_what_is_compared(
     assert_only_slot_written(ring, 1, h_out if replace else h_out - h_fn)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,6 +81,7 @@ def test_without_p_ref_only_the_rings_are_written(random, device, fp8, dtype, re
     assert (stored[1][0][1] != 77).any()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("slot", [0, 1, 2])
 @pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])

@@ -50,6 +50,7 @@ def exchange(buffers):
     return [torch.stack(chunks) for chunks in zip(*buffers, strict=True)]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("split", SPLITS)
@@ -69,6 +70,7 @@ def test_a_chunk_has_the_codes_and_scales_of_its_rank(random, width, world, spli
         assert torch.equal(codes, scaled.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 4, 4, 1), (3, 4, 12, 40), (2, 8, 4, 33)], ids=str)
@@ -146,6 +148,7 @@ def test_what_is_not_finite_becomes_nan_and_touches_nothing_else(random, value, 
     assert out.isnan().nonzero().tolist() == [[0, 4, 1, 39]]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("split", SPLITS)
@@ -162,6 +165,7 @@ def test_without_quantisation_only_the_layout_changes(random, world, split, dtyp
     assert torch.equal(back.nan_to_num(7), x.nan_to_num(7))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("width", WIDTHS)

@@ -79,6 +79,7 @@ def bound(residual, scales):
     return torch.maximum(residual / 16, scales / 1024) * (1 + 1e-5)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,6 +94,7 @@ def test_stores_the_codes_of_the_difference_in_one_slot(random, shape, dtype, re
     assert (error.abs() <= bound(residual, scales[2])).all()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("slot", [0, 1, 2])
 @pytest.mark.parametrize("replace", [False, True], ids=["residual", "replace"])
@@ -109,6 +111,7 @@ def test_both_streams_go_to_the_same_slot(random, shapes, replace, slot, impl):
         assert_slot_is(ring, scales, slot, residual)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slots", [1, 3, 8])

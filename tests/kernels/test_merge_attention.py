@@ -44,6 +44,7 @@ def partials(random, *shape, dtype=torch.float32):
     return outs[0], lses[0], outs[1], lses[1]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -124,6 +125,7 @@ def test_rows_without_any_key_are_zero_and_do_not_touch_others(random, device, i
     assert torch.equal(lse, expected_lse)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("position", [1, 3], ids=["lse_a", "lse_b"])
 @pytest.mark.parametrize("value", [math.nan, INF])

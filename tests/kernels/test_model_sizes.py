@@ -63,6 +63,7 @@ def check_all(inputs, dtype, form="contiguous"):
     assert_as_accurate(out, plain, h_fn.double() + 1.5 * ring[1].double(), tiny=tiny)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_sizes_of_models(random, size, dtype):

@@ -23,6 +23,7 @@ def combined(h, ring, weights, replace=False):
     return total
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("replace", [False, True], ids=["add", "replace"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,6 +38,7 @@ def test_sums_of_integers_are_exact(integers, device, shape, dtype, replace, imp
     assert torch.equal(out.double(), combined(h, ring, weights, replace))
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("slots", [1, 2, 5, 8])

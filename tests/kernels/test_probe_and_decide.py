@@ -40,6 +40,7 @@ def reasons(state):
     return [Reason(r).name for r in state.trace_reason.tolist() if r >= 0]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     "shape", [(1,), (2, 17, 5), (1, BLOCK + 1), (3, 2 * BLOCK), (5, 7)], ids=str

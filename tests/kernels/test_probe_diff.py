@@ -27,6 +27,7 @@ def sums(h_in, h_fn, p_ref):
     return torch.stack([x.reshape(len(x), -1).sum(1) for x in (num, den)], 1)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -138,6 +139,7 @@ def thresholds(device, important):
     return torch.tensor([0.0, 0.0, important], device=device)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 96), (2, 5, 7, 11), (1, 3, 5000)], ids=str)
 @pytest.mark.parametrize("impl", ["triton", "reference"])

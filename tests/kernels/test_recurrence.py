@@ -30,6 +30,7 @@ def recurrence(a, b):
     return alpha, (a + b).real - 1 - alpha
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("gap", [1, 2, 3, 5, 12])
 @pytest.mark.parametrize(("a", "b"), BASES, ids=str)
 def test_weights_are_the_fractional_power_of_the_companion_matrix(a, b, gap):
@@ -94,6 +95,7 @@ def test_exponentials_are_predicted_between_and_beyond_snapshots(device, full, s
         assert np.abs(predicted - expected).max() <= 2e-3 * np.abs(expected).max()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [1, 3, BLOCK - 1, 3 * BLOCK + 5])
