@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging as log
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dbcache.adapters.blocks.block_adapter import BlockAdapter
@@ -16,6 +16,7 @@ from dbcache.adapters.requests.cached_transformer import CachedTransformer, hand
 from dbcache.adapters.requests.record import RequestRecord, all_run
 from dbcache.adapters.requests.request import Request
 from dbcache.config.cache import DBCacheConfig, merge
+from dbcache.config.files import load_configs
 from dbcache.config.options import check_flag
 from dbcache.config.steps_mask import steps_mask
 from dbcache.results.settings import python_of
@@ -112,11 +113,18 @@ def strify(target: object) -> str:
     blocks left out.
 
     Args:
-        target: what was enabled: a pipeline, a transformer or a `BlockAdapter`; or a config.
+        target: what was enabled: a pipeline, a transformer or a `BlockAdapter`; or a config, a
+            summary, a lane of one, or options as `load_configs` takes them.
 
     Raises:
         RuntimeError: the cache is not enabled on it.
+        TypeError, ValueError: options that are not allowed.
     """
+    if isinstance(target, list) and target:
+        target = target[0]
+    if isinstance(target, Mapping):
+        configs = [config for config in load_configs(target).values() if config is not None]
+        return "_".join(x.strify() if hasattr(x, "strify") else str(x) for x in configs)
     if hasattr(target, "strify"):
         return str(target.strify())
     setup = enabled(target, "strify")[0].setup

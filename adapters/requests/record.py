@@ -100,7 +100,8 @@ def _lane(
     transformer: str, run: Any, branch: str | None, shown: str | None, times: list[Times]
 ) -> Callable[[], LaneSummary | None]:
     """Return a function that makes the summary of a lane as it is now."""
-    lane, stack, cache = run.lanes[branch], run.stack, run.settings.cache
+    lane, stack = run.lanes[branch], run.stack
+    cache, predictor = run.settings.cache, run.settings.predictor
     trace, pruned, nbytes = lane.steps.snapshot(), stack.pruned_blocks(lane), lane.nbytes()
     host_nbytes = lane.host_nbytes() if run.is_on_host else 0
 
@@ -123,6 +124,7 @@ def _lane(
             blocks=stack.num_blocks,
             always=stack.fn + stack.bn,
             options=cache.as_dict(),
+            short=f"{cache.strify()}_{predictor.strify()}",
             seconds=list(map(_seconds, times)) if len(times) == len(reasons) else [],
         )
 

@@ -55,6 +55,7 @@ class LaneSummary(CacheStats):
         always: blocks that run on a cached step, too.
         seconds: what each step's forward took, if `dbcache.profile` was on; else empty.
         options: the settings of the stack, by the names of their fields.
+        short: name of the settings, for files and tables.
         other: the second guidance branch of the same stack, where this is the first.
     """
 
@@ -73,6 +74,7 @@ class LaneSummary(CacheStats):
     always: int = 0
     seconds: list[float] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict, repr=False)
+    short: str = ""
     other: LaneSummary | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -109,6 +111,13 @@ class LaneSummary(CacheStats):
     def name(self) -> str:
         """Stack and branch."""
         return f"{self.stack} ({self.branch})" if self.branch else self.stack
+
+    def strify(self) -> str:
+        """Return a short name of the settings and of how much was cached."""
+        parts = [self.short, f"S{len(self.cached_steps)}"]
+        if self.pruned is not None:
+            parts.append(f"P{100 * self.pruned_ratio:.1f}")
+        return "_".join(parts)
 
     @property
     def counts(self) -> dict[str, int]:

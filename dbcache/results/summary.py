@@ -120,6 +120,10 @@ class Summary:
             seconds=data["seconds"],
         )
 
+    def strify(self) -> str:
+        """Return the short name of the first lane; "" without one."""
+        return self.lanes[0].strify() if self.lanes else ""
+
     def plot(self) -> Plot:
         """Return a drawing of the changes by step, a panel per lane.
 

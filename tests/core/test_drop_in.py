@@ -329,6 +329,23 @@ def test_names_of_settings_say_limits_and_masks():
         assert f"SCM{mask}_dynamic" in cache_dit.strify(pipe)
 
 
+def test_names_of_summaries_lanes_and_options():
+    options = {"max_warmup_steps": 3, "enable_taylorseer": True, "taylorseer_order": 2}
+    name = "DBCache_F8B0_W3I1M0MC0_R0.08_T1O2"
+    assert cache_dit.strify(options) == name
+    assert cache_dit.strify({"cache_config": options, "parallelism_config": {"tp": 2}}) == (
+        f"{name}_TP2"
+    )
+    pipe = enabled("flux", **options)
+    tiny.generate(pipe, STEPS, guided=False)
+    stats = cache_dit.summary(pipe, logging=False)
+    for target in (pipe, stats, stats[0], list(stats)):
+        assert cache_dit.strify(target) == "DBCache_F1B0_W3I1M0MC0_R1_T1O2_S5"
+    cache_dit.enable_cache(pipe, DBPruneConfig(**FORCED))
+    tiny.generate(pipe, STEPS, guided=False)
+    assert cache_dit.strify(cache_dit.summary(pipe, logging=False)) == cache_dit.strify(pipe)
+
+
 def test_a_refresh_takes_a_config_and_options():
     family = tiny.FAMILIES["qwen"]
     model = cache_dit.enable_cache(family.build(), **FORCED, enable_separate_cfg=False)
