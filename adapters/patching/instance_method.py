@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from dbcache.adapters.patching.hook_chain import innermost, leads_to, links, places
+
 
 class InstanceMethod:
     """Replaces a method of one module; copies and pickles as the method that it replaces.
+
+    It lies beneath the hooks of accelerate and diffusers, which come and go.
 
     Args:
         module: the instance.
@@ -21,8 +26,10 @@ class InstanceMethod:
     def __init__(self, module: torch.nn.Module, name: str, call: Callable[..., Any]) -> None:
         self.module = module
         self.name = name
-        self.had_own = name in module.__dict__
-        self.original: Callable[..., Any] = getattr(module, name)
+        self._link = innermost(module.__dict__, name)
+        kept = self._link.get()
+        self.had_own = kept is not None
+        self.original: Callable[..., Any] = getattr(module, name) if kept is None else kept
         self.call: Callable[..., Any] | None = call
         self.is_installed = False
         functools.update_wrapper(self, self.original, updated=())
@@ -48,30 +55,46 @@ class InstanceMethod:
         return (self.call or self.original)(*args, **kwargs)
 
     @property
-    def is_removed(self) -> bool:
-        """Whether `remove` was called, if only in part."""
-        return self.call is None
+    def is_lost(self) -> bool:
+        """Whether calls do not come here: `remove` was called, or others took the place."""
+        own = self.module.__dict__
+        if self.call is None or not self.is_installed or own.get(self.name) is self:
+            return self.call is None
+        return not any(leads_to(link.get(), self) for link in links(own, self.name))
 
     def install(self) -> None:
         """Put it in the place of the method, once: others may wrap it later."""
         if not self.is_installed:
-            self.module.__dict__[self.name] = self
+            self._link.set(self)
             self.is_installed = True
 
     def remove(self) -> None:
         """Put back what was there. Where others wrapped this since, it passes through from now."""
         self.call = None
-        self.clean(self.module.__dict__)
+        own = self.module.__dict__
+        self.clean(own)
+        for link in places(own, self.name):
+            if link.get() is self:
+                link.set(self.original)
+            elif getattr(link.get(), "__wrapped__", None) is self:
+                link.get().__wrapped__ = self.original
 
     def clean(self, own: dict[str, Any]) -> None:
         """Put back in `own`, the attributes of the module or a copy of them, what was there."""
-        if own.get(self.name) is self:
-            if self.had_own:
-                own[self.name] = self.original
-            else:
+        for link in links(own, self.name):
+            if link.holder is not own or link.get() is not self:
+                continue
+            if link.name == self.name and (not self.had_own or self._is_left_over()):
                 own.pop(self.name, None)
-        elif own.get(f"_old_{self.name}") is self:  # accelerate's hooks keep it there
-            own[f"_old_{self.name}"] = self.original
+            else:
+                link.set(self.original)
+
+    def _is_left_over(self) -> bool:
+        """Whether a hook that is gone made an entry of the instance of the method of its class."""
+        is_own = self._link.holder is self.module.__dict__ and self._link.name == self.name
+        original = self.original
+        is_method = isinstance(original, types.MethodType) and original.__self__ is self.module
+        return is_method and not is_own
 
 
 @torch.compiler.disable(

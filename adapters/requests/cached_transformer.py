@@ -10,7 +10,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -38,6 +38,17 @@ TOLD = ("step_index", "num_inference_steps")
 
 MAX_REQUESTS = 64
 """Requests that may be open at once, unless `enable` was told otherwise."""
+
+
+TOO_MANY = (
+    "start_request: {who} may have {most} requests open at once, got one more; close requests that "
+    "are done (request.close()), or enable with a higher max_requests"
+)
+
+KEEPS_FUNCTOR = (
+    "enable: {who} must keep its patch_functor while requests are under way, got another one; wait "
+    "for them to end, or close them"
+)
 
 
 class Enabled(NamedTuple):
@@ -110,8 +121,6 @@ class CachedTransformer:
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_handle, ()  # a copy of the transformer has its cache off
 
-    # --- on and off ---------------------------------------------------------------------------
-
     @property
     def is_on(self) -> bool:
         """Whether new requests use the cache."""
@@ -159,8 +168,8 @@ class CachedTransformer:
         if wanted:
             own[HANDLE] = self
             own["__getstate__"] = self.copied_state
-            if any(patch.is_removed for patch in self._patches):
-                self._remove_patches()  # an exception cut this short
+            if any(patch.is_lost for patch in self._patches):
+                self._remove_patches()  # others took their place, or an exception cut this short
             self._patches = self._patches or self._make_patches()
             for patch in self._patches:
                 patch.install()
@@ -176,6 +185,17 @@ class CachedTransformer:
             if own.get(HANDLE) is self:
                 own.pop("__getstate__", None)
                 del own[HANDLE]
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether calls do not come here, since someone has replaced `forward` since."""
+        return self.is_on and any(patch.is_lost for patch in self._patches)
+
+    def _come_back(self) -> None:
+        """Take the place of `forward` again where someone has replaced it since."""
+        if self.is_lost:
+            with self._lock:
+                self._fit()
 
     def _keep_setups(self) -> None:
         """Tell setups that are needed where they work, and end those that are not."""
@@ -215,10 +235,7 @@ class CachedTransformer:
         """
         own = None if self._functor is None else self._functor.functor
         if list(self._open) and own is not functor:
-            raise RuntimeError(
-                f"enable: {type(self.module).__name__} must keep its patch_functor while requests "
-                f"are under way, got another one; wait for them to end, or close them"
-            )
+            raise RuntimeError(KEEPS_FUNCTOR.format(who=type(self.module).__name__))
         return self._functor if list(self._open) else None
 
     def _make_patches(self) -> list[InstanceMethod]:
@@ -242,8 +259,6 @@ class CachedTransformer:
         """The module's own forward."""
         return self._patches[0].original
 
-    # --- requests -----------------------------------------------------------------------------
-
     def open(self, request: Request, *, waits: bool) -> Request:
         """Count a request in.
 
@@ -256,17 +271,17 @@ class CachedTransformer:
         """
         with self._freed:
             most = self.enabled.max_requests
-            while waits and len(list(self._open)) >= most and not self._holds_one():
+            while (
+                waits and len(list(self._open)) >= most and not _holds_one(self.module, self._open)
+            ):
                 self._freed.wait(0.1)  # requests that are dropped do not tell
             if not waits and len(list(self._open)) >= most:
-                raise RuntimeError(
-                    f"start_request: {type(self.module).__name__} may have {most} requests open at "
-                    f"once, got one more; close requests that are done (request.close()), or "
-                    f"enable with a higher max_requests"
-                )
+                who = type(self.module).__name__
+                raise RuntimeError(TOO_MANY.format(who=who, most=most))
             weakref.finalize(request, self._on_dropped).atexit = False
             request.notices.tally = self.tally
             self._open.add(request)
+            self._come_back()
         return request
 
     def _on_dropped(self) -> None:
@@ -278,11 +293,6 @@ class CachedTransformer:
                 self._fit()
         finally:
             self._lock.release()
-
-    def _holds_one(self) -> bool:
-        """Whether the code that runs now is part of an open request: to wait would be for ever."""
-        own = ACTIVE.get().get(id(self.module))
-        return (own.request if isinstance(own, Suspended) else own) in self._open
 
     def close(self, request: Request) -> None:
         """Close a request, and keep its record."""
@@ -362,6 +372,8 @@ class CachedTransformer:
     @contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Take the name of the guidance branch, and the step, from the pipeline's own context."""
+        if self.module.__dict__.get("forward") is not self._patches[0]:
+            self._come_back()
         request, told = self.current(), {k: kwargs[k] for k in TOLD if k in kwargs}
         original = self._patches[1].original
         if not _takes_options(original):
@@ -372,6 +384,13 @@ class CachedTransformer:
             else:
                 with request.clock.named(name, **told):
                     yield
+
+
+def _holds_one(module: torch.nn.Module, requests: Collection[Request]) -> bool:
+    """Whether the code that runs now is part of one of `requests`: to wait would be for ever."""
+    own = ACTIVE.get().get(id(module))
+    own = own.request if isinstance(own, Suspended) else own
+    return own is not None and own in requests
 
 
 def _lists(setups: list[Setup]) -> list[BlockList]:

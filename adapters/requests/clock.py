@@ -189,6 +189,8 @@ class Clock:
         if changed or known[1] != form[1]:
             named = ", ".join(changed) or "the scale of LoRA"
             self._force_full(f"inputs came, went or changed ({named})", branch)
+            for stack in self.setup.stacks:
+                stack.forget_loop()
 
     def end_call(self) -> None:
         """Count a call that has ended without an exception."""

@@ -4,9 +4,9 @@ A pipeline calls its transformer once per step, or once for each branch of guida
 may come and go: guidance in an interval, an extra branch on some steps. Where the pipeline names
 its calls (`cache_context`) there is nothing to find. Otherwise a branch is known by the tensor
 that conditions it, such as the prompt's embeddings: pipelines make it once and pass the same
-object at each step. Where it is made anew for each call, a branch is known by its place among the
-calls of a step. The scheduler says where a step ends. Only identities of objects are compared:
-nothing is read from the device.
+object at each step. Where it is made anew for each call, or is another at every step (prompts that
+travel), a branch is known by its place among the calls of a step. The scheduler says where a step
+ends. Only identities of objects are compared: nothing is read from the device.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class Branch:
         step: the step of its last call.
         call: which of all calls that was.
         distance: steps from one of its calls to the next; 0 if that is open.
+        repeats: calls before the last one that had the same tensor, without a break.
+        travels: the tensor was another at the last call, and so it was at the one before.
+        follows: the branch that was at its place in the step before its first call.
+        since: the step of its first call.
     """
 
     key: str | None
@@ -48,6 +52,10 @@ class Branch:
     batch: int = 0
     call: int = 0
     distance: int = 1
+    repeats: int = 0
+    travels: bool = False
+    follows: Branch | None = None
+    since: int = 0
 
     def is_known_by(self, condition: torch.Tensor | None) -> bool:
         """Say whether its last call had this very tensor."""
@@ -64,8 +72,18 @@ class Branch:
             return True
         return batch_of(condition) != self.batch
 
+    def changes_often(self) -> bool:
+        """Say whether its next call may well have another tensor, the last one being there still.
+
+        So it is if that came once only, or if the one before it has never come again.
+        """
+        follows = self.follows
+        return self.repeats == 0 or (follows is not None and follows.step < self.since)
+
     def take(self, condition: torch.Tensor | None, call: int) -> None:
         """Take note of a call."""
+        is_same = condition is None or self.is_known_by(condition)
+        self.repeats = self.repeats + 1 if is_same else 0
         self.condition = None if condition is None else weakref.ref(condition)
         self.batch, self.call = batch_of(condition), call
 
@@ -114,6 +132,8 @@ class Branches:
         self._has_told = False
         self._in_step: Counter[str] = Counter()
         self._before: tuple[Any, int, Branch, int, int] | None = None
+        self._ran: tuple[Branch, ...] = ()
+        self._ran_before: tuple[Branch, ...] = ()
 
     def know_steps(self) -> None:
         """Learn that the times of the calls tell where steps end, from the first call on."""
@@ -133,25 +153,31 @@ class Branches:
 
         It is out of date if the branch does not come in its usual rhythm, or was another's.
         """
-        clock = self._step, self._place, self._has_ended, self._in_step.copy()
+        ran = self._ran_before, self._ran
+        clock = self._step, self._place, self._has_ended, self._in_step.copy(), *ran
         if self._has_ended:
             self._step += 1
             self._place = 0
             self._has_ended = False
             self._in_step.clear()
+            self._ran_before, self._ran = self._ran, ()
         found, was_another = len(self._found), False
         if name is not None:
             key = self._key_of(name)
             branch = self._named.setdefault(key, Branch(key, self._step))
         else:
             branch, was_another = (
-                self._known(condition) or self._by_place(condition) or self._new(condition)
+                self._known(condition)
+                or self._by_place(condition)
+                or self._travelled()
+                or self._new(condition)
             )
         self._before = clock, found, branch, branch.step, branch.distance
         if name is not None:
             return branch.key, self._is_late(branch)
         self._place += 1
         self._calls += 1
+        self._ran = (*self._ran, branch)
         branch.take(condition, self._calls)
         return branch.key, self._is_late(branch) or was_another
 
@@ -160,7 +186,8 @@ class Branches:
         if self._before is not None:
             clock, found, branch, step, distance = self._before
             del self._found[found:]
-            self._step, self._place, self._has_ended, self._in_step = clock
+            self._step, self._place, self._has_ended, self._in_step = clock[:4]
+            self._ran_before, self._ran = clock[4:]
             branch.step, branch.distance, self._before = step, distance, None
 
     def _key_of(self, name: str) -> str:
@@ -205,6 +232,19 @@ class Branches:
                 return branch, False
         return None
 
+    def _at_place(self) -> Branch | None:
+        """Return the branch that was at the call's place in the step before."""
+        before, is_told = self._ran_before, self.tells_steps and self._has_told
+        return before[self._place] if is_told and self._place < len(before) else None
+
+    def _travelled(self) -> tuple[Branch, bool] | None:
+        """Return the branch at the call's place if its condition is another at every step."""
+        branch = self._at_place()
+        if branch is None or not self._is_free(branch) or not branch.changes_often():
+            return None
+        was_another, branch.travels = not branch.travels or branch.repeats > 0, True
+        return branch, was_another
+
     def _new(self, condition: torch.Tensor | None) -> tuple[Branch, bool]:
         """Return a branch for a call that is of none found so far."""
         if len(self._found) >= FEW:
@@ -215,7 +255,7 @@ class Branches:
             idle = min(self._found, key=lambda branch: branch.call)
             if not self.tells_steps or idle.step < self._step - 1:
                 return idle, True
-        branch = Branch(self._next_key(), self._step)
+        branch = Branch(self._next_key(), self._step, follows=self._at_place(), since=self._step)
         self._found.append(branch)
         return branch, False
 

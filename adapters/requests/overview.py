@@ -31,6 +31,11 @@ def notes(handle: CachedTransformer) -> list[str]:
     latest = handle.enabled.latest
     graphs = None if latest is None else latest.graphs
     notes = [] if graphs is None else graphs.describe()
+    if handle.is_lost:
+        notes.append(
+            "someone has replaced its forward since, and calls run without the cache; call "
+            "dbcache.enable again"
+        )
     if handle.uncached_calls:
         notes.append(
             f"{handle.uncached_calls} calls came from outside of the pipeline that the cache is "

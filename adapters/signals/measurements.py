@@ -17,6 +17,7 @@ from dbcache.adapters.signals.modulated import check_block, modulated_input
 from dbcache.adapters.signals.sea_filter import sea_filter
 from dbcache.config.cache import StackSettings
 from dbcache.config.policies import POLICIES
+from dbcache.lanes.forms import stored_dtype
 from dbcache.lanes.lane import Lane
 
 FULL_NOISE = {
@@ -66,7 +67,7 @@ class Source:
     def measured(self) -> torch.Tensor:
         """Return what is compared, (B, ...)."""
         assert self.value is not None
-        return self.value
+        return self.value.to(stored_dtype(self.value.dtype))
 
     def finish(self, lane: Lane, output: Any, cached: bool) -> None:
         """Take note of what the transformer returns, on a step that is known to be cached or not.
@@ -83,7 +84,8 @@ class Latents(Source):
 
     def finish(self, lane: Lane, output: Any, cached: bool) -> None:
         if not cached:
-            lane.record_output(first_tensor(self.who, output), self.vote)
+            first = first_tensor(self.who, output)
+            lane.record_output(first.to(stored_dtype(first.dtype)), self.vote)
 
 
 class ModulatedInput(Source):

@@ -78,6 +78,17 @@ class BlockStack:
         """How many blocks all lists have."""
         return sum(len(block_list.blocks) for block_list in self.lists)
 
+    def in_order(self) -> list[torch.nn.Module]:
+        """Return the blocks in the order in which the forward runs them."""
+        lists = [block_list.blocks for block_list in self.lists]
+        if self.round > 1:
+            lists = [list(each) for each in zip(*lists, strict=True)]
+        return [block for blocks in lists for block in blocks]
+
+    def is_skipped(self, position: int) -> bool:
+        """Whether a cached step leaves out the block at `position`."""
+        return self.fn <= position < self.num_blocks - self.bn
+
     @property
     def makes_encoder(self) -> bool:
         """Whether the encoder stream is something that blocks only return."""
@@ -150,6 +161,9 @@ class BlockStack:
             [entry.block if type(entry) is CheckedBlock else entry for entry in row]
             for row in self.entries
         ]
+
+    def forget_loop(self) -> None:
+        """Forget what is known of what the model's loop does between blocks: inputs changed."""
 
     def make_source(self) -> Source | None:
         """Return what a policy without a probe measures, None where it is the probe."""

@@ -81,6 +81,12 @@ class LastBlocksStep(SingleBlocksStep):
         tail.decide(lane.state.counters, hidden if step.cached else None, step.run.sharding)
         due = None if step.cached else tail.store
         self.start(tail.blocks, tail.read(step.cached), due)
+        if step.run.groups is not None:
+            step.run.groups.load(self.skips(step.stack.last_blocks.start))
+
+    def close(self) -> None:
+        if self.step.run.groups is not None:
+            self.step.run.groups.free(self.skips(self.step.stack.last_blocks.start))
 
     def _record_all(self, lane: Any, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Let the blocks be recorded: each is a conditional, whether it runs or not.

@@ -200,22 +200,36 @@ class ProbeStart(BlockProxy):
 
 
 class ProbeEnd(BlockProxy):
-    """The last probe block where the encoder stream is something that blocks only return."""
+    """The last probe block: what it returns is what the probe residual is measured from."""
 
-    __slots__ = ("is_first",)
+    __slots__ = ("is_first", "makes_encoder")
 
     def __init__(
-        self, stack: HasBlocks, block: torch.nn.Module, who: str, *, is_first: bool
+        self,
+        stack: HasBlocks,
+        block: torch.nn.Module,
+        who: str,
+        *,
+        is_first: bool,
+        makes_encoder: bool,
     ) -> None:
         super().__init__(stack, block, who)
         self.is_first = is_first
+        self.makes_encoder = makes_encoder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        step = self.step()
-        if step is not None and self.is_first:
+        forward = FORWARD.get()
+        if forward is None:
+            return self.block(*args, **kwargs)
+        step = forward.steps[self.index]
+        if self.is_first:
             step.begin(self.inputs.hidden(args, kwargs))
         output = self.run(args, kwargs)
-        if step is not None:
+        form: Any = self.form
+        step.probe = output if form.is_tensor else output[form.hidden_at]
+        if step.stack.probe_outputs.are_needed:
+            step.copy_probe()
+        if self.makes_encoder:
             step.encoder_fn = self.streams(output)[1]
         return output
 

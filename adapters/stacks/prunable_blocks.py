@@ -11,7 +11,7 @@ stored, or what it would have returned is written into the very tensors that it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -102,6 +102,12 @@ class SingleBlocksStep:
         """Begin the step and let `cutter` record it: its blocks go by `decisions`."""
         self.start(store, [], due)
         self.recording, self.decisions = cutter, decisions
+
+    def skips(self, start: int) -> Callable[[int], bool]:
+        """Return which positions of a stack are left out, of which the blocks begin at `start`."""
+        return lambda position: (
+            start <= position < start + len(self.skipped) and (self.skipped[position - start])
+        )
 
     def ends_run(self, index: int) -> bool:
         """Whether block `index`, left out, is the last of its neighbours; note the first one."""

@@ -146,6 +146,8 @@ class PrunedStep(SingleBlocksStep):
         skipped = lane.settle(known)
         self.lane, self.cached, self.awaits_end = lane, lane.steps.cached, True
         self.start(lane.blocks, skipped, lane.state.store if lane.stores() else None)
+        if self.run.groups is not None:
+            self.run.groups.load(self.skips(self.stack.start))
 
     def _record_all(
         self, lane: PrunedLane, hidden: torch.Tensor, encoder: torch.Tensor | None
@@ -179,6 +181,8 @@ class PrunedStep(SingleBlocksStep):
     def close(self) -> None:
         self.awaits_end = False
         self.lane.steps.has_reference |= self.due is not None
+        if self.run.groups is not None:
+            self.run.groups.free(self.skips(self.stack.start))
 
     def check_end(self) -> None:
         """Raise if the model left out the last block on a step that leaves blocks out."""

@@ -42,6 +42,7 @@ class Stack(BlockStack):
         self.last_blocks: LastBlocks | None = None
         self.probe_copies = InputCopies()
         self.middle_copies = InputCopies()
+        self.probe_outputs = InputCopies()
         super().__init__(spec, settings, index, leader)
         self.make_source()  # raises now if the policy does not know the model
 
@@ -49,6 +50,7 @@ class Stack(BlockStack):
         if self.fn + self.bn == self.num_blocks:
             return []
         self.probe_copies, self.middle_copies = InputCopies(), InputCopies()
+        self.probe_outputs = InputCopies()
         self.last_blocks = LastBlocks.of(self)
         return self.rows()
 
@@ -61,8 +63,9 @@ class Stack(BlockStack):
             return SkippedBlock(self, block, who)
         if position > last and self.last_blocks is not None:
             return self.last_blocks.proxy(position, block, who)
-        if position == first - 1 and self.makes_encoder:
-            return ProbeEnd(self, block, who, is_first=position == 0)
+        if position == first - 1 and (self.makes_encoder or self.round == 1):
+            ends = {"is_first": position == 0, "makes_encoder": self.makes_encoder}
+            return ProbeEnd(self, block, who, **ends)
         return (ProbeStart if position == 0 else CheckedBlock)(self, block, who)
 
     @property
@@ -75,6 +78,10 @@ class Stack(BlockStack):
         super().inherit(old)
         self.last_blocks = old.last_blocks
         self.probe_copies, self.middle_copies = old.probe_copies, old.middle_copies
+        self.probe_outputs = old.probe_outputs
+
+    def forget_loop(self) -> None:
+        self.probe_outputs = InputCopies()
 
     def make_source(self) -> Source | None:
         if self.leader is not None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from dbcache.adapters.stacks.offload_groups import OffloadGroups
 from dbcache.config.cache import DBCacheConfig, ParamsModifier
 from dbcache.config.schedule import fit_to_steps
 from dbcache.lanes.plan import check_retention, resolve_mask
@@ -48,6 +49,7 @@ class StackRun:
         sharding: ranks that vote on decisions; None where each decides for itself.
         recorder: notes of full steps what a calibration is made of.
         is_on_host: what is stored lies in host memory.
+        groups: blocks whose weights are moved together; None without.
     """
 
     def __init__(self, stack: Any) -> None:
@@ -60,6 +62,7 @@ class StackRun:
         self.recorder: Recorder | None = stack.recorder
         self.generation = stack.generation
         self.is_on_host = self.settings.cache.cache_device == "cpu"
+        self.groups: OffloadGroups | None = None
 
     def serve(self, stack: Any) -> None:
         """Go on for a stack of the same blocks, whose settings need no other buffers."""
@@ -102,6 +105,7 @@ class StackRun:
         """
         if self.sharding is not self.stack.sharding:
             self._read_ranks()
+        self.groups = OffloadGroups.of(self.stack.in_order())
         name, cache = self.stack.name, self.prepared.cache
         given, steps = steps, at_most if steps is None else steps
         is_named = isinstance(cache.steps_computation_mask, str)

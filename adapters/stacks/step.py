@@ -40,6 +40,7 @@ class Step:
         h_in: hidden states before the first block, (B, S, D) or of another shape (B, ...).
         h_fn: hidden states before the first middle block.
         encoder_fn: encoder states before the first middle block.
+        probe: hidden states that the last probe block returned; None: `h_fn` is measured.
         single_blocks: the step of the last blocks, if some of them may be left out.
     """
 
@@ -58,9 +59,11 @@ class Step:
         self.h_fn: torch.Tensor | None = None
         self.encoder_fn: torch.Tensor | None = None
         self.passed: Streams | None = None
+        self.probe: torch.Tensor | None = None
         self.single_blocks: Any = None
         self.watches_output = run.source is not None or run.recorder is not None
         self._given: torch.Tensor | None = None
+        self._returned: torch.Tensor | None = None
         if stack.last_blocks is not None:
             self.single_blocks = stack.last_blocks.new_step(self)
 
@@ -92,15 +95,20 @@ class Step:
             return  # the model left the first block out: all others run
         if stack.has_own_encoder:
             encoder_in = self.encoder_fn
-        if h_fn.shape != self.h_in.shape:
-            raise shape_changed(stack.name, self.h_in, h_fn)
+        if self._returned is not None:
+            self._compare_probe()
+        probe = h_fn if self.probe is None else self.probe
+        if probe.shape != self.h_in.shape:
+            raise shape_changed(stack.name, self.h_in, probe)
         if not stack.probe_copies.is_known:
             stack.probe_copies.learn([(self._given, self.h_in)])
         lane = self.run.lanes.get(self.branch) or self._add_lane(h_fn.device)
         layout: Layout = (h_fn.shape, h_fn.dtype, h_fn.device)
+        if probe.shape != h_fn.shape:
+            layout += (probe.shape,)
         if encoder_in is not None:
             layout += (encoder_in.shape, encoder_in.dtype)
-        self.cached = self._decide(lane, h_fn, layout)
+        self.cached = self._decide(lane, h_fn, probe, layout)
         self.lane = lane
         self.awaits_end = True
         if self.cached and encoder_in is None and lane.history.encoder_snapshots is not None:
@@ -109,6 +117,8 @@ class Step:
             )  # made by the blocks alone
         self.passed = h_fn, encoder_in
         if self.cached:
+            if self.run.groups is not None:
+                self.run.groups.load(stack.is_skipped)
             self.h_fn, self.encoder_fn = h_fn, encoder_in
             # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
             self.prediction = lane.predict(h_fn, encoder_in)
@@ -116,6 +126,19 @@ class Step:
             copies = stack.middle_copies
             self.h_fn = copies.of(h_fn)
             self.encoder_fn = None if encoder_in is None else copies.of(encoder_in)
+
+    def _compare_probe(self) -> None:
+        """Learn whether the model's loop writes into what the last probe block returned."""
+        copies = self.stack.probe_outputs
+        if not copies.is_known and self.cutter is None:
+            copies.learn([(self._returned, self.probe)])
+        if not copies.are_needed:
+            self.probe = self._returned
+
+    def copy_probe(self) -> None:
+        """Keep a copy of what the last probe block returned: the model's loop may write into it."""
+        assert self.probe is not None
+        self._returned, self.probe = self.probe, self.probe.clone()
 
     def _begin_without_probe(
         self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None
@@ -137,11 +160,13 @@ class Step:
         self.run.lanes[self.branch] = lane
         return lane
 
-    def _decide(self, lane: Any, h_fn: torch.Tensor, layout: Layout) -> bool:
+    def _decide(
+        self, lane: Any, h_fn: torch.Tensor, measured: torch.Tensor, layout: Layout
+    ) -> bool:
         """Decide on the device; return what the host knows of it."""
         if self.stack.leader is not None:
             return self._follow(lane, layout, h_fn.device)
-        run, cutter, measured = self.run, self.cutter, h_fn
+        run, cutter = self.run, self.cutter
         if run.source is not None:
             measured = run.source.measured()
             layout = (*layout, measured.shape, measured.dtype)
@@ -205,6 +230,8 @@ class Step:
         """Return the predicted output of the middle blocks."""
         assert self.prediction is not None
         self.awaits_end = False
+        if self.run.groups is not None:
+            self.run.groups.free(self.stack.is_skipped)
         if self.single_blocks is not None:
             self.single_blocks.encoder = self.prediction[1]
         return self.prediction
@@ -237,7 +264,8 @@ class Step:
         made = encoder if self.stack.fn == 0 and self.encoder_fn is None else None
         if made is not None:
             self.encoder_fn = torch.zeros_like(made)  # made by the blocks alone
-        lane.commit(self.h_in, self.h_fn, h_out, self.encoder_fn, encoder)
+        probe = None if self.probe is given[0] else self.probe
+        lane.commit(self.h_in, self.h_fn, h_out, self.encoder_fn, encoder, probe)
         if self.is_conditional:
             assert self.cutter is not None
             self.cutter.begin_cached()

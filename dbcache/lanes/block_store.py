@@ -18,6 +18,7 @@ from dbcache.kernels.pruning.block_state import BlockState
 from dbcache.kernels.pruning.decide_blocks import decide_blocks
 from dbcache.kernels.pruning.store_block import store_block
 from dbcache.lanes.buffers import HostCopy, outside_inference_mode
+from dbcache.lanes.forms import Dtypes, returned_as, stored_dtype, widened
 from dbcache.lanes.sharding import Sharding
 
 
@@ -32,6 +33,7 @@ class BlockStore:
     Attributes:
         rule: those numbers on the device, in one tensor for the states of all layouts.
         state: what is stored; None until the first block is.
+        returned: dtypes of the streams as each block returns them, where the stored ones differ.
     """
 
     @outside_inference_mode
@@ -41,6 +43,7 @@ class BlockStore:
         self.prunable = list(prunable)
         self.rule = torch.tensor(rule, dtype=torch.float32, device=device)
         self.state: BlockState | None = None
+        self.returned: dict[int, Dtypes] = {}
         self._host = HostCopy()
 
     def write_rule(self, rule: Sequence[float]) -> None:
@@ -65,6 +68,7 @@ class BlockStore:
     def measure(self, h: torch.Tensor) -> torch.Tensor:
         """Return the partial sums of how much each block's input changed, given the first one's."""
         assert self.state is not None
+        h = h.to(self.state.inputs.dtype)
         return block_changes(h, self.state.inputs, self.state.residuals, self.state.stamps)
 
     def choose(self, partials: torch.Tensor, sharding: Sharding | None = None) -> torch.Tensor:
@@ -104,12 +108,25 @@ class BlockStore:
         """Store the input and the residual of block `index`, if the step's `due` says so."""
         if encoder_in is None or encoder_out is None:
             encoder_in = encoder_out = None
-        state = self.state or self.allocate(h_in, encoder_in)
+        state = self.state or self.allocate(h_out, encoder_out)
+        returned = h_out.dtype, None if encoder_out is None else encoder_out.dtype
+        dtype, added = state.inputs.dtype, state.encoder_residuals
+        h_in, h_out = h_in.to(dtype), h_out.to(dtype)
+        if added is None:
+            encoder_in = encoder_out = None
+        elif encoder_in is not None and encoder_out is not None:
+            encoder_in = widened(encoder_in.to(added.dtype), added.shape[1:])
+            encoder_out = encoder_out.to(added.dtype)
+        if returned != (dtype, None if encoder_out is None else encoder_out.dtype):
+            self.returned[index] = returned
         store_block(state, due, index, h_in, h_out, encoder_in, encoder_out)
 
     @outside_inference_mode
     def allocate(self, h: torch.Tensor, encoder: torch.Tensor | None) -> BlockState:
-        """Allocate the tensors of all blocks."""
+        """Allocate the tensors of all blocks, for streams as they return them."""
+        h = h.to(stored_dtype(h.dtype))
+        encoder = None if encoder is None else encoder.to(stored_dtype(encoder.dtype))
+        self.returned = {}
         self.state = BlockState.allocate(h, encoder, self.prunable, self.rule)
         return self.state
 
@@ -118,11 +135,18 @@ class BlockStore:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the predicted output of blocks `first` to ``first + count - 1``."""
         assert self.state is not None
-        added = self.state.encoder_residuals
+        added, residuals = self.state.encoder_residuals, self.state.residuals
+        h = h.to(residuals.dtype)
         if encoder is None or added is None:
-            h, _ = add_residuals(h, self.state.residuals, first, count)
-            return h, encoder
-        return add_residuals(h, self.state.residuals, first, count, encoder, added)
+            h, _ = add_residuals(h, residuals, first, count)
+        else:
+            encoder = widened(encoder.to(added.dtype), added.shape[1:])
+            h, encoder = add_residuals(h, residuals, first, count, encoder, added)
+        if self.returned:
+            hidden, encoder_dtype = self.returned.get(first + count - 1, (h.dtype, None))
+            encoder_dtype = encoder_dtype or (None if encoder is None else encoder.dtype)
+            return returned_as((hidden, encoder_dtype), h, encoder)
+        return h, encoder
 
     def nbytes(self) -> int:
         """Bytes of the stored streams."""

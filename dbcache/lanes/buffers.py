@@ -56,6 +56,17 @@ def can_write(*pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> bool:
     return all(start + size <= after for (start, size), (after, _) in pairwise(spans))
 
 
+def written(
+    streams: tuple[torch.Tensor, torch.Tensor | None],
+    out: tuple[torch.Tensor, torch.Tensor | None],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return `out`, the second where it is given, with the streams written into it."""
+    hidden, encoder = out[0].copy_(streams[0]), streams[1]
+    if encoder is not None and out[1] is not None:
+        encoder = out[1].copy_(encoder)
+    return hidden, encoder
+
+
 class HostCopy:
     """A buffer in pinned memory, through which the host reads a few numbers of a GPU."""
 

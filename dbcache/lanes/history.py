@@ -67,6 +67,13 @@ class History:
 
     @outside_inference_mode
     @torch.no_grad()
+    def refer_to(self, probe: torch.Tensor, h_in: torch.Tensor | None) -> None:
+        """Keep what the probe gave as the reference: less `h_in`, where that is given."""
+        assert self.p_ref is not None
+        self.p_ref.copy_(probe if h_in is None else probe.float() - h_in.float())
+
+    @outside_inference_mode
+    @torch.no_grad()
     def remember(self, measured: torch.Tensor) -> None:
         """Keep the measurement of this step for the next one (policies without a probe)."""
         if self.p_ref is None:

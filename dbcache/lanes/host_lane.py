@@ -17,6 +17,7 @@ import torch
 from dbcache.config.cache import StackSettings
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.lanes.buffers import empty_like, outside_inference_mode
+from dbcache.lanes.forms import stored_dtype
 from dbcache.lanes.history import History, room
 from dbcache.lanes.lane import Lane
 
@@ -175,15 +176,17 @@ class HostLane(Lane):
         h_out: torch.Tensor,
         encoder_fn: torch.Tensor | None,
         encoder_out: torch.Tensor | None,
+        probe: torch.Tensor | None = None,
     ) -> None:
-        own, ring = self.history, self.ring
+        own, ring, dtype = self.history, self.ring, stored_dtype(h_out.dtype)
         made = encoder_out if encoder_fn is not None else None
+        made = None if made is None else made.to(stored_dtype(made.dtype))
         is_first, learns = self.steps.is_first, self.forecaster is not None
-        compared = h_fn if self.compares else None
-        where = ring.room_for(own, compared, h_out, made, is_first=is_first, whole=learns)
+        compared = (h_fn if probe is None else probe).to(dtype) if self.compares else None
+        where = ring.room_for(own, compared, h_out.to(dtype), made, is_first=is_first, whole=learns)
         self.history = where
         try:
-            super().commit(h_in, h_fn, h_out, encoder_fn, encoder_out)
+            super().commit(h_in, h_fn, h_out, encoder_fn, encoder_out, probe)
         finally:
             self.history = own
         ring.give_back(own, where, h_fn.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,15 +16,22 @@ from dbcache.kernels.decision.probe_and_decide import probe_and_decide
 from dbcache.kernels.decision.probe_diff import probe_diff
 from dbcache.kernels.prediction.commit import commit
 from dbcache.kernels.prediction.predict import predict
-from dbcache.lanes.buffers import Layout, can_write, outside_inference_mode
+from dbcache.lanes.buffers import Layout, can_write, outside_inference_mode, written
 from dbcache.lanes.decision import Decision
 from dbcache.lanes.following import FollowedSteps, Leader
+from dbcache.lanes.forms import Forms, returned_as, widened
 from dbcache.lanes.guard import make_guard
 from dbcache.lanes.history import History
 from dbcache.lanes.last_blocks import LaneTail
 from dbcache.lanes.plan import coefficients
 from dbcache.lanes.predictors import make_forecaster
 from dbcache.lanes.step_state import FIRST_CAPACITY, StepState
+
+NOTHING_STORED = (
+    "a step that is captured to serve all steps must find what they are compared with and "
+    "predicted from, got a lane in which the last step was of another shape, or none has run; run "
+    "a step before the capture"
+)
 
 
 def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
@@ -50,7 +58,53 @@ def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
     return limits, thresholds | dict(enumerate(polynomial, ls.POLYNOMIAL))
 
 
-class Lane:
+def decision_of(steps: Any) -> Decision:
+    """Return the next decision, for recorded work."""
+
+    def has_run(cached: bool) -> None:
+        steps.has_reference |= not cached  # a full step has left one
+
+    return Decision(steps.flag(), steps.read, steps.count, has_run)
+
+
+class _Kept:
+    """What a lane does with all that it keeps, whatever the step: forget it, or count its bytes."""
+
+    steps: StepState[LaneState] | FollowedSteps
+    history: History
+    tail: LaneTail | None
+
+    def force(self, code: int) -> None:
+        """Fix the plan code of the next step."""
+        self.steps.force(code)
+        if self.tail is not None:
+            self.tail.force(code)
+
+    def forget_reference(self) -> None:
+        """Make the next step a full one: everything stored is void."""
+        self.steps.forget()
+        self._forget_tail()
+
+    def rewind(self, step: int) -> None:
+        """Go back to `step` after an exception; later steps count as never begun."""
+        self.steps.rewind(step)
+        self._forget_tail()
+
+    def abort(self) -> None:
+        """Undo a step after an exception: the step counts as never begun."""
+        self.steps.abort()
+        self._forget_tail()
+
+    def _forget_tail(self) -> None:
+        if self.tail is not None:
+            self.tail.forget()
+
+    def nbytes(self) -> int:
+        """Bytes of the lane's buffers."""
+        return self.history.nbytes() + (0 if self.tail is None else self.tail.blocks.nbytes())
+
+
+class Lane(_Kept):
     """One lane, with the verbs of the kernels in the order of a step.
 
         code   = lane.begin(layout, device)
@@ -69,7 +123,7 @@ class Lane:
     Attributes:
         steps: where the lane stands in its request.
         history: its large tensors.
-        layout: what they were made for.
+        layout, forms: what they were made for, and in which dtypes.
         tail: what is kept of the stack's last blocks, if some may be left out.
     """
 
@@ -85,7 +139,6 @@ class Lane:
         self.device = device
         self._branch = branch
         self.layout: Layout | None = None
-        self.steps: StepState[LaneState] | FollowedSteps
         if leader is None:
             self.steps = StepState(LaneState.allocate(FIRST_CAPACITY, device), branch)
         else:
@@ -98,7 +151,8 @@ class Lane:
         self.history = History()
         self.forecaster = make_forecaster(settings, device, branch)
         self.guard = make_guard(settings, device, branch)
-        self.tail: LaneTail | None = None
+        self.tail = None
+        self.forms = Forms()
         self._load()
 
     @property
@@ -166,11 +220,7 @@ class Lane:
     def check_has_run(self, layout: Layout, who: str) -> None:
         """Raise a RuntimeError if no full step of this `layout` has run."""
         if layout != self.layout or self.history.snapshots is None:
-            raise RuntimeError(
-                f"{who}: a step that is captured to serve all steps must find what they are "
-                f"compared with and predicted from, got a lane in which the last step was of "
-                f"another shape, or none has run; run a step before the capture"
-            )
+            raise RuntimeError(f"{who}: {NOTHING_STORED}")
 
     def measure(self, h_in: torch.Tensor, h_fn: torch.Tensor) -> torch.Tensor:
         """Return the partial sums of the probe's change since the last full step.
@@ -181,7 +231,8 @@ class Lane:
         """
         p_ref = self.history.p_ref
         assert p_ref is not None
-        before = h_in if self.by_residual else None
+        dtype = self.forms.hidden if self.compares else h_fn.dtype
+        before, h_fn = h_in.to(dtype) if self.by_residual else None, h_fn.to(dtype)
         return probe_diff(before, h_fn, p_ref, self.state.thresholds if self.by_token else None)
 
     def decide(self, change: torch.Tensor | None) -> None:
@@ -198,7 +249,8 @@ class Lane:
         if p_ref is None:
             decide(self.state, None)
             return
-        before = h_in if self.by_residual else None
+        dtype = self.forms.hidden if self.compares else h_fn.dtype
+        before, h_fn = h_in.to(dtype) if self.by_residual else None, h_fn.to(dtype)
         probe_and_decide(before, h_fn, p_ref, self.steps.state, by_token=self.by_token)
 
     def settle(self, code: int, flag: bool | None = None) -> bool:
@@ -212,12 +264,7 @@ class Lane:
 
     def decision(self) -> Decision:
         """Return the next decision, for recorded work."""
-        steps = self.steps
-
-        def has_run(cached: bool) -> None:
-            steps.has_reference |= not cached  # a full step has left one
-
-        return Decision(steps.flag(), steps.read, steps.count, has_run)
+        return decision_of(self.steps)
 
     def tail_decisions(self) -> list[Decision]:
         """Return the decisions on the last blocks, for recorded work."""
@@ -243,8 +290,13 @@ class Lane:
         assert history.snapshots is not None
         if self.forecaster is not None:
             self.forecaster.weigh(state, self.steps.step - 1)
+        forms, h_fn = self.forms, h_fn.to(self.forms.hidden)
         if history.encoder_snapshots is None:
             encoder_fn = encoder_out = None
+        elif encoder_fn is not None:
+            encoder_fn = encoder_fn.to(forms.encoder)
+            if encoder_fn.shape != history.encoder_snapshots.shape[1:]:
+                encoder_fn = widened(encoder_fn, history.encoder_snapshots.shape[1:])
         encoder_weights = None if encoder_fn is None else state.encoder_weights
         direct = out is not None and can_write((h_fn, out), (encoder_fn, encoder_out))
         hidden, encoder = predict(
@@ -255,10 +307,8 @@ class Lane:
             replace=self.replaces,
         )  # fmt: skip
         if out is not None and not direct:
-            hidden = out.copy_(hidden)
-        if encoder is not None and encoder_out is not None and not direct:
-            encoder = encoder_out.copy_(encoder)
-        return hidden, encoder
+            return written((hidden, encoder), (out, encoder_out))
+        return returned_as(forms.returned, hidden, encoder) if forms.returned else (hidden, encoder)
 
     def commit(
         self,
@@ -267,18 +317,35 @@ class Lane:
         h_out: torch.Tensor,
         encoder_fn: torch.Tensor | None,
         encoder_out: torch.Tensor | None,
+        probe: torch.Tensor | None = None,
     ) -> None:
-        """Store the reference of the probe and the residual of the blocks, after a full step."""
+        """Store P (of `probe`, where given in place of `h_fn`) and R, after a full step."""
         state, steps, history = self.state, self.steps, self.history
         if encoder_fn is None or encoder_out is None:
             encoder_fn = encoder_out = None
+        forms = self.forms
+        seen = h_out.dtype, None if encoder_out is None else encoder_out.dtype
+        if seen != forms.seen and not forms.learn(seen) and history.snapshots is not None:
+            self.history = History()  # of another dtype: the next step is a full one
+            self.forget_reference()
+            return
+        dtype = forms.hidden
+        h_in, h_fn, h_out = h_in.to(dtype), h_fn.to(dtype), h_out.to(dtype)
+        if encoder_fn is not None and encoder_out is not None:
+            encoder_fn, encoder_out = encoder_fn.to(forms.encoder), encoder_out.to(forms.encoder)
+            if encoder_fn.shape != encoder_out.shape:
+                encoder_fn = widened(encoder_fn, encoder_out.shape)
         snapshots = history.snapshots
         if snapshots is None:
-            compared = h_fn if self.compares else None
+            compared = (h_fn if probe is None else probe.to(dtype)) if self.compares else None
             snapshots = history.allocate(self.settings, compared, h_out, encoder_out)
+        p_ref = history.p_ref if self.compares else None
+        if probe is not None and p_ref is not None:
+            history.refer_to(probe.to(dtype), h_in if self.by_residual else None)
+            p_ref = None
         commit(
-            h_in if self.by_residual else None, h_fn, h_out,
-            history.p_ref if self.compares else None, snapshots, state.counters,
+            h_in if self.by_residual and p_ref is not None else None, h_fn, h_out,
+            p_ref, snapshots, state.counters,
             encoder_fn, encoder_out, history.encoder_snapshots,
             history.scales, history.encoder_scales, replace=self.replaces,
         )  # fmt: skip
@@ -310,6 +377,7 @@ class Lane:
     def _take(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
         self.layout = layout
         self.history = History.of(buffers)
+        self.forms.take(layout)
         if self.tail is not None:
             self.tail.take_buffers(buffers)
 
@@ -317,32 +385,3 @@ class Lane:
         """Return the small tensors of the predictor and of the last blocks."""
         parts = (self.forecaster, self.tail)
         return [x for part in parts if part is not None for x in part.tensors()]
-
-    def force(self, code: int) -> None:
-        """Fix the plan code of the next step."""
-        self.steps.force(code)
-        if self.tail is not None:
-            self.tail.force(code)
-
-    def forget_reference(self) -> None:
-        """Make the next step a full one: everything stored is void."""
-        self.steps.forget()
-        self._forget_tail()
-
-    def rewind(self, step: int) -> None:
-        """Go back to `step` after an exception; later steps count as never begun."""
-        self.steps.rewind(step)
-        self._forget_tail()
-
-    def abort(self) -> None:
-        """Undo a step after an exception: the step counts as never begun."""
-        self.steps.abort()
-        self._forget_tail()
-
-    def _forget_tail(self) -> None:
-        if self.tail is not None:
-            self.tail.forget()
-
-    def nbytes(self) -> int:
-        """Bytes of the lane's buffers."""
-        return self.history.nbytes() + (0 if self.tail is None else self.tail.blocks.nbytes())

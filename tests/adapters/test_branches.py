@@ -216,21 +216,36 @@ def test_a_scheduler_that_is_not_asked_for_steps_is_not_waited_for(words, kept):
     assert set(decisions(pipe).values()) == {"FFccFccFccFc"}
 
 
-def test_another_prompt_in_mid_request_begins_a_lane_and_old_ones_are_taken_over():
+@pytest.mark.parametrize(
+    ("conditions", "wanted"),
+    [
+        ("aaaabbbb", {"branch 1": "FFcc", "branch 2": "FFcc"}),
+        # another at every step: known by the place; the first change might be a branch that is new
+        ("abcdefghi", {None: "FFccFccFc"}),
+        ("aaabcdefg", {"branch 1": "FFc", "branch 2": "FFccFc"}),
+        # another at every second step: full where it changes, once it is known that none comes back
+        ("aabbccddee", {"branch 1": "FF", "branch 2": "FFFcFcFc"}),
+        # the first one comes again in the step in which another one comes
+        (["a", "a", "ba", "ba", "ba"], {"branch 1": "FFccF", "branch 2": "FFc"}),
+        # two places, of which the first travels
+        (["aU", "bU", "cU", "dU", "eU"], {"cond": "FFccF", "uncond": "FFccF"}),
+        (["aA", "bB", "cC", "dD", "eE"], {"cond": "FFccF", "uncond": "FFccF"}),
+    ],
+)
+def test_other_prompts_in_mid_request(conditions, wanted):
     pipe = enable(Pipeline())
-    pipe(["c"] * 4 + ["q"] * 4)
-    assert decisions(pipe) == {"branch 1": "FFcc", "branch 2": "FFcc"}
-    prompts = [torch.full((1, 1, 8), float(i)) for i in range(9)]
+    prompts = {name: torch.full((1, 1, 8), float(ord(name))) for name in "".join(conditions)}
+    pipe.scheduler.set_timesteps(len(conditions))
 
     def loop():
-        for prompt in prompts:
-            pipe.transformer(torch.ones(1, 2, 8), prompt)
+        for step in conditions:
+            for name in step:
+                pipe.transformer(torch.ones(1, 2, 8), prompts[name])
             pipe.scheduler.step(torch.ones(1), torch.ones(1))
 
     with torch.no_grad():
         pipe._dbcache.call(loop, (), {})
-    assert set("".join(decisions(pipe).values())) == {"F"}
-    assert len(decisions(pipe)) == 4
+    assert decisions(pipe) == wanted
 
 
 def test_each_denoising_loop_of_a_call_starts_anew():
