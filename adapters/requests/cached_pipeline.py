@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
+
+import torch
 
 from dbcache.adapters.patching.derived_class import ClassCache, derived_class
 from dbcache.adapters.requests.cached_transformer import HANDLE, CachedTransformer
@@ -43,6 +45,16 @@ class CachedPipeline:
         self.doubts_scheduler = False
         self.seconds: float | None = None
         self._open: list[PipelineCall] = []
+        names = {id(part): name for name, part in vars(pipe).items()}
+        self._names = [names.get(id(handle.module)) for handle, _ in self.transformers]
+
+    def note_exchanged(self, requests: Iterable[Request]) -> None:
+        """Say which transformers are no longer those of the pipeline, whatever wraps them."""
+        for name, request in zip(self._names, requests, strict=False):
+            part = None if name is None else getattr(self.pipe, name, None)
+            is_other = isinstance(part, torch.nn.Module) and part is not request.module
+            if is_other and not any(module is request.module for module in part.modules()):
+                request.notices.add(request, "exchanged")
 
     @property
     def is_on(self) -> bool:
@@ -96,6 +108,7 @@ class PipelineCall:
         for handle in sorted(self._handles, key=id):
             handle.open(self.requests[id(handle.module)], waits=True)
         self.pipeline._open.append(self)
+        self.pipeline.note_exchanged(self.requests.values())
 
     def _planned_steps(self) -> tuple[int | None, int | None]:
         """Return the steps of the call, where the pipeline tells them, and the scheduler's."""

@@ -316,3 +316,24 @@ def test_pipelines_of_one_transformer_keep_their_settings_or_are_refused():
         dbcache.enable(adapter, **HITS)
     tiny.generate(second, 4, guided=False)
     assert len(dbcache.summary(second)[0].cached_steps) == 1
+
+
+def test_a_transformer_that_was_exchanged(caplog):
+    pipe = dbcache.enable(tiny.pipeline("flux"), max_warmup_steps=1, **HITS)
+    own = pipe.transformer
+    pipe.transformer = torch.nn.Sequential(own)  # a wrapper, as torch.compile and PEFT make
+    with heard(caplog) as said, suppress(AttributeError):
+        tiny.generate(pipe, 2, guided=False)
+    assert said == []
+    pipe.transformer = tiny.flux()
+    with heard(caplog) as said:
+        tiny.generate(pipe, 3, guided=False)
+    assert len(said) == 1
+    assert "another one than dbcache was enabled on" in said[0]
+    assert said[0] in str(dbcache.summary(pipe))
+    dbcache.disable(pipe)
+    dbcache.enable(pipe, max_warmup_steps=1, **HITS)
+    with heard(caplog) as said:
+        tiny.generate(pipe, 3, guided=False)
+    assert said == []
+    assert dbcache.summary(pipe)[0].cached_steps == [1, 2]
