@@ -52,8 +52,8 @@ class CachedPipeline:
         """Say which transformers are no longer those of the pipeline, whatever wraps them."""
         for name, request in zip(self._names, requests, strict=False):
             part = None if name is None else getattr(self.pipe, name, None)
-            is_other = isinstance(part, torch.nn.Module) and part is not request.module
-            if is_other and not any(module is request.module for module in part.modules()):
+            inside = part.modules() if isinstance(part, torch.nn.Module) else [request.module]
+            if not any(module is request.module for module in inside):
                 request.notices.add(request, "exchanged")
 
     @property
