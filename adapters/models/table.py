@@ -59,7 +59,8 @@ IMAGE = (
         "blocks: h -> h", long_skips=True, controlnet=True),
     Row("GlmImageTransformer2DModel", "GLM-Image",
         "transformer_blocks: h, e -> h, e", separate_cfg=True,
-        fills=lambda call: "kv_caches" in call and call["kv_caches"][0].mode == "write"),
+        fills=lambda call: (caches := call.get("kv_caches")) is not None
+        and caches[0].mode == "write"),
     Row("ErnieImageTransformer2DModel", "ERNIE-Image",
         "layers: x -> x"),
     Row("Krea2Transformer2DModel", "Krea 2",

@@ -97,3 +97,18 @@ def test_the_steps_after_a_filling_call_begin_anew(name):
     models.run(name, 1, seeds=[4])
     (lane,) = dbcache.summary(model).lanes
     assert (lane.steps, lane.cached_steps) == (2, [1])
+
+
+def test_no_cache_of_keys_and_values_is_none_to_fill():
+    """`kv_caches=None` is GLM-Image's own default."""
+    name = "GlmImageTransformer2DModel"
+    if not hasattr(diffusers, name):
+        pytest.skip(f"absent in diffusers {diffusers.__version__}")
+    model = models.model(name)
+    dbcache.enable(model, **FORCED)
+    outputs = models.run(name, 3)
+    dbcache.enable(model, **FORCED)
+    given = models.run(name, 3, more=lambda step: {"kv_caches": None})
+    assert all(map(torch.equal, given, outputs))
+    assert dbcache.summary(model).lanes[0].cached_steps == [1, 2]
+    dbcache.disable(model)
