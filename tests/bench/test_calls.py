@@ -16,7 +16,7 @@ from bench import calls  # noqa: E402
 BOUNDS = {
     # target, step: calls and files outside kernels/, calls and files of all
     ("transformer", "cached"): (49, 6, 96, 18),
-    ("transformer", "full"): (54, 7, 105, 19),
+    ("transformer", "full"): (54, 7, 106, 19),
     ("pipeline", "cached"): (80, 13, 128, 25),
     ("pipeline", "full"): (88, 14, 139, 26),
 }
