@@ -83,6 +83,7 @@ def _settings(settings: StackSettings) -> dict[str, str]:
         **cache.as_dict(),
         "max_warmup_steps": "not given" if cache.warmup is None else cache.warmup,
         "calibrator_config": settings.predictor,
+        "calibration": settings.calibration,  # what it says, wherever each rank has its file
     }
     return {name: _ADDRESS.sub("", repr(value)) for name, value in values.items()}
 

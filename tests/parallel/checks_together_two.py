@@ -1,10 +1,12 @@
 """Two ranks take one decision, whoever spread the model, and only with the same settings."""
 
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -285,6 +287,17 @@ def check_ranks_with_other_settings_are_told_at_once() -> None:
         assert "_dbcache" not in model.__dict__
         if options is together:
             break
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "own.json")
+        for seeds, fits in (((5, 5), True), ((5, 6), False)):
+            magcache = {"policy": "magcache", "calibration": str(path)} | together
+            with dbcache.calibrate(model, policy="magcache", path=path):
+                run(model, QWEN, (seeds[rank],))
+            if fits:
+                dbcache.disable(dbcache.enable(model, **magcache))
+                continue
+            with raises(ValueError, "calibration is ", " on rank 0 and ", " on rank 1"):
+                dbcache.enable(model, **magcache)
     context_parallel(model)
     with raises(ValueError, "residual_diff_threshold is 0.1 on rank 0 and 0.2 on rank 1"):
         dbcache.enable(model, residual_diff_threshold=(0.1, 0.2)[rank])
