@@ -26,6 +26,8 @@ from typing import Any
 import torch
 
 import dbcache
+from bench.schedules import FULL_STEPS
+from bench.schedules import PATH as SCHEDULE
 from dbcache.demo import digits
 from dbcache.demo.quality import DigitClassifier, psnr, ssim
 
@@ -61,6 +63,7 @@ class Method:
         engine: "dbcache" or "cache-dit".
         cache: fields of `DBCacheConfig` besides those of the level.
         levels: instead of the level's own fields, by level; levels left out are not measured.
+        alone: whether the level's fields and those of `cache` are all there is.
     """
 
     name: str
@@ -68,16 +71,19 @@ class Method:
     engine: str = "dbcache"
     cache: Options = field(default_factory=dict)
     levels: dict[str, Options] | None = None
+    alone: bool = False
 
     def options(self, level: str) -> Options | None:
         """Return the fields of the cache's config at `level`, None where it is not measured."""
         own = LEVELS[level] if self.levels is None else self.levels.get(level)
-        return None if own is None else {**COMMON, **own, **self.cache}
+        common = {} if self.alone else COMMON
+        return None if own is None else {**common, **own, **self.cache}
 
     def settings(self, level: str) -> str:
         """Return what its records at `level` depend on; files by their names."""
         options = self.options(level) or {}
-        named = {k: Path(v).name if k == "calibration" else v for k, v in options.items()}
+        files = ("calibration", "schedule")
+        named = {k: Path(v).name if k in files else v for k, v in options.items()}
         return repr((sorted(named.items()), self.calibrator))
 
 
@@ -126,6 +132,12 @@ METHODS = (
         "DBPrune",
         cache={"max_warmup_steps": 4, "cache_type": "DBPrune"},
         levels=_thresholds(0.05, 0.08, 0.15),
+    ),
+    Method(
+        "tuned schedule",
+        cache={"schedule": str(SCHEDULE)},
+        levels={level: {"target": f"{full} full"} for level, full in FULL_STEPS.items()},
+        alone=True,
     ),
     Method("reuse", None, PEER),
     Method("TaylorSeer 1", _taylor(1), PEER),

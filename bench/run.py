@@ -16,6 +16,7 @@ BENCHES = {
     "overhead": ("bench.overhead", "host time per step that the cache adds, beside cache-dit"),
     "dispatch": ("bench.dispatch", "host time of each op, with the launch left out"),
     "methods": ("bench.methods", "all methods: speed-up and quality on the trained model"),
+    "schedules": ("bench.schedules", "a tuned schedule of the trained model, for the methods"),
     "graphs": ("bench.graphs", "steps as CUDA graphs, eager, and of cache-dit; needs a GPU"),
     "loop": ("bench.loop", "a whole denoising loop as one CUDA graph; needs a GPU"),
     "calls": ("bench.calls", "Python calls into the package per step, by file"),
@@ -27,7 +28,9 @@ BENCHES = {
     "quantize": ("bench.quantize", "narrow weights, with and without a cache"),
     "policies": ("bench.policies", "which policy caches which steps, at what quality"),
 }
-SLOW = ("methods", "demo", "graphs", "loop", "warmup", "rows", "quantize", "policies")
+SLOW = (
+    "methods", "schedules", "demo", "graphs", "loop", "warmup", "rows", "quantize", "policies",
+)  # fmt: skip
 """Left out on a CPU, unless named."""
 
 

@@ -84,6 +84,10 @@ from dbcache.refused import remove_layerwise_offload as remove_layerwise_offload
 from dbcache.refused import set_profiler_output_dir as set_profiler_output_dir
 from dbcache.reporting import report as report
 from dbcache.totals import counters as counters
+from dbcache.tuning.sweep import compare as compare
+from dbcache.tuning.sweep import sweep as sweep
+from dbcache.tuning.tables import sweep_plot as sweep_plot
+from dbcache.tuning.tables import sweep_table as sweep_table
 from dbcache.tuning.tune import tune as tune
 
 __version__: str
@@ -128,6 +132,7 @@ __all__ = [  # noqa: RUF022
     "cache_type",
     "calibrate",
     "capture",
+    "compare",
     "compile",
     "counters",
     "create_profiler_context",
@@ -171,6 +176,9 @@ __all__ = [  # noqa: RUF022
     "summary",
     "supported_matrix",
     "supported_pipelines",
+    "sweep",
+    "sweep_plot",
+    "sweep_table",
     "tune",
     "version_tuple",
 ]

@@ -79,6 +79,8 @@ MODULES = {
         "set_profiler_output_dir",
     ),
     "totals": ("counters",),
+    "tuning.sweep": ("compare", "sweep"),
+    "tuning.tables": ("sweep_plot", "sweep_table"),
     "tuning.tune": ("tune",),
 }
 """Names by the module that defines them."""

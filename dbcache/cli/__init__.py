@@ -20,7 +20,18 @@ import dbcache
 from dbcache.cli.outcome import Outcome
 from dbcache.foreign import explanation
 
-COMMANDS = ("demo", "generate", "report", "models", "masks", "metrics", "info")
+COMMANDS = (
+    "demo",
+    "generate",
+    "tune",
+    "sweep",
+    "compare",
+    "report",
+    "models",
+    "masks",
+    "metrics",
+    "info",
+)
 """Modules of this package."""
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130

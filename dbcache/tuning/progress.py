@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from dbcache.config.options import check_number
 
 
+def say(text: str) -> None:
+    """Print a line to stderr."""
+    print(f"dbcache.{text}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Leave out what the summary warns of in runs that are meant to cache nothing, or all."""
@@ -52,7 +57,7 @@ class Progress:
         """Print a line."""
         if self._shows:
             self._clear()
-            print(f"dbcache.tune: {text}", file=sys.stderr, flush=True)
+            say(f"tune: {text}")
 
     def bar(self, phase: str) -> None:
         """Show how much of the budget is used up, and by what."""

@@ -118,7 +118,7 @@ class Runner:
         Raises:
             RuntimeError: the draw gives another picture than before.
         """
-        output, seconds = self._timed(draw)
+        output, seconds = self.timed(draw)
         pictures, known = pictures_of(output), self._plain.get(id(draw))
         if known is not None and any(psnr(x, y) < 60 for x, y in zip(pictures, known, strict=True)):
             raise RuntimeError(
@@ -133,19 +133,24 @@ class Runner:
         """Draw under a row; return the PSNR of each picture, and the seconds."""
         dbcache.enable(self.target, schedule=self.content([row]))
         try:
-            output, seconds = self._timed(draw)
+            output, seconds = self.timed(draw)
         finally:
             dbcache.disable(self.target)
         return self.compared(draw, output), seconds
 
-    def compared(self, draw: Draw, output: Any) -> list[float]:
-        """Return the PSNR of each picture of an output; draws the plain ones where need be."""
+    def pictures(self, draw: Draw) -> list[torch.Tensor]:
+        """Return the plain pictures of a draw, which are drawn where need be."""
         if id(draw) not in self._plain:
             self.plain(draw)
-        pairs = zip(pictures_of(output), self._plain[id(draw)], strict=True)
+        return self._plain[id(draw)]
+
+    def compared(self, draw: Draw, output: Any) -> list[float]:
+        """Return the PSNR of each picture of an output."""
+        pairs = zip(pictures_of(output), self.pictures(draw), strict=True)
         return [psnr(x, y) for x, y in pairs]
 
-    def _timed(self, draw: Draw) -> tuple[Any, float]:
+    def timed(self, draw: Draw) -> tuple[Any, float]:
+        """Draw; return what came back, and the seconds."""
         _wait()
         begun = time.perf_counter()
         output = draw(self.target)

@@ -1,0 +1,97 @@
+"""What `tune`, `sweep` and `compare` have in common: a pipeline, and prompts to draw with it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+DIGITS = "digits"
+"""Stands for the small trained model that the package has."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the model and the prompts."""
+    parser.add_argument("model", help="a folder or a hub id of a pipeline, or 'digits'")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
+    parser.add_argument("--prompts", type=Path, help="a text file, a prompt per line")
+    parser.add_argument("--pictures", type=int, default=6, help="of 'digits': how many draws")
+    parser.add_argument("--steps", type=int, default=28, help="denoising steps (default: 28)")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--device", help="cpu or cuda; the GPU where there is one")
+    parser.add_argument("--dtype", default="auto", help="bfloat16, float16, float32 or auto")
+    parser.add_argument("--quiet", action="store_true", help="no lines of progress")
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]:
+    """Return a pipeline, what to draw, and the other arguments of `tune` and `sweep`.
+
+    Raises:
+        ValueError: there are no prompts. OSError: a file or the model cannot be read.
+    """
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given: dict[str, Any] = {"num_inference_steps": arguments.steps}
+    given["progress"] = not (arguments.quiet or arguments.json)
+    if arguments.model == DIGITS:
+        from dbcache.demo import digits
+
+        pipe = digits.load_pipeline(device=device)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, [_digit(seed, arguments.steps) for seed in range(arguments.pictures)], given
+    prompts = list(arguments.prompt)
+    if arguments.prompts is not None:
+        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("--prompt or --prompts must be given, got neither")
+    import diffusers
+
+    name = arguments.dtype
+    if name == "auto":
+        name = "bfloat16" if str(device).startswith("cuda") else "float32"
+    dtype = getattr(torch, name)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=dtype)
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": arguments.height, "width": arguments.width}
+    call["guidance_scale"] = arguments.guidance_scale
+    return pipe, prompts, given | {k: v for k, v in call.items() if v is not None}
+
+
+def _digit(seed: int, steps: int) -> Any:
+    """Return a function that draws five digits."""
+    import torch
+
+    from dbcache.demo import digits
+
+    def draw(pipe: Any) -> torch.Tensor:
+        arguments = digits.prompt([(5 * seed + i) % digits.NUM_CLASSES for i in range(5)])
+        generator = torch.Generator("cpu").manual_seed(seed)
+        call = {"num_inference_steps": steps, "generator": generator}
+        return digits.decode(pipe(**arguments, **call).images)
+
+    return draw
+
+
+def settings(text: str) -> dict[str, Any]:
+    """Return options of `enable` from ``name=value,name=value``, or from a file.
+
+    Raises:
+        ValueError: an entry has no ``=``.
+    """
+    import dbcache
+    from dbcache.cli.outcome import pair
+
+    if text.endswith((".yaml", ".yml")):
+        return dbcache.load_configs(text)
+    if text.endswith(".json") and "=" not in text:
+        return {"schedule": text}
+    found = dict(map(pair, filter(None, text.split(","))))
+    if "preset" in found:
+        family, _, level = str(found.pop("preset")).partition(":")
+        found = {**dbcache.preset(family, level or "balanced"), **found}
+    return found
