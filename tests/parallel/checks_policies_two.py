@@ -4,6 +4,7 @@ from typing import Any
 
 import inside
 import ranks
+import schedules
 import spread
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ STATIC = {
 PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
 SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "static": (STATIC, tuple(spread.SUBJECTS)),
+    "schedule": ({}, PACKED),
     "easycache": ({"policy": "easycache"} | ASKED, tuple(spread.SUBJECTS)),
     "seacache": ({"policy": "seacache"} | ASKED, PACKED),
     "teacache": ({"policy": "teacache"} | ASKED, (*PACKED, "WanTransformer3DModel")),
@@ -41,6 +43,15 @@ def loop(model: torch.nn.Module, name: str, settings: dict[str, Any]) -> Any:
     traces = [lane.steps.trace() for stack in stacks for lane in stack.lanes.values()]
     dbcache.disable(model)
     return traces, outputs
+
+
+def schedule_for(model: torch.nn.Module) -> dict[str, Any]:
+    """Return a schedule with weights, for the mask above."""
+    name = type(model).__name__
+    sizes = {"num_inference_steps": STEPS, "scheduler_steps": STEPS}
+    calls = [{"model": name, "calls": STEPS}]
+    mask = "".join(map(str, STATIC["steps_computation_mask"]))
+    return schedules.content(name, (mask,), **sizes, transformers=calls)
 
 
 def identity_for(model: torch.nn.Module) -> dict[str, Any]:
@@ -63,6 +74,8 @@ def check_policies_are_those_of_one_process() -> None:
         for name in names:
             model = spread.build(name, heads=4)
             known = {"calibration": identity_for(model)} if what == "teacache" else {}
+            if what == "schedule":
+                known = {"schedule": schedule_for(model)}
             expected, outputs = loop(model, name, settings | known)
             traces, found = loop(model, name, settings | known | {"parallelism_config": config})
             everyone = [None] * dist.get_world_size()
