@@ -133,12 +133,6 @@ METHODS = (
         cache={"max_warmup_steps": 4, "cache_type": "DBPrune"},
         levels=_thresholds(0.05, 0.08, 0.15),
     ),
-    Method(
-        "tuned schedule",
-        cache={"schedule": str(SCHEDULE)},
-        levels={level: {"target": f"{full} full"} for level, full in FULL_STEPS.items()},
-        alone=True,
-    ),
     Method("reuse", None, PEER),
     Method("TaylorSeer 1", _taylor(1), PEER),
     Method("TaylorSeer 2", _taylor(2), PEER),
