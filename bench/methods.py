@@ -26,8 +26,6 @@ from typing import Any
 import torch
 
 import dbcache
-from bench.schedules import FULL_STEPS
-from bench.schedules import PATH as SCHEDULE
 from dbcache.demo import digits
 from dbcache.demo.quality import DigitClassifier, psnr, ssim
 
