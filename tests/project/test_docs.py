@@ -89,6 +89,14 @@ def test_snippets_that_use_the_package_are_python_with_names_that_exist(page):
                     assert hasattr(dbcache, alias.name), f"{page.name}: {alias.name}"
 
 
+def test_external_links_are_listed_on_one_page():
+    listed = ROOT / "docs" / "links.md"
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES if page != listed)
+    links = {link for link in LINK.findall(pages) if link.startswith("http")}
+    rows = re.findall(r"\| (https?://\S+) \|", listed.read_text(encoding="utf-8"))
+    assert sorted(rows) == sorted(links)
+
+
 def names_of_the_serving_page() -> dict[str, Any]:
     """Return what the page says that its snippets find."""
     flux, pipe = tiny.FAMILIES["flux"], tiny.pipeline("flux")
