@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU")
     how.add_argument("--device", help="cpu or cuda; the GPU where there is one")
     how.add_argument("--compile", action="store_true", help="compile the repeated blocks")
+    how.add_argument("--quantize", metavar="TYPE", help="weights, as in int8_weight_only")
     how.add_argument("--offload", action="store_true", help="keep idle models in the CPU's memory")
     how.add_argument(
         "--parallel", metavar="SIZES", help="as in ulysses=2 or tp=2,cfg=2, under torchrun"
@@ -68,6 +69,9 @@ def run(arguments: argparse.Namespace) -> Outcome:
     settings = _settings(arguments)
     is_first = arguments.parallel is None or start_ranks()
     runner = Runner.load(arguments)
+    if arguments.quantize is not None:
+        for part in runner.transformers():
+            dbcache.quantize(part, quant_type=arguments.quantize)
     data: dict[str, Any] = {"model": arguments.model, "pipeline": type(runner.pipe).__name__}
     lines: list[str] = []
     if arguments.compare:

@@ -114,6 +114,11 @@ class Runner:
         pipe.set_progress_bar_config(disable=is_quiet)
         return cls(pipe, device, call, arguments.seed)
 
+    def transformers(self) -> list[torch.nn.Module]:
+        """Return the models of the pipeline that may be cached."""
+        parts = [x for x in self.pipe.components.values() if isinstance(x, torch.nn.Module)]
+        return [part for part in parts if dbcache.get_adapter(part) is not None]
+
     @torch.no_grad()
     def run(self, warm: bool = False) -> Result:
         """Call the pipeline; with `warm` once before, untimed."""

@@ -355,6 +355,16 @@ def test_what_generate_refuses(capsys, image_folder, argv, match, monkeypatch):
     assert match in failed(capsys, "generate", image_folder, "--quiet", *given, *argv)
 
 
+def test_weights_are_quantised(capsys, image_folder, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(dbcache, "quantize", lambda part, **how: asked.append((part, how)))
+    argv = ["generate", image_folder, "--set", "class_labels=[1]", "--steps", 2, "--quiet"]
+    data_of(capsys, *argv, "--quantize", "int8_weight_only", "--out", tmp_path / "x.png")
+    ((part, how),) = asked
+    assert type(part).__name__ == "DiTTransformer2DModel"
+    assert how == {"quant_type": "int8_weight_only"}
+
+
 def test_models_that_are_not_there(capsys, tmp_path):
     assert "model_index.json" in failed(capsys, "generate", tmp_path)
     assert "no such folder" in failed(capsys, "generate", tmp_path / "none", "--quiet")

@@ -117,3 +117,21 @@ def test_timing(capsys):
         assert seconds > 0
         assert quality > 0
     assert cached[-1][1] > 0
+
+
+def test_quantize(monkeypatch):
+    asked = []
+    if importlib.util.find_spec("torchao") is None:
+
+        def quantize(module, *, quant_type):
+            asked.append((type(module).__name__, quant_type))
+            return module
+
+        monkeypatch.setattr(dbcache, "quantize", quantize)
+    summary = script("quantize").main(
+        ["black-forest-labs/FLUX.1-dev", "--steps", "8", "--device", "cpu"],
+        **of_flux(),
+        output_type="latent",
+    )
+    assert summary[0].steps == 8
+    assert asked in ([], [("FluxTransformer2DModel", "int8_weight_only")])
