@@ -23,7 +23,14 @@ from dbcache.kernels.common import e4m3, launches, sums
 from dbcache.kernels.common.launches import CONFIGS, DEFAULTS, configs_of
 from dbcache.kernels.decision import decide, probe_and_decide, probe_diff, share_change
 from dbcache.kernels.decision import transformation_rate as rate
-from dbcache.kernels.prediction import commit, fit_recurrence, predict, recurrence, spectrum
+from dbcache.kernels.prediction import (
+    commit,
+    fit_recurrence,
+    predict,
+    recurrence,
+    scheduled_weights,
+    spectrum,
+)
 from dbcache.kernels.pruning import (
     add_residuals,
     block_changes,
@@ -239,6 +246,9 @@ def predictor_variants():
     yield "weights-bf16-recurrence", recurrence._recurrence_kernel, scalars | fits, {}, options
     parameters = {"parameters_ptr": "*fp64"}
     yield "weights-bf16-spectrum", spectrum._spectrum_kernel, scalars | parameters, {}, options
+    table = {"table_ptr": "*fp32", "rows": "i32"}
+    kernel = scheduled_weights._scheduled_weights_kernel
+    yield "weights-bf16-scheduled", kernel, scalars | table, {}, {"num_warps": 1}
     for dtype in ("bf16", "fp16", "fp32"):
         warps = fit_recurrence.num_warps(4 if dtype == "fp32" else 2)
         yield (
