@@ -101,6 +101,8 @@ def settings_of(
     partial, calibrator = options_of(who, options, cache_config, calibrator_config)
     config = merge(cache_config or DBCacheConfig(), partial)
     settings = StackSettings(config, calibrator or CalibratorConfig())
+    if rows is not None and len(rows) == 1:
+        return settings.modified(rows[0]), None
     return settings, modifiers if rows is None else rows
 
 

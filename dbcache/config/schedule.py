@@ -32,6 +32,7 @@ from dbcache.config.scheduled_lane import MAX_STEPS, ScheduledLane
 from dbcache.kernels.common.lane_state import MAX_SLOTS
 
 FORMAT = "dbcache schedule 1"
+PART = "dbcache schedule 1, a row of one transformer"
 LEVELS = ("high", "balanced", "fast")
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -41,23 +42,6 @@ TOLERANCE = 0.975
 _SPEED = re.compile(r"\s*([\d.]+)\s*x\s*", re.IGNORECASE)
 _PSNR = re.compile(r"\s*([\d.]+)\s*db\s*", re.IGNORECASE)
 _FULL = re.compile(r"\s*(\d+)\s*(?:full|steps|full steps)\s*", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a schedule says of one transformer: the value of `DBCacheConfig.calibration`.
-
-    Attributes:
-        model: class of the transformer.
-        calls: of the transformer per request and branch.
-        steps: that the scheduler makes; some pipelines leave out the first of them.
-        lanes: by guidance branch.
-    """
-
-    model: str
-    calls: int
-    steps: int
-    lanes: Mapping[str, ScheduledLane]
 
 
 @dataclass(frozen=True)
@@ -109,20 +93,27 @@ class Schedule:
         """The rows, the most full calls first."""
         return self.content["rows"]
 
-    def parts(self, index: int) -> list[Part]:
-        """Return what a row says of each transformer; raises a ValueError if it is damaged."""
+    def parts(self, index: int) -> list[dict[str, Any]]:
+        """Return a row's settings of each transformer, as `DBCacheConfig.calibration` takes them.
+
+        Raises:
+            ValueError: the row is damaged.
+        """
         models, row = self.content["transformers"], self.rows[index]
         who = f"{self.name}: row {index}"
         if len(row.get("transformers", ())) != len(models):
             raise ValueError(f"{who} must have an entry for each of {len(models)} transformers")
         parts = []
         for model, branches in zip(models, row["transformers"], strict=True):
-            calls = check_int(f"{who}: calls", model.get("calls"), 1, MAX_STEPS)
-            lanes = {name: _lane(who, entry, calls) for name, entry in branches.items()}
-            if not lanes:
-                raise ValueError(f"{who} must have a branch, got none")
-            total = self.content.get("scheduler_steps") or self.steps
-            parts.append(Part(str(model.get("model")), calls, total, lanes))
+            part = {
+                "format": PART,
+                "model": str(model.get("model")),
+                "calls": check_int(f"{who}: calls", model.get("calls"), 1, MAX_STEPS),
+                "steps": self.content.get("scheduler_steps") or self.steps,
+                "branches": branches,
+            }
+            _lanes(who, part)
+            parts.append(part)
         return parts
 
     def find(self, target: Any, who: str = "schedule") -> int:
@@ -171,7 +162,8 @@ class Schedule:
         policy: dict[str, Any] = {"policy": "schedule"}
         if guard is not None:
             check_number(f"{who}: guard", guard, positive=True)
-            if not any(lane.changes for part in parts for lane in part.lanes.values()):
+            lanes = [lane for part in parts for lane in part["branches"].values()]
+            if not any(lane.get("changes") for lane in lanes):
                 raise ValueError(
                     f"{who}: guard must come with a schedule that holds the changes of its steps, "
                     f"got {self.name} without; tune with guard=True"
@@ -179,7 +171,7 @@ class Schedule:
             policy = {"policy": "guarded_schedule", "residual_diff_threshold": float(guard)}
         predictor = ScheduledCalibratorConfig(snapshots=self.content["snapshots"])
         configs = [
-            DBCacheConfig(**policy, calibration={"part": part}, num_inference_steps=part.calls)
+            DBCacheConfig(**policy, calibration=part, num_inference_steps=part["calls"])
             for part in parts
         ]
         return [
@@ -244,20 +236,32 @@ def _lane(who: str, entry: Any, calls: int) -> ScheduledLane:
     return ScheduledLane(tuple(map(int, mask)), weights, changes)
 
 
+def _lanes(who: str, part: Mapping[str, Any]) -> dict[str, ScheduledLane]:
+    """Return what a row says of each branch of a transformer, checked."""
+    lanes = {name: _lane(who, entry, part["calls"]) for name, entry in part["branches"].items()}
+    if not lanes:
+        raise ValueError(f"{who} must have a branch, got none")
+    return lanes
+
+
 def lanes_of(source: Any, model: object, stack: str) -> Calibration:
-    """Return what a `Part` says to a stack of `model`; raises a ValueError if it is of another."""
-    part = source.get("part") if isinstance(source, Mapping) else None
-    if not isinstance(part, Part):
+    """Return what a part of a row says to a stack of `model`.
+
+    Raises:
+        ValueError: it is none, damaged, or of another model.
+    """
+    if not isinstance(source, Mapping) or source.get("format") != PART:
         raise ValueError(
             f"{stack}: policy='schedule' must come from a schedule, got calibration="
             f"{shown(source)}; call dbcache.enable(pipe, schedule='file.json')"
         )
     name = type(model).__name__
-    if part.model != name:
+    if source["model"] != name:
         raise ValueError(
-            f"{stack}: the schedule was made for {part.model}, got {name}; use one of this model"
+            f"{stack}: the schedule was made for {source['model']}, got {name}; use one of this "
+            f"model"
         )
-    return Calibration(lanes=part.lanes, steps=part.steps)
+    return Calibration(lanes=_lanes(stack, source), steps=source["steps"])
 
 
 def fit_to_steps(

@@ -123,7 +123,7 @@ class _Scheduled(Forecaster):
         if settings.calibration is None or not settings.calibration.lanes:
             return
         lane = settings.calibration.lane_for(self._branch)
-        if lane is not self._lane:
+        if lane != self._lane:
             self._lane = lane
             rows = torch.tensor(lane.table(self._slots), dtype=torch.float32)
             self._table.fill_(-1.0)

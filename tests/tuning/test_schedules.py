@@ -75,6 +75,8 @@ def test_a_row_runs_its_steps_with_its_weights(target, tmp_path):
     index = int(target == "3 full")
     entry = file["rows"][index]["transformers"][0][""]
     (found,) = reasons(pipe)
+    assert "ScheduledK4_S" in dbcache.strify(pipe)
+    json.dumps(dbcache.summary(pipe, logging=False).to_dict())
     assert "".join("0" if reason == "static" else "1" for reason in found) == entry["mask"]
     wanted = expected(entry)
     for x, y in zip(got, wanted, strict=True):
@@ -158,9 +160,7 @@ def test_two_transformers_have_a_part_each():
 
 def test_image_to_image_takes_the_end_of_the_schedule():
     part = dbcache.config.schedule.Schedule.of(content()).parts(0)[0]
-    calibration = dbcache.config.schedule.lanes_of(
-        {"part": part}, tiny.flux(), "transformer_blocks"
-    )
+    calibration = dbcache.config.schedule.lanes_of(part, tiny.flux(), "transformer_blocks")
     fit = dbcache.config.schedule.fit_to_steps
     cut = fit(calibration, 8, STEPS, "who").lane_for(None)
     assert "".join(map(str, cut.mask)) == "1" + MASK[-7:]
