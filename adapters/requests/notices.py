@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dbcache.adapters.patching.other_caches import other_cache_of
+from dbcache.adapters.requests import clock as clocks
 from dbcache.adapters.requests.record import BLOCKS, RequestRecord, values_of
 from dbcache.lanes.step_state import StepState
 from dbcache.notices import nothing_cached, say
@@ -128,8 +129,11 @@ class Notices:
             self.end_image(request)
 
     def end_image(self, request: Any) -> None:
-        """Say what is known of an image that is over, before the next one or after the last."""
-        if not self._is_over:
+        """Say what is known of an image that is over, before the next one or after the last.
+
+        Not while a graph is captured, which would hold what is read: then when the request ends.
+        """
+        if not self._is_over and not clocks.is_capturing():
             self._is_over = True
             self._say_of_lanes(request, RequestRecord.of(request), waits=True)
 
