@@ -36,6 +36,8 @@ CALIBRATIONS = ROOT / "calibrations"
 CALIBRATED = ("teacache", "magcache")
 DOCS = ROOT.parent / "docs" / "methods.md"
 BEGIN, END = "<!-- table made by bench/methods.py -->", "<!-- end of table -->"
+BEST_BEGIN, BEST_END = "<!-- best rows, by bench/methods.py -->", "<!-- end of best rows -->"
+BEST = 5
 PEER = "cache-dit"
 
 LEVELS: dict[str, dict[str, Any]] = {
@@ -306,6 +308,22 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def best_rows(result: dict[str, Any]) -> str:
+    """Return a short table per level: the methods closest to the plain images, and reuse."""
+    lines: list[str] = []
+    for level in dict.fromkeys(row["level"] for row in result["rows"]):
+        rows = [r for r in result["rows"] if (r["level"], r["engine"]) == (level, "dbcache")]
+        lines += [f"### About {level}", "", "| method | cached | speed-up | PSNR dB | SSIM |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        for row in rows[:BEST] + [r for r in rows[BEST:] if r["method"] == "reuse"]:
+            lines.append(
+                f"| {row['method']} | {row['cached']:.4g}/{result['steps']} | "
+                f"{row['speedup']:.2f}x | {row['psnr']:.1f} | {row['ssim']:.4f} |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 def as_json(result: dict[str, Any]) -> str:
     """Return the file's text, a record or a row per line, so that a change of it can be read."""
 
@@ -317,17 +335,17 @@ def as_json(result: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(f" {json.dumps(k)}: {lines(v)}" for k, v in result.items()) + "\n}\n"
 
 
-def write_docs(path: Path, text: str) -> None:
-    """Put `text` between the markers of a page.
+def write_docs(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put `text` between the markers `begin` and `end` of a page.
 
     Raises:
         ValueError: the page lacks them.
     """
     page = path.read_text(encoding="utf-8")
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"bench.methods: {path} must contain {BEGIN!r} and {END!r}")
-    before, rest = page.split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    if begin not in page or end not in page:
+        raise ValueError(f"bench.methods: {path} must contain {begin!r} and {end!r}")
+    before, rest = page.split(begin)
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def measure_all(
@@ -399,6 +417,7 @@ def main() -> None:
     print(markdown(result))
     if docs is not None:
         write_docs(docs, markdown(result))
+        write_docs(docs, best_rows(result), BEST_BEGIN, BEST_END)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:  # `bench` is not installed
 
 import dbcache  # noqa: E402
 from bench import methods  # noqa: E402
-from bench.methods import BEGIN, END, LEVELS, METHODS, Method  # noqa: E402
+from bench.methods import BEGIN, BEST_BEGIN, BEST_END, END, LEVELS, METHODS, Method  # noqa: E402
 from dbcache.config.policies import POLICIES, SCHEDULED  # noqa: E402
 from dbcache.demo import digits  # noqa: E402
 
@@ -28,7 +28,7 @@ def run(tmp_path, monkeypatch):
     """Return a function that runs the bench and returns what it wrote, JSON and docs."""
     pytest.importorskip("cache_dit", minversion="1.5.3")
     out, docs = tmp_path / "new" / "m.json", tmp_path / "m.md"
-    docs.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nText.\n")
+    docs.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\n{BEST_BEGIN}\n{BEST_END}\n")
 
     def call(*arguments):
         paths = ["--out", str(out), "--docs", str(docs)]
@@ -53,7 +53,8 @@ def test_predictors_are_compared_at_equal_decisions_and_a_second_run_measures_no
     cached = [rows[level, "dbcache", ONLY]["cached"] for level in LEVELS]
     assert cached == [0, 2, 4, 5]
     assert page.startswith(f"# Title\n\n{BEGIN}\n\n10 images of the digits model, 9 steps")
-    assert page.endswith(f"{END}\n\nText.\n")
+    assert page.count(f"\n| {ONLY} | 4/9 |") == 1  # the short table of 3x
+    assert page.endswith(f"\n\n{BEST_END}\n")
     assert page.count("\n| 3x |") == 2
     assert "old" not in page
 
@@ -110,7 +111,9 @@ def test_the_published_table_is_that_of_the_published_records():
     result = json.loads(methods.RESULTS.read_text())
     assert methods.as_json(result) == methods.RESULTS.read_text()
     assert methods.table(METHODS, result["records"]) == result["rows"]
-    assert methods.markdown(result) in methods.DOCS.read_text()
+    page = methods.DOCS.read_text()
+    assert methods.markdown(result) in page
+    assert methods.best_rows(result) in page
     assert {row["batches"] * result["images_per_batch"] for row in result["rows"]} == {100}
     names = {(row["level"], row["engine"], row["method"]) for row in result["rows"]}
     assert names == {(x, m.engine, m.name) for m in METHODS for x in LEVELS if m.options(x)}

@@ -35,7 +35,7 @@ LEFT_OUT = {
     ("graphs.md", "dbcache.enable(pipe, cuda_graph=True)\nfor"): "graphs need a GPU",
     ("kernels.md", "from dbcache.kernels.tuning"): "tuning needs a GPU",
     ("guidance.md", "with transformer.cache_context"): "the call is cut short",
-    ("options.md", "dbcache.enable(target,"): "the signature",
+    ("options.md", "dbcache.enable(model,"): "the signature",
     ("options.md", "class OneStream"): "parts of a model that are the reader's",
     ("video.md", "import dbcache"): "a pipeline that diffusers does not have",
 }
