@@ -52,21 +52,29 @@ def matrix(plans: Mapping[str, Any]) -> str:
 def page(plans: Mapping[str, Any]) -> str:
     """Return the page of the documentation that shows the table."""
     tests = [f"- {column}: `{test}`" for column, test in TESTS.items()]
-    refused = [f"- `{name}` {reason}." for name, reason in sorted(REFUSED.items())]
+    alike: dict[str, list[str]] = {}
+    for name, reason in sorted(REFUSED.items()):
+        alike.setdefault(reason, []).append(f"`{name}`")
+    refused = [
+        f"- {', '.join(names)}{': each one' if len(names) > 1 else ''} {reason}."
+        for reason, names in alike.items()
+    ]
     return "\n".join(
         [
             "# Models",
             "",
-            f"{len(MODELS)} transformer classes are known by name, with all pipelines that have "
-            "one of them. `print(dbcache.supported_matrix())` shows this",
-            "table. A tick stands for a test that runs a tiny model of the class; a dash says that "
-            "none does, not that it fails. Any other model works",
-            "through a [`BlockAdapter`](options.md#blockadapter-a-model-that-is-not-in-the-table). "
-            "What is particular about video: [video.md](video.md).",
+            f"{len(MODELS)} transformer classes are known by name, with all pipelines that use them. "
+            "`print(dbcache.supported_matrix())` shows this table.",
+            "",
+            "A tick stands for a test that runs a tiny model of the class with random weights, on a "
+            "CPU. A dash says that no test does, not that it fails.",
+            "**No real checkpoint has been run yet.** Any other model works through a "
+            "[`BlockAdapter`](options.md#blockadapter-a-model-that-is-not-in-the-table).",
+            "What differs for video models: [video](video.md).",
             "",
             matrix(plans),
             "",
-            "The tests, each run with the class as its parameter or in its loop:",
+            "The tests, each run with every ticked class:",
             "",
             *tests,
             "",

@@ -38,8 +38,9 @@ def test_the_tests_exist():
 def test_the_page_is_up_to_date():
     page = matrix.page(PLANS)
     assert write_models.PAGE.read_text() == page, "run `python tests/support/write_models.py`"
+    refused = page.split("refused, with the reason:")[1]
     for name in REFUSED:
-        assert f"- `{name}` " in page
+        assert refused.count(f"`{name}`") == 1
 
 
 def test_matrix_has_a_line_per_class_and_a_tick_per_test():
