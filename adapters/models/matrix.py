@@ -63,11 +63,11 @@ def page(plans: Mapping[str, Any]) -> str:
         [
             "# Models",
             "",
-            f"{len(MODELS)} transformer classes are known by name, with all pipelines that use them. "
-            "`print(dbcache.supported_matrix())` shows this table.",
+            f"{len(MODELS)} transformer classes are known by name, with all pipelines that use "
+            "them. `print(dbcache.supported_matrix())` shows this table.",
             "",
-            "A tick stands for a test that runs a tiny model of the class with random weights, on a "
-            "CPU. A dash says that no test does, not that it fails.",
+            "A tick stands for a test that runs a tiny model of the class with random weights, on "
+            "a CPU. A dash says that no test does, not that it fails.",
             "**No real checkpoint has been run yet.** Any other model works through a "
             "[`BlockAdapter`](options.md#blockadapter-a-model-that-is-not-in-the-table).",
             "What differs for video models: [video](video.md).",
