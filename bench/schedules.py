@@ -1,20 +1,22 @@
-"""A schedule of the trained model, for the table of methods.
+"""A schedule of the trained model, and how it compares with the methods of `bench.methods`.
 
-python -m bench.run schedules    # 15 minutes at most; bench/calibrations/digits_schedule.json
+python -m bench.run schedules               # tune, 9 minutes at most; then 2 batches of all rows
+python -m bench.run schedules --minutes 0   # compare only; bench/calibrations/digits_schedule.json
 
-Calibrated on seeds from 100 on, checked on seeds from 200 on; `bench.methods` draws seeds 0 to 9.
+Calibrated on seeds from 100 on, checked on seeds from 200 on; what is compared are seeds 0, 1, ...
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dbcache
+from bench import methods
+from dbcache.cli.drawn import digits_drawing
 from dbcache.demo import digits
 
 STEPS = 50
@@ -22,38 +24,64 @@ FULL_STEPS = {"1.5x": 33, "2x": 25, "3x": 16, "4x": 12}
 """By level of `bench.methods`."""
 
 CALIBRATED, VALIDATED = 100, 200
-PATH = Path(__file__).resolve().parent / "calibrations" / "digits_schedule.json"
+PATH = methods.CALIBRATIONS / "digits_schedule.json"
+
+TUNED = methods.Method(
+    "tuned schedule",
+    cache={"schedule": str(PATH)},
+    levels={level: {"target": f"{full} full"} for level, full in FULL_STEPS.items()},
+    alone=True,
+)
+BESIDE = (
+    "EasyCache, FoCa", "TeaCache, FoCa", "MagCache, FoCa", "FoCa, by threshold", "FoCa",
+    "TaylorSeer 2",
+)  # fmt: skip
+"""The closest rows of `bench.methods` at each level."""
 
 
-def drawing(seed: int, images: int, steps: int = STEPS) -> Callable[[Any], torch.Tensor]:
-    """Return a function that draws some digits, from 0 or from 5 on."""
-
-    def draw(pipe: Any) -> torch.Tensor:
-        arguments = digits.prompt([(5 * seed + i) % digits.NUM_CLASSES for i in range(images)])
-        generator = torch.Generator("cpu").manual_seed(seed)
-        call = {"num_inference_steps": steps, "generator": generator}
-        return digits.decode(pipe(**arguments, **call).images)
-
-    return draw
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench.schedules", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--pictures", type=int, default=6, help="to calibrate on, of 5 digits each")
-    parser.add_argument("--out", type=Path, default=PATH)
-    args = parser.parse_args()
+def tune(minutes: float, pictures: int) -> None:
+    """Write the schedule."""
     pipe = digits.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     dbcache.tune(
         pipe,
-        [drawing(CALIBRATED + i, 5) for i in range(args.pictures)],
-        validation=[drawing(VALIDATED + i, 5) for i in range(2)],
+        [digits_drawing(CALIBRATED + i, STEPS) for i in range(pictures)],
+        validation=[digits_drawing(VALIDATED + i, STEPS) for i in range(2)],
         full_steps=list(FULL_STEPS.values()),
-        budget_minutes=args.minutes,
-        path=args.out,
+        budget_minutes=minutes,
+        path=PATH,
     )
 
 
+def compare(batches: int, levels: list[str]) -> str:
+    """Return a table of the schedule and the closest methods, all measured in this run."""
+    rows = (TUNED, *(m for m in methods.METHODS if m.name in BESIDE))
+    result: dict[str, Any] = {
+        "steps": STEPS, "images_per_batch": 10, "about": methods.facts("cpu"), "records": [],
+    }  # fmt: skip
+    bench = methods.Bench(STEPS, 1, "cpu")
+    methods.measure_all(bench, rows, levels, result, batches, lambda: None)
+    result["rows"] = methods.table(rows, result["records"])
+    return methods.markdown(result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.schedules", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=9.0, help="to tune; 0: not at all")
+    parser.add_argument("--pictures", type=int, default=6, help="to calibrate on, of 5 digits each")
+    parser.add_argument("--batches", type=int, default=2, help="of 10 digits; 0: do not compare")
+    parser.add_argument("--levels", nargs="+", choices=FULL_STEPS, default=["2x", "3x", "4x"])
+    parser.add_argument("--out", type=Path, help="Markdown file for the table, too")
+    args = parser.parse_args()
+    if args.minutes:
+        tune(args.minutes, args.pictures)
+    if args.batches:
+        text = compare(args.batches, args.levels)
+        print(text)
+        if args.out is not None:
+            args.out.write_text(text + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
+    torch.set_grad_enabled(False)
     main()

@@ -41,7 +41,11 @@ def load(arguments: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]
 
         pipe = digits.load_pipeline(device=device)
         pipe.set_progress_bar_config(disable=True)
-        return pipe, [_digit(seed, arguments.steps) for seed in range(arguments.pictures)], given
+        return (
+            pipe,
+            [digits_drawing(seed, arguments.steps) for seed in range(arguments.pictures)],
+            given,
+        )
     prompts = list(arguments.prompt)
     if arguments.prompts is not None:
         lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
@@ -62,8 +66,8 @@ def load(arguments: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]
     return pipe, prompts, given | {k: v for k, v in call.items() if v is not None}
 
 
-def _digit(seed: int, steps: int) -> Any:
-    """Return a function that draws five digits."""
+def digits_drawing(seed: int, steps: int) -> Any:
+    """Return a function that draws five digits, from 0 or from 5 on."""
     import torch
 
     from dbcache.demo import digits
