@@ -7,6 +7,8 @@ stack added. Of the scheduler: itself before the first step, and what each step 
 from __future__ import annotations
 
 import copy
+import functools
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -225,7 +227,10 @@ def watched_scheduler(target: Any, recorded: Recorded) -> Iterator[None]:
         yield
         return
 
-    def step(output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(type(scheduler).step)  # pipelines look at what it takes
+    def step(self: Any, output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not scheduler:  # a copy, as of a pipeline with a second stream
+            return type(self).step(self, output, timestep, sample, *args, **kwargs)
         if not recorded.steps:
             own = scheduler.__dict__.pop("step")
             recorded.scheduler = copy.deepcopy(scheduler)
@@ -236,7 +241,7 @@ def watched_scheduler(target: Any, recorded: Recorded) -> Iterator[None]:
         recorded.final = latents.detach()
         return result
 
-    scheduler.__dict__["step"] = step
+    scheduler.__dict__["step"] = types.MethodType(step, scheduler)  # copies are bound to themselves
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import json
 import time
 
 import numpy as np
+import pipelines
 import pytest
 import tiny
 import torch
@@ -272,3 +273,39 @@ def test_branches_of_guidance_get_masks_of_their_own(pipe):
     lanes = dbcache.summary(pipe, logging=False).lanes
     dbcache.disable(pipe)
     assert sum(len(lane.cached_steps) for lane in lanes) >= 4
+
+
+@pytest.mark.parametrize("name", ["qwen", "wan2.2"])
+def test_guided_pipelines_and_two_transformers_are_tuned(name):
+    pipe = tiny.pipeline(name)
+
+    def drawn(seed):
+        return lambda pipe: tiny.generate(pipe, 6, seed=seed)[-1]
+
+    content = dbcache.tune(
+        pipe, [drawn(s) for s in (1, 2, 3)], full_steps=4, budget_minutes=0.02, progress=False
+    )
+    calls = [part["calls"] for part in content["transformers"]]
+    assert sum(calls) == 6
+    masks = [{e["mask"] for e in part.values()} for part in content["rows"][0]["transformers"]]
+    assert [len(mask) for (mask,) in masks] == calls
+    assert sum(mask.count("1") for (mask,) in masks) == 4
+    dbcache.enable(pipe, schedule=content)
+    tiny.generate(pipe, 6, seed=4)
+    lanes = dbcache.summary(pipe, logging=False).lanes
+    dbcache.disable(pipe)
+    assert sum(len(lane.cached_steps) for lane in lanes) == 2 * 2
+
+
+@pytest.mark.parametrize("name", ["HunyuanDiT", "LTX-2"])
+def test_a_watched_scheduler_gives_the_pipeline_what_it_gives(name):
+    """HunyuanDiT looks at what its scheduler takes; LTX-2 has a copy of it for the sound."""
+    pipe = pipelines.build(name)
+
+    def draw(pipe):
+        return pipelines.draw(pipe, name, guided=True, steps=3, seed=1)
+
+    plain = draw(pipe)
+    recorded = record(pipe, draw, Store("cpu", lambda text: None))
+    assert torch.equal(recorded.output, plain)
+    assert len(recorded.steps) == 3
