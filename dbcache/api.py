@@ -40,6 +40,7 @@ from dbcache.config.quantize import QuantizeConfig
 from dbcache.config.schedule import Source
 from dbcache.given import Modifiers, changes_of, check_scheduled, rows_of, settings_of
 from dbcache.graphs.graph import GraphOptions, Recording
+from dbcache.modifiers import modified
 from dbcache.overview import summary_of
 from dbcache.quantization import NOTHING, plan
 from dbcache.targets import (
@@ -48,7 +49,6 @@ from dbcache.targets import (
     enabled_or_none,
     groups_named,
     has_to_go_first,
-    modifiers_of,
     parts,
     resolve,
     shardings_of,
@@ -89,7 +89,7 @@ def enable(
             class, alone (docs/serving.md); or a `BlockAdapter`.
         cache_config: when to cache; defaults as in `DBCacheConfig`. It is copied.
         calibrator_config: how to predict; None reuses the last residual.
-        params_modifiers: what single block stacks do differently, in their order; one is for all.
+        params_modifiers: what single block stacks (or lists) do differently, in order, or all.
         parallelism_config: spread the transformers over the ranks of `torch.distributed`, all of
             which must call this alike. None: each rank has all.
         attention_backend: diffusers' name of one, as in "flash", of these transformers alone until
@@ -159,21 +159,22 @@ def _setups(
     modules = adapter.transformers() if adapter is not None else []
     with on_trial(functor, modules, [h for m in modules if (h := handle_of(m))]) as patches:
         specs = adapter.specs() if adapter is not None else find_specs(target)
+        specs, modifiers = modified(specs, params_modifiers, settings)
         refuse_other_caches([pipe, *(spec.transformer for spec in specs)])
         shardings = shardings_of(specs, pipe, *ranks)
         setups = [
             Setup(
                 spec,
                 settings,
-                modifiers,
+                own,
                 graph_options=graph_options,
                 sharding=sharding,
                 patches=patch,
                 attention=ModelAttention.of(spec.transformer, attention),
             )
-            for spec, modifiers, sharding, patch in zip(
+            for spec, own, sharding, patch in zip(
                 specs,
-                modifiers_of(specs, params_modifiers),
+                modifiers,
                 shardings,
                 patches or [None] * len(specs),
                 strict=True,

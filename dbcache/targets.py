@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dbcache.adapters.blocks.block_adapter import BlockAdapter, like_blocks
+from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.blocks.registry import BlockAdapterRegistry
 from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.blocks.spec import TransformerSpec
@@ -17,9 +17,7 @@ from dbcache.adapters.models.lookup import find_specs
 from dbcache.adapters.patching.whole_compile import wrappers_in
 from dbcache.adapters.requests.cached_pipeline import CachedPipeline
 from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
-from dbcache.config.cache import ParamsModifier
 from dbcache.config.parallelism import ParallelismConfig
-from dbcache.given import PerTransformer
 from dbcache.lanes.sharding import Sharding
 
 
@@ -29,23 +27,6 @@ def resolve(target: object) -> tuple[Any, BlockAdapter | None]:
         return target.pipe, target
     pipe = None if isinstance(target, torch.nn.Module) or not callable(target) else target
     return pipe, BlockAdapterRegistry.adapter_of(unwrap(target))
-
-
-def modifiers_of(
-    specs: list[TransformerSpec], given: ParamsModifier | Sequence[Any] | None
-) -> list[list[ParamsModifier | None]]:
-    """Return one modifier per stack: those given to `enable`, else those of the adapter."""
-    if isinstance(given, PerTransformer):
-        if len(given) != len(specs):
-            raise ValueError(
-                f"enable: the schedule must have a part for each transformer, got {len(given)} for "
-                f"{len(specs)}; use one that was made for this pipeline"
-            )
-        return [[each] * len(spec.stacks) for each, spec in zip(given, specs, strict=True)]
-    if given is None:
-        return [[stack.modifier for stack in spec.stacks] for spec in specs]
-    counts = [len(spec.stacks) for spec in specs]
-    return like_blocks("enable: params_modifiers", given, counts, ParamsModifier)
 
 
 def shardings_of(

@@ -270,6 +270,10 @@ class Together:
         self._is_split = False
         self._has_warned = False
 
+    def of(self, module: torch.nn.Module) -> Together:
+        """Return the same for another transformer."""
+        return Together(module, self.ranks.groups)
+
     def look(self) -> Ranks:
         """Return the ranks that decide together now."""
         if is_distributed():

@@ -24,8 +24,11 @@ TIMESTEPS = ("timestep", "timesteps", "t", "sigma")
 
 
 def unwrap(module: Any) -> Any:
-    """Return the module that `torch.compile` wrapped."""
-    return getattr(module, "_orig_mod", module)
+    """Return the module that `torch.compile` or PEFT's `get_peft_model` wrapped, or both."""
+    module = getattr(module, "_orig_mod", module)
+    if hasattr(type(module), "get_base_model") and type(module).__module__.startswith("peft."):
+        return unwrap(module.get_base_model())
+    return module
 
 
 def forward_of(block: torch.nn.Module) -> Callable[..., Any]:

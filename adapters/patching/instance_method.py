@@ -11,6 +11,11 @@ import torch
 
 from dbcache.adapters.patching.hook_chain import innermost, leads_to, links, places
 
+EXPORTED = (
+    "torch.export: {who} must be exported without its cache, which decides on each step which "
+    "blocks run; call dbcache.disable on it first, and dbcache.enable afterwards"
+)
+
 
 class InstanceMethod:
     """Replaces a method of one module; copies and pickles as the method that it replaces.
@@ -38,12 +43,19 @@ class InstanceMethod:
         if self.call is None:
             return self.original(*args, **kwargs)
         if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+                raise RuntimeError(EXPORTED.format(who=type(self.module).__name__))
             return _uncompiled(self.run_uncompiled, args, kwargs)
         return self.call(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> InstanceMethod:
         """Return itself, which is bound: others bind the forward that they found once more."""
         return self
+
+    @property
+    def __code__(self) -> Any:
+        """Code of the method that it replaces: torch.export looks at it before a call."""
+        return self.original.__code__
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.had_own:

@@ -7,6 +7,7 @@ same name, that opens a request around the call. `disable` gives the instance it
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.patching.derived_class import ClassCache, derived_class
 from dbcache.adapters.requests.cached_transformer import HANDLE, CachedTransformer
 from dbcache.adapters.requests.context import ACTIVE, active, suspended
@@ -34,6 +36,10 @@ class CachedPipeline:
         transformers: those of its transformers that are cached, each with its setup.
 
     Attributes:
+        names: attributes of the pipeline that hold them; None where they are not to be found.
+        follow: returns the handle to go on with where transformers were exchanged since.
+        followed: places of those that were, and are cached; it is said with the next call.
+        refused: why others are not, by their places.
         closed: what is kept of the call that ended last, per transformer.
         seconds: what that call took, on the host.
     """
@@ -45,16 +51,36 @@ class CachedPipeline:
         self.doubts_scheduler = False
         self.seconds: float | None = None
         self._open: list[PipelineCall] = []
-        names = {id(part): name for name, part in vars(pipe).items()}
-        self._names = [names.get(id(handle.module)) for handle, _ in self.transformers]
+        names = {id(unwrap(part)): name for name, part in vars(pipe).items()}
+        self.names = [names.get(id(handle.module)) for handle, _ in self.transformers]
+        self.follow: Callable[[CachedPipeline], CachedPipeline] = lambda pipeline: pipeline
+        self.lock = threading.Lock()
+        self.followed: set[int] = set()
+        self.refused: dict[int, str] = {}
 
-    def note_exchanged(self, requests: Iterable[Request]) -> None:
-        """Say which transformers are no longer those of the pipeline, whatever wraps them."""
-        for name, request in zip(self._names, requests, strict=False):
-            part = None if name is None else getattr(self.pipe, name, None)
-            inside = part.modules() if isinstance(part, torch.nn.Module) else [request.module]
-            if not any(module is request.module for module in inside):
-                request.notices.add(request, "exchanged")
+    def exchanged(self) -> dict[int, Any]:
+        """Return what the pipeline has in place of its transformers, by their place here.
+
+        What wraps one, or another of them, is not in its place; nor is one that is gone.
+        """
+        own = [handle.module for handle, _ in self.transformers]
+        parts = [None if name is None else getattr(self.pipe, name, None) for name in self.names]
+        return {
+            i: part
+            for i, part in enumerate(parts)
+            if isinstance(part, torch.nn.Module)
+            and not any(module is one for module in part.modules() for one in own)
+        }
+
+    def _note_exchanged(self, requests: Iterable[Request]) -> None:
+        """Say which transformers are others than those that the pipeline was enabled with."""
+        others = self.exchanged()
+        for i, request in enumerate(requests):
+            if i in self.followed:
+                request.notices.add(request, "followed")
+            elif i in others and i in self.refused:
+                request.notices.add(request, "exchanged", why=self.refused[i])
+        self.followed = set()
 
     @property
     def is_on(self) -> bool:
@@ -63,6 +89,9 @@ class CachedPipeline:
 
     def call(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the pipeline as a request."""
+        new = self.follow(self)
+        if new is not self:
+            return new.call(run, args, kwargs)
         with ExitStack() as stack:
             call = PipelineCall(self)
             stack.callback(call.close)
@@ -97,9 +126,10 @@ class PipelineCall:
     def open(self) -> None:
         """Open the requests; waits where as many are open as there may be."""
         transformers = self.pipeline.transformers
-        for handle, setup in transformers:
+        for (handle, setup), name in zip(transformers, self.pipeline.names, strict=False):
             request = Request(setup, follows=True)
             request.clock.shares_steps = len(transformers) > 1
+            request.part = name or "" if len(transformers) > 1 else ""
             if not request.clock.shares_steps:
                 request.clock.planned_steps = self._planned_steps
             self._handles.append(handle)
@@ -108,7 +138,7 @@ class PipelineCall:
         for handle in sorted(self._handles, key=id):
             handle.open(self.requests[id(handle.module)], waits=True)
         self.pipeline._open.append(self)
-        self.pipeline.note_exchanged(self.requests.values())
+        self.pipeline._note_exchanged(self.requests.values())
 
     def _planned_steps(self) -> tuple[int | None, int | None]:
         """Return the steps of the call, where the pipeline tells them, and the scheduler's."""

@@ -29,7 +29,11 @@ KINDS = {
     ),
     "exchanged": (
         "{who}: the pipeline's transformer is another one than dbcache was enabled on, and runs "
-        "without the cache; call dbcache.enable on the pipeline again"
+        "without the cache, since {why}; call dbcache.enable on the pipeline again"
+    ),
+    "followed": (
+        "{who}: the pipeline's transformer is another one than dbcache was enabled on, which goes "
+        "on with it and the same settings; call dbcache.enable again for others"
     ),
     "steps": (
         "{who}: num_inference_steps={given} was given to dbcache, and the pipeline runs {ran} "
@@ -169,7 +173,8 @@ class Notices:
         if nothing is None and not waits:
             record.tally = self.tally
         elif nothing is not False:
-            for text in nothing_cached(type(request.module).__name__, record.lanes()):
+            lanes = record.lanes()
+            for text in nothing_cached(lanes[0].owner if lanes else "", lanes):
                 self.tally.say("nothing cached", text)
 
 

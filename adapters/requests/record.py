@@ -60,7 +60,7 @@ class RequestRecord:
                 shown = request.clock.branches.shown(branch, keys)
                 of_branch = (branch or "").partition("[")[0] or None  # without the row of a batch
                 times = getattr(request, TIMES, {}).get(of_branch, [])
-                lanes.append(_lane(name, run, branch, shown, list(times)))
+                lanes.append(_lane((name, request.part), run, branch, shown, list(times)))
         return cls(lanes, notes, request.clock.calls)
 
     def lanes(self) -> list[LaneSummary]:
@@ -69,7 +69,7 @@ class RequestRecord:
             self._lanes = [lane for read in self._read if (lane := read()) is not None]
             self._read = []
             if self.tally is not None and self._lanes:
-                for text in nothing_cached(self._lanes[0].transformer, self._lanes):
+                for text in nothing_cached(self._lanes[0].owner, self._lanes):
                     self.tally.say("nothing cached", text)
         return self._lanes
 
@@ -97,7 +97,7 @@ def values_of(stack: Any) -> dict[str, Any]:
 
 
 def _lane(
-    transformer: str, run: Any, branch: str | None, shown: str | None, times: list[Times]
+    of: tuple[str, str], run: Any, branch: str | None, shown: str | None, times: list[Times]
 ) -> Callable[[], LaneSummary | None]:
     """Return a function that makes the summary of a lane as it is now."""
     lane, stack = run.lanes[branch], run.stack
@@ -112,7 +112,8 @@ def _lane(
         return LaneSummary.from_trace(
             reasons,
             changes,
-            transformer=transformer,
+            transformer=of[0],
+            part=of[1],
             stack=stack.name,
             branch=shown,
             threshold=cache.threshold,

@@ -127,6 +127,7 @@ class Request:
         lane_set: what the request keeps on the device; None before its first step.
         record: what the summary shows of it, once it is closed.
         notices: what it says beside the lanes.
+        part: attribute of the pipeline that holds the transformer, where it has several.
         hit: a step was cached, as far as the host knows.
     """
 
@@ -149,6 +150,7 @@ class Request:
         self.notices = Notices()
         self.adapters = Adapters()
         self.loops = 0
+        self.part = ""
         self.restart()
 
     @property

@@ -6,7 +6,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.patching.transaction import ABSENT, Transaction
+from dbcache.adapters.patching.whole_compile import wrappers_in
 from dbcache.adapters.requests.cached_pipeline import CachedPipeline, plain_class, request_class
 from dbcache.adapters.requests.cached_transformer import (
     HANDLE,
@@ -15,6 +17,7 @@ from dbcache.adapters.requests.cached_transformer import (
     handle_of,
     transformer_handle,
 )
+from dbcache.adapters.requests.exchanged import setup_for
 from dbcache.adapters.requests.notices import tell
 from dbcache.adapters.requests.setup import Setup
 
@@ -48,6 +51,7 @@ def switch_on(
             if setup.sharding is not None:
                 transaction.do(setup.sharding.install, setup.sharding.remove)
         pipeline = None if pipe is None else CachedPipeline(pipe, pairs)
+        _leave(transaction, pipe, handles)
         for handle, setup in pairs:
             if pipeline is None:
                 new = handle.enabled._replace(alone=setup, latest=setup, max_requests=max_requests)
@@ -57,10 +61,58 @@ def switch_on(
             transaction.do(functools.partial(compiled.move, wrappers), compiled.undo)
             _change(transaction, handle, new)
         if pipeline is not None:
+            pipeline.follow = _follow
             transaction.set(pipe.__dict__, HANDLE, pipeline)
             transaction.set_class(pipe, request_class(plain_class(pipe)))
     for handle in handles:
         handle.begin_anew(None)
+
+
+def _leave(transaction: Transaction, pipe: Any, kept: Sequence[CachedTransformer]) -> None:
+    """Let a pipeline that was enabled before leave those of its transformers that are not kept."""
+    before = None if pipe is None else pipe.__dict__.get(HANDLE)
+    for handle, _ in () if before is None else before.transformers:
+        if not any(handle is one for one in kept):
+            _change(transaction, handle, handle.enabled.without_owner(pipe))
+
+
+def _follow(pipeline: CachedPipeline) -> CachedPipeline:
+    """Switch the cache on for transformers that a pipeline has in place of others since.
+
+    Returns:
+        The handle of the pipeline from now on: the same one where it has no others, or where none
+        of them could be cached with the same settings (`refused` says why).
+    """
+    with pipeline.lock:
+        current = pipeline.pipe.__dict__.get(HANDLE)
+        if current is None or current is pipeline:
+            return _with_exchanged(pipeline)
+    return current.follow(current)
+
+
+def _with_exchanged(pipeline: CachedPipeline) -> CachedPipeline:
+    others, pipe = pipeline.exchanged(), pipeline.pipe
+    if not others:
+        return pipeline
+    setups = [setup for _, setup in pipeline.transformers]
+    pipeline.refused, followed = {}, set()
+    for i, part in others.items():
+        try:
+            setups[i] = setup_for(unwrap(part), setups[i])
+            followed.add(i)
+        except (AttributeError, TypeError, ValueError) as error:
+            pipeline.refused[i] = str(error)
+    if not followed:
+        return pipeline
+    most = pipeline.transformers[0][0].enabled.max_requests
+    try:
+        switch_on(pipe, setups, most, wrappers_in(vars(pipe).values()))
+    except (RuntimeError, ValueError) as error:
+        pipeline.refused |= dict.fromkeys(followed, str(error))
+        return pipeline
+    new: CachedPipeline = pipe.__dict__[HANDLE]
+    new.names, new.refused, new.followed = pipeline.names, pipeline.refused, followed
+    return new
 
 
 def _check_goes_with_others(pipe: Any, enabled: Enabled, setup: Setup) -> None:

@@ -6,7 +6,7 @@ Names and defaults are cache-dit's, so that its users can switch.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -368,6 +368,12 @@ class StackSettings:
         cache = merge(self.cache, modifier.cache_config)
         predictor = modifier.calibrator_config or self.predictor
         return replace(self, cache=cache, predictor=predictor)
+
+
+def alike(settings: StackSettings, modifiers: Sequence[ParamsModifier | None]) -> bool:
+    """Whether these modifiers of `settings` all come to the same."""
+    each = [settings.modified(modifier) for modifier in modifiers]
+    return all(x == each[0] and x.cache.warmup == each[0].cache.warmup for x in each)
 
 
 def merge(config: DBCacheConfig, partial: DBCacheConfig | None) -> DBCacheConfig:

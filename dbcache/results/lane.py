@@ -56,6 +56,7 @@ class LaneSummary(CacheStats):
         seconds: what each step's forward took, if `dbcache.profile` was on; else empty.
         options: the settings of the stack, by the names of their fields.
         short: name of the settings, for files and tables.
+        part: attribute of the pipeline that holds the transformer, where it has several.
         other: the second guidance branch of the same stack, where this is the first.
     """
 
@@ -75,6 +76,7 @@ class LaneSummary(CacheStats):
     seconds: list[float] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict, repr=False)
     short: str = ""
+    part: str = ""
     other: LaneSummary | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -110,7 +112,17 @@ class LaneSummary(CacheStats):
     @property
     def name(self) -> str:
         """Stack and branch."""
-        return f"{self.stack} ({self.branch})" if self.branch else self.stack
+        return f"{self.path} ({self.branch})" if self.branch else self.path
+
+    @property
+    def path(self) -> str:
+        """The stack, with the transformer's name in the pipeline where that has several."""
+        return f"{self.part}.{self.stack}" if self.part else self.stack
+
+    @property
+    def owner(self) -> str:
+        """The transformer's class, with its name in the pipeline where that has several."""
+        return f"{self.transformer} ({self.part})" if self.part else self.transformer
 
     def strify(self) -> str:
         """Return a short name of the settings and of how much was cached."""

@@ -62,8 +62,8 @@ class Summary:
     def warnings(self) -> list[str]:
         """All warnings; one for each transformer that cached nothing in all of its lanes."""
         found = list(self.notes)
-        for name in dict.fromkeys(lane.transformer for lane in self.lanes):
-            lanes = [lane for lane in self.lanes if lane.transformer == name]
+        for name in dict.fromkeys(lane.owner for lane in self.lanes):
+            lanes = [lane for lane in self.lanes if lane.owner == name]
             idle = nothing_cached(name, lanes)
             found += idle
             found += [text for x in lanes for text in (x.remarks if idle else x.warnings)]
@@ -149,7 +149,7 @@ class Summary:
             diffs = lane.percentiles
             rows.append(
                 [
-                    lane.stack,
+                    lane.path,
                     lane.branch or "-",
                     lane.policy,
                     str(lane.steps),
@@ -169,7 +169,7 @@ class Summary:
         for lane in self.lanes:
             for step, reason in enumerate(lane.reasons):
                 diff = f"{lane.diffs[step]:.3f}" if step in lane.diffs else "-"
-                row = [lane.stack, lane.branch or "-", str(step), reason, diff]
+                row = [lane.path, lane.branch or "-", str(step), reason, diff]
                 left_out = lane.pruned[step] if lane.pruned is not None else []
                 rows.append(row + [" ".join(map(str, left_out)) or "-"] * prunes)
         return rows
@@ -210,7 +210,7 @@ def paired(lanes: Sequence[LaneSummary]) -> list[LaneSummary]:
     stacks: dict[tuple[str, ...], list[LaneSummary]] = {}
     for lane in lanes:
         _, bracket, row = (lane.branch or "").partition("[")  # "cond[1]": of the second sample
-        stacks.setdefault((lane.transformer, lane.stack, bracket, row), []).append(lane)
+        stacks.setdefault((lane.owner, lane.stack, bracket, row), []).append(lane)
     others = {}
     for branches in stacks.values():
         named = (lane for lane in branches if (lane.branch or "").partition("[")[0] == "cond")
