@@ -72,6 +72,7 @@ class Clock:
         self.calls = 0
         self.branch_calls: Counter[str | None] = Counter()
         self._forms: dict[str | None, Any] = {}
+        self._first: Any = None
 
     def follow(self, *, tells_steps: bool, by_time: bool = False) -> None:
         """Find the guidance branches from the calls.
@@ -166,6 +167,10 @@ class Clock:
             condition = self.setup.condition_of(args, kwargs)
             if not isinstance(condition, torch.Tensor):
                 condition = None
+            if self._first is None:
+                self._first = self._times.seen(args, kwargs)
+            elif self.branches.is_crowded:
+                self.branches.is_first_step = self._times.is_at(self._first, args, kwargs)
             branch, is_late = self.branches.of_call(branch, condition)
             if is_late:
                 self._force_full("their branch of guidance had not run just before", branch)

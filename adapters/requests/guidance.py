@@ -26,7 +26,7 @@ LEAVES_OUT = "skip_layers"
 """Parameter that leaves blocks out (skip-layer guidance of Stable Diffusion 3)."""
 
 FEW = 4
-"""Branches without names that there may be before idle ones are taken over."""
+"""Branches that there may be before idle ones are taken over, or a scheduler is doubted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -102,6 +102,8 @@ class Branches:
         tells_steps: a scheduler, or the time of the calls, says where steps end. Without that a
             branch that comes again begins a step.
         is_doubted: a scheduler was there, and has said nothing.
+        is_crowded: there are so many calls in the first step that the next one may be of another.
+        is_first_step: then, that the next one has the time of the first.
         alternates: where steps have no end and conditions do not last, calls are those of two
             branches in turn.
         uncond_first: of two branches without names the first is the unconditional one.
@@ -131,6 +133,7 @@ class Branches:
         self._has_ended = False
         self._has_told = False
         self._in_step: Counter[str] = Counter()
+        self.is_crowded = self.is_first_step = False
         self._before: tuple[Any, int, Branch, int, int] | None = None
         self._ran: tuple[Branch, ...] = ()
         self._ran_before: tuple[Branch, ...] = ()
@@ -142,7 +145,7 @@ class Branches:
     def end_step(self) -> None:
         """Take note that the scheduler made a step; the next call begins another."""
         self._has_ended = self._has_told = self.tells_steps = True
-        self.is_doubted = False
+        self.is_doubted = self.is_crowded = False
 
     def of_call(self, name: str | None, condition: torch.Tensor | None) -> tuple[str | None, bool]:
         """Return the key of the call's branch, and whether what that remembers is out of date.
@@ -196,7 +199,8 @@ class Branches:
             return name
         self._in_step[name] += 1
         place = self._in_step[name]
-        if place > FEW and not self._has_told:
+        self.is_crowded = place >= FEW and not self._has_told
+        if place > FEW and not self._has_told and not self.is_first_step:
             self.tells_steps, self.is_doubted = False, True
             return name
         return name if place == 1 else f"{name} {place}"
@@ -248,7 +252,7 @@ class Branches:
     def _new(self, condition: torch.Tensor | None) -> tuple[Branch, bool]:
         """Return a branch for a call that is of none found so far."""
         if len(self._found) >= FEW:
-            if self.tells_steps and not self._has_told:
+            if self.tells_steps and not (self._has_told or self.is_first_step):
                 # so many calls and no step: it seems that this scheduler is not asked for steps
                 self.tells_steps, self.is_doubted = False, True
                 return self._known(condition) or (self._found[0], True)
@@ -257,6 +261,7 @@ class Branches:
                 return idle, True
         branch = Branch(self._next_key(), self._step, follows=self._at_place(), since=self._step)
         self._found.append(branch)
+        self.is_crowded = len(self._found) >= FEW and not self._has_told
         return branch, False
 
     def _next_key(self) -> str | None:

@@ -39,6 +39,20 @@ class StepTimes:
         """Keep the time of the call that was looked at: it has ended without an exception."""
         self._last, self._direction = self._next
 
+    def seen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int]:
+        """Return the time of a call, unread, for `is_at`."""
+        time = self._find(args, kwargs)
+        return time, getattr(time, "_version", 0)
+
+    def is_at(self, seen: tuple[Any, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Say whether a call has the time that was seen before; reads both from the device.
+
+        A tensor that was written into since then tells nothing.
+        """
+        time, version = seen
+        then, now = _number(time), _number(self._find(args, kwargs))
+        return then is not None and then == now and getattr(time, "_version", 0) == version
+
     def move(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Move:
         """Return how a call's time lies to that of the last one; reads it from the device."""
         now = _number(self._find(args, kwargs))

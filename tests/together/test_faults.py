@@ -1,7 +1,9 @@
 """What users do to a model beside the cache: exchange, wrap, export, train it."""
 
 import warnings
+from contextlib import nullcontext
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -277,3 +279,56 @@ def test_the_summary_names_both_transformers_of_a_pipeline():
     single = dbcache.enable(tiny.pipeline("wan"), **OPTIONS)
     tiny.generate(single, 4)
     assert "transformer.blocks" not in str(dbcache.summary(single, logging=False))
+
+
+class Loop:
+    """A pipeline of its own that calls its transformer six times per step."""
+
+    def __init__(self, model, *, named=False, tells=True, same_text=False):
+        self.transformer, self.scheduler = model, diffusers.FlowMatchEulerDiscreteScheduler()
+        self.named, self.tells = named, tells
+        seeds = [11] * 6 if same_text else range(11, 17)
+        self.texts = [tiny.noise(1, tiny.TEXT_TOKENS, tiny.TEXT_DIM, seed=s) for s in seeds]
+        if same_text:
+            self.texts = self.texts[:1] * 6
+
+    @torch.no_grad()
+    def __call__(self, steps, calls=6):
+        self.scheduler.set_timesteps(steps)
+        x, outputs = tiny.noise(1, 16, 16, seed=5), []
+        sigmas = self.scheduler.sigmas
+        for i, time in enumerate(self.scheduler.timesteps):
+            made = []
+            for k, text in enumerate(self.texts[:calls]):
+                given = FLUX.arguments(x, time.item() / 1000, "cond")
+                given["encoder_hidden_states"] = text
+                with self.transformer.cache_context(f"b{k}") if self.named else nullcontext():
+                    made.append(self.transformer(**given)[0])
+            outputs += made
+            v = sum(made) / calls
+            if self.tells:
+                x = self.scheduler.step(v, time, x).prev_sample
+            else:
+                x = x + (sigmas[i + 1] - sigmas[i]) * v
+        return outputs
+
+
+@pytest.mark.parametrize("same_text", [False, True])
+def test_six_unnamed_calls_per_step_have_a_lane_each(same_text):
+    model = tiny.flux(double=2, single=2)
+    with Oracle(model, FLUX.lists, True, Rule(**OPTIONS)):
+        expected = Loop(model, named=True, same_text=same_text)(6)
+    pipe = dbcache.enable(Loop(model, same_text=same_text), **OPTIONS)
+    for _ in range(2):
+        for got, want in zip(pipe(6), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+        assert decisions(pipe) == ["FFccFc"] * 6
+        assert not dbcache.summary(pipe, logging=False).notes
+
+
+def test_a_scheduler_that_is_never_asked_gives_no_lane_per_step():
+    pipe = dbcache.enable(Loop(tiny.flux(double=2, single=2), tells=False), **OPTIONS)
+    for _ in range(2):
+        pipe(9, calls=1)
+    assert len(decisions(pipe)) == 1
+    assert "c" in decisions(pipe)[0]
