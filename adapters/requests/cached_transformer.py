@@ -239,7 +239,7 @@ class CachedTransformer:
         return self._functor if list(self._open) else None
 
     def _make_patches(self) -> list[InstanceMethod]:
-        calls = self.current, self._run_plain, self.compiled.follow_caller
+        calls = self.current, self._run_plain, self.compiled.follow_caller, self.views.reruns
         patches: list[InstanceMethod] = [CachedForward(self.module, self.implicit, *calls)]
         if hasattr(self.module, "cache_context"):
             patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))

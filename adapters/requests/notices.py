@@ -87,6 +87,7 @@ class Notices:
         texts: what was said of the image under way, by kind.
         tally: of the requests of the transformer, this one among them.
         has_begun: it took a step.
+        may_rerun: autograd may run forwards of the image again.
         last_step: steps after which an image is over that nobody ends; -1: that is not known.
     """
 
@@ -95,6 +96,7 @@ class Notices:
         self.tally = Tally()
         self.has_begun = False
         self.last_step = -1
+        self.may_rerun = False
         self._is_over = False
 
     def add(self, request: Any, kind: str, **values: Any) -> None:
@@ -111,10 +113,12 @@ class Notices:
         self.has_begun = True
         if self._is_over:
             self.texts, self._is_over = {}, False
-        if torch.is_grad_enabled():
-            tensors = (*args, *kwargs.values(), *module.parameters())
-            if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
-                self.add(request, "gradients")
+        is_on = torch.is_grad_enabled()
+        tensors = (*args, *kwargs.values(), *(module.parameters() if is_on else ()))
+        # under no_grad they may still be those of a checkpoint that comes back in backward
+        self.may_rerun = any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
+        if is_on and self.may_rerun:
+            self.add(request, "gradients")
         self._look_for_other_caches(request)
         steps, given = clock.num_steps()[0], clock.config.num_inference_steps
         if clock.planned_steps is not None and given is not None and given != steps:

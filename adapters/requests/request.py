@@ -22,6 +22,7 @@ from dbcache.adapters.requests.context import ACTIVE, PLACE, Place
 from dbcache.adapters.requests.facts import meet_ranks
 from dbcache.adapters.requests.notices import Notices
 from dbcache.adapters.requests.record import RequestRecord
+from dbcache.adapters.requests.reruns import Reruns
 from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.signals.lora import Adapters
 from dbcache.adapters.stacks.stack_run import LaneSet
@@ -51,6 +52,7 @@ class Views:
         self._over: dict[tuple[int, str], Any] = {}
         self._first: Shown | None = None
         self._ends_generation = False
+        self.reruns = Reruns()
 
     def find_graphs(self, lists: Iterable[BlockList]) -> None:
         """Look for blocks that are compiled with CUDA graphs of their own.
@@ -147,10 +149,8 @@ class Request:
         self.record: RequestRecord | None = None
         self.lane_set: LaneSet | None = None
         self.sharded: Any = None
-        self.notices = Notices()
-        self.adapters = Adapters()
-        self.loops = 0
-        self.part = ""
+        self.notices, self.adapters = Notices(), Adapters()
+        self.loops, self.part = 0, ""
         self.restart()
 
     @property
@@ -326,6 +326,8 @@ class Request:
             if is_shown:
                 setup.views.hide()
         self._end_steps(forward)
+        if self.notices.may_rerun and cutter is None:
+            setup.views.reruns.keep(setup, forward.steps, args, kwargs)
         forward.steps.clear()  # they hold activations, in a circle
         return output
 
@@ -448,6 +450,7 @@ class CachedForward(InstanceMethod):
         find: returns the request that a call here belongs to, None without.
         run_plain: runs a call that belongs to none.
         on_compiled: is told of calls that come from compiled code.
+        reruns: forwards that autograd may run again.
     """
 
     def __init__(
@@ -457,9 +460,12 @@ class CachedForward(InstanceMethod):
         find: Callable[[], Request | None],
         run_plain: Callable[[tuple[Any, ...], dict[str, Any]], Any],
         on_compiled: Callable[[], None],
+        reruns: Reruns,
     ) -> None:
         super().__init__(module, "forward", self._find_and_run)
         self._on_compiled = on_compiled
+        self._reruns = reruns
+        self._known = reruns.known
         self._key = id(module)
         self._implicit = implicit
         self._find = find
@@ -468,6 +474,8 @@ class CachedForward(InstanceMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.call is None or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
+        if self._known and torch._C._current_graph_task_id() >= 0:
+            return self._reruns.run(type(self.module).__name__, args, kwargs)
         request = ACTIVE.get().get(self._key)
         if type(request) is not Request or request.is_closed:
             place, request = PLACE.get(), None

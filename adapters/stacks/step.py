@@ -55,6 +55,7 @@ class Step:
         self.awaits_end = False
         self.is_conditional = False
         self.prediction: Streams | None = None
+        self.made: Streams | None = None
         self.h_in: torch.Tensor | None = None
         self.h_fn: torch.Tensor | None = None
         self.encoder_fn: torch.Tensor | None = None
@@ -121,7 +122,9 @@ class Step:
                 self.run.groups.load(stack.is_skipped)
             self.h_fn, self.encoder_fn = h_fn, encoder_in
             # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
-            self.prediction = lane.predict(h_fn, encoder_in)
+            self.prediction = self.made = lane.predict(h_fn, encoder_in)
+            if h_fn.requires_grad:
+                self.prediction = followed((h_fn, encoder_in), self.made)
         else:
             copies = stack.middle_copies
             self.h_fn = copies.of(h_fn)
@@ -305,6 +308,27 @@ class Step:
         """Clean up after an exception: the step counts as never begun."""
         if self.lane is not None and self.cutter is None:
             self.lane.abort()
+
+
+class _Followed(torch.autograd.Function):
+    """A prediction whose gradient goes to what it was added to."""
+
+    @staticmethod
+    def forward(ctx: Any, given: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        return made.view_as(made)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
+
+
+def followed(given: Streams, made: Any) -> Streams:
+    """Return what was predicted; gradients go on to what came into the skipped blocks."""
+    hidden, encoder = (
+        y if x is None or y is None else _Followed.apply(x, y)
+        for x, y in zip(given, made, strict=True)
+    )
+    return hidden, encoder
 
 
 def shape_changed(who: str, before: torch.Tensor, after: torch.Tensor) -> ValueError:

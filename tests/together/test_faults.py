@@ -1,5 +1,6 @@
 """What users do to a model beside the cache: exchange, wrap, export, train it."""
 
+import functools
 import warnings
 from contextlib import nullcontext
 
@@ -10,6 +11,7 @@ import torch
 from oracle import Oracle, Rule
 from peft import LoraConfig, get_peft_model
 from together import decisions, in_threads, same
+from torch.utils.checkpoint import checkpoint
 
 import dbcache
 
@@ -332,3 +334,52 @@ def test_a_scheduler_that_is_never_asked_gives_no_lane_per_step():
         pipe(9, calls=1)
     assert len(decisions(pipe)) == 1
     assert "c" in decisions(pipe)[0]
+
+
+def gradients(model, wrap, *, at_once):
+    """Return the gradients of six steps, each with the decision of its forward."""
+    x, grads, outputs = tiny.noise(1, 16, 16, seed=1).requires_grad_(), [], []
+    for step in range(6):
+        given = FLUX.arguments(x, 1 - step / 6, "cond")
+        outputs.append(wrap(lambda x, g=given: model(**{**g, "hidden_states": x})[0], x).sum())
+        if not at_once:
+            outputs.pop().backward()
+            grads.append(x.grad)
+            x.grad = None
+    if at_once:
+        sum(outputs).backward()
+        grads.append(x.grad)
+    return grads
+
+
+WAYS = {
+    "blocks": lambda run, x: run(x),
+    "model": functools.partial(checkpoint, use_reentrant=False),
+    "model, reentrant": functools.partial(checkpoint, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_runs_again_in_backward_acts_as_in_forward_and_counts_nothing(way, at_once):
+    model = dbcache.enable(tiny.flux(double=2, single=2), **OPTIONS)
+    expected = gradients(model, WAYS["blocks"], at_once=at_once)
+    assert decisions(model) == ["FFccFc"]
+    dbcache.refresh_context(model)
+    if way == "blocks":
+        model.enable_gradient_checkpointing()
+    got = gradients(model, WAYS[way], at_once=at_once)
+    assert decisions(model) == ["FFccFc"]
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    dbcache.disable(model)
+    assert not traces(model)
+
+
+def test_gradients_of_cached_steps_go_through_the_blocks_that_ran():
+    model = dbcache.enable(tiny.flux(double=2, single=2), **OPTIONS)
+    said = said_by(lambda: gradients(model, WAYS["blocks"], at_once=False))
+    assert len([text for text in said if "gradients are on" in text]) == 1
+    dbcache.refresh_context(model)
+    grads = gradients(model, WAYS["blocks"], at_once=False)
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
