@@ -153,9 +153,9 @@ def test_misspelt_options_are_errors_everywhere(wrong):
     assert "_dbcache" not in model.__dict__
 
 
-def test_more_modifiers_than_stacks_are_an_error():
+def test_more_modifiers_than_lists_are_an_error():
     """There extra ones are ignored, and stacks without one keep the base."""
-    for count in (2, 3):
+    for count in (3, 4):
         with pytest.raises(ValueError, match="one entry per block stack"):
             dbcache.enable(FLUX.build(), params_modifiers=[ParamsModifier()] * count)
 
