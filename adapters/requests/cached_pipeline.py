@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
@@ -92,15 +92,39 @@ class CachedPipeline:
         new = self.follow(self)
         if new is not self:
             return new.call(run, args, kwargs)
+        kwargs = {name: _outside(name, value) for name, value in kwargs.items()}
+        with self._opened() as call, active(call.requests):
+            output = run(*args, **kwargs)
+        if isinstance(output, Generator):
+            return self._streamed(output)
+        return self._awaited(output) if isinstance(output, Coroutine) else output
+
+    @contextmanager
+    def _opened(self) -> Iterator[PipelineCall]:
         with ExitStack() as stack:
             call = PipelineCall(self)
             stack.callback(call.close)
             call.open()
             has_scheduler = stack.enter_context(watched(self.pipe, call))
             call.follow(has_scheduler=has_scheduler)
-            stack.enter_context(active(call.requests))
-            kwargs = {name: _outside(name, value) for name, value in kwargs.items()}
-            return run(*args, **kwargs)
+            yield call
+
+    def _streamed(self, steps: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        """Run a pipeline that yields what it has so far: the request is active while it works."""
+        sent = None
+        with closing(steps), self._opened() as call:
+            while True:
+                with active(call.requests):
+                    try:
+                        output = steps.send(sent)
+                    except StopIteration as end:
+                        return end.value
+                sent = yield output
+
+    async def _awaited(self, output: Coroutine[Any, Any, Any]) -> Any:
+        """Run a pipeline that is awaited: its request is active in that task."""
+        with self._opened() as call, active(call.requests):
+            return await output
 
     def shown(self) -> list[RequestRecord]:
         """Return what a summary shows: the call that ended last, else one under way."""

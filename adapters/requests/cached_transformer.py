@@ -376,7 +376,7 @@ class CachedTransformer:
             self._come_back()
         request, told = self.current(), {k: kwargs[k] for k in TOLD if k in kwargs}
         original = self._patches[1].original
-        if not _takes_options(original):
+        if not _takes_options(getattr(original, "__func__", original)):  # a method holds the model
             kwargs = {name: value for name, value in kwargs.items() if name not in told}
         with original(name, *args, **kwargs):
             if request is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dbcache.adapters.patching.instance_method import EXPORTED
 from dbcache.adapters.patching.other_caches import other_cache_of
 from dbcache.adapters.requests import clock as clocks
 from dbcache.adapters.requests.record import BLOCKS, RequestRecord, values_of
@@ -109,6 +110,8 @@ class Notices:
     def begin_image(self, request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Say what is known when the first step of an image begins."""
         module, clock = request.module, request.clock
+        if torch.jit.is_tracing():
+            raise RuntimeError(EXPORTED.format(who=type(module).__name__))
         self.tally.begun += not self.has_begun
         self.has_begun = True
         if self._is_over:

@@ -104,6 +104,9 @@ def _lane(
     cache, predictor = run.settings.cache, run.settings.predictor
     trace, pruned, nbytes = lane.steps.snapshot(), stack.pruned_blocks(lane), lane.nbytes()
     host_nbytes = lane.host_nbytes() if run.is_on_host else 0
+    # records outlive the model: nothing of what is kept may lead to it
+    name, blocks, always = stack.name, stack.num_blocks, stack.fn + stack.bn
+    follows = None if stack.leader is None else stack.leader.name
 
     def read() -> LaneSummary | None:
         reasons, changes = trace()
@@ -114,16 +117,16 @@ def _lane(
             changes,
             transformer=of[0],
             part=of[1],
-            stack=stack.name,
+            stack=name,
             branch=shown,
             threshold=cache.threshold,
             policy=cache.policy,
-            follows=None if stack.leader is None else stack.leader.name,
+            follows=follows,
             megabytes=nbytes / 1e6,
             host_megabytes=host_nbytes / 1e6,
             pruned=None if pruned is None else pruned(),
-            blocks=stack.num_blocks,
-            always=stack.fn + stack.bn,
+            blocks=blocks,
+            always=always,
             options=cache.as_dict(),
             short=f"{cache.strify()}_{predictor.strify()}",
             seconds=list(map(_seconds, times)) if len(times) == len(reasons) else [],

@@ -14,6 +14,11 @@ from dbcache.adapters.requests.request import Request
 _OUTER: ContextVar[Any] = ContextVar("dbcache_outer_requests", default=None)
 """Requests that were active before each `with request:` of this thread or task, the last first."""
 
+CROSSED = (
+    "request: what was entered last must be left first, got another order, so that calls went to "
+    "the wrong request; leave `with request:` before each yield of a generator"
+)
+
 
 class RequestHandle:
     """One image or video, whose calls of the transformer may come from any thread, in any order.
@@ -55,16 +60,22 @@ class RequestHandle:
     def __enter__(self) -> RequestHandle:
         """Let forwards called inside belong to this request, in this thread or task."""
         requests, before = self.requests(), ACTIVE.get()
-        _OUTER.set((before, _OUTER.get()))
+        _OUTER.set((self, before, _OUTER.get()))
         ACTIVE.set({**before, **requests})
         return self
 
     def __exit__(self, *_: object) -> None:
         outer = _OUTER.get()
-        if outer is not None:
-            before, rest = outer
-            ACTIVE.set(before)
-            _OUTER.set(rest)
+        if outer is None:
+            return
+        last, before, rest = outer
+        left = last
+        while left is not self and rest is not None:
+            left, before, rest = rest
+        ACTIVE.set(before)
+        _OUTER.set(rest)
+        if last is not self:
+            raise RuntimeError(CROSSED)
 
     @contextmanager
     def branch(

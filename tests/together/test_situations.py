@@ -1,0 +1,125 @@
+"""Situations from public bug reports about caches: each with what a user does, and what counts."""
+
+import asyncio
+import gc
+import weakref
+
+import pytest
+import tiny
+import torch
+from together import decisions
+
+import dbcache
+
+pytestmark = pytest.mark.usefixtures("one_thread", "plain_kernels")
+
+OPTIONS = {
+    "Fn_compute_blocks": 1,
+    "max_warmup_steps": 2,
+    "residual_diff_threshold": 1.0,
+    "max_continuous_cached_steps": 2,
+}
+FLUX = tiny.FAMILIES["flux"]
+
+
+@pytest.mark.parametrize("ends", ["disabled", "left on"])
+def test_a_pipeline_of_diffusers_is_freed_after_a_call(ends):
+    pipe = dbcache.enable(tiny.pipeline("flux"), **OPTIONS)
+    tiny.generate(pipe, 4)
+    if ends == "disabled":
+        dbcache.disable(pipe)
+    transformer = weakref.ref(pipe.transformer)
+    del pipe
+    for _ in range(3):
+        gc.collect()
+    assert transformer() is None
+
+
+@pytest.mark.parametrize("how", ["export", "trace"])
+def test_exporting_with_the_cache_on_says_to_disable_first(how):
+    model = dbcache.enable(tiny.flux(double=1, single=3), **OPTIONS)
+    inputs = FLUX.arguments(tiny.noise(1, 16, 16, seed=1), 1.0, "cond")
+    with pytest.raises((AttributeError, RuntimeError), match=r"call dbcache\.disable on it first"):
+        if how == "export":
+            torch.export.export(model, (), inputs)
+        else:
+            del inputs["return_dict"]
+            torch.jit.trace(model, example_kwarg_inputs=inputs, strict=False)
+    if how == "export":
+        dbcache.disable(model)
+        torch.export.export(model, (), inputs)
+
+
+def streaming(pipe, how):
+    """Return a pipeline with the parts of `pipe` that yields, or awaits, after every step."""
+
+    class Streams(type(pipe)):
+        def __call__(self, *, steps, seed):
+            x = tiny.noise(1, 16, 16, seed=seed)
+            self.scheduler.set_timesteps(steps)
+            for time in self.scheduler.timesteps:
+                inputs = FLUX.arguments(x, float(time) / 1000, "cond")
+                with torch.no_grad(), self.transformer.cache_context("cond"):
+                    x = self.scheduler.step(self.transformer(**inputs)[0], time, x)[0]
+                yield x
+
+    class Awaits(type(pipe)):
+        async def __call__(self, *, steps, seed):
+            for x in Streams.__call__(self, steps=steps, seed=seed):
+                await asyncio.sleep(0)
+            return x
+
+    return {"yields": Streams, "awaits": Awaits}[how](
+        scheduler=type(pipe.scheduler)(),
+        **{k: v for k, v in pipe.components.items() if k != "scheduler"},
+    )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("how", ["yields", "awaits"])
+def test_calls_that_yield_or_are_awaited_are_requests_that_may_interleave(how):
+    first = streaming(tiny.pipeline("flux"), how)
+    pipes = [dbcache.enable(x, **OPTIONS) for x in (first, streaming(first, how))]
+
+    def run(*pipes):
+        calls = [pipe(steps=8, seed=seed) for seed, pipe in enumerate(pipes, 3)]
+        if how == "yields":
+            return list(zip(*calls, strict=True))[-1]
+
+        async def together():
+            return await asyncio.gather(*calls)
+
+        return asyncio.run(together())
+
+    alone = run(pipes[0])[0]
+    assert decisions(pipes[0]) == ["FFccFccF"]
+    both = run(*pipes)
+    assert torch.equal(both[0], alone)
+    assert [decisions(pipe) for pipe in pipes] == [["FFccFccF"]] * 2
+    if how == "yields":  # one that is given up ends its request, one that never began has none
+        given_up = pipes[0](steps=8, seed=3)
+        next(given_up)
+        given_up.close()
+        pipes[0](steps=8, seed=3)
+    assert torch.equal(run(pipes[0])[0], alone)
+    dbcache.disable(pipes[0])
+    dbcache.disable(pipes[1])
+    assert "forward" not in vars(first.transformer)
+
+
+def test_generators_that_keep_a_request_active_over_a_yield_are_told():
+    model = dbcache.enable(tiny.flux(double=1, single=3), **OPTIONS)
+
+    def run():
+        with dbcache.start_request(model, num_inference_steps=2):
+            yield
+            yield
+
+    first, second = run(), run()
+    next(first), next(second)
+    with pytest.raises(RuntimeError, match="before each yield"):
+        list(first)
+    list(second)
+    with dbcache.start_request(model) as request, request, request.branch("cond"):
+        pass  # in order
+    request.close()
