@@ -110,7 +110,7 @@ class Notices:
     def begin_image(self, request: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Say what is known when the first step of an image begins."""
         module, clock = request.module, request.clock
-        if torch.jit.is_tracing():
+        if torch.jit._trace.is_tracing():
             raise RuntimeError(EXPORTED.format(who=type(module).__name__))
         self.tally.begun += not self.has_begun
         self.has_begun = True
