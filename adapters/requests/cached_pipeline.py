@@ -7,6 +7,7 @@ same name, that opens a request around the call. `disable` gives the instance it
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
@@ -145,6 +146,7 @@ class PipelineCall:
         self.requests: dict[int, Request] = {}
         self._handles: list[CachedTransformer] = []
         self._began = time.perf_counter()
+        self._handled = sys.exc_info()[1]
         self._steps_of_scheduler: int | None = None
 
     def open(self) -> None:
@@ -198,8 +200,9 @@ class PipelineCall:
 
     def close(self) -> None:
         """Close the requests."""
-        pipeline = self.pipeline
+        pipeline, is_cut_short = self.pipeline, sys.exc_info()[1] is not self._handled
         for handle, request in zip(self._handles, self.requests.values(), strict=False):
+            request.notices.is_over |= is_cut_short
             handle.close(request)
             pipeline.doubts_scheduler = request.clock.branches.is_doubted
             if handle.enabled.alone is None:

@@ -85,6 +85,7 @@ class Notices:
     """What one request says.
 
     Attributes:
+        is_over: all that is to be said of the image was said, or it was cut short.
         texts: what was said of the image under way, by kind.
         tally: of the requests of the transformer, this one among them.
         has_begun: it took a step.
@@ -98,7 +99,7 @@ class Notices:
         self.has_begun = False
         self.last_step = -1
         self.may_rerun = False
-        self._is_over = False
+        self.is_over = False
 
     def add(self, request: Any, kind: str, **values: Any) -> None:
         """Say something, once, and keep it for the summary."""
@@ -114,8 +115,8 @@ class Notices:
             raise RuntimeError(EXPORTED.format(who=type(module).__name__))
         self.tally.begun += not self.has_begun
         self.has_begun = True
-        if self._is_over:
-            self.texts, self._is_over = {}, False
+        if self.is_over:
+            self.texts, self.is_over = {}, False
         is_on = torch.is_grad_enabled()
         tensors = (*args, *kwargs.values(), *(module.parameters() if is_on else ()))
         # under no_grad they may still be those of a checkpoint that comes back in backward
@@ -144,8 +145,8 @@ class Notices:
 
         Not while a graph is captured, which would hold what is read: then when the request ends.
         """
-        if not self._is_over and not clocks.is_capturing():
-            self._is_over = True
+        if not self.is_over and not clocks.is_capturing():
+            self.is_over = True
             self._say_of_lanes(request, RequestRecord.of(request), waits=True)
 
     def close(self, request: Any, record: RequestRecord) -> None:
@@ -154,7 +155,7 @@ class Notices:
         known = set(self.texts)
         if not request.clock.calls:
             self._look_for_other_caches(request)  # one that keeps calls from coming here
-        elif not self._is_over:
+        elif not self.is_over:
             self._say_of_lanes(request, record, waits=False)
         new = [text for kind, text in self.texts.items() if kind not in known]
         record.notes += [text for text in new if text not in record.notes]

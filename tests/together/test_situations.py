@@ -118,3 +118,21 @@ def test_generators_that_keep_a_request_active_over_a_yield_are_told():
     with dbcache.start_request(model) as request, request, request.branch("cond"):
         pass  # in order
     request.close()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_call_that_was_cut_short_is_not_said_to_have_cached_nothing(caplog):
+    pipe = dbcache.enable(tiny.pipeline("wan2.2"), **OPTIONS)
+    tiny.generate(pipe, 8)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = pipe.transformer_2.blocks[3].register_forward_pre_hook(interrupt)
+    for steps in (8, 3):
+        with pytest.raises(KeyboardInterrupt):
+            tiny.generate(pipe, steps)
+    hook.remove()
+    assert not caplog.messages
+    tiny.generate(pipe, 2)
+    assert any("nothing was cached" in text for text in caplog.messages)
