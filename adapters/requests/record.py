@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
+from dbcache.adapters.requests import clock as clocks
 from dbcache.notices import nothing_cached
 from dbcache.results.lane import LaneSummary
 
@@ -158,7 +159,7 @@ class Totals:
             return
         with self._lock:
             self._pending.append(record)
-            if len(self._pending) > PENDING:
+            while len(self._pending) > PENDING and not clocks.is_capturing():
                 self._count(self._pending.popleft())
 
     def _count(self, record: RequestRecord) -> None:
