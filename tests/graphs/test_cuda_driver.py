@@ -134,7 +134,7 @@ def test_the_fake_refuses_what_the_driver_refuses():
     fake = FakeDriver(12060)
     driver = CudaDriver(fake, (13, 0))
     graph = driver.create_graph()
-    handle = driver._handle(graph)
+    handle, *_ = driver._handles(graph).values()
     with pytest.raises(RuntimeError, match=Result.CUDA_ERROR_INVALID_VALUE.name):
         driver._add_if(graph, [], handle, bodies=2)  # ELSE is from 12.8 on
     driver._add_if(graph, [], handle, bodies=1)
