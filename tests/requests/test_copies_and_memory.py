@@ -255,11 +255,12 @@ def test_three_hundred_requests_of_varying_shape_leave_nothing_behind():
     served = [0]
     for most in (50, count):
         in_threads([lambda m=most: work(m)] * 3)
+        gc.collect()  # requests that were dropped are gone
+        image(1)  # alone: one set of lanes stays at hand, however the threads' timing was
         counts[most] = census()
     objects, tensors, nbytes, kinds = counts[50]
     after_objects, after_tensors, after_nbytes, after_kinds = counts[count]
     grown = (after_kinds - kinds).most_common(8)
-    # the sets of lanes at hand differ with the threads' timing: three of some 26 small tensors each
     assert after_tensors <= tensors + 100, grown
     assert after_nbytes <= nbytes + 20_000, grown
     assert after_objects <= objects + 400, grown
