@@ -101,16 +101,17 @@ class RowGroup:
         begun: list[tuple[Request, str | None]],
     ) -> list[Member]:
         """Begin the step of each request; return whose each row is."""
-        times = self._times(args, kwargs)
-        conditions = [self.first.setup.condition_of(args, kwargs), self._find_time(args, kwargs)]
+        time = self._find_time(args, kwargs)
+        times = self._times(time)
+        told = [self.first.setup.condition_of(args, kwargs), time]
         branches: dict[Row, str | None] = {}
         places: Counter[Row] = Counter()
         members = []
         for index, row in enumerate(self.rows):
             request = row.request
             if row not in branches:
-                own = {name: self._of_row(x, index, conditions) for name, x in kwargs.items()}
-                rest = tuple(self._of_row(x, index, conditions) for x in args)
+                own = {name: self._of_row(x, index, told) for name, x in kwargs.items()}
+                rest = tuple(self._of_row(x, index, told) for x in args)
                 with ExitStack() as stack:
                     if row.name is not None:
                         stack.enter_context(request.clock.named(row.name))
@@ -132,9 +133,8 @@ class RowGroup:
             return value[index : index + 1] if is_row else value
         return None if value is None else True if isinstance(value, torch.Tensor) else value
 
-    def _times(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[float | None]:
+    def _times(self, time: Any) -> list[float | None]:
         """Return the time of each row; reads them from the device, once."""
-        time = self._find_time(args, kwargs)
         if isinstance(time, int | float):
             return [float(time)] * len(self.rows)
         if not isinstance(time, torch.Tensor) or not time.numel():

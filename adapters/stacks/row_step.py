@@ -14,9 +14,9 @@ import torch
 
 from dbcache.adapters.stacks.proxies import Boundary, SkippedBlock
 from dbcache.adapters.stacks.stack_run import StackRun, row_key
-from dbcache.adapters.stacks.step import Step, Streams, left_out, shape_changed
+from dbcache.adapters.stacks.step import Step, Streams, followed, left_out
 from dbcache.kernels.common.lane_state import PlanCode
-from dbcache.lanes.buffers import empty_like, layout_of
+from dbcache.lanes.buffers import Layout
 
 
 class Member(NamedTuple):
@@ -34,16 +34,53 @@ class Member(NamedTuple):
 
 
 class RowLanes:
-    """The lanes of the samples of a batch, in place of one for all of them.
+    """The lanes of the samples of a batch, with the verbs of one: see `Lane`.
 
     Attributes:
         lanes: of each sample.
-        full: samples whose step is a full one.
+        cached: samples whose step is a cached one, in order; `full` has the others.
     """
 
     def __init__(self, lanes: list[Any]) -> None:
         self.lanes = lanes
+        self.cached: list[int] = []
         self.full: list[int] = []
+
+    @property
+    def history(self) -> Any:
+        """What one of them stored, which tells the streams of all."""
+        return self.lanes[(self.cached or self.full)[0]].history
+
+    def decide_each(self, h_in: torch.Tensor, probe: torch.Tensor, layout: Layout) -> None:
+        """Decide for each sample; the host reads once, and only where a decision is open."""
+        of_row = tuple((1, *x[1:]) if isinstance(x, torch.Size) else x for x in layout)
+        codes, is_open = [], False
+        for row, lane in enumerate(self.lanes):
+            code = lane.begin(of_row, probe.device)
+            if code == PlanCode.DYNAMIC and lane.steps.has_reference:
+                lane.measure_and_decide(_row(h_in, row), _row(probe, row))
+                is_open = True
+            else:
+                lane.decide(None)
+            codes.append(code)
+        flags: list[Any] = [None] * len(codes)
+        if is_open:
+            flags = torch.cat([lane.steps.flag() for lane in self.lanes]).tolist()
+        for row, (lane, code, flag) in enumerate(zip(self.lanes, codes, flags, strict=True)):
+            (self.cached if lane.settle(code, bool(flag)) else self.full).append(row)
+
+    def predict(self, h_fn: torch.Tensor, encoder_fn: torch.Tensor | None) -> Streams:
+        """Return the outputs of the middle blocks; of samples that run in full, nothing yet."""
+        first = self.lanes[self.cached[0]]
+        hidden, encoder = first.forms.returned or (first.forms.hidden, first.forms.encoder)
+        out, encoder_out = torch.empty(h_fn.shape, dtype=hidden, device=h_fn.device), None
+        if first.history.encoder_snapshots is not None:
+            shape = (len(h_fn), *first.history.encoder_snapshots.shape[2:])
+            encoder_out = torch.empty(shape, dtype=encoder, device=h_fn.device)
+        for row in self.cached:
+            given = _row(h_fn, row), _row(encoder_fn, row)
+            self.lanes[row].predict(*given, _row(out, row), _row(encoder_out, row))
+        return out, encoder_out
 
     def commit(self, *streams: torch.Tensor | None) -> None:
         """Store what a full step did, of the samples that took one; see `Lane.commit`."""
@@ -66,39 +103,30 @@ class RowStep(Step):
 
     def __init__(self, stack: Any, run: StackRun, branch: str | None, forward: Any) -> None:
         super().__init__(stack, run, branch, forward)
-        self.lane: RowLanes | None = None
         self.full: torch.Tensor | None = None
         self._cut: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def decide(self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None) -> None:
-        stack = self.stack
-        if stack.fn == 0:
-            h_fn, encoder_in = self._begin_without_probe(h_fn, encoder_in)
-        if self.h_in is None:
+        super().decide(h_fn, encoder_in)
+        lane = self.lane
+        if lane is None or not (lane.cached and lane.full):
             return
-        if h_fn.shape != self.h_in.shape:
-            raise shape_changed(stack.name, self.h_in, h_fn)
-        if stack.has_own_encoder:
-            encoder_in = self.encoder_fn
-        if encoder_in is not None and encoder_in.shape[0] == 1:
-            encoder_in = encoder_in.expand(h_fn.shape[0], *encoder_in.shape[1:])
-        if not stack.probe_copies.is_known:
-            stack.probe_copies.learn([(self._given, self.h_in)])
-        lanes = self._find_lanes(h_fn)
-        self.lane, self.awaits_end = RowLanes(lanes), True
-        cached = self._decide_rows(lanes, h_fn, encoder_in)
-        self.lane.full = [row for row, skips in enumerate(cached) if not skips]
-        self.cached = not self.lane.full
-        self.passed = h_fn, encoder_in
-        copies = stack.middle_copies
-        self.h_fn, self.encoder_fn = h_fn, encoder_in
-        if any(cached):
-            self.prediction = self._predict_rows(lanes, cached)
-            if self.lane.full:
-                self.full = torch.tensor(self.lane.full, device=h_fn.device)
-        elif copies.are_needed:
-            self.h_fn = h_fn.clone()
-            self.encoder_fn = None if encoder_in is None else encoder_in.clone()
+        assert self.passed is not None
+        self.full = torch.tensor(lane.full, device=h_fn.device)
+        self.prediction = self.made = lane.predict(*self.passed)
+        if h_fn.requires_grad:
+            self.prediction = followed(self.passed, self.made)
+
+    def _decide(
+        self, lane: RowLanes, h_fn: torch.Tensor, measured: torch.Tensor, layout: Layout
+    ) -> bool:
+        assert self.h_in is not None
+        lane.decide_each(self.h_in, measured, layout)
+        return not lane.full
+
+    def _add_lane(self, device: torch.device) -> RowLanes:
+        assert self.h_in is not None
+        return RowLanes(self._find_lanes(self.h_in))
 
     def _find_lanes(self, h_fn: torch.Tensor) -> list[Any]:
         """Return the lane of each sample; new ones have not taken a step."""
@@ -120,40 +148,6 @@ class RowStep(Step):
                 run.lanes[key] = self.stack.new_lane(run, branch, h_fn.device, self)
             lanes.append(run.lanes[key])
         return lanes
-
-    def _decide_rows(
-        self, lanes: list[Any], h_fn: torch.Tensor, encoder: torch.Tensor | None
-    ) -> list[bool]:
-        """Decide for each sample; the host reads once, and only where a decision is open."""
-        assert self.h_in is not None
-        codes, is_open = [], False
-        for row, lane in enumerate(lanes):
-            layout = layout_of(h_fn[row : row + 1], _row(encoder, row))
-            code = lane.begin(layout, h_fn.device)
-            if code == PlanCode.DYNAMIC and lane.steps.has_reference:
-                lane.measure_and_decide(self.h_in[row : row + 1], h_fn[row : row + 1])
-                is_open = True
-            else:
-                lane.decide(None)
-            codes.append(code)
-        flags: list[Any] = [None] * len(codes)
-        if is_open:
-            flags = torch.cat([lane.steps.flag() for lane in lanes]).tolist()
-        decided = zip(lanes, codes, flags, strict=True)
-        return [lane.settle(code, bool(flag)) for lane, code, flag in decided]
-
-    def _predict_rows(self, lanes: list[Any], cached: list[bool]) -> Streams:
-        """Return the outputs of the middle blocks; of samples that run in full, nothing yet."""
-        h_fn, encoder = self.h_fn, self.encoder_fn
-        assert h_fn is not None
-        rows = [row for row, skips in enumerate(cached) if skips]
-        if lanes[rows[0]].history.encoder_snapshots is None:
-            encoder = None
-        out, encoder_out = empty_like(h_fn), None if encoder is None else empty_like(encoder)
-        for row in rows:
-            given = h_fn[row : row + 1], _row(encoder, row), out[row : row + 1]
-            lanes[row].predict(*given, _row(encoder_out, row))
-        return out, encoder_out
 
     def run_rows(self, proxy: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a block on the samples that need it.
@@ -248,7 +242,8 @@ def not_samples(stack: Any, reason: str) -> ValueError:
 
 
 def _row(x: torch.Tensor | None, row: int) -> Any:
-    return None if x is None else x[row : row + 1]
+    """Return a row of a stream; what is the same for all samples has one."""
+    return x if x is None or len(x) == 1 else x[row : row + 1]
 
 
 class RowBlock(SkippedBlock):

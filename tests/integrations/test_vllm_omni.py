@@ -473,9 +473,7 @@ def test_steps_of_several_requests_in_one_batch(omni, each, caplog):
     plans = ((5, 12), (6, 9), (7, 10))
     expected = {(seed, steps): pipe(steps, True, seed) for seed, steps in plans}
     before = dbcache.summary(pipe.transformer, logging=False).totals
-    waiting = [
-        (key, omni.state(str(key), None, timesteps=torch.arange(key[1]))) for key in expected
-    ]
+    waiting = [(k, omni.state(str(k), None, timesteps=torch.arange(k[1]))) for k in expected]
     for key, state in waiting:
         state.latents = tiny.noise(*tiny.FAMILIES["qwen"].latent_shape, seed=key[0])
     active, caplog.handler.level = [], logging.WARNING

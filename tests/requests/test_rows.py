@@ -1,5 +1,7 @@
 """Samples that decide for themselves: `batch_reduce="each"`, and `dbcache.rows`."""
 
+import contextlib
+
 import models
 import pytest
 import tiny
@@ -71,6 +73,45 @@ def test_each_sample_of_a_batch_is_as_alone(name, predictor):
         torch.testing.assert_close(x, expected[0], **CLOSE)
     assert lanes == [own for _, (own,) in alone]
     assert lanes[0] != lanes[1], "samples decide alike: the blocks never ran on a part of a batch"
+
+
+def offloaded(model):
+    how = {"offload_type": "block_level", "num_blocks_per_group": 2}
+    model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), **how)
+    return contextlib.nullcontext()
+
+
+def autocast(_model):
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "within"),
+    [
+        ("HiDreamImageTransformer2DModel", lambda _model: contextlib.nullcontext()),
+        ("FluxTransformer2DModel", offloaded),
+        ("PixArtTransformer2DModel", autocast),
+    ],
+)
+def test_a_batch_of_one_is_as_without_the_option(name, within):
+    case, runs = ALL[name], []
+    for rule in ("mean", "each"):
+        model = models.model(name)
+        options = OPTIONS | {"batch_reduce": rule, "residual_diff_threshold": 0.3}
+        x, outputs = tiny.noise(*case.latent, seed=3), []
+        with within(model), torch.no_grad():
+            dbcache.enable(model, **options)
+            for step in range(10):
+                time = torch.full((1,), case.start * (1 - step / 10))
+                outputs.append(models._tensors(model(**case.call_arguments(x, time)))[0])
+                x = x - models._like(x, outputs[-1].float()) / 10
+        lanes = dbcache.summary(model, logging=False).lanes
+        runs.append((outputs, [(lane.cached_steps, lane.residual_diffs) for lane in lanes]))
+        dbcache.disable(model)
+    (expected, decided), (found, lanes) = runs
+    assert all(map(torch.equal, expected, found))
+    assert lanes == decided
+    assert decided[0][0]
 
 
 # ---- rows of several requests ------------------------------------------------------------------
