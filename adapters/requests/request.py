@@ -264,9 +264,9 @@ class Request:
     def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         setup, branch = self.setup, self.clock.branch
         if not setup.stacks:
-            return self._learn(args, kwargs)
+            return self.learn(args, kwargs)
         if self.lane_set is None or not self.lane_set.runs:  # another request learned the stacks
-            self._take_lanes_anew(args, kwargs)
+            self.take_lanes_anew(args, kwargs)
         cutter = _user_capture(self) if clocks.is_capturing() else None
         # a branch whose calls leave blocks out has no step that could be recorded
         if setup.graphs is not None and cutter is None and branch not in setup.partial:
@@ -345,17 +345,17 @@ class Request:
             self.partial_calls += 1
             self.setup.partial.add(self.branch)
 
-    def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward that tells what the blocks take and return; it counts as a full step."""
         output = self.setup.learn(args, kwargs)
-        lanes = self._take_lanes_anew(args, kwargs)
+        lanes = self.take_lanes_anew(args, kwargs)
         device = next(self.module.parameters(), torch.empty(0)).device
         forward = Forward({}, None, lanes, self.branch)
         for step in forward.steps:
             step.count_full(device)
         return output
 
-    def _take_lanes_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
+    def take_lanes_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
         """Return lanes for stacks that have become known since the request began."""
         self.lane_set = None
         lanes = self._take_lanes(args, kwargs)

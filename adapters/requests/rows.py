@@ -41,10 +41,9 @@ class RowGroup:
         self.rows = list(rows)
         self.first = rows[0].request
         self._find_time = ArgumentFinder(self.first.module, TIMESTEPS)
-        for request, _ in rows:
-            if [s.geometry for s in request.setup.stacks] != [
-                s.geometry for s in self.first.setup.stacks
-            ]:
+        known = [row.request.setup.stacks for row in rows if row.request.setup.stacks]
+        for stacks in known:
+            if [stack.geometry for stack in stacks] != [stack.geometry for stack in known[0]]:
                 raise ValueError(
                     "rows: all requests must skip the same blocks, got requests with other Fn, Bn "
                     "or lists; start them with the same options for blocks"
@@ -84,7 +83,11 @@ class RowGroup:
                 assert request.lane_set is not None
                 for run in request.lane_set.runs:
                     run.take_up_blocks()
-            output = self.first.run(args, kwargs, members=members)
+            news = [request for request, _ in begun if not request.setup.stacks]
+            if news:  # blocks are learned first, in a full step that no lane counts
+                output = news[0].learn(args, kwargs)
+            else:
+                output = self.first.run(args, kwargs, members=members)
         except BaseException:
             for request, _ in begun:
                 request.clock.branches.undo_call()
@@ -122,6 +125,8 @@ class RowGroup:
                 branches[row] = request.branch
                 begun.append((request, request.branch))
             assert request.lane_set is not None
+            if request.setup.stacks and not request.lane_set.runs:  # learned since it began
+                request.take_lanes_anew(rest, own)
             members.append(Member(request.lane_set.runs, branches[row], places[row]))
             places[row] += 1
         return members

@@ -245,6 +245,41 @@ def test_a_step_that_raises_counts_as_never_begun_for_all_its_rows():
     assert len(first) == 3
 
 
+class Opaque(torch.nn.Module):
+    """A model whose blocks do not tell what they take and return: the first forward tells."""
+
+    class Block(torch.nn.Linear):
+        def forward(self, hidden_states, encoder_hidden_states):
+            first, second = 0.1 * super().forward(hidden_states), encoder_hidden_states
+            return hidden_states + first, second
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList([self.Block(16, 16) for _ in range(6)])
+
+    def forward(self, x, text, timestep):
+        for block in self.blocks:
+            x, text = block(x, text)
+        return x
+
+
+def test_rows_of_a_model_whose_blocks_are_learned():
+    model = Opaque()
+    options = {"max_warmup_steps": 1, "residual_diff_threshold": 1.0, "batch_reduce": "each"}
+    adapter = dbcache.BlockAdapter(transformer=model, auto=True)
+    dbcache.enable(adapter, Fn_compute_blocks=1, **options)
+    requests = [dbcache.start_request(model, residual_diff_threshold=r) for r in (1.0, 0.0)]
+    for step in range(8):
+        x = tiny.noise(2, 4, 16, seed=1)
+        with torch.no_grad(), dbcache.rows(requests):
+            output = model(x, tiny.noise(2, 3, 16, seed=2), torch.tensor([1.0, 1.0]) - step / 8)
+    assert output.shape == x.shape
+    cached, full = (request.summary().lanes[0] for request in requests)
+    assert len(cached.cached_steps) == cached.steps - 1 >= 4
+    assert full.cached_steps == []
+
+
 def test_bad_rows_are_refused():
     model = enabled(FLUX)
     request = begin(model, 0)
