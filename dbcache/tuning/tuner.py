@@ -210,10 +210,11 @@ class Tuner:
             if option.chosen == -math.inf:
                 option.chosen = self._quality(option, draws)
         if self.predictors == "auto" and self.progress.allows(
-            4 * len(draws) * self.draw_seconds, CHOOSE
+            6 * len(draws) * self.draw_seconds, CHOOSE
         ):
-            for ridge in (1e-2, 1e-4):
-                weights = self.problem.weights(row.masks, replace(self.fit, ridge=ridge))
+            fits = [replace(self.fit, ridge=ridge) for ridge in (1e-2, 1e-4)]
+            tried = [self.problem.weights(row.masks, fit) for fit in fits]
+            for weights in (*tried, {}):  # without weights: FoCa
                 options.append(Row(row.masks, weights))
                 options[-1].chosen = self._quality(options[-1], draws)
         return max(options, key=lambda option: option.chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pipelines
@@ -17,7 +18,9 @@ from dbcache.demo import digits
 from dbcache.tuning.errors import measure_pairs, parts_of_outputs, scheduler_response
 from dbcache.tuning.problem import Fit, Problem
 from dbcache.tuning.recording import Store, record
+from dbcache.tuning.rows import Row
 from dbcache.tuning.search import Search, dynamic_program, even
+from dbcache.tuning.tuner import Tuner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -309,3 +312,16 @@ def test_a_watched_scheduler_gives_the_pipeline_what_it_gives(name):
     recorded = record(pipe, draw, Store("cpu", lambda text: None))
     assert torch.equal(recorded.output, plain)
     assert len(recorded.steps) == 3
+
+
+@pytest.mark.parametrize("best", ["weights", "foca"])
+def test_auto_takes_what_is_closest_weights_or_none(monkeypatch, best):
+    lane = (0, None)
+    tuner = object.__new__(Tuner)
+    tuner.predictors, tuner.fit, tuner.draw_seconds, tuner._used = "auto", Fit(), 1.0, [None]
+    tuner.progress = SimpleNamespace(allows=lambda *_: True)
+    tuner.problem = SimpleNamespace(weights=lambda masks, fit: {lane: {1: fit.ridge}})
+    is_best = {"weights": lambda row: bool(row.weights), "foca": lambda row: not row.weights}[best]
+    monkeypatch.setattr(tuner, "_quality", lambda row, _: 50.0 if is_best(row) else 40.0)
+    chosen = tuner.choose(Row({lane: (1, 0)}, {lane: {1: 0.5}}))
+    assert is_best(chosen)
