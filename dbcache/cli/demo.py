@@ -8,7 +8,7 @@ import io
 import sys
 from pathlib import Path
 
-from dbcache.cli.outcome import Outcome, require
+from dbcache.cli.outcome import Outcome
 
 HELP = "draw digits with and without the cache, and compare"
 
@@ -28,7 +28,6 @@ def run(arguments: argparse.Namespace) -> Outcome:
     for name in ("steps", "per_digit", "repeats"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
-    require(("PIL", "safetensors", "sklearn", "tqdm"), "bench")
     from dbcache.demo.run import run as run_demo
 
     text = io.StringIO()

@@ -18,9 +18,8 @@ PACKAGES = (
 )  # fmt: skip
 
 EXTRAS = {
-    "demo": (("sklearn", "safetensors", "tqdm", "PIL"), "bench"),
+    "accuracy in the demo": (("sklearn",), "bench"),
     "files in YAML": (("yaml",), "yaml"),
-    "metrics of pictures": (("PIL",), "metrics"),
     "videos as files": (("av",), "metrics"),
     "quantisation": (("torchao",), "quantization"),
 }

@@ -1,7 +1,7 @@
 """Weights of the transformer in 8 bits, with the cache on.
 
-pip install 'dbcache-dit[quantization]'
-python docs/examples/quantize.py Qwen/Qwen-Image --prompt "a cat" --type float8_weight_only
+    pip install 'dbcache-dit[quantization]'
+    python docs/examples/quantize.py Qwen/Qwen-Image --prompt "a cat" --type float8_weight_only
 """
 
 import argparse

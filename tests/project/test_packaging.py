@@ -7,10 +7,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = [name for name in ("kernels", "adapters", "parallel") if (ROOT / name).is_dir()]
@@ -128,25 +132,67 @@ print("ok")
     assert run_python(code, cwd=tmp_path, path=site, safe=True) == "ok"
 
 
-def test_commands_run_from_the_wheel(distributions: tuple[Path, Path], tmp_path: Path) -> None:
-    site = tmp_path / "site"
-    with zipfile.ZipFile(distributions[1]) as wheel:
-        wheel.extractall(site)
-        (points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-        assert "dbcache = dbcache.cli:main" in wheel.read(points).decode()
-    code = """
-import os
-os.environ["DBCACHE_KERNELS"] = "reference"
-import torch
-torch.set_num_threads(1)
-from dbcache.cli import main
-assert main(["info"]) == 0
-assert main("demo --out out --steps 2 --per-digit 1 --repeats 1".split()) == 0
-"""
-    printed = run_python(code, cwd=tmp_path, path=site, safe=True)
-    assert "several ranks (gloo)" in printed
-    assert "F1B0 W4 R0.12" in printed
+def closure(names: list[str]) -> dict[str, metadata.Distribution]:
+    """Return the distributions that pip would install for some requirements, as they are here."""
+    found: dict[str, metadata.Distribution] = {}
+    waiting = [Requirement(name) for name in names]
+    seen = set()
+    while waiting:
+        wanted = waiting.pop()
+        key = canonicalize_name(wanted.name), frozenset(wanted.extras)
+        if key in seen or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(key)
+        own = found[key[0]] = metadata.distribution(wanted.name)
+        assert wanted.specifier.contains(own.version, prereleases=True), wanted
+        for line in own.requires or ():
+            needed = Requirement(line)
+            environments = [{"extra": extra} for extra in (*wanted.extras, "")]
+            if needed.marker is None or any(map(needed.marker.evaluate, environments)):
+                needed.marker = None
+                waiting.append(needed)
+    return found
+
+
+@pytest.fixture(scope="module")
+def fresh(distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make an environment with what the wheel requires and nothing else; return its bin/.
+
+    pip installs the wheel. The packages that it requires are links to those of this environment.
+    """
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder, with_pip=False, symlinks=True)
+    python = folder / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    subprocess.run([*command, "--no-index", "--no-deps", str(distributions[1])], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (own,) = metadata.distributions(name="dbcache-dit", path=[str(site)])
+    for found in closure(own.requires or []).values():
+        for name in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+            if not (site / name).exists():
+                (site / name).symlink_to(Path(str(found.locate_file(name))))
+    return folder / "bin"
+
+
+def test_commands_run_in_a_fresh_environment(fresh: Path, tmp_path: Path) -> None:
+    kept = {"PATH": os.environ["PATH"], "DBCACHE_KERNELS": "reference", "OMP_NUM_THREADS": "1"}
+
+    def printed(command: str) -> str:
+        done = subprocess.run(
+            [fresh / command.split()[0], *command.split()[1:]],
+            cwd=tmp_path, env=kept, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    info = printed("dbcache info")
+    assert "scikit-learn   -" in info  # the environment has nothing that was not asked for
+    assert "several ranks (gloo)" in info
+    demo = printed("dbcache demo --out out --steps 2 --per-digit 1 --repeats 1")
+    assert "F1B0 W4 R0.12" in demo
+    assert "needs scikit-learn" in demo
     assert (tmp_path / "out" / "digits.png").is_file()
+    assert "usage: dbcache-metrics" in printed("dbcache-metrics --help")
 
 
 def test_checkout_does_not_hide_an_installed_kernels_package(tmp_path: Path) -> None:
