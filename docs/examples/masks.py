@@ -1,6 +1,8 @@
 """Masks of steps: which are full, and whether the others ask the change or are cached anyway.
 
     python docs/examples/masks.py black-forest-labs/FLUX.1-dev --prompt "a cat" --steps 28
+
+prints the settings of each run, and saves an image under that name.
 """
 
 import argparse

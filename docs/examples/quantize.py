@@ -2,6 +2,8 @@
 
     pip install 'dbcache-dit[quantization]'
     python docs/examples/quantize.py Qwen/Qwen-Image --prompt "a cat" --type float8_weight_only
+
+The types are those of `dbcache.quantize`.
 """
 
 import argparse
