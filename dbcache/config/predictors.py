@@ -230,22 +230,6 @@ class CustomCalibratorConfig(SwitchedOn):
         return f"Custom_{self.predictor_name}"
 
 
-@dataclass(kw_only=True)
-class ScheduledCalibratorConfig(FoCaCalibratorConfig):
-    """The weights of a schedule, and FoCa where it has none; `enable` sets it with a `schedule`."""
-
-    by_forecaster: ClassVar[bool] = True
-    snapshots: int = option(4, low=3, high=MAX_SLOTS)
-    """Ring slots per lane, 3 to 8."""
-
-    @property
-    def slots(self) -> int:
-        return self.snapshots
-
-    def strify(self) -> str:
-        return f"ScheduledK{self.snapshots}"
-
-
 PREDICTORS: dict[str, type[CalibratorConfig]] = {
     "taylorseer": TaylorSeerCalibratorConfig,
     "hermite": HermiteCalibratorConfig,

@@ -26,9 +26,9 @@ from typing import Any
 from dbcache.config.cache import DBCacheConfig, ParamsModifier
 from dbcache.config.calibration import Calibration
 from dbcache.config.options import check_int, check_number, shown
-from dbcache.config.predictors import ScheduledCalibratorConfig
 from dbcache.config.reading import read
 from dbcache.config.scheduled_lane import MAX_STEPS, ScheduledLane
+from dbcache.config.scheduled_predictor import ScheduledCalibratorConfig
 from dbcache.kernels.common.lane_state import MAX_SLOTS
 
 FORMAT = "dbcache schedule 1"

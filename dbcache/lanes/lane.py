@@ -20,11 +20,11 @@ from dbcache.lanes.buffers import Layout, can_write, outside_inference_mode, wri
 from dbcache.lanes.decision import Decision
 from dbcache.lanes.following import FollowedSteps, Leader
 from dbcache.lanes.forms import Forms, returned_as, widened
-from dbcache.lanes.guard import make_guard
 from dbcache.lanes.history import History
 from dbcache.lanes.last_blocks import LaneTail
 from dbcache.lanes.plan import coefficients
 from dbcache.lanes.predictors import make_forecaster
+from dbcache.lanes.scheduled import make_guard
 from dbcache.lanes.step_state import FIRST_CAPACITY, StepState
 
 NOTHING_STORED = (

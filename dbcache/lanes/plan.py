@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dbcache.config.cache import DBCacheConfig, StackSettings
+from dbcache.config.cache import DBCacheConfig
 from dbcache.config.calibration import Calibration
 from dbcache.config.steps_mask import check_mask, steps_mask
 from dbcache.kernels.common import lane_state
@@ -91,16 +91,6 @@ def make_plan(
         else:
             plan.append(skip)
     return plan
-
-
-def scheduled_plan(settings: StackSettings, branch: str | None, steps: int) -> list[PlanCode]:
-    """Return the `PlanCode` of each of `steps` steps under a schedule; beyond it all are full."""
-    assert settings.calibration is not None
-    lane = settings.calibration.lane_for(branch)
-    guarded = settings.cache.policy == "guarded_schedule"
-    skip = PlanCode.DYNAMIC if guarded else PlanCode.STATIC
-    plan = [PlanCode.MASK if entry else skip for entry in lane.mask[:steps]]
-    return plan + [PlanCode.MASK] * (steps - len(plan))
 
 
 def coefficients(cache: DBCacheConfig, calibration: Calibration | None) -> tuple[float, ...]:

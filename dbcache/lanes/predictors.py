@@ -16,54 +16,16 @@ from dbcache.config.predictors import (
     CalibratorConfig,
     CustomCalibratorConfig,
     DMDCalibratorConfig,
-    ScheduledCalibratorConfig,
     SpectrumCalibratorConfig,
 )
-from dbcache.config.scheduled_lane import MAX_STEPS
-from dbcache.kernels.common.lane_state import MAX_SLOTS, LaneState, spread
+from dbcache.config.scheduled_predictor import ScheduledCalibratorConfig
+from dbcache.kernels.common.lane_state import LaneState, spread
 from dbcache.kernels.prediction import spectrum
 from dbcache.kernels.prediction.fit_recurrence import fit_recurrence
 from dbcache.kernels.prediction.recurrence import recurrence_weights
-from dbcache.kernels.prediction.scheduled_weights import scheduled_weights
 from dbcache.kernels.prediction.spectrum import spectrum_weights
-
-Snapshots = tuple[torch.Tensor, torch.Tensor | None]
-"""The snapshots of hidden and of encoder states."""
-
-
-class Forecaster:
-    """What a lane asks of its predictor. By default there is nothing to do."""
-
-    def replan(self, settings: StackSettings) -> None:
-        """Prepare for a request of the steps, and with the schedule, that `settings` have."""
-
-    def learn(self, state: LaneState, stored: Snapshots, step: int, is_first: bool) -> None:
-        """Learn from the full step just stored; `is_first`: nothing was stored before."""
-
-    def weigh(self, state: LaneState, step: int) -> None:
-        """Write the weights of the cached `step` over those of `decide`, where it has its own."""
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Return the tensors that it keeps on the device."""
-        return []
-
-
-def make_forecaster(
-    settings: StackSettings, device: torch.device, branch: str | None = None
-) -> Forecaster | None:
-    """Return what the predictor in `settings` needs, None where `decide` does it all."""
-    calibrator, used = settings.predictor, settings.predicts
-    if not any(used):
-        return None
-    if isinstance(calibrator, SpectrumCalibratorConfig):
-        return _Spectrum(calibrator, used, device, settings)
-    if isinstance(calibrator, ScheduledCalibratorConfig):
-        return _Scheduled(settings, device, branch)
-    if isinstance(calibrator, DMDCalibratorConfig):
-        return _Recurrence(calibrator, used, device)
-    if isinstance(calibrator, CustomCalibratorConfig):
-        return _OnHost(calibrator, used)
-    return None
+from dbcache.lanes.forecaster import Forecaster, Snapshots
+from dbcache.lanes.scheduled import ScheduledWeights
 
 
 def check_steps_are_known(calibrator: CalibratorConfig, steps: int | None, who: str) -> None:
@@ -87,16 +49,12 @@ def check_runs_on_device(calibrator: CalibratorConfig, who: str) -> None:
 class _Spectrum(Forecaster):
     """A ridge regression on Chebyshev polynomials: needs to know how long a request is."""
 
-    def __init__(
-        self,
-        config: SpectrumCalibratorConfig,
-        used: tuple[bool, bool],
-        device: torch.device,
-        settings: StackSettings,
-    ) -> None:
+    def __init__(self, settings: StackSettings, device: torch.device, branch: str | None) -> None:
+        config, (hidden, encoder) = settings.predictor, settings.predicts
+        assert isinstance(config, SpectrumCalibratorConfig)
         parameters = torch.zeros(spectrum.NUM_PARAMETERS, dtype=torch.float64)
-        parameters[spectrum.ORDER] = config.spectrum_order * used[0]
-        parameters[spectrum.ENCODER_ORDER] = config.spectrum_order * used[1]
+        parameters[spectrum.ORDER] = config.spectrum_order * hidden
+        parameters[spectrum.ENCODER_ORDER] = config.spectrum_order * encoder
         parameters[spectrum.RIDGE] = config.spectrum_ridge
         parameters[spectrum.BLEND] = config.spectrum_blend
         self._parameters = parameters.to(device)
@@ -110,42 +68,15 @@ class _Spectrum(Forecaster):
         spectrum_weights(state, self._parameters)
 
 
-class _Scheduled(Forecaster):
-    """A table of weights, whose tensor stays where it is: recorded graphs read what is in it."""
-
-    def __init__(self, settings: StackSettings, device: torch.device, branch: str | None) -> None:
-        self._branch, self._slots = branch, settings.slots
-        self._table = torch.full((MAX_STEPS, 2 * MAX_SLOTS), -1.0, device=device)
-        self._lane: object = None
-        self.replan(settings)
-
-    def replan(self, settings: StackSettings) -> None:
-        if settings.calibration is None or not settings.calibration.lanes:
-            return
-        lane = settings.calibration.lane_for(self._branch)
-        if lane != self._lane:
-            self._lane = lane
-            rows = torch.tensor(lane.table(self._slots), dtype=torch.float32)
-            self._table.fill_(-1.0)
-            self._table[: len(rows)].copy_(rows)
-
-    def weigh(self, state: LaneState, step: int) -> None:
-        scheduled_weights(state, self._table)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [self._table]
-
-
 class _Recurrence(Forecaster):
     """A linear recurrence per stream, fitted anew at each full step."""
 
-    def __init__(
-        self, config: DMDCalibratorConfig, used: tuple[bool, bool], device: torch.device
-    ) -> None:
-        self._ridge = config.dmd_ridge
+    def __init__(self, settings: StackSettings, device: torch.device, branch: str | None) -> None:
+        assert isinstance(settings.predictor, DMDCalibratorConfig)
+        self._ridge = settings.predictor.dmd_ridge
         self._fits = [
             torch.full((2,), math.nan, dtype=torch.float64, device=device) if is_used else None
-            for is_used in used
+            for is_used in settings.predicts
         ]
 
     def learn(self, state: LaneState, stored: Snapshots, step: int, is_first: bool) -> None:
@@ -163,9 +94,10 @@ class _Recurrence(Forecaster):
 class _OnHost(Forecaster):
     """A function of the user: the host knows the steps of the snapshots without reading them."""
 
-    def __init__(self, config: CustomCalibratorConfig, used: tuple[bool, bool]) -> None:
-        self._predictor = registered(config.predictor_name)
-        self._used = used
+    def __init__(self, settings: StackSettings, device: torch.device, branch: str | None) -> None:
+        assert isinstance(settings.predictor, CustomCalibratorConfig)
+        self._predictor = registered(settings.predictor.predictor_name)
+        self._used = settings.predicts
         self._full_steps: list[int] = []
 
     def learn(self, state: LaneState, stored: Snapshots, step: int, is_first: bool) -> None:
@@ -188,3 +120,22 @@ class _OnHost(Forecaster):
         for is_used, target in zip(self._used, (state.weights, state.encoder_weights), strict=True):
             if is_used:
                 target.copy_(by_slot, non_blocking=True)
+
+
+FORECASTERS: dict[type[CalibratorConfig], type[Forecaster]] = {
+    SpectrumCalibratorConfig: _Spectrum,
+    ScheduledCalibratorConfig: ScheduledWeights,
+    DMDCalibratorConfig: _Recurrence,
+    CustomCalibratorConfig: _OnHost,
+}
+"""What computes the weights of a predictor; those of the others `decide` computes."""
+
+
+def make_forecaster(
+    settings: StackSettings, device: torch.device, branch: str | None = None
+) -> Forecaster | None:
+    """Return what the predictor in `settings` needs, None where `decide` does it all."""
+    for config, forecaster in FORECASTERS.items():
+        if isinstance(settings.predictor, config) and any(settings.predicts):
+            return forecaster(settings, device, branch)
+    return None

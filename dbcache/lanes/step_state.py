@@ -17,7 +17,8 @@ from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LaneState, PlanCode, Reason
 from dbcache.kernels.pruning.block_state import BlockSteps
 from dbcache.lanes.buffers import HostCopy, outside_inference_mode
-from dbcache.lanes.plan import decide_ahead, make_plan, scheduled_plan
+from dbcache.lanes.plan import decide_ahead, make_plan
+from dbcache.lanes.scheduled import scheduled_plan
 
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
