@@ -22,7 +22,6 @@ from dbcache.api import enable as enable
 from dbcache.api import enable as enable_cache
 from dbcache.api import is_enabled as is_enabled
 from dbcache.api import refresh_context as refresh_context
-from dbcache.api import start_request as start_request
 from dbcache.cache_factory import NONE as NONE
 from dbcache.cache_factory import CacheType as CacheType
 from dbcache.cache_factory import DBCache as DBCache
@@ -83,6 +82,7 @@ from dbcache.refused import profile_function as profile_function
 from dbcache.refused import remove_layerwise_offload as remove_layerwise_offload
 from dbcache.refused import set_profiler_output_dir as set_profiler_output_dir
 from dbcache.reporting import report as report
+from dbcache.started import start_request as start_request
 from dbcache.totals import counters as counters
 from dbcache.tuning.sweep import compare as compare
 from dbcache.tuning.sweep import sweep as sweep

@@ -16,12 +16,10 @@ from dbcache.adapters.models.lookup import find_specs
 from dbcache.adapters.patching.attention import ModelAttention, find_backend
 from dbcache.adapters.patching.other_caches import refuse_other_caches
 from dbcache.adapters.patching.patch_functor import on_trial
-from dbcache.adapters.requests.cached_transformer import MAX_REQUESTS, CachedTransformer, handle_of
+from dbcache.adapters.requests.cached_transformer import MAX_REQUESTS, handle_of
 from dbcache.adapters.requests.facts import facts_of
 from dbcache.adapters.requests.notices import tell
 from dbcache.adapters.requests.overview import end_images
-from dbcache.adapters.requests.request import Request
-from dbcache.adapters.requests.request_handle import RequestHandle
 from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.requests.switch import replace_setups, switch_off, switch_on
 from dbcache.adapters.signals.recorders import RECORDERS, calibration_of, record
@@ -38,11 +36,11 @@ from dbcache.config.parallelism import ParallelismConfig
 from dbcache.config.predictors import CalibratorConfig
 from dbcache.config.quantize import QuantizeConfig
 from dbcache.config.schedule import Source
-from dbcache.given import Modifiers, changes_of, check_scheduled, rows_of, settings_of
+from dbcache.given import Modifiers, changes_of, check_scheduled, settings_of
 from dbcache.graphs.graph import GraphOptions, Recording
 from dbcache.modifiers import modified
-from dbcache.overview import summary_of
 from dbcache.quantization import NOTHING, plan
+from dbcache.started import start_request as start_request
 from dbcache.targets import (
     agreement,
     enabled,
@@ -194,60 +192,6 @@ def disable(target: Target) -> Target:
     end_images(parts(target))
     switch_off([part for part in parts(target) if handle_of(part) is not None])
     return target
-
-
-def start_request(
-    model: object,
-    /,
-    cache_config: DBCacheConfig | None = None,
-    calibrator_config: CalibratorConfig | None = None,
-    *,
-    schedule: Source | None = None,
-    target: str | float | None = None,
-    guard: float | None = None,
-    **options: Any,
-) -> RequestHandle:
-    """Start a request, for whoever calls a transformer without its pipeline.
-
-    Forwards belong to the request inside of ``with request:``, in any thread or task, and requests
-    may take steps in turn. A step ends when the time changes that the transformer is given, or the
-    `step_index` of `RequestHandle.branch`. A time on the device is read once per call.
-
-    Args:
-        model: an enabled transformer, pipeline or `BlockAdapter`.
-        cache_config: fields that were given in it replace those of `enable`, for this request.
-        calibrator_config: replaces the predictor; with as many snapshots as that of `enable`.
-        schedule: as in `enable`, in place of the configs; enabled must be a schedule, too, with or
-            without a guard as here. `target` and `guard` go with it.
-        **options: as in `enable`: all that need no other blocks and no other buffers, as
-            `num_inference_steps`, `residual_diff_threshold`, warm-up, limits and masks.
-
-    Raises:
-        RuntimeError: the cache is not enabled on it, or `max_requests` are open.
-        TypeError, ValueError: as `enable`, or an option that needs other blocks or buffers.
-    """
-    handles = enabled(model, "start_request")
-    given = (cache_config, calibrator_config, None)
-    rows = rows_of("start_request", schedule, target, guard, given, options)
-    if rows is None:
-        changes = changes_of("start_request", handles, cache_config, calibrator_config, options)
-    check_scheduled("start_request", schedule, [handle.setup for handle in handles], model)
-    pairs: list[tuple[CachedTransformer, Request]] = []
-    try:
-        for index, handle in enumerate(handles):
-            own, overrides = (changes, False) if rows is None else (rows[index], True)
-            setup = handle.setup.renewed(own, for_request=True, overrides=overrides)
-            setup.check_options(handle.setup)
-            tell([setup], [handle.setup])
-            setup.bind(handle.views, handle.original)
-            request = Request(setup, steps=setup.config.num_inference_steps, follows=True)
-            request.clock.follow(tells_steps=False, by_time=True)
-            pairs.append((handle, handle.open(request, waits=False)))
-    except BaseException:
-        for handle, request in pairs:
-            handle.close(request)
-        raise
-    return RequestHandle(pairs, summary_of)
 
 
 def is_enabled(target: object) -> bool:

@@ -19,8 +19,9 @@ from dbcache.config.cache import DBCacheConfig, merge
 from dbcache.config.files import load_configs
 from dbcache.config.options import check_flag
 from dbcache.config.steps_mask import steps_mask
+from dbcache.results.gathering import paired
 from dbcache.results.settings import python_of
-from dbcache.results.summary import Summary, paired
+from dbcache.results.summary import Summary
 from dbcache.targets import enabled, name_of, parts
 
 LOGGER = log.getLogger("dbcache")

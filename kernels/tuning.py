@@ -91,9 +91,9 @@ def tune(
     device = check_device(device)
     path = launches.tuning_file()
     launches.read(path)  # raise before measuring, not after
-    call = _call(op, shape, dtype, slots, encoder_shape, device)
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    key = launches.key_of(op, x.numel(), x.itemsize, slots)
+    h = torch.randn(shape, dtype=dtype, device=device)
+    call = _call(op, h, slots, encoder_shape)
+    key = launches.key_of(op, h.numel(), h.itemsize, slots)
     index = -1 if device.index is None else device.index
     table = launches.table_of(index)
     before = table.get(key)
@@ -150,20 +150,13 @@ def check_device(device: torch.device | str | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _call(
-    op: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    slots: int,
-    encoder_shape: tuple[int, ...] | None,
-    device: torch.device,
-) -> Call:
-    """Return a call of `op` on random tensors."""
+def _call(op: str, h: Tensor, slots: int, encoder_shape: tuple[int, ...] | None) -> Call:
+    """Return a call of `op` on random tensors, of which `h` is one."""
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, dtype=dtype, device=device)
+        return torch.randn(size, dtype=h.dtype, device=h.device)
 
-    h, tokens = normal(*shape), op.endswith("tokens")
+    shape, device, tokens = h.shape, h.device, op.endswith("tokens")
     if op == "predict":
         weights = torch.ones(MAX_SLOTS, device=device)
         args = [h, normal(slots, *shape), weights]

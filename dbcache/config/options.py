@@ -8,7 +8,6 @@ where it modifies another one, only those count (see `ParamsModifier`).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,8 @@ from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from dbcache.config.renamed import hint
 
 LARGEST_INT = 2**31 - 1
 LARGEST_FLOAT = 3.4028234663852886e38
@@ -27,25 +28,6 @@ LONGEST = 300
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 120, 200
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 16
-
-INSTEAD = {
-    "do_separate_classifier_free_guidance": "enable_separate_cfg is its name now",
-    "do_separate_cfg": "enable_separate_cfg is its name now",
-    "taylorseer_kwargs": "its n_derivatives is taylorseer_order now",
-    "extra_parallel_modules": "only transformers are spread over ranks; leave it out",
-    "extra_parallel_kwargs": "there are no options of single models; leave it out",
-    "use_ray": "start one process per GPU with torchrun",
-    "dummy_blocks_names": "lists that are not named as blocks run as they are; leave it out",
-    "unique_blocks_name": "stacks are told apart by themselves; leave it out",
-    "check_num_outputs": "outputs are always compared with the pattern; leave it out",
-    "skip_post_init": "nothing happens before enable; leave it out",
-    **dict.fromkeys(
-        ("allow_prefixes", "check_prefixes", "allow_suffixes", "check_suffixes", "blocks_policy"),
-        "auto=True finds all lists; name those that are meant as blocks or blocks_name",
-    ),
-    "force_reduce_calibrator_vram": "a lane keeps no more than its predictor needs; leave it out",
-}
-"""Options of other versions and of cache-dit, and what to do about them."""
 
 _WORDS = {str: "a string", os.PathLike: "a path", Mapping: "a mapping", Callable: "a function"}
 
@@ -65,12 +47,7 @@ def shown(value: Any) -> str:
 def unknown(who: str, name: Any, known: Iterable[str]) -> str:
     """Return the text of an error that names the nearest known option."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    if isinstance(name, str):
-        instead = INSTEAD.get("use_ray" if name.startswith("ray_") else name)
-        hint = hint if instead is None else f"{instead}; "
-    return f"{who}: unknown option {shown(name)}; {hint}known: {', '.join(known)}"
+    return f"{who}: unknown option {shown(name)}; {hint(name, known)}known: {', '.join(known)}"
 
 
 def reject_unknown(who: str, names: Iterable[Any], known: Iterable[str]) -> None:

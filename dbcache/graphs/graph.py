@@ -9,11 +9,10 @@ agree. What cannot be recorded runs eagerly, and says so.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from dbcache.graphs.cuda_driver import find_driver
 from dbcache.graphs.fingerprint import fingerprint, reason_against
 from dbcache.graphs.recording import Cutter, Replay, SegmentCutter, replay_of
 from dbcache.graphs.trial import Restorable, compare, run_trial
+from dbcache.graphs.turns import Turns
 from dbcache.lanes.lane_copy import AnyLane
 from dbcache.notices import say
 
@@ -168,28 +168,6 @@ class Recording:
             for home, step in zip(self.homes, before, strict=True):
                 home.lane.rewind(step)
             raise
-
-
-class Turns:
-    """Lets a GPU end the replayed step of another stream first: recordings share a pool."""
-
-    def __init__(self) -> None:
-        self._stream: Any = None
-
-    @contextlib.contextmanager
-    def __call__(self, tensors: list[torch.Tensor]) -> Iterator[None]:
-        """Hold while a step on `tensors` is recorded or replayed, on the current stream."""
-        device = next((x.device for x in tensors if x.is_cuda), None)
-        if device is None:
-            yield
-            return
-        stream = torch.cuda.current_stream(device)
-        if self._stream is not None and self._stream != stream:
-            stream.wait_stream(self._stream)
-        try:
-            yield
-        finally:
-            self._stream = stream
 
 
 class GraphExecutor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
 from dbcache.notices import nothing_cached
 from dbcache.results.drawing import Plot, timelines
+from dbcache.results.gathering import lanes_from
 from dbcache.results.lane import PERCENTILES, LaneSummary
 from dbcache.results.markup import table
 from dbcache.results.plain import plain
@@ -103,15 +103,10 @@ class Summary:
         Raises:
             KeyError, TypeError: something is missing in it, or of another kind.
         """
-        names = {one.name for one in fields(LaneSummary)} - {"other"}
-        lanes = []
-        for entry in data["lanes"]:
-            own = {name: value for name, value in entry.items() if name in names}
-            diffs = {int(step): math.nan if x is None else x for step, x in own["diffs"].items()}
-            lanes.append(LaneSummary(**own | {"diffs": diffs}))
+        lanes = lanes_from(data["lanes"])
         of_lanes = {warning for lane in lanes for warning in lane.warnings}
         return cls(
-            paired(lanes),
+            lanes,
             [warning for warning in data["warnings"] if warning not in of_lanes],
             totals=dict(data["totals"]),
             nbytes=data["bytes"],
@@ -203,17 +198,3 @@ class Summary:
         held = sum(lane.host_megabytes for lane in self.lanes)
         lines += [f"in host memory: {held:.3f} MB of stored residuals"] * (held > 0)
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
-
-
-def paired(lanes: Sequence[LaneSummary]) -> list[LaneSummary]:
-    """Return the lanes, where the first branch of each stack knows the second one."""
-    stacks: dict[tuple[str, ...], list[LaneSummary]] = {}
-    for lane in lanes:
-        _, bracket, row = (lane.branch or "").partition("[")  # "cond[1]": of the second sample
-        stacks.setdefault((lane.owner, lane.stack, bracket, row), []).append(lane)
-    others = {}
-    for branches in stacks.values():
-        named = (lane for lane in branches if (lane.branch or "").partition("[")[0] == "cond")
-        first = next(named, branches[0])
-        others[id(first)] = next((lane for lane in branches if lane is not first), None)
-    return [replace(lane, other=others.get(id(lane))) for lane in lanes]

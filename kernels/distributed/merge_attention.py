@@ -57,7 +57,19 @@ def merge_attention(
         ValueError: shapes, dtypes or devices do not fit.
     """
     out_dtype = out_a.dtype if out_dtype is None else out_dtype
-    _check(out_a, lse_a, out_b, lse_b, out_dtype)
+    who = "merge_attention"
+    if out_a.ndim != 4 or out_a.shape != out_b.shape or out_a.shape[3] == 0:
+        must = "out_a and out_b must share a shape (B, S, H, D) with D >= 1"
+        raise invalid(who, must, tuple(out_a.shape), tuple(out_b.shape))
+    if not (lse_a.shape == lse_b.shape == out_a.shape[:3]):
+        must = f"lse_a and lse_b must be {tuple(out_a.shape[:3])}"
+        raise invalid(who, must, tuple(lse_a.shape), tuple(lse_b.shape))
+    if lse_a.dtype != torch.float32 or lse_b.dtype != torch.float32:
+        raise invalid(who, "lse_a and lse_b must be float32", lse_a.dtype, lse_b.dtype)
+    if any(dtype not in DTYPES for dtype in (out_a.dtype, out_b.dtype, out_dtype)):
+        must = f"out_a, out_b and out_dtype must have a dtype of {DTYPES}"
+        raise invalid(who, must, out_a.dtype, out_b.dtype, out_dtype)
+    check_shared(who, "device", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return _merge_attention(impl, out_a, lse_a, out_b, lse_b, out_dtype)
 
 
@@ -78,24 +90,6 @@ def merge_attention_reference(
     out = a.masked_fill((lse_a == -math.inf).unsqueeze(-1), 0.0)
     out += b.masked_fill((lse_b == -math.inf).unsqueeze(-1), 0.0)
     return out.to(out_dtype).contiguous(), (top + total.log()).contiguous()
-
-
-def _check(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out_dtype: torch.dtype
-) -> None:
-    who = "merge_attention"
-    if out_a.ndim != 4 or out_a.shape != out_b.shape or out_a.shape[3] == 0:
-        must = "out_a and out_b must share a shape (B, S, H, D) with D >= 1"
-        raise invalid(who, must, tuple(out_a.shape), tuple(out_b.shape))
-    if not (lse_a.shape == lse_b.shape == out_a.shape[:3]):
-        must = f"lse_a and lse_b must be {tuple(out_a.shape[:3])}"
-        raise invalid(who, must, tuple(lse_a.shape), tuple(lse_b.shape))
-    if lse_a.dtype != torch.float32 or lse_b.dtype != torch.float32:
-        raise invalid(who, "lse_a and lse_b must be float32", lse_a.dtype, lse_b.dtype)
-    if any(dtype not in DTYPES for dtype in (out_a.dtype, out_b.dtype, out_dtype)):
-        must = f"out_a, out_b and out_dtype must have a dtype of {DTYPES}"
-        raise invalid(who, must, out_a.dtype, out_b.dtype, out_dtype)
-    check_shared(who, "device", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
 
 
 def _fake(out_a, lse_a, out_b, lse_b, out_dtype, impl):

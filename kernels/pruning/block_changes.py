@@ -51,7 +51,14 @@ def block_changes(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    _check(h, inputs, residuals, stamps)
+    who, blocks = "block_changes", inputs.shape[0]
+    if h.ndim < 2 or h.shape[0] == 0 or blocks == 0:
+        raise invalid(who, "h must be (B, ...) and the stored ones (M, B, ...)", tuple(h.shape))
+    check_shared(who, "dtype", h=h, inputs=inputs, residuals=residuals)
+    for name, stored in (("inputs", inputs), ("residuals", residuals)):
+        check_tensor(who, name, stored, h.dtype, (blocks, *h.shape), contiguous=True)
+    check_tensor(who, "stamps", stamps, torch.int32, (blocks,))
+    check_shared(who, "device", h=h, inputs=inputs, residuals=residuals, stamps=stamps)
     return _block_changes(impl, h, inputs, residuals, stamps)
 
 
@@ -69,17 +76,6 @@ def block_changes_reference(h: Tensor, inputs: Tensor, residuals: Tensor, stamps
         sums = [y.abs().flatten(1).sum(1) for y in (difference, x)]
         partials.append(torch.stack(sums, -1).unsqueeze_(1))
     return torch.stack(partials)
-
-
-def _check(h: Tensor, inputs: Tensor, residuals: Tensor, stamps: Tensor) -> None:
-    who, blocks = "block_changes", inputs.shape[0]
-    if h.ndim < 2 or h.shape[0] == 0 or blocks == 0:
-        raise invalid(who, "h must be (B, ...) and the stored ones (M, B, ...)", tuple(h.shape))
-    check_shared(who, "dtype", h=h, inputs=inputs, residuals=residuals)
-    for name, stored in (("inputs", inputs), ("residuals", residuals)):
-        check_tensor(who, name, stored, h.dtype, (blocks, *h.shape), contiguous=True)
-    check_tensor(who, "stamps", stamps, torch.int32, (blocks,))
-    check_shared(who, "device", h=h, inputs=inputs, residuals=residuals, stamps=stamps)
 
 
 def _fake(h, inputs, residuals, stamps, impl):

@@ -62,8 +62,24 @@ def store_block(
     Raises:
         ValueError: index, shapes, dtypes or devices do not fit.
     """
-    _check(state, store, index, h_in, h_out, encoder_in, encoder_out)
+    who, blocks = "store_block", state.inputs.shape[0]
+    if not 0 <= index < blocks:
+        raise invalid(who, f"index must be from 0 to {blocks - 1}", index)
+    check_tensor(who, "store", store, torch.int32, (bs.NUM_STORE,), state.stamps.device)
+    if (encoder_in is None) != (encoder_out is None):
+        raise ValueError(f"{who}: encoder_in and encoder_out must come together, got one of them")
     added = None if encoder_in is None else state.encoder_residuals
+    streams = [("h", h_in, h_out, state.inputs)]
+    if encoder_in is not None and encoder_out is not None:
+        if added is None:
+            must = "the state must have been allocated with encoder states"
+            raise invalid(who, must, "one without")
+        streams.append(("encoder", encoder_in, encoder_out, added))
+    for name, before, after, kept in streams:
+        check_shared(who, "dtype", **{f"{name}_in": before, f"{name}_out": after})
+        form = (kept.dtype, kept.shape[1:], kept.device)
+        for which, x in (("in", before), ("out", after)):
+            check_tensor(who, f"{name}_{which}", x, *form)
     stored = (state.inputs, state.residuals, added, state.stamps, state.growth_sums)
     _store_block(impl, *stored, store, index, h_in, h_out, encoder_in, encoder_out)
 
@@ -97,34 +113,6 @@ def store_block_reference(
     if encoder_residuals is not None and encoder_in is not None and encoder_out is not None:
         torch.sub(encoder_out, encoder_in, out=encoder_residuals[index])
     stamps[index] = step
-
-
-def _check(
-    state: BlockState,
-    store: Tensor,
-    index: int,
-    h_in: Tensor,
-    h_out: Tensor,
-    encoder_in: Tensor | None,
-    encoder_out: Tensor | None,
-) -> None:
-    who, blocks = "store_block", state.inputs.shape[0]
-    if not 0 <= index < blocks:
-        raise invalid(who, f"index must be from 0 to {blocks - 1}", index)
-    check_tensor(who, "store", store, torch.int32, (bs.NUM_STORE,), state.stamps.device)
-    if (encoder_in is None) != (encoder_out is None):
-        raise ValueError(f"{who}: encoder_in and encoder_out must come together, got one of them")
-    streams = [("h", h_in, h_out, state.inputs)]
-    if encoder_in is not None and encoder_out is not None:
-        if state.encoder_residuals is None:
-            must = "the state must have been allocated with encoder states"
-            raise invalid(who, must, "one without")
-        streams.append(("encoder", encoder_in, encoder_out, state.encoder_residuals))
-    for name, before, after, stored in streams:
-        check_shared(who, "dtype", **{f"{name}_in": before, f"{name}_out": after})
-        for which, x in (("in", before), ("out", after)):
-            form = (stored.dtype, stored.shape[1:], stored.device)
-            check_tensor(who, f"{name}_{which}", x, *form)
 
 
 @op(

@@ -23,7 +23,7 @@ OF_CACHE_DIT = ("cache_factory", "caching", "dropin", "ray", "refused")
 
 FACADE = (
     "api", "compilation", "foreign", "given", "modifiers", "overview", "profiling",
-    "quantization", "reporting", "targets", "totals", "tuning",
+    "quantization", "reporting", "started", "targets", "totals", "tuning",
     "__init__", "__main__", "cli", "demo", *OF_CACHE_DIT, *SURFACE,
 )  # fmt: skip
 
