@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbcache.kernels.common.checks import check_shared
 from dbcache.kernels.common.lane_state import IMPORTANT, LANE
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
 from dbcache.kernels.common.op import op
@@ -110,7 +109,9 @@ def check_probe(who: str, h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, by_t
     if first.dtype != h_fn.dtype or h_fn.dtype not in DTYPES or p_ref.dtype not in DTYPES:
         must = f"h_in and h_fn must share a dtype, and it and p_ref's must be of {DTYPES}"
         raise invalid(who, must, first.dtype, h_fn.dtype, p_ref.dtype)
-    check_shared(who, "device", h_in=h_in, h_fn=h_fn, p_ref=p_ref)
+    if not (first.device == h_fn.device == p_ref.device):
+        must = "h_in, h_fn and p_ref must be on one device"
+        raise invalid(who, must, first.device, h_fn.device, p_ref.device)
 
 
 def _fake(h_in, h_fn, p_ref, thresholds, impl):

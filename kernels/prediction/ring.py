@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from dbcache.kernels.common import e4m3
-from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.lane_state import MAX_SLOTS
 from dbcache.kernels.common.select import DTYPES, invalid
 
@@ -31,9 +30,12 @@ def check_ring(
     if scales is not None:
         e4m3.check_scales(op, name, ring, scales)
     if weights is not None:
-        its = f"the weights of {name}"
-        check_tensor(op, its, weights, torch.float32, (MAX_SLOTS,))
-        check_shared(op, "device", **{name: x, its: weights})
+        if weights.dtype != torch.float32 or weights.shape != (MAX_SLOTS,):
+            must = f"the weights of {name} must be float32 ({MAX_SLOTS},)"
+            raise invalid(op, must, weights.dtype, tuple(weights.shape))
+        if x.device != weights.device:
+            must = f"{name} and its weights must be on one device"
+            raise invalid(op, must, x.device, weights.device)
 
 
 def check_both(op: str, h: Tensor, ring: Tensor, encoder: Tensor, encoder_ring: Tensor) -> None:
