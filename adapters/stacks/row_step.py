@@ -14,9 +14,9 @@ import torch
 
 from dbcache.adapters.stacks.proxies import Boundary, SkippedBlock
 from dbcache.adapters.stacks.stack_run import StackRun, row_key
-from dbcache.adapters.stacks.step import Step, Streams, followed, left_out
-from dbcache.kernels.common.lane_state import PlanCode
+from dbcache.adapters.stacks.step import Step, followed, left_out
 from dbcache.lanes.buffers import Layout
+from dbcache.lanes.row_lanes import RowLanes
 
 
 class Member(NamedTuple):
@@ -31,66 +31,6 @@ class Member(NamedTuple):
     runs: Sequence[StackRun]
     branch: str | None
     place: int
-
-
-class RowLanes:
-    """The lanes of the samples of a batch, with the verbs of one: see `Lane`.
-
-    Attributes:
-        lanes: of each sample.
-        cached: samples whose step is a cached one, in order; `full` has the others.
-    """
-
-    def __init__(self, lanes: list[Any]) -> None:
-        self.lanes = lanes
-        self.cached: list[int] = []
-        self.full: list[int] = []
-
-    @property
-    def history(self) -> Any:
-        """What one of them stored, which tells the streams of all."""
-        return self.lanes[(self.cached or self.full)[0]].history
-
-    def decide_each(self, h_in: torch.Tensor, probe: torch.Tensor, layout: Layout) -> None:
-        """Decide for each sample; the host reads once, and only where a decision is open."""
-        of_row = tuple((1, *x[1:]) if isinstance(x, torch.Size) else x for x in layout)
-        codes, is_open = [], False
-        for row, lane in enumerate(self.lanes):
-            code = lane.begin(of_row, probe.device)
-            if code == PlanCode.DYNAMIC and lane.steps.has_reference:
-                lane.measure_and_decide(_row(h_in, row), _row(probe, row))
-                is_open = True
-            else:
-                lane.decide(None)
-            codes.append(code)
-        flags: list[Any] = [None] * len(codes)
-        if is_open:
-            flags = torch.cat([lane.steps.flag() for lane in self.lanes]).tolist()
-        for row, (lane, code, flag) in enumerate(zip(self.lanes, codes, flags, strict=True)):
-            (self.cached if lane.settle(code, bool(flag)) else self.full).append(row)
-
-    def predict(self, h_fn: torch.Tensor, encoder_fn: torch.Tensor | None) -> Streams:
-        """Return the outputs of the middle blocks; of samples that run in full, nothing yet."""
-        first = self.lanes[self.cached[0]]
-        hidden, encoder = first.forms.returned or (first.forms.hidden, first.forms.encoder)
-        out, encoder_out = torch.empty(h_fn.shape, dtype=hidden, device=h_fn.device), None
-        if first.history.encoder_snapshots is not None:
-            shape = (len(h_fn), *first.history.encoder_snapshots.shape[2:])
-            encoder_out = torch.empty(shape, dtype=encoder, device=h_fn.device)
-        for row in self.cached:
-            given = _row(h_fn, row), _row(encoder_fn, row)
-            self.lanes[row].predict(*given, _row(out, row), _row(encoder_out, row))
-        return out, encoder_out
-
-    def commit(self, *streams: torch.Tensor | None) -> None:
-        """Store what a full step did, of the samples that took one; see `Lane.commit`."""
-        for row in self.full:
-            self.lanes[row].commit(*(_row(x, row) for x in streams))
-
-    def abort(self) -> None:
-        """Undo a step after an exception: the step counts as never begun."""
-        for lane in self.lanes:
-            lane.abort()
 
 
 class RowStep(Step):
@@ -239,11 +179,6 @@ def not_samples(stack: Any, reason: str) -> ValueError:
     return ValueError(
         f"{model}.{stack.name}: batch_reduce must be 'mean' or 'max' here, got 'each'; {reason}"
     )
-
-
-def _row(x: torch.Tensor | None, row: int) -> Any:
-    """Return a row of a stream; what is the same for all samples has one."""
-    return x if x is None or len(x) == 1 else x[row : row + 1]
 
 
 class RowBlock(SkippedBlock):

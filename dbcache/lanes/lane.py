@@ -125,6 +125,7 @@ class Lane(_Kept):
         history: its large tensors.
         layout, forms: what they were made for, and in which dtypes.
         tail: what is kept of the stack's last blocks, if some may be left out.
+        tables: of the rows that it was first of in a batch; see `kernels/by_row`.
     """
 
     @outside_inference_mode
@@ -152,6 +153,7 @@ class Lane(_Kept):
         self.forecaster = make_forecaster(settings, device, branch)
         self.guard = make_guard(settings, device, branch)
         self.tail = None
+        self.tables: dict[Any, torch.Tensor] = {}
         self.forms = Forms()
         self._load()
 

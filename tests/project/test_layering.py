@@ -32,7 +32,7 @@ ORDER = {
         ("common",),
         ("prediction", "distributed"),
         ("decision",),
-        ("pruning",),
+        ("pruning", "by_row"),
         ("tuning",),
     ),
     "core": (("config",), ("lanes",), ("graphs",), ("results",)),

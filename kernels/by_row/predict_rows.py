@@ -1,0 +1,199 @@
+"""The output of the skipped blocks, for all rows of a batch whose lanes decided to cache.
+
+    out[r] = h[r] + sum_j weights_r[j] * ring_r[j]       where counters_r[CACHED] is 1
+
+`predict` of each such row with the ring and the weights of its own lane, bit for bit, in one
+launch. The other rows are not written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dbcache.kernels.by_row.table import (
+    TABLE,
+    Row,
+    Rows,
+    address,
+    decision_of,
+    kind_of,
+    row_of,
+)
+from dbcache.kernels.common.checks import check_tensor
+from dbcache.kernels.common.lane_state import LANE
+from dbcache.kernels.common.launches import contiguous, elementwise
+from dbcache.kernels.common.plans import Plans
+from dbcache.kernels.common.select import Impl, select
+from dbcache.kernels.prediction.predict import (
+    _fp8,
+    _predict_fp8_kernel,
+    _predict_kernel,
+    predict_reference,
+)
+from dbcache.kernels.prediction.ring import check_both, check_ring
+
+
+def predict_rows(
+    h: Tensor,
+    rows: Rows,
+    out: Tensor,
+    encoder: Tensor | None = None,
+    encoder_out: Tensor | None = None,
+    *,
+    replace: bool = False,
+    impl: Impl = "auto",
+) -> None:
+    """Write what `predict` returns for each row of a batch whose latest step is a cached one.
+
+    Args:
+        h: activations before the skipped blocks, (B, ...), float32, float16 or bfloat16. Any
+            strides; copied first where not contiguous.
+        rows: B lanes, with rings (K, 1, ...), whose latest step was decided.
+        out: written: shape, dtype and device of `h`, contiguous. It must not overlap the rest.
+        encoder: second stream, (B, ...) of any size of its own, with an `encoder_ring` in `rows`.
+        encoder_out: as `out`, for `encoder`.
+        replace: leave `h` out of the sum, for rings that hold outputs rather than residuals.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
+
+    The reference reads the decisions on the host, which synchronises if they are on a GPU; Triton
+    does not.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    if select(impl, h) == "reference":
+        _check(h, rows, out, encoder, encoder_out)
+        predict_rows_reference(h, rows, out, encoder, encoder_out, replace)
+        return
+    tensors = (h, out, rows.table(), encoder, encoder_out)
+    found = LAUNCHES.find(impl, (replace, rows.form), tensors)
+    if found is not None:
+        found[0].launch(*found[1])
+        return
+    _check(h, rows, out, encoder, encoder_out)
+    with torch.cuda.device_of(h):
+        _launch(tensors, rows, replace)
+
+
+def predict_rows_reference(
+    h: Tensor,
+    rows: Rows,
+    out: Tensor,
+    encoder: Tensor | None,
+    encoder_out: Tensor | None,
+    replace: bool,
+) -> None:
+    """Plain PyTorch, the meaning of `predict_rows`."""
+    for at, row in rows.each():
+        if row.is_cached():
+            given = None if encoder is None else encoder[at]
+            hidden, second = predict_reference(h[at], *_streams(row, given), replace)
+            out[at].copy_(hidden)
+            if encoder_out is not None and second is not None:
+                encoder_out[at].copy_(second)
+
+
+def _streams(row: Row, encoder: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return what `predict` takes behind `h` for a row."""
+    state, second = row.state, (encoder, None, None)
+    if encoder is not None:
+        second = (encoder, row.encoder_ring, row.state.encoder_weights)
+    return (row.ring, state.weights, *second, row.scales, row.encoder_scales)
+
+
+def _check(
+    h: Tensor, rows: Rows, out: Tensor, encoder: Tensor | None, encoder_out: Tensor | None
+) -> None:
+    """Raise a ValueError unless the batch fits the first lane, as all others do."""
+    first = rows.check("predict_rows", h)
+    if first.ring is None or (encoder is None) != (encoder_out is None):
+        raise ValueError("predict_rows: rings, and an output per stream, must be given, got None")
+    check_ring("predict_rows", "h", h[:1], first.ring, first.scales, first.state.weights)
+    form = (h.dtype, h.shape, h.device)
+    check_tensor("predict_rows", "the output for h", out, *form, contiguous=True)
+    if encoder is None or encoder_out is None:
+        return
+    rows.check("predict_rows", encoder)
+    if first.encoder_ring is None:
+        raise ValueError("predict_rows: encoder must come with its ring, got None")
+    ring, weights = first.encoder_ring, first.state.encoder_weights
+    check_ring("predict_rows", "encoder", encoder[:1], ring, first.encoder_scales, weights)
+    check_both("predict_rows", h, first.ring, encoder, ring)
+    form = (encoder.dtype, encoder.shape, encoder.device)
+    check_tensor("predict_rows", "the output for encoder", encoder_out, *form, contiguous=True)
+
+
+LAUNCHES = Plans()
+
+
+def _launch(tensors, rows, replace):
+    h, out, table, encoder, encoder_out = tensors
+    first = rows.first
+    h, encoder = contiguous(h, encoder)
+    row, encoder_row = h[:1], None if encoder is None else encoder[:1]
+    slots = first.ring.shape[0]
+    if first.scales is None:
+        sizes = elementwise("predict", row, encoder_row, slots)
+        kernel, (parts, tail, warps) = _predict_rows_kernel, sizes
+    else:
+        kernel, (parts, tail, warps) = _predict_rows_fp8_kernel, _fp8(row, encoder_row)
+    if not parts:
+        return
+    tail |= {"K": slots, "REPLACE": replace}
+    if first.scales is None:
+        kinds = kind_of(first.ring), kind_of(first.encoder_ring)
+        tail |= {"RING": kinds[0], "ENCODER_RING": kinds[1]}
+    LAUNCHES.launch(
+        (replace, rows.form), tensors, kernel, (parts, len(rows)),
+        (h, out, table, encoder, encoder_out), tail, num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _predict_rows_kernel(
+    h_ptr, out_ptr, table_ptr, encoder_ptr, encoder_out_ptr, size, blocks, encoder_size,
+    BLOCK: tl.constexpr, K: tl.constexpr, REPLACE: tl.constexpr, RING: tl.constexpr,
+    ENCODER_RING: tl.constexpr,
+):  # fmt: skip
+    """A row of the grid is one of the batch: what `_predict_kernel` is for a lane."""
+    row = tl.program_id(1)
+    if decision_of(table_ptr, row) == 1:
+        values_ptr = address(table_ptr, row, TABLE.VALUES, tl.float32)
+        encoder_ring_ptr = None
+        if encoder_ptr is not None:
+            encoder_ring_ptr = address(table_ptr, row, TABLE.ENCODER_RING, ENCODER_RING)
+        _predict_kernel(
+            row_of(out_ptr, row, size), row_of(encoder_out_ptr, row, encoder_size),
+            row_of(h_ptr, row, size), address(table_ptr, row, TABLE.RING, RING),
+            values_ptr + LANE.WEIGHTS, row_of(encoder_ptr, row, encoder_size), encoder_ring_ptr,
+            values_ptr + LANE.ENCODER_WEIGHTS, None, None, size, blocks, encoder_size,
+            BLOCK, K, REPLACE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "encoder_tokens"])
+def _predict_rows_fp8_kernel(
+    h_ptr, out_ptr, table_ptr, encoder_ptr, encoder_out_ptr,
+    tokens, width, blocks, encoder_tokens, encoder_width, NATIVE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, REPLACE: tl.constexpr,
+):  # fmt: skip
+    """As `_predict_rows_kernel`, for rings in fp8."""
+    row = tl.program_id(1)
+    if decision_of(table_ptr, row) == 1:
+        values_ptr = address(table_ptr, row, TABLE.VALUES, tl.float32)
+        size = tl.cast(tokens, tl.int64) * width
+        encoder_size = tl.cast(encoder_tokens, tl.int64) * encoder_width
+        encoder_ring_ptr = None
+        encoder_scales_ptr = None
+        if encoder_ptr is not None:
+            encoder_ring_ptr = address(table_ptr, row, TABLE.ENCODER_RING, tl.uint8)
+            encoder_scales_ptr = address(table_ptr, row, TABLE.ENCODER_SCALES, tl.float32)
+        _predict_fp8_kernel(
+            row_of(out_ptr, row, size), row_of(encoder_out_ptr, row, encoder_size),
+            row_of(h_ptr, row, size), address(table_ptr, row, TABLE.RING, tl.uint8),
+            values_ptr + LANE.WEIGHTS, row_of(encoder_ptr, row, encoder_size), encoder_ring_ptr,
+            values_ptr + LANE.ENCODER_WEIGHTS, address(table_ptr, row, TABLE.SCALES, tl.float32),
+            encoder_scales_ptr, tokens, width, blocks, encoder_tokens, encoder_width, NATIVE,
+            ROWS, COLUMNS, K, REPLACE,
+        )  # fmt: skip
