@@ -62,7 +62,7 @@ tritons: $(INSTALLED)  ## compile the kernels with older Tritons, for sm_90
 	@for v in $(TRITONS); do \
 		test -d .tritons/$$v || $(BIN)/pip install -qq --no-deps --target .tritons/$$v triton==$$v; \
 		echo "Triton $$v"; DBCACHE_TRITON=$(CURDIR)/.tritons/$$v $(BIN)/python -m pytest -q \
-			tests/kernels/test_offline_compile.py tests/kernels/test_offline_compile_parallel.py \
+			tests/kernels/test_offline_compile*.py \
 			$(ARGS) || exit 1; \
 	done
 

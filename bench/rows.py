@@ -5,7 +5,8 @@
 The trained digits model, one batch of 4 easy and 4 hard samples: of 40 that are drawn alone, those
 with the most and those with the fewest cached steps. Then the batch is drawn without the cache and
 with each `batch_reduce`, in turn, and every sample alone. PSNR is against the same sample without
-the cache; time is the thread's own on a CPU, as a share of that without the cache.
+the cache; time is the thread's own on a CPU, as a share of that without the cache. With --launches
+the launches and the host time of a step are counted instead (`bench/row_launches.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 import dbcache
+from bench import row_launches
 from dbcache.demo import digits, quality
 
 RULES = ("mean", "max", "each")
@@ -127,7 +129,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--count", type=int, default=4, help="easy samples, and as many hard ones")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--launches", action="store_true", help="launches per step, and no images")
     given = parser.parse_args()
+    if given.launches:
+        print(row_launches.table())
+        return
     found = measure(given.steps, given.threshold, given.order, given.rounds, given.count)
     print(f"# dbcache {dbcache.__version__}, torch {torch.__version__}, CPU, one thread")
     print(table(found))

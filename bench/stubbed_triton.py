@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from dbcache.kernels.by_row.table import COLUMNS
 from dbcache.kernels.common import plans, select
 from dbcache.kernels.common.lane_state import CACHED
 
@@ -79,16 +80,23 @@ class CountedVariant(Variant):
         names = list(kernel.arg_names)
         self.name = kernel.__name__
         self.launches = launches
-        self.decides = "decide" in self.name and "counters_ptr" in names
-        self.place = ARGUMENTS_FROM + names.index("counters_ptr") if self.decides else 0
+        told = [name for name in ("counters_ptr", "table_ptr") if name in names]
+        self.decides = "decide" in self.name and bool(told)
+        self.by_row = told == ["table_ptr"]
+        self.place = ARGUMENTS_FROM + names.index(told[0]) if self.decides else 0
 
     def run(self, *args: Any) -> None:
         self.launches.counts[self.name] += 1
         if self.decides:
-            counters = args[self.place]
-            address = counters if isinstance(counters, int) else counters.data_ptr()
-            flag = ctypes.c_int32.from_address(address + 4 * CACHED)
-            flag.value = self.launches.cached
+            given = args[self.place]
+            address = given if isinstance(given, int) else given.data_ptr()
+            addresses = [address]
+            if self.by_row:  # the first entry of each line; the grid has a row of programs for each
+                lines = (ctypes.c_int64 * (COLUMNS * args[1])).from_address(address)
+                addresses = [line for line in lines[::COLUMNS] if line]
+            for counters in addresses:
+                flag = ctypes.c_int32.from_address(counters + 4 * CACHED)
+                flag.value = self.launches.cached
 
 
 @contextmanager
