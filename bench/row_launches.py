@@ -31,7 +31,7 @@ WARMUP, STEPS = 4, 60
 
 def _one_by_one() -> AbstractContextManager[object]:
     """Let each row go by itself, as under a tracer, which sees no addresses."""
-    return mock.patch.object(row_lanes, "is_traced", lambda x: True)
+    return mock.patch.object(row_lanes, "is_traced", return_value=True)
 
 
 def _model(rule: str) -> tuple[Any, Callable[[], AbstractContextManager[object]]]:

@@ -1,1 +1,1 @@
-"""Steps of several lanes at once: one launch for the rows of a batch, each with a lane of its own."""
+"""Steps of several lanes in one launch: the rows of a batch, each with a lane of its own."""

@@ -11,14 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbcache.kernels.by_row.table import (
-    TABLE,
-    Rows,
-    address,
-    decision_of,
-    kind_of,
-    row_of,
-)
+from dbcache.kernels.by_row.table import TABLE, Rows, address, decision_of, kind_of
 from dbcache.kernels.common.launches import contiguous, elementwise
 from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import Impl, select
@@ -155,18 +148,21 @@ def _commit_rows_kernel(
     """A row of the grid is one of the batch: what `_commit_kernel` is for a lane."""
     row = tl.program_id(1)
     if decision_of(table_ptr, row) == 0:
+        start = row.to(tl.int64) * size
         p_ref_ptr = None
         if P_REF is not None:
             p_ref_ptr = address(table_ptr, row, TABLE.P_REF, P_REF)
+        if h_in_ptr is not None:
+            h_in_ptr += start
         encoder_ring_ptr = None
         if encoder_fn_ptr is not None:
             encoder_ring_ptr = address(table_ptr, row, TABLE.ENCODER_RING, ENCODER_RING)
+            encoder_fn_ptr += row.to(tl.int64) * encoder_size
+            encoder_out_ptr += row.to(tl.int64) * encoder_size
         _commit_kernel(
-            row_of(h_fn_ptr, row, size), row_of(h_out_ptr, row, size),
-            address(table_ptr, row, TABLE.RING, RING),
-            address(table_ptr, row, TABLE.COUNTERS, tl.int32), p_ref_ptr,
-            row_of(h_in_ptr, row, size), row_of(encoder_fn_ptr, row, encoder_size),
-            row_of(encoder_out_ptr, row, encoder_size), encoder_ring_ptr, None, None,
+            h_fn_ptr + start, h_out_ptr + start, address(table_ptr, row, TABLE.RING, RING),
+            address(table_ptr, row, TABLE.COUNTERS, tl.int32), p_ref_ptr, h_in_ptr,
+            encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, None, None,
             size, blocks, encoder_size, BLOCK, REPLACE,
         )  # fmt: skip
 
@@ -180,22 +176,23 @@ def _commit_rows_fp8_kernel(
     """As `_commit_rows_kernel`, for rings in fp8."""
     row = tl.program_id(1)
     if decision_of(table_ptr, row) == 0:
-        size = tl.cast(tokens, tl.int64) * width
-        encoder_size = tl.cast(encoder_tokens, tl.int64) * encoder_width
+        start = row.to(tl.int64) * tokens * width
         p_ref_ptr = None
         if P_REF is not None:
             p_ref_ptr = address(table_ptr, row, TABLE.P_REF, P_REF)
+        if h_in_ptr is not None:
+            h_in_ptr += start
         encoder_ring_ptr = None
         encoder_scales_ptr = None
         if encoder_fn_ptr is not None:
             encoder_ring_ptr = address(table_ptr, row, TABLE.ENCODER_RING, tl.uint8)
             encoder_scales_ptr = address(table_ptr, row, TABLE.ENCODER_SCALES, tl.float32)
+            encoder_fn_ptr += row.to(tl.int64) * encoder_tokens * encoder_width
+            encoder_out_ptr += row.to(tl.int64) * encoder_tokens * encoder_width
         _commit_fp8_kernel(
-            row_of(h_fn_ptr, row, size), row_of(h_out_ptr, row, size),
-            address(table_ptr, row, TABLE.RING, tl.uint8),
-            address(table_ptr, row, TABLE.COUNTERS, tl.int32), p_ref_ptr,
-            row_of(h_in_ptr, row, size), row_of(encoder_fn_ptr, row, encoder_size),
-            row_of(encoder_out_ptr, row, encoder_size), encoder_ring_ptr,
+            h_fn_ptr + start, h_out_ptr + start, address(table_ptr, row, TABLE.RING, tl.uint8),
+            address(table_ptr, row, TABLE.COUNTERS, tl.int32), p_ref_ptr, h_in_ptr,
+            encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr,
             address(table_ptr, row, TABLE.SCALES, tl.float32), encoder_scales_ptr,
             tokens, width, blocks, encoder_tokens, encoder_width, NATIVE, ROWS, COLUMNS, REPLACE,
         )  # fmt: skip

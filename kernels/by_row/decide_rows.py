@@ -131,9 +131,7 @@ def _decide_rows_kernel(
                 # the sums are taken at the row's place in a batch; its reference has one row
                 before = row.to(tl.int64) * size
                 p_ref_ptr = address(table_ptr, row, TABLE.P_REF, P_REF) - before
-                probe = Probe(
-                    h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, width
-                )
+                probe = Probe(h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, width)
                 if WIDTH == 2:
                     store_partial(probe, LOG_BLOCK)
                 else:

@@ -11,15 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbcache.kernels.by_row.table import (
-    TABLE,
-    Row,
-    Rows,
-    address,
-    decision_of,
-    kind_of,
-    row_of,
-)
+from dbcache.kernels.by_row.table import TABLE, Row, Rows, address, decision_of, kind_of
 from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.lane_state import LANE
 from dbcache.kernels.common.launches import contiguous, elementwise
@@ -160,15 +152,17 @@ def _predict_rows_kernel(
     row = tl.program_id(1)
     if decision_of(table_ptr, row) == 1:
         values_ptr = address(table_ptr, row, TABLE.VALUES, tl.float32)
+        start = row.to(tl.int64) * size
         encoder_ring_ptr = None
         if encoder_ptr is not None:
             encoder_ring_ptr = address(table_ptr, row, TABLE.ENCODER_RING, ENCODER_RING)
+            encoder_ptr += row.to(tl.int64) * encoder_size
+            encoder_out_ptr += row.to(tl.int64) * encoder_size
         _predict_kernel(
-            row_of(out_ptr, row, size), row_of(encoder_out_ptr, row, encoder_size),
-            row_of(h_ptr, row, size), address(table_ptr, row, TABLE.RING, RING),
-            values_ptr + LANE.WEIGHTS, row_of(encoder_ptr, row, encoder_size), encoder_ring_ptr,
-            values_ptr + LANE.ENCODER_WEIGHTS, None, None, size, blocks, encoder_size,
-            BLOCK, K, REPLACE,
+            out_ptr + start, encoder_out_ptr, h_ptr + start,
+            address(table_ptr, row, TABLE.RING, RING), values_ptr + LANE.WEIGHTS,
+            encoder_ptr, encoder_ring_ptr, values_ptr + LANE.ENCODER_WEIGHTS, None, None,
+            size, blocks, encoder_size, BLOCK, K, REPLACE,
         )  # fmt: skip
 
 
@@ -182,18 +176,19 @@ def _predict_rows_fp8_kernel(
     row = tl.program_id(1)
     if decision_of(table_ptr, row) == 1:
         values_ptr = address(table_ptr, row, TABLE.VALUES, tl.float32)
-        size = tl.cast(tokens, tl.int64) * width
-        encoder_size = tl.cast(encoder_tokens, tl.int64) * encoder_width
+        start = row.to(tl.int64) * tokens * width
         encoder_ring_ptr = None
         encoder_scales_ptr = None
         if encoder_ptr is not None:
             encoder_ring_ptr = address(table_ptr, row, TABLE.ENCODER_RING, tl.uint8)
             encoder_scales_ptr = address(table_ptr, row, TABLE.ENCODER_SCALES, tl.float32)
+            encoder_ptr += row.to(tl.int64) * encoder_tokens * encoder_width
+            encoder_out_ptr += row.to(tl.int64) * encoder_tokens * encoder_width
         _predict_fp8_kernel(
-            row_of(out_ptr, row, size), row_of(encoder_out_ptr, row, encoder_size),
-            row_of(h_ptr, row, size), address(table_ptr, row, TABLE.RING, tl.uint8),
-            values_ptr + LANE.WEIGHTS, row_of(encoder_ptr, row, encoder_size), encoder_ring_ptr,
-            values_ptr + LANE.ENCODER_WEIGHTS, address(table_ptr, row, TABLE.SCALES, tl.float32),
-            encoder_scales_ptr, tokens, width, blocks, encoder_tokens, encoder_width, NATIVE,
-            ROWS, COLUMNS, K, REPLACE,
+            out_ptr + start, encoder_out_ptr, h_ptr + start,
+            address(table_ptr, row, TABLE.RING, tl.uint8), values_ptr + LANE.WEIGHTS,
+            encoder_ptr, encoder_ring_ptr, values_ptr + LANE.ENCODER_WEIGHTS,
+            address(table_ptr, row, TABLE.SCALES, tl.float32), encoder_scales_ptr,
+            tokens, width, blocks, encoder_tokens, encoder_width, NATIVE, ROWS, COLUMNS,
+            K, REPLACE,
         )  # fmt: skip

@@ -88,9 +88,7 @@ class Rows:
             or does not begin at a multiple of 16 bytes.
     """
 
-    def __init__(
-        self, rows: Sequence[Row | None], known: dict[Any, Tensor] | None = None
-    ) -> None:
+    def __init__(self, rows: Sequence[Row | None], known: dict[Any, Tensor] | None = None) -> None:
         self.rows = rows
         self.known = {} if known is None else known
         present = [row for row in rows if row is not None]
@@ -181,9 +179,3 @@ def state_of(table_ptr, row):
         address(table_ptr, row, TABLE.TRACE_DIFF, tl.float32),
         tl.load(table_ptr + row * TABLE.COLUMNS + TABLE.CAPACITY).to(tl.int32),
     )
-
-
-@triton.jit
-def row_of(x_ptr, row, size):
-    """Return where a row of `size` elements of a batch begins; None for a batch that is None."""
-    return None if x_ptr is None else x_ptr + row.to(tl.int64) * size

@@ -8,6 +8,10 @@ import json
 import torch
 
 from bench.stubbed_triton import stubbed_triton
+from dbcache.kernels.by_row.commit_rows import commit_rows
+from dbcache.kernels.by_row.decide_rows import decide_rows
+from dbcache.kernels.by_row.predict_rows import predict_rows
+from dbcache.kernels.by_row.table import Row, Rows
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.kernels.decision.decide import decide
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
@@ -72,6 +76,26 @@ def run_blocks(capacity: int, tokens: int) -> None:
         store_block(state, steps.store, first, h, h)
 
 
+def run_rows(capacity: int, tokens: int) -> None:
+    """Do as `run_requests` with batches of two and three rows."""
+    for count in (2, 3):
+        h, encoder = torch.ones(count, tokens, WIDTH).bfloat16(), torch.ones(count, 77, WIDTH)
+        rows, coded = [], []
+        for _ in range(count):
+            state, one = LaneState.allocate(capacity, "cpu"), h[:1].clone()
+            ring = torch.zeros(SLOTS, 1, tokens, WIDTH).bfloat16()
+            rows.append(Row(state, one, ring, torch.zeros(SLOTS, 1, 77, WIDTH)))
+            codes = torch.zeros(ring.shape, dtype=torch.uint8)
+            coded.append(Row(state, one, codes, None, torch.ones(ring.shape[:-1])))
+        rows, coded = Rows(rows), Rows(coded)
+        for _ in range(STEPS):
+            decide_rows(h, h, rows)
+            predict_rows(h, rows, h.clone(), encoder, encoder.clone())
+            predict_rows(h, coded, h.clone())
+            commit_rows(h, h, h, rows, encoder, encoder)
+            commit_rows(h, h, h, coded)
+
+
 def run_exchange(tokens: int) -> None:
     """Do as `run_requests` with what sequence parallelism calls."""
     x, lse = torch.ones(1, 2 * tokens, 24, 128).bfloat16(), torch.ones(1, 2 * tokens, 24)
@@ -86,6 +110,7 @@ def main() -> None:
         for i, tokens in enumerate(TOKENS):
             run_requests(STEPS * 2 + i, tokens)
             run_blocks(STEPS + i, tokens)
+            run_rows(STEPS + i, tokens)
             run_exchange(tokens)
     print(json.dumps(launches.variants))
 

@@ -3,11 +3,19 @@
 Run by test_plans.py in a process of its own, without Triton's interpreter.
 """
 
+import itertools
 import json
 
 import torch
 
 from bench.stubbed_triton import Variant, stubbed_triton
+from dbcache.kernels.by_row.commit_rows import LAUNCHES as COMMIT_ROWS_PLANS
+from dbcache.kernels.by_row.commit_rows import commit_rows
+from dbcache.kernels.by_row.decide_rows import LAUNCHES as DECIDE_ROWS_PLANS
+from dbcache.kernels.by_row.decide_rows import decide_rows
+from dbcache.kernels.by_row.predict_rows import LAUNCHES as PREDICT_ROWS_PLANS
+from dbcache.kernels.by_row.predict_rows import predict_rows
+from dbcache.kernels.by_row.table import Row, Rows
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.kernels.common.select import forget_plans
 from dbcache.kernels.decision.decide import LAUNCHES as DECIDE_PLANS
@@ -20,6 +28,7 @@ from dbcache.kernels.prediction.predict import LAUNCHES as PREDICT_PLANS
 from dbcache.kernels.prediction.predict import predict
 
 ALL = (DECIDE_PLANS, PROBE_PLANS, COMMIT_PLANS, PREDICT_PLANS)
+ALL += (DECIDE_ROWS_PLANS, PREDICT_ROWS_PLANS, COMMIT_ROWS_PLANS)
 TOKENS, WIDTH, SLOTS = 24, 64, 2
 
 
@@ -86,6 +95,32 @@ def calls():
     yield "predict fp8 alone", lambda: predict(h, codes, weights[0], scales=scales, out=out)
 
 
+def calls_by_row():
+    """Yield the same of the ops by row."""
+    h, encoder = bf16(2, TOKENS, WIDTH), bf16(2, 8, WIDTH)
+    out, encoder_out = torch.empty_like(h), torch.empty_like(encoder)
+    rows = []
+    for fp8 in (False, True):
+        buffers = [bf16(SLOTS, 1, *x.shape[1:]) for x in (h, encoder)]
+        scales = [torch.ones(x.shape[:-1]) if fp8 else None for x in buffers]
+        buffers = [x.to(torch.uint8) if fp8 else x for x in buffers]
+        lanes = [Row(LaneState.allocate(9, "cpu"), bf16(1, TOKENS, WIDTH), *buffers, *scales)] * 2
+        rows.append(Rows(lanes))
+    for measures in (True, False):
+        yield f"decide_rows {measures}", lambda m=measures: decide_rows(h, h, rows[0], measures=m)
+    for lanes in rows:
+        name = f"rows {lanes.first.scales is not None}"
+        for second in ((), (encoder, encoder_out)):
+            yield (
+                f"predict_{name} {len(second)}",
+                lambda r=lanes, s=second: predict_rows(h, r, out, *s),
+            )
+            yield (
+                f"commit_{name} {len(second)}",
+                lambda r=lanes, s=second: commit_rows(h, h, h, r, *s),
+            )
+
+
 def main() -> None:
     launches = []
     Variant.run = lambda self, *args: launches.append(args)
@@ -93,7 +128,7 @@ def main() -> None:
 
     rows = []
     with stubbed_triton(counted=False), torch.no_grad():
-        for name, call in calls():
+        for name, call in itertools.chain(calls(), calls_by_row()):
             call()
             first = launches.pop()
             plans = sum(map(len, ALL))

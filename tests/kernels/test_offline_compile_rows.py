@@ -64,14 +64,14 @@ def test_decisions_do_not_fuse_multiplications_and_additions(compiled, target):
 
 LIMITS = {
     # at most 72 registers: seven programs per multiprocessor, see `sums.MAX_PARTIALS`
-    "decide_rows-bf16": (72, 1784, 19),
+    "decide_rows-bf16": (72, 1784, 22),
     "decide_rows-bf16-tokens": (77, 1912, 30),
-    "predict_rows-bf16-k8-encoder": (48, 720, 0),
+    "predict_rows-bf16-k8-encoder": (44, 600, 0),
     "commit_rows-bf16-encoder": (40, 184, 0),
     "fp8_predict_rows-bf16-3072-k2": (34, 640, 2),
-    "fp8_commit_rows-bf16-3072": (60, 808, 4),
+    "fp8_commit_rows-bf16-3072": (60, 808, 6),
 }
-"""Most registers, instructions and barriers on sm_90, as measured."""
+"""Most registers, instructions and barriers on sm_90, of Triton 3.5 and 3.9, as measured."""
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -25,5 +25,5 @@ def test_ten_resolutions_and_fifty_steps_compile_each_kernel_once():
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     variants = json.loads(done.stdout)
-    assert len(variants) == 19  # of 21 kernels; two weigh snapshots and take no numbers
+    assert len(variants) == 24  # of 26 kernels; two weigh snapshots and take no numbers
     assert {name: n for name, n in variants.items() if n != 1} == EXPECTED

@@ -10,6 +10,7 @@ from models import ALL
 from together import decisions, euler, pattern
 
 import dbcache
+from dbcache.lanes import row_lanes
 
 OPTIONS = {
     "Fn_compute_blocks": 1,
@@ -243,6 +244,54 @@ def test_a_step_that_raises_counts_as_never_begun_for_all_its_rows():
     assert [lane.steps for request in requests for lane in request.summary().lanes] == [3, 3]
     assert torch.isfinite(step(0.6)).all()
     assert len(first) == 3
+
+
+VERBS = ("decide_rows", "predict_rows", "commit_rows")
+
+
+def of_two_kinds(samples):
+    """Return requests on one model: two that reuse, and two by TaylorSeer, with more snapshots."""
+    model, requests = enabled(FLUX), []
+    for number, order in samples:
+        options = {"enable_taylorseer": order > 0, "taylorseer_order": max(order, 1)}
+        common = {"max_warmup_steps": 2, "residual_diff_threshold": 0.3, "Fn_compute_blocks": 1}
+        dbcache.enable(model, batch_reduce="each", **common, **options)
+        requests.append(begin(model, number))
+    return model, requests
+
+
+def test_rows_of_one_kind_share_launches_and_other_kinds_have_their_own(monkeypatch):
+    samples = [(0, 0), (1, 0), (2, 1), (5, 1)]
+    alone = []
+    for sample in samples:
+        model, (request,) = of_two_kinds([sample])
+        loop = euler(model, 7, seed=sample[0], inside=lambda _, r=request: r)
+        alone.append(([x for step in loop for x in step], pattern(request.summary())))
+    model, requests = of_two_kinds(samples)
+    xs = [tiny.noise(*FLUX.latent_shape, seed=number) for number, _ in samples]
+    calls, launches = [], []
+    for verb in VERBS:
+
+        def counted(*args, _verb=verb, _own=getattr(row_lanes, verb), **kwargs):
+            calls.append(_verb)
+            return _own(*args, **kwargs)
+
+        monkeypatch.setattr(row_lanes, verb, counted)
+    for step in range(7):
+        given = joined([FLUX.arguments(x, 1.0 - step / 7, "cond") for x in xs])
+        calls.clear()
+        with torch.no_grad(), dbcache.rows(requests):
+            output = model(**given)[0]
+        launches.append(tuple(calls.count(verb) for verb in VERBS))
+        for index, (outputs, _) in enumerate(alone):
+            torch.testing.assert_close(output[index : index + 1], outputs[step], **CLOSE)
+            xs[index] = xs[index] - output[index : index + 1] / 7
+    assert [pattern(request.summary()) for request in requests] == [lanes for _, lanes in alone]
+    # the first full step of a lane goes by itself: it allocates
+    assert launches[:2] == [(1, 0, 0), (2, 0, 2)]
+    assert all(decided == 2 and 2 <= predicted + stored <= 4 for decided, predicted, stored in
+               launches[2:])  # fmt: skip
+    assert any(predicted + stored > 2 for _, predicted, stored in launches[2:]), "no step differs"
 
 
 class Opaque(torch.nn.Module):
