@@ -260,6 +260,16 @@ def of_two_kinds(samples):
     return model, requests
 
 
+def counted(function, note):
+    """Return `function`, which calls `note` first."""
+
+    def run(*args, **kwargs):
+        note()
+        return function(*args, **kwargs)
+
+    return run
+
+
 def test_rows_of_one_kind_share_launches_and_other_kinds_have_their_own(monkeypatch):
     samples = [(0, 0), (1, 0), (2, 1), (5, 1)]
     alone = []
@@ -271,12 +281,8 @@ def test_rows_of_one_kind_share_launches_and_other_kinds_have_their_own(monkeypa
     xs = [tiny.noise(*FLUX.latent_shape, seed=number) for number, _ in samples]
     calls, launches = [], []
     for verb in VERBS:
-
-        def counted(*args, _verb=verb, _own=getattr(row_lanes, verb), **kwargs):
-            calls.append(_verb)
-            return _own(*args, **kwargs)
-
-        monkeypatch.setattr(row_lanes, verb, counted)
+        own = getattr(row_lanes, verb)
+        monkeypatch.setattr(row_lanes, verb, counted(own, lambda v=verb: calls.append(v)))
     for step in range(7):
         given = joined([FLUX.arguments(x, 1.0 - step / 7, "cond") for x in xs])
         calls.clear()
