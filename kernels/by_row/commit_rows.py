@@ -6,6 +6,8 @@
 `commit` of each such row into the buffers of its own lane, bit for bit, in one launch.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -86,14 +88,20 @@ def commit_rows_reference(
     """Plain PyTorch, the meaning of `commit_rows`."""
     for at, row in rows.each():
         if not row.is_cached():
-            before, given, made, second, second_made = (
-                None if x is None else x[at] for x in (h_in, h_fn, h_out, encoder_fn, encoder_out)
+            before, given, made, second, second_made = _at(
+                at, h_in, h_fn, h_out, encoder_fn, encoder_out
             )
-            state, _, ring, encoder_ring, scales, encoder_scales = row
+            state, p_ref, ring, encoder_ring, scales, encoder_scales = row
+            assert ring is not None
             commit_reference(
-                before, given, made, row.p_ref, ring, state.counters,
+                before, given, made, p_ref, ring, state.counters,
                 second, second_made, encoder_ring, scales, encoder_scales, replace,
             )  # fmt: skip
+
+
+def _at(at: slice, *streams: Tensor | None) -> list[Any]:
+    """Return the rows `at` of streams; None stays None."""
+    return [None if x is None else x[at] for x in streams]
 
 
 def _check(h_in, h_fn, h_out, rows, encoder_fn, encoder_out):
@@ -101,16 +109,18 @@ def _check(h_in, h_fn, h_out, rows, encoder_fn, encoder_out):
     first = rows.check("commit_rows", h_fn)
     if first.ring is None:
         raise ValueError("commit_rows: the lanes must have rings, got None")
-    one = [None if x is None else x[:1] for x in (h_in, h_fn, h_out)]
+    first_row = slice(0, 1)
+    before, given, made, second, second_made = _at(
+        first_row, h_in, h_fn, h_out, encoder_fn, encoder_out
+    )
     for x in (h_in, h_out, encoder_fn, encoder_out):
         if x is not None:
             rows.check("commit_rows", x)
-    check_streams(*one, first.p_ref, first.state.counters)
-    check_ring("commit_rows", "h_out", one[2], first.ring, first.scales)
+    check_streams(before, given, made, first.p_ref, first.state.counters)
+    check_ring("commit_rows", "h_out", made, first.ring, first.scales)
     if encoder_fn is not None:
-        second = None if encoder_out is None else encoder_out[:1]
         _check_encoder(
-            one[1], first.ring, encoder_fn[:1], second, first.encoder_ring, first.encoder_scales
+            given, first.ring, second, second_made, first.encoder_ring, first.encoder_scales
         )
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbcache.kernels.by_row.table import TABLE, Row, Rows, address, decision_of, kind_of
+from dbcache.kernels.by_row.table import TABLE, Rows, address, decision_of, kind_of
 from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.lane_state import LANE
 from dbcache.kernels.common.launches import contiguous, elementwise
@@ -79,19 +79,15 @@ def predict_rows_reference(
     """Plain PyTorch, the meaning of `predict_rows`."""
     for at, row in rows.each():
         if row.is_cached():
+            assert row.ring is not None
             given = None if encoder is None else encoder[at]
-            hidden, second = predict_reference(h[at], *_streams(row, given), replace)
+            hidden, made = predict_reference(
+                h[at], row.ring, row.state.weights, given, row.encoder_ring,
+                row.state.encoder_weights, row.scales, row.encoder_scales, replace,
+            )  # fmt: skip
             out[at].copy_(hidden)
-            if encoder_out is not None and second is not None:
-                encoder_out[at].copy_(second)
-
-
-def _streams(row: Row, encoder: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return what `predict` takes behind `h` for a row."""
-    state, second = row.state, (encoder, None, None)
-    if encoder is not None:
-        second = (encoder, row.encoder_ring, row.state.encoder_weights)
-    return (row.ring, state.weights, *second, row.scales, row.encoder_scales)
+            if encoder_out is not None and made is not None:
+                encoder_out[at].copy_(made)
 
 
 def _check(
