@@ -50,7 +50,7 @@ def test_run_by_its_path_from_anywhere_it_writes_table_json_and_plot(tmp_path):
     assert "CPU: these are the ops' PyTorch references, not the Triton kernels" in done.stdout
 
     names = ["probe_diff", "decide", "probe_diff+decide", "commit K=2"]
-    names += ["probe_diff tokens", "probe_diff block", "decide_step", "decide_tail"]
+    names += ["probe_diff tokens", "probe_diff block", "decide_rows", "decide_step", "decide_tail"]
     lines = [line for line in done.stdout.splitlines() if line.endswith(tuple("0123456789"))]
     assert [line[:18].strip() for line in lines if "reference" in line] == 2 * names
 
@@ -68,7 +68,14 @@ def test_run_by_its_path_from_anywhere_it_writes_table_json_and_plot(tmp_path):
 
 def moved_by(name: str, draw: Draw) -> int:
     """Count the bytes of the tensors that an op must read and write, from a set of its inputs."""
-    x = OPS[name].make(TINY, draw)
+    return moved_of(name, OPS[name].make(TINY, draw), draw)
+
+
+def moved_of(name: str, x: dict, draw: Draw) -> int:
+    """Count the same for a set of inputs."""
+    if "_rows" in name:
+        lane = {"decide_rows": "probe_and_decide"}.get(name, name.replace("_rows", ""))
+        return sum(moved_of(lane, row, draw) for row in x["each"])
 
     def size(*tensors: torch.Tensor) -> int:
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
