@@ -7,11 +7,16 @@ PROMETHEUS_MULTIPROC_DIR is set before they start, prometheus_client adds up tho
 from __future__ import annotations
 
 import importlib.util
+import logging
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+LOGGER = logging.getLogger("dbcache")
+
+_failed: type[Exception] | None = None
+"""What kept metrics from being published, as it was last said."""
 _LOCK = threading.Lock()
 _PUBLISHED: weakref.WeakKeyDictionary[Any, _Metrics] = weakref.WeakKeyDictionary()
 
@@ -64,9 +69,25 @@ def _values(counts: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Any, ...]
 
 
 def publish_where_installed() -> None:
-    """Do what `publish` does, if prometheus_client is there: what backends do after a request."""
-    if importlib.util.find_spec("prometheus_client") is not None:
+    """Do what `publish` does, if prometheus_client is there: what backends do after a request.
+
+    What goes wrong is said once, in the log: no image fails for its metrics.
+    """
+    global _failed
+    if importlib.util.find_spec("prometheus_client") is None:
+        return
+    try:
         publish()
+    except Exception as error:
+        if type(error) is not _failed:
+            _failed = type(error)
+            LOGGER.warning(
+                "dbcache: metrics are not published: %s: %s; make the folder that "
+                "PROMETHEUS_MULTIPROC_DIR names before the engine starts, and see that nothing "
+                "else registers dbcache's names",
+                type(error).__name__,
+                error,
+            )
 
 
 def publish(registry: Any = None, counts: Mapping[str, Mapping[str, Any]] | None = None) -> None:

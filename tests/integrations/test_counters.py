@@ -126,6 +126,30 @@ def test_an_engine_adds_up_what_its_workers_count(tmp_path):
     assert f'dbcache_steps_total{{kind="cached",model="{NAME}"}} 8.0' in said
 
 
+FAILS = f"""
+import logging
+from dbcache.integrations import prometheus
+logging.basicConfig(level="WARNING")
+import dbcache.totals
+found = dict.fromkeys(("requests_without_cached_steps", "steps_full", "bytes"), 3)
+dbcache.totals.counters = lambda: {{"{NAME}": found | dict(requests=2, steps_cached=4, reasons={{}})}}
+for _ in range(3):
+    prometheus.publish_where_installed()
+"""
+
+
+def test_metrics_that_fail_are_said_once_and_fail_no_request(tmp_path):
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "gone")}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", FAILS],
+        env=env, cwd=root, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("metrics are not published: FileNotFoundError") == 1
+    assert "make the folder that PROMETHEUS_MULTIPROC_DIR names" in done.stderr
+
+
 def test_without_prometheus_client_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     with pytest.raises(ImportError, match="pip install prometheus-client"):
