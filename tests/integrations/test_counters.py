@@ -131,8 +131,8 @@ import logging
 from dbcache.integrations import prometheus
 logging.basicConfig(level="WARNING")
 import dbcache.totals
-found = dict.fromkeys(("requests_without_cached_steps", "steps_full", "bytes"), 3)
-dbcache.totals.counters = lambda: {{"{NAME}": found | dict(requests=2, steps_cached=4, reasons={{}})}}
+found = dict.fromkeys(("requests", "requests_without_cached_steps", "steps_full", "bytes"), 3)
+dbcache.totals.counters = lambda: {{"{NAME}": found | dict(steps_cached=4, reasons={{}})}}
 for _ in range(3):
     prometheus.publish_where_installed()
 """

@@ -3,18 +3,22 @@
 import itertools
 
 import pytest
+import tiny
 import torch
 
+import dbcache
 from dbcache.kernels.by_row.commit_rows import commit_rows
 from dbcache.kernels.by_row.decide_rows import decide_rows
 from dbcache.kernels.by_row.predict_rows import predict_rows
 from dbcache.kernels.by_row.table import Row, Rows
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LaneState, PlanCode, Reason
+from dbcache.kernels.common.select import reset_environment
 from dbcache.kernels.decision.decide import decide
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
 from dbcache.kernels.prediction.commit import commit
 from dbcache.kernels.prediction.predict import predict
+from dbcache.lanes import row_lanes
 from dbcache.testing import poisoned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -286,3 +290,61 @@ def test_rejects_what_does_not_fit(integers, device):
     for impl, (match, call) in calls:
         with pytest.raises(ValueError, match=match):
             call(impl)
+
+
+# ---- a model --------------------------------------------------------------------------------
+
+OPTIONS = {
+    "plain": {},
+    "fp8": {"cache_dtype": "fp8"},
+    "spectrum": {"enable_spectrum": True, "enable_encoder_spectrum": True},
+    "hidden": {"l1_hidden_states_diff_threshold": 0.3},
+    "no warm-up": {"max_warmup_steps": 0},
+    "no probe": {
+        "steps_computation_mask": [1, 1, 0, 1, 0, 0, 1, 0],
+        "steps_computation_policy": "static",
+        "static_skip_probe": True,
+    },
+    "on the host": {"cache_device": "cpu"},
+}
+
+
+@pytest.fixture(params=IMPLS)
+def kernels(request, monkeypatch):
+    """Let models on the CPU run by one implementation."""
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is off beside a GPU")
+    monkeypatch.setenv("DBCACHE_KERNELS", request.param)
+    reset_environment()
+    yield
+    monkeypatch.undo()
+    reset_environment()
+
+
+@torch.no_grad()
+def drawn(options):
+    """Draw samples of other speeds as one batch; return all outputs, and the steps of each."""
+    flux = tiny.FAMILIES["flux"]
+    options = {"Fn_compute_blocks": 1, "max_warmup_steps": 2} | options
+    model = dbcache.enable(
+        flux.build(), batch_reduce="each", residual_diff_threshold=0.3, num_inference_steps=8,
+        **options,
+    )  # fmt: skip
+    x = torch.cat([tiny.noise(*flux.latent_shape, seed=seed) for seed in range(3)])
+    speed, outputs = torch.tensor([1.0, 5.0, 2.0]).view(3, 1, 1), []
+    for step in range(8):
+        outputs.append(model(**flux.arguments(x, 1 - step / 8, "cond"))[0])
+        x = x - speed * outputs[-1] / 8
+    lanes = dbcache.summary(model, logging=False).lanes
+    return outputs, [(lane.reasons, lane.cached_steps) for lane in lanes]
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_batch_is_the_same_bits_by_row_and_one_row_after_another(kernels, monkeypatch, name):
+    outputs, lanes = drawn(OPTIONS[name])
+    monkeypatch.setattr(row_lanes, "is_traced", lambda x: True)
+    expected, decided = drawn(OPTIONS[name])
+    assert all(map(torch.equal, outputs, expected))
+    assert lanes == decided
+    assert all(cached for _, cached in lanes)
