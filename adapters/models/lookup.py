@@ -23,6 +23,12 @@ from dbcache.config.options import shown
 _ROWS = {row.transformer: row for row in (*MODELS, *ELSEWHERE)}
 
 
+NO_COPIES = (
+    ", and call that: DataParallel would copy the model, without its cache, on each call; for several "
+    "GPUs run a process for each (docs/parallel.md)"
+)
+
+
 def _known(module: object) -> str | None:
     """Return the name of the nearest class that has a row or a refusal, None without."""
     names = (cls.__name__ for cls in type(module).__mro__)
@@ -64,6 +70,7 @@ def find_specs(target: Any) -> list[TransformerSpec]:
             f"dbcache.enable: {type(target).__name__} cannot be cached: {'; '.join(refusals)}"
         )
     if not specs:
+        _name_what_is_wrapped(candidates)
         known = "\n".join(f"  {row.transformer}: {row.models}" for row in MODELS)
         raise ValueError(
             f"dbcache.enable: the transformer must be a supported one, got "
@@ -75,6 +82,18 @@ def find_specs(target: Any) -> list[TransformerSpec]:
             f"      forward_pattern=dbcache.ForwardPattern.Pattern_0))"
         )
     return specs
+
+
+def _name_what_is_wrapped(candidates: list[Any]) -> None:
+    """Raise if one of them is a supported model within a wrapper that spreads it."""
+    for outer in candidates:
+        inner = unwrap(getattr(outer, "module", None))
+        if isinstance(inner, torch.nn.Module) and row_of(inner) is not None:
+            who = type(outer).__name__
+            raise ValueError(
+                f"dbcache.enable: the transformer itself must be given, got {who} around "
+                f"{type(inner).__name__}; pass its .module{NO_COPIES if who == 'DataParallel' else ''}"
+            )
 
 
 def _spec(module: torch.nn.Module, row: ModelRow) -> TransformerSpec:

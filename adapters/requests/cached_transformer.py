@@ -51,6 +51,15 @@ KEEPS_FUNCTOR = (
 )
 
 
+REPLICATE = "_replicate_for_data_parallel"
+"""Method by which nn.DataParallel copies a module onto another GPU."""
+
+REPLICATED = (
+    "nn.DataParallel copies {who} onto each GPU on each call, and a copy has no cache; call its "
+    ".module, and run a process for each GPU (docs/parallel.md), or call dbcache.disable first"
+)
+
+
 class Enabled(NamedTuple):
     """By whom a transformer is enabled, and with what; replaced as a whole.
 
@@ -243,7 +252,12 @@ class CachedTransformer:
         patches: list[InstanceMethod] = [CachedForward(self.module, self.implicit, *calls)]
         if hasattr(self.module, "cache_context"):
             patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
+        patches.append(InstanceMethod(self.module, REPLICATE, self._refuse_replicas))
         return patches
+
+    def _refuse_replicas(self) -> None:
+        """Raise: nn.DataParallel copies modules on each call, and a copy has its cache off."""
+        raise RuntimeError(REPLICATED.format(who=type(self.module).__name__))
 
     def copied_state(self) -> dict[str, Any]:
         """Return what copies and pickles of the module are made of: no trace of the cache."""

@@ -6,10 +6,11 @@ Nothing here runs on each step: `begin_image` runs once per image, `end_image` o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from dbcache.adapters.patching.instance_method import EXPORTED
 from dbcache.adapters.patching.other_caches import other_cache_of
@@ -117,17 +118,32 @@ class Notices:
         self.has_begun = True
         if self.is_over:
             self.texts, self.is_over = {}, False
-        is_on = torch.is_grad_enabled()
-        tensors = (*args, *kwargs.values(), *(module.parameters() if is_on else ()))
+        self.may_rerun = False
+        parameters = module.parameters() if torch.is_grad_enabled() else ()
         # under no_grad they may still be those of a checkpoint that comes back in backward
-        self.may_rerun = any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
-        if is_on and self.may_rerun:
-            self.add(request, "gradients")
+        self.look_for_gradients(request, (*args, *kwargs.values(), *parameters))
         self._look_for_other_caches(request)
         steps, given = clock.num_steps()[0], clock.config.num_inference_steps
         if clock.planned_steps is not None and given is not None and given != steps:
             self.add(request, "steps", given=given, ran=steps)
         self.last_step = -1 if clock.follows or steps is None else steps
+
+    def look_for_gradients(self, request: Any, tensors: Iterable[Any]) -> None:
+        """Note that `tensors`, which a forward was given or returned, need gradients."""
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors):
+            self.may_rerun = True
+            if torch.is_grad_enabled() and any(map(may_cache, request.setup.stacks)):
+                self.add(request, "gradients")
+
+    def end_forward(
+        self, request: Any, steps: list[Any], args: Any, kwargs: Any, output: Any
+    ) -> None:
+        """Keep what a forward did that backward may run again."""
+        if not self.may_rerun:  # the first steps of an image may need none
+            self.look_for_gradients(request, tree_leaves(output))
+        if self.may_rerun:
+            setup = request.setup
+            setup.views.reruns.keep(setup, steps, args, kwargs)
 
     def _look_for_other_caches(self, request: Any) -> None:
         lists = [block_list.blocks for block_list in request.setup.lists]
@@ -195,6 +211,13 @@ def cached_nothing(request: Any) -> bool | None:
     if any(count is not None and count[0] for count in counts):
         return False
     return None if None in counts or request.lane_set.is_captured else True
+
+
+def may_cache(stack: Any) -> bool:
+    """Whether the settings of a stack let any step be cached."""
+    cache = stack.settings.cache
+    is_static = cache.steps_computation_policy == "static"
+    return bool(stack.entries) and (cache.threshold > 0 or is_static)
 
 
 def is_whole(clock: Any) -> bool:

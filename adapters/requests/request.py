@@ -326,8 +326,8 @@ class Request:
             if is_shown:
                 setup.views.hide()
         self._end_steps(forward)
-        if self.notices.may_rerun and cutter is None:
-            setup.views.reruns.keep(setup, forward.steps, args, kwargs)
+        if cutter is None and (self.notices.may_rerun or torch.is_grad_enabled()):
+            self.notices.end_forward(self, forward.steps, args, kwargs, output)
         forward.steps.clear()  # they hold activations, in a circle
         return output
 
@@ -465,7 +465,6 @@ class CachedForward(InstanceMethod):
         super().__init__(module, "forward", self._find_and_run)
         self._on_compiled = on_compiled
         self._reruns = reruns
-        self._known = reruns.known
         self._key = id(module)
         self._implicit = implicit
         self._find = find
@@ -474,7 +473,7 @@ class CachedForward(InstanceMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.call is None or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        if self._known and torch._C._current_graph_task_id() >= 0:
+        if torch._C._current_graph_task_id() >= 0:  # autograd runs it again
             return self._reruns.run(type(self.module).__name__, args, kwargs)
         request = ACTIVE.get().get(self._key)
         if type(request) is not Request or request.is_closed:

@@ -17,7 +17,16 @@ from dbcache.adapters.stacks.step import Step, followed
 
 UNKNOWN = (
     "{who}: a forward that runs again in backward must do what it did the first time, got one "
-    "that dbcache does not know; call dbcache.disable to train, or checkpoint single blocks"
+    "that dbcache does not know; call dbcache.disable to train, or checkpoint single blocks, with "
+    "use_reentrant=False"
+)
+
+
+REENTRANT = (
+    "{who}: gradient checkpointing of single blocks must not be reentrant where dbcache skips them, "
+    "since backward would run blocks that forward left out, got use_reentrant=True; pass "
+    "use_reentrant=False, which is diffusers' own way (transformer.enable_gradient_checkpointing()), "
+    "or call dbcache.disable to train"
 )
 
 
@@ -82,7 +91,13 @@ class Reruns:
         self._lock = threading.Lock()
 
     def keep(self, setup: Any, steps: list[Any], args: Any, kwargs: Any) -> None:
-        """Keep what the steps of a forward did; None where steps of their kind cannot be."""
+        """Keep what the steps of a forward did; None where steps of their kind cannot be.
+
+        Raises:
+            RuntimeError: backward would run blocks that the forward left out.
+        """
+        if torch.is_grad_enabled() and any(map(_hides_gradients, steps)):
+            raise RuntimeError(REENTRANT.format(who=type(setup.module).__name__))
         fits = all(type(step) is Step and step.single_blocks is None for step in steps)
         forward = ForwardAgain(setup, setup.shown, steps) if fits else None
         tensors = _tensors(args, kwargs)
@@ -107,6 +122,10 @@ class Reruns:
         if forward is None:
             raise RuntimeError(UNKNOWN.format(who=who))
         return forward.run(args, kwargs)
+
+
+def _hides_gradients(step: Any) -> bool:
+    return step.hides_gradients or getattr(step.single_blocks, "hides_gradients", False)
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ import torch
 from dbcache.adapters.blocks.patterns import ForwardPattern
 from dbcache.adapters.stacks.input_copies import InputCopies
 from dbcache.adapters.stacks.proxies import BlockProxy, CheckedBlock, HasBlocks
+from dbcache.adapters.stacks.step import followed
 from dbcache.graphs.recording import Cutter
 from dbcache.lanes.decision import Decision
 
@@ -72,7 +73,10 @@ class SingleBlocksStep:
         recording: records the step, whose blocks follow `decisions`; None: it is not recorded.
         encoder: encoder states that the block before returned.
         last: hidden states that the block before returned.
+        hides_gradients: as in `Step`.
     """
+
+    hides_gradients = False
 
     def __init__(self, blocks: PrunableBlocks) -> None:
         self.blocks = blocks
@@ -120,7 +124,11 @@ class SingleBlocksStep:
         """Return what the blocks left out up to `index` would have made of the streams."""
         assert self._first is not None
         first, self._first = self._first, None
-        return self.store.replace(first, index + 1 - first, hidden, encoder)
+        made = self.store.replace(first, index + 1 - first, hidden, encoder)
+        if hidden.requires_grad:
+            self.hides_gradients = not torch.is_grad_enabled()
+            return followed((hidden, encoder), made)
+        return made
 
     def keep(self, index: int, before: Streams, after: Streams, who: str) -> None:
         """Store what a block that ran was given and added."""

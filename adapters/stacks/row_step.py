@@ -55,6 +55,7 @@ class RowStep(Step):
         self.full = torch.tensor(lane.full, device=h_fn.device)
         self.prediction = self.made = lane.predict(*self.passed)
         if h_fn.requires_grad:
+            self.hides_gradients = not torch.is_grad_enabled()
             self.prediction = followed(self.passed, self.made)
 
     def _decide(

@@ -42,7 +42,11 @@ class Step:
         encoder_fn: encoder states before the first middle block.
         probe: hidden states that the last probe block returned; None: `h_fn` is measured.
         single_blocks: the step of the last blocks, if some of them may be left out.
+        hides_gradients: the skipped blocks were called where gradients are off, and given what
+            needs them, as a reentrant checkpoint does.
     """
+
+    hides_gradients = False
 
     def __init__(self, stack: Any, run: Any, branch: str | None, forward: Any) -> None:
         self.stack = stack
@@ -124,6 +128,7 @@ class Step:
             # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
             self.prediction = self.made = lane.predict(h_fn, encoder_in)
             if h_fn.requires_grad:
+                self.hides_gradients = not torch.is_grad_enabled()
                 self.prediction = followed((h_fn, encoder_in), self.made)
         else:
             copies = stack.middle_copies

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dbcache.config.options import LONGEST
+
+
+TWICE = "the key {key!r} twice in one place, of which only one can hold"
 
 
 def read(who: str, path: str | os.PathLike[str], *, yaml: bool = False) -> Any:
@@ -28,7 +33,9 @@ def read(who: str, path: str | os.PathLike[str], *, yaml: bool = False) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"{who}: {path} must be text in UTF-8, got {error}; save it so") from error
     try:
-        return _parse_yaml(who, path, text) if yaml else json.loads(text)
+        if yaml:
+            return _parse_yaml(who, path, text)
+        return parse_json(text)
     except RecursionError as error:
         raise ValueError(
             f"{who}: {path} must be {language} of a few levels, got a deeply nested one; flatten it"
@@ -36,6 +43,42 @@ def read(who: str, path: str | os.PathLike[str], *, yaml: bool = False) -> Any:
     except ValueError as error:
         got = str(error)[:LONGEST]
         raise ValueError(f"{who}: {path} must be {language}, got {got}; mend it there") from error
+
+
+def parse_json(text: str) -> Any:
+    """Return what JSON holds.
+
+    Raises:
+        ValueError: it is none, or an object has a key twice.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of an object.
+
+    Raises:
+        ValueError: a key is there twice, of which JSON and YAML would keep the last value.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(TWICE.format(key=next(key for key in counts if counts[key] > 1)))
+    return found
+
+
+def _nodes(root: Any) -> Iterator[Any]:
+    """Yield a node of a YAML document and those beneath it, each once."""
+    seen: set[int] = set()
+    ahead = [root]
+    while ahead:
+        node = ahead.pop()
+        if id(node) in seen or node is None:
+            continue
+        seen.add(id(node))
+        yield node
+        value = node.value if isinstance(node.value, list) else []
+        ahead += [x for part in value for x in (part if isinstance(part, tuple) else (part,))]
 
 
 def _parse_yaml(who: str, path: str | os.PathLike[str], text: str) -> Any:
@@ -47,6 +90,9 @@ def _parse_yaml(who: str, path: str | os.PathLike[str], text: str) -> Any:
             f"pip install 'dbcache-dit[yaml]'; or give a .json file or a dict"
         ) from error
     try:
+        for node in _nodes(yaml.compose(text, Loader=yaml.SafeLoader)):
+            if isinstance(node, yaml.MappingNode):
+                _once([(key.value, None) for key, _ in node.value if key.id == "scalar"])
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error

@@ -208,6 +208,8 @@ BAD = {
     "a list for a key": ("a.yaml", b"? [1]\n: 2", "must be YAML, got .*unhashable"),
     "a value": ("a.json", b'{"Fn_compute_blocks": 0}', "Fn_compute_blocks must be .* got 0"),
     "a short exponent": ("a.yaml", b"residual_diff_threshold: 1e-2", r"in YAML .* as in 1\.0e-2"),
+    "a key twice": ("a.yaml", b"a: {b: 1, c: 2, b: 1}", "the key 'b' twice"),
+    "an option twice": ("a.json", b'{"policy": "dbcache", "policy": "magcache"}', "'policy' twice"),
     "a number in quotes": ("a.json", b'{"max_warmup_steps": "4"}', "write it without quotes"),
 }
 

@@ -1,7 +1,10 @@
 """The cache beside compile, offload, LoRA and quantised weights: cells of a matrix, and its table.
 
-    python tests/support/matrix.py          runs all cells; prints the table of docs/together.md
-    python tests/support/matrix.py --pairs  runs some that have every pair of values
+    python tests/support/matrix.py FILE         runs all cells; prints the table
+    python tests/support/matrix.py FILE --write puts the table into docs/together.md, too
+
+FILE keeps what each cell gave, a line of JSON each: cells that are in it are not run again, so that
+a run may be cut short and gone on with, or split (``--part 1/4``: each fourth cell from the first).
 
 A cell builds a tiny model in the order that the document gives, denoises twice, and compares the
 second request with the reference: the model of these weights in eager mode and without offload,
@@ -10,10 +13,13 @@ there with the same cache, or without dbcache where the threshold is 0.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
+import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +37,7 @@ import torch
 import dbcache
 
 CPU = torch.device("cpu")
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "together.md"
 STEPS = 7
 FACTORS = {
     "compile": ("eager", "regional", "whole"),
@@ -221,6 +228,10 @@ def pairwise() -> Iterator[dict[str, str]]:
         yield best | {"model": "flux" if is_flux else "wan"}
 
 
+LIMITS = {"Couldn't swap": "torch's limit"}
+"""What the libraries say where they cannot do it by themselves, and the name of that in the table."""
+
+
 def table(results: Sequence[tuple[dict[str, str], str]]) -> str:
     """Return Markdown: a row per offload and weights, a column per way to compile."""
     compiles = FACTORS["compile"]
@@ -232,28 +243,60 @@ def table(results: Sequence[tuple[dict[str, str], str]]) -> str:
         row = []
         for how in compiles:
             key = {"offload": offload, "weights": weights, "compile": how}
-            found = [text for cell, text in results if key.items() <= cell.items()]
-            others = sorted({text for text in found if text != "same"})
-            row.append("; ".join(others) or (f"same ({len(found)})" if found else "-"))
+            counts = Counter(named(text) for cell, text in results if key.items() <= cell.items())
+            row.append(", ".join(f"{text} ({n})" for text, n in sorted(counts.items())) or "-")
         lines.append(f"| {offload} | {weights} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
+def named(text: str) -> str:
+    """Return what the table says of the result of a cell."""
+    return next((name for part, name in LIMITS.items() if part in text), text)
+
+
+def kept(path: Path) -> list[tuple[dict[str, str], str]]:
+    """Return the results that a file has, in the order of the cells."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    found = [(entry["cell"], entry["result"]) for entry in map(json.loads, lines)]
+    order = cells()
+    return sorted(found, key=lambda pair: order.index(pair[0]))
+
+
+def write_table(text: str) -> None:
+    """Put the table into the document, in place of the one there."""
+    before, _, rest = DOCUMENT.read_text("utf-8").partition("| offload | weights |")
+    after = rest[rest.index("\n\n") :]
+    DOCUMENT.write_text(before + text + after, "utf-8")
+
+
 def main() -> None:
-    """Print the table."""
+    """Run what has not been run; print the table."""
     import warnings
 
+    parser = argparse.ArgumentParser(description="Runs the matrix of docs/together.md.")
+    parser.add_argument("file", type=Path, help="keeps the results, a line of JSON each")
+    parser.add_argument("--part", default="1/1", help="which cells to run, as in 2/4")
+    parser.add_argument("--write", action="store_true", help="put the table into the document")
+    options = parser.parse_args()
+    index, parts = map(int, options.part.split("/"))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    results = []
-    for cell in pairwise() if "--pairs" in sys.argv else cells():
+    known = [cell for cell, _ in kept(options.file)]
+    for cell in cells()[index - 1 :: parts]:
+        if cell in known:
+            continue
+        torch._dynamo.reset()
         try:
             text = check(cell)
         except Exception as error:
-            text = f"**{type(error).__name__}: {str(error)[:80]}**"
-            print(cell, repr(error)[:300], file=sys.stderr)
-        results.append((cell, text))
-    print(table(results))
+            text = f"**{type(error).__name__}**"
+            print(cell, repr(error)[:1000], file=sys.stderr, flush=True)
+        with options.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"cell": cell, "result": text}) + "\n")
+    text = table(kept(options.file))
+    print(text)
+    if options.write:
+        write_table(text)
 
 
 if __name__ == "__main__":

@@ -376,10 +376,84 @@ def test_what_runs_again_in_backward_acts_as_in_forward_and_counts_nothing(way, 
     assert not traces(model)
 
 
-def test_gradients_of_cached_steps_go_through_the_blocks_that_ran():
-    model = dbcache.enable(tiny.flux(double=2, single=2), **OPTIONS)
-    said = said_by(lambda: gradients(model, WAYS["blocks"], at_once=False))
-    assert len([text for text in said if "gradients are on" in text]) == 1
+SKIPPING = {
+    "F1B0": {},
+    "DBPrune": {"cache_type": "DBPrune"},
+    "last blocks": {"Bn_compute_blocks": 2, "Bn_compute_blocks_ids": [1]}
+    | {"non_compute_blocks_diff_threshold": 1.0},
+    "each sample": {"batch_reduce": "each"},
+}
+
+
+def third_output(model, x, wrap=WAYS["blocks"]):
+    """Return the sum of what a cached step returns that is given `x`, after two full ones."""
+    with torch.no_grad():
+        for step in range(2):
+            model(**FLUX.arguments(tiny.noise(1, 16, 16, seed=1).double(), 1 - step / 6, "cond"))
+    given = FLUX.arguments(x, 1 - 2 / 6, "cond")
+    return wrap(lambda x: model(**{**given, "hidden_states": x})[0], x).square().sum()
+
+
+@pytest.mark.parametrize("way", SKIPPING)
+def test_gradients_of_cached_steps_are_those_of_the_prediction(way):
+    """By finite differences: what is stored is a constant, what runs is not."""
+    model = dbcache.enable(tiny.flux(double=2, single=3).double(), **OPTIONS | SKIPPING[way])
+    x, along = (tiny.noise(1, 16, 16, seed=seed).double() for seed in (1, 2))
+    values = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            dbcache.refresh_context(model)
+            values.append(third_output(model, x + sign * 1e-3 * along))
+    expected = (values[0] - values[1]) / 2e-3
+    for ways in ("blocks", "model"):
+        dbcache.refresh_context(model)
+        said = said_by(lambda: third_output(model, x.requires_grad_(), WAYS[ways]).backward())
+        assert decisions(model) == ["FFc"]
+        assert len([text for text in said if "gradients are on" in text]) == 1
+        torch.testing.assert_close((x.grad * along).sum(), expected, rtol=2e-3, atol=0)
+        x.grad = None
+        if way != "F1B0":
+            return  # a whole model that is checkpointed is refused there
+
+
+@pytest.mark.parametrize("way", SKIPPING)
+def test_checkpoints_that_backward_would_run_otherwise_than_forward_are_refused(way):
+    model = dbcache.enable(tiny.flux(double=2, single=3), **OPTIONS | SKIPPING[way])
+    model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=True))
+    with pytest.raises(RuntimeError, match="use_reentrant=False.*dbcache.disable to train"):
+        gradients(model, WAYS["blocks"], at_once=False)
+    model.disable_gradient_checkpointing()
     dbcache.refresh_context(model)
-    grads = gradients(model, WAYS["blocks"], at_once=False)
-    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads)
+    x = tiny.noise(1, 16, 16, seed=1)
+    with torch.no_grad():
+        model(**FLUX.arguments(x, 1.0, "cond"))
+    y = checkpoint(
+        lambda x: model(**FLUX.arguments(x, 0.5, "cond"))[0], x.requires_grad_(), use_reentrant=True
+    )
+    with pytest.raises(RuntimeError, match="one that dbcache does not know.*disable to train"):
+        y.sum().backward()
+
+
+def test_gradients_are_not_said_where_no_step_can_be_cached():
+    model = dbcache.enable(tiny.flux(double=2, single=2), **OPTIONS | {"residual_diff_threshold": 0})
+    assert said_by(lambda: gradients(model, WAYS["blocks"], at_once=False)) == []
+
+
+@pytest.mark.parametrize("wrapper", [torch.nn.DataParallel, None], ids=["DataParallel", "other"])
+def test_a_wrapper_that_spreads_a_model_is_named_with_what_to_pass(wrapper):
+    class Spread(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    pipe = tiny.pipeline("flux")
+    model, pipe.transformer = pipe.transformer, (wrapper or Spread)(pipe.transformer)
+    for target in (pipe, pipe.transformer):
+        with pytest.raises(ValueError, match=r"around FluxTransformer2DModel; pass its \.module"):
+            dbcache.enable(target, **OPTIONS)
+    assert not traces(model)
+    dbcache.enable(pipe.transformer.module, **OPTIONS)
+    with pytest.raises(RuntimeError, match=r"call its \.module.*docs/parallel"):
+        model._replicate_for_data_parallel()  # as nn.DataParallel does on each call
+    dbcache.disable(model)
+    assert "_replicate_for_data_parallel" not in vars(model)

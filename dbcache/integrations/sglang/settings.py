@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from dbcache.config.files import load_configs, partial_config, split_options
 from dbcache.config.options import shown
-from dbcache.config.reading import read
+from dbcache.config.reading import parse_json, read
 
 CHOSEN = "SGLANG_DBCACHE"
 """Environment variable: dbcache serves in place of cache-dit."""
@@ -81,10 +80,10 @@ def options_of_environment() -> dict[str, Any]:
         return {}
     try:
         if text.startswith(("{", "[")):
-            options = json.loads(text)
+            options = parse_json(text)
         else:
             options = read(OPTIONS, Path(text), yaml=not text.endswith(".json"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{OPTIONS}: must be a JSON object or the path of a .json or .yaml file, got "
             f"{shown(text)}: {error}"
