@@ -163,7 +163,7 @@ def _timed(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        device = next(self.module.parameters(), torch.empty(0)).device
+        device = next(self.module.parameters(), torch.empty(0, device="cpu")).device
         is_cuda = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
         begin = _event() if is_cuda else time.perf_counter()
         output = method(self, *args, **kwargs)

@@ -24,8 +24,8 @@ _ROWS = {row.transformer: row for row in (*MODELS, *ELSEWHERE)}
 
 
 NO_COPIES = (
-    ", and call that: DataParallel would copy the model, without its cache, on each call; for several "
-    "GPUs run a process for each (docs/parallel.md)"
+    ", and call that: DataParallel would copy the model, without its cache, on each call; for "
+    "several GPUs run a process for each (docs/parallel.md)"
 )
 
 
@@ -90,9 +90,10 @@ def _name_what_is_wrapped(candidates: list[Any]) -> None:
         inner = unwrap(getattr(outer, "module", None))
         if isinstance(inner, torch.nn.Module) and row_of(inner) is not None:
             who = type(outer).__name__
+            more = NO_COPIES if who == "DataParallel" else ""
             raise ValueError(
                 f"dbcache.enable: the transformer itself must be given, got {who} around "
-                f"{type(inner).__name__}; pass its .module{NO_COPIES if who == 'DataParallel' else ''}"
+                f"{type(inner).__name__}; pass its .module{more}"
             )
 
 

@@ -349,7 +349,7 @@ class Request:
         """Run a forward that tells what the blocks take and return; it counts as a full step."""
         output = self.setup.learn(args, kwargs)
         lanes = self.take_lanes_anew(args, kwargs)
-        device = next(self.module.parameters(), torch.empty(0)).device
+        device = next(self.module.parameters(), torch.empty(0, device="cpu")).device
         forward = Forward({}, None, lanes, self.branch)
         for step in forward.steps:
             step.count_full(device)

@@ -23,10 +23,10 @@ UNKNOWN = (
 
 
 REENTRANT = (
-    "{who}: gradient checkpointing of single blocks must not be reentrant where dbcache skips them, "
+    "{who}: gradient checkpointing of single blocks must not be reentrant where some are skipped, "
     "since backward would run blocks that forward left out, got use_reentrant=True; pass "
-    "use_reentrant=False, which is diffusers' own way (transformer.enable_gradient_checkpointing()), "
-    "or call dbcache.disable to train"
+    "use_reentrant=False, as transformer.enable_gradient_checkpointing() does, or call "
+    "dbcache.disable to train"
 )
 
 

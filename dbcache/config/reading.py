@@ -11,7 +11,6 @@ from typing import Any
 
 from dbcache.config.options import LONGEST
 
-
 TWICE = "the key {key!r} twice in one place, of which only one can hold"
 
 

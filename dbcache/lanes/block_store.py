@@ -48,7 +48,7 @@ class BlockStore:
 
     def write_rule(self, rule: Sequence[float]) -> None:
         """Write other numbers to the device."""
-        self.rule.copy_(torch.tensor(rule, dtype=torch.float32))
+        self.rule.copy_(torch.tensor(rule, dtype=torch.float32, device="cpu"))
 
     def move(self, device: torch.device) -> None:
         """Move the rule to another device and drop what is stored."""

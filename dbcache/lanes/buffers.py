@@ -89,4 +89,6 @@ class HostCopy:
     @staticmethod
     @outside_inference_mode
     def _make(x: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True), torch.cuda.Event()
+        return torch.empty(
+            x.shape, dtype=x.dtype, device="cpu", pin_memory=True
+        ), torch.cuda.Event()

@@ -52,7 +52,7 @@ class _Spectrum(Forecaster):
     def __init__(self, settings: StackSettings, device: torch.device, branch: str | None) -> None:
         config, (hidden, encoder) = settings.predictor, settings.predicts
         assert isinstance(config, SpectrumCalibratorConfig)
-        parameters = torch.zeros(spectrum.NUM_PARAMETERS, dtype=torch.float64)
+        parameters = torch.zeros(spectrum.NUM_PARAMETERS, dtype=torch.float64, device="cpu")
         parameters[spectrum.ORDER] = config.spectrum_order * hidden
         parameters[spectrum.ENCODER_ORDER] = config.spectrum_order * encoder
         parameters[spectrum.RIDGE] = config.spectrum_ridge
@@ -114,7 +114,7 @@ class _OnHost(Forecaster):
                 f"predictor {self._predictor.name!r}: at most {len(steps)} finite weights must be "
                 f"returned for the steps {steps} and step {step}, got {weights}"
             )
-        by_slot = torch.tensor(spread(weights, len(self._full_steps), slots))
+        by_slot = torch.tensor(spread(weights, len(self._full_steps), slots), device="cpu")
         if state.weights.is_cuda:
             by_slot = by_slot.pin_memory()
         for is_used, target in zip(self._used, (state.weights, state.encoder_weights), strict=True):

@@ -90,7 +90,7 @@ class StepState(Generic[Tensors]):
             ratios = settings.calibration.ratios_for(self.branch, settings.steps)
             plan, self._known_changes = decide_ahead(plan, ratios, self.limits, self.thresholds)
         self.plan = plan
-        self.state.plan.copy_(torch.tensor(plan, dtype=torch.int32))
+        self.state.plan.copy_(torch.tensor(plan, dtype=torch.int32, device="cpu"))
 
     @outside_inference_mode
     def reserve(self, steps: int) -> None:
@@ -238,7 +238,7 @@ class StepState(Generic[Tensors]):
 
 def _write(tensor: torch.Tensor, known: list[Any], entries: Mapping[int, float]) -> list[Any]:
     """Write a tensor, of which the host knows the content, with other `entries`; return all."""
-    values = torch.tensor(known, dtype=tensor.dtype)
+    values = torch.tensor(known, dtype=tensor.dtype, device="cpu")
     for entry, value in entries.items():
         values[entry] = value
     tensor.copy_(values)

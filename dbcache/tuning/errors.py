@@ -75,7 +75,7 @@ def scheduler_response(recorded: Recorded) -> list[float]:
 def _run(recorded: Recorded, impulse: int | None) -> float:
     scheduler = copy.deepcopy(recorded.scheduler)
     first = recorded.steps[0]
-    x = torch.zeros((1,) * first.sample_dims, dtype=torch.float64)
+    x = torch.zeros((1,) * first.sample_dims, dtype=torch.float64, device="cpu")
     for at, step in enumerate(recorded.steps):
         output = torch.full_like(x, float(at == impulse))
         result = scheduler.step(output, step.timestep, x, **step.kwargs)
@@ -196,9 +196,9 @@ def measure_pairs(target: Any, recorded: Recorded) -> Pairs:
 def _points(size: int) -> torch.Tensor:
     """Return the entries that are kept, the same for every picture of a size."""
     if size <= MOST_POINTS:
-        return torch.arange(size)
+        return torch.arange(size, device="cpu")
     generator = torch.Generator().manual_seed(size)
-    return torch.randperm(size, generator=generator)[:MOST_POINTS]
+    return torch.randperm(size, generator=generator, device="cpu")[:MOST_POINTS]
 
 
 def _check(replayer: Replayer, lane: Lane, calls: list[Call]) -> None:

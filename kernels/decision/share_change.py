@@ -107,7 +107,7 @@ def share_change_reference(
         is_open = is_open and reason == Reason.NAN
     if is_open and is_ready(bounds, numbers):
         kept.copy_(own)
-        stamps.copy_(torch.tensor([branch, step, kind], dtype=torch.int32))
+        stamps.copy_(torch.tensor([branch, step, kind], dtype=torch.int32, device="cpu"))
 
 
 @op(share_change_reference, like="own", mutates=("own", "kept", "stamps"))

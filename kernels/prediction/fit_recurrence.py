@@ -97,7 +97,7 @@ def fit_recurrence_reference(ring: Tensor, counters: Tensor, fit: Tensor, ridge:
         newer, older, level = triple
         terms = ((older, older), (older, level), (level, level), (newer, older), (newer, level))
         sums = [s + (a @ b).item() for s, (a, b) in zip(sums, terms, strict=True)]
-    fit.copy_(torch.tensor(solve(sums, ridge), dtype=torch.float64))
+    fit.copy_(torch.tensor(solve(sums, ridge), dtype=torch.float64, device="cpu"))
 
 
 def equally_spaced(steps: list[int]) -> int:

@@ -78,7 +78,9 @@ def recurrence_weights_reference(
     for base, one in ((ls.WEIGHTS, fit), (ls.ENCODER_WEIGHTS, encoder_fit)):
         if one is not None:
             by_slot = ls.spread(continued(ages, *one.tolist()), numbers[ls.HEAD], slots)
-            values[base : base + MAX_SLOTS] = torch.tensor(by_slot, dtype=values.dtype)
+            values[base : base + MAX_SLOTS] = torch.tensor(
+                by_slot, dtype=values.dtype, device="cpu"
+            )
 
 
 def continued(ages: list[int], alpha: float, gamma: float) -> list[float]:

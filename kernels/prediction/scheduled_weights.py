@@ -54,7 +54,7 @@ def scheduled_weights_reference(
         return
     by_slot = ls.spread(row[: len(planned)], numbers[ls.HEAD], slots)
     for base in (ls.WEIGHTS, ls.ENCODER_WEIGHTS):
-        values[base : base + MAX_SLOTS] = torch.tensor(by_slot, dtype=values.dtype)
+        values[base : base + MAX_SLOTS] = torch.tensor(by_slot, dtype=values.dtype, device="cpu")
 
 
 @op(scheduled_weights_reference, like="counters", mutates=("values",))

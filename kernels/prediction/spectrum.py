@@ -81,7 +81,7 @@ def spectrum_weights_reference(
             continue
         weights = chebyshev_weights(steps, step, int(degree), ridge, blend, last)
         by_slot = ls.spread(weights, numbers[ls.HEAD], slots)
-        values[base : base + MAX_SLOTS] = torch.tensor(by_slot, dtype=values.dtype)
+        values[base : base + MAX_SLOTS] = torch.tensor(by_slot, dtype=values.dtype, device="cpu")
 
 
 @lru_cache(maxsize=4096)

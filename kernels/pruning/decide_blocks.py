@@ -82,9 +82,9 @@ def decide_blocks_reference(
     worst = numbers[bs.WORST_SAMPLE] > 0
     measured = [relative_l1(block, worst) for block in partials.tolist()]
     growth = [growth_of(block) for block in growth_sums.tolist()]
-    changes.copy_(torch.tensor([measured, growth]).T)
+    changes.copy_(torch.tensor([measured, growth], device="cpu").T)
     pairs = choose_blocks(measured, growth, prunable.tolist(), numbers)
-    decisions.copy_(torch.tensor(pairs))
+    decisions.copy_(torch.tensor(pairs, device="cpu"))
 
 
 def growth_of(partials: Sequence[Sequence[float]]) -> float:

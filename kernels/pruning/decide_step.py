@@ -119,9 +119,9 @@ def decide_step_reference(state: BlockSteps, decisions: Tensor | None) -> None:
         state.prunable.tolist(),
         None if decisions is None else decisions.tolist(),
     )
-    lane.counters.copy_(torch.tensor(counters, dtype=torch.int32))
-    state.store.copy_(torch.tensor(store, dtype=torch.int32))
-    state.flags.copy_(torch.tensor(flags, dtype=torch.int32))
+    lane.counters.copy_(torch.tensor(counters, dtype=torch.int32, device="cpu"))
+    state.store.copy_(torch.tensor(store, dtype=torch.int32, device="cpu"))
+    state.flags.copy_(torch.tensor(flags, dtype=torch.int32, device="cpu"))
     lane.values[ls.DIFF] = lane.trace_diff[step] = diff
     lane.trace_reason[step] = counters[ls.REASON]
     state.trace[step] = state.flags

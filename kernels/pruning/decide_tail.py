@@ -68,7 +68,7 @@ def decide_tail_reference(
     else:
         store[bs.DUE] = 2 if last_stored >= 0 else 1
         store[bs.STAMP] = latest[ls.STEP] - 1
-    flags.copy_(torch.tensor(left_out, dtype=torch.int32))
+    flags.copy_(torch.tensor(left_out, dtype=torch.int32, device="cpu"))
 
 
 @op(decide_tail_reference, like="flags", mutates=("flags", "store"))

@@ -4,7 +4,7 @@
     python tests/support/matrix.py FILE --write puts the table into docs/together.md, too
 
 FILE keeps what each cell gave, a line of JSON each: cells that are in it are not run again, so that
-a run may be cut short and gone on with, or split (``--part 1/4``: each fourth cell from the first).
+a run may be cut short and gone on with, or split (``--part 1/4``: each fourth part from the first).
 
 A cell builds a tiny model in the order that the document gives, denoises twice, and compares the
 second request with the reference: the model of these weights in eager mode and without offload,
@@ -172,6 +172,7 @@ def reference(model: str, weights: str, cache: str) -> Result:
 def limit(model: str, weights: str, offload: str, compile: str) -> str | None:
     """Return why the libraries cannot do this by themselves; None where they can."""
     cell = {"model": model, "weights": weights, "offload": offload, "compile": compile}
+    torch._dynamo.reset()  # what it has compiled for other models may hide it
     try:
         run(cell, with_dbcache=False)
     except Exception as error:
@@ -208,6 +209,13 @@ def cells() -> list[dict[str, str]]:
     return [dict(zip(FACTORS, values, strict=True)) for values in products]
 
 
+def parts() -> list[list[dict[str, str]]]:
+    """Return all cells, those with the same compile, offload and weights together."""
+    names = ("compile", "offload", "weights")
+    groups = itertools.groupby(cells(), lambda cell: [cell[name] for name in names])
+    return [list(group) for _, group in groups]
+
+
 def _pairs(cell: dict[str, str]) -> set[tuple[tuple[str, str], ...]]:
     return set(itertools.combinations(cell.items(), 2))
 
@@ -229,7 +237,7 @@ def pairwise() -> Iterator[dict[str, str]]:
 
 
 LIMITS = {"Couldn't swap": "torch's limit"}
-"""What the libraries say where they cannot do it by themselves, and the name of that in the table."""
+"""What the libraries say where they cannot do it by themselves, and what the table calls that."""
 
 
 def table(results: Sequence[tuple[dict[str, str], str]]) -> str:
@@ -278,21 +286,20 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="which cells to run, as in 2/4")
     parser.add_argument("--write", action="store_true", help="put the table into the document")
     options = parser.parse_args()
-    index, parts = map(int, options.part.split("/"))
+    index, of = map(int, options.part.split("/"))
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     known = [cell for cell, _ in kept(options.file)]
-    for cell in cells()[index - 1 :: parts]:
-        if cell in known:
-            continue
+    for part in parts()[index - 1 :: of]:
         torch._dynamo.reset()
-        try:
-            text = check(cell)
-        except Exception as error:
-            text = f"**{type(error).__name__}**"
-            print(cell, repr(error)[:1000], file=sys.stderr, flush=True)
-        with options.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"cell": cell, "result": text}) + "\n")
+        for cell in (cell for cell in part if cell not in known):
+            try:
+                text = check(cell)
+            except Exception as error:
+                text = f"**{type(error).__name__}**"
+                print(cell, repr(error)[:1000], file=sys.stderr, flush=True)
+            with options.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"cell": cell, "result": text}) + "\n")
     text = table(kept(options.file))
     print(text)
     if options.write:

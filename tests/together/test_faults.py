@@ -405,9 +405,10 @@ def test_gradients_of_cached_steps_are_those_of_the_prediction(way):
             dbcache.refresh_context(model)
             values.append(third_output(model, x + sign * 1e-3 * along))
     expected = (values[0] - values[1]) / 2e-3
-    for ways in ("blocks", "model"):
+    for wrap in (WAYS["blocks"], WAYS["model"]):
         dbcache.refresh_context(model)
-        said = said_by(lambda: third_output(model, x.requires_grad_(), WAYS[ways]).backward())
+        x.requires_grad_()
+        said = said_by(lambda wrap=wrap: third_output(model, x, wrap).backward())
         assert decisions(model) == ["FFc"]
         assert len([text for text in said if "gradients are on" in text]) == 1
         torch.testing.assert_close((x.grad * along).sum(), expected, rtol=2e-3, atol=0)
@@ -420,7 +421,7 @@ def test_gradients_of_cached_steps_are_those_of_the_prediction(way):
 def test_checkpoints_that_backward_would_run_otherwise_than_forward_are_refused(way):
     model = dbcache.enable(tiny.flux(double=2, single=3), **OPTIONS | SKIPPING[way])
     model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=True))
-    with pytest.raises(RuntimeError, match="use_reentrant=False.*dbcache.disable to train"):
+    with pytest.raises(RuntimeError, match=r"use_reentrant=False.*dbcache\.disable to train"):
         gradients(model, WAYS["blocks"], at_once=False)
     model.disable_gradient_checkpointing()
     dbcache.refresh_context(model)
@@ -430,12 +431,14 @@ def test_checkpoints_that_backward_would_run_otherwise_than_forward_are_refused(
     y = checkpoint(
         lambda x: model(**FLUX.arguments(x, 0.5, "cond"))[0], x.requires_grad_(), use_reentrant=True
     )
-    with pytest.raises(RuntimeError, match="one that dbcache does not know.*disable to train"):
+    with pytest.raises(RuntimeError, match=r"one that dbcache does not know.*disable to train"):
         y.sum().backward()
 
 
 def test_gradients_are_not_said_where_no_step_can_be_cached():
-    model = dbcache.enable(tiny.flux(double=2, single=2), **OPTIONS | {"residual_diff_threshold": 0})
+    model = dbcache.enable(
+        tiny.flux(double=2, single=2), **OPTIONS | {"residual_diff_threshold": 0}
+    )
     assert said_by(lambda: gradients(model, WAYS["blocks"], at_once=False)) == []
 
 

@@ -1,8 +1,10 @@
 """Situations from public bug reports about caches: each with what a user does, and what counts."""
 
+import ast
 import asyncio
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import tiny
@@ -136,3 +138,51 @@ def test_a_call_that_was_cut_short_is_not_said_to_have_cached_nothing(caplog):
     assert not caplog.messages
     tiny.generate(pipe, 2)
     assert any("nothing was cached" in text for text in caplog.messages)
+
+
+MAKES = {
+    "tensor",
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "arange",
+    "linspace",
+    "randn",
+    "rand",
+    "randperm",
+}
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+def test_every_tensor_of_the_package_is_made_on_a_device_that_is_named():
+    """``torch.set_default_device`` of a script must not move what the host reads."""
+    found = []
+    for folder in ("adapters", "dbcache", "kernels", "parallel"):
+        for file in (PACKAGE / folder).rglob("*.py"):
+            if {"demo", "metrics", "cli"} & set(file.parts):
+                continue
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                if name.startswith("torch.") and name.removeprefix("torch.") in MAKES:
+                    keywords = {keyword.arg for keyword in node.keywords}
+                    if not keywords & {"device", None}:
+                        found.append(f"{file}:{node.lineno}")
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_type": "DBPrune"}, {"enable_spectrum": True}, {"batch_reduce": "each"}],
+    ids=lambda options: next(iter(options), "DBCache"),
+)
+def test_another_default_device_changes_nothing(options):
+    steps = [FLUX.arguments(tiny.noise(1, 16, 16, seed=i), 1 - i / 6, "cond") for i in range(6)]
+    outputs = []
+    for device in ("cpu", "meta"):  # tensors of "meta" have no values: any that is read raises
+        model = tiny.flux(double=1, single=3)
+        with torch.device(device), torch.no_grad():
+            dbcache.enable(model, num_inference_steps=6, **OPTIONS | options)
+            outputs.append([model(**step)[0] for step in steps])
+        assert decisions(model) == ["FFccFc"]
+    assert all(map(torch.equal, *outputs))
