@@ -55,7 +55,7 @@ REPLICATE = "_replicate_for_data_parallel"
 """Method by which nn.DataParallel copies a module onto another GPU."""
 
 REPLICATED = (
-    "nn.DataParallel copies {who} onto each GPU on each call, and a copy has no cache; call its "
+    "nn.DataParallel copies the model onto each GPU on each call, and a copy has no cache; call its "
     ".module, and run a process for each GPU (docs/parallel.md), or call dbcache.disable first"
 )
 
@@ -252,12 +252,7 @@ class CachedTransformer:
         patches: list[InstanceMethod] = [CachedForward(self.module, self.implicit, *calls)]
         if hasattr(self.module, "cache_context"):
             patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
-        patches.append(InstanceMethod(self.module, REPLICATE, self._refuse_replicas))
-        return patches
-
-    def _refuse_replicas(self) -> None:
-        """Raise: nn.DataParallel copies modules on each call, and a copy has its cache off."""
-        raise RuntimeError(REPLICATED.format(who=type(self.module).__name__))
+        return [*patches, InstanceMethod(self.module, REPLICATE, _refuse_replicas)]
 
     def copied_state(self) -> dict[str, Any]:
         """Return what copies and pickles of the module are made of: no trace of the cache."""
@@ -416,6 +411,10 @@ def _lists(setups: list[Setup]) -> list[BlockList]:
 def _takes_options(cache_context: Callable[..., Any]) -> bool:
     kinds = {p.kind for p in inspect.signature(cache_context).parameters.values()}
     return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _refuse_replicas() -> None:
+    raise RuntimeError(REPLICATED)
 
 
 def _no_handle() -> None:

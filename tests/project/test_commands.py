@@ -29,7 +29,7 @@ LEFT_OUT = {
     "vllm": "a server, which needs a GPU",
     "python main.py": "ComfyUI's",
     "pre-commit install": "changes the checkout",
-    "python tests/support/matrix.py --pairs": "takes minutes, without options",
+    "python tests/support/matrix.py": "takes minutes",
     "python tests/support/write_models.py": "takes minutes, without options",
     "python -m dbcache": "is what all others here run",
 }
