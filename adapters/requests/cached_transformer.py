@@ -55,8 +55,8 @@ REPLICATE = "_replicate_for_data_parallel"
 """Method by which nn.DataParallel copies a module onto another GPU."""
 
 REPLICATED = (
-    "nn.DataParallel copies the model onto each GPU on each call, and a copy has no cache; call its "
-    ".module, and run a process for each GPU (docs/parallel.md), or call dbcache.disable first"
+    "nn.DataParallel copies the model onto each GPU on each call, and copies have no cache; call "
+    "its .module, and run a process for each GPU (docs/parallel.md), or call dbcache.disable first"
 )
 
 

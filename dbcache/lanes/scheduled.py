@@ -44,7 +44,7 @@ class ScheduledWeights(Forecaster):
         lane = settings.calibration.lane_for(self._branch)
         if lane != self._lane:
             self._lane = lane
-            rows = torch.tensor(lane.table(self._slots), dtype=torch.float32)
+            rows = torch.tensor(lane.table(self._slots), dtype=torch.float32, device="cpu")
             self._table.fill_(-1.0)
             self._table[: len(rows)].copy_(rows)
 
@@ -80,7 +80,7 @@ class Guard:
             for i in range(len(lane.mask))
         ]
         self._thresholds.fill_(NO_LIMIT)
-        self._thresholds[: len(by_step)].copy_(torch.tensor(by_step))
+        self._thresholds[: len(by_step)].copy_(torch.tensor(by_step, device="cpu"))
 
     def arm(self, state: LaneState) -> None:
         """Put the threshold of the next step in place, on the device."""

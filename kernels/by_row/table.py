@@ -132,7 +132,7 @@ class Rows:
         table = self.known.get(key)
         if table is None:
             lines = [(line or ()) + (0,) * (COLUMNS - len(line or ())) for line in self._lines]
-            table = torch.tensor(lines, dtype=torch.int64)
+            table = torch.tensor(lines, dtype=torch.int64, device="cpu")
             device = self.first.state.counters.device
             if device.type != "cpu":
                 table = table.pin_memory().to(device, non_blocking=True)
