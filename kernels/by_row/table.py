@@ -90,13 +90,15 @@ class Rows:
 
     def __init__(self, rows: Sequence[Row | None], known: dict[Any, Tensor] | None = None) -> None:
         self.rows = rows
-        self.known = {} if known is None else known
+        self._known = {} if known is None else known
         present = [row for row in rows if row is not None]
         if not present:
             raise invalid("Rows", "at least one row must have a lane", rows)
         self.first, self.form = present[0], present[0].form()
-        self._lines = tuple([None if row is None else row.addresses() for row in rows])
-        if (self.form, self._lines) not in self.known:
+        lines = tuple([None if row is None else row.addresses() for row in rows])
+        self._key = self.form, lines
+        self._table = self._known.get(self._key)
+        if self._table is None:
             self._check(present)
 
     def _check(self, rows: Sequence[Row]) -> None:
@@ -128,17 +130,16 @@ class Rows:
 
     def table(self) -> Tensor:
         """Return the table on the device, int64 (B, COLUMNS); copied if an address has changed."""
-        key = self.form, self._lines
-        table = self.known.get(key)
-        if table is None:
-            lines = [(line or ()) + (0,) * (COLUMNS - len(line or ())) for line in self._lines]
+        if self._table is None:
+            none = (0,) * COLUMNS
+            lines = [none if x is None else (*x, *none)[:COLUMNS] for x in self._key[1]]
             table = torch.tensor(lines, dtype=torch.int64, device="cpu")
             device = self.first.state.counters.device
             if device.type != "cpu":
                 table = table.pin_memory().to(device, non_blocking=True)
-            self.known.clear()
-            self.known[key] = table
-        return table
+            self._known.clear()
+            self._known[self._key] = self._table = table
+        return self._table
 
 
 def kind_of(x: Tensor | None) -> Any:
