@@ -142,7 +142,7 @@ if [ "$device" = cuda ]; then
     models=(--models flux-1024 small-256 --rounds 24 --seconds 0.4)
     shapes=(flux-1024 wan-720p few-step-512)
     kernel_tests=()
-    for name in probe_diff probe_and_decide decide commit predict model_sizes fp8_ring fp8_pack graph; do
+    for name in probe_diff probe_and_decide decide commit predict by_row model_sizes fp8_ring fp8_pack graph; do
         kernel_tests+=("tests/kernels/test_$name.py")
     done
     rest="not ($same) and not ($waits)"

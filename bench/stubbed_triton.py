@@ -83,20 +83,30 @@ class CountedVariant(Variant):
         told = [name for name in ("counters_ptr", "table_ptr") if name in names]
         self.decides = "decide" in self.name and bool(told)
         self.by_row = told == ["table_ptr"]
-        self.place = ARGUMENTS_FROM + names.index(told[0]) if self.decides else 0
+        self.names = names
 
     def run(self, *args: Any) -> None:
         self.launches.counts[self.name] += 1
         if self.decides:
-            given = args[self.place]
-            address = given if isinstance(given, int) else given.data_ptr()
-            addresses = [address]
-            if self.by_row:  # the first entry of each line; the grid has a row of programs for each
-                lines = (ctypes.c_int64 * (COLUMNS * args[1])).from_address(address)
-                addresses = [line for line in lines[::COLUMNS] if line]
-            for counters in addresses:
-                flag = ctypes.c_int32.from_address(counters + 4 * CACHED)
-                flag.value = self.launches.cached
+            named = dict(zip(self.names, args[ARGUMENTS_FROM:], strict=False))
+            flags = self._flags(named, *args[:2]) if self.by_row else [_at(named["counters_ptr"])]
+            for address in flags:
+                ctypes.c_int32.from_address(address).value = self.launches.cached
+
+    @staticmethod
+    def _flags(named: dict[str, Any], programs: int, rows: int) -> list[int]:
+        """Return where `decide_rows` leaves decisions: in each lane, and for the host."""
+        lines = (ctypes.c_int64 * (COLUMNS * rows)).from_address(_at(named["table_ptr"], 0))
+        found = [line + 4 * CACHED for line in lines[::COLUMNS] if line]
+        if named["partials_ptr"] is not None:
+            start = _at(named["partials_ptr"], 4 * rows * programs * named["WIDTH"])
+            found += [start + 4 * row for row in range(rows)]
+        return found
+
+
+def _at(x: Any, offset: int = 4 * CACHED) -> int:
+    """Return the address `offset` bytes behind the start of a tensor, or of an address."""
+    return int(x if isinstance(x, int) else x.data_ptr()) + offset
 
 
 @contextmanager

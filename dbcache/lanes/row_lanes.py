@@ -2,7 +2,8 @@
 
 A launch serves rows whose lanes are alike: the same settings of what is compared and stored, the
 same dtypes, as many snapshots. Rows of other lanes make groups of their own. By itself goes what a
-launch for all cannot do: the first full step of a lane, which allocates, and lanes whose snapshots
+launch for all cannot do: the first full step of a lane, which allocates; a full step behind whose
+probe the loop of the model adds to the hidden states (ControlNet); and lanes whose snapshots
 lie in host memory.
 """
 
@@ -66,12 +67,14 @@ class RowLanes:
         known = [lane.steps.has_reference for lane in self.lanes]
         is_open = [x == PlanCode.DYNAMIC and y for x, y in zip(codes, known, strict=True)]
         self._groups = self._group(probe)
+        decided = None
         for group in self._groups:
             alone = group.members
             if group.rows is not None:
                 # the host decides that there is nothing to compare with, and not the device
                 alone = [r for r in alone if codes[r] == PlanCode.DYNAMIC and not known[r]]
-                self._decide(group, alone, h_in, probe, any(is_open[r] for r in group.members))
+                measures = any(is_open[row] for row in group.members)
+                decided = self._decide(group, alone, h_in, probe, measures)
             for row in alone:
                 if is_open[row]:
                     self.lanes[row].measure_and_decide(_row(h_in, row), _row(probe, row))
@@ -79,7 +82,9 @@ class RowLanes:
                     self.lanes[row].decide(None)
         flags: list[Any] = [None] * len(codes)
         if any(is_open):
-            flags = torch.cat([lane.steps.flag() for lane in self.lanes]).tolist()
+            if decided is None or len(self._groups) > 1:
+                decided = torch.cat([lane.steps.flag() for lane in self.lanes])
+            flags = decided.tolist()
         for row, (lane, code, flag) in enumerate(zip(self.lanes, codes, flags, strict=True)):
             (self.cached if lane.settle(code, bool(flag)) else self.full).append(row)
 
@@ -115,18 +120,18 @@ class RowLanes:
         h_in: torch.Tensor,
         probe: torch.Tensor,
         measures: bool,
-    ) -> None:
-        """Decide for a group in one launch, but for the rows in `without`."""
+    ) -> torch.Tensor | None:
+        """Decide for a group in one launch, but for the rows in `without`; return the decisions."""
         first, _, rows = group
         assert rows is not None
         if without:
             if len(without) == len(group.members):
-                return
+                return None
             every = [None if index in without else row for index, row in enumerate(rows.rows)]
             rows = Rows(every)
         dtype = first.forms.hidden if first.compares and measures else probe.dtype
         before = h_in.to(dtype) if first.by_residual else None
-        decide_rows(
+        return decide_rows(
             before, probe.to(dtype), rows, measures=measures, by_token=first.by_token and measures
         )
 

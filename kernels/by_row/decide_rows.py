@@ -35,7 +35,7 @@ def decide_rows(
     measures: bool = True,
     by_token: bool = False,
     impl: Impl = "auto",
-) -> None:
+) -> Tensor | None:
     """Decide the next step of each row's lane, by the change of the row where that decides.
 
     Args:
@@ -47,6 +47,10 @@ def decide_rows(
         by_token: measure important tokens, as in `probe_and_decide`.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
 
+    Returns:
+        int32 (B,) on the device, for one read by the host: 1 where a row is cached, 0 where it runs
+        in full, anything where it has no lane. None if `measures` is False.
+
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
         RuntimeError: a state has no room for the step (reference only), as in `decide`.
@@ -54,23 +58,27 @@ def decide_rows(
     measures = measures and rows.first.p_ref is not None
     if select(impl, h_fn) == "reference":
         _check(h_in, h_fn, rows, measures, by_token)
-        decide_rows_reference(h_in, h_fn, rows, measures, by_token)
-        return
+        return decide_rows_reference(h_in, h_fn, rows, measures, by_token)
     tensors = (h_fn, rows.table(), h_in) if measures else (h_fn, rows.table())
     found = LAUNCHES.find(impl, (measures, by_token, rows.form), tensors)
     if found is not None:
         plan, addresses = found
         scratch = None if plan.scratch is None else torch.empty_like(plan.scratch)
         plan.launch(None if scratch is None else scratch.data_ptr(), *addresses)
-        return
+        return _flags(scratch, rows)
     _check(h_in, h_fn, rows, measures, by_token)
     with torch.cuda.device_of(h_fn):
-        _launch(tensors, rows, measures, by_token)
+        return _flags(_launch(tensors, rows, measures, by_token), rows)
+
+
+def _flags(scratch: Tensor | None, rows: Rows) -> Tensor | None:
+    """Return the decisions, which lie behind the partial sums."""
+    return None if scratch is None else scratch[-len(rows) :].view(torch.int32)
 
 
 def decide_rows_reference(
     h_in: Tensor | None, h_fn: Tensor, rows: Rows, measures: bool, by_token: bool
-) -> None:
+) -> Tensor | None:
     """Plain PyTorch and Python, the meaning of `decide_rows`."""
     for at, row in rows.each():
         state = row.state
@@ -82,6 +90,8 @@ def decide_rows_reference(
             probe_and_decide_reference(before, h_fn[at], row.p_ref, state, by_token)
         else:
             decide_reference(state, None)
+    flags = [row is not None and row.is_cached() for row in rows.rows]
+    return torch.tensor(flags, dtype=torch.int32, device=h_fn.device) if measures else None
 
 
 def _check(h_in, h_fn, rows, measures, by_token):
@@ -101,19 +111,20 @@ def _launch(tensors, rows, measures, by_token):
     h_fn, h_in = contiguous(h_fn, h_in)
     shape, sums = h_fn[:1].shape, 4 if by_token else 2
     per_program, programs = partition(shape, by_token) if measures else (0, 1)
-    partials = None
-    if measures:
-        size = (len(rows), programs, sums)
-        partials = torch.empty(size, device=h_fn.device, dtype=torch.float32)
+    scratch = None
+    if measures:  # the partial sums, and a decision per row
+        size = len(rows) * (programs * sums + 1)
+        scratch = torch.empty(size, device=h_fn.device, dtype=torch.float32)
     launch = launch_of("probe_and_decide tokens" if by_token else "probe_and_decide", h_fn[:1])
     tail = {"size": shape.numel(), "per_program": per_program, "width": shape[-1]}
     tail |= {"LOG_BLOCK": log2(BLOCK), "LOG_LANES": log2(MAX_LANES), "WIDTH": sums}
     tail |= {"P_REF": kind_of(rows.first.p_ref)}
     LAUNCHES.launch(
         (measures, by_token, rows.form), tensors, _decide_rows_kernel, (programs, len(rows)),
-        (partials, h_fn, table, h_in), tail, partials,
+        (scratch, h_fn, table, h_in), tail, scratch,
         num_warps=launch.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
+    return scratch
 
 
 @triton.jit(do_not_specialize=["per_program"])
@@ -145,6 +156,11 @@ def _decide_rows_kernel(
             tl.store(ticket_ptr, 0)
             state = state_of(table_ptr, row)
             decide_once(state, Partials(row_partials_ptr, 1, programs), LOG_LANES, WIDTH)
+            if partials_ptr is not None:
+                tl.debug_barrier()
+                flags_ptr = partials_ptr + tl.num_programs(1) * programs * WIDTH
+                cached = tl.load(state.counters_ptr + LANE.CACHED)
+                tl.store(flags_ptr + row, cached.to(tl.float32, bitcast=True))
 
 
 @triton.jit

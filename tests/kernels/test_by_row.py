@@ -213,7 +213,7 @@ def test_each_row_decides_as_its_lane_alone(random, device, shape, dtype, hidden
     expected = [copies(row) for row in rows]
     given = [None if x is None else strided(x) for x in (before, h_fn)]
     for _ in range(2):  # the tickets are back at 0
-        decide_rows(*given, Rows(rows), by_token=by_token, impl=impl)
+        flags = decide_rows(*given, Rows(rows), by_token=by_token, impl=impl).tolist()
         for index, row in enumerate(expected):
             at = slice(index, index + 1)
             if row is None:
@@ -225,6 +225,8 @@ def test_each_row_decides_as_its_lane_alone(random, device, shape, dtype, hidden
             else:
                 decide(state, None, impl=impl)
         assert_same(rows, expected)
+        cached = [None if row is None else row.state.counters[ls.CACHED].item() for row in expected]
+        assert [None if row is None else f for row, f in zip(rows, flags, strict=True)] == cached
     reasons = {row.state.counters[ls.REASON].item() for row in rows if row is not None}
     assert len(reasons) >= 6
 
@@ -234,7 +236,7 @@ def test_rows_whose_plans_decide_need_no_reference(random, device, impl):
     codes = (PlanCode.WARMUP, PlanCode.STATIC, PlanCode.MASK)
     rows = [Row(stepped(device, code=code, reference=0)) for code in codes]
     expected = [copies(row) for row in rows]
-    decide_rows(None, random(3, 4, 8), Rows(rows), measures=False, impl=impl)
+    assert decide_rows(None, random(3, 4, 8), Rows(rows), measures=False, impl=impl) is None
     for row in expected:
         decide(row.state, None, impl=impl)
     assert_same(rows, expected)
