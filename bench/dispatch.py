@@ -22,6 +22,10 @@ from pathlib import Path
 import torch
 
 from bench.stubbed_triton import stubbed_triton
+from dbcache.kernels.by_row.commit_rows import commit_rows
+from dbcache.kernels.by_row.decide_rows import decide_rows
+from dbcache.kernels.by_row.predict_rows import predict_rows
+from dbcache.kernels.by_row.table import Row, Rows
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.kernels.decision.decide import decide
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
@@ -34,6 +38,8 @@ Call = Callable[[], object]
 CALLS = 20
 """Calls per turn: so few that a turn is seldom interrupted."""
 SHAPE, ENCODER_SHAPE = (1, 4096, 64), (1, 512, 64)
+ROWS = 8
+"""Of a batch whose samples decide for themselves."""
 
 
 def rows() -> dict[str, tuple[Call, Call | None]]:
@@ -67,6 +73,23 @@ def rows() -> dict[str, tuple[Call, Call | None]]:
             lambda: (x - y, x - y, e - e),
         ),
         "add_residuals": (lambda: add_residuals(h, residuals, 0, 3), lambda: x + y + y + y),
+    } | _by_row()
+
+
+def _by_row() -> dict[str, tuple[Call, Call | None]]:
+    """Return the ops by row, each for `ROWS` lanes; no peer decides by sample."""
+    batch = torch.ones(ROWS, *SHAPE[1:], dtype=torch.bfloat16)
+    out, known = torch.empty_like(batch), {}
+    lanes = [
+        Row(LaneState.allocate(50, "cpu"), batch[:1].clone(), batch[:1][None].clone())
+        for _ in range(ROWS)
+    ]
+    rows = Rows(lanes, known)
+    return {
+        f"table of {ROWS} rows": (lambda: Rows(lanes, known), None),
+        f"decide_rows, {ROWS} rows": (lambda: decide_rows(batch, batch, rows), None),
+        f"predict_rows, {ROWS} rows": (lambda: predict_rows(batch, rows, out), None),
+        f"commit_rows, {ROWS} rows": (lambda: commit_rows(batch, batch, batch, rows), None),
     }
 
 
