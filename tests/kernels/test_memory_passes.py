@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from dbcache.kernels.by_row.commit_rows import commit_rows
+from dbcache.kernels.by_row.decide_rows import decide_rows
+from dbcache.kernels.by_row.predict_rows import predict_rows
+from dbcache.kernels.by_row.table import Row, Rows
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
@@ -215,6 +219,42 @@ def test_a_fit_reads_each_snapshot_once_where_there_is_something_to_fit(
     fit_recurrence(step.ring, step.state, torch.zeros(2, dtype=torch.float64), impl="triton")
     moved = assert_moves(step, traffic, loads=("ring",), stores=(), slots=range(used))
     assert moved == bytes_of(form, hidden=(0, used), encoder=(0, 0))
+
+
+@pytest.mark.parametrize("verb", ["decide", "predict", "commit"])
+def test_a_launch_by_row_moves_the_rows_that_it_concerns_once(random, traffic, verb):
+    """Row 0 is measured and cached, row 1 fixed as full, row 2 of no lane."""
+    h_in, h, h_out, out = (random(3, 17, 160) for _ in range(4))
+    rows = [
+        Row(LaneState.allocate(8, "cpu"), random(1, 17, 160), random(SLOTS, 1, 17, 160))
+        for _ in range(2)
+    ]
+    for cached, row in zip((1, 0), rows, strict=True):
+        row.state.counters[ls.REFERENCE], row.state.counters[ls.CACHED] = 1, cached
+        row.state.counters[ls.SLOT], row.state.weights[SLOT] = SLOT, 2.0
+    rows[1].state.plan.fill_(int(ls.PlanCode.MASK))
+    batch = Rows([*rows, None])
+    if verb == "decide":
+        decide_rows(h_in, h, batch, impl="triton")
+        loaded, concerns, stored = {"h_in": h_in, "h": h, "p_ref": rows[0].p_ref}, 0, {}
+    elif verb == "predict":
+        predict_rows(h, batch, out, impl="triton")
+        loaded, concerns, stored = {"h": h, "ring": rows[0].ring}, 0, {"out": out}
+    else:
+        commit_rows(h_in, h, h_out, batch, impl="triton")
+        loaded, concerns = {"h_in": h_in, "h": h, "h_out": h_out}, 1
+        stored = {"p_ref": rows[1].p_ref, "ring": rows[1].ring}
+    given = {"h_in": h_in, "h": h, "h_out": h_out, "out": out}
+    for index, row in enumerate(rows):
+        for name, x in (("p_ref", row.p_ref), ("ring", row.ring)):
+            given[name if index == concerns else f"other {name}"] = x
+    for name, x in given.items():
+        for kind, moved in (("loads", loaded), ("stores", stored)):
+            expected = torch.zeros(x.shape, dtype=torch.int64)
+            if name in moved:
+                part = {"ring": SLOT, "p_ref": 0}.get(name, concerns)
+                expected[part] = 1
+            assert torch.equal(traffic.counts(x, kind), expected), (name, kind)
 
 
 def test_a_second_pass_would_be_seen(random, traffic):
