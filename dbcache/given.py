@@ -113,13 +113,8 @@ def options_of(
     calibrator_config: CalibratorConfig | None,
 ) -> tuple[DBCacheConfig, CalibratorConfig | None]:
     """Return flat options as a partial config, and a copy of the predictor."""
-    fields, calibrator = split_options(who, options)
-    if calibrator is not None and calibrator_config is not None:
-        raise ValueError(
-            f"{who}: calibrator_config must not be given together with a predictor's options, got "
-            f"both; set them in the config"
-        )
-    return partial_config(who, fields, cache_config), copy.copy(calibrator_config or calibrator)
+    fields, calibrator = split_options(who, options, calibrator_config)
+    return partial_config(who, fields, cache_config), copy.copy(calibrator)
 
 
 def changes_of(

@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from dbcache.cli.outcome import Outcome, columns
+from dbcache.cli.outcome import Outcome
+from dbcache.results.markup import columns
 
 HELP = "show versions, devices, and which modes work here, and why others do not"
 

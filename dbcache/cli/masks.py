@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from dbcache.cli.outcome import Outcome, columns
+from dbcache.cli.outcome import Outcome
+from dbcache.results.markup import columns
 
 HELP = "show the masks of steps (1 full, 0 cached) for a number of steps"
 

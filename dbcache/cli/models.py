@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from dbcache.cli.outcome import Outcome, columns
+from dbcache.cli.outcome import Outcome
+from dbcache.results.markup import columns
 
 HELP = "list the models that are known by name, and what tests cover of each"
 

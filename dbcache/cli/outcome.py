@@ -24,13 +24,6 @@ class Outcome:
     code: int = 0
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as text in columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def require(modules: Sequence[str], extra: str) -> None:
     """Raise an ImportError that names what is missing of `modules`, and the extra that has them."""
     missing = [name for name in modules if find_spec(name) is None]

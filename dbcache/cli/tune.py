@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from dbcache.cli import drawn
-from dbcache.cli.outcome import Outcome, columns
+from dbcache.cli.outcome import Outcome
+from dbcache.results.markup import columns
 
 HELP = "find which steps to run in full, for a speed, a quality or a number of steps"
 

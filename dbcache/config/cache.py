@@ -179,22 +179,10 @@ class DBCacheConfig(Options):
             static = self.steps_computation_policy == "static"
             check_mask(self.steps_computation_mask, steps=self.num_inference_steps, static=static)
         if self.batch_reduce == "each":
-            self._check_each_sample()
-
-    def _check_each_sample(self) -> None:
-        """Raise a ValueError if samples cannot decide for themselves."""
-        others = {
-            "policy": self.policy != "dbcache",
-            "Bn_compute_blocks_ids": bool(self.Bn_compute_blocks_ids),
-            "cfg_diff_compute_separate": not self.cfg_diff_compute_separate,
-        }
-        for name, is_set in others.items():
-            if is_set:
-                raise ValueError(
-                    f"{type(self).__name__}.{name}: must be left as it is with "
-                    f"batch_reduce='each', got {shown(getattr(self, name))}; samples decide for "
-                    f"themselves by the probe alone. Leave it out, or choose 'mean' or 'max'"
-                )
+            why = "samples decide for themselves by the probe alone"
+            names = ("policy", "Bn_compute_blocks_ids", "cfg_diff_compute_separate")
+            remedy = "leave it out, or choose 'mean' or 'max'"
+            self.require_defaults(dict.fromkeys(names, why), "with batch_reduce='each'", remedy)
 
     @property
     def probe_blocks(self) -> int:
@@ -285,18 +273,13 @@ class ParamsModifier:
     ) -> None:
         check_type("ParamsModifier.cache_config", cache_config, DBCacheConfig)
         check_type("ParamsModifier.calibrator_config", calibrator_config, CalibratorConfig)
-        fields, predictor = split("ParamsModifier", options)
-        if predictor is not None and calibrator_config is not None:
-            raise ValueError(
-                "ParamsModifier: calibrator_config must not be given together with a predictor's "
-                "options, got both; set them in the config"
-            )
+        fields, predictor = split("ParamsModifier", options, calibrator_config)
         if fields:
             config = type(cache_config or DBCacheConfig())
             reject_unknown("ParamsModifier", fields, (*config.names(), *PREDICTION))
             cache_config = config(**{**(cache_config.given if cache_config else {}), **fields})
         self.cache_config = cache_config
-        self.calibrator_config = calibrator_config or predictor
+        self.calibrator_config = predictor
 
 
 @dataclass(frozen=True, slots=True)

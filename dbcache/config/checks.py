@@ -34,14 +34,9 @@ def prepare(settings: StackSettings, model: object, stack: str) -> StackSettings
 
 
 def _check_options(cache: DBCacheConfig) -> None:
-    who, defaults = "DBCacheConfig", type(cache)()
-    for option, why in POLICIES[cache.policy].refuses.items():
-        value, default = getattr(cache, option), getattr(defaults, option)
-        if value != default:
-            raise ValueError(
-                f"{who}.{option} must be {default!r} with policy={cache.policy!r}, got "
-                f"{shown(value)}: {why}; leave it out, or use policy='dbcache'"
-            )
+    who, where = "DBCacheConfig", f"with policy={cache.policy!r}"
+    refused, remedy = POLICIES[cache.policy].refuses, "leave it out, or use policy='dbcache'"
+    cache.require_defaults(refused, where, remedy)
     if cache.cache_device == "cpu" and cache.decision_scope == "model":
         raise ValueError(
             f"{who}.cache_device must be 'model' with decision_scope='model', got 'cpu': later "

@@ -171,15 +171,12 @@ def _parallelism(who: str, given: Mapping[str, Any]) -> ParallelismConfig:
 
 
 def split_options(
-    who: str, given: Mapping[str, Any]
+    who: str, given: Mapping[str, Any], config: CalibratorConfig | None = None
 ) -> tuple[dict[str, Any], CalibratorConfig | None]:
-    """Return the fields of the cache's config among flat options, and the predictor they name.
-
-    The predictor is None where nothing was said of it, and the base config, which reuses the last
-    residual, where one was switched off.
+    """Return the fields of the cache's config among flat options, and the predictor, as `split`.
 
     Raises:
-        TypeError: an unknown option. ValueError: one that contradicts another or lacks it.
+        TypeError: an unknown option. ValueError: as `split`.
     """
     reject_unknown(who, given, _FLAT)
-    return split(who, given)
+    return split(who, given, config)

@@ -38,14 +38,16 @@ PREDICTION = (_CACHE_TYPE, *_SWITCHES, *(flat for fields in _FIELDS.values() for
 """All flat options that concern the prediction."""
 
 
-def split(who: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], CalibratorConfig | None]:
-    """Return what is left of flat options under the names of fields, and the predictor they name.
+def split(
+    who: str, given: Mapping[str, Any], config: CalibratorConfig | None = None
+) -> tuple[dict[str, Any], CalibratorConfig | None]:
+    """Return what is left of flat options under the names of fields, and the predictor.
 
-    The predictor is None where nothing was said of it, and the base config, which reuses the last
-    residual, where one was switched off.
+    That is `config` or what the options name: None where nothing was said of it, and the base
+    config, which reuses the last residual, where one was switched off.
 
     Raises:
-        ValueError: an option that contradicts another or lacks it.
+        ValueError: an option that contradicts another or lacks it, or the predictor twice.
     """
     options = {name: value for name, value in given.items() if name not in ALIASES}
     for alias, name in ALIASES.items():
@@ -54,7 +56,13 @@ def split(who: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], Calibrato
         if alias in given:
             options[name] = given[alias]
     prediction = {name: options.pop(name) for name in PREDICTION if name in options}
-    return options, _predictor(who, prediction) if prediction else None
+    predictor = _predictor(who, prediction) if prediction else config
+    if prediction and config is not None:
+        raise ValueError(
+            f"{who}: calibrator_config must not be given together with a predictor's options, got "
+            f"both; set them in the config"
+        )
+    return options, predictor
 
 
 def _predictor(who: str, given: dict[str, Any]) -> CalibratorConfig:

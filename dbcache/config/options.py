@@ -234,6 +234,25 @@ class Options:
     def validate(self) -> None:
         """Raise if fields do not go together; each one's own value has been checked."""
 
+    def require_defaults(self, refused: Mapping[str, str], where: str, remedy: str) -> None:
+        """Raise a ValueError if a field has another value than its default.
+
+        Args:
+            refused: names of fields, and why each has no meaning.
+            where: when it has none, as in "with policy='easycache'".
+            remedy: what to do.
+        """
+        fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
+        for field in fields:
+            value, default = getattr(self, field.name), field.default
+            if default is dataclasses.MISSING:
+                default = field.default_factory()
+            if field.name in refused and value != default:
+                raise ValueError(
+                    f"{type(self).__name__}.{field.name} must be {default!r} {where}, got "
+                    f"{shown(value)}: {refused[field.name]}; {remedy}"
+                )
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Return the names of all fields."""

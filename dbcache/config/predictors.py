@@ -39,10 +39,13 @@ class CalibratorConfig(Options):
         """Degree of the series that `decide` computes; it needs ``order + 1`` snapshots."""
         return getattr(self, self.series) if isinstance(self.series, str) else self.series
 
+    window: ClassVar[str] = ""
+    """The field that says how many snapshots the prediction is made of; "": the order does."""
+
     @property
     def slots(self) -> int:
         """Snapshots that the prediction is made of, at most."""
-        return self.order + 1
+        return getattr(self, self.window) if self.window else self.order + 1
 
     @property
     def kind(self) -> Predictor:
@@ -157,6 +160,7 @@ class DMDCalibratorConfig(SwitchedOn):
 
     by_forecaster: ClassVar[bool] = True
     series: ClassVar[int | str] = 1
+    window: ClassVar[str] = "dmd_history"
     dmd_history: int = option(4, low=3, high=MAX_SLOTS)
     """Snapshots that are fitted, 3 to 8; the lane keeps as many."""
 
@@ -169,10 +173,6 @@ class DMDCalibratorConfig(SwitchedOn):
 
     dmd_svd_precision: Literal["low", "medium", "high"] = "medium"
     """As cache-dit has it; there is no SVD here, all three are the same."""
-
-    @property
-    def slots(self) -> int:
-        return self.dmd_history
 
     def strify(self) -> str:
         ridge = "" if self.dmd_ridge == 1 else f"R{self.dmd_ridge:g}"
@@ -190,6 +190,7 @@ class SpectrumCalibratorConfig(SwitchedOn):
 
     by_forecaster: ClassVar[bool] = True
     series: ClassVar[int | str] = 1
+    window: ClassVar[str] = "spectrum_window"
     spectrum_order: int = option(4, low=1, high=HIGHEST_ORDER)
     """Highest degree of the polynomials, 1 to 4."""
 
@@ -201,10 +202,6 @@ class SpectrumCalibratorConfig(SwitchedOn):
 
     spectrum_blend: float = option(0.5, high=1)
     """Parts of the regression, 0 to 1; the rest is the line through the two newest snapshots."""
-
-    @property
-    def slots(self) -> int:
-        return self.spectrum_window
 
     def strify(self) -> str:
         return (

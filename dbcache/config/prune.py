@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dbcache.config.cache import UNLIMITED, DBCacheConfig
-from dbcache.config.options import check_choice, option, shown
+from dbcache.config.options import check_choice, option
 from dbcache.kernels.pruning import block_state as bs
 
 _WITHOUT_MEANING = (
@@ -75,14 +75,8 @@ class DBPruneConfig(DBCacheConfig):
                 f"{who}.batch_reduce must be 'mean' or 'max', as blocks are left out for the batch "
                 f"as a whole, got 'each'; with DBCacheConfig samples decide for themselves"
             )
-        defaults = DBCacheConfig().as_dict()
-        for name in _WITHOUT_MEANING:
-            default = defaults[name]
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"{who}.{name} must be {default!r}, as it has no meaning here, got "
-                    f"{shown(getattr(self, name))}; remove it"
-                )
+        refused = dict.fromkeys(_WITHOUT_MEANING, "it has no meaning here")
+        self.require_defaults(refused, "where single blocks are left out", "remove it")
 
     @property
     def max_steps(self) -> int:

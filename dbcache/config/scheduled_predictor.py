@@ -15,12 +15,9 @@ class ScheduledCalibratorConfig(FoCaCalibratorConfig):
     """The weights of a schedule, and FoCa where it has none; `enable` sets it with a `schedule`."""
 
     by_forecaster: ClassVar[bool] = True
+    window: ClassVar[str] = "snapshots"
     snapshots: int = option(4, low=3, high=MAX_SLOTS)
     """Ring slots per lane, 3 to 8."""
-
-    @property
-    def slots(self) -> int:
-        return self.snapshots
 
     def strify(self) -> str:
         return f"ScheduledK{self.snapshots}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-SSIM_WINDOW = 7
+from dbcache.tuning import pictures
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
@@ -17,8 +18,8 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
         images: (B, H, W) in [0, 1].
         reference: same shape and range.
     """
-    error = (images.double() - reference.double()).square().mean((1, 2))
-    return (-10 * error.log10()).mean().item()
+    pairs = zip(images, reference, strict=True)
+    return fmean(pictures.psnr(image, like) for image, like in pairs)
 
 
 def ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
@@ -31,21 +32,8 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
         images: (B, H, W) in [0, 1], H and W of at least 7.
         reference: same shape and range.
     """
-    x, y = images.double()[:, None], reference.double()[:, None]
-
-    def mean(z: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(z, SSIM_WINDOW, stride=1)
-
-    unbiased = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
-    mean_x, mean_y = mean(x), mean(y)
-    var_x = unbiased * (mean(x * x) - mean_x * mean_x)
-    var_y = unbiased * (mean(y * y) - mean_y * mean_y)
-    cov = unbiased * (mean(x * y) - mean_x * mean_y)
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * cov + c2)) / (
-        (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
-    )
-    return similarity.mean().item()
+    pairs = zip(images, reference, strict=True)
+    return fmean(pictures.similarity(image, like) for image, like in pairs)
 
 
 def load_digits_split(split: Literal["train", "test"]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from dbcache.notices import nothing_cached
 from dbcache.results.drawing import Plot, timelines
 from dbcache.results.gathering import lanes_from
 from dbcache.results.lane import PERCENTILES, LaneSummary
-from dbcache.results.markup import table
+from dbcache.results.markup import columns, table
 from dbcache.results.plain import plain
 
 
@@ -189,12 +189,7 @@ class Summary:
             return "\n".join([f"dbcache: {what}", *self.notes])
         if self.details:
             return self.to_markdown()
-        rows = self._rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = [columns(self._rows())]
         held = sum(lane.host_megabytes for lane in self.lanes)
         lines += [f"in host memory: {held:.3f} MB of stored residuals"] * (held > 0)
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
