@@ -181,7 +181,7 @@ class LaneState:
     """float32 (MAX_SLOTS,), a view of `values`: what `predict` takes for encoder states"""
 
     host: tuple[Any, ...] | None = field(init=False)
-    """NumPy views of the seven tensors, in the order of TENSORS, on the CPU; None elsewhere"""
+    """Memoryviews of the seven tensors, in the order of TENSORS, on the CPU; None elsewhere"""
     _reset: tuple[list[Tensor], list[Tensor]] = field(init=False, repr=False)
     """What a request writes, and what that is when it begins, as int32: for `reset`"""
     _arguments: tuple[int, ...] | None = field(init=False, repr=False)
@@ -194,7 +194,7 @@ class LaneState:
         self._arguments = None
         # a fake tensor claims to be on the CPU, but has no memory
         on_cpu = self.counters.device.type == "cpu" and type(self.counters) is Tensor
-        self.host = tuple(x.numpy() for x in self.tensors()) if on_cpu else None
+        self.host = tuple(x.numpy().data for x in self.tensors()) if on_cpu else None
         self.weights = self.values[WEIGHTS : WEIGHTS + MAX_SLOTS]
         self.encoder_weights = self.values[ENCODER_WEIGHTS : ENCODER_WEIGHTS + MAX_SLOTS]
 
@@ -293,6 +293,9 @@ class LaneState:
         tensors = (x.to(device or x.device, copy=True) for x in self.tensors())
         return LaneState(*tensors)._with_reset()
 
+    def __deepcopy__(self, memo: object) -> "LaneState":
+        return self.clone()
+
     def copy_(self, other: "LaneState") -> None:
         """Copy the contents of a state of the same capacity."""
         for mine, its in zip(self.tensors(), other.tensors(), strict=True):
@@ -317,9 +320,8 @@ def _blank(capacity: int, device: torch.device | str) -> tuple[Tensor, ...]:
 
 def steps_newest_first(counters: Sequence[int], slots: int) -> list[int]:
     """Return the steps of the snapshots in the ring, newest first."""
-    head = counters[HEAD]
-    order = [(head - 1 - m) % slots for m in range(counters[SNAPSHOTS])]
-    return [counters[RING_STEPS + slot] for slot in order]
+    newest = counters[HEAD] - 1
+    return [counters[RING_STEPS + (newest - m) % slots] for m in range(counters[SNAPSHOTS])]
 
 
 def spread(weights: Sequence[float], head: int, slots: int) -> list[float]:

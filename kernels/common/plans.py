@@ -89,7 +89,7 @@ class Plans(dict[Hashable, Plan]):
         where no kernel runs, or something traces the call. The first tensor is never None.
         """
         first = tensors[0]
-        if type(first) is not Tensor or _is_compiling() or not self:
+        if not self or type(first) is not Tensor or _is_compiling():
             return None
         addresses: list[int | None] = []
         layout: list[Hashable] = [flags]

@@ -95,7 +95,7 @@ def relative_l1(partials: Sequence[Sequence[Sequence[float]]], worst: bool = Fal
     return _ratio(total_sums(partials))
 
 
-def total_sums(partials: Sequence[Sequence[Sequence[float]]]) -> list[float]:
+def total_sums(partials: Sequence[Sequence[Sequence[float]]]) -> Sequence[float]:
     """Return the sums of the batch, one sample after another, from nested lists (B, T, width)."""
     samples = _sums_of_samples(partials)
     total = samples[0]
@@ -104,7 +104,10 @@ def total_sums(partials: Sequence[Sequence[Sequence[float]]]) -> list[float]:
     return total
 
 
-def _sums_of_samples(partials: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+def _sums_of_samples(partials: Sequence[Sequence[Sequence[float]]]) -> list[Sequence[float]]:
+    """Return the sums of each sample, from nested lists (B, T, width)."""
+    if len(partials[0]) == 1:
+        return [sample[0] for sample in partials]
     return [[tree_sum(column) for column in zip(*sample, strict=True)] for sample in partials]
 
 

@@ -18,7 +18,7 @@ since the last full step are summed, and the sum is compared. The weights are th
 of it is computed here, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -48,7 +48,7 @@ from dbcache.kernels.decision.step_signal import (
     signal_of,
     signal_of_partials,
 )
-from dbcache.kernels.prediction.taylor import Ring, reached, store_weights, weights_by_slot
+from dbcache.kernels.prediction.taylor import Ring, store_weights, weights_by_slot
 
 
 def decide(state: LaneState, partials: Tensor | None, *, impl: Impl = "auto") -> None:
@@ -87,38 +87,50 @@ def decide(state: LaneState, partials: Tensor | None, *, impl: Impl = "auto") ->
 
 LAUNCHES = Plans()
 
+WEIGHTS = slice(ls.WEIGHTS, ls.WEIGHTS + ls.MAX_SLOTS)
+ENCODER = slice(ls.ENCODER_WEIGHTS, ls.ENCODER_WEIGHTS + ls.MAX_SLOTS)
+DYNAMIC, FIRST_CACHED = PlanCode.DYNAMIC, Reason.STATIC
+BELOW, ABOVE = Reason.BELOW_THRESHOLD, Reason.ABOVE_THRESHOLD
+PLANNED = {ls.KNOWN + reason: reason for reason in Reason} | {
+    PlanCode.STATIC: Reason.STATIC,
+    PlanCode.WARMUP: Reason.WARMUP,
+    PlanCode.MASK: Reason.MASK,
+}
+"""What the plan codes say; those that cache do if there is a reference."""
+
 
 def decide_reference(state: LaneState, partials: Tensor | None) -> None:
     """Plain Python, the meaning of `decide`."""
+    decide_sums(state, None if partials is None else partials.tolist())
+
+
+def decide_sums(state: LaneState, sums: Sequence[Sequence[Sequence[float]]] | None) -> None:
+    """`decide_reference`, for nested lists (B, T, 2 or 4)."""
     if state.host is None:
         on_cpu = state.clone("cpu")
-        decide_reference(on_cpu, partials)
+        decide_sums(on_cpu, sums)
         state.copy_(on_cpu)
         return
-    # NumPy views share the memory, and access takes a fraction of a tensor's time
-    counters_view, values_view, limits_view, thresholds, plan, trace_reason, trace_diff = state.host
-    counters, values, limits = counters_view.tolist(), values_view.tolist(), limits_view.tolist()
+    # reads take a fraction of a tensor's time, and what is written is rounded to float32
+    counters, values, limits, thresholds, plan, trace_reason, trace_diff = state.host
     step = counters[ls.STEP]
-    if step >= state.capacity:
+    if step >= len(plan):
         raise RuntimeError(
-            f"decide: the step must be below the capacity of the state, {state.capacity}, "
+            f"decide: the step must be below the capacity of the state, {len(plan)}, "
             f"got {step}; call LaneState.grow"
         )
-    code = int(plan[step])
-    diff = None
-    if partials is not None and code == PlanCode.DYNAMIC and counters[ls.REFERENCE] == 1:
+    code, diff = plan[step], None
+    if sums is not None and code == DYNAMIC and counters[ls.REFERENCE] == 1:
         if is_ready(limits, values):
-            diff = signal_of(partials.tolist(), limits, thresholds.tolist(), values)
-    advance(counters, values, limits, thresholds.tolist(), code, diff)
-    counters_view[:] = counters
-    values_view[:] = values
+            diff = signal_of(sums, limits, thresholds, values)
+    advance(counters, values, limits, thresholds, code, diff)
     trace_reason[step] = counters[ls.REASON]
     trace_diff[step] = values[ls.DIFF]
 
 
 def advance(
-    counters: list[int],
-    values: list[float],
+    counters: MutableSequence[int],
+    values: MutableSequence[float],
     limits: Sequence[int],
     thresholds: Sequence[float],
     code: int,
@@ -127,27 +139,16 @@ def advance(
     """Advance `counters` and `values` by a step of plan code `code` with the change `diff`."""
     reason = choose(counters, values, limits, thresholds, code, diff)
     step, slots, head = counters[ls.STEP], limits[ls.SLOTS], counters[ls.HEAD]
-    cached = reason >= Reason.STATIC
+    cached = reason >= FIRST_CACHED
     if cached:
         counters[ls.CACHED_STEPS] += 1
         counters[ls.CONSECUTIVE] += 1
         if diff is not None:
             values[ls.ACCUMULATED] = f32(values[ls.ACCUMULATED] + diff)
-        # ages of the snapshots, newest first; the newest is in the slot before the head
-        newest = ls.RING_STEPS + (head - 1) % slots
-        steps = counters[newest : ls.RING_STEPS - 1 : -1]
-        steps += counters[ls.RING_STEPS + slots - 1 : newest : -1]
-        steps = steps[: counters[ls.SNAPSHOTS]]
-        ages = tuple([step - s for s in steps])
-        predictor, scale = limits[ls.PREDICTOR], thresholds[ls.SCALE]
-        for base, order in (
-            (ls.WEIGHTS, limits[ls.ORDER]),
-            (ls.ENCODER_WEIGHTS, limits[ls.ENCODER_ORDER]),
-        ):
-            order = reached(steps, order, predictor)
-            values[base : base + ls.MAX_SLOTS] = weights_by_slot(
-                ages, order, head, slots, predictor, scale
-            )
+        steps = tuple(ls.steps_newest_first(counters, slots))
+        rule = head, slots, limits[ls.PREDICTOR], thresholds[ls.SCALE]
+        for entries, order in (WEIGHTS, limits[ls.ORDER]), (ENCODER, limits[ls.ENCODER_ORDER]):
+            values[entries] = weights_by_slot(step, steps, order, *rule)
     else:
         counters[ls.SLOT] = head
         counters[ls.RING_STEPS + head] = step
@@ -171,17 +172,9 @@ def choose(
     diff: float | None,
 ) -> Reason:
     """Return the reason that decides a step of plan code `code` with the change `diff`."""
-    if code == PlanCode.WARMUP:
-        return Reason.WARMUP
-    if code == PlanCode.MASK:
-        return Reason.MASK
     reference, threshold = counters[ls.REFERENCE], thresholds[ls.THRESHOLD]
-    missing = Reason.SHAPE_CHANGED if reference == 2 else Reason.NO_REFERENCE
-    if code == PlanCode.STATIC:
-        return Reason.STATIC if reference == 1 else missing
-    if code >= ls.KNOWN:
-        known = Reason(code - ls.KNOWN)
-        return missing if known.cached and reference != 1 else known
+    if code != DYNAMIC:
+        return _planned(code, reference)
     if counters[ls.CACHED_STEPS] >= limits[ls.MAX_CACHED] >= 0:
         return Reason.COUNT_LIMIT
     if counters[ls.CONSECUTIVE] >= limits[ls.MAX_CONSECUTIVE] >= 0:
@@ -189,7 +182,7 @@ def choose(
     if values[ls.ACCUMULATED] >= thresholds[ls.MAX_ACCUMULATED] > 0:
         return Reason.ACCUMULATED_LIMIT
     if reference != 1 or not is_ready(limits, values):
-        return missing
+        return _missing(reference)
     if threshold <= 0:
         return Reason.THRESHOLD_OFF
     if diff is None or diff != diff:
@@ -198,7 +191,17 @@ def choose(
         diff = f32(values[ls.ACCUMULATED] + diff)
     elif threshold >= 1:
         return Reason.THRESHOLD_ALWAYS
-    return Reason.BELOW_THRESHOLD if diff < threshold else Reason.ABOVE_THRESHOLD
+    return BELOW if diff < threshold else ABOVE
+
+
+def _planned(code: int, reference: int) -> Reason:
+    """Return the reason of a step that the plan decides."""
+    reason = PLANNED[code]
+    return _missing(reference) if reason >= FIRST_CACHED and reference != 1 else reason
+
+
+def _missing(reference: int) -> Reason:
+    return Reason.SHAPE_CHANGED if reference == 2 else Reason.NO_REFERENCE
 
 
 @op(

@@ -29,13 +29,13 @@ from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import Impl, invalid
 from dbcache.kernels.common.sums import MAX_LANES, Partials, log2, partition
-from dbcache.kernels.decision.decide import decide_once, decide_reference
+from dbcache.kernels.decision.decide import decide_once, decide_sums
 from dbcache.kernels.decision.probe_diff import (
     Probe,
     check_probe,
-    probe_diff_reference,
     store_partial,
     store_partial_by_token,
+    sums_of_samples,
 )
 
 
@@ -80,8 +80,8 @@ def probe_and_decide_reference(
     h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, state: LaneState, by_token: bool = False
 ) -> None:
     """Plain PyTorch and Python, the meaning of `probe_and_decide`."""
-    thresholds = state.thresholds if by_token else None
-    decide_reference(state, probe_diff_reference(h_in, h_fn, p_ref, thresholds))
+    sums = sums_of_samples(h_in, h_fn, p_ref, state.thresholds if by_token else None)
+    decide_sums(state, [[sample] for sample in zip(*[x.tolist() for x in sums], strict=True)])
 
 
 LAUNCHES = Plans()

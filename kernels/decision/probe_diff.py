@@ -67,15 +67,24 @@ def probe_diff(
     return _probe_diff(impl, h_in, h_fn, p_ref, thresholds)
 
 
-@without_gradient
 def probe_diff_reference(
     h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, thresholds: Tensor | None = None
 ) -> Tensor:
     """Plain PyTorch, the meaning of `probe_diff`."""
+    return torch.stack(sums_of_samples(h_in, h_fn, p_ref, thresholds), -1).unsqueeze_(1)
+
+
+@without_gradient
+def sums_of_samples(
+    h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, thresholds: Tensor | None
+) -> list[Tensor]:
+    """Return the two or four sums of `probe_diff`, of all that a sample has: each (B,)."""
     if h_in is None:
         p = h_fn.to(p_ref.dtype).float()
     elif p_ref.dtype == h_in.dtype:
-        p = torch.sub(h_fn, h_in).float()  # PyTorch subtracts in float32 and rounds once
+        p = torch.sub(h_fn, h_in)  # PyTorch subtracts in float32 and rounds once
+        if p.dtype != torch.float32:
+            p = p.float()
     else:
         p = (h_fn.float() - h_in.float()).to(p_ref.dtype).float()
     if p.ndim == 1:
@@ -84,17 +93,16 @@ def probe_diff_reference(
         return _sums_by_token((p - p_ref).abs_(), p_ref.abs(), thresholds)
     features = tuple(range(1, p.ndim))
     num = (p - p_ref).abs_().sum(features)
-    den = p_ref.abs().sum(features, dtype=torch.float32)
-    return torch.stack((num, den), -1).unsqueeze_(1)
+    return [num, p_ref.abs().sum(features, dtype=torch.float32)]
 
 
-def _sums_by_token(change: Tensor, size: Tensor, thresholds: Tensor) -> Tensor:
-    """Return (B, 1, 4) sums: of all tokens, and of those that changed more than the threshold."""
+def _sums_by_token(change: Tensor, size: Tensor, thresholds: Tensor) -> list[Tensor]:
+    """Return the sums of all tokens, and of those that changed more than the threshold."""
     num = change.sum(-1).flatten(1)
     den = size.sum(-1, dtype=torch.float32).flatten(1)
     rest = ~((num / den > thresholds[IMPORTANT]) | num.isnan() | den.isnan())
     sums = (num, den, num.masked_fill(rest, 0), den.masked_fill(rest, 0))
-    return torch.stack([x.sum(1) for x in sums], -1).unsqueeze_(1)
+    return [x.sum(1) for x in sums]
 
 
 def check_probe(who: str, h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, by_token: bool) -> None:

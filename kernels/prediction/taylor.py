@@ -5,6 +5,7 @@ distances that the differences are divided by (`taylor_weights`). The two implem
 bit for bit: each operation is float32, rounded once, in the same order.
 """
 
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -89,10 +90,17 @@ def reached(steps: Sequence[int], order: int, predictor: int) -> int:
 
 @lru_cache(maxsize=4096)
 def weights_by_slot(
-    ages: tuple[int, ...], order: int, head: int, slots: int, predictor: int, scale: float
-) -> list[float]:
-    """Spread the weights over the ring. Requests repeat the same few patterns of ages."""
-    return spread(taylor_weights(ages, order, predictor, scale), head, slots)
+    step: int,
+    steps: tuple[int, ...],
+    order: int,
+    head: int,
+    slots: int,
+    predictor: int,
+    scale: float,
+) -> "array[float]":
+    """Return the weights for `step` by slot, of snapshots at `steps`. Requests repeat the same."""
+    ages, order = [step - s for s in steps], reached(steps, order, predictor)
+    return array("f", spread(taylor_weights(ages, order, predictor, scale), head, slots))
 
 
 class Ring(NamedTuple):

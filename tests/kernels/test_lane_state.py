@@ -42,6 +42,7 @@ def test_a_copy_shares_nothing_and_keeps_its_views(device, copied):
     other.values.fill_(5)
     other.plan.fill_(PlanCode.MASK)
     assert other.weights.tolist() == [5.0] * 8
+    assert other.host is None or other.host[1].tolist() == other.values.tolist()
     assert state.weights.tolist() == [0.0] * 8
     assert state.plan.tolist() == [0, 0]
 
