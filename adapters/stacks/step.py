@@ -21,6 +21,7 @@ from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.lanes.buffers import Layout
 
 Streams = tuple[torch.Tensor, torch.Tensor | None]
+DYNAMIC = PlanCode.DYNAMIC
 
 
 class Step:
@@ -182,7 +183,7 @@ class Step:
         if serves_all:
             lane.check_has_run(layout, self.stack.name)
         code = lane.begin(layout, h_fn.device)
-        is_dynamic = code == PlanCode.DYNAMIC and lane.steps.has_reference
+        is_dynamic = code == DYNAMIC and lane.steps.has_reference
         is_recorded = serves_all or (cutter is not None and is_dynamic)
         if is_recorded:
             check_needs_no_vote(self.stack.name, run.sharding)

@@ -14,12 +14,13 @@ import torch
 from dbcache.config.cache import StackSettings
 from dbcache.config.policies import POLICIES
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import LaneState, PlanCode, Reason
+from dbcache.kernels.common.lane_state import LaneState, PlanCode
 from dbcache.kernels.pruning.block_state import BlockSteps
 from dbcache.lanes.buffers import HostCopy, outside_inference_mode
 from dbcache.lanes.plan import decide_ahead, make_plan
 from dbcache.lanes.scheduled import scheduled_plan
 
+DYNAMIC = PlanCode.DYNAMIC
 FIRST_CAPACITY = 64
 """Steps that a lane has room for at first; it grows when a request is longer."""
 
@@ -137,12 +138,10 @@ class StepState(Generic[Tensors]):
             code: the step's plan code, or `KNOWN` plus the reason.
             flag: the decision, where it was read already.
         """
-        if not self.has_reference or code in (PlanCode.WARMUP, PlanCode.MASK):
+        if not self.has_reference:
             return self.advance(False)
-        if code == PlanCode.STATIC:
-            return self.advance(True)
-        if code >= ls.KNOWN:
-            return self.advance(Reason(code - ls.KNOWN).cached)
+        if code != DYNAMIC:
+            return self.advance(ls.PLANNED[code] >= ls.FIRST_CACHED)
         return self.advance(self.read_flag() if flag is None else flag)
 
     def read_flag(self) -> bool:

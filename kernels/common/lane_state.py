@@ -131,8 +131,16 @@ class Reason(IntEnum):
     @property
     def cached(self) -> bool:
         """Whether a step with this reason is a cached one."""
-        return self >= Reason.STATIC
+        return self >= FIRST_CACHED
 
+
+FIRST_CACHED = Reason.STATIC
+PLANNED = {KNOWN + reason: reason for reason in Reason} | {
+    PlanCode.STATIC: Reason.STATIC,
+    PlanCode.WARMUP: Reason.WARMUP,
+    PlanCode.MASK: Reason.MASK,
+}
+"""What the plan codes say; those that cache do if there is a reference. DYNAMIC says nothing."""
 
 LANE = Constants(globals())
 """The constants above, for kernels; the next ones are the members of the enumerations."""

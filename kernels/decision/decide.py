@@ -89,14 +89,9 @@ LAUNCHES = Plans()
 
 WEIGHTS = slice(ls.WEIGHTS, ls.WEIGHTS + ls.MAX_SLOTS)
 ENCODER = slice(ls.ENCODER_WEIGHTS, ls.ENCODER_WEIGHTS + ls.MAX_SLOTS)
-DYNAMIC, FIRST_CACHED = PlanCode.DYNAMIC, Reason.STATIC
+# an enumeration takes longer to find a member than a comparison takes
+DYNAMIC, CHANGE = PlanCode.DYNAMIC, Signal.CHANGE
 BELOW, ABOVE = Reason.BELOW_THRESHOLD, Reason.ABOVE_THRESHOLD
-PLANNED = {ls.KNOWN + reason: reason for reason in Reason} | {
-    PlanCode.STATIC: Reason.STATIC,
-    PlanCode.WARMUP: Reason.WARMUP,
-    PlanCode.MASK: Reason.MASK,
-}
-"""What the plan codes say; those that cache do if there is a reference."""
 
 
 def decide_reference(state: LaneState, partials: Tensor | None) -> None:
@@ -139,7 +134,7 @@ def advance(
     """Advance `counters` and `values` by a step of plan code `code` with the change `diff`."""
     reason = choose(counters, values, limits, thresholds, code, diff)
     step, slots, head = counters[ls.STEP], limits[ls.SLOTS], counters[ls.HEAD]
-    cached = reason >= FIRST_CACHED
+    cached = reason >= ls.FIRST_CACHED
     if cached:
         counters[ls.CACHED_STEPS] += 1
         counters[ls.CONSECUTIVE] += 1
@@ -187,7 +182,7 @@ def choose(
         return Reason.THRESHOLD_OFF
     if diff is None or diff != diff:
         return Reason.NAN
-    if limits[ls.SIGNAL] != Signal.CHANGE:
+    if limits[ls.SIGNAL] != CHANGE:
         diff = f32(values[ls.ACCUMULATED] + diff)
     elif threshold >= 1:
         return Reason.THRESHOLD_ALWAYS
@@ -196,8 +191,8 @@ def choose(
 
 def _planned(code: int, reference: int) -> Reason:
     """Return the reason of a step that the plan decides."""
-    reason = PLANNED[code]
-    return _missing(reference) if reason >= FIRST_CACHED and reference != 1 else reason
+    reason = ls.PLANNED[code]
+    return _missing(reference) if reason >= ls.FIRST_CACHED and reference != 1 else reason
 
 
 def _missing(reference: int) -> Reason:

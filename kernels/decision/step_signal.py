@@ -20,6 +20,8 @@ from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LANE, REDUCTIONS, SIGNALS, BatchReduce, Signal
 from dbcache.kernels.common.sums import f32, relative_l1, relative_l1_of_partials, total_sums
 
+RATE, SUM, WORST = Signal.RATE, Signal.SUM, BatchReduce.MAX
+
 
 def signal_of(
     partials: Sequence[Sequence[Sequence[float]]],
@@ -29,10 +31,10 @@ def signal_of(
 ) -> float:
     """Return e of partial sums, nested lists (B, T, 2 or 4), for a lane's state."""
     signal = limits[ls.SIGNAL]
-    if signal == Signal.RATE:
+    if signal == RATE:
         return f32(values[ls.RATE] * total_sums(partials)[0])
-    change = relative_l1(partials, limits[ls.BATCH_REDUCE] == BatchReduce.MAX)
-    return polynomial(thresholds, change) if signal == Signal.SUM else change
+    change = relative_l1(partials, limits[ls.BATCH_REDUCE] == WORST)
+    return polynomial(thresholds, change) if signal == SUM else change
 
 
 def polynomial(thresholds: Sequence[float], x: float) -> float:
@@ -45,7 +47,7 @@ def polynomial(thresholds: Sequence[float], x: float) -> float:
 
 def is_ready(limits: Sequence[int], values: Sequence[float]) -> bool:
     """Whether the signal can be measured: a rate needs two full steps."""
-    return limits[ls.SIGNAL] != Signal.RATE or not values[ls.RATE] < 0
+    return limits[ls.SIGNAL] != RATE or not values[ls.RATE] < 0
 
 
 @triton.jit
