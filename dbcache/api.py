@@ -16,7 +16,8 @@ from dbcache.adapters.models.lookup import find_specs
 from dbcache.adapters.patching.attention import ModelAttention, find_backend
 from dbcache.adapters.patching.other_caches import refuse_other_caches
 from dbcache.adapters.patching.patch_functor import on_trial
-from dbcache.adapters.requests.cached_transformer import MAX_REQUESTS, handle_of
+from dbcache.adapters.requests.cached_transformer import handle_of
+from dbcache.adapters.requests.enabled import MAX_REQUESTS
 from dbcache.adapters.requests.facts import facts_of
 from dbcache.adapters.requests.notices import tell
 from dbcache.adapters.requests.overview import end_images

@@ -7,7 +7,7 @@ from typing import Any
 from dbcache.adapters.requests.cached_transformer import CachedTransformer
 from dbcache.adapters.requests.notices import tell
 from dbcache.adapters.requests.request import Request
-from dbcache.adapters.requests.request_handle import RequestHandle
+from dbcache.adapters.requests.request_handle import RequestHandle, check_options
 from dbcache.config.cache import DBCacheConfig
 from dbcache.config.predictors import CalibratorConfig
 from dbcache.config.schedule import Source
@@ -57,9 +57,9 @@ def start_request(
         for index, handle in enumerate(handles):
             own, overrides = (changes, False) if rows is None else (rows[index], True)
             setup = handle.setup.renewed(own, for_request=True, overrides=overrides)
-            setup.check_options(handle.setup)
+            check_options(setup, handle.setup)
             tell([setup], [handle.setup])
-            setup.bind(handle.views, handle.original)
+            setup.bind(handle.views, handle.original, handle.reruns)
             request = Request(setup, steps=setup.config.num_inference_steps, follows=True)
             request.clock.follow(tells_steps=False, by_time=True)
             pairs.append((handle, handle.open(request, waits=False)))

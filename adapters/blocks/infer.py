@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.block_list import FORWARD, shown
 from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, describe
 from dbcache.adapters.blocks.signature import parameter_names
 from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
+from dbcache.adapters.blocks.views import run_seeing, shown
 from dbcache.notices import say
 
 
@@ -40,13 +40,7 @@ def learn(
     lists = [block_list for chain in chains.values() for block_list in chain.stack.lists]
     entries = [row for chain in chains.values() for row in chain.rows]
     over = shown(lists, entries, spec.transformer)
-    token = FORWARD.set(over)
-    views.show(over)
-    try:
-        output = run(*args, **kwargs)
-    finally:
-        views.hide()
-        FORWARD.reset(token)
+    output = run_seeing(views, over, over, lambda: run(*args, **kwargs))
     learned = [chains[i].learned() if i in chains else s for i, s in enumerate(spec.stacks)]
     reasons = [f"{chain.name}: {chain.reason}" for chain in chains.values() if chain.reason]
     if not any(learned):

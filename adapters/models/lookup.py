@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.block_adapter import (
-    check_signatures,
-)
+from dbcache.adapters.blocks.block_adapter import check_signatures
 from dbcache.adapters.blocks.block_list import BlockList
 from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
@@ -61,8 +59,9 @@ def find_specs(target: Any) -> list[TransformerSpec]:
     if isinstance(target, torch.nn.Module):
         candidates = [unwrap(target)]
     else:
-        parts = getattr(target, "__dict__", {}).values()
-        candidates = [unwrap(part) for part in parts if isinstance(part, torch.nn.Module)]
+        candidates = [
+            unwrap(part) for part in vars(target).values() if isinstance(part, torch.nn.Module)
+        ]
     specs = [_spec(module, row) for module in candidates if (row := row_of(module)) is not None]
     refusals = [reason for module in candidates if (reason := refusal_of(module)) is not None]
     if not specs and refusals:

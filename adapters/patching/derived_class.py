@@ -16,7 +16,11 @@ class _Quiet:
         pass
 
 
-def derived_class(cls: Any, methods: dict[str, Any], state_of: Callable[[Any], Any]) -> Any:
+PLAIN = "_dbcache_plain"
+"""Name of the attribute of a derived class that holds the class that it was derived from."""
+
+
+def derived_class(cls: Any, methods: dict[str, Any], hidden: str) -> Any:
     """Return a subclass of `cls`, of the same name and layout, with other `methods`.
 
     Calling the subclass makes a plain instance of `cls`, and so do copies and pickles.
@@ -24,14 +28,14 @@ def derived_class(cls: Any, methods: dict[str, Any], state_of: Callable[[Any], A
     Args:
         cls: the class of the instance.
         methods: what the subclass does differently, by name.
-        state_of: returns the `__dict__` of a copy of an instance.
+        hidden: attribute of instances that copies of them do not have.
     """
 
     def __new__(_: Any, *args: Any, **kwargs: Any) -> Any:
         return cls(*args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (cls,), state_of(self)
+        return _blank, (cls,), without(self, hidden)
 
     namespace = {
         "__new__": __new__,
@@ -39,6 +43,7 @@ def derived_class(cls: Any, methods: dict[str, Any], state_of: Callable[[Any], A
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        PLAIN: cls,
         **methods,
     }
 
@@ -49,6 +54,16 @@ def derived_class(cls: Any, methods: dict[str, Any], state_of: Callable[[Any], A
             return [self, _Quiet, *cls.__mro__]
 
     return type.__new__(Meta, cls.__name__, (cls,), namespace)
+
+
+def without(instance: Any, hidden: str) -> dict[str, Any]:
+    """Return the attributes of an instance but one."""
+    return {name: value for name, value in vars(instance).items() if name != hidden}
+
+
+def plain_class(instance: Any) -> Any:
+    """Return the class of an instance without what was derived from it."""
+    return vars(type(instance)).get(PLAIN, type(instance))
 
 
 def _blank(cls: Any) -> Any:

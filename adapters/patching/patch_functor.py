@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from dbcache.adapters.patching.transaction import ABSENT, put
 from dbcache.config.options import shown
 
-_ABSENT = object()
 _SPECIAL = ("__call__", "__getattr__", "__setattr__")
 
 
@@ -102,61 +102,58 @@ class Patches:
 
 
 class _Change:
-    """Names of a mapping that have other values now, or the contents of a list or set."""
+    """A module's class, or what one of its containers holds: as it was, and as it is now.
+
+    Args:
+        module: which module.
+        holder: the container, a dictionary, list or set; None for the class.
+        old: what there was, the class or a copy of the container.
+        new: what there is now.
+    """
 
     def __init__(self, module: torch.nn.Module, holder: Any, old: Any, new: Any) -> None:
         self.module, self.holder = module, holder
+        self.old, self.new = old, new
         if isinstance(holder, dict):
             self.order = list(old)
-            names = [*old, *(name for name in new if name not in old)]
-            pairs = {name: (old.get(name, _ABSENT), new.get(name, _ABSENT)) for name in names}
-            self.pairs = {name: pair for name, pair in pairs.items() if pair[0] is not pair[1]}
+            self.old, self.new = (
+                {name: x.get(name, ABSENT) for name in {**old, **new} if _differ(old, new, name)}
+                for x in (old, new)
+            )
+
+    def undo(self) -> None:
+        self._exchange(self.new, self.old)
+        if isinstance(self.holder, dict):
+            _sort(self.holder, self.order)
+
+    def redo(self) -> None:
+        self._exchange(self.old, self.new)
+
+    def _exchange(self, there: Any, wanted: Any) -> None:
+        """Put `wanted` in the place of `there`; what is something else by now stays."""
+        holder = self.holder
+        if holder is None:
+            if type(self.module) is there:
+                self.module.__class__ = wanted
+        elif isinstance(holder, list):
+            if _same(holder, there):
+                holder[:] = wanted
+        elif isinstance(holder, set):
+            if holder in (there, wanted | there):  # the second: an exception cut this short
+                holder.update(wanted)
+                holder.intersection_update(wanted)
         else:
-            self.old, self.new = old, new
+            for name, value in wanted.items():
+                self._exchange_entry(name, there[name], value)
 
-    def undo(self) -> None:
-        if not isinstance(self.holder, dict):
-            _fill(self.holder, self.old, self.new)
-            return
-        for name, (old, new) in self.pairs.items():
-            self._exchange(name, new, old)
-        if list(self.holder) != self.order and set(self.holder) == set(self.order):
-            for name in self.order:
-                self.holder[name] = self.holder.pop(name)
-
-    def redo(self) -> None:
-        if not isinstance(self.holder, dict):
-            _fill(self.holder, self.new, self.old)
-            return
-        for name, (old, new) in self.pairs.items():
-            self._exchange(name, old, new)
-
-    def _exchange(self, name: str, there: Any, wanted: Any) -> None:
-        """Set `name` to `wanted` if `there` is what it is now."""
+    def _exchange_entry(self, name: str, there: Any, wanted: Any) -> None:
         mapping = self.holder
-        if mapping.get(name, _ABSENT) is there:
-            if wanted is _ABSENT:
-                del mapping[name]
-            else:
-                mapping[name] = wanted
-        elif there is not _ABSENT and mapping.get(f"_old_{name}", _ABSENT) is there:
+        if mapping.get(name, ABSENT) is there:
+            put(mapping, name, wanted)
+        elif there is not ABSENT and mapping.get(f"_old_{name}", ABSENT) is there:
             # accelerate's hooks keep there what they replace
-            own_method = wanted is _ABSENT and getattr(type(self.module), name).__get__(self.module)
+            own_method = wanted is ABSENT and getattr(type(self.module), name).__get__(self.module)
             mapping[f"_old_{name}"] = own_method or wanted
-
-
-class _ClassChange:
-    """A module that was given another class."""
-
-    def __init__(self, module: torch.nn.Module, old: type, new: type) -> None:
-        self.module, self.old, self.new = module, old, new
-
-    def undo(self) -> None:
-        if type(self.module) is self.new:
-            self.module.__class__ = self.old
-
-    def redo(self) -> None:
-        self.module.__class__ = self.new
 
 
 class _Snapshot:
@@ -172,7 +169,7 @@ class _Snapshot:
     def changes(self) -> Iterator[Any]:
         """Yield what has changed since."""
         if type(self.module) is not self.cls:
-            yield _ClassChange(self.module, self.cls, type(self.module))
+            yield _Change(self.module, None, self.cls, type(self.module))
         for holder, old in self.contents:
             if not _same(holder, old):
                 yield _Change(self.module, holder, old, holder.copy())
@@ -186,17 +183,18 @@ def _same(now: Any, old: Any) -> bool:
         return False
     if isinstance(now, list):
         return all(a is b for a, b in zip(now, old, strict=True))
-    return all(now.get(name, _ABSENT) is value for name, value in old.items())
+    return not any(_differ(old, now, name) for name in old)
 
 
-def _fill(holder: Any, wanted: Any, there: Any) -> None:
-    """Give a list or set the contents `wanted` if they are still `there`."""
-    if isinstance(holder, list):
-        if _same(holder, there):
-            holder[:] = wanted
-    elif holder in (there, wanted | there):  # the second: an exception cut this short
-        holder.update(wanted)
-        holder.intersection_update(wanted)
+def _differ(old: dict[str, Any], new: dict[str, Any], name: str) -> bool:
+    return old.get(name, ABSENT) is not new.get(name, ABSENT)
+
+
+def _sort(holder: dict[str, Any], order: list[str]) -> None:
+    """Give a dictionary an order of its entries, if these are just they."""
+    if list(holder) != order and set(holder) == set(order):
+        for name in order:
+            holder[name] = holder.pop(name)
 
 
 def _classes(modules: list[torch.nn.Module]) -> list[type]:
@@ -215,8 +213,8 @@ def _restore_classes(classes: list[tuple[type, dict[str, Any]]]) -> list[str]:
     changed = []
     for cls, old in classes:
         now = _members(cls)[1]
-        for name in [*old, *(name for name in now if name not in old)]:
-            if now.get(name, _ABSENT) is not old.get(name, _ABSENT):
+        for name in {**old, **now}:
+            if _differ(old, now, name):
                 changed.append(f"{cls.__name__}.{name}")
                 if name in old:
                     setattr(cls, name, old[name])
@@ -239,18 +237,14 @@ def on_trial(
         RuntimeError: it is another one.
     """
     in_use = [handle.patches_in_use(functor) for handle in handles]
-    if functor is not None and len(in_use) == len(modules) and None not in in_use:
-        yield in_use
+    if functor is None or (len(in_use) == len(modules) and None not in in_use):
+        yield in_use if functor is not None else [None] * len(modules)
         return
-    if functor is None:
-        yield [None] * len(modules)
-        return
-    patches: list[Patches | None] = []
+    patches: list[Patches] = []
 
     def restore() -> None:
         for patch in reversed(patches):
-            if patch is not None:
-                patch.undo()
+            patch.undo()
         for handle in handles:
             handle.resume()
 
@@ -260,7 +254,7 @@ def on_trial(
                 handle.suspend()
             for module in modules:
                 patches.append(Patches(functor, module))
-            yield patches
+            yield [*patches]
         finally:
             restore()
     finally:

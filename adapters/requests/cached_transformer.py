@@ -10,22 +10,26 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.block_list import BlockList, outside_forwards, without_shown
+from dbcache.adapters.blocks.block_list import BlockList
+from dbcache.adapters.blocks.views import under_way, without_shown
 from dbcache.adapters.patching.attention import AttentionInForce
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.patch_functor import Patches
 from dbcache.adapters.patching.whole_compile import COMPILED, WholeCompile
 from dbcache.adapters.requests import counts
 from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
+from dbcache.adapters.requests.enabled import Enabled
 from dbcache.adapters.requests.notices import OUTSIDE, Tally
+from dbcache.adapters.requests.open_requests import OpenRequests
 from dbcache.adapters.requests.record import RequestRecord, Totals
 from dbcache.adapters.requests.request import CachedForward, Request, Views
+from dbcache.adapters.requests.reruns import Reruns
 from dbcache.adapters.requests.setup import Setup
 from dbcache.lanes.sharding import Sharding
 from dbcache.notices import say
@@ -35,15 +39,6 @@ HANDLE = "_dbcache"
 
 TOLD = ("step_index", "num_inference_steps")
 """Options of `cache_context` that tell the step; older versions of diffusers do not take them."""
-
-MAX_REQUESTS = 64
-"""Requests that may be open at once, unless `enable` was told otherwise."""
-
-
-TOO_MANY = (
-    "start_request: {who} may have {most} requests open at once, got one more; close requests that "
-    "are done (request.close()), or enable with a higher max_requests"
-)
 
 KEEPS_FUNCTOR = (
     "enable: {who} must keep its patch_functor while requests are under way, got another one; wait "
@@ -58,39 +53,6 @@ REPLICATED = (
     "nn.DataParallel copies the model onto each GPU on each call, and copies have no cache; call "
     "its .module, and run a process for each GPU (docs/parallel.md), or call dbcache.disable first"
 )
-
-
-class Enabled(NamedTuple):
-    """By whom a transformer is enabled, and with what; replaced as a whole.
-
-    Attributes:
-        alone: the setup for calls outside of a pipeline's calls; None: they run without the cache.
-        owners: pipelines whose calls are requests, each with its setup.
-        latest: the setup of the last `enable`; None while the cache is off.
-        max_requests: how many may be open at once.
-    """
-
-    alone: Setup | None = None
-    owners: tuple[tuple[weakref.ref[Any], Setup], ...] = ()
-    latest: Setup | None = None
-    max_requests: int = MAX_REQUESTS
-
-    def with_owner(self, pipeline: Any, setup: Setup, max_requests: int) -> Enabled:
-        """Return this with a pipeline, in place of what the pipeline was before."""
-        others = self.without_owner(pipeline.pipe).owners
-        owners = (*others, (weakref.ref(pipeline), setup))
-        return self._replace(owners=owners, latest=setup, max_requests=max_requests)
-
-    def without_owner(self, pipe: Any) -> Enabled:
-        """Return this without a pipeline, and without those that are gone."""
-        kept = tuple(
-            (owner, setup)
-            for owner, setup in self.owners
-            if (own := owner()) is not None and own.pipe is not pipe
-        )
-        setups = [setup for _, setup in kept] + ([self.alone] if self.alone is not None else [])
-        latest = self.latest if any(self.latest is setup for setup in setups) else None
-        return self._replace(owners=kept, latest=latest or (setups[-1] if setups else None))
 
 
 class CachedTransformer:
@@ -109,12 +71,12 @@ class CachedTransformer:
     def __init__(self, module: torch.nn.Module) -> None:
         self.module = module
         self.views = Views()
+        self.reruns = Reruns()
         self.enabled = Enabled()
         self.closed: RequestRecord | None = None
         self.totals = Totals()
         self.uncached_calls = 0
         self.tally = Tally()
-        self._open: weakref.WeakSet[Request] = weakref.WeakSet()
         self.implicit: weakref.WeakKeyDictionary[Place, Request] = weakref.WeakKeyDictionary()
         self.setups: list[Setup] = []
         self.compiled = WholeCompile(module, lambda: _lists(self.setups))
@@ -122,7 +84,7 @@ class CachedTransformer:
         self._sharding: Sharding | None = None
         self._attention = AttentionInForce()
         self._lock = threading.RLock()
-        self._freed = threading.Condition(self._lock)
+        self._open = OpenRequests(module, self._lock)
         self._patches: list[InstanceMethod] = []
         self._is_fitting = False
         counts.watch(self)
@@ -158,7 +120,7 @@ class CachedTransformer:
         """Install or remove the methods, and drop setups that nothing needs."""
         self._is_fitting = True
         try:
-            self._fit_to(wanted=self.is_on or bool(list(self._open)))
+            self._fit_to(wanted=self.is_on or len(self._open) > 0)
         finally:
             self._is_fitting = False
 
@@ -212,7 +174,7 @@ class CachedTransformer:
         current = [setup for setup in owned if setup is not None]
         current += [request.setup for request in self.under_way()]
         for setup in current:
-            setup.bind(self.views, self.original)
+            setup.bind(self.views, self.original, self.reruns)
         for setup in self.setups:
             if not any(setup is one for one in current):
                 setup.retire(current)
@@ -243,12 +205,12 @@ class CachedTransformer:
             RuntimeError: they are open, and theirs is not `functor`.
         """
         own = None if self._functor is None else self._functor.functor
-        if list(self._open) and own is not functor:
+        if len(self._open) and own is not functor:
             raise RuntimeError(KEEPS_FUNCTOR.format(who=type(self.module).__name__))
-        return self._functor if list(self._open) else None
+        return self._functor if len(self._open) else None
 
     def _make_patches(self) -> list[InstanceMethod]:
-        calls = self.current, self._run_plain, self.compiled.follow_caller, self.views.reruns
+        calls = self.current, self._run_plain, self.compiled.follow_caller, self.reruns
         patches: list[InstanceMethod] = [CachedForward(self.module, self.implicit, *calls)]
         if hasattr(self.module, "cache_context"):
             patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
@@ -278,18 +240,10 @@ class CachedTransformer:
         Raises:
             RuntimeError: as many are open as there may be, and `waits` is False.
         """
-        with self._freed:
-            most = self.enabled.max_requests
-            while (
-                waits and len(list(self._open)) >= most and not _holds_one(self.module, self._open)
-            ):
-                self._freed.wait(0.1)  # requests that are dropped do not tell
-            if not waits and len(list(self._open)) >= most:
-                who = type(self.module).__name__
-                raise RuntimeError(TOO_MANY.format(who=who, most=most))
+        with self._lock:
+            self._open.add(request, self.enabled.max_requests, waits=waits)
             weakref.finalize(request, self._on_dropped).atexit = False
             request.notices.tally = self.tally
-            self._open.add(request)
             self._come_back()
         return request
 
@@ -305,10 +259,9 @@ class CachedTransformer:
 
     def close(self, request: Request) -> None:
         """Close a request, and keep its record."""
-        with self._freed:
+        with self._lock:
             self._finish(request)
-            self._open.discard(request)
-            self._freed.notify_all()
+            self._open.remove(request)
             self._fit()
 
     def current(self) -> Any:
@@ -316,12 +269,17 @@ class CachedTransformer:
         request = ACTIVE.get().get(id(self.module))
         if request is not None and not isinstance(request, Suspended) and not request.is_closed:
             return request
-        place = current_place()  # else the request of this thread or task that nobody started
-        request, setup = self.implicit.get(place), self.enabled.alone
+        # else the request of this thread or task that nobody started
+        request, setup = self.implicit.get(current_place()), self.enabled.alone
         if request is None and setup is not None:
-            request = Request(setup, follows=False, renew=self._alone)
-            request.notices.tally = self.tally
-            self.implicit[place] = request
+            request = self._begin_here(setup)
+        return request
+
+    def _begin_here(self, setup: Setup) -> Request:
+        """Begin a request of this thread or task that nobody started."""
+        renew = None if self.enabled.alone is None else self._alone
+        request = self.implicit[current_place()] = Request(setup, follows=False, renew=renew)
+        request.notices.tally = self.tally
         return request
 
     def under_way(self) -> list[Request]:
@@ -345,18 +303,16 @@ class CachedTransformer:
                 captured by the user goes on with its lanes.
         """
         with self._lock:
-            place = current_place()
-            old = self.implicit.pop(place, None)
+            old = self.implicit.pop(current_place(), None)
             lanes = None if old is None else old.lane_set
             if old is not None:
                 self._finish(old)
             new = setup or self.enabled.alone
             is_captured = lanes is not None and lanes.is_captured
             if new is not None and (setup is not None or is_captured):
-                renew = None if self.enabled.alone is None else self._alone
-                request = self.implicit[place] = Request(new, follows=False, renew=renew)
-                request.notices.tally = self.tally
-                if lanes is not None:  # reset now: the next step may be captured, or replayed
+                request = self._begin_here(new)
+                # reset now: the next step may be captured, or replayed
+                if lanes is not None and lanes.runs:
                     request.use(new.take_lanes(lanes.shape))
             self._fit()
 
@@ -365,6 +321,7 @@ class CachedTransformer:
 
     def _finish(self, request: Request) -> None:
         request.close()
+        self.reruns.clean()
         if request.record is not None and request.record.calls:
             self.closed = request.record
             self.totals.add(request.record)
@@ -375,7 +332,7 @@ class CachedTransformer:
         self.uncached_calls += 1
         if self.uncached_calls == 1 and self.is_on:
             say(OUTSIDE.format(who=type(self.module).__name__))
-        with outside_forwards():
+        with under_way(None):
             return self.original(*args, **kwargs)
 
     @contextmanager
@@ -393,13 +350,6 @@ class CachedTransformer:
             else:
                 with request.clock.named(name, **told):
                     yield
-
-
-def _holds_one(module: torch.nn.Module, requests: Collection[Request]) -> bool:
-    """Whether the code that runs now is part of one of `requests`: to wait would be for ever."""
-    own = ACTIVE.get().get(id(module))
-    own = own.request if isinstance(own, Suspended) else own
-    return own is not None and own in requests
 
 
 def _lists(setups: list[Setup]) -> list[BlockList]:

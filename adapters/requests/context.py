@@ -7,6 +7,7 @@ tasks and threads that copy a context take its requests along.
 from __future__ import annotations
 
 import asyncio
+import functools
 import sys
 import threading
 import weakref
@@ -81,3 +82,18 @@ def suspended() -> Iterator[None]:
     """Let forwards belong to no request that is active now."""
     with active({key: Suspended(request) for key, request in ACTIVE.get().items()}):
         yield
+
+
+def outside(name: str, value: Any) -> Any:
+    """Return an argument of a pipeline; a user's callback as one that runs outside of requests."""
+    if "callback" not in name or not callable(value) or isinstance(value, type):
+        return value
+    if hasattr(type(value), "tensor_inputs") or hasattr(value, "tensor_inputs"):
+        return value  # pipelines look at the class of these objects of diffusers
+
+    @functools.wraps(value)
+    def callback(*args: Any, **kwargs: Any) -> Any:
+        with suspended():
+            return value(*args, **kwargs)
+
+    return callback

@@ -17,13 +17,15 @@ from typing import Any, Protocol
 import torch
 
 from dbcache.adapters.blocks.signature import unwrap
-from dbcache.adapters.patching.derived_class import ClassCache, derived_class
+from dbcache.adapters.patching.derived_class import (
+    ClassCache,
+    derived_class,
+    plain_class,
+    without,
+)
 
 OBSERVERS = "_dbcache_observers"
 """Name of the attribute that holds a scheduler's observers during a call."""
-
-PLAIN = "_dbcache_plain"
-"""Name of the attribute of a watched scheduler's class that holds the class before."""
 
 SCALE = "conditioning_scale"
 """Parameter of diffusers' ControlNets: a number, or one per ControlNet."""
@@ -87,8 +89,7 @@ def _watched_scheduler(scheduler: Any, observer: Observer) -> Iterator[None]:
         with _LOCK:
             observers = vars(scheduler).setdefault(OBSERVERS, Observers())
             observers.append(observer)
-            if PLAIN not in vars(type(scheduler)):
-                scheduler.__class__ = watched_class(type(scheduler))
+            scheduler.__class__ = watched_class(plain_class(scheduler))
         yield
     finally:
         with _LOCK:
@@ -97,10 +98,13 @@ def _watched_scheduler(scheduler: Any, observer: Observer) -> Iterator[None]:
                 observers.remove(observer)
             if not observers:
                 vars(scheduler).pop(OBSERVERS, None)
-                scheduler.__class__ = vars(type(scheduler)).get(PLAIN, type(scheduler))
+                scheduler.__class__ = plain_class(scheduler)
 
 
-def _watched_class(cls: Any) -> Any:
+@ClassCache
+def watched_class(cls: Any) -> Any:
+    """Return a subclass of a class of schedulers that tells the observers of an instance."""
+
     @functools.wraps(cls.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = cls.step(self, *args, **kwargs)
@@ -122,19 +126,13 @@ def _watched_class(cls: Any) -> Any:
         is_watched = vars(self)[OBSERVERS] and not memo
         twin = object.__new__(type(self) if is_watched else cls)
         memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self) if is_watched else _own(self), memo))
+        vars(twin).update(
+            copy.deepcopy(vars(self) if is_watched else without(self, OBSERVERS), memo)
+        )
         return twin
 
     methods = {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": __deepcopy__}
-    return derived_class(cls, {**methods, PLAIN: cls}, _own)
-
-
-def _own(scheduler: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(scheduler).items() if name != OBSERVERS}
-
-
-watched_class = ClassCache(_watched_class)
-"""Returns a subclass of a class of schedulers that tells the observers of an instance."""
+    return derived_class(cls, methods, OBSERVERS)
 
 
 @contextmanager

@@ -3,17 +3,68 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from dbcache.adapters.blocks.block_list import BlockList
+from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.blocks.spec import TransformerSpec
 from dbcache.adapters.models.lookup import find_specs, row_of
 from dbcache.adapters.patching.attention import ModelAttention
 from dbcache.adapters.patching.other_caches import refuse_other_caches
+from dbcache.adapters.requests.request import Request
 from dbcache.adapters.requests.setup import Setup
 from dbcache.config.cache import alike
+
+
+class Exchanged:
+    """The transformers that a pipeline has in place of those that it was enabled with.
+
+    Args:
+        pipe: the pipeline.
+        modules: the transformers that it was enabled with.
+
+    Attributes:
+        names: attributes of the pipeline that hold them; None where they are not to be found.
+        follow: returns the handle of the pipeline to go on with.
+        followed: places of those that are cached; it is said with the next call.
+        refused: why others are not, by their places.
+    """
+
+    def __init__(self, pipe: Any, modules: Sequence[torch.nn.Module]) -> None:
+        self.pipe, self.modules = pipe, modules
+        names = {id(unwrap(part)): name for name, part in vars(pipe).items()}
+        self.names = [names.get(id(module)) for module in modules]
+        self.follow: Callable[[Any], Any] = lambda pipeline: pipeline
+        self.lock = threading.Lock()
+        self.followed: set[int] = set()
+        self.refused: dict[int, str] = {}
+
+    def found(self) -> dict[int, Any]:
+        """Return what the pipeline has in place of its transformers, by their place here.
+
+        What wraps one, or another of them, is not in its place; nor is one that is gone.
+        """
+        parts = [None if name is None else getattr(self.pipe, name, None) for name in self.names]
+        return {
+            i: part
+            for i, part in enumerate(parts)
+            if isinstance(part, torch.nn.Module)
+            and not any(module is one for module in part.modules() for one in self.modules)
+        }
+
+    def say(self, requests: Iterable[Request]) -> None:
+        """Say which transformers are others than those that the pipeline was enabled with."""
+        others = self.found()
+        for i, request in enumerate(requests):
+            if i in self.followed:
+                request.notices.add(request, "followed")
+            elif i in others and i in self.refused:
+                request.notices.add(request, "exchanged", why=self.refused[i])
+        self.followed = set()
 
 
 def setup_for(module: torch.nn.Module, old: Setup) -> Setup:

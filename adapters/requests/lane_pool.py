@@ -1,13 +1,44 @@
-"""Lanes of closed requests, kept for the next ones."""
+"""The lanes of a request, and those of closed requests, kept for the next ones."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dbcache.adapters.stacks.stack_run import LaneSet
+from dbcache.adapters.stacks.stack_run import StackRun
+
+
+class LaneSet:
+    """All that a request keeps on the device, over all stacks of a transformer; reused as a whole.
+
+    Args:
+        runs: one per stack, in order.
+
+    Attributes:
+        serial: number that no other set has.
+        is_captured: a graph of the user's works on the lanes, unseen by the host.
+        shape: of the latents of the last request, for which the buffers fit.
+    """
+
+    _serials = itertools.count()
+
+    def __init__(self, runs: Sequence[StackRun]) -> None:
+        self.serial = next(self._serials)
+        self.runs = list(runs)
+        self.shape: object = None
+        self.is_captured = False
+
+    def start_request(self) -> None:
+        """Forget the last request."""
+        for run in self.runs:
+            run.start_request()
+
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(lane.nbytes() for run in self.runs for lane in run.lanes.values())
 
 
 class LanePool:
@@ -15,7 +46,6 @@ class LanePool:
 
     So buffers are reused, and recorded graphs with them. As many idle sets are kept as requests
     are open, and one where none is.
-
     """
 
     def __init__(self) -> None:
@@ -47,7 +77,9 @@ class LanePool:
         return lanes
 
     def give(self, lanes: LaneSet) -> None:
-        """Take back the lanes of a request that was closed."""
+        """Take back the lanes of a request that was closed; there may be none."""
+        if not lanes.runs:
+            return
         kind = [run.stack.recorded for run in lanes.runs]
         with self._lock:
             self._out.discard(lanes)

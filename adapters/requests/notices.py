@@ -16,6 +16,7 @@ from dbcache.adapters.patching.instance_method import EXPORTED
 from dbcache.adapters.patching.other_caches import other_cache_of
 from dbcache.adapters.requests import clock as clocks
 from dbcache.adapters.requests.record import BLOCKS, RequestRecord, values_of
+from dbcache.config.without_effect import without_effect
 from dbcache.lanes.step_state import StepState
 from dbcache.notices import nothing_cached, say
 
@@ -143,7 +144,7 @@ class Notices:
             self.look_for_gradients(request, tree_leaves(output))
         if self.may_rerun:
             setup = request.setup
-            setup.views.reruns.keep(setup, steps, args, kwargs)
+            setup.reruns.keep(setup, steps, args, kwargs)
 
     def _look_for_other_caches(self, request: Any) -> None:
         lists = [block_list.blocks for block_list in request.setup.lists]
@@ -204,8 +205,6 @@ class Notices:
 
 def cached_nothing(request: Any) -> bool | None:
     """Return whether no step of a request was cached; None: only the device knows."""
-    if request.lane_set is None:
-        return True
     lanes = [lane for run in request.lane_set.runs for lane in run.lanes.values()]
     counts = [x.steps.counts for x in lanes if isinstance(x.steps, StepState) and x.steps.step]
     if any(count is not None and count[0] for count in counts):
@@ -228,8 +227,17 @@ def is_whole(clock: Any) -> bool:
 
 def tell(setups: Sequence[Any], before: Sequence[Any] = ()) -> None:
     """Say which options of setups have no effect, but for what was said of those before."""
-    known = {text for setup in before for text in setup.notices}
-    texts = {text: type(x.module).__name__ for x in setups for text in x.notices}
+    known = {text for setup in before for text in texts_on_options(setup)}
+    texts = {text: type(x.module).__name__ for x in setups for text in texts_on_options(x)}
     for text, who in texts.items():
         if text not in known:
             say(f"{who}: {text}")
+
+
+def texts_on_options(setup: Any) -> list[str]:
+    """Return texts on options of a setup that were given and have no effect."""
+    each = [setup.base.modified(modifier) for modifier in setup.modifiers]
+    texts = [text for settings in each for text in without_effect(settings)]
+    if len(each) == 1 and "decision_scope" in setup.config.given and setup.stacks:
+        texts.append("decision_scope has no effect: there is one block stack; leave it out")
+    return list(dict.fromkeys(texts))

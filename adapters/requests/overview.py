@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
 from dbcache.adapters.requests.context import current_place
+from dbcache.adapters.requests.notices import texts_on_options
 from dbcache.adapters.requests.record import RequestRecord
 
 
@@ -48,7 +49,7 @@ def notes(handle: CachedTransformer) -> list[str]:
             f"{lost} requests ended unseen, with their thread or dropped without "
             f"close(), and are missing here; call summary in the thread, or close them"
         )
-    notes += [] if latest is None else latest.notices
+    notes += [] if latest is None else texts_on_options(latest)
     return [f"{type(handle.module).__name__}: {note}" for note in notes]
 
 

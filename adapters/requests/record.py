@@ -53,9 +53,8 @@ class RequestRecord:
         name = type(request.module).__name__
         said = [text for kind, text in request.notices.texts.items() if kind != "blocks"]
         notes = all_run(request.setup) + said + [f"{name}: {note}" for note in _remarks(request)]
-        runs = [] if request.lane_set is None else request.lane_set.runs
         lanes = []
-        for run in runs:
+        for run in request.lane_set.runs:
             keys = [branch for branch, lane in run.lanes.items() if lane.steps.step]
             for branch in run.lanes:
                 shown = request.clock.branches.shown(branch, keys)

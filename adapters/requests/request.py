@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from torch.compiler import cudagraph_mark_step_begin
 
-from dbcache.adapters.blocks.block_list import FORWARD, BlockList, Entry, Shown
+from dbcache.adapters.blocks.block_list import BlockList, Entry
 from dbcache.adapters.blocks.block_list import Place as ListPlace
 from dbcache.adapters.blocks.signature import Call
+from dbcache.adapters.blocks.views import FORWARD, Shown
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.requests import clock as clocks
 from dbcache.adapters.requests.clock import Clock
 from dbcache.adapters.requests.context import ACTIVE, PLACE, Place
 from dbcache.adapters.requests.facts import meet_ranks
+from dbcache.adapters.requests.lane_pool import LaneSet
 from dbcache.adapters.requests.notices import Notices
 from dbcache.adapters.requests.record import RequestRecord
 from dbcache.adapters.requests.reruns import Reruns
 from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.signals.lora import Adapters
-from dbcache.adapters.stacks.stack_run import LaneSet
 from dbcache.graphs.cuda_capture import UserCapture
 from dbcache.graphs.fingerprint import has_own_graphs
 from dbcache.graphs.recording import Cutter
@@ -52,7 +53,6 @@ class Views:
         self._over: dict[tuple[int, str], Any] = {}
         self._first: Shown | None = None
         self._ends_generation = False
-        self.reruns = Reruns()
 
     def find_graphs(self, lists: Iterable[BlockList]) -> None:
         """Look for blocks that are compiled with CUDA graphs of their own.
@@ -126,7 +126,7 @@ class Request:
 
     Attributes:
         clock: tells which step and guidance branch a call is.
-        lane_set: what the request keeps on the device; None before its first step.
+        lane_set: what the request keeps on the device; empty before its first step.
         record: what the summary shows of it, once it is closed.
         notices: what it says beside the lanes.
         part: attribute of the pipeline that holds the transformer, where it has several.
@@ -147,7 +147,7 @@ class Request:
         self.renew = renew
         self.is_closed = False
         self.record: RequestRecord | None = None
-        self.lane_set: LaneSet | None = None
+        self.lane_set = LaneSet([])
         self.sharded: Any = None
         self.notices, self.adapters = Notices(), Adapters()
         self.loops, self.part = 0, ""
@@ -169,8 +169,7 @@ class Request:
 
     def _start(self) -> None:
         self.began_in_capture = clocks.is_capturing()
-        if self.lane_set is not None:
-            self.lane_set.start_request()
+        self.lane_set.start_request()
         if self.setup.graphs is not None:
             self.setup.graphs.start_request()
         if self.setup.sharding is not None:
@@ -183,15 +182,13 @@ class Request:
 
     def move_to(self, setup: Setup) -> None:
         """Begin anew with another setup, within the same call of a pipeline."""
-        lanes, self.lane_set = self.lane_set, None
-        if lanes is not None:
-            self.setup.lanes.give(lanes)
+        self._give_lanes()
         self.setup = setup
         self.restart()
 
     def force_full(self, reason: str, branch: Any = ALL) -> None:
         """Make the next step of a branch, or of all, a full one; `reason` is for the summary."""
-        runs = [] if self.lane_set is None else self.lane_set.runs
+        runs = self.lane_set.runs
         keys = {
             key for run in runs for key in (run.lanes if branch is ALL else run.keys_of(branch))
         }
@@ -220,7 +217,7 @@ class Request:
             clock.refreshes += 1
             clock.start()
             self._start()
-        if self.lane_set is None:
+        if not self.lane_set.runs:
             self._take_lanes(args, kwargs)
         if clock.calls == 0:
             self._plan(_latents(args, kwargs))
@@ -232,7 +229,6 @@ class Request:
 
     def _plan(self, latents: torch.Tensor | None) -> None:
         """Fit the plans of all lanes to the number of steps."""
-        assert self.lane_set is not None
         steps = self.clock.num_steps()
         meet_ranks(self.setup, steps, latents)
         for run in self.lane_set.runs:
@@ -265,7 +261,7 @@ class Request:
         setup, branch = self.setup, self.clock.branch
         if not setup.stacks:
             return self.learn(args, kwargs)
-        if self.lane_set is None or not self.lane_set.runs:  # another request learned the stacks
+        if not self.lane_set.runs:  # another request learned the stacks
             self.take_lanes_anew(args, kwargs)
         cutter = _user_capture(self) if clocks.is_capturing() else None
         # a branch whose calls leave blocks out has no step that could be recorded
@@ -285,7 +281,6 @@ class Request:
         `members`: whose the samples of the batch are, where they belong to several requests.
         """
         setup, lanes, shown = self.setup, self.lane_set, self.setup.shown
-        assert lanes is not None
         for block_list in setup.lists:  # blocks may have been exchanged since
             holder: Any = block_list.owner._modules[block_list.name]
             if [*holder._modules.values()] != block_list.seen:
@@ -357,19 +352,15 @@ class Request:
 
     def take_lanes_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
         """Return lanes for stacks that have become known since the request began."""
-        self.lane_set = None
-        lanes = self._take_lanes(args, kwargs)
-        for run in lanes.runs:
+        self._take_lanes(args, kwargs)
+        for run in self.lane_set.runs:
             run.plan(*self.clock.num_steps())
-        return lanes
-
-    def _take_lanes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
-        """Return the lanes of this request, taken from those of closed ones or made."""
-        if self.lane_set is None:
-            latents = _latents(args, kwargs)
-            self.use(self.setup.take_lanes(None if latents is None else latents.shape))
-        assert self.lane_set is not None
         return self.lane_set
+
+    def _take_lanes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take lanes from those of closed requests, or new ones."""
+        latents = _latents(args, kwargs)
+        self.use(self.setup.take_lanes(None if latents is None else latents.shape))
 
     def use(self, lanes: LaneSet) -> None:
         """Go on with `lanes`, which no other request has."""
@@ -380,19 +371,18 @@ class Request:
 
     def lanes(self) -> list[AnyLane]:
         """Return the lanes of the step under way."""
-        runs = [] if self.lane_set is None else self.lane_set.runs
-        return [lane for run in runs if (lane := run.lanes.get(self.branch)) is not None]
+        lanes = (run.lanes.get(self.branch) for run in self.lane_set.runs)
+        return [lane for lane in lanes if lane is not None]
 
     def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
         """Return what the host reads of a call's tensors; recorded work holds for that alone."""
-        runs = self._take_lanes(args, kwargs).runs
-        sources = [run.source for run in runs if run.source is not None]
+        sources = [run.source for run in self.lane_set.runs if run.source is not None]
         return tuple(source.kind_of(Call(self.module, args, kwargs)) for source in sources)
 
     def copies(self) -> list[Restorable]:
         """Return copies of all that the step under way changes."""
-        runs = [] if self.lane_set is None else self.lane_set.runs
-        return [*map(LaneCopy, self.lanes()), *(SharedCopy(run.shared) for run in runs)]
+        shared = (SharedCopy(run.shared) for run in self.lane_set.runs)
+        return [*map(LaneCopy, self.lanes()), *shared]
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -403,18 +393,21 @@ class Request:
         self.is_closed = True
         self.record = RequestRecord.of(self)
         self.notices.close(self, self.record)
-        lanes, self.lane_set = self.lane_set, None
-        if lanes is not None:
-            self.setup.lanes.give(lanes)
+        self._give_lanes()
+
+    def _give_lanes(self) -> None:
+        """Hand the lanes on to the next request."""
+        lanes, self.lane_set = self.lane_set, LaneSet([])
+        self.setup.lanes.give(lanes)
 
     @property
     def has_run(self) -> bool:
         """Whether it took steps, as far as the host can know."""
-        return self.clock.calls > 0 or (self.lane_set is not None and self.lane_set.is_captured)
+        return self.clock.calls > 0 or self.lane_set.is_captured
 
     def nbytes(self) -> int:
         """Bytes of its buffers."""
-        return 0 if self.lane_set is None else self.lane_set.nbytes()
+        return self.lane_set.nbytes()
 
 
 def _latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -428,13 +421,12 @@ def _user_capture(request: Request) -> UserCapture:
     Raises:
         RuntimeError: there are no lanes yet, which cannot be made inside a capture.
     """
-    runs = [] if request.lane_set is None else request.lane_set.runs
+    runs = request.lane_set.runs
     if not runs or any(run.stack.entries and request.branch not in run.lanes for run in runs):
         raise RuntimeError(
             f"{type(request.module).__name__}: a step must have run before one is captured, and "
             f"made the buffers, got none of branch {request.branch!r}; run one first"
         )
-    assert request.lane_set is not None
     request.lane_set.is_captured = True
     capture = request.setup.user_capture()
     capture.fixed_by_plan = request.began_in_capture

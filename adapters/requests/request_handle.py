@@ -10,6 +10,7 @@ from typing import Any
 from dbcache.adapters.requests.cached_transformer import CachedTransformer
 from dbcache.adapters.requests.context import ACTIVE, active
 from dbcache.adapters.requests.request import Request
+from dbcache.adapters.requests.setup import Setup
 
 _OUTER: ContextVar[Any] = ContextVar("dbcache_outer_requests", default=None)
 """Requests that were active before each `with request:` of this thread or task, the last first."""
@@ -122,3 +123,21 @@ class RequestHandle:
         for handle, request in self._pairs:
             if not request.is_closed:
                 handle.close(request)
+
+
+def check_options(setup: Setup, old: Setup) -> None:
+    """Raise a ValueError if settings of a request need other blocks or buffers than `old` has."""
+    for stack, its_old in zip(setup.stacks, old.stacks, strict=True):
+        if stack.geometry != its_old.geometry:
+            got = f"Fn={stack.fn}, Bn={stack.bn} in place of Fn={its_old.fn}, Bn={its_old.bn}"
+            raise ValueError(
+                f"{stack.name}: the options of a request must leave the blocks as they are, "
+                f"got {got} or another choice of blocks; set them in dbcache.enable"
+            )
+        own, theirs = stack.settings, its_old.settings
+        if own.buffers != theirs.buffers:
+            raise ValueError(
+                f"{stack.name}: the options of a request must need no other buffers, got "
+                f"another policy, cache_dtype, number of snapshots or way to compare; set them "
+                f"in dbcache.enable"
+            )

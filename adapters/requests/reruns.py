@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dbcache.adapters.blocks.block_list import FORWARD
+from dbcache.adapters.blocks.views import run_seeing
 from dbcache.adapters.stacks.step import Step, followed
 
 UNKNOWN = (
@@ -73,14 +73,8 @@ class ForwardAgain:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model with the decisions of then."""
-        outer = FORWARD.get()
-        FORWARD.set(self)
-        self.setup.views.show(self.shown)
-        try:
-            return self.setup.original(*args, **kwargs)
-        finally:
-            self.setup.views.hide()
-            FORWARD.set(outer)
+        views, original = self.setup.views, self.setup.original
+        return run_seeing(views, self, self.shown, lambda: original(*args, **kwargs))
 
 
 class Reruns:
@@ -102,12 +96,17 @@ class Reruns:
         forward = ForwardAgain(setup, setup.shown, steps) if fits else None
         tensors = _tensors(args, kwargs)
         alive = [StorageWeakRef(x.untyped_storage()) for x in tensors]
+        self.clean()
+        with self._lock:
+            self.known.setdefault(_key(tensors), []).append((alive, forward))
+
+    def clean(self) -> None:
+        """Forget the forwards whose inputs are gone, and what they predicted."""
         with self._lock:
             for key, entries in list(self.known.items()):
                 entries[:] = [e for e in entries if not any(ref.expired() for ref in e[0])]
                 if not entries:
                     del self.known[key]
-            self.known.setdefault(_key(tensors), []).append((alive, forward))
 
     def run(self, who: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward again.

@@ -80,7 +80,6 @@ class RowGroup:
         try:
             members = self._begin(args, kwargs, begun)
             for request, _ in begun:
-                assert request.lane_set is not None
                 for run in request.lane_set.runs:
                     run.take_up_blocks()
             news = [request for request, _ in begun if not request.setup.stacks]
@@ -124,7 +123,6 @@ class RowGroup:
                         request.begin_step(rest, own, time=times[index])
                 branches[row] = request.branch
                 begun.append((request, request.branch))
-            assert request.lane_set is not None
             if request.setup.stacks and not request.lane_set.runs:  # learned since it began
                 request.take_lanes_anew(rest, own)
             members.append(Member(request.lane_set.runs, branches[row], places[row]))

@@ -8,18 +8,17 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from dbcache.adapters.blocks.block_list import Shown, shown
 from dbcache.adapters.blocks.infer import learn
 from dbcache.adapters.blocks.signature import CONDITIONS, ArgumentFinder
 from dbcache.adapters.blocks.spec import TransformerSpec
+from dbcache.adapters.blocks.views import Shown, shown
 from dbcache.adapters.patching.attention import ModelAttention
 from dbcache.adapters.patching.patch_functor import Patches
-from dbcache.adapters.requests.lane_pool import LanePool
+from dbcache.adapters.requests.lane_pool import LanePool, LaneSet
 from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.build import make_stacks
-from dbcache.adapters.stacks.stack_run import LaneSet, StackRun
+from dbcache.adapters.stacks.stack_run import StackRun
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings, merge
-from dbcache.config.without_effect import without_effect
 from dbcache.graphs.cuda_capture import UserCapture, user_capture
 from dbcache.graphs.graph import GraphExecutor, GraphOptions
 from dbcache.lanes.sharding import Sharding
@@ -47,6 +46,7 @@ class Setup:
     Attributes:
         views: where the model sees its lists of blocks; set when the cache is switched on.
         original: the transformer's own forward; set when the cache is switched on.
+        reruns: its forwards that autograd may run again; set when the cache is switched on.
         lanes: those of closed requests.
         partial: guidance branches whose calls leave blocks out.
         shown: what forwards see in place of the blocks, made of the stacks' `entries`.
@@ -83,6 +83,7 @@ class Setup:
         self.capture: UserCapture | None = None
         self.views: Any = None
         self.original: Any = None
+        self.reruns: Any = None
         self.partial: set[str | None] = set()
         self.lanes = LanePool()
         self._learning = threading.RLock()
@@ -91,8 +92,6 @@ class Setup:
 
     def _make_stacks(self) -> list[BlockStack]:
         stacks = make_stacks(self.spec.stacks, self.base, self.modifiers)
-        if stacks:
-            self._check_long_skips(stacks)
         sharding = self.sharding
         self._let_vote(stacks)
         for stack in stacks:
@@ -105,16 +104,6 @@ class Setup:
             if self._records:
                 stack.prepare_recording()
         return stacks
-
-    def _check_long_skips(self, stacks: list[BlockStack]) -> None:
-        """Raise if a block that always runs takes what a block that may be skipped has to make."""
-        for spec, stack in zip(self.spec.stacks, stacks, strict=True):
-            if spec.long_skips and stack.bn > stack.fn:
-                raise ValueError(
-                    f"{type(self.module).__name__}.{stack.name}: Bn_compute_blocks must be at most "
-                    f"Fn_compute_blocks, got {stack.bn} and {stack.fn}: long skip connections feed "
-                    f"what the first blocks make to the last ones; raise Fn_compute_blocks"
-                )
 
     def _warn_of_graphs(self) -> None:
         say(
@@ -148,15 +137,6 @@ class Setup:
         self.lists = [block_list for stack in stacks for block_list in stack.lists]
         self._show(stacks)
         self.stacks = stacks  # last: a request in another thread may wait for them
-
-    @property
-    def notices(self) -> list[str]:
-        """Texts on options that were given and have no effect."""
-        each = [self.base.modified(modifier) for modifier in self.modifiers]
-        texts = [text for settings in each for text in without_effect(settings)]
-        if len(each) == 1 and "decision_scope" in self.config.given and self.stacks:
-            texts.append("decision_scope has no effect: there is one block stack; leave it out")
-        return list(dict.fromkeys(texts))
 
     def take_lanes(self, shape: object) -> LaneSet:
         """Return lanes for a request whose latents have the given shape."""
@@ -205,9 +185,9 @@ class Setup:
                 self._origin._set_stacks(self._origin._make_stacks())
         return output
 
-    def bind(self, views: Any, original: Any) -> None:
+    def bind(self, views: Any, original: Any, reruns: Any) -> None:
         """Learn where the model sees its lists, and its own forward: the cache is switched on."""
-        self.views, self.original = views, original
+        self.views, self.original, self.reruns = views, original, reruns
 
     def retire(self, current: Sequence[Setup]) -> None:
         """Give recorded graphs up that none of the setups in force goes on with."""
@@ -269,23 +249,7 @@ class Setup:
             return
         for stack, its_old in zip(self.stacks, old.stacks, strict=True):
             stack.inherit(its_old)
-        self.views, self.original, self.partial = old.views, old.original, old.partial
+        self.bind(old.views, old.original, old.reruns)
+        self.partial = old.partial
         if always or [s.recorded for s in self.stacks] == [s.recorded for s in old.stacks]:
             self.lanes, self.graphs, self.capture = old.lanes, old.graphs, old.capture
-
-    def check_options(self, old: Setup) -> None:
-        """Raise a ValueError if these settings need other blocks or buffers than `old`."""
-        for stack, its_old in zip(self.stacks, old.stacks, strict=True):
-            if stack.geometry != its_old.geometry:
-                got = f"Fn={stack.fn}, Bn={stack.bn} in place of Fn={its_old.fn}, Bn={its_old.bn}"
-                raise ValueError(
-                    f"{stack.name}: the options of a request must leave the blocks as they are, "
-                    f"got {got} or another choice of blocks; set them in dbcache.enable"
-                )
-            own, theirs = stack.settings, its_old.settings
-            if own.buffers != theirs.buffers:
-                raise ValueError(
-                    f"{stack.name}: the options of a request must need no other buffers, got "
-                    f"another policy, cache_dtype, number of snapshots or way to compare; set them "
-                    f"in dbcache.enable"
-                )

@@ -7,16 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dbcache.adapters.blocks.signature import unwrap
+from dbcache.adapters.patching.derived_class import plain_class
 from dbcache.adapters.patching.transaction import ABSENT, Transaction
 from dbcache.adapters.patching.whole_compile import wrappers_in
-from dbcache.adapters.requests.cached_pipeline import CachedPipeline, plain_class, request_class
+from dbcache.adapters.requests.cached_pipeline import CachedPipeline, request_class
 from dbcache.adapters.requests.cached_transformer import (
     HANDLE,
     CachedTransformer,
-    Enabled,
     handle_of,
     transformer_handle,
 )
+from dbcache.adapters.requests.enabled import Enabled
 from dbcache.adapters.requests.exchanged import setup_for
 from dbcache.adapters.requests.notices import tell
 from dbcache.adapters.requests.setup import Setup
@@ -61,7 +62,7 @@ def switch_on(
             transaction.do(functools.partial(compiled.move, wrappers), compiled.undo)
             _change(transaction, handle, new)
         if pipeline is not None:
-            pipeline.follow = _follow
+            pipeline.exchanged.follow = _follow
             transaction.set(pipe.__dict__, HANDLE, pipeline)
             transaction.set_class(pipe, request_class(plain_class(pipe)))
     for handle in handles:
@@ -81,37 +82,39 @@ def _follow(pipeline: CachedPipeline) -> CachedPipeline:
 
     Returns:
         The handle of the pipeline from now on: the same one where it has no others, or where none
-        of them could be cached with the same settings (`refused` says why).
+        of them could be cached with the same settings (`Exchanged.refused` says why).
     """
-    with pipeline.lock:
+    with pipeline.exchanged.lock:
         current = pipeline.pipe.__dict__.get(HANDLE)
         if current is None or current is pipeline:
             return _with_exchanged(pipeline)
-    return current.follow(current)
+    return current.exchanged.follow(current)
 
 
 def _with_exchanged(pipeline: CachedPipeline) -> CachedPipeline:
-    others, pipe = pipeline.exchanged(), pipeline.pipe
+    exchanged, pipe = pipeline.exchanged, pipeline.pipe
+    others = exchanged.found()
     if not others:
         return pipeline
     setups = [setup for _, setup in pipeline.transformers]
-    pipeline.refused, followed = {}, set()
+    exchanged.refused, followed = {}, set()
     for i, part in others.items():
         try:
             setups[i] = setup_for(unwrap(part), setups[i])
             followed.add(i)
         except (AttributeError, TypeError, ValueError) as error:
-            pipeline.refused[i] = str(error)
+            exchanged.refused[i] = str(error)
     if not followed:
         return pipeline
     most = pipeline.transformers[0][0].enabled.max_requests
     try:
         switch_on(pipe, setups, most, wrappers_in(vars(pipe).values()))
     except (RuntimeError, ValueError) as error:
-        pipeline.refused |= dict.fromkeys(followed, str(error))
+        exchanged.refused |= dict.fromkeys(followed, str(error))
         return pipeline
     new: CachedPipeline = pipe.__dict__[HANDLE]
-    new.names, new.refused, new.followed = pipeline.names, pipeline.refused, followed
+    new.exchanged.names = exchanged.names
+    new.exchanged.refused, new.exchanged.followed = exchanged.refused, followed
     return new
 
 

@@ -106,7 +106,9 @@ class Spectrum(Source):
 
     def __init__(self, who: str, model: torch.nn.Module) -> None:
         super().__init__(who)
-        if _full_noise(model) is None:
+        names = (cls.__name__ for cls in type(model).__mro__)
+        self.full_noise = next((FULL_NOISE[name] for name in names if name in FULL_NOISE), 0.0)
+        if not self.full_noise:
             raise ValueError(
                 f"{who}: policy='seacache' must know the timesteps of the model, got "
                 f"{type(model).__name__}; known are {', '.join(FULL_NOISE)}; choose another policy"
@@ -120,14 +122,12 @@ class Spectrum(Source):
     def start(self, call: Call, may_read: bool = True) -> None:
         x = _latents(self.who, call)
         timestep = call.get("timestep")
-        full_noise = _full_noise(call.model)
-        assert full_noise is not None
         if not isinstance(timestep, torch.Tensor) or timestep.ndim > 1:
             raise ValueError(
                 f"{self.who}: policy='seacache' must get one timestep per sample, got "
                 f"{timestep if timestep is None else tuple(timestep.shape)}; choose another policy"
             )
-        sigma = timestep.to(x.device) / full_noise
+        sigma = timestep.to(x.device) / self.full_noise
         if x.ndim > 3:  # (B, C, H, W) or (B, C, frames, H, W)
             self.value = sea_filter(x, sigma, tuple(range(2, x.ndim)))
             return
@@ -237,8 +237,3 @@ def _one_tensor(value: Any) -> torch.Tensor | None:
         value = torch.stack(list(value)) if len(shapes) == 1 and None not in shapes else None
     is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.detach() if is_float else None
-
-
-def _full_noise(model: torch.nn.Module) -> float | None:
-    names = (cls.__name__ for cls in type(model).__mro__)
-    return next((FULL_NOISE[name] for name in names if name in FULL_NOISE), None)

@@ -12,7 +12,7 @@ from dbcache.adapters.blocks.patterns import ENCODER
 from dbcache.adapters.blocks.spec import StackSpec
 from dbcache.adapters.signals.measurements import Source
 from dbcache.adapters.stacks.proxies import CheckedBlock
-from dbcache.adapters.stacks.stack_run import Recorder, StackRun
+from dbcache.adapters.stacks.stack_run import StackRun
 from dbcache.config.cache import StackSettings
 from dbcache.config.checks import prepare
 from dbcache.lanes.sharding import Sharding
@@ -37,6 +37,7 @@ class BlockStack:
         entries: what stands for each list, as rows.
         has_own_encoder: the encoder states of a step are not those that blocks are given: they are
             made by the blocks, or none.
+        makes_encoder: blocks return encoder states, and are given none.
         is_checked: a forward has compared what the blocks return with the pattern.
         generation: grows when blocks were exchanged; what was stored before no longer holds.
         sharding: ranks that vote on decisions; None where each decides for itself.
@@ -61,15 +62,18 @@ class BlockStack:
         self.streams = spec.streams
         self.name = spec.name
         # Pattern_2 takes encoder states, and returns none
-        takes = ENCODER in self.pattern.takes
-        self.has_own_encoder = not takes or ENCODER not in self.pattern.returns
+        takes, returns = ENCODER in self.pattern.takes, ENCODER in self.pattern.returns
+        self.has_own_encoder = not (takes and returns)
+        self.makes_encoder = returns and not takes
         self.index = index
         self.leader = leader
         self.settings = prepare(settings, self.lists[0].owner, self.name)
         self.generation = 0
         self.sharding: Sharding | None = None
-        self.recorder: Recorder | None = None
+        self.recorder: Any = None
         self.fn, self.bn = self._clamp()
+        self.check()
+        self.make_source()  # raises now if the policy does not know the model
         self.entries = self.make_entries()
         self.is_checked = False
 
@@ -87,12 +91,12 @@ class BlockStack:
 
     def is_skipped(self, position: int) -> bool:
         """Whether a cached step leaves out the block at `position`."""
-        return self.fn <= position < self.num_blocks - self.bn
+        return self.fn <= position <= self.last_middle
 
     @property
-    def makes_encoder(self) -> bool:
-        """Whether the encoder stream is something that blocks only return."""
-        return ENCODER not in self.pattern.takes and ENCODER in self.pattern.returns
+    def last_middle(self) -> int:
+        """Position of the last block that a cached step leaves out."""
+        return self.num_blocks - self.bn - 1
 
     @property
     def geometry(self) -> tuple[object, ...]:
@@ -109,6 +113,16 @@ class BlockStack:
         """Take over what is known of the blocks from a stack of the same geometry."""
         self.entries, self.generation = old.entries, old.generation
         self.is_checked = old.is_checked
+
+    def check(self) -> None:
+        """Raise a ValueError if the settings do not go with the blocks."""
+        if self.spec.long_skips and self.bn > self.fn:
+            # a block that always runs would take what a block that may be skipped has to make
+            raise ValueError(
+                f"{type(self.lists[0].owner).__name__}.{self.name}: Bn_compute_blocks must be at "
+                f"most Fn_compute_blocks, got {self.bn} and {self.fn}: long skip connections feed "
+                f"what the first blocks make to the last ones; raise Fn_compute_blocks"
+            )
 
     def _clamp(self) -> tuple[int, int]:
         """Return Fn and Bn as they can be run."""

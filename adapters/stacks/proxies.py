@@ -12,53 +12,55 @@ their thread or task.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.block_list import FORWARD
 from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, ForwardPattern, Streams, describe
 from dbcache.adapters.blocks.signature import parameter_names
+from dbcache.adapters.blocks.views import FORWARD
+
+
+class Stream:
+    """Finds one stream among the arguments of a block; the signature is read once."""
+
+    __slots__ = ("at", "name", "who")
+
+    def __init__(self, block: torch.nn.Module, streams: Streams, position: int, who: str) -> None:
+        self.name, self.who = streams[position], who
+        names = parameter_names(block)
+        self.at = names.index(self.name) if self.name in names else position
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the stream that the block is called with."""
+        if self.name in kwargs:
+            return kwargs[self.name]
+        if self.at < len(args):
+            return args[self.at]
+        given = [*map(describe, args), *sorted(kwargs)]
+        raise ValueError(f"{self.who}: must be called with {self.name}, got ({', '.join(given)})")
+
+
+def _no_stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    return None
 
 
 class Inputs:
-    """Finds the streams among the arguments of a block; the signature is read once."""
+    """The streams of a block's arguments: functions of a call's `args` and `kwargs`.
 
-    __slots__ = ("encoder_at", "encoder_name", "hidden_at", "hidden_name", "takes_encoder", "who")
+    Attributes:
+        hidden: returns `hidden_states`.
+        encoder: returns `encoder_hidden_states`, None where the pattern has none as input.
+    """
+
+    __slots__ = ("encoder", "hidden", "takes_encoder")
 
     def __init__(
         self, block: torch.nn.Module, pattern: ForwardPattern, streams: Streams, who: str
     ) -> None:
-        self.who = who
         self.takes_encoder = ENCODER in pattern.takes
-        self.hidden_name, self.encoder_name = streams
-        names = parameter_names(block)
-        self.hidden_at, self.encoder_at = (
-            names.index(name) if name in names else position
-            for position, name in enumerate(streams)
-        )
-
-    def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """Return `hidden_states`."""
-        if self.hidden_name in kwargs:
-            return kwargs[self.hidden_name]
-        if self.hidden_at < len(args):
-            return args[self.hidden_at]
-        return self._missing(self.hidden_name, args, kwargs)
-
-    def encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """Return `encoder_hidden_states`, None where the pattern has none as input."""
-        if not self.takes_encoder:
-            return None
-        if self.encoder_name in kwargs:
-            return kwargs[self.encoder_name]
-        if self.encoder_at < len(args):
-            return args[self.encoder_at]
-        return self._missing(self.encoder_name, args, kwargs)
-
-    def _missing(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = [describe(value) for value in args] + sorted(kwargs)
-        raise ValueError(f"{self.who}: must be called with {name}, got ({', '.join(given)})")
+        self.hidden = Stream(block, streams, 0, who)
+        self.encoder: Any = Stream(block, streams, 1, who) if self.takes_encoder else _no_stream
 
 
 class OutputForm:
@@ -122,23 +124,22 @@ class OutputForm:
 _under_way = FORWARD.get
 
 
-class HasBlocks(Protocol):
-    """The stack that a proxy's block belongs to."""
-
-    index: int
-    """Place of the stack's step among the steps of a forward."""
-
-    pattern: ForwardPattern
-    streams: Streams
-
-
 class BlockProxy:
-    """Stands for one block in the model's loop. Reads of attributes go to the block."""
+    """Stands for one block in the model's loop. Reads of attributes go to the block.
 
-    __slots__ = ("block", "form", "index", "inputs", "pair", "pattern", "who")
+    Args:
+        stack: of which the block is a part.
+        block: what it stands for.
+        who: the block's name in errors.
+        place: which of the stack's blocks it is; of those that may be left out one by one, which
+            of these.
+    """
 
-    def __init__(self, stack: HasBlocks, block: torch.nn.Module, who: str) -> None:
+    __slots__ = ("block", "form", "index", "inputs", "pair", "pattern", "place", "who")
+
+    def __init__(self, stack: Any, block: torch.nn.Module, who: str, place: int) -> None:
         self.index = stack.index
+        self.place = place
         self.pattern = stack.pattern
         self.block = block
         self.who = who
@@ -165,7 +166,7 @@ class BlockProxy:
         if self.form is None:
             form = OutputForm(self.pattern, output, self.who)
             if form.encoder_at == 0 and self.inputs.takes_encoder:
-                self.pair = self.inputs.encoder_name, self.inputs.hidden_name
+                self.pair = self.inputs.encoder.name, self.inputs.hidden.name
             self.form = form
         return output
 
@@ -202,34 +203,21 @@ class ProbeStart(BlockProxy):
 class ProbeEnd(BlockProxy):
     """The last probe block: what it returns is what the probe residual is measured from."""
 
-    __slots__ = ("is_first", "makes_encoder")
-
-    def __init__(
-        self,
-        stack: HasBlocks,
-        block: torch.nn.Module,
-        who: str,
-        *,
-        is_first: bool,
-        makes_encoder: bool,
-    ) -> None:
-        super().__init__(stack, block, who)
-        self.is_first = is_first
-        self.makes_encoder = makes_encoder
+    __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = FORWARD.get()
+        forward = _under_way()
         if forward is None:
             return self.block(*args, **kwargs)
         step = forward.steps[self.index]
-        if self.is_first:
+        if self.place == 0:
             step.begin(self.inputs.hidden(args, kwargs))
         output = self.run(args, kwargs)
         form: Any = self.form
         step.probe = output if form.is_tensor else output[form.hidden_at]
         if step.stack.probe_outputs.are_needed:
             step.copy_probe()
-        if self.makes_encoder:
+        if step.stack.makes_encoder:
             step.encoder_fn = self.streams(output)[1]
         return output
 
@@ -267,18 +255,9 @@ class Boundary(SkippedBlock):
 
     __slots__ = ("is_first", "is_last")
 
-    def __init__(
-        self,
-        stack: HasBlocks,
-        block: torch.nn.Module,
-        who: str,
-        *,
-        is_first: bool,
-        is_last: bool,
-    ) -> None:
-        super().__init__(stack, block, who)
-        self.is_first = is_first
-        self.is_last = is_last
+    def __init__(self, stack: Any, block: torch.nn.Module, who: str, place: int) -> None:
+        super().__init__(stack, block, who, place)
+        self.is_first, self.is_last = place == stack.fn, place == stack.last_middle
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = _under_way()

@@ -18,7 +18,7 @@ import torch
 
 from dbcache.adapters.blocks.patterns import ForwardPattern
 from dbcache.adapters.stacks.input_copies import InputCopies
-from dbcache.adapters.stacks.proxies import BlockProxy, CheckedBlock, HasBlocks
+from dbcache.adapters.stacks.proxies import BlockProxy, CheckedBlock
 from dbcache.adapters.stacks.step import followed
 from dbcache.graphs.recording import Cutter
 from dbcache.lanes.decision import Decision
@@ -54,10 +54,9 @@ class PrunableBlocks:
     def proxy(self, stack: Any, index: int, block: torch.nn.Module, who: str) -> BlockProxy:
         """Return what stands for block `index` of them; it may lie before or behind."""
         if 0 <= index < len(self.prunable):
-            return PrunableBlock(stack, block, who, self, index)
-        if index == -1 and stack.makes_encoder:
-            return EncoderMaker(stack, block, who)
-        return CheckedBlock(stack, block, who)
+            return PrunableBlock(stack, block, who, index, self)
+        kind = EncoderMaker if index == -1 and stack.makes_encoder else CheckedBlock
+        return kind(stack, block, who, index)
 
 
 class SingleBlocksStep:
@@ -160,14 +159,13 @@ class EncoderMaker(BlockProxy):
 class PrunableBlock(BlockProxy):
     """One of the prunable blocks: it runs and is stored, or is left out."""
 
-    __slots__ = ("blocks", "copies", "place")
+    __slots__ = ("blocks", "copies")
 
     def __init__(
-        self, stack: HasBlocks, block: torch.nn.Module, who: str, blocks: PrunableBlocks, place: int
+        self, stack: Any, block: torch.nn.Module, who: str, place: int, blocks: PrunableBlocks
     ) -> None:
-        super().__init__(stack, block, who)
+        super().__init__(stack, block, who, place)
         self.blocks = blocks
-        self.place = place
         self.copies = InputCopies()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,13 +7,10 @@ from typing import Any
 import torch
 
 from dbcache.adapters.blocks.block_list import Entry
-from dbcache.adapters.blocks.spec import StackSpec
 from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.prunable_blocks import PrunableBlocks, SingleBlocksStep, trimmed
 from dbcache.adapters.stacks.stack_run import StackRun
 from dbcache.adapters.stacks.step import check_end, check_needs_no_vote, check_stream
-from dbcache.config.cache import StackSettings
-from dbcache.config.prune import DBPruneConfig
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.lanes.buffers import layout_of
 from dbcache.lanes.pruned_lane import PrunedLane
@@ -23,41 +20,40 @@ from dbcache.notices import say
 class PrunedStack(BlockStack):
     """Blocks that are left out one by one.
 
-    Args:
-        spec: lists that run one after the other.
-        settings: with a `DBPruneConfig`, and without a predictor.
-        index: place of the stack in its transformer.
+    Its settings have a `DBPruneConfig`, and no predictor; see `BlockStack` for the arguments.
 
     Raises:
         ValueError: there is a predictor, or the blocks of several lists take turns.
+
+    Attributes:
+        start: position of the first block that may be left out.
+        blocks: these blocks.
     """
 
     last_blocks = None
+    start = 0
+    is_recorded = False
 
-    def __init__(self, spec: StackSpec, settings: StackSettings, index: int) -> None:
+    def check(self) -> None:
+        super().check()
+        settings = self.settings
         if settings.slots > 1 or settings.replace:
             raise ValueError(
                 f"DBPruneConfig: a block that is left out must add what it last added, got the "
                 f"predictor {settings.predictor.strify()}; leave the calibrator out, or use a "
                 f"DBCacheConfig"
             )
-        if spec.interleaved:
-            names = ", ".join(block_list.path for block_list in spec.lists)
+        if self.round > 1:
+            names = ", ".join(block_list.path for block_list in self.lists)
             raise ValueError(
                 f"DBPruneConfig: blocks must run list by list, got {names}, which take turns and "
                 f"rearrange the tokens in between; use a DBCacheConfig"
             )
-        # with long skips the loop takes what a block returns on to a later one: it must be what it
-        # would return
-        self.fuses = not spec.long_skips
-        self.start = 0
-        self.blocks: PrunableBlocks | None = None
-        super().__init__(spec, settings, index)
 
     def make_entries(self) -> list[list[Entry]]:
         """Return what stands for each list; nothing where all blocks always run."""
-        config = self.settings.cache
-        assert isinstance(config, DBPruneConfig)
+        self.blocks = PrunableBlocks([], self.pattern)
+        config: Any = self.settings.cache
         always = set(config.non_prune_block_ids)
         middle = range(self.fn, self.num_blocks - self.bn)
         prunable = [i not in always for i in middle]
@@ -71,17 +67,18 @@ class PrunedStack(BlockStack):
         first, prunable = trimmed(prunable)
         self.start = middle[first]
         self.blocks = PrunableBlocks(prunable, self.pattern)
-        self.blocks.fuses = self.fuses
+        # with long skips the loop takes what a block returns on to a later one: it must be what it
+        # would return
+        self.blocks.fuses = not (self.spec.long_skips or self.is_recorded)
         return self.rows()
 
     def entry(self, position: int, block: torch.nn.Module, who: str) -> Entry:
-        assert self.blocks is not None
         return self.blocks.proxy(self, position - self.start, block, who)
 
     @property
     def prunable(self) -> list[bool]:
         """Which blocks may be left out, from the first of them to the last."""
-        return [] if self.blocks is None else self.blocks.prunable
+        return self.blocks.prunable
 
     def fits(self, lane: Any) -> bool:
         """Whether a lane stores these blocks."""
@@ -93,9 +90,7 @@ class PrunedStack(BlockStack):
 
     def prepare_recording(self) -> None:
         """Let each block that is left out return what it would have, as it does while recorded."""
-        self.fuses = False
-        if self.blocks is not None:
-            self.blocks.fuses = False
+        self.is_recorded, self.blocks.fuses = True, False
 
     @property
     def geometry(self) -> tuple[object, ...]:
@@ -115,7 +110,7 @@ class PrunedStep(SingleBlocksStep):
     """The step of a pruned stack in one forward; see `Step` for the arguments."""
 
     def __init__(self, stack: PrunedStack, run: StackRun, branch: str | None, forward: Any) -> None:
-        super().__init__(stack.blocks or PrunableBlocks([], stack.pattern))
+        super().__init__(stack.blocks)
         self.stack = stack
         self.run = run
         self.branch = branch

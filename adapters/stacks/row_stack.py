@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
-from dbcache.adapters.blocks.block_list import Entry
-from dbcache.adapters.blocks.spec import StackSpec
-from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.row_step import RowBlock, RowBoundary, RowStep, not_samples
 from dbcache.adapters.stacks.stack import Stack
 from dbcache.config.cache import StackSettings
@@ -24,17 +19,13 @@ class RowStack(Stack):
     """
 
     step = RowStep
+    boundary = RowBoundary
+    middle = RowBlock
 
-    def __init__(
-        self,
-        spec: StackSpec,
-        settings: StackSettings,
-        index: int,
-        leader: BlockStack | None = None,
-    ) -> None:
-        super().__init__(spec, settings, index, leader)
-        reason = None
-        if leader is not None:
+    def check(self) -> None:
+        super().check()
+        spec, reason = self.spec, None
+        if self.leader is not None:
             reason = "decision_scope='model' decides for the batch in the first stack"
         elif spec.interleaved or type(spec.lists[0].owner).__name__ in MIXED:
             reason = "the rows of its blocks are not the samples of the batch"
@@ -42,16 +33,6 @@ class RowStack(Stack):
             reason = "its blocks make the encoder states themselves"
         if reason is not None:
             raise not_samples(self, reason)
-
-    def entry(self, position: int, block: torch.nn.Module, who: str) -> Entry:
-        first, last = self.fn, self.num_blocks - self.bn - 1
-        if position in (first, last):
-            return RowBoundary(
-                self, block, who, is_first=position == first, is_last=position == last
-            )
-        if first < position < last:
-            return RowBlock(self, block, who)
-        return super().entry(position, block, who)
 
     @property
     def geometry(self) -> tuple[object, ...]:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from dbcache.adapters.blocks.block_list import Entry
-from dbcache.adapters.blocks.spec import StackSpec
 from dbcache.adapters.signals.measurements import Source, make_source
 from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.input_copies import InputCopies
 from dbcache.adapters.stacks.last_blocks import LastBlocks
 from dbcache.adapters.stacks.proxies import (
+    BlockProxy,
     Boundary,
     CheckedBlock,
     ProbeEnd,
@@ -31,42 +31,31 @@ class Stack(BlockStack):
     """Blocks of which the middle ones are skipped together; see `BlockStack` for the arguments."""
 
     step = Step
+    boundary: type[BlockProxy] = Boundary
+    middle: type[BlockProxy] = SkippedBlock
 
-    def __init__(
-        self,
-        spec: StackSpec,
-        settings: StackSettings,
-        index: int,
-        leader: BlockStack | None = None,
-    ) -> None:
-        self.last_blocks: LastBlocks | None = None
-        self.probe_copies = InputCopies()
-        self.middle_copies = InputCopies()
-        self.probe_outputs = InputCopies()
-        super().__init__(spec, settings, index, leader)
-        self.make_source()  # raises now if the policy does not know the model
+    last_blocks: LastBlocks | None = None
 
     def make_entries(self) -> list[list[Entry]]:
-        if self.fn + self.bn == self.num_blocks:
-            return []
         self.probe_copies, self.middle_copies = InputCopies(), InputCopies()
         self.probe_outputs = InputCopies()
+        if self.fn + self.bn == self.num_blocks:
+            return []
         self.last_blocks = LastBlocks.of(self)
         return self.rows()
 
     def entry(self, position: int, block: torch.nn.Module, who: str) -> Entry:
-        first, last = self.fn, self.num_blocks - self.bn - 1
-        if first <= position <= last:
-            if position in (first, last):
-                ends = {"is_first": position == first, "is_last": position == last}
-                return Boundary(self, block, who, **ends)
-            return SkippedBlock(self, block, who)
+        first, last = self.fn, self.last_middle
         if position > last and self.last_blocks is not None:
             return self.last_blocks.proxy(position, block, who)
-        if position == first - 1 and (self.makes_encoder or self.round == 1):
-            ends = {"is_first": position == 0, "makes_encoder": self.makes_encoder}
-            return ProbeEnd(self, block, who, **ends)
-        return (ProbeStart if position == 0 else CheckedBlock)(self, block, who)
+        kind: type[BlockProxy] = CheckedBlock
+        if first <= position <= last:
+            kind = self.boundary if position in (first, last) else self.middle
+        elif position == first - 1 and (self.makes_encoder or self.round == 1):
+            kind = ProbeEnd
+        elif position == 0:
+            kind = ProbeStart
+        return kind(self, block, who, position)
 
     @property
     def geometry(self) -> tuple[object, ...]:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from dbcache.adapters.stacks.offload_groups import OffloadGroups
 from dbcache.config.cache import DBCacheConfig, ParamsModifier
@@ -21,16 +17,6 @@ from dbcache.lanes.shared_change import SharedChange
 def row_key(branch: str | None, place: int) -> str:
     """Return the key of the lane of one row of a batch, as in ``"cond[0]"``."""
     return f"{branch or ''}[{place}]"
-
-
-class Recorder(Protocol):
-    """Notes what happens on full steps, for a calibration."""
-
-    def on_blocks(self, step: Any, h_out: torch.Tensor) -> None:
-        """The blocks of a step have run and returned hidden states `h_out`."""
-
-    def on_output(self, step: Any, output: Any) -> None:
-        """The transformer has returned `output`."""
 
 
 class StackRun:
@@ -59,7 +45,7 @@ class StackRun:
         self.shared = SharedChange(self.settings.cache)
         self.source = stack.make_source()
         self._read()
-        self.recorder: Recorder | None = stack.recorder
+        self.recorder = stack.recorder
         self.generation = stack.generation
         self.is_on_host = self.settings.cache.cache_device == "cpu"
         self.groups: OffloadGroups | None = None
@@ -152,33 +138,3 @@ class StackRun:
             return False
         lane.forget_reference()
         return True
-
-
-class LaneSet:
-    """All that a request keeps on the device, over all stacks of a transformer; reused as a whole.
-
-    Args:
-        runs: one per stack, in order.
-
-    Attributes:
-        serial: number that no other set has.
-        is_captured: a graph of the user's works on the lanes, unseen by the host.
-        shape: of the latents of the last request, for which the buffers fit.
-    """
-
-    _serials = itertools.count()
-
-    def __init__(self, runs: Sequence[StackRun]) -> None:
-        self.serial = next(self._serials)
-        self.runs = list(runs)
-        self.shape: object = None
-        self.is_captured = False
-
-    def start_request(self) -> None:
-        """Forget the last request."""
-        for run in self.runs:
-            run.start_request()
-
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return sum(lane.nbytes() for run in self.runs for lane in run.lanes.values())

@@ -150,7 +150,6 @@ class Replayer:
         """Run a call in full, which makes room for residuals."""
         self._call(lane, call)
         _, request = self._request._pairs[lane[0]]
-        assert request.lane_set is not None
         runs = request.lane_set.runs
         self._histories = [run.lanes[f"{lane[0]} {lane[1]}"].history for run in runs]
 

@@ -35,7 +35,7 @@ def stacks(target: Any) -> list[InsideStack]:
     own = handle(target)
     latest = own.implicit.get(current_place())
     lanes = None if latest is None else latest.lane_set
-    if lanes is None:  # those that the next request takes
+    if lanes is None or not lanes.runs:  # those that the next request takes
         pool = own.setup.lanes
         if not pool.idle():
             pool.give(own.setup.take_lanes(None))
