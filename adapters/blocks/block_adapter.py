@@ -83,13 +83,13 @@ class BlockAdapter:
         transformers, names = self.transformers(), _stream_names(self.streams)
         check_flag("BlockAdapter.long_skips", self.long_skips)
         given, pattern = self.blocks, self.forward_pattern
-        if self.blocks_name is not None:
-            given = _by_name(self.blocks_name, given, transformers)
+        if given is None and self.blocks_name is not None:
+            given = _by_name(self.blocks_name, transformers)
         if self.auto and given is None:
             check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
             found = [find_blocks(transformer, pattern) for transformer in transformers]
             given, pattern = [lists for lists, _ in found], [patterns for _, patterns in found]
-        blocks = _per_transformer("blocks", given, transformers, torch.nn.ModuleList)
+        blocks = _per_transformer(given, len(transformers))
         counts = [len(lists) for lists in blocks]
         if self.auto and pattern is None:
             pattern = [[pattern_of(blocks_[0]) for blocks_ in lists] for lists in blocks]
@@ -152,13 +152,10 @@ class BlockAdapter:
         return list(map(unwrap, transformers))
 
 
-def _by_name(names: Any, blocks: Any, transformers: list[torch.nn.Module]) -> list[list[Any]]:
+def _by_name(names: Any, transformers: list[torch.nn.Module]) -> list[list[Any]]:
     """Return the lists of blocks that have these names, per transformer."""
     who = "BlockAdapter.blocks_name"
-    if blocks is not None:
-        return blocks  # as read from an adapter that has both
-    rows = names if isinstance(names, list | tuple) and len(transformers) > 1 else [names]
-    rows = [[row] if isinstance(row, str) else list(row) for row in rows]
+    rows = _rows(names if isinstance(names, list | tuple) and len(transformers) > 1 else [names])
     if len(rows) != len(transformers):
         raise ValueError(
             f"{who} must have one entry per transformer, got {len(rows)} for {len(transformers)}"
@@ -171,31 +168,29 @@ def _by_name(names: Any, blocks: Any, transformers: list[torch.nn.Module]) -> li
     return [[getattr(m, name) for name in row] for m, row in zip(transformers, rows, strict=True)]
 
 
-def _per_transformer(
-    name: str, given: Any, transformers: list[torch.nn.Module], kind: type
-) -> list[list[Any]]:
-    """Bring `given` (one, a list, a list of lists) into one list per transformer."""
-    if isinstance(given, kind):
+def _per_transformer(given: Any, count: int) -> list[list[Any]]:
+    """Bring `blocks` (one list of blocks, several, or rows of them) into a row per transformer."""
+    if isinstance(given, BLOCKS):
         given = [given]
     if not isinstance(given, list | tuple) or not given:
         raise TypeError(
-            f"BlockAdapter.{name} must be a {kind.__name__} of the transformer or a list of them, "
-            f"got {type(given).__name__}; pass the attribute itself, as in "
+            f"BlockAdapter.blocks must be a ModuleList of the transformer or a list of them, got "
+            f"{type(given).__name__}; pass the attribute itself, as in "
             f"transformer.transformer_blocks"
         )
-    if all(isinstance(entry, kind) for entry in given):
-        one_each = len(transformers) > 1 and len(given) == len(transformers)
-        nested = [[entry] for entry in given] if one_each else [list(given)]
-    else:
-        nested = [list(row) if isinstance(row, list | tuple) else [row] for row in given]
-    if len(nested) != len(transformers) or any(
-        not isinstance(entry, kind) for row in nested for entry in row
-    ):
+    are_lists, one_each = all(isinstance(x, BLOCKS) for x in given), 1 < count == len(given)
+    rows = [list(given)] if are_lists and not one_each else _rows(given)
+    if len(rows) != count or not all(isinstance(x, BLOCKS) for row in rows for x in row):
         raise ValueError(
-            f"BlockAdapter.{name} must hold one {kind.__name__} or one list of them per "
-            f"transformer, got {len(nested)} for {len(transformers)}"
+            f"BlockAdapter.blocks must hold one ModuleList or one list of them per transformer, "
+            f"got {len(rows)} for {count}"
         )
-    return nested
+    return rows
+
+
+def _rows(given: Any) -> list[list[Any]]:
+    """Return the entries of a list as rows: what is none becomes a row of one."""
+    return [list(row) if isinstance(row, list | tuple) else [row] for row in given]
 
 
 def like_blocks(who: str, given: Any, counts: list[int], kind: type) -> list[list[Any]]:
@@ -205,7 +200,7 @@ def like_blocks(who: str, given: Any, counts: list[int], kind: type) -> list[lis
     if not isinstance(given, list | tuple):
         raise TypeError(f"{who} must be a {kind.__name__} or a list of them, got {shown(given)}")
     if any(isinstance(row, list | tuple) for row in given):
-        nested = [list(row) if isinstance(row, list | tuple) else [row] for row in given]
+        nested = _rows(given)
     elif len(given) == sum(counts):
         flat = iter(given)
         nested = [[next(flat) for _ in range(count)] for count in counts]
