@@ -21,7 +21,7 @@ from dbcache.adapters.requests.request import Request
 from dbcache.adapters.stacks.prunable_blocks import SingleBlocksStep
 from dbcache.adapters.stacks.pruned_stack import PrunedStep
 from dbcache.adapters.stacks.row_step import RowStep
-from dbcache.adapters.stacks.step import Step
+from dbcache.adapters.stacks.step import StackStep, Step
 from dbcache.config.options import check_flag
 from dbcache.lanes.lane import Lane
 
@@ -194,13 +194,12 @@ _METHODS: tuple[tuple[type, str, Callable[..., Any]], ...] = (
     (Step, "decide", _begins("middle blocks")),
     (RowStep, "_decide", _wrapped("decide")),
     (Step, "finish_full", _ends),
-    (Step, "abort", _ends),
+    (StackStep, "abort", _ends),
     (Step, "on_output", _ends),
     (Lane, "predict", _wrapped("predict")),
     (Lane, "commit", _wrapped("commit")),
     (PrunedStep, "open", lambda method: _begins("middle blocks")(_within("decide", method))),
     (PrunedStep, "close", _ends),
-    (PrunedStep, "abort", _ends),
     (SingleBlocksStep, "replace", _wrapped("predict")),
     (SingleBlocksStep, "keep", _wrapped("commit")),
 )

@@ -120,7 +120,7 @@ class Clock:
         steps = self.config.num_inference_steps if self.known_steps is None else self.known_steps
         if steps is None:
             return self._move(args, kwargs) is Move.BACK
-        name = self._name(kwargs)
+        name = self._name(kwargs) if LEAVES_OUT in kwargs else self.name
         if name is None and self.setup.separate_cfg:
             name = self._by_parity()
         return self.branch_calls[name] >= steps

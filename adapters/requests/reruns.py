@@ -13,7 +13,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dbcache.adapters.blocks.views import run_seeing
-from dbcache.adapters.stacks.step import Step, followed
+from dbcache.adapters.stacks.gradients import followed
+from dbcache.adapters.stacks.step import Step
 
 UNKNOWN = (
     "{who}: a forward that runs again in backward must do what it did the first time, got one "

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from dbcache.adapters.blocks.patterns import ForwardPattern
+from dbcache.adapters.stacks.gradients import Streams, followed
 from dbcache.adapters.stacks.input_copies import InputCopies
 from dbcache.adapters.stacks.proxies import BlockProxy, CheckedBlock
-from dbcache.adapters.stacks.step import followed
 from dbcache.graphs.recording import Cutter
 from dbcache.lanes.decision import Decision
 
-Streams = tuple[torch.Tensor, torch.Tensor | None]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 

@@ -10,7 +10,7 @@ from dbcache.adapters.blocks.block_list import Entry
 from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.prunable_blocks import PrunableBlocks, SingleBlocksStep, trimmed
 from dbcache.adapters.stacks.stack_run import StackRun
-from dbcache.adapters.stacks.step import check_end, check_needs_no_vote, check_stream
+from dbcache.adapters.stacks.step import StackStep, check_needs_no_vote, check_stream
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.lanes.buffers import layout_of
 from dbcache.lanes.pruned_lane import PrunedLane
@@ -106,20 +106,12 @@ class PrunedStack(BlockStack):
         return lambda: [[start + i for i, skips in enumerate(step) if skips] for step in pruned()]
 
 
-class PrunedStep(SingleBlocksStep):
-    """The step of a pruned stack in one forward; see `Step` for the arguments."""
+class PrunedStep(SingleBlocksStep, StackStep):
+    """The step of a pruned stack in one forward; see `StackStep` for the arguments."""
 
     def __init__(self, stack: PrunedStack, run: StackRun, branch: str | None, forward: Any) -> None:
-        super().__init__(stack.blocks)
-        self.stack = stack
-        self.run = run
-        self.branch = branch
-        self.forward = forward
-        self.cutter = forward.cutter
-        self.lane: Any = None
-        self.cached = False
-        self.awaits_end = False
-        self.watches_output = False
+        SingleBlocksStep.__init__(self, stack.blocks)
+        StackStep.__init__(self, stack, run, branch, forward)
 
     @property
     def single_blocks(self) -> PrunedStep:
@@ -129,7 +121,7 @@ class PrunedStep(SingleBlocksStep):
     def open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Take the step's decisions. Called with what the first block gets that may be left out."""
         check_stream(self.stack.name, hidden)
-        lane = self._find_lane(hidden.device)
+        lane = self.run.lanes.get(self.branch) or self._add_lane(hidden.device)
         code = lane.begin(layout_of(hidden, encoder), hidden.device)
         is_dynamic = code == PlanCode.DYNAMIC and lane.steps.has_reference
         if self.cutter is not None and (is_dynamic or not self.cutter.fixed_by_plan):
@@ -155,13 +147,6 @@ class PrunedStep(SingleBlocksStep):
         self.lane, self.cached, self.awaits_end = lane, False, True
         self.record(lane.blocks, lane.state.store, self.cutter, lane.decisions())
 
-    def _find_lane(self, device: torch.device) -> PrunedLane:
-        """Return the lane of the branch, made at its first step."""
-        lanes = self.run.lanes
-        if self.branch not in lanes:
-            lanes[self.branch] = self.stack.new_lane(self.run, self.branch, device, self)
-        return lanes[self.branch]
-
     def _change(self, lane: PrunedLane, hidden: torch.Tensor) -> torch.Tensor:
         """Measure the changes of the block inputs, or take those of the step's other branch."""
         return self.run.shared(
@@ -179,22 +164,13 @@ class PrunedStep(SingleBlocksStep):
         if self.run.groups is not None:
             self.run.groups.free(self.skips(self.stack.start))
 
-    def check_end(self) -> None:
-        """Raise if the model left out the last block on a step that leaves blocks out."""
-        check_end(self)
-
     def count_full(self, device: torch.device) -> None:
         """Count a step that ran without the proxies: full, with nothing kept of it."""
         if self.stack.entries:
-            self.lane = lane = self._find_lane(device)
+            self.lane = lane = self.run.lanes.get(self.branch) or self._add_lane(device)
             lane.decide(None)
             lane.settle(lane.known())
             lane.forget_reference()
-
-    def abort(self) -> None:
-        """Clean up after an exception: the step counts as never begun."""
-        if self.lane is not None and self.cutter is None:
-            self.lane.abort()
 
 
 PrunedStack.step = PrunedStep

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dbcache.adapters.stacks.gradients import followed
 from dbcache.adapters.stacks.proxies import Boundary, SkippedBlock
 from dbcache.adapters.stacks.stack_run import StackRun, row_key
-from dbcache.adapters.stacks.step import Step, followed, left_out
+from dbcache.adapters.stacks.step import Step, left_out
 from dbcache.lanes.buffers import Layout
 from dbcache.lanes.row_lanes import RowLanes
 

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 
 from dbcache.adapters.blocks.patterns import ENCODER, describe
+from dbcache.adapters.stacks.gradients import Streams, followed
 from dbcache.graphs.recording import Cutter
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.lanes.buffers import Layout
 
-Streams = tuple[torch.Tensor, torch.Tensor | None]
 DYNAMIC = PlanCode.DYNAMIC
 
 
-class Step:
-    """The step that a stack takes in one forward.
+class StackStep:
+    """The step that a stack takes in one forward, whether its blocks are skipped together or not.
 
     Args:
         stack: the blocks.
@@ -35,19 +35,14 @@ class Step:
 
     Attributes:
         lane: what is remembered of earlier steps; None until the step is decided.
-        cached: the middle blocks are skipped.
-        awaits_end: the decision is taken, and the last middle block has not run yet.
-        is_conditional: the step is recorded as two ways, one of which a replay takes.
-        h_in: hidden states before the first block, (B, S, D) or of another shape (B, ...).
-        h_fn: hidden states before the first middle block.
-        encoder_fn: encoder states before the first middle block.
-        probe: hidden states that the last probe block returned; None: `h_fn` is measured.
-        single_blocks: the step of the last blocks, if some of them may be left out.
+        cached: blocks are skipped.
+        awaits_end: the decision is taken, and the last block that may be skipped has not run yet.
         hides_gradients: the skipped blocks were called where gradients are off, and given what
             needs them, as a reentrant checkpoint does.
     """
 
-    hides_gradients = False
+    cached = awaits_end = hides_gradients = watches_output = False
+    lane: Any = None
 
     def __init__(self, stack: Any, run: Any, branch: str | None, forward: Any) -> None:
         self.stack = stack
@@ -55,9 +50,38 @@ class Step:
         self.branch = branch
         self.forward = forward
         self.cutter: Cutter | None = forward.cutter
-        self.lane: Any = None
-        self.cached = False
-        self.awaits_end = False
+
+    def _add_lane(self, device: torch.device) -> Any:
+        """Return a lane for the branch, whose first step this is."""
+        lane = self.stack.new_lane(self.run, self.branch, device, self)
+        self.run.lanes[self.branch] = lane
+        return lane
+
+    def check_end(self) -> None:
+        """Raise a RuntimeError if the model left out the block at which a step is predicted."""
+        if self.awaits_end and (self.cached or self.cutter is not None):
+            raise left_out(self.stack.name)
+
+    def abort(self) -> None:
+        """Clean up after an exception: the step counts as never begun."""
+        if self.lane is not None and self.cutter is None:
+            self.lane.abort()
+
+
+class Step(StackStep):
+    """The step of a stack whose middle blocks are skipped together; see `StackStep`.
+
+    Attributes:
+        is_conditional: the step is recorded as two ways, one of which a replay takes.
+        h_in: hidden states before the first block, (B, S, D) or of another shape (B, ...).
+        h_fn: hidden states before the first middle block.
+        encoder_fn: encoder states before the first middle block.
+        probe: hidden states that the last probe block returned; None: `h_fn` is measured.
+        single_blocks: the step of the last blocks, if some of them may be left out.
+    """
+
+    def __init__(self, stack: Any, run: Any, branch: str | None, forward: Any) -> None:
+        super().__init__(stack, run, branch, forward)
         self.is_conditional = False
         self.prediction: Streams | None = None
         self.made: Streams | None = None
@@ -162,12 +186,6 @@ class Step:
                 encoder_in = sharding.split_input(first, encoder_in, ENCODER)
         self.h_in = h_fn
         return h_fn, encoder_in
-
-    def _add_lane(self, device: torch.device) -> Any:
-        """Return a lane for the branch, whose first step this is."""
-        lane = self.stack.new_lane(self.run, self.branch, device, self)
-        self.run.lanes[self.branch] = lane
-        return lane
 
     def _decide(
         self, lane: Any, h_fn: torch.Tensor, measured: torch.Tensor, layout: Layout
@@ -295,10 +313,6 @@ class Step:
         if run.recorder is not None:
             run.recorder.on_output(self, output)
 
-    def check_end(self) -> None:
-        """Raise if the model left out the block at which a cached step is predicted."""
-        check_end(self)
-
     def count_full(self, device: torch.device) -> None:
         """Count a step that ran without the proxies: full, with nothing kept of it."""
         lane = self.run.lanes.get(self.branch) or self._add_lane(device)
@@ -309,32 +323,6 @@ class Step:
             lane.settle(lane.steps.plan[0])
             lane.forget_reference()
         self.lane = lane
-
-    def abort(self) -> None:
-        """Clean up after an exception: the step counts as never begun."""
-        if self.lane is not None and self.cutter is None:
-            self.lane.abort()
-
-
-class _Followed(torch.autograd.Function):
-    """A prediction whose gradient goes to what it was added to."""
-
-    @staticmethod
-    def forward(ctx: Any, given: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-        return made.view_as(made)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0], None
-
-
-def followed(given: Streams, made: Any) -> Streams:
-    """Return what was predicted; gradients go on to what came into the skipped blocks."""
-    hidden, encoder = (
-        y if x is None or y is None else _Followed.apply(x, y)
-        for x, y in zip(given, made, strict=True)
-    )
-    return hidden, encoder
 
 
 def shape_changed(who: str, before: torch.Tensor, after: torch.Tensor) -> ValueError:
@@ -362,16 +350,6 @@ def check_needs_no_vote(who: str, sharding: Any) -> None:
             f"{who}: a step whose decision the ranks of a sequence vote on cannot be captured, got "
             f"one under capture; run it outside of the graph, or use tp_size"
         )
-
-
-def check_end(step: Any) -> None:
-    """Raise if the model left out the block at which a cached step is predicted.
-
-    Raises:
-        RuntimeError: the model did, and so nothing right can be returned.
-    """
-    if step.awaits_end and (step.cached or step.cutter is not None):
-        raise left_out(step.stack.name)
 
 
 def left_out(who: str) -> RuntimeError:
