@@ -77,9 +77,7 @@ class LanePool:
         return lanes
 
     def give(self, lanes: LaneSet) -> None:
-        """Take back the lanes of a request that was closed; there may be none."""
-        if not lanes.runs:
-            return
+        """Take back the lanes of a request that was closed."""
         kind = [run.stack.recorded for run in lanes.runs]
         with self._lock:
             self._out.discard(lanes)

@@ -398,7 +398,8 @@ class Request:
     def _give_lanes(self) -> None:
         """Hand the lanes on to the next request."""
         lanes, self.lane_set = self.lane_set, LaneSet([])
-        self.setup.lanes.give(lanes)
+        if lanes.runs:
+            self.setup.lanes.give(lanes)
 
     @property
     def has_run(self) -> bool:
