@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from dbcache.adapters.patching.hook_chain import innermost
+from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.transaction import ABSENT, put
 
 COMPILED = "_compiled_call_impl"
@@ -65,7 +67,8 @@ class WholeCompile:
         Raises:
             ValueError: a compiled call of it has ``fullgraph=True``.
         """
-        for _, _, compiled in self._found(wrappers):
+        found = [compiled for _, _, compiled in self._found(wrappers)]
+        for compiled in (*found, self._own_forward()):
             if getattr(_context_of(compiled), "fullgraph", False):
                 raise ValueError(
                     f"dbcache.enable: {type(self.module).__name__} must not be compiled as one "
@@ -89,6 +92,7 @@ class WholeCompile:
                 if found is None:
                     _warn(self.module)
                 context = context or found
+            context = context or _context_of(self._own_forward())
             if context is not None and context is not self.context:
                 self._clear_blocks()
                 self.context = context
@@ -120,6 +124,11 @@ class WholeCompile:
             own = wrapper.__dict__
             if wrapper._orig_mod is self.module and not isinstance(own.get("forward"), _Plain):
                 yield own, "forward", own["forward"]
+
+    def _own_forward(self) -> Any:
+        """Return the model's forward beneath all hooks, which users may have compiled."""
+        found = innermost(self.module.__dict__, "forward").get()
+        return found.original if isinstance(found, InstanceMethod) else found
 
     def _put_aside(self, own: dict[str, Any], name: str, compiled: Any) -> None:
         ours = _Plain(self.module) if name == "forward" else ABSENT
@@ -178,6 +187,11 @@ def regions(module: torch.nn.Module, lists: Iterable[Any]) -> Iterator[torch.nn.
 def is_plain(block: torch.nn.Module) -> bool:
     """Whether a block is not compiled."""
     return block.__dict__.get(COMPILED) is None and not wrappers_in([block])
+
+
+def uncompiled(forward: Any) -> Any:
+    """Return what `torch.compile` made a forward from; itself where it made none."""
+    return forward if _context_of(forward) is None else forward._torchdynamo_orig_callable
 
 
 def _dynamo(name: str) -> Any:

@@ -21,7 +21,7 @@ from dbcache.adapters.blocks.views import under_way, without_shown
 from dbcache.adapters.patching.attention import AttentionInForce
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.patch_functor import Patches
-from dbcache.adapters.patching.whole_compile import COMPILED, WholeCompile
+from dbcache.adapters.patching.whole_compile import COMPILED, WholeCompile, uncompiled
 from dbcache.adapters.requests import counts
 from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
 from dbcache.adapters.requests.enabled import Enabled
@@ -227,8 +227,8 @@ class CachedTransformer:
 
     @property
     def original(self) -> Callable[..., Any]:
-        """The module's own forward."""
-        return self._patches[0].original
+        """The module's own forward; not compiled as a whole."""
+        return uncompiled(self._patches[0].original)
 
     def open(self, request: Request, *, waits: bool) -> Request:
         """Count a request in.

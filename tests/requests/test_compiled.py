@@ -63,6 +63,11 @@ def in_place(model, **options):
     return model
 
 
+def its_forward(model, **options):
+    model.forward = torch.compile(model.forward, **options)
+    return model
+
+
 def regional(model, **options):
     model.compile_repeated_blocks(fullgraph=True, **options)
     return model
@@ -73,7 +78,7 @@ def ours(model, **options):
 
 
 @pytest.mark.parametrize("enables_first", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("how", [whole, in_place, regional, ours], ids=lambda how: how.__name__)
+@pytest.mark.parametrize("how", [whole, in_place, its_forward, regional, ours], ids=lambda how: how.__name__)
 def test_blocks_run_compiled_on_full_steps(backend, how, enables_first):
     family = tiny.FAMILIES["wan"]
     model, twin = small("wan"), small("wan")
@@ -147,7 +152,7 @@ def test_other_options_later_take_the_place_of_earlier_ones(backend):
 def test_one_graph_over_decisions_is_refused(backend):
     one = {"backend": backend, "fullgraph": True}
     pattern = r"fullgraph=True; compile its blocks, as in dbcache.compile\(pipe\)"
-    for how in (whole, in_place):
+    for how in (whole, in_place, its_forward):
         run = how(small("wan"), **one)
         with pytest.raises(ValueError, match=pattern):
             dbcache.enable(run, Fn_compute_blocks=1)
