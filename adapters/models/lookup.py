@@ -69,7 +69,7 @@ def find_specs(target: Any) -> list[TransformerSpec]:
             f"dbcache.enable: {type(target).__name__} cannot be cached: {'; '.join(refusals)}"
         )
     if not specs:
-        _name_what_is_wrapped(candidates)
+        refuse_wrapped(candidates)
         known = "\n".join(f"  {row.transformer}: {row.models}" for row in MODELS)
         raise ValueError(
             f"dbcache.enable: the transformer must be a supported one, got "
@@ -83,7 +83,7 @@ def find_specs(target: Any) -> list[TransformerSpec]:
     return specs
 
 
-def _name_what_is_wrapped(candidates: list[Any]) -> None:
+def refuse_wrapped(candidates: list[Any]) -> None:
     """Raise if one of them is a supported model within a wrapper that spreads it."""
     for outer in candidates:
         inner = unwrap(getattr(outer, "module", None))

@@ -12,7 +12,7 @@ import torch
 from dbcache.adapters.blocks.block_list import BlockList
 from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.blocks.spec import TransformerSpec
-from dbcache.adapters.models.lookup import find_specs, row_of
+from dbcache.adapters.models.lookup import find_specs, refuse_wrapped, row_of
 from dbcache.adapters.patching.attention import ModelAttention
 from dbcache.adapters.patching.other_caches import refuse_other_caches
 from dbcache.adapters.requests.request import Request
@@ -102,6 +102,7 @@ def setup_for(module: torch.nn.Module, old: Setup) -> Setup:
 def _spec_for(module: torch.nn.Module, old: TransformerSpec) -> TransformerSpec:
     """Return the blocks of a model: those that one of the same class has, else as in the table."""
     if type(module) is not type(old.transformer):
+        refuse_wrapped([module])
         if row_of(module) is None:
             raise ValueError(f"{type(module).__name__} is not in the table of models")
         return find_specs(module)[0]

@@ -77,8 +77,11 @@ def ours(model, **options):
     return dbcache.compile(model, fullgraph=True, **options)
 
 
+WAYS = [whole, in_place, its_forward, regional, ours]
+
+
 @pytest.mark.parametrize("enables_first", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("how", [whole, in_place, its_forward, regional, ours], ids=lambda how: how.__name__)
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: how.__name__)
 def test_blocks_run_compiled_on_full_steps(backend, how, enables_first):
     family = tiny.FAMILIES["wan"]
     model, twin = small("wan"), small("wan")
