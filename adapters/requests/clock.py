@@ -13,6 +13,9 @@ from dbcache.adapters.requests.guidance import ATTENTION_OPTIONS, LEAVES_OUT, Br
 from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.requests.step_times import Move, StepTimes
 
+MOST_CONDITIONS = 4
+"""Of the first calls, which show whether branches that nobody names take turns."""
+
 
 def is_capturing() -> bool:
     """Whether the current stream is captured by someone. CPU builds of PyTorch cannot tell."""
@@ -73,6 +76,15 @@ class Clock:
         self.branch_calls: Counter[str | None] = Counter()
         self._forms: dict[str | None, Any] = {}
         self._first: Any = None
+        self._conditions: list[Any] = []
+
+    @property
+    def mixes_branches(self) -> bool:
+        """Whether two conditionings took turns in a lane that they share."""
+        known = self._conditions
+        first, second = known[:2] if len(known) == MOST_CONDITIONS else (None, None)
+        turns = zip(known, (first, second) * 2, strict=False)
+        return first is not second and all(one is other for one, other in turns)
 
     def follow(self, *, tells_steps: bool, by_time: bool = False) -> None:
         """Find the guidance branches from the calls.
@@ -163,6 +175,8 @@ class Clock:
         if not self.branches.is_active or is_asked:
             if branch is None and self.setup.separate_cfg:
                 branch = self._by_parity()
+            elif self.calls < MOST_CONDITIONS and not is_asked and branch is None:
+                self._conditions.append(self.setup.condition_of(args, kwargs))
         else:
             condition = self.setup.condition_of(args, kwargs)
             if not isinstance(condition, torch.Tensor):

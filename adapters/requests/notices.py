@@ -42,6 +42,11 @@ KINDS = {
         "{who}: num_inference_steps={given} was given to dbcache, and the pipeline runs {ran} "
         "steps, which is what counts; leave it out"
     ),
+    "branches": (
+        "{who}: two conditionings took turns, in calls that have no name, and share one lane, so "
+        "that a step may continue one of the other branch; put each call inside "
+        "transformer.cache_context('cond') or 'uncond', or pass enable_separate_cfg=True"
+    ),
     "mask": (
         "{who}: steps_computation_mask has {given} entries, and {ran} steps were run; make it as "
         "long as a request, or give it by name, as in 'medium'"
@@ -186,6 +191,8 @@ class Notices:
             waits: for the device, where only that knows; else it is said when the record is read.
         """
         setup, clock = request.setup, request.clock
+        if clock.mixes_branches:
+            self.add(request, "branches")
         if not is_whole(clock):
             return
         if setup.stacks and not any(stack.entries for stack in setup.stacks):

@@ -337,3 +337,19 @@ def test_a_transformer_that_was_exchanged(caplog):
         tiny.generate(pipe, 3, guided=False)
     assert said == []
     assert dbcache.summary(pipe)[0].cached_steps == [1, 2]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_inference_steps": 4}, {"enable_separate_cfg": True}])
+def test_branches_that_nobody_names_and_that_share_a_lane(options, caplog):
+    model = dbcache.enable(FLUX.build(), max_warmup_steps=1, **HITS, **options)
+    texts = [FLUX.arguments(tiny.noise(1, 16, 16, seed=1), 1.0, name) for name in tiny.BRANCHES]
+    with heard(caplog) as said, torch.no_grad():
+        for step in range(4):
+            for text in texts:
+                model(**text | {"timestep": torch.tensor([1 - step / 4])})
+        dbcache.refresh_context(model)
+    if "enable_separate_cfg" in options:
+        assert said == []
+    else:
+        assert "two conditionings took turns" in said[0]
+        assert "cache_context('cond')" in said[0]
