@@ -161,7 +161,8 @@ def _setups(
         specs, modifiers = modified(specs, params_modifiers, settings)
         refuse_other_caches([pipe, *(spec.transformer for spec in specs)])
         shardings = shardings_of(specs, pipe, *ranks)
-        setups = [
+        patched = patches or [None] * len(specs)
+        return [
             Setup(
                 spec,
                 settings,
@@ -171,15 +172,8 @@ def _setups(
                 patches=patch,
                 attention=ModelAttention.of(spec.transformer, attention),
             )
-            for spec, own, sharding, patch in zip(
-                specs,
-                modifiers,
-                shardings,
-                patches or [None] * len(specs),
-                strict=True,
-            )
+            for spec, own, sharding, patch in zip(specs, modifiers, shardings, patched, strict=True)
         ]
-    return setups
 
 
 def disable(target: Target) -> Target:

@@ -20,6 +20,7 @@ from dbcache.config.predictors import CalibratorConfig, TaylorSeerCalibratorConf
 from dbcache.demo import digits
 from dbcache.demo.picture import draw_grid
 from dbcache.demo.quality import DigitClassifier, psnr, ssim
+from dbcache.results.markup import columns
 
 WARMUP_STEPS = 3
 
@@ -175,7 +176,7 @@ def synchronize(pipe: FluxPipeline) -> None:
 
 def format_table(records: list[dict[str, Any]]) -> str:
     """Return the records as an aligned text table."""
-    columns = {
+    forms = {
         "setting": "{}",
         "cached": "{}",
         "seconds": "{:.2f}",
@@ -186,16 +187,12 @@ def format_table(records: list[dict[str, Any]]) -> str:
         "accuracy": "{:.1%}",
     }
     heads = {"psnr": "PSNR dB", "ssim": "SSIM", "speedup": "speed-up"}
-    rows = [[heads.get(name, name) for name in columns]]
+    rows = [[heads.get(name, name) for name in forms]]
     rows += [
-        ["-" if r[name] is None else form.format(r[name]) for name, form in columns.items()]
+        ["-" if r[name] is None else form.format(r[name]) for name, form in forms.items()]
         for r in records
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return columns(rows)
 
 
 def run(

@@ -12,7 +12,6 @@ know which of them ran.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,22 +43,6 @@ class Branch:
 Program = Sequence[Segment | Branch]
 
 
-class Recorder(Protocol):
-    """Makes segments: what happens between `begin` and `end` is recorded, not done."""
-
-    def capturing(self) -> AbstractContextManager[None]:
-        """Hold while segments are recorded."""
-
-    def begin(self) -> None:
-        """Start a segment."""
-
-    def end(self) -> Segment:
-        """Finish the segment."""
-
-    def abort(self) -> None:
-        """Leave off after an exception, whatever was begun."""
-
-
 class Cutter(Protocol):
     """What a block stack tells while its forward is recorded."""
 
@@ -83,12 +66,13 @@ class SegmentCutter:
     """Makes a program of what one forward does.
 
     Args:
-        recorder: makes the segments.
+        recorder: makes the segments, as `CudaRecorder` does: what happens between its `begin` and
+            `end` is recorded, not done.
     """
 
     fixed_by_plan = False
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Any) -> None:
         self.recorder = recorder
         self.program: list[Segment | Branch] = []
         self._branch: tuple[Decision, str] | None = None

@@ -119,9 +119,8 @@ def _check(h_in, h_fn, h_out, rows, encoder_fn, encoder_out):
     check_streams(before, given, made, first.p_ref, first.state.counters)
     check_ring("commit_rows", "h_out", made, first.ring, first.scales)
     if encoder_fn is not None:
-        _check_encoder(
-            given, first.ring, second, second_made, first.encoder_ring, first.encoder_scales
-        )
+        stored = second_made, first.encoder_ring, first.encoder_scales
+        _check_encoder(given, first.ring, second, stored)
 
 
 LAUNCHES = Plans()

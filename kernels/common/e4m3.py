@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.constants import Constants
+from dbcache.kernels.common.launches import cdiv
 from dbcache.kernels.common.select import invalid
 
 LARGEST = 448.0
@@ -58,6 +59,16 @@ def tokens_and_width(x: Tensor | None) -> tuple[int, int]:
     if x is None or x.numel() == 0:
         return 0, 0
     return x.numel() // x.shape[-1], x.shape[-1]
+
+
+def tiles(h: Tensor, encoder: Tensor | None, rows: int, columns: int) -> tuple[int, dict[str, int]]:
+    """Return programs and sizes of a launch for both streams, a tile of tokens per program."""
+    (tokens, width), (encoder_tokens, encoder_width) = map(tokens_and_width, (h, encoder))
+    parts = cdiv(tokens, rows) * cdiv(width, columns)
+    tail = {"tokens": tokens, "width": width, "blocks": parts, "encoder_tokens": encoder_tokens}
+    tail |= {"encoder_width": encoder_width, "NATIVE": is_native(h.device)}
+    tail |= {"ROWS": rows, "COLUMNS": columns}
+    return parts + cdiv(encoder_tokens, rows) * cdiv(encoder_width, columns), tail
 
 
 def check_scales(op: str, name: str, ring: Tensor, scales: Tensor) -> None:

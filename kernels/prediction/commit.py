@@ -8,6 +8,7 @@ that `decide` left, so the host need not know it. With scales, the ring holds fp
 the bytes of bfloat16. Then a program takes whole tokens, as it needs their largest element first.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.e4m3 import quantize_rows
 from dbcache.kernels.common.lane_state import LANE, NUM_COUNTERS, SLOT
-from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, elementwise, power_of_2
+from dbcache.kernels.common.launches import BLOCK, contiguous, elementwise, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
@@ -81,7 +82,7 @@ def commit(
     _check(h_in, h_fn, h_out, p_ref, counters)
     check_ring("commit", "h_out", h_out, ring, scales)
     if encoder_fn is not None:
-        _check_encoder(h_fn, ring, encoder_fn, encoder_out, encoder_ring, encoder_scales)
+        _check_encoder(h_fn, ring, encoder_fn, (encoder_out, encoder_ring, encoder_scales))
     streams = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
     _commit(impl, h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
 
@@ -144,13 +145,9 @@ def _check(
 
 
 def _check_encoder(
-    h_fn: Tensor,
-    ring: Tensor,
-    encoder_fn: Tensor,
-    encoder_out: Tensor | None,
-    encoder_ring: Tensor | None,
-    encoder_scales: Tensor | None,
+    h_fn: Tensor, ring: Tensor, encoder_fn: Tensor, stored: Sequence[Tensor | None]
 ) -> None:
+    encoder_out, encoder_ring, encoder_scales = stored
     if encoder_out is None or encoder_ring is None:
         raise ValueError("commit: encoder_fn must come with its output and ring, got None")
     for what in ("shape", "dtype", "device"):
@@ -199,14 +196,9 @@ def _commit(
 
 def _fp8(h_fn, encoder_fn):
     """Return programs, sizes and warps for rings in fp8."""
-    tokens, width = e4m3.tokens_and_width(h_fn)
-    encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder_fn)
-    rows, columns, warps = fp8_tile(max(width, encoder_width), h_fn.itemsize)
-    parts = cdiv(tokens, rows)
-    tail = {"tokens": tokens, "width": width, "blocks": parts, "encoder_tokens": encoder_tokens}
-    tail |= {"encoder_width": encoder_width, "NATIVE": e4m3.is_native(h_fn.device)}
-    tail |= {"ROWS": rows, "COLUMNS": columns}
-    return parts + cdiv(encoder_tokens, rows), tail, warps
+    widest = max(e4m3.tokens_and_width(x)[1] for x in (h_fn, encoder_fn))
+    rows, columns, warps = fp8_tile(widest, h_fn.itemsize)
+    return *e4m3.tiles(h_fn, encoder_fn, rows, columns), warps
 
 
 class Stream(NamedTuple):

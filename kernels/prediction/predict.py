@@ -18,7 +18,7 @@ from torch import Tensor
 from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.e4m3 import decode
-from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous, elementwise, power_of_2
+from dbcache.kernels.common.launches import BLOCK, contiguous, elementwise, power_of_2
 from dbcache.kernels.common.op import op, writing
 from dbcache.kernels.common.plans import Plan, Plans
 from dbcache.kernels.common.select import Impl, is_traced, select, without_gradient
@@ -194,16 +194,9 @@ def _predict(
 
 def _fp8(h, encoder):
     """Return programs, sizes and warps for rings in fp8."""
-    tokens, width = e4m3.tokens_and_width(h)
-    encoder_tokens, encoder_width = e4m3.tokens_and_width(encoder)
-    rows, columns = fp8_tile(max(width, encoder_width))
-    parts = cdiv(tokens, rows) * cdiv(width, columns)
-    encoder_parts = cdiv(encoder_tokens, rows) * cdiv(encoder_width, columns)
-    tail = {"tokens": tokens, "width": width, "blocks": parts, "encoder_tokens": encoder_tokens}
-    tail |= {"encoder_width": encoder_width, "NATIVE": e4m3.is_native(h.device)}
-    tail |= {"ROWS": rows, "COLUMNS": columns}
+    rows, columns = fp8_tile(max(e4m3.tokens_and_width(x)[1] for x in (h, encoder)))
     # of float32, 16 elements per thread spill
-    return parts + encoder_parts, tail, 8 if h.itemsize == 4 else 4
+    return *e4m3.tiles(h, encoder, rows, columns), 8 if h.itemsize == 4 else 4
 
 
 class Stream(NamedTuple):
