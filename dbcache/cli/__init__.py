@@ -1,8 +1,9 @@
 """Command line: ``dbcache COMMAND ...``.
 
 Each command is a module of this package, named in `COMMANDS`. It has `HELP`, one line;
-`add_arguments(parser)`; and `run(arguments)`, which returns an `Outcome`. Nothing is imported at
-the top of it but the standard library, so that help needs no torch.
+`add_arguments(parser)`; and `run(arguments)`, which returns an `Outcome` (`metrics` has a `main`
+instead). Nothing is imported at the top of it but the standard library, so that help needs no
+torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import dbcache
+from dbcache.cli import metrics
 from dbcache.cli.outcome import Outcome
 from dbcache.foreign import explanation
 
@@ -69,9 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dbcache: {foreign}", file=sys.stderr)
         return FAILED
     if given[:1] == ["metrics"]:  # has a parser of its own
-        from dbcache.metrics.cli import main as run_metrics
-
-        return run_metrics(given[1:])
+        return metrics.main(given[1:])
     arguments = parser().parse_args(given)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of optional parts
     module = importlib.import_module(f"dbcache.cli.{arguments.command}")

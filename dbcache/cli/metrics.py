@@ -1,10 +1,9 @@
-"""``dbcache metrics``: is ``dbcache-metrics``."""
+"""``dbcache metrics``: is ``dbcache-metrics``, whose parser takes all that follows."""
 
 from __future__ import annotations
 
 import argparse
-
-from dbcache.cli.outcome import Outcome
+from collections.abc import Sequence
 
 HELP = "PSNR, SSIM, LPIPS, FID and scores for prompts; `dbcache metrics --help` has its options"
 
@@ -13,6 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add nothing: `dbcache-metrics` has a parser of its own."""
 
 
-def run(arguments: argparse.Namespace) -> Outcome:
-    """Raise: the command line was handed over before."""
-    raise NotImplementedError("`dbcache metrics` is run by dbcache.metrics.cli")
+def main(argv: Sequence[str]) -> int:
+    """Run the command line of ``dbcache-metrics``; return its exit code."""
+    from dbcache.metrics.cli import main as run_metrics
+
+    return run_metrics(argv)
