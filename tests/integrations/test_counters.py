@@ -43,6 +43,7 @@ def values(registry):
 
 def test_what_requests_did_is_counted_per_model():
     registry = prometheus_client.CollectorRegistry()
+    gc.collect()  # models of other tests
     before = dbcache.counters().get(
         NAME, {"requests": 0, "steps_full": 0, "steps_cached": 0, "bytes": 0}
     )
