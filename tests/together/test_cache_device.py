@@ -115,7 +115,7 @@ def test_requests_that_overlap_and_inputs_that_change_shape():
     [
         ({"cuda_graph": "host"}, r"recorded as CUDA graphs .* got cache_device='cpu'"),
         ({"decision_scope": "model"}, r"cache_device must be 'model' with decision_scope"),
-        ({"cache_type": "DBPrune"}, r"cache_device must be 'model' where single blocks are left out"),
+        ({"cache_type": "DBPrune"}, r"cache_device must be 'model' where single blocks are left"),
         ({"cache_device": "disk"}, r"cache_device must be one of .*'cpu'"),
     ],
 )
