@@ -18,10 +18,8 @@ from dbcache.kernels.common.launches import contiguous, elementwise
 from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import Impl, select
 from dbcache.kernels.prediction.commit import (
-    _check as check_streams,
-)
-from dbcache.kernels.prediction.commit import (
     _check_encoder,
+    _check_streams,
     _commit_fp8_kernel,
     _commit_kernel,
     _fp8,
@@ -116,7 +114,7 @@ def _check(h_in, h_fn, h_out, rows, encoder_fn, encoder_out):
     for x in (h_in, h_out, encoder_fn, encoder_out):
         if x is not None:
             rows.check("commit_rows", x)
-    check_streams(before, given, made, first.p_ref, first.state.counters)
+    _check_streams(before, given, made, first.p_ref, first.state.counters)
     check_ring("commit_rows", "h_out", made, first.ring, first.scales)
     if encoder_fn is not None:
         stored = second_made, first.encoder_ring, first.encoder_scales

@@ -79,7 +79,7 @@ def commit(
     if found is not None:
         found[0].launch(*found[1])
         return
-    _check(h_in, h_fn, h_out, p_ref, counters)
+    _check_streams(h_in, h_fn, h_out, p_ref, counters)
     check_ring("commit", "h_out", h_out, ring, scales)
     if encoder_fn is not None:
         _check_encoder(h_fn, ring, encoder_fn, (encoder_out, encoder_ring, encoder_scales))
@@ -129,7 +129,7 @@ def _store_difference(a: Tensor, b: Tensor | None, out: Tensor) -> None:
         out.copy_(a.float() - b.float())
 
 
-def _check(
+def _check_streams(
     h_in: Tensor | None, h_fn: Tensor, h_out: Tensor, p_ref: Tensor | None, counters: Tensor
 ) -> None:
     if h_in is not None and p_ref is None:
