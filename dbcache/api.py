@@ -16,13 +16,13 @@ from dbcache.adapters.models.lookup import find_specs
 from dbcache.adapters.patching.attention import ModelAttention, find_backend
 from dbcache.adapters.patching.other_caches import refuse_other_caches
 from dbcache.adapters.patching.patch_functor import on_trial
+from dbcache.adapters.pipelines.switch import replace_setups, switch_off, switch_on
 from dbcache.adapters.requests.cached_transformer import handle_of
 from dbcache.adapters.requests.enabled import MAX_REQUESTS
 from dbcache.adapters.requests.facts import facts_of
 from dbcache.adapters.requests.notices import tell
 from dbcache.adapters.requests.overview import end_images
 from dbcache.adapters.requests.setup import Setup
-from dbcache.adapters.requests.switch import replace_setups, switch_off, switch_on
 from dbcache.adapters.signals.recorders import RECORDERS, calibration_of, record
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.config.calibration import OPEN

@@ -10,8 +10,8 @@ from typing import Any
 from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.models.matrix import matrix
 from dbcache.adapters.models.series import pipelines
+from dbcache.adapters.pipelines.cached_pipeline import CachedPipeline
 from dbcache.adapters.requests import overview
-from dbcache.adapters.requests.cached_pipeline import CachedPipeline
 from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
 from dbcache.adapters.requests.record import RequestRecord, all_run
 from dbcache.adapters.requests.request import Request

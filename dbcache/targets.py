@@ -15,7 +15,7 @@ from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.blocks.spec import TransformerSpec
 from dbcache.adapters.models.lookup import find_specs
 from dbcache.adapters.patching.whole_compile import wrappers_in
-from dbcache.adapters.requests.cached_pipeline import CachedPipeline
+from dbcache.adapters.pipelines.cached_pipeline import CachedPipeline
 from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.lanes.sharding import Sharding

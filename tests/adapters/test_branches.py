@@ -13,7 +13,7 @@ import torch
 
 import dbcache
 from dbcache import BlockAdapter, ForwardPattern
-from dbcache.adapters.requests.events import OBSERVERS
+from dbcache.adapters.pipelines.events import OBSERVERS
 
 FORCED = {
     "Fn_compute_blocks": 1,

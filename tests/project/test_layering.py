@@ -36,7 +36,14 @@ ORDER = {
         ("tuning",),
     ),
     "core": (("config",), ("lanes",), ("graphs",), ("results",)),
-    "adapters": (("patching",), ("blocks",), ("signals", "models"), ("stacks",), ("requests",)),
+    "adapters": (
+        ("patching",),
+        ("blocks",),
+        ("signals", "models"),
+        ("stacks",),
+        ("requests",),
+        ("pipelines",),
+    ),
 }
 """Folders of each part, from the bottom up: a folder imports of those below it."""
 

@@ -16,7 +16,7 @@ from graph_runs import Step, one_stream
 from together import OPTIONS, decisions, in_threads, same
 
 import dbcache
-from dbcache.adapters.requests import switch
+from dbcache.adapters.pipelines import switch
 from dbcache.adapters.requests.cached_transformer import CachedTransformer
 
 CACHED = OPTIONS | {"residual_diff_threshold": 0.3}

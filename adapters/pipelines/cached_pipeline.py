@@ -14,11 +14,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from dbcache.adapters.patching.derived_class import ClassCache, derived_class
+from dbcache.adapters.pipelines.continued import continued
+from dbcache.adapters.pipelines.events import watched
+from dbcache.adapters.pipelines.exchanged import Exchanged
 from dbcache.adapters.requests.cached_transformer import HANDLE, CachedTransformer
 from dbcache.adapters.requests.context import ACTIVE, active, outside
-from dbcache.adapters.requests.continued import continued
-from dbcache.adapters.requests.events import watched
-from dbcache.adapters.requests.exchanged import Exchanged
 from dbcache.adapters.requests.record import RequestRecord
 from dbcache.adapters.requests.request import Request
 from dbcache.adapters.requests.setup import Setup

@@ -10,7 +10,8 @@ from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.patching.derived_class import plain_class
 from dbcache.adapters.patching.transaction import ABSENT, Transaction
 from dbcache.adapters.patching.whole_compile import wrappers_in
-from dbcache.adapters.requests.cached_pipeline import CachedPipeline, request_class
+from dbcache.adapters.pipelines.cached_pipeline import CachedPipeline, request_class
+from dbcache.adapters.pipelines.exchanged import setup_for
 from dbcache.adapters.requests.cached_transformer import (
     HANDLE,
     CachedTransformer,
@@ -18,7 +19,6 @@ from dbcache.adapters.requests.cached_transformer import (
     transformer_handle,
 )
 from dbcache.adapters.requests.enabled import Enabled
-from dbcache.adapters.requests.exchanged import setup_for
 from dbcache.adapters.requests.notices import tell
 from dbcache.adapters.requests.setup import Setup
 

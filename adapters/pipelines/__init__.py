@@ -1,0 +1,1 @@
+"""Calls of a pipeline as requests, and the cache switched on and off."""
