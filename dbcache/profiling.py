@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dbcache.adapters.requests.record import TIMES
-from dbcache.adapters.requests.request import Request
+from dbcache.adapters.requests.request import Request, device_of
 from dbcache.adapters.stacks.prunable_blocks import SingleBlocksStep
 from dbcache.adapters.stacks.pruned_stack import PrunedStep
 from dbcache.adapters.stacks.row_step import RowStep
@@ -163,7 +163,7 @@ def _timed(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        device = next(self.module.parameters(), torch.empty(0, device="cpu")).device
+        device = device_of(*args, **kwargs)
         is_cuda = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
         begin = _event() if is_cuda else time.perf_counter()
         output = method(self, *args, **kwargs)

@@ -158,7 +158,7 @@ def _call(op: str, h: Tensor, slots: int, encoder_shape: tuple[int, ...] | None)
 
     shape, device, tokens = h.shape, h.device, op.endswith("tokens")
     if op == "predict":
-        weights = torch.ones(MAX_SLOTS, device=device)
+        weights = torch.ones(MAX_SLOTS, dtype=torch.float32, device=device)
         args = [h, normal(slots, *shape), weights]
         encoder_out = None
         if encoder_shape is not None:
@@ -174,7 +174,8 @@ def _call(op: str, h: Tensor, slots: int, encoder_shape: tuple[int, ...] | None)
             args += [normal(*encoder_shape), normal(*encoder_shape), normal(1, *encoder_shape)]
         return lambda: commit(*args, impl="triton")
     if op.startswith("probe_diff"):
-        thresholds = torch.ones(NUM_THRESHOLDS, device=device) if tokens else None
-        return lambda: probe_diff(h_in, h, p_ref, thresholds, impl="triton")
+        thresholds = torch.ones(NUM_THRESHOLDS, dtype=torch.float32, device=device)
+        by_token = thresholds if tokens else None
+        return lambda: probe_diff(h_in, h, p_ref, by_token, impl="triton")
     state = LaneState.allocate(CAPACITY, device)
     return lambda: probe_and_decide(h_in, h, p_ref, state, by_token=tokens, impl="triton")

@@ -344,10 +344,9 @@ class Request:
         """Run a forward that tells what the blocks take and return; it counts as a full step."""
         output = self.setup.learn(args, kwargs)
         lanes = self.take_lanes_anew(args, kwargs)
-        device = next(self.module.parameters(), torch.empty(0, device="cpu")).device
         forward = Forward({}, None, lanes, self.branch)
         for step in forward.steps:
-            step.count_full(device)
+            step.count_full(device_of(args, kwargs))
         return output
 
     def take_lanes_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
@@ -414,6 +413,12 @@ class Request:
 def _latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Return the first tensor of a call."""
     return next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), None)
+
+
+def device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """Return where a call computes; offloaded weights lie elsewhere, or are of "meta"."""
+    latents = _latents(args, kwargs)
+    return torch.device("cpu") if latents is None else latents.device
 
 
 def _user_capture(request: Request) -> UserCapture:

@@ -42,7 +42,7 @@ class StepTimes:
     def seen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, int]:
         """Return the time of a call, unread, for `is_at`."""
         time = self._find(args, kwargs)
-        return time, getattr(time, "_version", 0)
+        return time, _version(time)
 
     def is_at(self, seen: tuple[Any, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Say whether a call has the time that was seen before; reads both from the device.
@@ -51,7 +51,7 @@ class StepTimes:
         """
         time, version = seen
         then, now = _number(time), _number(self._find(args, kwargs))
-        return then is not None and then == now and getattr(time, "_version", 0) == version
+        return then is not None and then == now and _version(time) == version
 
     def move(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Move:
         """Return how a call's time lies to that of the last one; reads it from the device."""
@@ -72,6 +72,11 @@ class StepTimes:
             return Move.BACK
         self._next = now, direction
         return Move.ON
+
+
+def _version(time: Any) -> int:
+    """Return how often a tensor was written into; tensors of `inference_mode` do not tell."""
+    return time._version if isinstance(time, torch.Tensor) and not time.is_inference() else 0
 
 
 def _number(time: Any) -> float | None:

@@ -460,7 +460,8 @@ def _layouts(request: Recordable) -> list[Any]:
 
 def _name(mode: str, inputs: list[torch.Tensor], branch: str | None) -> str:
     """Return the name of a recording, for people."""
-    largest = max(inputs, key=torch.Tensor.numel, default=torch.empty(0, device="cpu"))
+    nothing = torch.empty(0, dtype=torch.float32, device="cpu")
+    largest = max(inputs, key=torch.Tensor.numel, default=nothing)
     shape = "x".join(map(str, largest.shape))
     return f"{mode}, {shape} {str(largest.dtype).removeprefix('torch.')}" + (
         f", {branch}" if branch else ""

@@ -114,7 +114,8 @@ class _OnHost(Forecaster):
                 f"predictor {self._predictor.name!r}: at most {len(steps)} finite weights must be "
                 f"returned for the steps {steps} and step {step}, got {weights}"
             )
-        by_slot = torch.tensor(spread(weights, len(self._full_steps), slots), device="cpu")
+        weights = spread(weights, len(self._full_steps), slots)
+        by_slot = torch.tensor(weights, dtype=torch.float32, device="cpu")
         if state.weights.is_cuda:
             by_slot = by_slot.pin_memory()
         for is_used, target in zip(self._used, (state.weights, state.encoder_weights), strict=True):

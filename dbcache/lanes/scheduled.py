@@ -34,7 +34,8 @@ class ScheduledWeights(Forecaster):
 
     def __init__(self, settings: StackSettings, device: torch.device, branch: str | None) -> None:
         self._branch, self._slots = branch, settings.slots
-        self._table = torch.full((MAX_STEPS, 2 * MAX_SLOTS), -1.0, device=device)
+        shape = MAX_STEPS, 2 * MAX_SLOTS
+        self._table = torch.full(shape, -1.0, dtype=torch.float32, device=device)
         self._lane: object = None
         self.replan(settings)
 
@@ -67,7 +68,7 @@ class Guard:
 
     def __init__(self, settings: StackSettings, device: torch.device, branch: str | None) -> None:
         self._branch = branch
-        self._thresholds = torch.full((MAX_STEPS,), NO_LIMIT, device=device)
+        self._thresholds = torch.full((MAX_STEPS,), NO_LIMIT, dtype=torch.float32, device=device)
         self.replan(settings)
 
     def replan(self, settings: StackSettings) -> None:
@@ -80,7 +81,8 @@ class Guard:
             for i in range(len(lane.mask))
         ]
         self._thresholds.fill_(NO_LIMIT)
-        self._thresholds[: len(by_step)].copy_(torch.tensor(by_step, device="cpu"))
+        known = torch.tensor(by_step, dtype=torch.float32, device="cpu")
+        self._thresholds[: len(known)].copy_(known)
 
     def arm(self, state: LaneState) -> None:
         """Put the threshold of the next step in place, on the device."""

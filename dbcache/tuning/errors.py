@@ -195,9 +195,9 @@ def measure_pairs(target: Any, recorded: Recorded) -> Pairs:
 def _points(size: int) -> torch.Tensor:
     """Return the entries that are kept, the same for every picture of a size."""
     if size <= MOST_POINTS:
-        return torch.arange(size, device="cpu")
+        return torch.arange(size, dtype=torch.int64, device="cpu")
     generator = torch.Generator().manual_seed(size)
-    return torch.randperm(size, generator=generator, device="cpu")[:MOST_POINTS]
+    return torch.randperm(size, dtype=torch.int64, generator=generator, device="cpu")[:MOST_POINTS]
 
 
 def _check(replayer: Replayer, lane: Lane, calls: list[Call]) -> None:

@@ -91,7 +91,7 @@ class BlockState:
         programs = partition_of(h.numel())[1] if triton_runs else 1
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device)
+            return torch.zeros(shape, dtype=torch.float32, device=device)
 
         # a block that returns no encoder states adds nothing to them
         added = None if encoder is None else encoder.new_zeros((count, *encoder.shape))

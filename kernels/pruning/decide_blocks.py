@@ -82,9 +82,9 @@ def decide_blocks_reference(
     worst = numbers[bs.WORST_SAMPLE] > 0
     measured = [relative_l1(block, worst) for block in partials.tolist()]
     growth = [growth_of(block) for block in growth_sums.tolist()]
-    changes.copy_(torch.tensor([measured, growth], device="cpu").T)
+    changes.copy_(torch.tensor([measured, growth], dtype=torch.float32, device="cpu").T)
     pairs = choose_blocks(measured, growth, prunable.tolist(), numbers)
-    decisions.copy_(torch.tensor(pairs, device="cpu"))
+    decisions.copy_(torch.tensor(pairs, dtype=torch.float32, device="cpu"))
 
 
 def growth_of(partials: Sequence[Sequence[float]]) -> float:

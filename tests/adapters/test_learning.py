@@ -1,5 +1,6 @@
 """BlockAdapter(auto=True) where the source of the blocks is silent: the first forward tells."""
 
+import accelerate
 import inside
 import pytest
 import tiny
@@ -163,6 +164,19 @@ def test_the_first_step_counts_and_gives_no_reference():
     always = "threshold is 1 or more"
     (lane,) = dbcache.summary(model).lanes
     assert lane.reasons == ["mask", "no reference", always, "mask", always]
+
+
+@torch.no_grad()
+def test_weights_that_are_offloaded_do_not_say_where_steps_run():
+    """accelerate leaves tensors of "meta" in their places."""
+    model = Model(AsGiven, lambda b, x, y: b(x, y))
+    plain = model(X, Y)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    dbcache.enable(BlockAdapter(transformer=model, auto=True), **FORCED)
+    for _ in range(3):
+        for output, wanted in zip(model(X, Y), plain, strict=True):
+            torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6)
+    assert dbcache.summary(model).lanes[0].cached_steps == [2]
 
 
 @torch.no_grad()

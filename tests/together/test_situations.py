@@ -4,12 +4,13 @@ import ast
 import asyncio
 import gc
 import weakref
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from together import decisions
+from together import decisions, same
 
 import dbcache
 
@@ -155,8 +156,8 @@ MAKES = {
 PACKAGE = Path(__file__).resolve().parents[2]
 
 
-def test_every_tensor_of_the_package_is_made_on_a_device_that_is_named():
-    """``torch.set_default_device`` of a script must not move what the host reads."""
+def test_every_tensor_of_the_package_is_made_on_a_device_and_in_a_dtype_that_are_named():
+    """``torch.set_default_device`` must not move what the host reads, nor a default dtype round."""
     found = []
     for folder in ("adapters", "dbcache", "kernels", "parallel"):
         for file in (PACKAGE / folder).rglob("*.py"):
@@ -166,9 +167,26 @@ def test_every_tensor_of_the_package_is_made_on_a_device_that_is_named():
                 name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
                 if name.startswith("torch.") and name.removeprefix("torch.") in MAKES:
                     keywords = {keyword.arg for keyword in node.keywords}
-                    if not keywords & {"device", None}:
+                    if None not in keywords and not keywords >= {"device", "dtype"}:
                         found.append(f"{file}:{node.lineno}")
     assert found == []
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+DEFAULTS = {
+    "none": nullcontext,
+    "device": lambda: torch.device("meta"),  # whose tensors have no values: any that is read raises
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "inference mode": torch.inference_mode,
+}
 
 
 @pytest.mark.parametrize(
@@ -176,13 +194,25 @@ def test_every_tensor_of_the_package_is_made_on_a_device_that_is_named():
     [{}, {"cache_type": "DBPrune"}, {"enable_spectrum": True}, {"batch_reduce": "each"}],
     ids=lambda options: next(iter(options), "DBCache"),
 )
-def test_another_default_device_changes_nothing(options):
+def test_other_defaults_of_torch_change_nothing(options):
     steps = [FLUX.arguments(tiny.noise(1, 16, 16, seed=i), 1 - i / 6, "cond") for i in range(6)]
-    outputs = []
-    for device in ("cpu", "meta"):  # tensors of "meta" have no values: any that is read raises
+    outputs = {}
+    for name, default in DEFAULTS.items():
         model = tiny.flux(double=1, single=3)
-        with torch.device(device), torch.no_grad():
+        with default(), torch.no_grad():
             dbcache.enable(model, num_inference_steps=6, **OPTIONS | options)
-            outputs.append([model(**step)[0] for step in steps])
+            outputs[name] = [model(**step)[0] for step in steps]
         assert decisions(model) == ["FFccFc"]
-    assert all(map(torch.equal, *outputs))
+        assert same(outputs[name], outputs["none"]), name
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen", "wan2.2"])
+def test_calls_under_inference_mode_and_under_no_grad_take_turns(name):
+    """Their tensors do not tell whether they were written into."""
+    pipe = dbcache.enable(tiny.pipeline(name), **OPTIONS)
+    want, lanes = tiny.generate(pipe, 8), decisions(pipe)
+    assert "c" in "".join(lanes)
+    for inside in (torch.inference_mode, nullcontext, torch.inference_mode):
+        with inside():
+            assert same(tiny.generate(pipe, 8), want)
+        assert decisions(pipe) == lanes
