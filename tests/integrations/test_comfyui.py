@@ -9,6 +9,7 @@ import torch
 
 import dbcache
 from dbcache.integrations import comfyui
+from dbcache.integrations.comfyui.sampling import lane_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "plain_kernels")
 
@@ -129,7 +130,7 @@ def test_other_nodes_patches_and_controlnet_keep_working():
         return out | {"img": out["img"] * 1.5}
 
     for block, index in (("double_block", 1), ("double_block", 2), ("single_block", 3)):
-        patcher.set_model_patch_replace(patch, block, index)
+        patcher.set_model_patch_replace(patch, "dit", block, index)
     control = {
         "input": [tiny.noise(1, 16, 16, seed=i) for i in range(3)],
         "output": [tiny.noise(1, 16, 16, seed=9 + i) for i in range(2)],
@@ -145,6 +146,32 @@ def test_other_nodes_patches_and_controlnet_keep_working():
         assert seen["patch"] == 14 * 3 * len(prompts)
         other = comfy_like.Guider(node, prompts, moves=False).sample(noise, 14)
         assert not torch.allclose(other, plain, atol=1e-2)
+
+
+def test_nodes_after_it_share_the_cache_and_its_summary():
+    patcher, noise = model(), tiny.noise(*SHAPES["Flux"], seed=3)
+    node = cached(patcher, **ALWAYS)
+    image = comfy_like.Guider(node, PROMPTS).sample(noise, 6)
+    later = node.clone()  # as LoRA and other patches of a model do
+    later.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "x", 1)
+    assert torch.equal(comfy_like.Guider(later, PROMPTS).sample(noise, 6), image)
+    comfy_like.Guider(later, {"a": PROMPTS["a"]}).sample(noise, 14)
+    assert shown(node) == shown(later)
+    assert lanes(shown(node)) == {(p, "cond"): (14, 12) for p in LISTS["Flux"]}
+    with pytest.raises(ValueError, match="must not be cached yet"):
+        cached(later, preset="fast")
+    assert shown(patcher) == "no DBCache node is connected"
+
+
+def test_lanes_are_known_by_prompt_and_side():
+    """A prompt for an area gives its uuid to the negative one that ComfyUI makes for the area."""
+    names, calls = {}, [([1], "n"), ([0], "p"), ([0], "area"), ([1], "area"), ([1, 0], "np")]
+    seen = ["uncond", "cond", "cond (2)", "uncond (2)", "uncond+cond"]
+    for _ in range(2):
+        for (kinds, uuids), name in zip(calls, seen, strict=True):
+            options = {"cond_or_uncond": kinds, "uuids": list(uuids)}
+            assert lane_of(names, (None, options)) == name
+    assert lane_of(names, ({}, None)) is None
 
 
 def test_caching_begins_and_ends_where_the_node_says():

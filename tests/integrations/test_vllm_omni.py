@@ -118,7 +118,7 @@ def pipeline(omni, name, *, declared=None):
             ]
             return self.predict_noise_maybe_with_cfg(guides, SCALE, *branches, cfg_normalize=False)
 
-        @torch.no_grad()
+        @torch.inference_mode()  # as the engine's runner does
         def forward(self, steps, guides=False, seed=5):
             x = tiny.noise(*family.latent_shape, seed=seed)
             for i in range(steps):
@@ -128,11 +128,13 @@ def pipeline(omni, name, *, declared=None):
 
         # --- step-wise ---
 
+        @torch.inference_mode()
         def denoise_step(self, batch, *, states=None):
             times = [1 - state.step_index / state.total_steps for state in states]
             x = torch.cat([state.latents for state in states])
             return self.velocity(x, times[0], True, timestep=torch.tensor(times))
 
+        @torch.inference_mode()
         def step_scheduler(self, state, v):
             state.latents = self.scheduler_step(
                 v / state.total_steps, state.step_index, state.latents

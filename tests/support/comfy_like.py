@@ -1,6 +1,7 @@
 """Models, samplers and wrappers with ComfyUI's calling conventions; own code, same signatures.
 
-Its blocks take `img`, `txt` or `x`, the forward of a model runs the wrappers of the type
+As in ComfyUI 0.3.64 (`comfy.model_patcher`, `comfy.patcher_extension`, `comfy.samplers`). Its
+blocks take `img`, `txt` or `x`, the forward of a model runs the wrappers of the type
 "diffusion_model" around its own, other nodes replace blocks by `patches_replace`, ControlNet adds
 to it in place.
 """
@@ -18,22 +19,15 @@ class Executor:
     """Calls wrappers from the outside in, then the function that they wrap."""
 
     def __init__(self, original, class_obj, wrappers):
-        self.original, self.class_obj, self.wrappers = original, class_obj, wrappers
+        self.original, self.class_obj, self.wrappers = original, class_obj, list(wrappers)
 
     def execute(self, *args, **kwargs):
-        return self._at(0)(*args, **kwargs)
+        if not self.wrappers:
+            return self.original(*args, **kwargs)
+        inner = Executor(self.original, self.class_obj, self.wrappers[1:])
+        return self.wrappers[0](inner, *args, **kwargs)
 
-    def _at(self, index):
-        if index == len(self.wrappers):
-            return self.original
-
-        def run(*args, **kwargs):
-            inner = self._at(index + 1)
-            wrapped = lambda *a, **k: inner(*a, **k)  # noqa: E731
-            wrapped.class_obj = self.class_obj
-            return self.wrappers[index](wrapped, *args, **kwargs)
-
-        return run
+    __call__ = execute
 
 
 def wrappers_of(kind, options):
@@ -48,26 +42,27 @@ class Patcher:
         sampling = types.SimpleNamespace(percent_to_sigma=lambda p: 1e9 if p <= 0 else 1.0 - p)
         self.model = types.SimpleNamespace(diffusion_model=diffusion_model, model_sampling=sampling)
         self.model_options = {"transformer_options": {}}
+        self.wrappers = {}
 
     def clone(self):
-        new = copy.copy(self)
-        options = self.model_options["transformer_options"]
-        new.model_options = {"transformer_options": {k: _copied(v) for k, v in options.items()}}
+        new = Patcher(self.model.diffusion_model)
+        new.model = self.model
+        new.model_options = copy.deepcopy(self.model_options)
+        new.wrappers = {
+            kind: {key: list(found) for key, found in wrappers.items()}
+            for kind, wrappers in self.wrappers.items()
+        }
         return new
 
     def add_wrapper_with_key(self, kind, key, wrapper):
-        wrappers = self.model_options["transformer_options"].setdefault("wrappers", {})
-        wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+        self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
 
-    def set_model_patch_replace(self, patch, block, index):
+    def get_wrappers(self, kind, key):
+        return self.wrappers.get(kind, {}).get(key, [])
+
+    def set_model_patch_replace(self, patch, name, block, index):
         options = self.model_options["transformer_options"]
-        options.setdefault("patches_replace", {}).setdefault("dit", {})[block, index] = patch
-
-
-def _copied(value):
-    return (
-        {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else copy.copy(value)
-    )
+        options.setdefault("patches_replace", {}).setdefault(name, {})[block, index] = patch
 
 
 class Guider:
@@ -85,11 +80,12 @@ class Guider:
 
     def __init__(self, patcher, conditions, *, batched=lambda i: False, control=None, moves=True):
         self.model_patcher = patcher
-        self.model_options = patcher.model_options
+        options = patcher.model_options["transformer_options"]
+        self.model_options = {"transformer_options": options | {"wrappers": patcher.wrappers}}
         self.conditions, self.batched = conditions, batched
         self.control, self.moves = control, moves
 
-    @torch.no_grad()
+    @torch.inference_mode()  # as ComfyUI runs its nodes
     def sample(self, noise, steps):
         sigmas = 1 - torch.arange(steps + 1) / steps
         wrappers = wrappers_of("outer_sample", self.model_options["transformer_options"])

@@ -294,7 +294,7 @@ class Loop:
         if same_text:
             self.texts = self.texts[:1] * 6
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, steps, calls=6):
         self.scheduler.set_timesteps(steps)
         x, outputs = tiny.noise(1, 16, 16, seed=5), []

@@ -6,8 +6,9 @@ from typing import Any
 
 from dbcache.integrations.comfyui.sampling import Choices, Sampling
 
+OUTER_SAMPLE = "outer_sample"
 OWN = "dbcache"
-"""Key of dbcache's entries in a model's options."""
+"""Type and key of dbcache's wrapper."""
 
 FROM_PRESET = "as the preset"
 LEVELS = ("balanced", "high", "fast")
@@ -78,13 +79,20 @@ class DBCache:
             options["policy"] = policy
         chosen = None if predictor == FROM_PRESET else predictor
         sampling = Sampling(Choices(preset, options, start_percent, end_percent, chosen))
-        patched = model.clone()
-        shared = patched.model_options.setdefault("transformer_options", {})
-        if OWN in shared:
+        if sampling_of(model) is not None:
             raise ValueError("DBCache: the model must not be cached yet, got one of a DBCache node")
-        shared[OWN] = sampling
-        patched.add_wrapper_with_key("outer_sample", OWN, sampling.outer_sample)
+        patched = model.clone()
+        patched.add_wrapper_with_key(OUTER_SAMPLE, OWN, sampling.outer_sample)
         return (patched,)
+
+
+def sampling_of(model: Any) -> Sampling | None:
+    """Return the cache of a model, None if no DBCache node made it or what it was copied from.
+
+    Copies share the wrappers; all else that a model carries is copied to the depth.
+    """
+    wrappers = model.get_wrappers(OUTER_SAMPLE, OWN)
+    return wrappers[0].__self__ if wrappers else None
 
 
 class DBCacheSummary:
@@ -108,6 +116,6 @@ class DBCacheSummary:
 
     def show(self, model: Any, latent: Any) -> dict[str, Any]:
         """Return the latents as they are, and the summary as text."""
-        sampling = model.model_options.get("transformer_options", {}).get(OWN)
+        sampling = sampling_of(model)
         text = "no DBCache node is connected" if sampling is None else sampling.text
         return {"ui": {"text": (text,)}, "result": (latent, text)}

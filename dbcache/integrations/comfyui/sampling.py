@@ -180,9 +180,9 @@ def lane_of(names: dict[Any, str], values: tuple[Any, ...]) -> str | None:
         values: arguments of the forward, among them the options of the transformer.
     """
     options = next((v for v in values if isinstance(v, dict) and "cond_or_uncond" in v), {})
-    kinds = options.get("cond_or_uncond", ())
-    key = tuple(options.get("uuids") or ()) or tuple(kinds)
-    if not key:
+    kinds = tuple(options.get("cond_or_uncond", ()))
+    key = kinds, tuple(options.get("uuids") or ())  # an area's uuid is that of both its prompts
+    if not kinds:
         return None
     if key not in names:
         name = "+".join("uncond" if kind == 1 else "cond" for kind in kinds) or "cond"
