@@ -53,7 +53,7 @@ class RowStep(Step):
         if lane is None or not (lane.cached and lane.full):
             return
         assert self.passed is not None
-        self.full = torch.tensor(lane.full, dtype=torch.bool, device=h_fn.device)
+        self.full = torch.tensor(lane.full, dtype=torch.long, device=h_fn.device)
         self.prediction = self.made = lane.predict(*self.passed)
         if h_fn.requires_grad:
             self.hides_gradients = not torch.is_grad_enabled()
