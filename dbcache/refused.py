@@ -60,7 +60,7 @@ create_profiler_context = _refused("create_profiler_context", _PROFILE)
 get_profiler_output_dir = _refused("get_profiler_output_dir", _PROFILE)
 set_profiler_output_dir = _refused("set_profiler_output_dir", _PROFILE)
 parse_extra_modules = _refused(
-    "parse_extra_modules", "only transformers are spread over ranks; pass nothing for the others"
+    "parse_extra_modules", "ParallelismConfig(extra_parallel_modules=[...]) takes names as well"
 )
 load = _refused("load", "load a quantised model with diffusers' from_pretrained (docs/quantize.md)")
 enable_ray_parallelism = _refused("ray.enable_ray_parallelism", _RAY)

@@ -11,8 +11,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.parallel.attention import SequenceAttention, must_divide_heads
+from dbcache.parallel.extras import Extra, extras_of
 from dbcache.parallel.guidance import PIPELINES, GuidanceSplit
-from dbcache.parallel.mesh import Mesh, check_world, make_mesh
+from dbcache.parallel.mesh import Mesh, check_world, make_mesh, replica_axis, replica_size
 from dbcache.parallel.plans import PLANS, TOKENS, PlanRow
 from dbcache.parallel.processors import Site, reach
 from dbcache.parallel.sequence import Each, PlanHooks, Shards, check_plan, input_entry, matching
@@ -44,7 +45,9 @@ def prepare(
             f"ParallelismConfig: cfg_size=2 needs a pipeline that calls the transformer twice per "
             f"step, one of {', '.join(PIPELINES)}, got {type(pipe).__name__}; leave out cfg_size"
         )
-    return [Parallelized(module, config, groups) for module in modules]
+    spread = [Parallelized(module, config, groups) for module in modules]
+    spread[0].extras = extras_of(config, pipe, modules, Parallelized, replica_size(config))
+    return spread
 
 
 class Parallelized:
@@ -54,6 +57,10 @@ class Parallelized:
         module: the transformer; all ranks have the same weights.
         config: how.
         groups: process groups of other ranks that decide together with these.
+        row: how the class is spread; None: its row of `PLANS`.
+
+    Attributes:
+        extras: other modules that are spread and undone with this one.
 
     Raises:
         as `prepare`.
@@ -62,14 +69,19 @@ class Parallelized:
     spreads = True
 
     def __init__(
-        self, module: torch.nn.Module, config: ParallelismConfig, groups: Sequence[Any] = ()
+        self,
+        module: torch.nn.Module,
+        config: ParallelismConfig,
+        groups: Sequence[Any] = (),
+        row: PlanRow | None = None,
     ) -> None:
         self.module = module
         self.config = config
         self.options = config.context
         self.who = type(module).__name__
         self.sizes = check_world(config)
-        self.row = PLANS.get(self.who, PlanRow(layers=None))
+        self.row = row or PLANS.get(self.who, PlanRow(layers=None))
+        self.extras: Sequence[Extra] = ()
         self.splits_sequence = self.sizes["ulysses"] * self.sizes["ring"] > 1
         self.splits_guidance = self.sizes["cfg"] > 1
         self._check_free()
@@ -188,6 +200,8 @@ class Parallelized:
                 self.layers.install(self.mesh.tp)
             if self.splits_sequence:
                 self._install_sequence(self.mesh)
+            for extra in self.extras:
+                extra.install(replica_axis(self.config))
         except BaseException:
             self.remove()
             raise
@@ -247,7 +261,9 @@ class Parallelized:
         return PROJECTIONS[self.row.projections]
 
     def remove(self) -> None:
-        """Undo all of it. With `tp_size` above 1, all ranks must call this alike."""
+        """Undo all of it. Where weights are split, all ranks must call this alike."""
+        for extra in reversed(self.extras):
+            extra.remove()
         if self._hooks is not None:
             self._hooks.remove()
         for module, processor in self._processors:

@@ -97,6 +97,27 @@ def make_mesh(config: ParallelismConfig) -> Mesh:
 _MESHES: weakref.WeakKeyDictionary[Any, dict[tuple[float, ...], Mesh]] = weakref.WeakKeyDictionary()
 
 
+def replica_size(config: ParallelismConfig) -> int:
+    """Return how many ranks work on one request."""
+    return dist.get_world_size() // check_world(config)["dp"]
+
+
+def replica_axis(config: ParallelismConfig) -> Axis:
+    """Return all ranks that work on one request, in one group; all ranks must call this alike."""
+    world, sizes = dist.group.WORLD, check_world(config)
+    known = _REPLICAS.setdefault(world, {})
+    key = (sizes["dp"], config.timeout)
+    if key not in known:
+        along = [name for name in AXES if name != "dp"]
+        known[key] = _make_axis(sizes, along, timedelta(seconds=config.timeout))
+    return known[key]
+
+
+_REPLICAS: weakref.WeakKeyDictionary[Any, dict[tuple[float, ...], Axis]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
 def _make_axis(sizes: dict[str, int], along: Sequence[str], timeout: timedelta) -> Axis:
     """Make the groups along some axes, and return that of this rank."""
     rank = dist.get_rank()

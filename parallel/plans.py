@@ -36,9 +36,9 @@ class PackedByDiffusers(Protocol):
     blocks: list[int] | None
 
 
-Style = Literal["colwise", "rowwise", "norm", "outputs"] | Packed | PackedByDiffusers
-"""How a layer is split: "norm" is an RMS norm over all heads, "outputs" has no weights to split,
-but what it returns is as wide as all heads."""
+Style = Literal["colwise", "rowwise", "halves", "norm", "outputs"] | Packed | PackedByDiffusers
+"""How a layer is split: "halves" is column-wise for two layers in one, "norm" an RMS norm over all
+heads; of "outputs" the weights stay, and what it returns is as wide as all heads."""
 
 
 @dataclass(frozen=True)

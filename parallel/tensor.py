@@ -20,8 +20,8 @@ from dbcache.parallel.mesh import Axis, device_of
 from dbcache.parallel.plans import Packed, Style
 from dbcache.parallel.sequence import matching
 
-_SPLIT_ATTRIBUTES = ("heads", "inner_dim", "inner_kv_dim", "kv_inner_dim")
-"""What attention modules note of their heads, and processors read."""
+_SPLIT_ATTRIBUTES = ("heads", "n_heads", "inner_dim", "inner_kv_dim", "kv_inner_dim")
+"""What attention modules note of their heads, and processors (or T5's own code) read."""
 
 
 def _is_packed_by_diffusers(style: Style) -> bool:
@@ -29,7 +29,11 @@ def _is_packed_by_diffusers(style: Style) -> bool:
 
 
 def _splits_columns(style: Style) -> bool:
-    return style == "colwise" or type(style).__name__ == "PackedColwiseParallel"
+    return style in ("colwise", "halves") or type(style).__name__ == "PackedColwiseParallel"
+
+
+def _query_of(attention: Any) -> Any:
+    return getattr(attention, "to_q", getattr(attention, "q", None))
 
 
 class _Partitioned:
@@ -55,17 +59,24 @@ class SplitLayers:
         plan: patterns of layers and their styles.
         size: number of ranks.
         who: the model's name, for errors.
+        what: the name of `size` in errors.
 
     Raises:
         ValueError: a layer is not in the model, is not a plain one, or cannot be split so.
     """
 
     def __init__(
-        self, module: torch.nn.Module, plan: Mapping[str, Style], size: int, who: str
+        self,
+        module: torch.nn.Module,
+        plan: Mapping[str, Style],
+        size: int,
+        who: str,
+        what: str = "tp_size",
     ) -> None:
         self.module = module
         self.size = size
         self.who = who
+        self.what = what
         self.layers = [
             (layer, style, self._blocks(parent, layer, style, pattern))
             for pattern, style in plan.items()
@@ -98,8 +109,8 @@ class SplitLayers:
         elif not isinstance(layer, torch.nn.Linear):
             kind = type(layer).__name__
             raise ValueError(
-                f"{self.who}: tp_size needs plain linear layers, got {kind} at {pattern}; split "
-                f"the model before it is quantised, and without adapters (LoRA)"
+                f"{self.who}: {self.what} above 1 needs plain linear layers, got {kind} at "
+                f"{pattern}; split the model before it is quantised, and without adapters (LoRA)"
             )
         elif _is_packed_by_diffusers(style):
             sizes = self._blocks_by_diffusers(layer, style)
@@ -111,12 +122,14 @@ class SplitLayers:
                     f"{self.who}: the parts of {pattern} must make up its {layer.in_features} "
                     f"inputs, got {sizes}"
                 )
+        elif style == "halves":
+            sizes = [layer.out_features // 2] * 2
         else:
             sizes = [layer.out_features if style == "colwise" else layer.in_features]
         for one in sizes:
             if one % self.size:
                 raise ValueError(
-                    f"{self.who}: tp_size must divide the {one} of {pattern}, got {self.size}"
+                    f"{self.who}: {self.what} must divide the {one} of {pattern}, got {self.size}"
                 )
         return sizes
 
@@ -134,10 +147,11 @@ class SplitLayers:
         found: list[Any] = []
         modules: Iterator[Any] = self.module.modules()
         for module in modules:
-            if hasattr(module, "heads") and getattr(module, "to_q", None) in columns:
-                if module.heads % self.size:
+            heads = getattr(module, "heads", getattr(module, "n_heads", None))
+            if heads is not None and _query_of(module) in columns:
+                if heads % self.size:
                     raise ValueError(
-                        f"{self.who}: tp_size must divide the {module.heads} attention heads, got "
+                        f"{self.who}: {self.what} must divide the {heads} attention heads, got "
                         f"{self.size}"
                     )
                 found.append(module)
@@ -208,6 +222,8 @@ class SplitLayers:
         """Of what a layer returns, each rank takes the part of the last dimension of its heads."""
 
         def part(layer: torch.nn.Module, inputs: Any, outputs: Any) -> Any:
+            if isinstance(outputs, torch.Tensor):
+                return outputs.chunk(axis.size, -1)[axis.rank]
             return tuple(out.chunk(axis.size, -1)[axis.rank] for out in outputs)
 
         handle = layer.register_forward_hook(part)

@@ -31,7 +31,19 @@ def facts_of(
 
 
 def _given(parallelism: ParallelismConfig | None) -> Iterable[tuple[str, Any]]:
-    return () if parallelism is None else parallelism.as_dict().items()
+    if parallelism is None:
+        return ()
+    given = parallelism.as_dict()
+    extras = parallelism.context.extra_parallel_modules or ()
+    kwargs = {**given["parallel_kwargs"]}
+    for options in (given, kwargs):
+        if options.get("extra_parallel_modules") is not None:  # a module's repr is its whole tree
+            options["extra_parallel_modules"] = [_name(extra) for extra in extras]
+    return (given | {"parallel_kwargs": kwargs}).items()
+
+
+def _name(extra: Any) -> str:
+    return extra if isinstance(extra, str) else type(extra).__name__
 
 
 def meet_ranks(

@@ -49,9 +49,21 @@ def _backend(who: str, backend: Any) -> ParallelismBackend:
     )
 
 
+def _extras(who: str, given: Any) -> Any:
+    if given is None:
+        return None
+    if not isinstance(given, (list, tuple)) or not all(
+        isinstance(one, str) or hasattr(one, "named_modules") for one in given
+    ):
+        raise TypeError(
+            f"{who} must be a list of modules, or of names of components, got {shown(given)}"
+        )
+    return given
+
+
 @dataclass(kw_only=True)
 class ContextOptions(Options):
-    """The keys of `ParallelismConfig.parallel_kwargs`, all of which concern the sequence."""
+    """The keys of `ParallelismConfig.parallel_kwargs`; most concern the sequence."""
 
     _who: ClassVar[str] = "ParallelismConfig.parallel_kwargs: "
     cp_plan: Mapping[str, Any] | None = None
@@ -74,6 +86,9 @@ class ContextOptions(Options):
 
     ring_convert_to_fp32: bool = True
     """Partial outputs of the ring are added up in float32; False: in the model's dtype."""
+
+    extra_parallel_modules: Any = option(None, check=_extras)
+    """Text encoders, VAEs and ControlNets that are spread, too: modules, or names of components."""
 
 
 @dataclass(kw_only=True)
@@ -107,7 +122,7 @@ class ParallelismConfig(Options):
     """Replicas that generate on their own; they never wait for each other."""
 
     parallel_kwargs: Mapping[str, Any] = option(None, check=_kwargs)
-    """Options of `ulysses_size` and `ring_size`: the fields of `ContextOptions`."""
+    """Options of `ulysses_size` and `ring_size`, and other modules: fields of `ContextOptions`."""
 
     cp_plan: Mapping[str, Any] | None = None
     """This and the next fields, where given, are the options in `parallel_kwargs` of that name."""
@@ -128,6 +143,9 @@ class ParallelismConfig(Options):
     """See `cp_plan`."""
 
     ring_convert_to_fp32: bool | None = None
+    """See `cp_plan`."""
+
+    extra_parallel_modules: Any = option(None, check=_extras)
     """See `cp_plan`."""
 
     timeout: float = option(600.0, positive=True)

@@ -10,10 +10,6 @@ INSTEAD = {
     "do_separate_classifier_free_guidance": "enable_separate_cfg is its name now",
     "do_separate_cfg": "enable_separate_cfg is its name now",
     "taylorseer_kwargs": "its n_derivatives is taylorseer_order now",
-    "extra_parallel_modules": (
-        "only transformers are spread over ranks; leave it out, and save memory elsewhere: "
-        "pipe.vae.enable_tiling(), or embeddings of prompts made before the transformer is loaded"
-    ),
     "extra_parallel_kwargs": "there are no options of single models; leave it out",
     "use_ray": "start one process per GPU with torchrun",
     "dummy_blocks_names": "lists that are not named as blocks run as they are; leave it out",

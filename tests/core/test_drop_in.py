@@ -43,7 +43,7 @@ REFUSED = {
     "get_profiler_output_dir": r"dbcache\.profile",
     "set_profiler_output_dir": r"dbcache\.profile",
     "load": "from_pretrained",
-    "parse_extra_modules": "only transformers",
+    "parse_extra_modules": "extra_parallel_modules",
 }
 
 NAMES = sorted(name for name in dir(original) if not name.startswith("_"))
@@ -174,7 +174,6 @@ def test_other_options_of_adapters_are_refused(option, match):
 @pytest.mark.parametrize(
     ("option", "match"),
     [
-        ({"extra_parallel_modules": []}, "only transformers"),
         ({"use_ray": True}, "torchrun"),
         ({"ray_address": "x"}, "torchrun"),
     ],

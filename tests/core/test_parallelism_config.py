@@ -106,7 +106,6 @@ def test_fields_stand_for_options_of_the_sequence() -> None:
         ),
         ({"ulysses_async": True}, ValueError, "ulysses_async needs ulysses_size above 1"),
         ({"ring_rotate_method": "p3p"}, ValueError, "ring_rotate_method must be one of ('p2p'"),
-        ({"extra_parallel_modules": ["vae"]}, TypeError, "only transformers are spread over ranks"),
         ({"use_ray": True}, TypeError, "start one process per GPU with torchrun"),
         ({"ring_size": 2**31}, ValueError, "ring_size must be an integer from 1 to 2147483647"),
     ],

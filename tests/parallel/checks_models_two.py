@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import checks_engines_two
+import checks_extras_two
 import checks_policies_two
 import checks_together_two
 import diffusers
@@ -216,5 +217,5 @@ def check_the_example_runs() -> None:
 
 
 if __name__ == "__main__":
-    files = (checks_engines_two, checks_policies_two, checks_together_two)
+    files = (checks_engines_two, checks_extras_two, checks_policies_two, checks_together_two)
     ranks.main({name: check for file in files for name, check in vars(file).items()} | globals())
