@@ -33,7 +33,7 @@ class Clock:
             turn, and `num_inference_steps` calls or a time that runs back begin the request anew.
 
     Attributes:
-        branch: of the call under way.
+        branch: of the call under way; `inputs` are the names of the arguments that it is given.
         name: what the caller named the call, None without.
         shares_steps: another transformer runs some of the steps that a pipeline tells of.
         calls: since the request began.
@@ -53,6 +53,7 @@ class Clock:
         self.planned_steps: Callable[[], tuple[int | None, int | None]] | None = None
         self.shares_steps = False
         self.branch: str | None = None
+        self.inputs: frozenset[str] = frozenset()
         self.name: str | None = None
         self.branches = Branches(alternates=setup.spec.separate_cfg)
         self._force_full = force_full
@@ -75,6 +76,7 @@ class Clock:
         self.calls = 0
         self.branch_calls: Counter[str | None] = Counter()
         self._forms: dict[str | None, Any] = {}
+        self._inputs: dict[str | None, frozenset[str]] = {}
         self._first: Any = None
         self._conditions: list[Any] = []
 
@@ -196,20 +198,20 @@ class Clock:
                 if argument in ATTENTION_OPTIONS and isinstance(value, dict):
                     scales.append(value.get("scale"))
         form = given, scales
-        known = self._forms.setdefault(branch, form)
+        known = self._forms.get(branch)
         if known != form:
             self._note_change(branch, known, form)
-        self.branch = branch
+        self.branch, self.inputs = branch, self._inputs[branch]
 
     def _note_change(self, branch: str | None, known: Any, form: Any) -> None:
         """Make the next step of a branch a full one if other arguments are given than before."""
-        self._forms[branch] = form
+        self._forms[branch], self._inputs[branch] = form, frozenset(form[0])
+        if known is None:
+            return
         changed = sorted({*known[0]} ^ {*form[0]})
         if changed or known[1] != form[1]:
             named = ", ".join(changed) or "the scale of LoRA"
             self._force_full(f"inputs came, went or changed ({named})", branch)
-            for stack in self.setup.stacks:
-                stack.forget_loop()
 
     def end_call(self) -> None:
         """Count a call that has ended without an exception."""

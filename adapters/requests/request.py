@@ -94,25 +94,25 @@ class Views:
 class Forward:
     """One forward of the transformer under way: the steps of all stacks, and what it sees."""
 
-    __slots__ = ("cutter", "given", "members", "rows", "runs", "steps")
+    __slots__ = ("cutter", "given", "inputs", "members", "rows", "runs", "steps")
 
     def __init__(
         self,
         rows: Mapping[ListPlace, list[Entry]],
         cutter: Cutter | None,
         lanes: LaneSet,
-        branch: Any,
+        clock: Clock,
         members: list[Any] | None = None,
         given: tuple[Any, ...] = (),
     ) -> None:
         self.rows = rows
-        self.given = given
+        self.given, self.inputs = given, clock.inputs
         self.cutter = cutter
         self.members = members
         self.runs = lanes.runs
         self.steps: list[Any] = []
         for run in lanes.runs:
-            self.steps.append(run.stack.step(run.stack, run, branch, self))
+            self.steps.append(run.stack.step(run.stack, run, clock.branch, self))
 
 
 class Request:
@@ -293,7 +293,7 @@ class Request:
             if run.generation != run.stack.generation:
                 run.take_up_blocks()
         outer, is_shown = FORWARD.get(), False
-        forward = Forward(shown.rows, cutter, lanes, self.clock.branch, members, (args, kwargs))
+        forward = Forward(shown.rows, cutter, lanes, self.clock, members, (args, kwargs))
         try:
             FORWARD.set(forward)
             setup.views.show(shown)
@@ -344,7 +344,7 @@ class Request:
         """Run a forward that tells what the blocks take and return; it counts as a full step."""
         output = self.setup.learn(args, kwargs)
         lanes = self.take_lanes_anew(args, kwargs)
-        forward = Forward({}, None, lanes, self.branch)
+        forward = Forward({}, None, lanes, self.clock)
         for step in forward.steps:
             step.count_full(device_of(args, kwargs))
         return output

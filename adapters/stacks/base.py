@@ -176,9 +176,6 @@ class BlockStack:
             for row in self.entries
         ]
 
-    def forget_loop(self) -> None:
-        """Forget what is known of what the model's loop does between blocks: inputs changed."""
-
     def make_source(self) -> Source | None:
         """Return what a policy without a probe measures, None where it is the probe."""
         return None

@@ -215,7 +215,7 @@ class ProbeEnd(BlockProxy):
         output = self.run(args, kwargs)
         form: Any = self.form
         step.probe = output if form.is_tensor else output[form.hidden_at]
-        if step.stack.probe_outputs.are_needed:
+        if step.stack.probe_outputs[forward.inputs].are_needed:
             step.copy_probe()
         if step.stack.makes_encoder:
             step.encoder_fn = self.streams(output)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Stack(BlockStack):
 
     def make_entries(self) -> list[list[Entry]]:
         self.probe_copies, self.middle_copies = InputCopies(), InputCopies()
-        self.probe_outputs = InputCopies()
+        self.probe_outputs: dict[frozenset[str], InputCopies] = defaultdict(InputCopies)
         if self.fn + self.bn == self.num_blocks:
             return []
         self.last_blocks = LastBlocks.of(self)
@@ -68,9 +69,6 @@ class Stack(BlockStack):
         self.last_blocks = old.last_blocks
         self.probe_copies, self.middle_copies = old.probe_copies, old.middle_copies
         self.probe_outputs = old.probe_outputs
-
-    def forget_loop(self) -> None:
-        self.probe_outputs = InputCopies()
 
     def make_source(self) -> Source | None:
         if self.leader is not None:

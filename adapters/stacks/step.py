@@ -162,7 +162,7 @@ class Step(StackStep):
 
     def _compare_probe(self) -> None:
         """Learn whether the model's loop writes into what the last probe block returned."""
-        copies = self.stack.probe_outputs
+        copies = self.stack.probe_outputs[self.forward.inputs]
         if not copies.is_known and self.cutter is None:
             copies.learn([(self._returned, self.probe)])
         if not copies.are_needed:

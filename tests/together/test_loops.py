@@ -98,7 +98,7 @@ class Model(torch.nn.Module):
         return hidden_states[:, :7]
 
 
-@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("start", [0, 3, "second request"])
 @pytest.mark.parametrize("compares", [False, True], ids=["residual", "hidden states"])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_what_the_loop_does_between_two_blocks_is_not_measured(loop, compares, start):
@@ -110,11 +110,14 @@ def test_what_the_loop_does_between_two_blocks_is_not_measured(loop, compares, s
     threshold = "l1_hidden_states_diff_threshold" if compares else "residual_diff_threshold"
     options = OPTIONS | {threshold: 0.9, "Fn_compute_blocks": 2}
     dbcache.enable(adapter, **options)
+    starts = [STEPS, 0] if start == "second request" else [start]
     with torch.no_grad():
-        for step in range(STEPS):
-            x = tiny.noise(1, 7, 8, seed=3) * (1 + 0.1 * step)
-            control = tiny.noise(1, 7, 8, seed=50 + step) * 4
-            model(x, control=None if step < start else control)
+        for first in starts:
+            probe.given, probe.returned, model.index = [], [], 0
+            for step in range(STEPS):
+                x = tiny.noise(1, 7, 8, seed=3) * (1 + 0.1 * step)
+                control = tiny.noise(1, 7, 8, seed=50 + step) * 4
+                model(x, control=None if step < first else control)
     (lane,) = dbcache.summary(adapter).lanes
     if compares:
         probe.given = [torch.zeros_like(x) for x in probe.given]
