@@ -83,15 +83,19 @@ class CountedVariant(Variant):
         told = [name for name in ("counters_ptr", "table_ptr") if name in names]
         self.decides = "decide" in self.name and bool(told)
         self.by_row = told == ["table_ptr"]
+        self.counters_at = ARGUMENTS_FROM + names.index(told[0]) if told else 0
         self.names = names
 
     def run(self, *args: Any) -> None:
         self.launches.counts[self.name] += 1
-        if self.decides:
-            named = dict(zip(self.names, args[ARGUMENTS_FROM:], strict=False))
-            flags = self._flags(named, *args[:2]) if self.by_row else [_at(named["counters_ptr"])]
-            for address in flags:
-                ctypes.c_int32.from_address(address).value = self.launches.cached
+        if not self.decides:
+            return
+        if not self.by_row:  # few instructions, as they count as the op's
+            _flag_at(_at(args[self.counters_at])).value = self.launches.cached
+            return
+        named = dict(zip(self.names, args[ARGUMENTS_FROM:], strict=False))
+        for address in self._flags(named, *args[:2]):
+            _flag_at(address).value = self.launches.cached
 
     @staticmethod
     def _flags(named: dict[str, Any], programs: int, rows: int) -> list[int]:
@@ -102,6 +106,9 @@ class CountedVariant(Variant):
             start = _at(named["partials_ptr"], 4 * rows * programs * named["WIDTH"])
             found += [start + 4 * row for row in range(rows)]
         return found
+
+
+_flag_at = ctypes.c_int32.from_address
 
 
 def _at(x: Any, offset: int = 4 * CACHED) -> int:

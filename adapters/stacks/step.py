@@ -138,7 +138,7 @@ class Step(StackStep):
             layout += (probe.shape,)
         if encoder_in is not None:
             layout += (encoder_in.shape, encoder_in.dtype)
-        self.cached = self._decide(lane, h_fn, probe, layout)
+        self.cached = self._decide(lane, h_fn, encoder_in, probe, layout)
         self.lane = lane
         self.awaits_end = True
         if self.cached and encoder_in is None and lane.history.encoder_snapshots is not None:
@@ -151,12 +151,13 @@ class Step(StackStep):
                 self.run.groups.load(stack.is_skipped)
             self.h_fn, self.encoder_fn = h_fn, encoder_in
             # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
-            self.prediction = self.made = lane.predict(h_fn, encoder_in)
+            self.made = self.prediction or lane.predict(h_fn, encoder_in)
+            self.prediction = self.made
             if h_fn.requires_grad:
                 self.hides_gradients = not torch.is_grad_enabled()
                 self.prediction = followed((h_fn, encoder_in), self.made)
         else:
-            copies = stack.middle_copies
+            copies, self.prediction = stack.middle_copies, None
             self.h_fn = copies.of(h_fn)
             self.encoder_fn = None if encoder_in is None else copies.of(encoder_in)
 
@@ -188,7 +189,12 @@ class Step(StackStep):
         return h_fn, encoder_in
 
     def _decide(
-        self, lane: Any, h_fn: torch.Tensor, measured: torch.Tensor, layout: Layout
+        self,
+        lane: Any,
+        h_fn: torch.Tensor,
+        encoder_in: torch.Tensor | None,
+        measured: torch.Tensor,
+        layout: Layout,
     ) -> bool:
         """Decide on the device; return what the host knows of it."""
         if self.stack.leader is not None:
@@ -211,12 +217,26 @@ class Step(StackStep):
             lane.decide(self._change(lane, measured))
         else:
             lane.measure_and_decide(self.h_in, measured)
-        cached = not is_recorded and lane.settle(code)
+        flag = None
+        if is_dynamic and not is_recorded and lane.state.host is None:
+            flag = self._predict_ahead(lane, h_fn, encoder_in)
+        cached = not is_recorded and lane.settle(code, flag)
         if run.source is not None:
             lane.remember(measured)
         if is_recorded:
             self._begin_conditional(lane)
         return cached
+
+    def _predict_ahead(
+        self, lane: Any, h_fn: torch.Tensor, encoder_in: torch.Tensor | None
+    ) -> bool | None:
+        """Launch `predict` while the decision travels to the host; return it. None: not here."""
+        makes_encoder = encoder_in is None and lane.history.encoder_snapshots is not None
+        if not lane.may_predict_ahead or self.run.groups is not None or makes_encoder:
+            return None
+        read = lane.steps.start_read()
+        self.prediction = lane.predict(h_fn, encoder_in)
+        return bool(read())
 
     def _follow(self, lane: Any, layout: Layout, device: torch.device) -> bool:
         """Take over what the leader decided, or record it as two ways, as the leader's was."""

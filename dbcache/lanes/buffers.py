@@ -78,13 +78,21 @@ class HostCopy:
 
         Waits for what was enqueued on the current stream of its GPU, and for nothing else.
         """
+        return self.start(x)()
+
+    def start(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Enqueue the copy of `x`; return what waits for it, and for no more, and returns it."""
         if self._held is None:
             self._held = self._make(x)
         host, event = self._held
         host.copy_(x, non_blocking=True)
         event.record(torch.cuda.current_stream(x.device))
-        event.synchronize()
-        return host
+
+        def wait() -> torch.Tensor:
+            event.synchronize()
+            return host
+
+        return wait
 
     @staticmethod
     @outside_inference_mode

@@ -150,6 +150,10 @@ class HostLane(Lane):
         if steps.has_reference and code not in (PlanCode.WARMUP, PlanCode.MASK):
             self.ring.prefetch(self.history, self.device)
 
+    @property
+    def may_predict_ahead(self) -> bool:
+        return False  # a full step would wait for the whole ring
+
     def settle(self, code: int, flag: bool | None = None) -> bool:
         cached = super().settle(code, flag)
         if not cached:

@@ -11,6 +11,7 @@ from dbcache.config.cache import StackSettings
 from dbcache.config.policies import POLICIES
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import BatchReduce, LaneState
+from dbcache.kernels.common.launches import cast
 from dbcache.kernels.decision.decide import decide
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
 from dbcache.kernels.decision.probe_diff import probe_diff
@@ -162,6 +163,11 @@ class Lane(_Kept):
         """The scalars on the device, which a following lane shares with its leader."""
         return self.steps.state
 
+    @property
+    def may_predict_ahead(self) -> bool:
+        """Whether `predict` may be launched before the host knows the decision."""
+        return self.forecaster is None  # else weights are computed for steps known to be cached
+
     def _load(self) -> None:
         """Write the parameters and the plan to the device."""
         if isinstance(self.steps, StepState):
@@ -234,7 +240,7 @@ class Lane(_Kept):
         p_ref = self.history.p_ref
         assert p_ref is not None
         dtype = self.forms.hidden if self.compares else h_fn.dtype
-        before, h_fn = h_in.to(dtype) if self.by_residual else None, h_fn.to(dtype)
+        before, h_fn = cast(h_in, dtype) if self.by_residual else None, cast(h_fn, dtype)
         return probe_diff(before, h_fn, p_ref, self.state.thresholds if self.by_token else None)
 
     def decide(self, change: torch.Tensor | None) -> None:
@@ -252,7 +258,7 @@ class Lane(_Kept):
             decide(self.state, None)
             return
         dtype = self.forms.hidden if self.compares else h_fn.dtype
-        before, h_fn = h_in.to(dtype) if self.by_residual else None, h_fn.to(dtype)
+        before, h_fn = cast(h_in, dtype) if self.by_residual else None, cast(h_fn, dtype)
         probe_and_decide(before, h_fn, p_ref, self.steps.state, by_token=self.by_token)
 
     def settle(self, code: int, flag: bool | None = None) -> bool:
@@ -292,11 +298,11 @@ class Lane(_Kept):
         assert history.snapshots is not None
         if self.forecaster is not None:
             self.forecaster.weigh(state, self.steps.step - 1)
-        forms, h_fn = self.forms, h_fn.to(self.forms.hidden)
+        forms, h_fn = self.forms, cast(h_fn, self.forms.hidden)
         if history.encoder_snapshots is None:
             encoder_fn = encoder_out = None
         elif encoder_fn is not None:
-            encoder_fn = encoder_fn.to(forms.encoder)
+            encoder_fn = cast(encoder_fn, forms.encoder)
             if encoder_fn.shape != history.encoder_snapshots.shape[1:]:
                 encoder_fn = widened(encoder_fn, history.encoder_snapshots.shape[1:])
         encoder_weights = None if encoder_fn is None else state.encoder_weights
@@ -332,9 +338,10 @@ class Lane(_Kept):
             self.forget_reference()
             return
         dtype = forms.hidden
-        h_in, h_fn, h_out = h_in.to(dtype), h_fn.to(dtype), h_out.to(dtype)
+        h_in, h_fn, h_out = cast(h_in, dtype), cast(h_fn, dtype), cast(h_out, dtype)
         if encoder_fn is not None and encoder_out is not None:
-            encoder_fn, encoder_out = encoder_fn.to(forms.encoder), encoder_out.to(forms.encoder)
+            dtype = forms.encoder
+            encoder_fn, encoder_out = cast(encoder_fn, dtype), cast(encoder_out, dtype)
             if encoder_fn.shape != encoder_out.shape:
                 encoder_fn = widened(encoder_fn, encoder_out.shape)
         snapshots = history.snapshots

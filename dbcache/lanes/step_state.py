@@ -150,6 +150,10 @@ class StepState(Generic[Tensors]):
             return bool(self.state.host[0][ls.CACHED])
         return bool(self._host.read(self.flag()))
 
+    def start_read(self) -> Callable[[], torch.Tensor]:
+        """Enqueue what `read_flag` waits for, on a GPU; return what waits, and returns the flag."""
+        return self._host.start(self.flag())
+
     def flag(self) -> torch.Tensor:
         """Return the latest decision on the device, int32 (1,): 1 cached, 0 full."""
         return self.state.counters[ls.CACHED : ls.CACHED + 1]

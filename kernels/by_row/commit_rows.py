@@ -65,7 +65,7 @@ def commit_rows(
         commit_rows_reference(h_in, h_fn, h_out, rows, encoder_fn, encoder_out, replace)
         return
     tensors = (h_fn, h_out, rows.table(), h_in, encoder_fn, encoder_out)
-    found = LAUNCHES.find(impl, (replace, rows.form), tensors)
+    found = LAUNCHES.find(impl, (replace, rows.form, h_fn.shape), tensors)
     if found is not None:
         found[0].launch(*found[1])
         return
@@ -141,7 +141,7 @@ def _launch(tensors, rows, replace):
         tail |= {"RING": kind_of(first.ring), "ENCODER_RING": kind_of(first.encoder_ring)}
     given = (h_fn, h_out, table, h_in, encoder_fn, encoder_out)
     LAUNCHES.launch(
-        (replace, rows.form), tensors, kernel, (parts, len(rows)), given, tail,
+        (replace, rows.form, h_fn.shape), tensors, (), kernel, (parts, len(rows)), given, (), tail,
         num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -167,9 +167,10 @@ def _commit_rows_kernel(
             encoder_fn_ptr += row.to(tl.int64) * encoder_size
             encoder_out_ptr += row.to(tl.int64) * encoder_size
         _commit_kernel(
-            h_fn_ptr + start, h_out_ptr + start, address(table_ptr, row, TABLE.RING, RING),
-            address(table_ptr, row, TABLE.COUNTERS, tl.int32), p_ref_ptr, h_in_ptr,
-            encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, None, None,
+            h_fn_ptr + start, h_out_ptr + start, h_in_ptr, encoder_fn_ptr, encoder_out_ptr,
+            address(table_ptr, row, TABLE.RING, RING),
+            address(table_ptr, row, TABLE.COUNTERS, tl.int32),
+            p_ref_ptr, encoder_ring_ptr, None, None,
             size, blocks, encoder_size, BLOCK, REPLACE,
         )  # fmt: skip
 
@@ -197,9 +198,9 @@ def _commit_rows_fp8_kernel(
             encoder_fn_ptr += row.to(tl.int64) * encoder_tokens * encoder_width
             encoder_out_ptr += row.to(tl.int64) * encoder_tokens * encoder_width
         _commit_fp8_kernel(
-            h_fn_ptr + start, h_out_ptr + start, address(table_ptr, row, TABLE.RING, tl.uint8),
-            address(table_ptr, row, TABLE.COUNTERS, tl.int32), p_ref_ptr, h_in_ptr,
-            encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr,
+            h_fn_ptr + start, h_out_ptr + start, h_in_ptr, encoder_fn_ptr, encoder_out_ptr,
+            address(table_ptr, row, TABLE.RING, tl.uint8),
+            address(table_ptr, row, TABLE.COUNTERS, tl.int32), p_ref_ptr, encoder_ring_ptr,
             address(table_ptr, row, TABLE.SCALES, tl.float32), encoder_scales_ptr,
             tokens, width, blocks, encoder_tokens, encoder_width, NATIVE, ROWS, COLUMNS, REPLACE,
         )  # fmt: skip

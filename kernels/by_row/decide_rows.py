@@ -59,8 +59,8 @@ def decide_rows(
     if select(impl, h_fn) == "reference":
         _check(h_in, h_fn, rows, measures, by_token)
         return decide_rows_reference(h_in, h_fn, rows, measures, by_token)
-    tensors = (h_fn, rows.table(), h_in) if measures else (h_fn, rows.table())
-    found = LAUNCHES.find(impl, (measures, by_token, rows.form), tensors)
+    tensors = h_fn, rows.table(), h_in if measures else None
+    found = LAUNCHES.find(impl, (measures, by_token, rows.form, h_fn.shape), tensors)
     if found is not None:
         plan, addresses = found
         scratch = None if plan.scratch is None else torch.empty_like(plan.scratch)
@@ -107,7 +107,7 @@ LAUNCHES = Plans()
 
 
 def _launch(tensors, rows, measures, by_token):
-    h_fn, table, h_in = (*tensors, None)[:3]
+    h_fn, table, h_in = tensors
     h_fn, h_in = contiguous(h_fn, h_in)
     shape, sums = h_fn[:1].shape, 4 if by_token else 2
     per_program, programs = partition(shape, by_token) if measures else (0, 1)
@@ -120,8 +120,8 @@ def _launch(tensors, rows, measures, by_token):
     tail |= {"LOG_BLOCK": log2(BLOCK), "LOG_LANES": log2(MAX_LANES), "WIDTH": sums}
     tail |= {"P_REF": kind_of(rows.first.p_ref)}
     LAUNCHES.launch(
-        (measures, by_token, rows.form), tensors, _decide_rows_kernel, (programs, len(rows)),
-        (scratch, h_fn, table, h_in), tail, scratch,
+        (measures, by_token, rows.form, h_fn.shape), tensors, (), _decide_rows_kernel,
+        (programs, len(rows)), (scratch, h_fn, table, h_in), (), tail, scratch,
         num_warps=launch.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     return scratch

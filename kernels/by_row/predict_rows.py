@@ -59,7 +59,7 @@ def predict_rows(
         predict_rows_reference(h, rows, out, encoder, encoder_out, replace)
         return
     tensors = (h, out, rows.table(), encoder, encoder_out)
-    found = LAUNCHES.find(impl, (replace, rows.form), tensors)
+    found = LAUNCHES.find(impl, (replace, rows.form, h.shape), tensors)
     if found is not None:
         found[0].launch(*found[1])
         return
@@ -133,8 +133,8 @@ def _launch(tensors, rows, replace):
         kinds = kind_of(first.ring), kind_of(first.encoder_ring)
         tail |= {"RING": kinds[0], "ENCODER_RING": kinds[1]}
     LAUNCHES.launch(
-        (replace, rows.form), tensors, kernel, (parts, len(rows)),
-        (h, out, table, encoder, encoder_out), tail, num_warps=warps, enable_fp_fusion=True,
+        (replace, rows.form, h.shape), tensors, (), kernel, (parts, len(rows)),
+        (h, out, table, encoder, encoder_out), (), tail, num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -155,9 +155,9 @@ def _predict_rows_kernel(
             encoder_ptr += row.to(tl.int64) * encoder_size
             encoder_out_ptr += row.to(tl.int64) * encoder_size
         _predict_kernel(
-            out_ptr + start, encoder_out_ptr, h_ptr + start,
+            out_ptr + start, encoder_out_ptr, h_ptr + start, encoder_ptr,
             address(table_ptr, row, TABLE.RING, RING), values_ptr + LANE.WEIGHTS,
-            encoder_ptr, encoder_ring_ptr, values_ptr + LANE.ENCODER_WEIGHTS, None, None,
+            encoder_ring_ptr, values_ptr + LANE.ENCODER_WEIGHTS, None, None,
             size, blocks, encoder_size, BLOCK, K, REPLACE,
         )  # fmt: skip
 
@@ -181,9 +181,9 @@ def _predict_rows_fp8_kernel(
             encoder_ptr += row.to(tl.int64) * encoder_tokens * encoder_width
             encoder_out_ptr += row.to(tl.int64) * encoder_tokens * encoder_width
         _predict_fp8_kernel(
-            out_ptr + start, encoder_out_ptr, h_ptr + start,
+            out_ptr + start, encoder_out_ptr, h_ptr + start, encoder_ptr,
             address(table_ptr, row, TABLE.RING, tl.uint8), values_ptr + LANE.WEIGHTS,
-            encoder_ptr, encoder_ring_ptr, values_ptr + LANE.ENCODER_WEIGHTS,
+            encoder_ring_ptr, values_ptr + LANE.ENCODER_WEIGHTS,
             address(table_ptr, row, TABLE.SCALES, tl.float32), encoder_scales_ptr,
             tokens, width, blocks, encoder_tokens, encoder_width, NATIVE, ROWS, COLUMNS,
             K, REPLACE,

@@ -194,8 +194,13 @@ class LaneState:
     """What a request writes, and what that is when it begins, as int32: for `reset`"""
     _arguments: tuple[int, ...] | None = field(init=False, repr=False)
     """What `arguments` returns, None where it is not known yet"""
+    partials: Tensor | None = field(init=False, repr=False)
+    """float32, the partial sums of `probe_and_decide`; made when they are first taken"""
+    _outgrown: list[Tensor] = field(init=False, repr=False)
+    """Former `partials`, which captured graphs may still write to"""
 
     def __post_init__(self) -> None:
+        self.partials, self._outgrown = None, []
         self._make_views()
 
     def _make_views(self) -> None:
@@ -251,10 +256,18 @@ class LaneState:
         return (*state, self.trace_reason, self.trace_diff)
 
     def arguments(self) -> tuple[int, ...]:
-        """Return the addresses of the tensors and the capacity: the last arguments of a kernel."""
+        """Return the addresses of the tensors and the capacity, as kernels take them."""
         if self._arguments is None:
             self._arguments = (*self.addresses(), self.capacity)
         return self._arguments
+
+    def room_for(self, size: int) -> Tensor:
+        """Return `partials` with room for `size` numbers. They live as long as the state."""
+        if self.partials is None or self.partials.numel() < size:
+            self._outgrown += [] if self.partials is None else [self.partials]
+            device = self.counters.device
+            self.partials = torch.empty(size, dtype=torch.float32, device=device)
+        return self.partials
 
     @classmethod
     def from_tensors(cls, *tensors: Tensor) -> "LaneState":

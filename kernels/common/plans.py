@@ -1,14 +1,16 @@
-"""Launches that were taken before, by the layout of their tensors: past checks and dispatch.
+"""Launches that were taken before: past checks and dispatch.
 
-The first call of an op with tensors of some shapes, dtypes and devices checks them, chooses a grid,
-and goes through Triton, which specialises each argument anew on each launch: most of a call's time
-on the host. What came of that is a `Plan`: the compiled variant of the kernel, its grid and its
-numbers. The next call with tensors of that layout launches the variant with their addresses.
+The first call of an op with some tensors checks them, chooses a grid, and goes through Triton,
+which specialises each argument anew on each launch: most of a call's time on the host. What came of
+that is a `Plan`: the compiled variant of the kernel, its grid and numbers, and the addresses of the
+tensors that a lane keeps. The next call with these very tensors, and others of the same shapes,
+dtypes and devices, launches the variant with the addresses of those others.
 
 So it does only where this is the same as going through Triton: all addresses are multiples of 16,
 as they were at first, and nobody listens to Triton's launches.
 """
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -26,46 +28,36 @@ _hooks = triton.knobs.runtime
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 
 
+_Tensors = Sequence[Tensor | None]
+
+
 class Plan:
-    """How a kernel was launched for tensors of one layout."""
+    """How a kernel was launched for tensors of one layout, some of which a lane keeps.
+
+    Attributes:
+        kept: references to those.
+        forms: shape, dtype and device of the others, None for one that is missing.
+        tail: the last arguments, which do not change.
+    """
 
     __slots__ = (
-        "count",
-        "device",
-        "function",
-        "grid",
-        "metadata",
-        "run",
-        "scratch",
-        "stream_of",
+        "device", "forms", "function", "grid", "kept", "metadata", "run", "scratch", "stream_of",
         "tail",
-    )
+    )  # fmt: skip
 
     def __init__(
-        self,
-        variant: Any,
-        device: int,
-        grid: Sequence[int],
-        count: int,
-        tail: Sequence[Any],
-        scratch: Any,
+        self, variant: Any, device: int, grid: Sequence[int], tail: Sequence[Any], scratch: Any
     ) -> None:
         self.run, self.function = variant.run, variant.function
         self.metadata = variant.packed_metadata
         self.device = device
         self.grid = (*grid, 1, 1)[:3]
         self.stream_of = triton.runtime.driver.active.get_current_stream
-        self.count = count
         self.tail = tail
         self.scratch = scratch
 
     def launch(self, *args: int | None) -> None:
-        """Launch the kernel with the addresses of its tensors, None for one that is missing.
-
-        Those at the end that are missing need not be named.
-        """
-        if len(args) < self.count:
-            args += (None,) * (self.count - len(args))
+        """Launch the kernel with the addresses that change, None for a tensor that is missing."""
         stream = self.stream_of(self.device)
         self.run(
             *self.grid, stream, self.function, self.metadata, None, None, None, *args, *self.tail
@@ -73,50 +65,53 @@ class Plan:
 
 
 class Plans(dict[Hashable, Plan]):
-    """The plans of one op, by layout."""
+    """The plans of one op, by flags and the identities of the tensors that are kept."""
 
     def __init__(self) -> None:
         super().__init__()
         select.on_reset(self.clear)
 
     def find(
-        self, impl: str, flags: Hashable, tensors: Sequence[Tensor | None]
+        self, impl: str, flags: Hashable, moving: _Tensors, kept: _Tensors = ()
     ) -> tuple[Plan, list[int | None]] | None:
-        """Return the plan for tensors of this layout, and their addresses.
+        """Return the plan for these tensors, and the addresses of those that are `moving`.
 
         None where Triton must look at the tensors: there is no plan yet, an address is not a
         multiple of 16, another device is the current one, or somebody listens to launches; and
-        where no kernel runs, or something traces the call. The first tensor is never None.
+        where no kernel runs, or something traces the call.
+
+        Args:
+            impl: as of `select`.
+            flags: what a plan holds for; without `kept`, with the shapes that come in turns.
+            moving: tensors that may be others at each call, None for one that is missing.
+            kept: tensors of a lane, None for one that is missing, but not the first. They are known
+                by identity: their memory and shape do not change. A plan ends with any of them.
         """
-        first = tensors[0]
-        if not self or type(first) is not Tensor or _is_compiling():
+        plan = None if _is_compiling() else self.get((flags, *map(id, kept)))
+        if plan is None or plan.device != _current_device() or _hooks.launch_enter_hook.calls:
             return None
-        addresses: list[int | None] = []
-        layout: list[Hashable] = [flags]
-        bits = 0
-        for x in tensors:
-            if x is None:
-                addresses.append(None)
-                layout.append(None)
-            else:
-                address = x.data_ptr()
-                addresses.append(address)
+        forms, bits = plan.forms, 0
+        addresses: list[int | None] = [None] * len(forms)
+        for at, x in enumerate(moving):
+            if type(x) is Tensor:
+                if (x.shape, x.dtype, x.get_device()) != forms[at] or not x.is_contiguous():
+                    return None
+                addresses[at] = address = x.data_ptr()
                 bits |= address
-                layout += (x.shape, x.dtype, x.is_contiguous(), x.get_device())
-        plan = self.get(tuple(layout))
-        if plan is None or bits & 15 or plan.device != _current_device():
-            return None
-        if _hooks.launch_enter_hook.calls or select.select(impl, first) != "triton":
-            return None
-        return plan, addresses
+            elif x is not forms[at]:
+                return None
+        first: Any = kept[0] if kept else moving[0]
+        return None if bits & 15 or select.select(impl, first) != "triton" else (plan, addresses)
 
     def launch(
         self,
         flags: Hashable,
-        tensors: Sequence[Tensor | None],
+        moving: _Tensors,
+        kept: _Tensors,
         kernel: Any,
         grid: tuple[int, ...],
         args: Sequence[Any],
+        fixed: Sequence[Any],
         tail: dict[str, Any],
         scratch: Tensor | None = None,
         **options: Any,
@@ -124,28 +119,26 @@ class Plans(dict[Hashable, Plan]):
         """Launch `kernel` through Triton, and keep the plan if later launches can follow it.
 
         Args:
-            flags: as of `find`.
-            tensors: as of `find`: those that the op was called with.
-            kernel: takes `args` and `tail`, in this order.
+            flags: as of `find`, like the next two.
+            moving: those that the op was called with.
+            kept: likewise.
+            kernel: takes `args`, `fixed` and `tail`, in this order.
             grid: number of programs.
-            args: contiguous tensors, None for one that is missing, and numbers that Triton does not
-                specialise: what changes from call to call.
+            args: contiguous tensors that differ from call to call, None for one that is missing.
+            fixed: those of `kept`, and numbers that Triton does not specialise.
             tail: numbers and constexprs that follow from the layout, by name, in order.
             scratch: a tensor like the one that each launch needs for itself.
             options: of Triton, such as `num_warps`.
         """
-        variant = kernel[grid](*args, **tail, **options)
+        variant = kernel[grid](*args, *fixed, **tail, **options)
         is_known = KNOWN[0] <= _VERSION < KNOWN[1] and isinstance(kernel, triton.JITFunction)
-        given = [x for x in (*tensors, *args) if isinstance(x, Tensor)]
+        given = [x for x in (*moving, *kept, *args, *fixed) if isinstance(x, Tensor)]
         is_plain = all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in given)
-        if is_known and is_plain and not kernel.pre_run_hooks:
-            rest = (len(args), tuple(tail.values()), scratch)
-            self[_layout_of(flags, tensors)] = Plan(variant, given[0].get_device(), grid, *rest)
-
-
-def _layout_of(flags: Hashable, tensors: Sequence[Tensor | None]) -> tuple[Hashable, ...]:
-    """Return what `Plans.find` looks for: all but the addresses that checks and launches read."""
-    layout: list[Hashable] = [flags]
-    for x in tensors:
-        layout += (None,) if x is None else (x.shape, x.dtype, x.is_contiguous(), x.get_device())
-    return tuple(layout)
+        if not (is_known and is_plain) or kernel.pre_run_hooks:
+            return
+        last = [x.data_ptr() if isinstance(x, Tensor) else x for x in fixed]
+        plan = Plan(variant, given[0].get_device(), grid, (*last, *tail.values()), scratch)
+        plan.forms = [None if x is None else (x.shape, x.dtype, x.get_device()) for x in moving]
+        key = (flags, *map(id, kept))
+        plan.kept = [weakref.ref(x, lambda _: self.pop(key, None)) for x in kept if x is not None]
+        self[key] = plan

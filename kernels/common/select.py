@@ -38,7 +38,7 @@ def select(impl: str, x: Tensor) -> Backend:
         raise ValueError(
             f"select: impl='triton' needs a tensor on a GPU or TRITON_INTERPRET=1, got {x.device}"
         )
-    return cast(Backend, impl)
+    return impl  # type: ignore[return-value]
 
 
 def is_traced(x: Tensor) -> bool:

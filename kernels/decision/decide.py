@@ -76,9 +76,9 @@ def decide(state: LaneState, partials: Tensor | None, *, impl: Impl = "auto") ->
             DYNAMIC and leaves it out of the traces).
     """
     counters = state.counters
-    found = LAUNCHES.find(impl, None, (counters, partials))
+    found = LAUNCHES.find(impl, partials is None, (partials,), (counters, state.plan))
     if found is not None:
-        found[0].launch(*state.arguments(), found[1][1])
+        found[0].launch(*found[1])
         return
     if partials is not None:
         check_partials("decide", partials, counters.device, widths=(2, 4))
@@ -209,8 +209,8 @@ def _decide(state, partials):
     log_lanes, warps = lanes_for(programs)
     tail = {"samples": samples, "programs": programs, "LOG_LANES": log_lanes, "WIDTH": width}
     LAUNCHES.launch(
-        None, (state.counters, partials), _decide_kernel, (1,),
-        (*state.tensors(), state.capacity, *contiguous(partials)), tail,
+        partials is None, (partials,), (state.counters, state.plan), _decide_kernel, (1,),
+        contiguous(partials), (*state.tensors(), state.capacity), tail,
         num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -242,8 +242,8 @@ def counts_of(state, step):
 
 @triton.jit(do_not_specialize=["capacity", "samples", "programs"])
 def _decide_kernel(
-    counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
-    trace_diff_ptr, capacity, partials_ptr, samples, programs,
+    partials_ptr, counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr,
+    trace_reason_ptr, trace_diff_ptr, capacity, samples, programs,
     LOG_LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     state = State(

@@ -18,7 +18,6 @@ at the end of the launch, which the next kernel on the stream sees; so a capture
 replayed.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,11 +62,10 @@ def probe_and_decide(
         ValueError: shapes, dtypes or devices do not fit.
         RuntimeError: the state has no room for the step (reference only), as in `decide`.
     """
-    found = LAUNCHES.find(impl, by_token, (h_fn, p_ref, h_in, state.counters))
+    kept = (p_ref, state.counters, state.plan, state.partials)
+    found = LAUNCHES.find(impl, by_token, (h_fn, h_in), kept)
     if found is not None:
-        plan, (h_fn_ptr, p_ref_ptr, h_in_ptr, _) = found
-        partials = torch.empty_like(plan.scratch)
-        plan.launch(partials.data_ptr(), h_fn_ptr, p_ref_ptr, h_in_ptr, *state.arguments())
+        found[0].launch(*found[1])
         return
     check_probe("probe_and_decide", h_in, h_fn, p_ref, by_token)
     if state.counters.device != h_fn.device:
@@ -93,26 +91,26 @@ LAUNCHES = Plans()
     mutates=("counters", "values", "trace_reason", "trace_diff"),
 )
 def _probe_and_decide(h_in, h_fn, p_ref, state, by_token):
-    given = (h_fn, p_ref, h_in, state.counters)
-    h_in, h_fn, p_ref = contiguous(h_in, h_fn, p_ref)
     batch, sums = h_fn.shape[0], 4 if by_token else 2
     per_program, programs = partition(h_fn.shape, by_token)
-    partials = torch.empty(batch, programs, sums, device=h_fn.device, dtype=torch.float32)
+    partials = state.room_for(batch * programs * sums)
+    moving, kept = (h_fn, h_in), (p_ref, state.counters, state.plan, partials)
+    h_in, h_fn, p_ref = contiguous(h_in, h_fn, p_ref)
     launch = launch_of("probe_and_decide tokens" if by_token else "probe_and_decide", h_fn)
     tail = {"size": h_fn.numel() // batch, "per_program": per_program, "width": h_fn.shape[-1]}
     tail |= {"LOG_BLOCK": log2(BLOCK), "LOG_LANES": log2(MAX_LANES), "WIDTH": sums}
     LAUNCHES.launch(
-        by_token, given, _probe_and_decide_kernel, (programs, batch),
-        (partials, h_fn, p_ref, h_in, *state.tensors(), state.capacity), tail, partials,
+        by_token, moving, kept, _probe_and_decide_kernel, (programs, batch),
+        (h_fn, h_in), (p_ref, *state.tensors(), state.capacity, partials), tail,
         num_warps=launch.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["per_program", "capacity"])
 def _probe_and_decide_kernel(
-    partials_ptr, h_fn_ptr, p_ref_ptr, h_in_ptr,
+    h_fn_ptr, h_in_ptr, p_ref_ptr,
     counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, trace_reason_ptr,
-    trace_diff_ptr, capacity, size, per_program, width,
+    trace_diff_ptr, capacity, partials_ptr, size, per_program, width,
     LOG_BLOCK: tl.constexpr, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     probe = Probe(h_in_ptr, h_fn_ptr, p_ref_ptr, partials_ptr, size, per_program, width)

@@ -72,10 +72,9 @@ def commit(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    tensors: tuple[Tensor | None, ...] = (h_fn, h_out, ring, counters, p_ref, h_in)
-    if encoder_fn is not None or scales is not None:
-        tensors += (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
-    found = LAUNCHES.find(impl, replace, tensors)
+    moving = (h_fn, h_out, h_in, encoder_fn, encoder_out)
+    kept = (ring, counters, p_ref, encoder_ring, scales, encoder_scales)
+    found = LAUNCHES.find(impl, replace, moving, kept)
     if found is not None:
         found[0].launch(*found[1])
         return
@@ -176,9 +175,8 @@ def _commit(
     h_in, h_fn, h_out, p_ref, ring, counters, encoder_fn, encoder_out, encoder_ring, scales,
     encoder_scales, replace,
 ):  # fmt: skip
-    given = [h_fn, h_out, ring, counters, p_ref, h_in]
-    if encoder_fn is not None or scales is not None:
-        given += [encoder_fn, encoder_out, encoder_ring, scales, encoder_scales]
+    moving = (h_fn, h_out, h_in, encoder_fn, encoder_out)
+    kept = (ring, counters, p_ref, encoder_ring, scales, encoder_scales)
     h_in, h_fn, h_out = contiguous(h_in, h_fn, h_out)
     encoder_fn, encoder_out = contiguous(encoder_fn, encoder_out)
     if scales is None:
@@ -186,12 +184,12 @@ def _commit(
     else:
         kernel, (parts, tail, warps) = _commit_fp8_kernel, _fp8(h_fn, encoder_fn)
     if parts:
-        encoder = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
-        tensors = (h_fn, h_out, ring, counters, p_ref, h_in, *encoder)
+        args = (h_fn, h_out, h_in, encoder_fn, encoder_out)
         tail |= {"REPLACE": replace}
         LAUNCHES.launch(
-            replace, given, kernel, (parts,), tensors, tail, num_warps=warps, enable_fp_fusion=False
-        )
+            replace, moving, kept, kernel, (parts,), args, kept, tail, num_warps=warps,
+            enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def _fp8(h_fn, encoder_fn):
@@ -213,8 +211,8 @@ class Stream(NamedTuple):
 
 @triton.jit(do_not_specialize=["blocks"])
 def _commit_kernel(
-    h_fn_ptr, h_out_ptr, ring_ptr, counters_ptr, p_ref_ptr, h_in_ptr,
-    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, scales_ptr, encoder_scales_ptr,
+    h_fn_ptr, h_out_ptr, h_in_ptr, encoder_fn_ptr, encoder_out_ptr,
+    ring_ptr, counters_ptr, p_ref_ptr, encoder_ring_ptr, scales_ptr, encoder_scales_ptr,
     size, blocks, encoder_size, BLOCK: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """The first `blocks` programs take the hidden states, the others the encoder states."""
@@ -259,8 +257,8 @@ def _residual(stream, offsets, mask, REPLACE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "encoder_tokens"])
 def _commit_fp8_kernel(
-    h_fn_ptr, h_out_ptr, ring_ptr, counters_ptr, p_ref_ptr, h_in_ptr,
-    encoder_fn_ptr, encoder_out_ptr, encoder_ring_ptr, scales_ptr, encoder_scales_ptr,
+    h_fn_ptr, h_out_ptr, h_in_ptr, encoder_fn_ptr, encoder_out_ptr,
+    ring_ptr, counters_ptr, p_ref_ptr, encoder_ring_ptr, scales_ptr, encoder_scales_ptr,
     tokens, width, blocks, encoder_tokens, encoder_width, NATIVE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip

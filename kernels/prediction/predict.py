@@ -69,9 +69,8 @@ def predict(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
-    is_simple = encoder is None and scales is None
-    found = LAUNCHES.find(impl, replace, streams[:3] if is_simple else streams)
+    kept = (ring, weights, encoder_ring, encoder_weights, scales, encoder_scales)
+    found = LAUNCHES.find(impl, replace, (h, encoder), kept)
     outputs = None if found is None else _follow(*found, h, out, encoder, encoder_out)
     if outputs is not None:
         return outputs
@@ -82,6 +81,7 @@ def predict(
         second = (encoder_ring, encoder_scales, encoder_weights)
         check_ring("predict", "encoder", encoder, *second)
         check_both("predict", h, ring, encoder, encoder_ring)
+    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
     if out is None and encoder_out is None and not is_traced(h) and select(impl, h) == "reference":
         return predict_reference(*streams, replace)
     out = _output("h", h, out)
@@ -101,14 +101,14 @@ def _follow(
     """Launch what `plan` says and return the outputs, None if one is not aligned as at first."""
     # what has a plan is contiguous
     out = torch.empty_like(h) if out is None else _output("h", h, out)
-    address, encoder_address = out.data_ptr(), None
+    address, encoder_address = out.data_ptr(), 0
     if encoder is not None:
         encoder_out = _output("encoder", encoder, encoder_out)
         encoder_address = encoder_out.data_ptr()
-    if (address | (encoder_address or 0)) & 15:
+    if (address | encoder_address) & 15:
         return None
-    plan.launch(address, encoder_address, *addresses)
-    return out, encoder_out
+    plan.launch(address, encoder_address or None, *addresses)
+    return out, None if encoder is None else encoder_out
 
 
 def _output(name: str, x: Tensor, out: Tensor | None) -> Tensor:
@@ -173,9 +173,8 @@ def _predict(
     out, encoder_out, h, ring, weights, encoder, encoder_ring, encoder_weights, scales,
     encoder_scales, replace,
 ):  # fmt: skip
-    given = [h, ring, weights]
-    if encoder is not None or scales is not None:
-        given += [encoder, encoder_ring, encoder_weights, scales, encoder_scales]
+    moving = (h, encoder)
+    kept = (ring, weights, encoder_ring, encoder_weights, scales, encoder_scales)
     h, encoder = contiguous(h, encoder)
     if scales is None:
         sizes = elementwise("predict", h, encoder, ring.shape[0])
@@ -185,11 +184,10 @@ def _predict(
     if not parts:
         return
     tail |= {"K": ring.shape[0], "REPLACE": replace}
-    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
-    tensors = (out, encoder_out, *streams)
     LAUNCHES.launch(
-        replace, given, kernel, (parts,), tensors, tail, num_warps=warps, enable_fp_fusion=True
-    )
+        replace, moving, kept, kernel, (parts,), (out, encoder_out, h, encoder), kept, tail,
+        num_warps=warps, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def _fp8(h, encoder):
@@ -210,8 +208,8 @@ class Stream(NamedTuple):
 
 @triton.jit(do_not_specialize=["blocks"])
 def _predict_kernel(
-    out_ptr, encoder_out_ptr, h_ptr, ring_ptr, weights_ptr,
-    encoder_ptr, encoder_ring_ptr, encoder_weights_ptr, scales_ptr, encoder_scales_ptr,
+    out_ptr, encoder_out_ptr, h_ptr, encoder_ptr, ring_ptr, weights_ptr,
+    encoder_ring_ptr, encoder_weights_ptr, scales_ptr, encoder_scales_ptr,
     size, blocks, encoder_size, BLOCK: tl.constexpr, K: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip
     """The first `blocks` programs take the hidden states, the others the encoder states."""
@@ -243,8 +241,8 @@ def predict_block(stream, size, block, K: tl.constexpr, REPLACE: tl.constexpr, B
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "encoder_tokens"])
 def _predict_fp8_kernel(
-    out_ptr, encoder_out_ptr, h_ptr, ring_ptr, weights_ptr,
-    encoder_ptr, encoder_ring_ptr, encoder_weights_ptr, scales_ptr, encoder_scales_ptr,
+    out_ptr, encoder_out_ptr, h_ptr, encoder_ptr, ring_ptr, weights_ptr,
+    encoder_ring_ptr, encoder_weights_ptr, scales_ptr, encoder_scales_ptr,
     tokens, width, blocks, encoder_tokens, encoder_width, NATIVE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, REPLACE: tl.constexpr,
 ):  # fmt: skip

