@@ -138,14 +138,15 @@ class Step(StackStep):
             layout += (probe.shape,)
         if encoder_in is not None:
             layout += (encoder_in.shape, encoder_in.dtype)
-        self.cached = self._decide(lane, h_fn, encoder_in, probe, layout)
+        self.passed = h_fn, encoder_in
+        self.cached = self._decide(lane, h_fn, probe, layout)
         self.lane = lane
         self.awaits_end = True
         if self.cached and encoder_in is None and lane.history.encoder_snapshots is not None:
             encoder_in = h_fn.new_zeros(
                 lane.history.encoder_snapshots.shape[1:]
             )  # made by the blocks alone
-        self.passed = h_fn, encoder_in
+            self.passed = h_fn, encoder_in
         if self.cached:
             if self.run.groups is not None:
                 self.run.groups.load(stack.is_skipped)
@@ -189,12 +190,7 @@ class Step(StackStep):
         return h_fn, encoder_in
 
     def _decide(
-        self,
-        lane: Any,
-        h_fn: torch.Tensor,
-        encoder_in: torch.Tensor | None,
-        measured: torch.Tensor,
-        layout: Layout,
+        self, lane: Any, h_fn: torch.Tensor, measured: torch.Tensor, layout: Layout
     ) -> bool:
         """Decide on the device; return what the host knows of it."""
         if self.stack.leader is not None:
@@ -218,8 +214,8 @@ class Step(StackStep):
         else:
             lane.measure_and_decide(self.h_in, measured)
         flag = None
-        if is_dynamic and not is_recorded and lane.state.host is None:
-            flag = self._predict_ahead(lane, h_fn, encoder_in)
+        if is_dynamic and not is_recorded and lane.steps.state.host is None:
+            flag = self._predict_ahead(lane)
         cached = not is_recorded and lane.settle(code, flag)
         if run.source is not None:
             lane.remember(measured)
@@ -227,15 +223,14 @@ class Step(StackStep):
             self._begin_conditional(lane)
         return cached
 
-    def _predict_ahead(
-        self, lane: Any, h_fn: torch.Tensor, encoder_in: torch.Tensor | None
-    ) -> bool | None:
+    def _predict_ahead(self, lane: Any) -> bool | None:
         """Launch `predict` while the decision travels to the host; return it. None: not here."""
-        makes_encoder = encoder_in is None and lane.history.encoder_snapshots is not None
+        assert self.passed is not None
+        makes_encoder = self.passed[1] is None and lane.history.encoder_snapshots is not None
         if not lane.may_predict_ahead or self.run.groups is not None or makes_encoder:
             return None
         read = lane.steps.start_read()
-        self.prediction = lane.predict(h_fn, encoder_in)
+        self.prediction = lane.predict(*self.passed)
         return bool(read())
 
     def _follow(self, lane: Any, layout: Layout, device: torch.device) -> bool:

@@ -11,7 +11,6 @@ from dbcache.config.cache import StackSettings
 from dbcache.config.policies import POLICIES
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import BatchReduce, LaneState
-from dbcache.kernels.common.launches import cast
 from dbcache.kernels.decision.decide import decide
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
 from dbcache.kernels.decision.probe_diff import probe_diff
@@ -240,7 +239,7 @@ class Lane(_Kept):
         p_ref = self.history.p_ref
         assert p_ref is not None
         dtype = self.forms.hidden if self.compares else h_fn.dtype
-        before, h_fn = cast(h_in, dtype) if self.by_residual else None, cast(h_fn, dtype)
+        before, h_fn = h_in.to(dtype) if self.by_residual else None, h_fn.to(dtype)
         return probe_diff(before, h_fn, p_ref, self.state.thresholds if self.by_token else None)
 
     def decide(self, change: torch.Tensor | None) -> None:
@@ -258,7 +257,9 @@ class Lane(_Kept):
             decide(self.state, None)
             return
         dtype = self.forms.hidden if self.compares else h_fn.dtype
-        before, h_fn = cast(h_in, dtype) if self.by_residual else None, cast(h_fn, dtype)
+        if not h_in.dtype is h_fn.dtype is dtype:  # a `to` without effect takes time, too
+            h_in, h_fn = h_in.to(dtype), h_fn.to(dtype)
+        before = h_in if self.by_residual else None
         probe_and_decide(before, h_fn, p_ref, self.steps.state, by_token=self.by_token)
 
     def settle(self, code: int, flag: bool | None = None) -> bool:
@@ -298,11 +299,14 @@ class Lane(_Kept):
         assert history.snapshots is not None
         if self.forecaster is not None:
             self.forecaster.weigh(state, self.steps.step - 1)
-        forms, h_fn = self.forms, cast(h_fn, self.forms.hidden)
+        forms = self.forms
+        if h_fn.dtype is not forms.hidden:
+            h_fn = h_fn.to(forms.hidden)
         if history.encoder_snapshots is None:
             encoder_fn = encoder_out = None
         elif encoder_fn is not None:
-            encoder_fn = cast(encoder_fn, forms.encoder)
+            if encoder_fn.dtype is not forms.encoder:
+                encoder_fn = encoder_fn.to(forms.encoder)
             if encoder_fn.shape != history.encoder_snapshots.shape[1:]:
                 encoder_fn = widened(encoder_fn, history.encoder_snapshots.shape[1:])
         encoder_weights = None if encoder_fn is None else state.encoder_weights
@@ -338,10 +342,10 @@ class Lane(_Kept):
             self.forget_reference()
             return
         dtype = forms.hidden
-        h_in, h_fn, h_out = cast(h_in, dtype), cast(h_fn, dtype), cast(h_out, dtype)
+        if not h_in.dtype is h_fn.dtype is h_out.dtype is dtype:
+            h_in, h_fn, h_out = h_in.to(dtype), h_fn.to(dtype), h_out.to(dtype)
         if encoder_fn is not None and encoder_out is not None:
-            dtype = forms.encoder
-            encoder_fn, encoder_out = cast(encoder_fn, dtype), cast(encoder_out, dtype)
+            encoder_fn, encoder_out = encoder_fn.to(forms.encoder), encoder_out.to(forms.encoder)
             if encoder_fn.shape != encoder_out.shape:
                 encoder_fn = widened(encoder_fn, encoder_out.shape)
         snapshots = history.snapshots

@@ -45,6 +45,9 @@ class Plan:
         "tail",
     )  # fmt: skip
 
+    forms: list[tuple[Any, ...] | None]
+    kept: list[Any]
+
     def __init__(
         self, variant: Any, device: int, grid: Sequence[int], tail: Sequence[Any], scratch: Any
     ) -> None:
@@ -98,7 +101,7 @@ class Plans(dict[Hashable, Plan]):
                     return None
                 addresses[at] = address = x.data_ptr()
                 bits |= address
-            elif x is not forms[at]:
+            elif x is not None or forms[at] is not None:
                 return None
         first: Any = kept[0] if kept else moving[0]
         return None if bits & 15 or select.select(impl, first) != "triton" else (plan, addresses)
