@@ -3,7 +3,8 @@
 While the model runs as it is, an observer per block compares the tensors that a block gets with
 those that the block before it returned: that is which parameter is a stream, and in which order the
 block returns them. Names do not matter, except that of two streams the one called `hidden_states`
-(or as `BlockAdapter.streams` says) is the hidden states, else the larger one, else the first.
+(or as `BlockAdapter.streams` says) is the hidden states, else the one that all blocks return, else
+the larger one, else the first.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class _Chain:
         self._names: list[str] = []
         self._form: Any = None
         self._sizes: list[int] = []  # numbers of elements, -1 for what is no tensor
+        self._ended: set[int] = set()  # positions at which a block returned None
         self._taken: dict[str, torch.Tensor] = {}
         self._output: tuple[Any, ...] = ()
 
@@ -118,6 +120,7 @@ class _Chain:
         """Keep what a block returned until the next one runs."""
         self._output = tuple(output) if isinstance(output, tuple | list) else (output,)
         self._taken = taken
+        self._ended |= {position for position, x in enumerate(self._output) if x is None}
         if self._form is None:
             self._form, self._names = describe(output), names
             self._sizes = [x.numel() if isinstance(x, torch.Tensor) else -1 for x in self._output]
@@ -133,18 +136,21 @@ class _Chain:
         names = list(self.fed.values())
         hidden = self.stack.streams[0]
         if hidden not in names:
-            sizes = {name: self._sizes[position] for position, name in self.fed.items()}
-            hidden = min(names, key=lambda name: (-sizes[name], self._names.index(name)))
+            order = {
+                name: (position in self._ended, -self._sizes[position], self._names.index(name))
+                for position, name in self.fed.items()
+            }
+            hidden = min(names, key=order.__getitem__)
         if len(names) == 1:
             return replace(
                 self.stack,
                 pattern=ForwardPattern.HIDDEN_TO_HIDDEN,
                 streams=(hidden, STREAMS[1]),
             )
-        order = (HIDDEN, ENCODER) if self.fed[0] == hidden else (ENCODER, HIDDEN)
+        returns = (HIDDEN, ENCODER) if self.fed[0] == hidden else (ENCODER, HIDDEN)
         (other,) = set(names) - {hidden}
         return replace(
-            self.stack, pattern=ForwardPattern((STREAMS, order)), streams=(hidden, other)
+            self.stack, pattern=ForwardPattern((STREAMS, returns)), streams=(hidden, other)
         )
 
     def _what_is_in_the_way(self, tensors: set[int]) -> str | None:

@@ -154,6 +154,26 @@ def test_of_two_streams_the_larger_is_measured_unless_it_is_named():
 
 
 @torch.no_grad()
+def test_a_stream_that_the_last_block_leaves_out_is_not_the_measured_one():
+    """As in ComfyUI's Stable Diffusion 3, where prompt and image may have as many tokens."""
+
+    class Joint(AsGiven):
+        def forward(self, left, right):
+            left, right = self.update(left, right)
+            return (None if self.is_last else left), right
+
+    model = Model(Joint, lambda b, x, y: b(x, y))
+    for i, block in enumerate(model.parts):
+        block.is_last = i == 5
+    plain = model(X, X)[1]
+    dbcache.enable(BlockAdapter(transformer=model, auto=True), **FORCED)
+    for step in range(6):
+        assert torch.allclose(model(X, X)[1], plain, atol=1e-6), step
+    (lane,) = dbcache.summary(model, logging=False)
+    assert lane.cached_steps == [2, 3, 4, 5]
+
+
+@torch.no_grad()
 def test_the_first_step_counts_and_gives_no_reference():
     model = Model(AsGiven, lambda b, x, y: b(x, y))
     config = {**FORCED, "max_warmup_steps": 0, "steps_computation_mask": [1, 0, 0, 1, 0]}

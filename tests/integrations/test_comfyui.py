@@ -195,7 +195,6 @@ def test_presets_predictors_and_policies_are_those_of_enable():
             seen.append(dbcache.strify(self))
             return super()._forward(*args, **kwargs)
 
-    Spy.__name__ = "Flux"
     torch.manual_seed(0)
     patcher = comfy_like.Patcher(Spy().eval())
     for inputs in (

@@ -36,7 +36,7 @@ FAMILIES = {
     "AsymmDiTJoint": "mochi",
     "QwenImageTransformer2DModel": "qwen-image",
 }
-"""Families of `dbcache.preset`, by ComfyUI's classes; others go by the latents: image or video."""
+"""Families of `dbcache.preset`, by ComfyUI's classes."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Sampling:
         if dbcache.is_enabled(module):  # a sampling within another one: the outer one goes on
             return executor(*args, **kwargs)
         noise = kwargs.get("noise", args[0] if args else None)
-        options = self._options(model, type(module).__name__, noise, sigmas)
+        options = self._options(model, family_of(module, noise), sigmas)
         target: Any = module
         if BlockAdapterRegistry.adapter_of(module) is None:
             target = dbcache.BlockAdapter(transformer=module, auto=True)
@@ -126,9 +126,7 @@ class Sampling:
         finally:
             dbcache.disable(module)
 
-    def _options(self, model: Any, name: str, noise: Any, sigmas: list[float]) -> dict[str, Any]:
-        is_video = isinstance(noise, torch.Tensor) and noise.ndim == 5
-        family = FAMILIES.get(name, "video" if is_video else "image")
+    def _options(self, model: Any, family: str, sigmas: list[float]) -> dict[str, Any]:
         steps = max(1, len(sigmas) - 1)
         options = self.choices.enable_options(family, steps)
         outside = self._outside(model, sigmas)
@@ -170,6 +168,13 @@ class Sampling:
             if is_whole:
                 self._no_ops.look_at(summary)
         return output
+
+
+def family_of(module: torch.nn.Module, noise: Any) -> str:
+    """Return the family of presets: of the class, else of what it extends, else of the latents."""
+    is_video = isinstance(noise, torch.Tensor) and noise.ndim == 5
+    known = (FAMILIES[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in FAMILIES)
+    return next(known, "video" if is_video else "image")
 
 
 def lane_of(names: dict[Any, str], values: tuple[Any, ...]) -> str | None:
