@@ -18,6 +18,7 @@ import torch
 
 from dbcache.adapters.blocks.block_list import BlockList
 from dbcache.adapters.blocks.views import under_way, without_shown
+from dbcache.adapters.patching.announced import announce, unannounced
 from dbcache.adapters.patching.attention import AttentionInForce
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.patch_functor import Patches
@@ -115,6 +116,7 @@ class CachedTransformer:
                 if not self.is_on or (request.renew is not None and enabled.alone is None):
                     del self.implicit[place]
             self._fit()
+            announce(self.module, self.setup.config if self.is_on else None)
 
     def _fit(self) -> None:
         """Install or remove the methods, and drop setups that nothing needs."""
@@ -218,7 +220,7 @@ class CachedTransformer:
 
     def copied_state(self) -> dict[str, Any]:
         """Return what copies and pickles of the module are made of: no trace of the cache."""
-        own = dict(self.module.__dict__)
+        own = unannounced(self.module.__dict__)
         for patch in self._patches:
             patch.clean(own)
         for name in (HANDLE, "__getstate__", COMPILED):  # no copy of a module is compiled

@@ -142,10 +142,28 @@ def test_enable_cache_of_a_transformer_takes_dbcaches_config():
     with pytest.raises(ValueError, match="got FirstBlockCacheConfig"):
         model.enable_cache(config)
     model.disable_cache()
+    for on, off in (  # each way to switch it on, with the other one to switch it off
+        (lambda: model.enable_cache(config, num_inference_steps=8), lambda: dbcache.disable(model)),
+        (lambda: dbcache.enable(model, config, num_inference_steps=8), model.disable_cache),
+    ):
+        on()
+        assert (model.is_cache_enabled, dbcache.is_enabled(model)) == (True, True)
+        assert all(map(torch.equal, denoise(model), expected))
+        dbcache.refresh_context(model)
+        with pytest.raises(ValueError, match="already been enabled"):
+            model.enable_cache(diffusers.FirstBlockCacheConfig())
+        twin = copy.deepcopy(model)
+        assert (twin.is_cache_enabled, dbcache.is_enabled(twin)) == (False, False)
+        assert all(map(torch.equal, denoise(twin), plain))
+        off()
+        assert (model.is_cache_enabled, dbcache.is_enabled(model)) == (False, False)
+        assert all(map(torch.equal, denoise(model), plain))
+        model.enable_cache(diffusers.FirstBlockCacheConfig())
+        model.disable_cache()
     model.enable_cache(config, num_inference_steps=8)
-    dbcache.disable(model)  # the other way to switch it off
-    model.enable_cache(config, num_inference_steps=8)
-    assert all(map(torch.equal, denoise(copy.deepcopy(model)), plain))
+    with pytest.raises(ValueError, match="policy must be one of"):
+        dbcache.enable(model, policy="lazy")  # the cache stays as it was
+    assert model.is_cache_enabled
     remove_alias(model)
     assert not dbcache.is_enabled(model)
     changed = {
@@ -156,3 +174,8 @@ def test_enable_cache_of_a_transformer_takes_dbcaches_config():
         model.enable_cache(config)
     with pytest.raises(TypeError, match=r"use dbcache\.enable"):
         add_alias(torch.nn.Linear(1, 1))
+
+    pipe = dbcache.enable(tiny.pipeline("flux"), config)
+    assert add_alias(pipe.transformer).is_cache_enabled
+    pipe.transformer.disable_cache()
+    assert not dbcache.is_enabled(pipe)
