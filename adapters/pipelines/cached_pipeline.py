@@ -135,6 +135,7 @@ class PipelineCall:
         """A denoising loop begins; all but the first of a call begin anew."""
         self._steps_of_scheduler = steps
         for request in self.requests.values():
+            request.clock.shared_steps = steps if request.clock.shares_steps else None
             request.start_loop()
 
     def change_control(self) -> None:

@@ -36,6 +36,7 @@ class Clock:
         branch: of the call under way; `inputs` are the names of the arguments that it is given.
         name: what the caller named the call, None without.
         shares_steps: another transformer runs some of the steps that a pipeline tells of.
+        shared_steps: of the loop whose steps are shared so.
         calls: since the request began.
         planned_steps: returns the steps that a pipeline plans, and those of its scheduler.
     """
@@ -52,6 +53,7 @@ class Clock:
         self.known_steps = steps
         self.planned_steps: Callable[[], tuple[int | None, int | None]] | None = None
         self.shares_steps = False
+        self.shared_steps: int | None = None
         self.branch: str | None = None
         self.inputs: frozenset[str] = frozenset()
         self.name: str | None = None

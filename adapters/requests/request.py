@@ -232,7 +232,7 @@ class Request:
         steps = self.clock.num_steps()
         meet_ranks(self.setup, steps, latents)
         for run in self.lane_set.runs:
-            run.plan(*steps)
+            run.plan(*steps, self.clock.shared_steps)
 
     # --- forwards ---------------------------------------------------------------------------
 
@@ -353,7 +353,7 @@ class Request:
         """Return lanes for stacks that have become known since the request began."""
         self._take_lanes(args, kwargs)
         for run in self.lane_set.runs:
-            run.plan(*self.clock.num_steps())
+            run.plan(*self.clock.num_steps(), self.clock.shared_steps)
         return self.lane_set
 
     def _take_lanes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

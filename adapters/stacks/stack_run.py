@@ -79,12 +79,15 @@ class StackRun:
         for lane in self.lanes.values():
             lane.start_request()
 
-    def plan(self, steps: int | None, at_most: int | None = None) -> None:
+    def plan(
+        self, steps: int | None, at_most: int | None = None, shared: int | None = None
+    ) -> None:
         """Fit plan and predictor to a request.
 
         Args:
             steps: how many steps it has, None if nothing tells.
             at_most: as many as the scheduler has, which some pipelines cut short.
+            shared: of a loop that other transformers run the rest of.
 
         Raises:
             ValueError: they do not fit, or need the number of steps.
@@ -98,7 +101,7 @@ class StackRun:
         mask = resolve_mask(cache, steps if is_named else given, name)
         check_retention(cache, steps, name)
         check_steps_are_known(self.settings.predictor, steps, name)
-        lanes = fit_to_steps(self.prepared.calibration, steps, at_most, name)
+        lanes = fit_to_steps(self.prepared.calibration, steps, at_most, name, shared)
         is_new = mask != self.settings.cache.steps_computation_mask
         if not is_new and steps == self.settings.steps and lanes == self.settings.calibration:
             return

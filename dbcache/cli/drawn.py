@@ -10,13 +10,20 @@ DIGITS = "digits"
 """Stands for the small trained model that the package has."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the model and the prompts."""
+def add_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add the model and the prompts.
+
+    Args:
+        parser: of a command.
+        several: whether there may be several numbers of steps.
+    """
     parser.add_argument("model", help="a folder or a hub id of a pipeline, or 'digits'")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument("--prompts", type=Path, help="a text file, a prompt per line")
     parser.add_argument("--pictures", type=int, default=6, help="of 'digits': how many draws")
-    parser.add_argument("--steps", type=int, default=28, help="denoising steps (default: 28)")
+    count: dict[str, Any] = {"nargs": "+"} if several else {}
+    text = "denoising steps, one or several" if several else "denoising steps"
+    parser.add_argument("--steps", type=int, default=28, help=f"{text} (default: 28)", **count)
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--guidance-scale", type=float)
@@ -34,18 +41,18 @@ def load(arguments: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]
     import torch
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    given: dict[str, Any] = {"num_inference_steps": arguments.steps}
+    steps = arguments.steps
+    if isinstance(steps, list) and len(steps) == 1:
+        (steps,) = steps
+    given: dict[str, Any] = {"num_inference_steps": steps}
     given["progress"] = not (arguments.quiet or arguments.json)
     if arguments.model == DIGITS:
         from dbcache.demo import digits
 
         pipe = digits.load_pipeline(device=device)
         pipe.set_progress_bar_config(disable=True)
-        return (
-            pipe,
-            [digits_drawing(seed, arguments.steps) for seed in range(arguments.pictures)],
-            given,
-        )
+        first = steps[0] if isinstance(steps, list) else steps
+        return pipe, [digits_drawing(seed, first) for seed in range(arguments.pictures)], given
     prompts = list(arguments.prompt)
     if arguments.prompts is not None:
         lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
@@ -67,12 +74,12 @@ def load(arguments: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]
 
 
 def digits_drawing(seed: int, steps: int) -> Any:
-    """Return a function that draws five digits, from 0 or from 5 on."""
+    """Return a function that draws five digits, from 0 or from 5 on, in `steps` or as told."""
     import torch
 
     from dbcache.demo import digits
 
-    def draw(pipe: Any) -> torch.Tensor:
+    def draw(pipe: Any, steps: int = steps) -> torch.Tensor:
         arguments = digits.prompt([(5 * seed + i) % digits.NUM_CLASSES for i in range(5)])
         generator = torch.Generator("cpu").manual_seed(seed)
         call = {"num_inference_steps": steps, "generator": generator}

@@ -38,12 +38,14 @@ class Calibration:
         ratios: MagCache's, one per step, by guidance branch.
         lanes: what a schedule says, by guidance branch.
         steps: of the requests that the schedule is for; 0 without one.
+        others: schedules for other numbers of steps.
     """
 
     coefficients: tuple[float, ...] = ()
     ratios: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     lanes: Mapping[str, ScheduledLane] = field(default_factory=dict)
     steps: int = 0
+    others: tuple[Calibration, ...] = ()
 
     def lane_for(self, branch: str | None) -> ScheduledLane:
         """Return the schedule of a branch; one that is not in it takes that of the first."""

@@ -10,7 +10,8 @@
                                       "changes": {"2": 0.03}}}]}, ...]}
 
 A row has per transformer the guidance branches, by name; "" is a lane without one. Rows are sorted,
-the most full calls first, and have lower quality and higher speed from row to row.
+the most full calls first, and have lower quality and higher speed from row to row. A file for
+several numbers of steps has the schedules of the others under "others".
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dbcache.config.reading import read
 from dbcache.config.scheduled_lane import MAX_STEPS, ScheduledLane
 from dbcache.config.scheduled_predictor import ScheduledCalibratorConfig
 from dbcache.kernels.common.lane_state import MAX_SLOTS
+from dbcache.notices import say
 
 FORMAT = "dbcache schedule 1"
 PART = "dbcache schedule 1, a row of one transformer"
@@ -52,11 +54,13 @@ class Schedule:
         content: what the file holds.
         steps: of the requests that it is for.
         name: where it is from, for errors.
+        others: schedules for other numbers of steps, of the same transformers.
     """
 
     content: Mapping[str, Any]
     steps: int
     name: str
+    others: tuple[Schedule, ...] = ()
 
     @classmethod
     def of(cls, source: Source, who: str = "schedule") -> Schedule:
@@ -79,14 +83,29 @@ class Schedule:
                 f"dbcache.tune"
             )
         steps = check_int(f"{who}: num_inference_steps", content.get("num_inference_steps"), 1)
-        schedule = cls(content, steps, name)
+        others = content.get("others", [])
+        if not isinstance(others, list) or not all(isinstance(x, Mapping) for x in others):
+            raise ValueError(f"{who}: others in {name} must be schedules, got {shown(others)}")
+        others = [cls.of(other, f"{who}: others") for other in others]
+        schedule = cls(content, steps, name, tuple(replace(x, name=name) for x in others))
         for key in ("rows", "transformers"):
             if not isinstance(content.get(key), Sequence) or not content[key]:
                 raise ValueError(f"{who}: {name} must have {key}, got {shown(content.get(key))}")
         check_int(f"{who}: snapshots", content.get("snapshots"), 3, MAX_SLOTS)
         for index in range(len(content["rows"])):
             schedule.parts(index)
+        schedule._check_others(who)
         return schedule
+
+    def _check_others(self, who: str) -> None:
+        """Raise a ValueError if other numbers of steps do not go with this one."""
+        alike = [_what_is_alike(each.content) for each in (self, *self.others)]
+        counts = [each.steps for each in (self, *self.others)]
+        if alike != alike[:1] * len(alike) or len(set(counts)) < len(counts):
+            raise ValueError(
+                f"{who}: others in {self.name} must have the same transformers, scheduler and "
+                f"snapshots and other numbers of steps, got {counts} steps and {alike}"
+            )
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
@@ -117,7 +136,7 @@ class Schedule:
         return parts
 
     def find(self, target: Any, who: str = "schedule") -> int:
-        """Return the row that a target means.
+        """Return the row that a target means at this number of steps.
 
         Args:
             target: "2x" or 2.0 (the row of the highest quality that is as fast), "45dB" (the
@@ -144,7 +163,8 @@ class Schedule:
             raise ValueError(
                 f"{who}: target must be one of {', '.join(levels) or 'no level'}, a speed as "
                 f"'2x', a quality as '45dB' or a number as '16 full' that {self.name} reaches, got "
-                f"{shown(target)}; it has {'; '.join(map(described, self.rows))}"
+                f"{shown(target)}; at {self.steps} steps it has "
+                f"{'; '.join(map(described, self.rows))}"
             )
         return found[-1] if _PSNR.fullmatch(target) else found[0]
 
@@ -158,7 +178,8 @@ class Schedule:
             guard: run a step in full that moves more than this times what the schedule has seen.
             who: what is asked, for errors.
         """
-        parts = self.parts(self.find(target, who))
+        every = [each.parts(each.find(target, who)) for each in (self, *self.others)]
+        parts = [{**part, "others": others} for part, *others in zip(*every, strict=True)]
         policy: dict[str, Any] = {"policy": "schedule"}
         if guard is not None:
             check_number(f"{who}: guard", guard, positive=True)
@@ -171,7 +192,11 @@ class Schedule:
             policy = {"policy": "guarded_schedule", "residual_diff_threshold": float(guard)}
         predictor = ScheduledCalibratorConfig(snapshots=self.content["snapshots"])
         configs = [
-            DBCacheConfig(**policy, calibration=part, num_inference_steps=part["calls"])
+            DBCacheConfig(
+                **policy,
+                calibration=part,
+                num_inference_steps=None if part["others"] else part["calls"],
+            )
             for part in parts
         ]
         return [
@@ -179,7 +204,10 @@ class Schedule:
         ]
 
     def check_model(self, models: Sequence[str], scheduler: Any, who: str = "schedule") -> None:
-        """Raise a ValueError if the schedule is of other transformers or of another scheduler."""
+        """Raise a ValueError if the schedule is of other transformers or of another scheduler.
+
+        A scheduler of the same class with other settings is warned of.
+        """
         made_for = [str(model.get("model")) for model in self.content["transformers"]]
         if list(models) != made_for:
             raise ValueError(
@@ -193,6 +221,21 @@ class Schedule:
                 f"{who}: {self.name} was made with the scheduler {made_with}, got {name}; use that "
                 f"scheduler, or tune with this one"
             )
+        settings, now = self.content.get("scheduler_config", {}), getattr(scheduler, "config", {})
+        differing = [key for key in settings if key in now and now[key] != settings[key]]
+        if differing:
+            named = ", ".join(
+                f"{key}={now[key]!r} in place of {settings[key]!r}" for key in differing
+            )
+            say(
+                f"{who}: {self.name} was made with other settings of the scheduler, got {named}; "
+                f"its quality is not known, tune with these"
+            )
+
+
+def _what_is_alike(content: Mapping[str, Any]) -> tuple[Any, ...]:
+    models = [model.get("model") for model in content["transformers"]]
+    return models, content.get("scheduler"), content["snapshots"]
 
 
 def described(row: Mapping[str, Any]) -> str:
@@ -261,42 +304,65 @@ def lanes_of(source: Any, model: object, stack: str) -> Calibration:
             f"{stack}: the schedule was made for {source['model']}, got {name}; use one of this "
             f"model"
         )
-    return Calibration(lanes=_lanes(stack, source), steps=source["steps"])
+    others = tuple(lanes_of(other, model, stack) for other in source.get("others", ()))
+    return Calibration(lanes=_lanes(stack, source), steps=source["steps"], others=others)
 
 
 def fit_to_steps(
-    calibration: Calibration | None, steps: int | None, at_most: int | None, who: str
+    calibration: Calibration | None,
+    steps: int | None,
+    at_most: int | None,
+    who: str,
+    shared: int | None = None,
 ) -> Calibration | None:
     """Return a calibration for a request; a schedule is cut to a request that begins later.
 
     Args:
-        calibration: of the settings.
+        calibration: of the settings; of several numbers of steps that of the request is taken.
         steps: of the request, None if nothing tells.
         at_most: as many as the scheduler has, which image-to-image cuts short at the beginning.
         who: whose request it is, for the error.
+        shared: steps of a loop that other transformers run the rest of; it chooses among several.
 
     Raises:
         ValueError: the schedule is of another number of steps.
     """
-    if calibration is None or not calibration.lanes or steps is None:
+    if calibration is None or not calibration.lanes:
         return calibration
-    calls = len(next(iter(calibration.lanes.values())).mask)
-    total = calibration.steps
-    if at_most not in (None, total) or steps > calls or (steps < calls and at_most is None):
-        got = steps if at_most in (None, total) else at_most
+    every = (calibration, *calibration.others)
+    counts = [one.steps for one in every]
+    if calibration.others and steps is None:
+        steps = at_most = shared
+    if calibration.others and steps is None:
         raise ValueError(
-            f"{who}: the schedule was made for {total} steps, got a request of {got}; call with "
-            f"num_inference_steps={total}, or use a schedule for {got}: dbcache.tune makes one"
+            f"{who}: the schedule is for {' or '.join(map(str, counts))} steps and nothing tells "
+            f"how many the request has; call its pipeline, or give num_inference_steps to "
+            f"start_request or enable"
         )
-    if steps == calls:
+    if steps is None:
         return calibration
-    lanes = {name: lane.cut(calls - steps) for name, lane in calibration.lanes.items()}
-    return replace(calibration, lanes=lanes)
+    for one in sorted(every, key=lambda one: one.steps != steps):
+        calls = len(next(iter(one.lanes.values())).mask)
+        if steps in (calls, one.steps) and at_most in (None, one.steps):
+            return one
+        if steps < calls and at_most == one.steps:
+            lanes = {name: lane.cut(calls - steps) for name, lane in one.lanes.items()}
+            return replace(one, lanes=lanes)
+    raise ValueError(
+        f"{who}: the schedule was made for {' or '.join(map(str, counts))} steps, got a request of "
+        f"{steps if at_most in (None, *counts) else at_most}; call with "
+        f"num_inference_steps={' or '.join(map(str, counts))}, or use a schedule for it: "
+        f"dbcache.tune makes one"
+    )
 
 
 def to_text(content: Mapping[str, Any]) -> str:
     """Return the text of a file: a row per line, so that a change of it can be read."""
     rows = ",\n".join(f"  {json.dumps(row)}" for row in content["rows"])
-    head = {key: value for key, value in content.items() if key != "rows"}
+    head = {key: value for key, value in content.items() if key not in ("rows", "others")}
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    return "{\n" + ",\n".join([*lines, f' "rows": [\n{rows}\n ]']) + "\n}\n"
+    lines.append(f' "rows": [\n{rows}\n ]')
+    if content.get("others"):
+        others = ",\n".join(to_text(other).rstrip() for other in content["others"])
+        lines.append(f' "others": [\n{others}\n ]')
+    return "{\n" + ",\n".join(lines) + "\n}\n"

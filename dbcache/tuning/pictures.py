@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,14 @@ Draw = Callable[[Any], Any]
 _FIELDS = ("images", "frames", "audios", "sample")
 
 
-def draws_of(who: str, prompts: Any, steps: int | None, options: Mapping[str, Any]) -> list[Draw]:
+def draws_of(
+    who: str,
+    prompts: Any,
+    steps: int | None,
+    options: Mapping[str, Any],
+    *,
+    is_told: bool = False,
+) -> list[Draw]:
     """Return a function per prompt, each with a seed of its own.
 
     Args:
@@ -32,6 +40,7 @@ def draws_of(who: str, prompts: Any, steps: int | None, options: Mapping[str, An
             one of these.
         steps: `num_inference_steps` of the calls, None where functions are given.
         options: more arguments of the calls.
+        is_told: whether functions get the number of steps as a second argument.
 
     Raises:
         TypeError: an entry is none of those. ValueError: there is none.
@@ -42,7 +51,13 @@ def draws_of(who: str, prompts: Any, steps: int | None, options: Mapping[str, An
         raise ValueError(f"{who}: prompts must hold at least one, got none")
     if any(not callable(entry) for entry in entries) and steps is None:
         raise ValueError(f"{who}: num_inference_steps must be given with prompts, got None")
+    if is_told:
+        entries = [partial(_told, each, steps) if callable(each) else each for each in entries]
     return [_draw_of(who, entry, seed, steps, options) for seed, entry in enumerate(entries)]
+
+
+def _told(entry: Callable[[Any, Any], Any], steps: int | None, pipe: Any) -> Any:
+    return entry(pipe, steps)
 
 
 def _draw_of(

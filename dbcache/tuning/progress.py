@@ -49,6 +49,10 @@ class Progress:
         """Return the seconds until this share of the budget is used up, 0 where it is."""
         return max(0.0, share * self.seconds - self.spent)
 
+    def part(self, parts: int) -> Progress:
+        """Return a budget of its own that is one of so many equal parts of what is left."""
+        return Progress(max(self.left(), 1.0) / 60 / parts, shows=self._shows)
+
     def allows(self, seconds: float, share: float = 1.0) -> bool:
         """Whether what takes `seconds` still fits into this share of the budget."""
         return seconds <= self.left(share)

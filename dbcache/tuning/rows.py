@@ -15,7 +15,7 @@ import torch
 import dbcache
 from dbcache.config.schedule import FORMAT
 from dbcache.tuning.pictures import Draw, pictures_of, psnr
-from dbcache.tuning.problem import Masks, Weights
+from dbcache.tuning.problem import Fit, Masks, Weights
 from dbcache.tuning.progress import quietly
 
 DIGITS = 6
@@ -31,6 +31,7 @@ class Row:
         psnr: of held-out pictures, one by one; `speedups` likewise.
         changes: largest change per lane and cached call, where a guard was asked for.
         chosen: PSNR on pictures of the calibration, by which it was chosen.
+        fit: how its weights were fitted.
     """
 
     masks: Masks
@@ -39,6 +40,7 @@ class Row:
     speedups: list[float] = field(default_factory=list)
     changes: dict[tuple[int, str | None], dict[int, float]] = field(default_factory=dict)
     chosen: float = -math.inf
+    fit: Fit = field(default_factory=Fit)
 
     @property
     def full(self) -> float:
@@ -77,6 +79,14 @@ class Row:
     def quality(self) -> float:
         """Mean PSNR of the held-out pictures, of those of the calibration where there are none."""
         return statistics.mean(self.psnr) if self.psnr else self.chosen
+
+    @property
+    def sure_quality(self) -> float:
+        """`quality` less the standard error of the mean."""
+        if len(self.psnr) < 2:
+            return self.quality
+        finite = [min(x, 200.0) for x in self.psnr]
+        return statistics.mean(finite) - statistics.stdev(finite) / math.sqrt(len(finite))
 
     @property
     def speedup(self) -> float:
@@ -205,6 +215,7 @@ def frame_of(
         "format": FORMAT,
         "pipeline": type(pipe).__name__,
         "scheduler": None if scheduler is None else type(scheduler).__name__,
+        "scheduler_config": _settings(scheduler),
         "num_inference_steps": steps,
         "scheduler_steps": steps if timesteps is None else len(timesteps),
         "snapshots": snapshots,
@@ -212,6 +223,17 @@ def frame_of(
             {"model": models[index], "calls": calls[index]} for index in sorted(calls)
         ],
         "versions": {name: _version(package) for name, package in versions.items()},
+    }
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    """Return the settings of a scheduler that are plain values."""
+    config = getattr(scheduler, "config", {})
+    plain = (bool, int, float, str, type(None))
+    return {
+        key: value
+        for key, value in config.items()
+        if not key.startswith("_") and isinstance(value, plain)
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from dbcache.tuning.pictures import draws_of
 from dbcache.tuning.problem import Fit
 from dbcache.tuning.progress import Progress
 from dbcache.tuning.rows import Row
-from dbcache.tuning.tuner import CHOOSE, MOST_SECONDS, SEARCH, Tuner, Wanted
+from dbcache.tuning.tuner import CHOOSE, Tuner, Wanted
 
 FRONT = (1.5, 2.0, 3.0, 4.0)
 """Speeds of the rows where nothing was asked for."""
@@ -31,7 +30,10 @@ AIM = 0.985
 SLOWER, FASTER = 0.975, 1.05
 """Measured over wanted speed between which a row is taken: 1.95x to 2.1x for 2x."""
 
-MOST_TRIES = 3
+CLOSE = 2.0
+"""Decibels above the wanted quality at which fewer full steps are tried."""
+
+MOST_TRIES = 4
 
 
 def tune(
@@ -41,7 +43,7 @@ def tune(
     target_speedup: float | Sequence[float] | None = None,
     target_psnr: float | Sequence[float] | None = None,
     full_steps: int | Sequence[int] | None = None,
-    num_inference_steps: int | None = None,
+    num_inference_steps: int | Sequence[int] | None = None,
     validation: Any = None,
     predictors: str = "auto",
     snapshots: int = 4,
@@ -55,9 +57,8 @@ def tune(
 ) -> dict[str, Any]:
     """Find a schedule: which steps to run in full, and the weights that predict the others.
 
-    Pictures are drawn with all steps in full, and the error of every later call with the residual
-    of every earlier one is measured; masks are searched, each with the weights that leave the
-    smallest final error, tried in closed loop, and measured on pictures held out. docs/tuning.md.
+    Masks and weights are searched by the errors of reused residuals in pictures with all steps in
+    full, tried in closed loop, and measured on pictures held out. docs/tuning.md.
 
     Args:
         target: a pipeline, or a `BlockAdapter` with one; the cache is off before and after.
@@ -65,8 +66,9 @@ def tune(
             same ones each time; or one of these. A third is held out if `validation` is None.
         target_speedup: wall time of a plain call over that of a cached one; one or several.
         target_psnr, full_steps: likewise, in dB on pictures held out, and steps that run in full.
-            None of the three: rows for 1.5x, 2x, 3x and 4x.
+            Rows for all that is given; for nothing: 1.5x, 2x, 3x and 4x.
         num_inference_steps: of the calls, where prompts are given; `options`: what else they take.
+            Several: one file for all, and functions are called with the number as well.
         predictors: "weights" fitted to the model, "foca" without, or "auto": what is closest.
         snapshots: residuals that the weights add up, 3 to 8.
         per_branch: guidance branches may have masks of their own.
@@ -86,11 +88,42 @@ def tune(
     wanted = _wanted(target_speedup, target_psnr, full_steps)
     how = {"predictors": predictors, "per_branch": per_branch, "guard": guard, "store": store}
     shown = Progress(budget_minutes, shows=progress)
-    drawn = (prompts, validation, num_inference_steps, options)
-    tuner = _tuner(target, drawn, how, snapshots, shown)
     if path is not None and not Path(path).parent.is_dir():
         raise FileNotFoundError(f"tune: the folder of path must exist, got {path}; make it")
-    return _run(tuner, wanted, path)
+    given = prompts, validation, num_inference_steps, options
+    content = _found(target, given, how, snapshots, shown, wanted)
+    if path is not None:
+        Path(path).write_text(to_text(content), encoding="utf-8")
+        shown.say(f"wrote {path} after {shown.spent:.0f} s")
+    return content
+
+
+def _found(
+    target: Any,
+    given: tuple[Any, Any, Any, dict[str, Any]],
+    how: dict[str, Any],
+    snapshots: int,
+    shown: Progress,
+    wanted: Wanted,
+) -> dict[str, Any]:
+    """Tune; several numbers of steps have a share of the time each, and the fewest come first."""
+    prompts, validation, counts, options = given
+    counts = [check_int("tune: num_inference_steps", x, 1) for x in _each(counts)]
+    several = len(counts) > 1
+    if len(set(counts)) < len(counts):
+        raise ValueError(f"tune: num_inference_steps must be different numbers, got {counts}")
+    contents: list[dict[str, Any]] = []
+    for number, steps in enumerate(sorted(counts) or [None]):
+        part = shown.part(len(counts) - number) if several else shown
+        drawn = (prompts, validation, steps, options)
+        content = _run(_tuner(target, drawn, how, snapshots, part, is_told=several), wanted)
+        if content["scheduler_steps"] in [each["scheduler_steps"] for each in contents]:
+            raise ValueError(
+                f"tune: functions must draw in as many steps as their second argument says, got "
+                f"{content['scheduler_steps']} steps for each of {sorted(counts)}"
+            )
+        contents.append(content)
+    return {**contents[0], "others": contents[1:]} if several else contents[0]
 
 
 def _tuner(
@@ -99,6 +132,8 @@ def _tuner(
     how: dict[str, Any],
     snapshots: int,
     shown: Progress,
+    *,
+    is_told: bool = False,
 ) -> Tuner:
     """Return what tunes, after a look at all arguments."""
     check_choice("tune: predictors", how["predictors"], ("auto", "weights", "foca"))
@@ -107,47 +142,38 @@ def _tuner(
     if any(handle_of(part) is not None for part in parts_of(target)):
         raise RuntimeError("tune: the cache must be off, got an enabled one; disable it first")
     prompts, validation, steps, options = drawn
-    calibration = draws_of("tune", prompts, steps, options)
+    calibration = draws_of("tune", prompts, steps, options, is_told=is_told)
     if validation is None:
         calibration, held = _split(calibration)
     else:
-        held = draws_of("tune: validation", validation, steps, options)
+        held = draws_of("tune: validation", validation, steps, options, is_told=is_told)
     fit = Fit(snapshots=snapshots)
     return Tuner(target, calibration, held, steps=steps, fit=fit, progress=shown, **how)
 
 
-def _run(tuner: Tuner, wanted: Wanted, path: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """Tune, tell what was found, and write it."""
+def _run(tuner: Tuner, wanted: Wanted) -> dict[str, Any]:
+    """Tune, tell what was found, and return it."""
     _, adapter = resolve(tuner.target)
     specs = adapter.specs() if adapter is not None else find_specs(tuner.target)
     tuner.calibrate([type(spec.transformer).__name__ for spec in specs])
     content = tuner.finish(_rows(tuner, wanted, tuner.progress))
     for row in content["rows"]:
-        tuner.progress.say(described(row))
-    if path is not None:
-        Path(path).write_text(to_text(content), encoding="utf-8")
-        tuner.progress.say(f"wrote {path} after {tuner.progress.spent:.0f} s")
+        tuner.progress.say(f"of {content['num_inference_steps']} steps: {described(row)}")
     return content
 
 
 def _wanted(speedup: Any, psnr: Any, full: Any) -> Wanted:
     """Return what was asked for, checked."""
-    given = [x for x in (speedup, psnr, full) if x is not None]
-    if len(given) > 1:
-        raise ValueError(
-            "tune: one of target_speedup, target_psnr and full_steps must be given, got several; "
-            "give several values of one, or tune twice"
-        )
+    speedups = [check_number("tune: target_speedup", x, low=1.0) for x in _each(speedup)]
+    psnrs = [check_number("tune: target_psnr", x, positive=True) for x in _each(psnr)]
+    counts = [check_int("tune: full_steps", x, 1) for x in _each(full)]
+    return Wanted(tuple(map(float, speedups)), tuple(map(float, psnrs)), tuple(counts))
 
-    def each(value: Any) -> list[Any]:
-        if value is None:
-            return []
-        return list(value) if isinstance(value, list | tuple) else [value]
 
-    speedups = [float(check_number("tune: target_speedup", x, low=1.0)) for x in each(speedup)]
-    psnrs = [float(check_number("tune: target_psnr", x, positive=True)) for x in each(psnr)]
-    counts = [check_int("tune: full_steps", x, 1) for x in each(full)]
-    return Wanted(tuple(speedups), tuple(psnrs), tuple(counts))
+def _each(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _split(draws: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -165,53 +191,44 @@ def _split(draws: list[Any]) -> tuple[list[Any], list[Any]]:
 
 def _rows(tuner: Tuner, wanted: Wanted, shown: Progress) -> list[Row]:
     """Search, choose and measure the rows that were asked for."""
-    if wanted.psnrs:
-        return [_of_quality(tuner, psnr, shown) for psnr in wanted.psnrs]
-    if wanted.full:
-        too_many = [x for x in wanted.full if x > tuner.total]
-        if too_many:
-            raise ValueError(
-                f"tune: full_steps must be at most the {tuner.total} steps of a request, got "
-                f"{too_many[0]}"
-            )
-        counts = list(wanted.full)
-    else:
-        counts = [tuner.full_for(AIM * speed) for speed in wanted.speedups or FRONT]
-    rows = _measured(tuner, sorted(set(counts), reverse=True), shown)
-    if not wanted.speedups:
-        return rows
-    return [_of_speed(tuner, speed, rows, shown) for speed in wanted.speedups]
+    too_many = [x for x in wanted.full if x > tuner.total]
+    if too_many:
+        raise ValueError(
+            f"tune: full_steps must be at most the {tuner.total} steps of a request, got "
+            f"{too_many[0]}"
+        )
+    is_front = not (wanted.speedups or wanted.psnrs or wanted.full)
+    speeds = FRONT if is_front else wanted.speedups
+    counts = [*wanted.full, *(tuner.full_for(AIM * speed) for speed in speeds)]
+    known = _measured(tuner, counts)
+    rows = [known[count] for count in (counts if is_front else wanted.full)]
+    rows += [_of_speed(tuner, speed, known, shown) for speed in wanted.speedups]
+    return rows + [_of_quality(tuner, psnr, shown) for psnr in sorted(wanted.psnrs, reverse=True)]
 
 
-def _measured(tuner: Tuner, counts: Sequence[int], shown: Progress) -> list[Row]:
-    """Return the rows of some numbers of full steps, validated."""
-    seconds = max(0.5, min(MOST_SECONDS, shown.left(SEARCH) / max(1, len(counts))))
-    rows = [tuner.row_of(count, seconds) for count in counts]
-    chosen = []
-    for row in rows:
-        is_time = shown.allows(2 * tuner.seconds_of(row.full), CHOOSE)
-        chosen.append(tuner.choose(row) if is_time or tuner.predictors == "foca" else row)
-    tuner.validate(chosen)
-    return chosen
+def _measured(tuner: Tuner, counts: Sequence[int]) -> dict[int, Row]:
+    """Return the rows of some numbers of full steps, measured on what was held out."""
+    counts = sorted(set(counts), reverse=True)
+    rows = tuner.made(counts)
+    tuner.validate([row for row in rows if not row.psnr])
+    return dict(zip(counts, rows, strict=True))
 
 
-def _of_speed(tuner: Tuner, speed: float, rows: list[Row], shown: Progress) -> Row:
+def _of_speed(tuner: Tuner, speed: float, known: dict[int, Row], shown: Progress) -> Row:
     """Return a row of that speed, measured: other numbers of full steps are tried where it is not.
 
     The row with the most full steps that is as fast is best, as long as the times agree.
     """
     count = tuner.full_for(AIM * speed)
-    known = {round(row.full): row for row in rows}
     for _ in range(MOST_TRIES):
-        row = known[count]
-        share = row.speedup / speed
+        share = known[count].speedup / speed
         if SLOWER <= share <= FASTER:
             break
         other = max(1, min(tuner.total, count + (1 if share > FASTER else -1)))
         cost = 2 * (tuner.draw_seconds + tuner.seconds_of(other))
         if other in known or not shown.allows(cost):
             break
-        known[other] = _measured(tuner, [other], shown)[0]
+        known |= _measured(tuner, [other])
         count = other
     fitting = [row for row in known.values() if SLOWER * speed <= row.speedup]
     if not fitting:
@@ -221,30 +238,31 @@ def _of_speed(tuner: Tuner, speed: float, rows: list[Row], shown: Progress) -> R
 
 
 def _of_quality(tuner: Tuner, psnr: float, shown: Progress) -> Row:
-    """Return the row with the fewest full steps that has this quality on pictures held out."""
+    """Return the row with the fewest full steps that has this quality on pictures held out.
+
+    Their mean must be as high, less its standard error, so that others have it, too.
+    """
     low, high = 1, tuner.total
-    known: dict[int, Row] = {}
     count = max(2, tuner.total // 3)
     while low < high:
-        seconds = max(0.5, min(MOST_SECONDS, 0.1 * shown.left(SEARCH)))
-        row = tuner.choose(tuner.row_of(count, seconds))
-        known[count] = row
-        if row.chosen >= psnr:
-            high = count
-        else:
-            low = count + 1
+        (row,) = tuner.made([count])
+        low, high = (low, count) if row.chosen >= psnr else (count + 1, high)
         if not shown.allows(3 * tuner.seconds_of(count), CHOOSE):
             break
         count = (low + high) // 2
-    count = high
+    count, best = high, None
     for _ in range(MOST_TRIES):
-        row = known.get(count) or tuner.row_of(count, 1.0)
-        if not row.psnr:
-            tuner.validate([row])
-        if statistics.mean(row.psnr) >= psnr or count >= tuner.total - 1:
-            return row
-        count += 1
+        row = _measured(tuner, [count])[count]
+        if row.sure_quality >= psnr:
+            best = row
+            if row.sure_quality < psnr + CLOSE or count == 1:
+                return row
+        elif best is not None or count >= tuner.total - 1:
+            break
+        count += 1 if best is None else -1
         if not shown.allows(2 * tuner.draw_seconds):
             break
+    if best is not None:
+        return best
     shown.say(f"{psnr:g} dB was not reached on pictures held out; {described(row.entry())}")
     return row

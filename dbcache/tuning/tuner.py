@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import dbcache
+from dbcache.tuning.closed_loop import ClosedLoop
 from dbcache.tuning.errors import measure_pairs
 from dbcache.tuning.pictures import Draw
 from dbcache.tuning.problem import Fit, Mask, Masks, Problem
@@ -26,13 +28,16 @@ POLICIES = (("easycache", 0.02), ("easycache", 0.05), ("easycache", 0.1), ("dbca
 MOST_SECONDS = 20.0
 """Of the search for one row."""
 
-LEAST_TIMES = 3
-"""Interleaved times of which the median is the speed-up of a row."""
+LEAST_TIMES, MOST_TIMES = 3, 9
+"""Interleaved times of which the median is the speed-up of a row: more where they disagree."""
+
+AGREED = 0.05
+"""Largest spread of the middle half of the times over the median."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What was asked for; one of the three, or none: a front."""
+    """What was asked for, one or more of the three, or none: a front."""
 
     speedups: tuple[float, ...] = ()
     psnrs: tuple[float, ...] = ()
@@ -75,6 +80,7 @@ class Tuner:
         self.store = Store(store, progress.say)
         self.problem = Problem()
         self.rows: dict[int, Row] = {}
+        self._made: dict[int, Row] = {}
         self._dp: dict[int, Mask] = {}
         self._starts: list[list[Mask]] = []
         self._used: list[Draw] = []
@@ -112,6 +118,7 @@ class Tuner:
         if progress.allows(2 * len(POLICIES) * self.draw_seconds, CALIBRATE + 0.05):
             self._ask_policies()
         self._time_ends()
+        self.loop = ClosedLoop(self.runner, self.problem, self._used[:2], progress)
 
     @quietly()
     def _ask_policies(self) -> None:
@@ -167,6 +174,43 @@ class Tuner:
 
     # --- search -------------------------------------------------------------------------------
 
+    def made(self, counts: Sequence[int]) -> list[Row]:
+        """Return the rows of these numbers of full steps, searched and chosen, each once."""
+        missing = [count for count in counts if count not in self._made]
+        seconds = max(0.5, min(MOST_SECONDS, self.progress.left(SEARCH) / max(1, len(missing))))
+        for count in missing:
+            self.row_of(count, seconds)
+        self._mend_order()
+        for number, count in enumerate(missing):
+            row, cost = self.rows[count], self.seconds_of(count)
+            share = self.progress.left(CHOOSE) / (len(missing) - number)
+            end = self.progress.spent + share
+            if self.progress.allows(2 * cost, CHOOSE) or self.predictors == "foca":
+                row = self.choose(row, cost, share)
+            if row.weights and self.predictors != "foca":
+                row = self.loop.improve(row, end - self.progress.spent, cost)
+            self._made[count] = row
+            self.progress.bar(f"tried {count} full steps")
+        return [self._made[count] for count in counts]
+
+    def _mend_order(self) -> None:
+        """Search anew, from the masks with fewer full steps, where more of them score worse."""
+        if self._splits:
+            return
+        for fewer, more in itertools.pairwise(sorted(self.rows)):
+            score = self.problem.score(self.rows[more].masks, self.fit)
+            if more in self._made or score <= self.problem.score(self.rows[fewer].masks, self.fit):
+                continue
+            search = Search(self.problem, self.fit, seed=more)
+            start = [self.rows[fewer].masks[group[0]] for group in search.groups]
+            counts = [sum(self.rows[more].masks[group[0]]) for group in search.groups]
+            found = search.run(counts, [start], seconds=0.5)
+            if found.score < score:
+                self.rows[more] = self._fitted(found.masks, self.fit)
+
+    def _fitted(self, masks: Masks, fit: Fit) -> Row:
+        return Row(masks, self.problem.weights(masks, fit), fit=fit)
+
     def row_of(self, full: int, seconds: float) -> Row:
         """Return the best row of so many full steps, searched for `seconds` at most."""
         if full not in self.rows:
@@ -186,7 +230,7 @@ class Tuner:
             found = search.run(counts, starts, seconds=share).masks
             if self._splits:
                 found = self._split(found, full, seconds - share)
-            self.rows[full] = Row(found, self.problem.weights(found, self.fit))
+            self.rows[full] = self._fitted(found, self.fit)
             self.progress.bar(f"searched for {full} full steps")
         return self.rows[full]
 
@@ -200,37 +244,34 @@ class Tuner:
         start = [masks[group[0]] for group in search.groups]
         return search.run([sum(mask) for mask in start], [start], seconds=seconds).masks
 
-    def choose(self, row: Row) -> Row:
-        """Return the row with the predictor that is closest in closed loop."""
-        draws = self._used[: max(1, min(2, len(self._used)))]
-        options = [row] if self.predictors != "foca" else []
-        if self.predictors == "foca":
-            options = [Row(row.masks, {})]
+    def choose(self, row: Row, cost: float, seconds: float) -> Row:
+        """Return the row with the predictor that is closest in closed loop.
+
+        Args:
+            row: as it was searched.
+            cost: seconds of a draw under the row.
+            seconds: to take, as long as there is a choice.
+        """
+        options = [row] if self.predictors != "foca" else [Row(row.masks, {})]
+        if self.predictors == "auto" and 4 * len(self.loop.draws) * cost <= seconds:
+            fits = [replace(self.fit, ridge=ridge) for ridge in (1e-2, 1e-4)]
+            options += [self._fitted(row.masks, fit) for fit in fits]
+            options.append(Row(row.masks, {}))  # without weights: FoCa
         for option in options:
             if option.chosen == -math.inf:
-                option.chosen = self._quality(option, draws)
-        if self.predictors == "auto" and self.progress.allows(
-            6 * len(draws) * self.draw_seconds, CHOOSE
-        ):
-            fits = [replace(self.fit, ridge=ridge) for ridge in (1e-2, 1e-4)]
-            tried = [self.problem.weights(row.masks, fit) for fit in fits]
-            for weights in (*tried, {}):  # without weights: FoCa
-                options.append(Row(row.masks, weights))
-                options[-1].chosen = self._quality(options[-1], draws)
+                option.chosen = self.loop.quality(option)
         return max(options, key=lambda option: option.chosen)
-
-    def _quality(self, row: Row, draws: Sequence[Draw]) -> float:
-        values = [x for draw in draws for x in self.runner.run(row, draw)[0]]
-        return statistics.mean(min(x, 200.0) for x in values)
 
     # --- validate -----------------------------------------------------------------------------
 
     def validate(self, rows: Sequence[Row]) -> None:
         """Measure rows on pictures that were held out, interleaved with plain draws."""
         cost = self.draw_seconds + sum(self.seconds_of(row.full) for row in rows)
-        turns = max(len(self.validation), LEAST_TIMES)
+        turns = max(len(self.validation), MOST_TIMES)
         for turn in range(turns):
             if turn and not self.progress.allows(cost):
+                break
+            if turn >= max(len(self.validation), LEAST_TIMES) and _agree(rows):
                 break
             draw = self.validation[turn % len(self.validation)]
             plain = self.runner.plain(draw)
@@ -254,6 +295,15 @@ class Tuner:
         content["held_out"] = not set(map(id, self.validation)) & set(map(id, self._used))
         content["seconds"] = round(self.progress.spent)
         return content
+
+
+def _agree(rows: Sequence[Row]) -> bool:
+    """Whether the times of each row say the same."""
+    for row in rows:
+        low, middle, high = statistics.quantiles(row.speedups, n=4)
+        if high - low > AGREED * middle:
+            return False
+    return True
 
 
 def _longest(calls: dict[Any, int]) -> int:

@@ -15,6 +15,8 @@ from tiny import FAMILIES, denoise
 import dbcache
 from dbcache.kernels.prediction.taylor import taylor_weights
 
+SHORT = "11001010"
+
 
 class Replay:
     """An independent reference: hooks on the tiny FLUX replace its blocks by weighted residuals."""
@@ -174,9 +176,125 @@ def test_image_to_image_takes_the_end_of_the_schedule():
             fit(calibration, steps, at_most, "who")
 
 
+def of_eight_steps(*models: str) -> dict:
+    """Return a schedule of eight steps, with masks of its own."""
+    parts = {"transformers": [{"model": model, "calls": 8} for model in models]}
+    return content(masks=(SHORT,), num_inference_steps=8, scheduler_steps=8, levels={}, **parts)
+
+
+def test_a_file_of_several_numbers_of_steps_serves_each_request(tmp_path):
+    pipe, path = tiny.pipeline("flux"), tmp_path / "both.json"
+    short = of_eight_steps("FluxTransformer2DModel")
+    path.write_text(dbcache.config.schedule.to_text({**content(), "others": [short]}))
+    alone = {}
+    for file, steps in ((content(), STEPS), (short, 8)):
+        dbcache.enable(pipe, schedule=file)
+        alone[steps] = tiny.generate(pipe, steps, guided=False)
+        dbcache.disable(pipe)
+    dbcache.enable(pipe, schedule=path)
+    for steps, mask in ((8, SHORT), (STEPS, MASK), (8, SHORT)):
+        assert same(tiny.generate(pipe, steps, guided=False), alone[steps])
+        (found,) = reasons(pipe)
+        assert "".join("0" if reason == "static" else "1" for reason in found) == mask
+    with pytest.raises(ValueError, match=f"made for {STEPS} or 8 steps, got a request of 7"):
+        tiny.generate(pipe, 7, guided=False)
+    with pytest.raises(ValueError, match="at 8 steps it has 4 full"):
+        dbcache.enable(pipe, schedule=path, target="fast")
+    fit, model = dbcache.config.schedule.fit_to_steps, tiny.flux()
+    part = dbcache.config.schedule.Schedule.of(path).settings()[0].cache_config.calibration
+    calibration = dbcache.config.schedule.lanes_of(part, model, "transformer_blocks")
+    cut = fit(calibration, 5, 8, "who").lane_for(None)
+    assert "".join(map(str, cut.mask)) == "1" + SHORT[-4:]
+    part["calls"], part["branches"] = (
+        8,
+        {"": lane(MASK[:8], 0)},
+    )  # the other 4 are of a second model
+    shared = dbcache.config.schedule.lanes_of(part, model, "transformer_blocks")
+    assert fit(shared, 8, None, "who").steps == 8
+    assert fit(shared, 8, STEPS, "who").steps == STEPS
+    dbcache.enable(model, schedule=path)
+    for steps in (None, 8):
+        options = {} if steps is None else {"num_inference_steps": steps}
+        with dbcache.start_request(model, **options) as request, torch.no_grad():
+            arguments = FAMILIES["flux"].arguments(torch.randn(1, 16, 16), 1.0, "cond")
+            if steps is None:
+                with pytest.raises(ValueError, match="12 or 8 steps and nothing tells"):
+                    model(**arguments)
+            else:
+                model(**arguments)
+                assert request.summary().lanes[0].steps == 1
+
+
+def test_two_transformers_share_several_numbers_of_steps():
+    pipe = tiny.pipeline("wan2.2")
+    calls = {}
+    for steps in (STEPS, 8):
+        dbcache.enable(pipe, Fn_compute_blocks=1, max_warmup_steps=10**6)
+        tiny.generate(pipe, steps)
+        lanes = dbcache.summary(pipe, logging=False).lanes
+        calls[steps] = [lanes[0].steps, lanes[-1].steps]
+        dbcache.disable(pipe)
+    files = []
+    for steps, counts in calls.items():
+        file = content("WanTransformer3DModel", num_inference_steps=steps, scheduler_steps=steps)
+        file["transformers"] = [{"model": "WanTransformer3DModel", "calls": n} for n in counts]
+        full = steps // 4
+        masks = ["1" * full + "0" * (n - full) for n in counts]
+        file["rows"] = [{"full": 4, "transformers": [{"": lane(mask, 1)} for mask in masks]}]
+        files.append(file)
+    dbcache.enable(pipe, schedule={**files[0], "others": files[1:]})
+    for steps in (8, STEPS):
+        tiny.generate(pipe, steps)
+        shown = dbcache.summary(pipe, logging=False).lanes
+        expected = [n - steps // 4 for n in calls[steps] for _ in "cu"]
+        assert [len(x.cached_steps) for x in shown] == expected
+    with pytest.raises(ValueError, match=f"made for {STEPS} or 8 steps, got a request of 10"):
+        tiny.generate(pipe, 10)
+
+
+def test_another_prompt_length_keeps_the_steps():
+    family = FAMILIES["flux"]
+    model = family.build()
+    dbcache.enable(model, schedule=content(), target="balanced")
+    request = dbcache.start_request(model)
+    x = torch.randn(*family.latent_shape, generator=torch.Generator().manual_seed(1))
+    with request, torch.no_grad():
+        for step in range(STEPS):
+            given = family.arguments(x, 1 - step / STEPS, "cond")
+            text = given["encoder_hidden_states"]
+            longer = {"encoder_hidden_states": torch.cat([text, text], 1)}
+            longer["txt_ids"] = torch.cat([given["txt_ids"]] * 2)
+            model(**given | longer)
+    (found,) = [each.reasons for each in request.summary().lanes]
+    request.close()
+    assert "".join("0" if reason == "static" else "1" for reason in found) == MASK
+
+
+def test_other_settings_of_the_scheduler_are_warned_of():
+    pipe = tiny.pipeline("flux")
+    settings = {"shift": 3.0, "num_train_timesteps": 1000}
+    with pytest.warns(
+        UserWarning, match=r"other settings of the scheduler, got shift=1\.0 in place"
+    ):
+        dbcache.enable(pipe, schedule=content(scheduler_config=settings))
+    assert dbcache.is_enabled(pipe)
+
+
 def test_what_does_not_fit_is_refused_and_nothing_stays(tmp_path):
     pipe = tiny.pipeline("flux")
     good = content()
+    eight = of_eight_steps("FluxTransformer2DModel")
+    for others in (
+        3,
+        {"rows": []},
+        ["x.json"],
+        [good],
+        [eight, eight],
+        [eight | {"snapshots": 5}],
+        [of_eight_steps("x")],
+    ):
+        with pytest.raises(ValueError, match="others"):
+            dbcache.enable(pipe, schedule={**good, "others": others})
 
     def changed(**more):
         return {**copy.deepcopy(good), **more}

@@ -14,11 +14,14 @@ import torch
 from graph_runs import same
 
 import dbcache
+from dbcache.cli import main
 from dbcache.demo import digits
+from dbcache.tuning.closed_loop import ClosedLoop
 from dbcache.tuning.errors import measure_pairs, parts_of_outputs, scheduler_response
 from dbcache.tuning.problem import Fit, Problem
+from dbcache.tuning.progress import Progress
 from dbcache.tuning.recording import Store, record
-from dbcache.tuning.rows import Row
+from dbcache.tuning.rows import Row, Runner, frame_of
 from dbcache.tuning.search import Search, dynamic_program, even
 from dbcache.tuning.tuner import Tuner
 
@@ -181,6 +184,22 @@ def test_residuals_are_kept_where_they_fit(pipe, where):
     assert error < (0.05 if where == "fp8" else 1e-7)
 
 
+def test_the_closed_loop_brings_rows_closer(pipe, recorded, problem, monkeypatch):
+    lane, draw = (0, "cond"), drawing(0)
+    runner = Runner(pipe, frame_of(pipe, recorded, ["FluxTransformer2DModel"], STEPS, 4))
+    loop = ClosedLoop(runner, problem, [draw], Progress(9.0, shows=False))
+    masks = {lane: (1,) * 5 + (0,) * (STEPS - 5)}
+    row = Row(masks, problem.weights(masks, Fit()))
+    row.chosen = loop.quality(row)
+    assert loop.improve(row, seconds=0.9, cost=1.0) is row  # no time
+    monkeypatch.setattr(time, "perf_counter", Clock())
+    moved = loop.improve(row, seconds=12.0, cost=1.0)
+    assert sum(moved.masks[lane]) == 5
+    assert moved.chosen > row.chosen + 0.5
+    values, _ = runner.run(Row(moved.masks, moved.weights), draw)
+    assert values == pytest.approx([moved.chosen], abs=0.1)
+
+
 def test_weights_solve_the_normal_equations(problem):
     """Against NumPy's least squares on the errors themselves."""
     lane = (0, "cond")
@@ -227,7 +246,6 @@ def test_prompts_of_a_pipeline_and_what_is_refused(tmp_path):
         ({"prompts": []}, ValueError, "at least one"),
         ({"prompts": ["a"]}, ValueError, "num_inference_steps must be given"),
         ({"prompts": [3]}, TypeError, "a string, a mapping of arguments or a function"),
-        ({"prompts": drawing(0), "target_speedup": 2, "full_steps": 3}, ValueError, "one of"),
         ({"prompts": drawing(0), "budget_minutes": 0}, ValueError, "budget_minutes"),
         ({"prompts": drawing(0), "predictors": "x"}, ValueError, "predictors"),
         ({"prompts": drawing(0), "path": tmp_path / "no" / "x"}, FileNotFoundError, "make it"),
@@ -315,13 +333,40 @@ def test_a_watched_scheduler_gives_the_pipeline_what_it_gives(name):
 
 
 @pytest.mark.parametrize("best", ["weights", "foca"])
-def test_auto_takes_what_is_closest_weights_or_none(monkeypatch, best):
+def test_auto_takes_what_is_closest_weights_or_none(best):
     lane = (0, None)
     tuner = object.__new__(Tuner)
-    tuner.predictors, tuner.fit, tuner.draw_seconds, tuner._used = "auto", Fit(), 1.0, [None]
-    tuner.progress = SimpleNamespace(allows=lambda *_: True)
+    tuner.predictors, tuner.fit = "auto", Fit()
     tuner.problem = SimpleNamespace(weights=lambda masks, fit: {lane: {1: fit.ridge}})
     is_best = {"weights": lambda row: bool(row.weights), "foca": lambda row: not row.weights}[best]
-    monkeypatch.setattr(tuner, "_quality", lambda row, _: 50.0 if is_best(row) else 40.0)
-    chosen = tuner.choose(Row({lane: (1, 0)}, {lane: {1: 0.5}}))
+    tuner.loop = SimpleNamespace(draws=[None], quality=lambda row: 50.0 if is_best(row) else 40.0)
+    chosen = tuner.choose(Row({lane: (1, 0)}, {lane: {1: 0.5}}), cost=1.0, seconds=60.0)
     assert is_best(chosen)
+
+
+def test_several_numbers_of_steps_and_targets_go_into_one_file(pipe, tmp_path, capsys):
+    path = tmp_path / "both.json"
+    command = ["tune", "digits", "--pictures", "3", "--steps", "8", "6", "--minutes", "0.05"]
+    assert main([*command, "--full-steps", "4", "--psnr", "12", "--out", str(path), "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:2] == ["of", "full"]
+    file = json.loads(path.read_text())
+    assert [each["num_inference_steps"] for each in (file, *file["others"])] == [6, 8]
+    for each in (file, *file["others"]):
+        assert {row["full"] for row in each["rows"]} >= {4}
+        assert min(row["full"] for row in each["rows"]) <= 4
+    dbcache.enable(pipe, schedule=path, target="4 full")
+    for steps in (8, 6):
+        drawing(5, steps)(pipe)
+        assert len(dbcache.summary(pipe, logging=False).lanes[0].cached_steps) == steps - 4
+    dbcache.disable(pipe)
+    for steps, text in (([8, 8], "different numbers"), ([8, 6], "as their second argument says")):
+        with pytest.raises(ValueError, match=text):
+            dbcache.tune(
+                pipe,
+                [lambda pipe, steps, seed=seed: drawing(seed, 4)(pipe) for seed in range(3)],
+                full_steps=3,
+                num_inference_steps=steps,
+                budget_minutes=0.02,
+                progress=False,
+            )
