@@ -26,6 +26,7 @@ from dbcache.adapters.patching.whole_compile import COMPILED, WholeCompile, unco
 from dbcache.adapters.requests import counts
 from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
 from dbcache.adapters.requests.enabled import Enabled
+from dbcache.adapters.requests.hot_swap import watched_loading
 from dbcache.adapters.requests.notices import OUTSIDE, Tally
 from dbcache.adapters.requests.open_requests import OpenRequests
 from dbcache.adapters.requests.record import RequestRecord, Totals
@@ -216,6 +217,7 @@ class CachedTransformer:
         patches: list[InstanceMethod] = [CachedForward(self.module, self.implicit, *calls)]
         if hasattr(self.module, "cache_context"):
             patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
+        patches += watched_loading(self.module, self.implicit)
         return [*patches, InstanceMethod(self.module, REPLICATE, _refuse_replicas)]
 
     def copied_state(self) -> dict[str, Any]:

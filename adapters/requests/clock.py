@@ -12,6 +12,7 @@ import torch
 from dbcache.adapters.requests.guidance import ATTENTION_OPTIONS, LEAVES_OUT, Branches
 from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.requests.step_times import Move, StepTimes
+from dbcache.adapters.signals.ip_adapter import IMAGES, ImageScales
 
 MOST_CONDITIONS = 4
 """Of the first calls, which show whether branches that nobody names take turns."""
@@ -60,6 +61,7 @@ class Clock:
         self.branches = Branches(alternates=setup.spec.separate_cfg)
         self._force_full = force_full
         self._times = StepTimes(setup.module)
+        self._image_scales = ImageScales(setup.module)
         self._looks_at_times = False
         self._step_index: int | None = None
         self._by_time = False
@@ -187,18 +189,20 @@ class Clock:
                 condition = None
             if self._first is None:
                 self._first = self._times.seen(args, kwargs)
-            elif self.branches.is_crowded:
-                self.branches.is_first_step = self._times.is_at(self._first, args, kwargs)
+            elif self.branches.comes_again(branch, condition):
+                self.branches.tell_first_step(self._times.is_at(self._first, args, kwargs))
             branch, is_late = self.branches.of_call(branch, condition)
             if is_late:
                 self._force_full("their branch of guidance had not run just before", branch)
-        # what must stay the same from step to step: what is given, and the scale of LoRA
+        # what must stay the same from step to step: what is given, and the scale of adapters
         given, scales = [], []
         for argument, value in kwargs.items():
             if value is not None:
                 given.append(argument)
                 if argument in ATTENTION_OPTIONS and isinstance(value, dict):
                     scales.append(value.get("scale"))
+                    if IMAGES & value.keys():
+                        scales += self._image_scales.now()
         form = given, scales
         known = self._forms.get(branch)
         if known != form:
@@ -212,7 +216,7 @@ class Clock:
             return
         changed = sorted({*known[0]} ^ {*form[0]})
         if changed or known[1] != form[1]:
-            named = ", ".join(changed) or "the scale of LoRA"
+            named = ", ".join(changed) or "the scale of an adapter"
             self._force_full(f"inputs came, went or changed ({named})", branch)
 
     def end_call(self) -> None:

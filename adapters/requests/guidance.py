@@ -102,8 +102,7 @@ class Branches:
         tells_steps: a scheduler, or the time of the calls, says where steps end. Without that a
             branch that comes again begins a step.
         is_doubted: a scheduler was there, and has said nothing.
-        is_crowded: there are so many calls in the first step that the next one may be of another.
-        is_first_step: then, that the next one has the time of the first.
+        is_first_step: a call that came before, in the first step, came again with the same time.
         alternates: where steps have no end and conditions do not last, calls are those of two
             branches in turn.
         uncond_first: of two branches without names the first is the unconditional one.
@@ -133,7 +132,7 @@ class Branches:
         self._has_ended = False
         self._has_told = False
         self._in_step: Counter[str] = Counter()
-        self.is_crowded = self.is_first_step = False
+        self.is_first_step = False
         self._before: tuple[Any, int, Branch, int, int] | None = None
         self._ran: tuple[Branch, ...] = ()
         self._ran_before: tuple[Branch, ...] = ()
@@ -145,7 +144,24 @@ class Branches:
     def end_step(self) -> None:
         """Take note that the scheduler made a step; the next call begins another."""
         self._has_ended = self._has_told = self.tells_steps = True
-        self.is_doubted = self.is_crowded = False
+        self.is_doubted = False
+
+    def comes_again(self, name: str | None, condition: torch.Tensor | None) -> bool:
+        """Say whether a call like this one came before, without a word of a step in between."""
+        if self._has_told or not self.tells_steps:
+            return False
+        if name is not None:
+            return self._in_step[name] > 0
+        return len(self._found) >= FEW or any(x.is_known_by(condition) for x in self._found)
+
+    def tell_first_step(self, is_at_its_time: bool | None) -> None:
+        """Learn whether a call that comes again is at the time of the first; None: unknown.
+
+        One at another time shows that this scheduler is not asked for steps.
+        """
+        self.is_first_step = bool(is_at_its_time)
+        if is_at_its_time is False:
+            self.tells_steps, self.is_doubted = False, True
 
     def of_call(self, name: str | None, condition: torch.Tensor | None) -> tuple[str | None, bool]:
         """Return the key of the call's branch, and whether what that remembers is out of date.
@@ -199,7 +215,6 @@ class Branches:
             return name
         self._in_step[name] += 1
         place = self._in_step[name]
-        self.is_crowded = place >= FEW and not self._has_told
         if place > FEW and not self._has_told and not self.is_first_step:
             self.tells_steps, self.is_doubted = False, True
             return name
@@ -261,7 +276,6 @@ class Branches:
                 return idle, True
         branch = Branch(self._next_key(), self._step, follows=self._at_place(), since=self._step)
         self._found.append(branch)
-        self.is_crowded = len(self._found) >= FEW and not self._has_told
         return branch, False
 
     def _next_key(self) -> str | None:

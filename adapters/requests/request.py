@@ -26,7 +26,7 @@ from dbcache.adapters.requests.notices import Notices
 from dbcache.adapters.requests.record import RequestRecord
 from dbcache.adapters.requests.reruns import Reruns
 from dbcache.adapters.requests.setup import Setup
-from dbcache.adapters.signals.lora import Adapters
+from dbcache.adapters.signals.lora import CHANGED, Adapters
 from dbcache.graphs.cuda_capture import UserCapture
 from dbcache.graphs.fingerprint import has_own_graphs
 from dbcache.graphs.recording import Cutter
@@ -224,7 +224,7 @@ class Request:
             self.notices.begin_image(self, args, kwargs)
         has_adapters = "peft_config" in self.module.__dict__ or self.adapters.are_known
         if has_adapters and self.adapters.have_changed(self.module, self.setup.lists, clock.calls):
-            self.force_full("the adapters of LoRA changed")
+            self.force_full(CHANGED)
         clock.find_branch(args, kwargs)
 
     def _plan(self, latents: torch.Tensor | None) -> None:

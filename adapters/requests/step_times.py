@@ -44,14 +44,18 @@ class StepTimes:
         time = self._find(args, kwargs)
         return time, _version(time)
 
-    def is_at(self, seen: tuple[Any, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def is_at(
+        self, seen: tuple[Any, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool | None:
         """Say whether a call has the time that was seen before; reads both from the device.
 
-        A tensor that was written into since then tells nothing.
+        A tensor that was written into since then tells nothing: None, as without times.
         """
         time, version = seen
         then, now = _number(time), _number(self._find(args, kwargs))
-        return then is not None and then == now and _version(time) == version
+        if then is None or now is None or _version(time) != version:
+            return None
+        return then == now
 
     def move(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Move:
         """Return how a call's time lies to that of the last one; reads it from the device."""

@@ -1,7 +1,7 @@
 """Which adapters of LoRA a transformer has, and how strong they are.
 
 What was stored under others does not hold. diffusers and PEFT keep the names in the `peft_config`
-of the model; only where that is, one layer of each block is asked for the rest, on each step.
+of the model; only where that is, a layer or two of each block are asked for the rest, on each step.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import torch
 
 CONFIG = "peft_config"
 """Attribute of a model with adapters: their configs by name."""
+
+CHANGED = "the adapters of LoRA changed"
+"""Reason of a full step, in summaries."""
 
 
 class Adapters:
@@ -47,17 +50,18 @@ class Adapters:
 
 
 def _layers(lists: Sequence[Sequence[torch.nn.Module]]) -> list[Any]:
-    """Return the first layer of each block that has adapters."""
+    """Return layers of each block, in which all adapters of the block are."""
     tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is None:
-        return []
-    kind = tuners.BaseTunerLayer
-    found = (
-        next((module for module in block.modules() if isinstance(module, kind)), None)
-        for blocks in lists
-        for block in blocks
-    )
-    return [layer for layer in found if layer is not None]
+    found: list[Any] = []
+    for block in (block for blocks in lists for block in blocks if tuners is not None):
+        known: set[str] | None = None
+        for layer in block.modules():
+            if isinstance(layer, tuners.BaseTunerLayer):  # type: ignore[union-attr]
+                names = set(getattr(layer, "scaling", None) or ())
+                if known is None or not names <= known:
+                    found.append(layer)
+                    known = names | (known or set())
+    return found
 
 
 def _state(layer: Any) -> tuple[Any, ...]:

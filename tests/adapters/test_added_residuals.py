@@ -173,16 +173,32 @@ def adapted(request):
     model.set_attn_processor(processors)
 
 
+def image(name, seed):
+    embeds = tiny.noise(*ADAPTERS[name][2], seed=seed)
+    one = [embeds] if name.startswith("Flux") else embeds
+    return {"joint_attention_kwargs": {"ip_adapter_image_embeds": one}}
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_ip_adapter_images_are_right_on_full_and_on_cached_steps(adapted, setting):
-    shape = ADAPTERS[adapted][2]
+    check(adapted, *SETTINGS[setting], lambda _: image(adapted, 9), lambda _: image(adapted, 8))
 
-    def image(seed):
-        embeds = tiny.noise(*shape, seed=seed)
-        one = [embeds] if adapted.startswith("Flux") else embeds
-        return {"joint_attention_kwargs": {"ip_adapter_image_embeds": one}}
 
-    check(adapted, *SETTINGS[setting], lambda step: image(9), lambda step: image(8))
+def test_another_scale_of_ip_adapters_makes_the_next_step_a_full_one(adapted):
+    """As `pipe.set_ip_adapter_scale` in a callback."""
+    scaled = [x for x in models.model(adapted).attn_processors.values() if hasattr(x, "scale")]
+
+    def run(step):
+        for processor in scaled[1:]:  # the first block's stays: no measured change shows it
+            scale = 0.2 if step >= 3 else 1.0
+            processor.scale = [scale] if isinstance(processor.scale, list) else scale
+        return image(adapted, 9)
+
+    enable(adapted, 1, 0, threshold=1.0)
+    models.run(adapted, 6, list(range(6)), run)
+    summary = dbcache.summary(models.model(adapted))
+    assert {tuple(lane.cached_steps) for lane in summary.lanes} == {(1, 2, 4, 5)}
+    assert "the scale of an adapter" in str(summary)
 
 
 class Lora(torch.nn.Module):

@@ -364,7 +364,7 @@ def test_refreshing_within_a_call_goes_on_with_lanes_of_their_own():
         ({"controls": [1] * 8, "scales": [0.5] * 4 + [0.0] * 4}, "FFccFccc", "ControlNet changed"),
         ({"controls": [1] * 8, "scales": [[1, 2]] * 4 + [[1, 3]] * 4}, "FFccFccc", "ControlNet"),
         ({"lora": [0.5] * 8}, "FFcccccc", None),
-        ({"lora": [0.5] * 6 + [1.0] * 2}, "FFccccFc", "(the scale of LoRA)"),
+        ({"lora": [0.5] * 6 + [1.0] * 2}, "FFccccFc", "(the scale of an adapter)"),
     ],
 )
 def test_a_change_of_what_is_added_makes_the_next_step_a_full_one(how, wanted, why):

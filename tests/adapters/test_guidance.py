@@ -151,7 +151,7 @@ def test_the_step_on_which_the_scale_of_lora_changes_is_full():
     more = {"callback_on_step_end": change, "joint_attention_kwargs": {"scale": 1.0}}
     pipe, _ = run("FLUX.1", **more)
     assert decisions(pipe) == [("cond", "FFccFc"), ("uncond", "FFccFc")]
-    assert "inputs came, went or changed (the scale of LoRA)" in notes(pipe)
+    assert "inputs came, went or changed (the scale of an adapter)" in notes(pipe)
     dbcache.disable(pipe)
 
 

@@ -328,12 +328,13 @@ def test_six_unnamed_calls_per_step_have_a_lane_each(same_text):
         assert not dbcache.summary(pipe, logging=False).notes
 
 
-def test_a_scheduler_that_is_never_asked_gives_no_lane_per_step():
-    pipe = dbcache.enable(Loop(tiny.flux(double=2, single=2), tells=False), **OPTIONS)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_scheduler_that_is_never_asked_gives_no_lane_per_step(named):
+    pipe = Loop(tiny.flux(double=2, single=2), tells=False, named=named)
+    dbcache.enable(pipe, **OPTIONS)
     for _ in range(2):
         pipe(9, calls=1)
-    assert len(decisions(pipe)) == 1
-    assert "c" in decisions(pipe)[0]
+        assert decisions(pipe) == ["FFccFccFc"]
 
 
 def gradients(model, wrap, *, at_once):

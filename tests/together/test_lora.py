@@ -9,6 +9,7 @@ import dbcache
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread", "plain_kernels")
 
+LISTS = tiny.FAMILIES["flux"].lists
 ON = {"Fn_compute_blocks": 1, "residual_diff_threshold": 1.0, "max_warmup_steps": 1}
 
 
@@ -72,6 +73,53 @@ def test_a_change_within_a_request_makes_the_next_step_full(kind):
     with torch.no_grad():
         expected = plain(**family.arguments(x, 0.5, "cond"))[0]
     assert torch.equal(outputs[3], expected)
+
+
+def weights(model, seed):
+    """Return those of an adapter of two layers, as a file has them."""
+    layers = [(f"{name}.0.attn.to_q", model.get_submodule(f"{name}.0.attn.to_q")) for name in LISTS]
+    sizes = {"A": lambda layer: (2, layer.in_features), "B": lambda layer: (layer.out_features, 2)}
+    return {
+        f"transformer.{name}.lora_{side}.weight": tiny.noise(*size(layer), seed=seed)
+        for name, layer in layers
+        for side, size in sizes.items()
+    }
+
+
+@pytest.mark.parametrize("target", ["pipeline", "model"])
+def test_weights_that_are_exchanged_within_an_adapter(target):
+    pipe = tiny.pipeline("flux")
+    model, family = pipe.transformer, tiny.FAMILIES["flux"]
+    pipe.load_lora_weights(weights(model, 1), adapter_name="one")
+
+    def swap(*_):
+        pipe.load_lora_weights(weights(model, 2), adapter_name="one", hotswap=True)
+        return {}
+
+    dbcache.enable(pipe if target == "pipeline" else model, num_inference_steps=4, **ON)
+    for change, cached in ((swap, [1, 3]), (lambda *_: {}, [1, 2, 3])):
+        if target == "model":
+            run(model, family, change, at=2, steps=4)
+        else:
+            pipe(
+                prompt_embeds=tiny.noise(1, tiny.TEXT_TOKENS, tiny.TEXT_DIM, seed=11),
+                pooled_prompt_embeds=tiny.noise(1, 12, seed=12),
+                height=64, width=64, num_inference_steps=4, output_type="latent",
+                callback_on_step_end=lambda p, i, *_, f=change: f() if i == 1 else {},
+            )  # fmt: skip
+        assert dbcache.summary(pipe if target == "pipeline" else model)[0].cached_steps == cached
+    dbcache.disable(pipe if target == "pipeline" else model)
+    assert "load_lora_adapter" not in vars(model)
+
+
+def test_an_adapter_that_is_in_no_layer_of_another():
+    model = with_adapter(tiny.flux(), "first", 1)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"]), adapter_name="second")
+    model.set_adapters(["first", "second"], [1.0, 1.0])
+    dbcache.enable(model.requires_grad_(False), num_inference_steps=6, **ON)
+    weaken = lambda model: model.set_adapters(["first", "second"], [1.0, 0.3])  # noqa: E731
+    run(model, tiny.FAMILIES["flux"], weaken)
+    assert dbcache.summary(model)[0].cached_steps == [1, 2, 4, 5]
 
 
 def test_no_change_and_changes_between_requests_cost_nothing():
