@@ -9,6 +9,7 @@ Calibrated on seeds from 100 on, checked on seeds from 200 on; what is compared 
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,43 @@ def compare(batches: int, levels: list[str]) -> str:
     bench = methods.Bench(STEPS, 1, "cpu")
     methods.measure_all(bench, rows, levels, result, batches, lambda: None)
     result["rows"] = methods.table(rows, result["records"])
-    return methods.markdown(result)
+    return f"{methods.markdown(result)}\n\n{leads(result['rows'])}"
+
+
+def leads(rows: list[dict[str, Any]]) -> str:
+    """Return how far the schedule is ahead of the best other method at its cached steps.
+
+    A method is interpolated linearly between its rows. Where all of them cache more, the one with
+    the fewest cached steps stands for it.
+    """
+    others: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["method"] != TUNED.name:
+            name = f"{row['method']} ({row['engine']})"
+            others.setdefault(name, []).append((row["cached"], row["psnr"]))
+    lines = []
+    for own in (row for row in rows if row["method"] == TUNED.name):
+        known = {name: interpolated(points, own["cached"]) for name, points in others.items()}
+        values = {name: value for name, value in known.items() if value is not None}
+        if not values:
+            continue
+        best = max(values, key=lambda name: values[name])
+        lines.append(
+            f"{own['level']}: {own['psnr']:.1f} dB at {own['cached']:.4g} cached, "
+            f"{own['psnr'] - values[best]:+.1f} dB to {best}, {values[best]:.1f} dB there"
+        )
+    return "\n".join(lines)
+
+
+def interpolated(points: list[tuple[float, float]], at: float) -> float | None:
+    """Return the value at `at` between points, None beyond the last."""
+    points = sorted(points)
+    if at < points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / max(x1 - x0, 1e-9)
+    return None
 
 
 def main() -> None:

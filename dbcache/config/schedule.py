@@ -183,8 +183,11 @@ class Schedule:
         policy: dict[str, Any] = {"policy": "schedule"}
         if guard is not None:
             check_number(f"{who}: guard", guard, positive=True)
-            lanes = [lane for part in parts for lane in part["branches"].values()]
-            if not any(lane.get("changes") for lane in lanes):
+            known = (
+                any(lane.get("changes") for part in row for lane in part["branches"].values())
+                for row in every
+            )
+            if not all(known):
                 raise ValueError(
                     f"{who}: guard must come with a schedule that holds the changes of its steps, "
                     f"got {self.name} without; tune with guard=True"

@@ -13,6 +13,7 @@ from dbcache.adapters.requests.cached_transformer import handle_of
 from dbcache.config.options import check_choice, check_int, check_number
 from dbcache.config.schedule import described, to_text
 from dbcache.kernels.common.lane_state import MAX_SLOTS
+from dbcache.notices import say
 from dbcache.targets import parts as parts_of
 from dbcache.targets import resolve
 from dbcache.tuning.pictures import draws_of
@@ -232,8 +233,9 @@ def _of_speed(tuner: Tuner, speed: float, known: dict[int, Row], shown: Progress
         count = other
     fitting = [row for row in known.values() if SLOWER * speed <= row.speedup]
     if not fitting:
-        shown.say(f"{speed:g}x was not reached; the fastest row is taken")
-        return max(known.values(), key=lambda row: row.speedup)
+        row = max(known.values(), key=lambda row: row.speedup)
+        say(f"tune: {speed:g}x was not reached; the fastest row is taken: {described(row.entry())}")
+        return row
     return max(fitting, key=lambda row: row.full)
 
 
@@ -242,7 +244,7 @@ def _of_quality(tuner: Tuner, psnr: float, shown: Progress) -> Row:
 
     Their mean must be as high, less its standard error, so that others have it, too.
     """
-    low, high = 1, tuner.total
+    low, high = 1, max(1, tuner.total - 1)
     count = max(2, tuner.total // 3)
     while low < high:
         (row,) = tuner.made([count])
@@ -264,5 +266,8 @@ def _of_quality(tuner: Tuner, psnr: float, shown: Progress) -> Row:
             break
     if best is not None:
         return best
-    shown.say(f"{psnr:g} dB was not reached on pictures held out; {described(row.entry())}")
+    say(
+        f"tune: {psnr:g} dB was not reached on pictures held out; the best row is taken: "
+        f"{described(row.entry())}"
+    )
     return row

@@ -57,3 +57,21 @@ def test_the_rows_of_all_levels_are_in_the_file_and_seeds_are_apart():
     first = digits_drawing(schedules.CALIBRATED, 2)
     pipe = digits.load_pipeline()
     assert first(pipe).shape == (5, 16, 16)
+
+
+def test_leads_are_those_over_other_methods_at_as_many_cached_steps():
+    rows = [
+        {"method": name, "engine": "dbcache", "level": level, "cached": cached, "psnr": psnr}
+        for name, level, cached, psnr in (
+            ("tuned schedule", "2x", 25, 70.0),
+            ("tuned schedule", "4x", 38, 60.0),
+            ("EasyCache", "2x", 20, 72.0),
+            ("EasyCache", "3x", 30, 64.0),
+            ("FoCa", "3x", 36, 50.0),
+            ("FoCa", "4x", 40, 46.0),
+        )
+    ]
+    assert schedules.leads(rows).splitlines() == [
+        "2x: 70.0 dB at 25 cached, +2.0 dB to EasyCache (dbcache), 68.0 dB there",
+        "4x: 60.0 dB at 38 cached, +12.0 dB to FoCa (dbcache), 48.0 dB there",
+    ]

@@ -5,6 +5,7 @@ import torch
 STEPS = 12
 MASK = "110010010010"
 OTHER = "110000010000"
+SHORT = "11001010"
 SLOTS = 4
 
 
@@ -43,3 +44,10 @@ def content(model="FluxTransformer2DModel", masks=(MASK, OTHER), names=("",), **
         "rows": rows,
         **more,
     }
+
+
+def of_eight_steps(*models: str) -> dict:
+    """Return a schedule of eight steps, with masks of its own."""
+    parts = {"transformers": [{"model": model, "calls": 8} for model in models]}
+    more = {"num_inference_steps": 8, "scheduler_steps": 8, "levels": {"balanced": 0}}
+    return content(masks=(SHORT,), **more, **parts)

@@ -9,13 +9,11 @@ import pytest
 import tiny
 import torch
 from graph_runs import same
-from schedules import MASK, OTHER, SLOTS, STEPS, content, lane
+from schedules import MASK, OTHER, SHORT, SLOTS, STEPS, content, lane, of_eight_steps
 from tiny import FAMILIES, denoise
 
 import dbcache
 from dbcache.kernels.prediction.taylor import taylor_weights
-
-SHORT = "11001010"
 
 
 class Replay:
@@ -174,12 +172,6 @@ def test_image_to_image_takes_the_end_of_the_schedule():
     for steps, at_most in ((8, None), (8, 8), (24, 24), (13, 12)):
         with pytest.raises(ValueError, match=f"made for {STEPS} steps, got a request of"):
             fit(calibration, steps, at_most, "who")
-
-
-def of_eight_steps(*models: str) -> dict:
-    """Return a schedule of eight steps, with masks of its own."""
-    parts = {"transformers": [{"model": model, "calls": 8} for model in models]}
-    return content(masks=(SHORT,), num_inference_steps=8, scheduler_steps=8, levels={}, **parts)
 
 
 def test_a_file_of_several_numbers_of_steps_serves_each_request(tmp_path):
@@ -354,3 +346,6 @@ def test_a_guarded_request_runs_steps_in_full_that_move_too_much():
         dbcache.disable(model)
     assert cached[1e-6] == 0
     assert cached[1e9] == MASK.count("0")
+    both = {**file, "others": [of_eight_steps("FluxTransformer2DModel")]}
+    with pytest.raises(ValueError, match="tune with guard=True"):  # the other number has none
+        dbcache.enable(model, schedule=both, target="balanced", guard=1.5)

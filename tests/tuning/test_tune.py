@@ -258,7 +258,7 @@ def test_prompts_of_a_pipeline_and_what_is_refused(tmp_path):
         dbcache.tune(pipe, drawing(0))
     dbcache.disable(pipe)
     plain = tiny.generate(pipe, 6, guided=False)
-    text = {
+    text_given = {
         "prompt_embeds": tiny.noise(1, 6, 24, seed=1),
         "pooled_prompt_embeds": tiny.noise(1, 12, seed=2),
         "height": 64,
@@ -267,10 +267,22 @@ def test_prompts_of_a_pipeline_and_what_is_refused(tmp_path):
     }
     with pytest.warns(UserWarning, match="too few to hold one out"):
         content = dbcache.tune(
-            pipe, text, full_steps=3, num_inference_steps=6, budget_minutes=0.05, progress=False
+            pipe,
+            text_given,
+            full_steps=3,
+            num_inference_steps=6,
+            budget_minutes=0.05,
+            progress=False,
         )
     assert content["transformers"] == [{"model": "FluxTransformer2DModel", "calls": 6}]
     assert not content["held_out"]
+    for target, text in (("target_psnr", "500 dB was not"), ("target_speedup", "500x was not")):
+        with pytest.warns(UserWarning, match=f"{text} reached.*is taken: . full"):
+            content = dbcache.tune(
+                pipe, [text_given] * 3, num_inference_steps=6, budget_minutes=0.02, progress=False,
+                **{target: 500},
+            )  # fmt: skip
+        assert [row["full"] for row in content["rows"]] == [5 if target == "target_psnr" else 1]
     assert same(tiny.generate(pipe, 6, guided=False), plain)
 
 
