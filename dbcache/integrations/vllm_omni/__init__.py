@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.util
+import logging
 import sys
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -62,8 +63,16 @@ class _Awaited(importlib.abc.MetaPathFinder):
 
 def _extend(selector: Any) -> None:
     """Let the engine's function know one name more."""
-    original = getattr(selector, FUNCTION)
+    original = getattr(selector, FUNCTION, None)
     if hasattr(original, "without_dbcache"):
+        return
+    if not callable(original):  # the engine works on, without this backend
+        logging.getLogger("vllm_omni.dbcache").warning(
+            "dbcache: --cache-backend dbcache is not known, since this vLLM-Omni has no %s in %s; "
+            "install vllm-omni 0.30, or uninstall dbcache-dit",
+            FUNCTION,
+            MODULE,
+        )
         return
 
     @functools.wraps(original)
