@@ -56,8 +56,9 @@ def request(stage, steps, family="flux", branches=("cond",), **sampling):
     """Run one request as the engine does; return all outputs of the model."""
     batch = sglang_stub.batch(steps, **sampling)
     batch.do_classifier_free_guidance = len(branches) > 1
-    stage._maybe_enable_cache_dit(steps, batch)
-    return tiny.denoise(stage.transformer, tiny.FAMILIES[family], steps, branches=branches)
+    with torch.inference_mode():  # as the engine's executors do
+        stage._maybe_enable_cache_dit(steps, batch)
+        return tiny.denoise(stage.transformer, tiny.FAMILIES[family], steps, branches=branches)
 
 
 def cached_steps(module):
@@ -197,6 +198,30 @@ def test_models_that_only_the_engine_describes_are_cached(engine):
     assert sum(cached_steps(transformer))
     dit._unmount_cache_dit()
     assert not hasattr(transformer, "_sglang_cache_dit_adapter")
+
+
+def test_failed_requests_and_other_sizes_leave_nothing_to_the_next_one(engine, monkeypatch):
+    stage, real, calls = sglang_stub.stage(engine.denoising, tiny.flux()), tiny.noise, []
+    expected = request(stage, 10)
+
+    def fail(*_):
+        calls.append(None)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    hook = stage.transformer.transformer_blocks[0].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        request(stage, 10)
+    hook.remove()
+    assert all(map(torch.equal, request(stage, 10), expected))
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny, "noise", lambda n, *size, seed=0: real(n + 1, *size, seed=seed))
+        assert len(request(stage, 8)[0]) == 2
+    assert all(map(torch.equal, request(stage, 10), expected))
+    monkeypatch.delenv(CHOSEN)  # what is mounted serves on, and is taken off by what mounted it
+    assert all(map(torch.equal, request(stage, 10), expected))
+    stage._unmount_cache_dit()
+    assert "_dbcache" not in vars(stage.transformer)
 
 
 def settings(stage):

@@ -1,8 +1,11 @@
 """Two ranks of an engine that share a sequence cache the same steps."""
 
+import importlib.metadata
+import os
 from types import SimpleNamespace
 
 import ranks
+import sglang_stub
 import tiny
 import torch.distributed as dist
 import vllm_stub
@@ -39,6 +42,36 @@ def check_ranks_of_vllm_omni_decide_together() -> None:
             backend.disable(pipe)
     (alone, other), (together, same) = found
     assert alone != other
+    assert together == same
+    assert "below threshold" in together[0]
+
+
+def check_ranks_of_sglang_decide_together() -> None:
+    cached = {"ENABLED": "true", "WARMUP": "2", "RDT": "0.15"}
+    os.environ.update({f"SGLANG_CACHE_DIT_{name}": value for name, value in cached.items()})
+    os.environ["SGLANG_DBCACHE"] = "1"
+    value = "dbcache.integrations.sglang:register"
+    point = importlib.metadata.EntryPoint("dbcache", value, "sglang.multimodal_gen.plugins")
+    with sglang_stub.engine() as engine:
+        engine.plugins.entry_points = lambda group: [point] if group == point.group else []
+        engine.plugins.apply_plugin_hooks()
+        found = []
+        for ranks_ in (1, 2):
+            group = SimpleNamespace(world_size=ranks_, device_group=dist.group.WORLD)
+            alone = SimpleNamespace(world_size=1, device_group=None)
+            engine.denoising.get_world_size = lambda ranks_=ranks_: ranks_
+            engine.denoising.get_sp_group = lambda group=group: group
+            engine.denoising.get_tp_group = lambda alone=alone: alone
+            stage = sglang_stub.stage(engine.denoising, tiny.flux())
+            stage._maybe_enable_cache_dit(12, sglang_stub.batch(12))
+            tiny.denoise(stage.transformer, tiny.FAMILIES["flux"], 12, seed=5 + dist.get_rank())
+            (lane,) = dbcache.summary(stage.transformer, logging=False)
+            both: list[object] = [None, None]
+            dist.all_gather_object(both, (lane.reasons, lane.diffs))
+            found.append(both)
+            stage._unmount_cache_dit()
+    (one, other), (together, same) = found
+    assert one != other
     assert together == same
     assert "below threshold" in together[0]
 
