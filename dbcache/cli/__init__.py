@@ -13,13 +13,13 @@ import importlib
 import json
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import dbcache
 from dbcache.cli import metrics
 from dbcache.cli.outcome import Outcome
+from dbcache.command import FAILED, run_command
 from dbcache.foreign import explanation
 
 COMMANDS = (
@@ -35,9 +35,6 @@ COMMANDS = (
     "info",
 )
 """Modules of this package."""
-
-DONE, FAILED, INTERRUPTED = 0, 1, 130
-"""Exit codes; that of a wrong command line is 2."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,35 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return metrics.main(given[1:])
     arguments = parser().parse_args(given)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of optional parts
-    module = importlib.import_module(f"dbcache.cli.{arguments.command}")
-    try:
+
+    def body() -> int:
+        module = importlib.import_module(f"dbcache.cli.{arguments.command}")
         outcome: Outcome = module.run(arguments)
-        text = _json(outcome.data) if arguments.json else outcome.text
         if outcome.text:
-            print(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # as in `dbcache models | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except KeyboardInterrupt:
-        print(f"dbcache {arguments.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"dbcache {arguments.command}: {_text(error)}", file=sys.stderr)
-        return FAILED
-    return outcome.code
+            print(_json(outcome.data) if arguments.json else outcome.text)
+        return outcome.code
+
+    return run_command(f"dbcache {arguments.command}", body, arguments.debug)
 
 
 def _json(data: Any) -> str:
     from dbcache.results.plain import plain
 
     return json.dumps(plain(data), indent=1)
-
-
-def _text(error: Exception) -> str:
-    """Return an error as one paragraph, with its kind where its text alone says too little."""
-    text = str(error).strip()
-    known = isinstance(error, ValueError | TypeError | RuntimeError | OSError | ImportError)
-    return text if text and known else f"{type(error).__name__}: {text or 'no text'}"

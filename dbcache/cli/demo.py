@@ -8,7 +8,7 @@ import io
 import sys
 from pathlib import Path
 
-from dbcache.cli.outcome import Outcome
+from dbcache.cli.outcome import Outcome, check_writable
 
 HELP = "draw digits with and without the cache, and compare"
 
@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     for name in ("steps", "per_digit", "repeats"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    check_writable("--out", arguments.out)
     from dbcache.demo.run import run as run_demo
 
     text = io.StringIO()

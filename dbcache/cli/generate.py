@@ -6,12 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dbcache.cli.outcome import Outcome, pair
+from dbcache.cli.outcome import Outcome, check_writable, pair
 
 HELP = "generate pictures, videos or sounds with a pipeline of diffusers, with the cache on"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ENDINGS = {"images": ".png", "frames": ".mp4", "audios": ".wav"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--compare", action="store_true", help="also without the cache; times, PSNR")
     out = parser.add_argument_group("output")
-    out.add_argument("--out", type=Path, help="file, or folder of frames (default: out.png, .mp4)")
+    out.add_argument(
+        "--out", type=Path, help="file, or folder of images (default: out.png, .mp4, .wav)"
+    )
     out.add_argument("--fps", type=int, default=16, help="frames per second of a video")
     out.add_argument("--rate", type=int, default=44100, help="samples per second of a sound")
     out.add_argument("--report", type=Path, help="write the page of `dbcache.report` there")
@@ -63,9 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Outcome:
     """Load, generate, save, and tell what was cached."""
     import dbcache
+    from dbcache.cli.media import check_ending
     from dbcache.cli.pipelines import Runner, enabled, start_ranks
 
     _check(arguments)
+    check_ending(arguments.out)
     settings = _settings(arguments)
     is_first = arguments.parallel is None or start_ranks()
     runner = Runner.load(arguments)
@@ -120,6 +123,8 @@ def _check(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, name)
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"--{name}: there is no file {path}")
+    for name in ("out", "report", "summary"):
+        check_writable(f"--{name}", getattr(arguments, name))
     for name in ("report", "summary"):
         path = getattr(arguments, name)
         if path is not None and not path.parent.is_dir():
@@ -157,8 +162,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _save(arguments: argparse.Namespace, result: Any, more: str = "") -> list[str]:
-    from dbcache.cli.media import save
+    from dbcache.cli.media import file_of, save
 
-    out = arguments.out or Path(f"out{ENDINGS[result.kind]}")
+    out = file_of(result.kind, arguments.out)
     out = out.with_name(f"{out.stem}{more}{out.suffix}")
     return list(map(str, save(result.kind, result.entries, out, arguments.fps, arguments.rate)))

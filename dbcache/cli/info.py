@@ -50,8 +50,10 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 
 def _devices() -> list[dict[str, Any]]:
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return [{"name": "CPU", "kind": platform.machine()}]
     found = [{"name": f"CPU, {torch.get_num_threads()} threads", "kind": platform.machine()}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -63,8 +65,10 @@ def _devices() -> list[dict[str, Any]]:
 
 def _modes() -> dict[str, str | None]:
     """Return why each mode does not work here, None where it does."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return {"cache": "needs torch, which cannot be imported here: pip install torch"}
     has_gpu = torch.cuda.is_available()
     no_gpu = None if has_gpu else "torch finds no CUDA or ROCm device"
     no_triton = None if find_spec("triton") else "triton is not installed"

@@ -12,6 +12,27 @@ KINDS = ("images", "frames", "videos", "audios")
 """Attributes of the outputs of diffusers' pipelines, by what they hold."""
 
 
+ENDINGS = {
+    "images": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ""),
+    "frames": (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".png", ""),
+    "audios": (".wav",),
+}
+"""What each kind can be written as, the default first; "" is a folder of pictures."""
+
+
+def check_ending(out: Path | None) -> None:
+    """Raise a ValueError for an ending that nothing is written as, before anything is computed."""
+    known = sorted({ending for endings in ENDINGS.values() for ending in endings} - {""})
+    if out is not None and out.suffix and out.suffix.lower() not in known:
+        raise ValueError(f"--out: must end in one of {', '.join(known)}, got {out}")
+
+
+def file_of(kind: str, out: Path | None) -> Path:
+    """Return where to write: `out`, with another ending if this kind cannot be written as that."""
+    out = out or Path(f"out{ENDINGS[kind][0]}")
+    return out if out.suffix.lower() in ENDINGS[kind] else out.with_suffix(ENDINGS[kind][0])
+
+
 def media_of(output: Any) -> tuple[str, list[Any]]:
     """Return the kind of what a pipeline returned, and its entries.
 
@@ -46,6 +67,9 @@ def save(kind: str, entries: Sequence[Any], out: Path, fps: int, rate: int) -> l
         path = out if len(entries) == 1 else out.with_name(f"{out.stem}-{index}{out.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == "images":
+            if not out.suffix:
+                out.mkdir(parents=True, exist_ok=True)
+                path = out / f"{index:05d}.png"
             picture(entry).save(path)
         elif kind == "frames":
             _save_video([picture(frame) for frame in entry], path, fps)

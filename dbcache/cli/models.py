@@ -36,7 +36,11 @@ def run(arguments: argparse.Namespace) -> Outcome:
         {key: cell if i < 2 else cell == "✅" for i, (key, cell) in enumerate(pairs)}
         for pairs in (zip(keys, row, strict=True) for row in rows)
     ]
-    text = "\n".join([*lines[:2], *kept]) if arguments.markdown else columns([head, *rows])
+    text = (
+        "\n".join([*lines[:2], *kept])
+        if arguments.markdown
+        else columns([head, *[[c.replace("✅", "yes") for c in row] for row in rows]])
+    )
     text += "".join(f"\nrefused: {name} {reason}" for name, reason in refused.items())
     return Outcome(text, {"models": data, "refused": refused})
 

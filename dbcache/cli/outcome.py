@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -30,6 +32,20 @@ def require(modules: Sequence[str], extra: str) -> None:
     if missing:
         raise ImportError(
             f"needs {', '.join(missing)}, not installed here: pip install 'dbcache-dit[{extra}]'"
+        )
+
+
+def check_writable(flag: str, path: Path | None) -> None:
+    """Raise an OSError where a file cannot be written, or the folders above it not be made."""
+    if path is None:
+        return
+    above = path.absolute()
+    while not above.exists():
+        above = above.parent
+    if not os.access(above, os.W_OK) or (above != path.absolute() and not above.is_dir()):
+        raise PermissionError(
+            f"{flag}: {path} cannot be written, since {above} is no folder that may be written to; "
+            f"choose another one"
         )
 
 

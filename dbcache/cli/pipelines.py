@@ -99,6 +99,11 @@ class Runner:
                 pipe = diffusers.DiffusionPipeline.from_pretrained(
                     arguments.model, torch_dtype=dtype
                 )
+        except AttributeError as error:
+            raise ValueError(
+                f"{arguments.model}: its model_index.json names what diffusers "
+                f"{diffusers.__version__} does not have, got {error}; upgrade diffusers"
+            ) from error
         except (OSError, ValueError) as error:
             if folder.exists():
                 raise

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dbcache.cli.outcome import Outcome
+from dbcache.cli.outcome import Outcome, check_writable
 
 HELP = "make an HTML page of a summary that `dbcache generate --summary` or to_json() wrote"
 
@@ -23,6 +23,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from dbcache.results.summary import Summary
 
     file: Path = arguments.summary
+    out = file.with_suffix(".html") if arguments.out is None else arguments.out
+    check_writable("--out", out)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         summary = Summary.from_dict(data.get("summary", data))
@@ -30,6 +32,6 @@ def run(arguments: argparse.Namespace) -> Outcome:
         raise ValueError(
             f"{file}: must be the JSON of a summary, got {type(error).__name__}: {error}"
         ) from error
-    out = file.with_suffix(".html") if arguments.out is None else arguments.out
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(summary), encoding="utf-8")
     return Outcome(f"{summary}\nReport: {out}", {"report": str(out)})

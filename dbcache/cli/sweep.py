@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from dbcache.cli import drawn
-from dbcache.cli.outcome import Outcome
+from dbcache.cli.outcome import Outcome, check_writable
 
 HELP = "measure settings on prompts: speed-up, PSNR, SSIM, and the bound"
 
@@ -38,6 +38,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
     import dbcache
 
+    check_writable("--out", arguments.out)
+    check_writable("--plot", arguments.plot)
     pipe, prompts, given = drawn.load(arguments)
     texts = arguments.setting or USUAL
     results = dbcache.sweep(

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from dbcache.command import DONE, FAILED, error_text, run_command
 from dbcache.metrics.inputs import VIDEO_ENDINGS, MetricWarning, existing, files_in
 from dbcache.metrics.runs import COLUMNS, PROMPTED, WITH_REFERENCE, Runs, Settings
 from dbcache.metrics.tables import Column, Table
@@ -128,26 +129,24 @@ def _add_times(group: argparse._ArgumentGroup) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0, or 1 where something asked for could not be computed."""
+    """Run the command; return 0, 1 where not all could be computed, or 130 after Ctrl-C."""
     p = parser()
     arguments = p.parse_args(argv)
     _check(p, arguments)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # the arrows, where the terminal has no UTF-8
-    try:
-        table, unavailable = _compute(arguments)
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        if arguments.debug:
-            raise
-        print(f"dbcache-metrics: {error}", file=sys.stderr)
-        return 1
+    if arguments.debug:
+        return _run(arguments)  # Python shows the traceback
+    return run_command("dbcache-metrics", lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    table, unavailable = _compute(arguments)
     if any(COLUMNS.keys() & row for row in table.rows) or arguments.format == "json":
         print(getattr(table, f"to_{arguments.format}")())
     for metric, reason in unavailable.items():
         if arguments.debug:
             raise reason
-        print(f"dbcache-metrics: no {metric}: {reason}", file=sys.stderr)
-    return 1 if unavailable else 0
+        print(f"dbcache-metrics: no {metric}: {error_text(reason)}", file=sys.stderr)
+    return FAILED if unavailable else DONE
 
 
 def _check(p: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ OF_CACHE_DIT = ("cache_factory", "caching", "dropin", "ray", "refused")
 """Facades that nothing imports but what users call."""
 
 FACADE = (
-    "api", "compilation", "foreign", "given", "modifiers", "overview", "profiling",
+    "api", "command", "compilation", "foreign", "given", "modifiers", "overview", "profiling",
     "quantization", "reporting", "started", "targets", "totals", "tuning",
     "__init__", "__main__", "cli", "demo", *OF_CACHE_DIT, *SURFACE,
 )  # fmt: skip
