@@ -36,6 +36,7 @@ from dbcache.config.options import (
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.config.predictors import CalibratorConfig
 from dbcache.config.quantize import QuantizeConfig
+from dbcache.config.renamed import also_called
 from dbcache.config.schedule import Source
 from dbcache.given import Modifiers, changes_of, check_scheduled, settings_of
 from dbcache.graphs.graph import GraphOptions, Recording
@@ -63,6 +64,7 @@ MOST_RUNS = 5
 """Of `capture`: where the first forward only learns, and calls are two branches in turn."""
 
 
+@also_called("pipe_or_adapter")
 def enable(
     model: Target,
     /,
@@ -102,8 +104,7 @@ def enable(
         cuda_graph: record CUDA graphs with the decision inside: "device" (one graph), "host" (which
             reads the decision between graphs), "auto" or True, or `GraphOptions`; False: eager.
         max_requests: requests of a transformer that may be open at once, each with own buffers.
-        **options: fields of `DBCacheConfig`, on top of `cache_config`, and of a predictor, as in
-            ``enable_taylorseer=True, taylorseer_order=2``: all that `load_configs` takes.
+        **options: on top of the configs, all that `load_configs` takes, as ``enable_foca=True``.
 
     Raises:
         TypeError, ValueError: an unknown option, a wrong type or value, an unsupported model, ranks
@@ -176,6 +177,7 @@ def _setups(
         ]
 
 
+@also_called("pipe_or_adapter")
 def disable(target: Target) -> Target:
     """Switch the cache off: the model is exactly as it was. Does nothing where it is not on.
 
@@ -198,6 +200,7 @@ def is_enabled(target: object) -> bool:
     return bool(enabled_or_none(target))
 
 
+@also_called("transformer")
 def refresh_context(
     target: object,
     cache_config: DBCacheConfig | None = None,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from dbcache.api import enable
 from dbcache.config.options import check_choice, check_int, check_type, reject_unknown
+from dbcache.config.renamed import also_called
 
 Pipeline = TypeVar("Pipeline")
 
@@ -80,6 +81,7 @@ _SHORT |= {"DUALBLOCKCACHE": "DBCACHE", "DYNAMICBLOCKPRUNE": "DBPRUNE"}
 """Other names of the methods, in capitals and without underscores."""
 
 
+@also_called("type_hint")
 def cache_type(name: CacheType | str | None) -> CacheType:
     """Return the method of a name, in any case, with or without underscores; None is `NONE`.
 

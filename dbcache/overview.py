@@ -18,6 +18,7 @@ from dbcache.adapters.requests.request import Request
 from dbcache.config.cache import DBCacheConfig, merge
 from dbcache.config.files import load_configs
 from dbcache.config.options import check_flag
+from dbcache.config.renamed import also_called
 from dbcache.config.steps_mask import steps_mask
 from dbcache.results.gathering import paired
 from dbcache.results.settings import python_of
@@ -27,6 +28,7 @@ from dbcache.targets import enabled, name_of, parts
 LOGGER = log.getLogger("dbcache")
 
 
+@also_called("adapter_or_others")
 def summary(target: object, details: bool = False, logging: bool = True) -> Summary:
     """Return what the last request did, per lane, and show it; reads it back from the device.
 
@@ -106,6 +108,7 @@ def summary_of(requests: Sequence[Request], details: bool) -> Summary:
     return _summary(records, [], details)
 
 
+@also_called("adapter_or_others")
 def strify(target: object) -> str:
     """Return a short name of what is enabled and of how much was cached, for files and tables.
 
@@ -168,6 +171,7 @@ def supported_matrix() -> str:
     return matrix(PLANS)
 
 
+@also_called("pipe")
 def get_adapter(target: object) -> BlockAdapter | None:
     """Return the adapter that `enable` uses for a pipeline or transformer, None without one.
 

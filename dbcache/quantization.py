@@ -23,6 +23,7 @@ from dbcache.adapters.patching.whole_compile import regions
 from dbcache.adapters.requests.cached_transformer import CachedTransformer
 from dbcache.config.options import check_type, shown
 from dbcache.config.quantize import FALLBACK, TYPES, QuantizeConfig
+from dbcache.config.renamed import also_called
 from dbcache.graphs.fingerprint import mover_of
 from dbcache.targets import resolve
 
@@ -30,6 +31,7 @@ Target = TypeVar("Target")
 LOGGER = logging.getLogger("dbcache")
 
 
+@also_called("module")
 def quantize(
     target: Target, quantize_config: QuantizeConfig | None = None, **options: Any
 ) -> Target:

@@ -7,8 +7,10 @@ import torch
 from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.patching.attention import set_backend
+from dbcache.config.renamed import also_called
 
 
+@also_called("pipe_or_adapter", attention_backend="name")
 def set_attn_backend(target: object, name: str | None) -> None:
     """Choose the attention backend of a model, and of no other: with or without the cache.
 

@@ -18,6 +18,7 @@ from dbcache.config.predictors import CalibratorConfig
 from dbcache.config.prune import DBPruneConfig
 from dbcache.config.quantize import QuantizeConfig
 from dbcache.config.reading import read
+from dbcache.config.renamed import also_called
 
 SECTION = "cache_config"
 PARALLELISM = "parallelism_config"
@@ -30,7 +31,8 @@ Source = str | os.PathLike[str] | Mapping[str, Any]
 """A .yaml, .yml or .json file, or what it would hold."""
 
 
-def load_configs(source: Source) -> dict[str, Any]:
+@also_called("path_or_dict")
+def load_configs(source: Source, return_dict: bool = True) -> Any:
     """Return the keyword arguments of `enable`: ``enable(pipe, **load_configs("cache.yaml"))``.
 
     Args:
@@ -42,6 +44,7 @@ def load_configs(source: Source) -> dict[str, Any]:
             `foca_horizon`, and `calibrator_cache_type`. A section `parallelism_config` beside it
             has the fields of `ParallelismConfig`, where `ulysses`, `ring` and `tp` stand for the
             sizes, too, and a section `quantize_config` those of `QuantizeConfig`.
+        return_dict: False: a tuple of five, in the order of `enable`, None for what is not there.
 
     Returns:
         `cache_config`, which holds the options that were given, and `calibrator_config`, None
@@ -54,9 +57,14 @@ def load_configs(source: Source) -> dict[str, Any]:
             cannot be parsed. OSError: it cannot be read.
         ImportError: PyYAML is needed and missing.
     """
-    return _load("load_configs", source)
+    configs = _load("load_configs", source)
+    if return_dict:
+        return configs
+    names = (SECTION, "calibrator_config", PARALLELISM, ATTENTION, QUANTIZATION)
+    return tuple(configs.get(name) for name in names)
 
 
+@also_called("path_or_dict")
 def load_cache_config(source: Source) -> tuple[DBCacheConfig, CalibratorConfig | None]:
     """Return the first two of what `load_configs` does.
 
@@ -67,6 +75,7 @@ def load_cache_config(source: Source) -> tuple[DBCacheConfig, CalibratorConfig |
     return configs[SECTION], configs["calibrator_config"]
 
 
+@also_called("path_or_dict")
 def load_parallelism_config(source: Source) -> ParallelismConfig | None:
     """Return the `parallelism_config` of what `load_configs` does, None without that section.
 
@@ -76,6 +85,7 @@ def load_parallelism_config(source: Source) -> ParallelismConfig | None:
     return _load("load_parallelism_config", source).get(PARALLELISM)
 
 
+@also_called("path_or_dict")
 def load_attn_backend_config(source: Source) -> str | None:
     """Return the `attention_backend` of what `load_configs` does, None where it is not given.
 
@@ -85,6 +95,7 @@ def load_attn_backend_config(source: Source) -> str | None:
     return _load("load_attn_backend_config", source).get(ATTENTION)
 
 
+@also_called("path_or_dict")
 def load_quantize_config(source: Source) -> QuantizeConfig | None:
     """Return the `quantize_config` of what `load_configs` does, None without that section.
 

@@ -21,11 +21,17 @@ AXES = ("dp", "cfg", "ring", "ulysses", "tp")
 
 
 class ParallelismBackend(str, Enum):
-    """Who does the work: diffusers' plans (context parallel), PyTorch's (tensor parallel), both."""
+    """Who does the work: diffusers' plans (context parallel), PyTorch's (tensor parallel), both.
+
+    CACHE_DIT and NATIVE_HYBRID are cache-dit's names of NATIVE_DIFFUSER and AUTO.
+    """
 
     AUTO = "auto"
     NATIVE_DIFFUSER = "native_diffuser"
     NATIVE_PYTORCH = "native_pytorch"
+    CACHE_DIT = NATIVE_DIFFUSER
+    NATIVE_HYBRID = AUTO
+    NONE = "none"
 
 
 _LONG = {
@@ -43,10 +49,12 @@ def _kwargs(who: str, options: Any) -> dict[str, Any]:
 
 def _backend(who: str, backend: Any) -> ParallelismBackend:
     name = getattr(backend, "value", backend)
-    names = tuple(known.value for known in ParallelismBackend)
-    return ParallelismBackend(
-        check_choice(who, name.lower() if isinstance(name, str) else name, names)
-    )
+    known = {key.lower(): member for key, member in ParallelismBackend.__members__.items()}
+    none = known.pop("none")
+    if backend is none:
+        raise ValueError(f"{who}: NONE spreads nothing; leave out parallelism_config")
+    name = name.lower() if isinstance(name, str) else name
+    return known[check_choice(who, name, tuple(known))]
 
 
 def _extras(who: str, given: Any) -> Any:

@@ -8,13 +8,19 @@ from enum import Enum
 from typing import Any
 
 from dbcache.config.options import Options, check_choice, option, reject_unknown, shown
+from dbcache.config.renamed import INSTEAD
 
 
 class QuantizeBackend(str, Enum):
-    """By what layers are quantised, under cache-dit's names; there is one."""
+    """By what layers are quantised, under cache-dit's names; there is one.
+
+    CACHE_DIT (SVDQuant) and NONE are refused, with what to do.
+    """
 
     AUTO = "auto"
     TORCHAO = "torchao"
+    CACHE_DIT = "cache_dit"
+    NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,11 @@ def _function(who: str, value: Any) -> Any:
 
 def _backend(who: str, value: Any) -> str:
     name = getattr(value, "value", value)
-    return check_choice(who, name.lower() if isinstance(name, str) else name, ("auto", "torchao"))
+    name = name.lower() if isinstance(name, str) else name
+    if name in ("cache_dit", "none"):
+        instead = "leave out quantize_config" if name == "none" else INSTEAD["svdq_kwargs"]
+        raise ValueError(f"{who}: {name!r} does nothing here; {instead}")
+    return check_choice(who, name, ("auto", "torchao"))
 
 
 def _plan(who: str, value: Any) -> dict[str, str] | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 INSTEAD = {
     "do_separate_classifier_free_guidance": "enable_separate_cfg is its name now",
@@ -20,9 +23,38 @@ INSTEAD = {
         ("allow_prefixes", "check_prefixes", "allow_suffixes", "check_suffixes", "blocks_policy"),
         "auto=True finds all lists; name those that are meant as blocks or blocks_name",
     ),
+    "calibrator_type": "the class says it, as TaylorSeerCalibratorConfig; leave it out",
+    "calibrator_kwargs": "fields are given by name, as taylorseer_order=1",
+    **dict.fromkeys(
+        ("calibrate_fn", "serialize_to", "svdq_kwargs"),
+        "SVDQuant comes with its weights: load a Nunchaku model (docs/quantize.md); leave it out",
+    ),
     "force_reduce_calibrator_vram": "a lane keeps no more than its predictor needs; leave it out",
 }
 """Options of other versions and of cache-dit, and what to do about them."""
+
+
+def also_called(first: str, **others: str) -> Callable[[Function], Function]:
+    """Let a function take arguments by the names that cache-dit gives them, too.
+
+    Args:
+        first: of the first argument.
+        **others: names here by the names there.
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if first in kwargs and not args:
+                args = (kwargs.pop(first),)
+            for there, here in others.items():
+                if there in kwargs:
+                    kwargs[here] = kwargs.pop(there)
+            return function(*args, **kwargs)
+
+        return called  # type: ignore[return-value]
+
+    return decorate
 
 
 def hint(name: Any, known: Sequence[str]) -> str:

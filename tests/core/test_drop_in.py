@@ -5,6 +5,7 @@ import inspect
 import logging
 import re
 import warnings
+from contextlib import nullcontext
 
 import cache_dit as original
 import diffusers
@@ -19,6 +20,7 @@ import dbcache as cache_dit
 from dbcache import BlockAdapter, DBCacheConfig, DBPruneConfig, ForwardPattern, ParallelismConfig
 from dbcache.adapters.models.series import SERIES
 from dbcache.caching import patch_functors
+from dbcache.config.renamed import INSTEAD
 
 pytestmark = pytest.mark.usefixtures("one_thread", "plain_kernels")
 
@@ -157,32 +159,71 @@ def test_blocks_by_name():
             assert len(adapter.specs()[0].stacks) == 1
 
 
-@pytest.mark.parametrize(
-    ("option", "match"),
-    [
-        ({"block": 1}, "did you mean 'blocks'"),
-        ({"dummy_blocks_names": ["x"]}, "run as they are"),
-        ({"allow_prefixes": ["x"]}, "blocks_name"),
-        ({"skip_post_init": True}, "leave it out"),
-    ],
-)
-def test_other_options_of_adapters_are_refused(option, match):
-    with pytest.raises(TypeError, match=match):
-        BlockAdapter(transformer=None, **option)
+def test_other_options_of_adapters_are_refused():
+    with pytest.raises(TypeError, match="did you mean 'blocks'"):
+        BlockAdapter(transformer=None, block=1)
 
 
-@pytest.mark.parametrize(
-    ("option", "match"),
-    [
-        ({"use_ray": True}, "torchrun"),
-        ({"ray_address": "x"}, "torchrun"),
-    ],
-)
-def test_what_else_is_not_spread_over_ranks_is_refused(option, match):
-    with pytest.raises(TypeError, match=match):
-        ParallelismConfig(ulysses_size=2, **option)
-    fields = ParallelismConfig(ulysses_size=2, ulysses_anything=True, ring_convert_to_fp32=False)
-    assert fields.context.experimental_ulysses_anything
+CONFIGS = {
+    "DBCacheConfig": {}, "DBPruneConfig": {}, "ParamsModifier": {}, "QuantizeConfig": {},
+    "CalibratorConfig": {}, "TaylorSeerCalibratorConfig": {}, "FoCaCalibratorConfig": {},
+    "DMDCalibratorConfig": {}, "ParallelismConfig": {"ulysses_size": 2},
+    "BlockAdapter": {"transformer": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_field_is_taken_or_refused_with_what_to_do(name):
+    theirs, ours = getattr(original, name), getattr(cache_dit, name)
+    if dataclasses.is_dataclass(theirs):
+        made = theirs(**CONFIGS[name])
+        fields = [(x.name, getattr(made, x.name)) for x in dataclasses.fields(theirs)]
+        fields = [(name, getattr(value, "name", value)) for name, value in fields]
+    else:
+        fields = [(x, None) for x in list(inspect.signature(theirs).parameters)]
+    for field, value in fields:
+        if field.startswith("_") or field in ("args", "kwargs", "cache_type"):
+            continue
+        cure = INSTEAD.get("use_ray" if field.startswith("ray_") else field)
+        with pytest.raises(TypeError, match=re.escape(cure)) if cure else nullcontext():
+            ours(**{field: value} | CONFIGS[name])
+
+
+def test_enumerations_have_all_members():
+    for name in ("CacheType", "ForwardPattern", "ParallelismBackend", "QuantizeBackend"):
+        assert {*getattr(original, name).__members__} <= {*getattr(cache_dit, name).__members__}
+    backend = cache_dit.ParallelismBackend
+    assert ParallelismConfig(ring_size=2, backend="Native_Hybrid").backend is backend.AUTO
+    assert ParallelismConfig(ring_size=2, backend=backend.CACHE_DIT).backend.value == (
+        "native_diffuser"
+    )
+    with pytest.raises(ValueError, match="leave out parallelism_config"):
+        ParallelismConfig(ring_size=2, backend=backend.NONE)
+    for wrong, cure in (("CACHE_DIT", "Nunchaku"), ("NONE", "leave out quantize_config")):
+        with pytest.raises(ValueError, match=cure):
+            cache_dit.QuantizeConfig(backend=getattr(cache_dit.QuantizeBackend, wrong))
+
+
+def test_arguments_go_by_the_names_of_cache_dit():
+    pipe = tiny.pipeline("flux")
+    assert cache_dit.enable_cache(pipe_or_adapter=pipe, cache_config=DBCacheConfig()) is pipe
+    assert len(cache_dit.summary(adapter_or_others=pipe, logging=False)) == 0
+    assert cache_dit.strify(adapter_or_others=pipe).startswith("DBCache_F8")
+    cache_dit.refresh_context(transformer=pipe.transformer, num_inference_steps=4)
+    cache_dit.set_attn_backend(pipe_or_adapter=pipe, attention_backend="native")
+    assert cache_dit.get_adapter(pipe=pipe).pipe is pipe
+    assert cache_dit.disable_cache(pipe_or_adapter=pipe) is pipe
+    with pytest.raises(ValueError, match="quant_type"):
+        cache_dit.quantize(module=pipe.transformer, quant_type="int5")
+    given = {"cache_config": {"Fn_compute_blocks": 2}, "attention_backend": "native"}
+    found = cache_dit.load_configs(path_or_dict=given, return_dict=False)
+    assert (found[0].Fn_compute_blocks, found[1:]) == (2, (None, None, "native", None))
+    assert list(inspect.signature(cache_dit.enable_cache).parameters)[:2] == [
+        "model",
+        "cache_config",
+    ]
+    with pytest.raises(TypeError, match="model"):
+        cache_dit.enable_cache()
 
 
 @pytest.mark.parametrize("patterns", [(1, 3), (0, 3), (0, 1)])
