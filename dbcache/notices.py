@@ -24,7 +24,7 @@ NOTHING = {
     "threshold": (
         "the cache never hit, the smallest change was {least:.3g} and the threshold is "
         "{threshold:g}",
-        "raise {option} above {least:.3g} and look at the pictures, or run more steps",
+        "raise {option} above {least:.3g} and look at the images, or run more steps",
     ),
     "limit": (
         "max_cached_steps or max_continuous_cached_steps is 0",

@@ -15,7 +15,7 @@ HELP = "draw digits with and without the cache, and compare"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the picture")
+    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the image")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
     parser.add_argument("--per-digit", type=int, default=2, help="images of each digit")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs per setting")

@@ -8,7 +8,7 @@ from typing import Any
 
 from dbcache.cli.outcome import Outcome, check_writable, pair
 
-HELP = "generate pictures, videos or sounds with a pipeline of diffusers, with the cache on"
+HELP = "generate images, videos or audio with a pipeline of diffusers, with the cache on"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to generate")
     what.add_argument("--prompt")
     what.add_argument("--negative-prompt")
-    what.add_argument("--image", type=Path, help="picture to start from, where the pipeline does")
+    what.add_argument("--image", type=Path, help="image to start from, where the pipeline does")
     what.add_argument("--steps", type=int, help="denoising steps (default: the pipeline's)")
     what.add_argument("--height", type=int)
     what.add_argument("--width", type=int)
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, help="file, or folder of images (default: out.png, .mp4, .wav)"
     )
     out.add_argument("--fps", type=int, default=16, help="frames per second of a video")
-    out.add_argument("--rate", type=int, default=44100, help="samples per second of a sound")
+    out.add_argument("--rate", type=int, default=44100, help="samples per second of audio")
     out.add_argument("--report", type=Path, help="write the page of `dbcache.report` there")
     out.add_argument("--summary", type=Path, help="write the summary as JSON there")
     out.add_argument("--quiet", action="store_true", help="show no progress")
