@@ -54,6 +54,11 @@ KINDS = {
 }
 """By kind, what is said of a request."""
 
+TRANSFORMED = (
+    "torch.func: {who} must be transformed (grad, jvp, vmap) without its cache, which would keep "
+    "tensors that hold inside of the transform alone; call dbcache.disable on it first"
+)
+
 OUTSIDE = (
     "{who} was called outside of a call of the pipeline that dbcache was enabled on, and runs "
     "without the cache; enable the pipeline that calls it, or the transformer itself, or call "
@@ -120,6 +125,8 @@ class Notices:
         module, clock = request.module, request.clock
         if torch.jit._trace.is_tracing():
             raise RuntimeError(EXPORTED.format(who=type(module).__name__))
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(TRANSFORMED.format(who=type(module).__name__))
         self.tally.begun += not self.has_begun
         self.has_begun = True
         if self.is_over:

@@ -103,3 +103,24 @@ def test_pipeline_is_cached_in_lanes_of_its_own(name, guided):
     dbcache.disable(pipe)
     assert type(pipe) is getattr(diffusers, recipe.pipeline)
     assert type(pipe.scheduler) is type(recipe.scheduler())
+
+
+NEED_THE_STEPS = {
+    "FFFcFccF": {"steps_computation_mask": "fast"},
+    "FFFFcccc": {"retention_ratio": 0.5, "max_warmup_steps": 1},
+    "FFcccccc": {"enable_spectrum": True, "max_warmup_steps": 2},
+}
+"""Options that hold for a known number of steps, by what they make of 8."""
+
+SILENT = ["PRX", "PixArt-sigma", "Stable Audio", "DiT", "ERNIE-Image"]
+
+
+@pytest.mark.parametrize("name", SILENT, indirect=True)
+def test_the_scheduler_knows_the_steps_where_the_pipeline_does_not_tell(name):
+    pipe = pipelines.build(name)
+    for rhythm, options in NEED_THE_STEPS.items():
+        dbcache.enable(pipe, Fn_compute_blocks=1, residual_diff_threshold=1.0, **options)
+        pipelines.draw(pipe, name, guided=False, steps=8)
+        assert {how for _, how in decisions(pipe)} == {rhythm}
+    assert getattr(pipe, "_num_timesteps", None) is None
+    dbcache.disable(pipe)

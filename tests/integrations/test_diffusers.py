@@ -106,6 +106,12 @@ def test_modular_pipelines_are_cached(path):
     assert sum(lane.steps for lane in dbcache.summary(pipe, logging=False)) == (
         5 * len(branches) // len(transformers)
     )
+    if len(transformers) == 1:
+        dbcache.enable(pipe, **FORCED, steps_computation_mask="fast")  # fitted to the steps
+        draw(8)
+        lanes = dbcache.summary(pipe, logging=False)
+        assert all({3, 5, 6}.issuperset(lane.cached_steps) for lane in lanes)
+        assert all(lane.cached_steps for lane in lanes)
     dbcache.disable(pipe)
     assert torch.equal(draw(8), plain)
 

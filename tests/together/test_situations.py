@@ -46,6 +46,18 @@ def test_tracing_with_the_cache_on_says_to_disable_first():
         torch.jit.trace(model, example_kwarg_inputs=inputs, strict=False)
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacrev])
+def test_transforms_of_a_model_with_the_cache_on_say_to_disable_first(transform):
+    model = dbcache.enable(tiny.flux(double=1, single=3), **OPTIONS)
+    inputs = FLUX.arguments(tiny.noise(1, 16, 16, seed=1), 1.0, "cond")
+    x = inputs.pop("hidden_states")
+    with pytest.raises(RuntimeError, match=r"torch\.func: Flux.*call dbcache\.disable on it first"):
+        transform(lambda x: model(hidden_states=x, **inputs)[0].sum())(x[None])
+    with torch.no_grad():
+        model(hidden_states=x, **inputs)
+    assert decisions(model) == ["F"]
+
+
 def streaming(pipe, how):
     """Return a pipeline with the parts of `pipe` that yields, or awaits, after every step."""
 
