@@ -51,8 +51,9 @@ class _Metrics:
     def bring_up_to(self, counts: Mapping[str, Mapping[str, Any]]) -> None:
         for name, *labels, value in _values(counts):
             key = name, *labels
-            self._counters[name].labels(*labels).inc(max(0, value - self._last.get(key, 0)))
-            self._last[key] = value
+            last = self._last.get(key, 0)  # more than `value`, where another thread was faster
+            self._counters[name].labels(*labels).inc(max(0, value - last))
+            self._last[key] = max(value, last)
         for model, found in counts.items():
             self._bytes.labels(model).set(found["bytes"])
 

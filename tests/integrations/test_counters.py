@@ -4,6 +4,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import prometheus_client
@@ -102,6 +103,40 @@ found = dict.fromkeys(("requests_without_cached_steps", "steps_full", "bytes"), 
 found |= dict(requests=2, steps_cached=4, reasons={{}})
 prometheus.publish(counts={{"{NAME}": found}})
 """
+
+
+def test_counts_that_are_published_late_count_nothing_twice():
+    registry = prometheus_client.CollectorRegistry()
+    for requests in (2, 5, 3, 5, 6):  # threads count first, and publish in any order
+        found = dict.fromkeys(("requests_without_cached_steps", "steps_full", "bytes"), requests)
+        found |= {"requests": requests, "steps_cached": 0, "reasons": {"warm-up": requests}}
+        prometheus.publish(registry, {NAME: found})
+    now = values(registry)
+    assert now["dbcache_requests_total", NAME] == 6
+    assert now["dbcache_decisions_total", NAME, "warm-up"] == 6
+
+
+def test_requests_of_many_threads_are_all_counted():
+    model = dbcache.enable(tiny.qwen(layers=2), **OPTIONS)
+    registry = prometheus_client.CollectorRegistry()
+
+    def serve(steps):
+        for _ in range(3):
+            run(model, dbcache.start_request(model), steps)
+            prometheus.publish(registry)
+
+    prometheus.publish(registry)
+    before = values(registry).get(("dbcache_requests_total", NAME), 0)
+    threads = [threading.Thread(target=serve, args=(steps,)) for steps in (2, 3, 4, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    own = dbcache.counters(model)[NAME]
+    assert own["requests"] == 12
+    assert own["steps_full"] + own["steps_cached"] == 3 * (2 + 3 + 4 + 5)
+    assert values(registry)["dbcache_requests_total", NAME] - before == 12
+    dbcache.disable(model)
 
 
 def test_an_engine_adds_up_what_its_workers_count(tmp_path):

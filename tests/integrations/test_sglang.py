@@ -248,7 +248,8 @@ def test_options_of_dbcache_per_request_and_of_the_server(engine, monkeypatch, t
     request(stage, 6)
     assert settings(stage) not in (plain, foca)
     (tmp_path / "own.yaml").write_text("enable_foca: true\nmax_cached_steps: 1\n")
-    for text in ('{"enable_foca": true, "max_cached_steps": 1}', str(tmp_path / "own.yaml")):
+    flat = '{"enable_foca": true, "max_cached_steps": 1, "num_inference_steps": 3}'  # it runs 6
+    for text in (flat, str(tmp_path / "own.yaml")):
         monkeypatch.setenv(OPTIONS, text)
         stage._unmount_cache_dit()
         request(stage, 6)

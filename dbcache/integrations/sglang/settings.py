@@ -17,6 +17,8 @@ CHOSEN = "SGLANG_DBCACHE"
 OPTIONS = "SGLANG_DBCACHE_OPTIONS"
 """Environment variable: dbcache's own options, as a JSON object or the path of a file."""
 
+STEPS = "num_inference_steps"
+
 OWN = "_dbcache_options"
 """Attribute of the engine's config: the options of a request that are dbcache's own."""
 
@@ -26,7 +28,7 @@ TAKEN = (
     "max_warmup_steps",
     "residual_diff_threshold",
     "max_continuous_cached_steps",
-    "num_inference_steps",
+    STEPS,
     "steps_computation_mask",
     "steps_computation_policy",
 )
@@ -48,7 +50,8 @@ def options_of(config: Any, **more: Any) -> dict[str, Any]:
     """Return the arguments of `dbcache.enable` for the engine's `CacheDitConfig`.
 
     On top of it come the environment's own options, then those of the request. A predictor among
-    these replaces that of the engine's config. `more` are options below all of these.
+    these replaces that of the engine's config. `more` are options below all of these. The steps of
+    a request are those that the engine tells.
     """
     own = options_of_environment() | getattr(config, OWN, {})
     options = {name: getattr(config, name) for name in TAKEN if getattr(config, name) is not None}
@@ -57,7 +60,8 @@ def options_of(config: Any, **more: Any) -> dict[str, Any]:
             if getattr(config, f"enable_{name}"):
                 switches = {f"enable_{name}": True, f"enable_encoder_{name}": True}
                 options |= switches | {field: getattr(config, field) for field in fields}
-    configs = load_configs(more | options | own)
+    told = {} if config.num_inference_steps is None else {STEPS: config.num_inference_steps}
+    configs = load_configs(more | options | own | told)
     # the engine passes all of its options: those at its defaults were not chosen
     plain, cache = type(config)(), configs["cache_config"]
     cache.__dict__["_given"] = frozenset(
