@@ -215,7 +215,12 @@ def test_presets_predictors_and_policies_are_those_of_enable():
         assert f"_W{warmup}I" in seen[0]
         assert ("foca" in seen[0].lower()) == ("predictor" in inputs)
     node = comfyui.NODE_CLASS_MAPPINGS["DBCache"]
-    assert node.INPUT_TYPES()["required"]["preset"][0] == ("balanced", "high", "fast")
+    inputs = {name: kind for part in node.INPUT_TYPES().values() for name, kind in part.items()}
+    assert inputs["preset"][0] == ["balanced", "high", "fast"]
+    # ComfyUI checks values only against what is a list
+    assert [name for name, kind in inputs.items() if not isinstance(kind[0], str)] == [
+        name for name, kind in inputs.items() if isinstance(kind[0], list)
+    ]
     with pytest.raises(ValueError, match="end_percent"):
         cached(patcher, preset="high", end_percent=1.5)
     with pytest.raises(ValueError, match="level must be one of"):

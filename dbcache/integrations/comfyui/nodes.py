@@ -36,7 +36,7 @@ class DBCache:
         return {
             "required": {
                 "model": ("MODEL",),
-                "preset": (LEVELS, {"tooltip": "high: close to the uncached picture"}),
+                "preset": ([*LEVELS], {"tooltip": "high: close to the uncached picture"}),
             },
             "optional": {
                 "threshold": _number("FLOAT", 1.0, 0.01, "higher caches more; -1: as the preset"),
@@ -44,11 +44,11 @@ class DBCache:
                 "start_percent": _number("FLOAT", 1.0, 0.001, "where caching may begin", 0.0),
                 "end_percent": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.001}),
                 "predictor": (
-                    (FROM_PRESET, *PREDICTORS),
+                    [FROM_PRESET, *PREDICTORS],
                     {"tooltip": "of what skipped blocks add"},
                 ),
                 "policy": (
-                    (FROM_PRESET, *POLICIES),
+                    [FROM_PRESET, *POLICIES],
                     {"tooltip": "what decides whether a step is cached"},
                 ),
             },
