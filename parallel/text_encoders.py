@@ -32,6 +32,7 @@ ATTENTIONS = {
     "MistralAttention": _LLAMA,
     "Qwen2_5_VLAttention": _LLAMA,
     "Qwen2Attention": _LLAMA,
+    "Qwen2VLAttention": _LLAMA,
     "Qwen3Attention": _LLAMA,
     "Qwen3VLTextAttention": _LLAMA,
     "SmolLM3Attention": _LLAMA,

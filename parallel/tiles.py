@@ -123,9 +123,10 @@ class _Shared:
         self.axis = axis
         self.who = who
 
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _PASS.get() is not None:  # a tiled pass that calls another one
-            return self.plain(x, *args, **kwargs)
+            return self.plain(*args, **kwargs)
+        x: torch.Tensor = args[0] if args else next(iter(kwargs.values()))
         calls: list[tuple[Any, Any]] = []
 
         def record(inputs: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
@@ -133,10 +134,10 @@ class _Shared:
             return self._zeros(inputs[0])
 
         with _answered_by(self.part, record):
-            self.plain(x, *args, **kwargs)
+            self.plain(*args, **kwargs)
         outputs = iter(self._share(calls, x))
         with _answered_by(self.part, lambda inputs, named: next(outputs)):
-            return self.plain(x, *args, **kwargs)
+            return self.plain(*args, **kwargs)
 
     def _zeros(self, tile: torch.Tensor) -> torch.Tensor:
         """Return what the code after the tiles can work with: the channels of the last layer."""

@@ -69,6 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--float8", action="store_true", help="messages of Ulysses in fp8")
     parser.add_argument("--async", dest="overlap", action="store_true", help="hide exchanges")
     parser.add_argument("--gather", action="store_true", help="ring by all-gather")
+    parser.add_argument("--extra", nargs="+", help="text_encoder, vae: spread them, too")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--threshold", type=float, default=0.12)
     return parser.parse_args(arguments)
@@ -87,6 +88,8 @@ def parallelism(options: argparse.Namespace) -> dbcache.ParallelismConfig:
     }
     if options.gather:
         kwargs["ring_rotate_method"] = "allgather"
+    if options.extra:
+        kwargs["extra_parallel_modules"] = options.extra
     return dbcache.ParallelismConfig(
         ulysses_size=options.ulysses,
         ring_size=options.ring,

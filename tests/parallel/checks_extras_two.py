@@ -14,6 +14,8 @@ from transformers import AutoConfig
 
 import dbcache
 from dbcache.config.parallelism import ParallelismConfig
+from dbcache.parallel import controlnets, tiles
+from dbcache.parallel.text_encoders import ATTENTIONS
 
 EXACT = 1e-5
 TEXT = {
@@ -27,6 +29,7 @@ TEXT = {
     "pad_token_id": 0,
     "max_position_embeddings": 64,
 }
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -55,7 +58,11 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "num_heads": 4,
     },
     "CLIPTextModel": {"model_type": "clip_text_model", **TEXT},
+    "Qwen2Model": {"model_type": "qwen2", **TEXT},
+    "Qwen2VLTextModel": {"model_type": "qwen2_vl_text", **TEXT, "rope_parameters": MROPE},
     "Qwen3Model": {"model_type": "qwen3", **TEXT},
+    "Qwen3VLTextModel": {"model_type": "qwen3_vl_text", **TEXT, "rope_parameters": MROPE},
+    "GemmaModel": {"model_type": "gemma", **TEXT},
     "LlamaModel": {"model_type": "llama", **TEXT},
     "MistralModel": {"model_type": "mistral", **TEXT},
     "Gemma2Model": {"model_type": "gemma2", **TEXT},
@@ -64,14 +71,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "SmolLM3Model": {"model_type": "smollm3", **TEXT},
     "Qwen2_5_VLForConditionalGeneration": {
         "model_type": "qwen2_5_vl",
-        "text_config": {
-            **TEXT,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [1, 1, 2],
-            },
-        },
+        "text_config": {**TEXT, "rope_parameters": MROPE},
         "vision_config": VISION,
     },
 }
@@ -98,8 +98,10 @@ def extras(*modules: Any, **sizes: int) -> ParallelismConfig:
 
 
 def check_text_encoders() -> None:
+    seen: set[str] = set()
     for name in ENCODERS:
         model = encoder(name)
+        seen |= {type(part).__name__ for part in model.modules()}
         whole = encoded(model)
         before = traces(model)  # after the first call, at which transformers adds hooks of its own
         count = sum(parameter.numel() for parameter in model.parameters())
@@ -116,6 +118,7 @@ def check_text_encoders() -> None:
         left = [pair for pair in zip(before, traces(model), strict=True) if pair[0] != pair[1]]
         assert not left, f"{name}: left {left}"
         assert torch.equal(encoded(model), whole), f"{name}: not restored"
+    assert seen >= set(ATTENTIONS), f"not compared: {set(ATTENTIONS) - seen}"
 
 
 KL = {
@@ -191,6 +194,7 @@ def tiled(name: str) -> torch.nn.Module:
 
 
 def check_vaes() -> None:
+    assert sorted(VAES) == list(tiles.VAES)
     for name in VAES:
         vae, latents = tiled(name), tiny.noise(*VAES[name][2], seed=5)
         calls: list[Any] = []
@@ -231,6 +235,7 @@ def check_controlnets() -> None:
         ("even", {"tp_size": 2}),
         ("odd", {"ring_size": 2}),
     ]
+    assert set(CONTROLNETS) == set(controlnets.CONTROLNETS)
     for name, config in CONTROLNETS.items():
         transformer = name.replace("ControlNetModel", "Transformer2DModel")
         control = tiny.fill(getattr(diffusers, name)(num_attention_heads=4, **config), seed=8)

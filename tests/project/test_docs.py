@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from pages import PAGES, ROOT, python_blocks
+from reader import GIVEN
 
 import dbcache
 
@@ -100,13 +101,7 @@ def test_external_links_are_listed_on_one_page():
 def names_of_the_serving_page() -> dict[str, Any]:
     """Return what the page says that its snippets find."""
     flux, pipe = tiny.FAMILIES["flux"], tiny.pipeline("flux")
-    job = {
-        "prompt_embeds": tiny.noise(1, tiny.TEXT_TOKENS, tiny.TEXT_DIM, seed=1),
-        "pooled_prompt_embeds": tiny.noise(1, 12, seed=2),
-        "height": 64,
-        "width": 64,
-        "output_type": "latent",
-    }
+    job = GIVEN | {"height": 64, "width": 64}
     return {
         "pipe": pipe,
         "transformer": pipe.transformer,
