@@ -8,7 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_loops import OPTIONS, STEPS, WARMUP_STEPS, build, draw, guided_loop, inputs, loop, start
+from gpu_loops import (
+    OPTIONS,
+    SIDE,
+    STEPS,
+    WARMUP_STEPS,
+    build,
+    draw,
+    guided_loop,
+    inputs,
+    loop,
+    start,
+)
 from graph_runs import decide_as_recorded, graphs, same, traces
 
 import dbcache
@@ -65,7 +76,7 @@ def check_guided_loop(options: dict[str, Any], mode: str, device: str, steps: in
 
 def prepared_steps(device: Any) -> list[dict[str, Any]]:
     """Return the inputs of ten steps that do not depend on outputs; some of them are cached."""
-    x, change = start(device), draw(1, 256, 16, seed=5, device=device)
+    x, change = start(device), draw(1, SIDE**2, 16, seed=5, device=device)
     # latents that stay would give EasyCache nothing to go by
     return [inputs(x + 0.02 * step * change, 1 - step / STEPS) for step in range(10)]
 

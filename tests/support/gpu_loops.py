@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
+SIDE = 8
+"""Image tokens in a row, and rows: few, as the CPU runs the same loops."""
 STEPS = 50
 WARMUP_STEPS = 4
 OPTIONS = {
@@ -75,9 +77,9 @@ def draw(*shape: int, seed: int, device: Any) -> torch.Tensor:
 def inputs(x: torch.Tensor, t: float) -> dict[str, Any]:
     """Return the forward's arguments for the latents `x` at time `t`."""
     like = {"device": x.device, "dtype": torch.bfloat16}
-    ids = torch.zeros(256, 3, **like)
-    ids[:, 1] = torch.arange(256, device=x.device) // 16
-    ids[:, 2] = torch.arange(256, device=x.device) % 16
+    ids = torch.zeros(SIDE**2, 3, **like)
+    ids[:, 1] = torch.arange(SIDE**2, device=x.device) // SIDE
+    ids[:, 2] = torch.arange(SIDE**2, device=x.device) % SIDE
     return {
         "hidden_states": x,
         "encoder_hidden_states": draw(1, 32, 64, seed=1, device=x.device),
@@ -91,7 +93,7 @@ def inputs(x: torch.Tensor, t: float) -> dict[str, Any]:
 
 def start(device: Any = "cuda") -> torch.Tensor:
     """Return the latents that a loop begins with."""
-    return draw(1, 256, 16, seed=2, device=device)
+    return draw(1, SIDE**2, 16, seed=2, device=device)
 
 
 @torch.no_grad()
