@@ -10,8 +10,9 @@ the cache does per step. Three kinds of step:
     full step (threshold miss)  decided: changed too much        minus the plain model
     cached step                 decided: similar, 56 skipped     minus a model of the Fn block only
 
-All variants are built once and take turns step by step in one process; an overhead is the
-difference to the baseline's time in the same turn. The time is that until the forward returns: on
+All variants are built once and take turns step by step in one process, in an order drawn anew for
+each step, since what ran before leaves the processor's caches behind; an overhead is the difference
+to the baseline's time in the same turn. The time is that until the forward returns: on
 a GPU by the clock, on a CPU the thread's own, so that other processes do not count.
 "adds" is the overhead in units of one small `torch.add` of the same run, which tells machines and
 loads apart from code.
@@ -27,6 +28,7 @@ import gc
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -197,15 +199,14 @@ def measure(
         device: "cpu" or "cuda".
         note: is called after each of them.
     """
-    arguments = inputs(device)
+    arguments, order = inputs(device), random.Random(0)
     for request in range(requests + 1):
         for variant in variants:
             variant.begin_request()
         gc.collect()
         gc.disable()
         for step in range(STEPS):
-            turn = step % len(variants)
-            for variant in variants[turn:] + variants[:turn]:
+            for variant in order.sample(variants, len(variants)):
                 elapsed = variant.step(step, arguments, device)
                 # the first request warms up caches of the process
                 if request and step >= WARMUP_STEPS:
