@@ -11,6 +11,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,6 +40,9 @@ from dbcache.kernels.pruning import (
     decide_tail,
     store_block,
 )
+
+sys.path.append(str(Path(__file__).parents[1] / "support"))
+from compile_limits import COUNTED
 
 WIDE = re.compile(r"(ld|st)\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b32|v4\.b64)\b")
 WIDE_AMD = re.compile(r"(?:global|buffer)_(load|store)_(?:dwordx4|b128)\b")
@@ -347,19 +351,20 @@ def shared_variants():
         )
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Return what an NVIDIA kernel takes: registers, bytes of stack, instructions by kind."""
+def resources(cubin: bytes, counted: bool) -> dict[str, int]:
+    """Return what an NVIDIA kernel takes: registers, bytes of stack; if `counted`, instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(TOOLS / "cuobjdump"), "-sass", "-res-usage", file.name]
+        command = [str(TOOLS / "cuobjdump"), *["-sass"] * counted, "-res-usage", file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     text = done.stdout + done.stderr
     usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    taken = {"registers": int(usage[1]), "spilled": int(usage[2]) + int(usage[3])}
     sass = INSTRUCTION.findall(text)
-    return {
-        "registers": int(usage[1]),
-        "spilled": int(usage[2]) + int(usage[3]),
+    if not counted:
+        return taken
+    return taken | {
         "instructions": len(sass),
         "barriers": sum(name == "BAR" for name in sass),
         "calls": sum(name == "CALL" for name in sass),
@@ -389,7 +394,8 @@ def row_of(target: str, gpu: GPUTarget, name: str, variant) -> dict[str, object]
     cuda = gpu.backend == "cuda"
     asm = compiled.asm["ptx" if cuda else "amdgcn"]
     wide = (WIDE if cuda else WIDE_AMD).findall(asm)
-    used = {} if not cuda else resources(compiled.asm["cubin"])
+    counted = target in FULL and name in COUNTED
+    used = {} if not cuda else resources(compiled.asm["cubin"], counted)
     return {
         "target": target,
         "kernel": name,
@@ -408,7 +414,7 @@ def cached_row(cache: Path | None, target: str, gpu: GPUTarget, name: str, varia
     if cache is None:
         return row_of(target, gpu, name, variant)
     kernel, *rest = variant
-    parts = (triton.__version__, kernel.cache_key, target, name, *rest, SOURCE)
+    parts = (triton.__version__, kernel.cache_key, target, name, *rest, name in COUNTED, SOURCE)
     path = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
     if path.exists():
         return json.loads(path.read_text())

@@ -38,7 +38,8 @@ def decisions(dtype, x, size):
             decide_rows._decide_rows_kernel,
             TABLE | {"h_fn_ptr": x, "h_in_ptr": x, "partials_ptr": "*fp32"} | numbers,
             constants | {"WIDTH": 4 if by_token else 2},
-            {"num_warps": warps, "enable_fp_fusion": False},
+            {"num_warps": warps, "enable_fp_fusion": False}
+            | ({"maxnreg": decide_rows.REGISTERS} if dtype == "bf16" and not by_token else {}),
         )
     if dtype != "bf16":
         return

@@ -3,6 +3,7 @@
 import os
 import re
 
+import compile_limits as limits
 import pytest
 
 from dbcache.kernels.common.launches import CONFIGS
@@ -123,27 +124,7 @@ def test_fp8_is_converted_by_instructions_where_there_are_any(compiled, target):
     assert {row["e4m3"] for row in rows} == {target in ("cuda:90", "cuda:100")}
 
 
-LIMITS = {
-    # at most 72 registers: seven programs per multiprocessor, see `sums.MAX_PARTIALS`
-    "probe_diff-bf16": (72, 352, 5),
-    "probe_and_decide-bf16": (72, 1776, 23),
-    "block_changes-bf16": (72, 528, 7),
-    "probe_and_decide-bf16-tokens": (77, 1912, 30),
-    "decide-1024-bf16": (64, 1712, 15),
-    "decide_blocks-1024-bf16": (64, 976, 15),
-    "block_store-bf16": (60, 336, 8),
-    "predict-bf16-k1-encoder": (32, 288, 0),
-    "predict-bf16-k8-encoder": (44, 584, 0),
-    "commit-bf16-encoder": (40, 152, 0),
-    "fp8_commit-bf16-3072": (48, 528, 4),
-    "fp8_predict-bf16-3072-k2": (34, 304, 1),
-    "fp8_predict-bf16-3072-k8": (64, 656, 1),
-}
-"""Most registers, instructions and barriers on sm_90, of Triton 3.5, 3.6 and 3.9, as measured."""
-
-
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", limits.LIMITS[SCRIPT])
 def test_kernels_take_no_more_registers_and_instructions_than_they_did(compiled, name):
     (row,) = [row for row in compiled(SCRIPT, "cuda:90") if row["kernel"] == name]
-    got = row["registers"], row["instructions"], row["barriers"]
-    assert all(x <= most for x, most in zip(got, LIMITS[name], strict=True)), got
+    limits.check(row, SCRIPT)

@@ -2,6 +2,7 @@
 
 import os
 
+import compile_limits as limits
 import pytest
 
 NVIDIA = ("cuda:90",) if os.environ.get("DBCACHE_TRITON") else ("cuda:80", "cuda:90", "cuda:100")
@@ -47,16 +48,7 @@ def test_amd_moves_vectors_of_16_bytes_too(compiled, target):
         assert got == (loads // 2, stores // 2), row["kernel"]
 
 
-LIMITS = {
-    "fp8_pack-128-bf16": (85, 728),
-    "fp8_unpack-128-bf16": (32, 328),
-    "merge_attention-128-bf16": (32, 464),
-}
-"""Most registers and instructions on sm_90, of Triton 3.5, 3.6 and 3.9, as measured."""
-
-
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", limits.LIMITS[SCRIPT])
 def test_kernels_take_no_more_registers_and_instructions_than_they_did(compiled, name):
     (row,) = [row for row in compiled(SCRIPT, "cuda:90") if row["kernel"] == name]
-    got = row["registers"], row["instructions"]
-    assert all(x <= most for x, most in zip(got, LIMITS[name], strict=True)), got
+    limits.check(row, SCRIPT)

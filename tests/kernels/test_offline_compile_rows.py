@@ -3,6 +3,7 @@
 import os
 import re
 
+import compile_limits as limits
 import pytest
 
 NVIDIA = ("cuda:90",) if os.environ.get("DBCACHE_TRITON") else ("cuda:80", "cuda:90", "cuda:100")
@@ -62,20 +63,7 @@ def test_decisions_do_not_fuse_multiplications_and_additions(compiled, target):
     assert not any(row["fma"] for row in rows)
 
 
-LIMITS = {
-    # at most 72 registers: seven programs per multiprocessor, see `sums.MAX_PARTIALS`
-    "decide_rows-bf16": (72, 1784, 23),
-    "decide_rows-bf16-tokens": (77, 1912, 30),
-    "predict_rows-bf16-k8-encoder": (44, 600, 0),
-    "commit_rows-bf16-encoder": (40, 184, 0),
-    "fp8_predict_rows-bf16-3072-k2": (34, 640, 2),
-    "fp8_commit_rows-bf16-3072": (60, 808, 6),
-}
-"""Most registers, instructions and barriers on sm_90, of Triton 3.5 and 3.9, as measured."""
-
-
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", limits.LIMITS[SCRIPT])
 def test_kernels_take_no_more_registers_and_instructions_than_they_did(compiled, name):
     (row,) = [row for row in compiled(SCRIPT, "cuda:90") if row["kernel"] == name]
-    got = row["registers"], row["instructions"], row["barriers"]
-    assert all(x <= most for x, most in zip(got, LIMITS[name], strict=True)), got
+    limits.check(row, SCRIPT)
