@@ -20,7 +20,7 @@ from dbcache.tuning.pictures import draws_of
 from dbcache.tuning.problem import Fit
 from dbcache.tuning.progress import Progress
 from dbcache.tuning.rows import Row
-from dbcache.tuning.tuner import CHOOSE, Tuner, Wanted
+from dbcache.tuning.tuner import Tuner, Wanted
 
 FRONT = (1.5, 2.0, 3.0, 4.0)
 """Speeds of the rows where nothing was asked for."""
@@ -34,7 +34,7 @@ SLOWER, FASTER = 0.975, 1.05
 CLOSE = 2.0
 """Decibels above the wanted quality at which fewer full steps are tried."""
 
-MOST_TRIES = 4
+MOST_TRIES = 6
 
 
 def tune(
@@ -201,16 +201,17 @@ def _rows(tuner: Tuner, wanted: Wanted, shown: Progress) -> list[Row]:
     is_front = not (wanted.speedups or wanted.psnrs or wanted.full)
     speeds = FRONT if is_front else wanted.speedups
     counts = [*wanted.full, *(tuner.full_for(AIM * speed) for speed in speeds)]
-    known = _measured(tuner, counts)
+    guesses = {psnr: tuner.full_of_quality(psnr) for psnr in wanted.psnrs}
+    known = _measured(tuner, [*counts, *guesses.values()], later=2 * len(guesses))
     rows = [known[count] for count in (counts if is_front else wanted.full)]
     rows += [_of_speed(tuner, speed, known, shown) for speed in wanted.speedups]
-    return rows + [_of_quality(tuner, psnr, shown) for psnr in sorted(wanted.psnrs, reverse=True)]
+    return rows + [_of_quality(tuner, psnr, guesses[psnr], shown) for psnr in wanted.psnrs]
 
 
-def _measured(tuner: Tuner, counts: Sequence[int]) -> dict[int, Row]:
+def _measured(tuner: Tuner, counts: Sequence[int], later: int = 0) -> dict[int, Row]:
     """Return the rows of some numbers of full steps, measured on what was held out."""
     counts = sorted(set(counts), reverse=True)
-    rows = tuner.made(counts)
+    rows = tuner.made(counts, later)
     tuner.validate([row for row in rows if not row.psnr])
     return dict(zip(counts, rows, strict=True))
 
@@ -239,22 +240,15 @@ def _of_speed(tuner: Tuner, speed: float, known: dict[int, Row], shown: Progress
     return max(fitting, key=lambda row: row.full)
 
 
-def _of_quality(tuner: Tuner, psnr: float, shown: Progress) -> Row:
+def _of_quality(tuner: Tuner, psnr: float, count: int, shown: Progress) -> Row:
     """Return the row with the fewest full steps that has this quality on pictures held out.
 
-    Their mean must be as high, less its standard error, so that others have it, too.
+    Their mean must be as high, less its standard error, so that others have it, too. `count` is
+    the number of full steps to begin with.
     """
-    low, high = 1, max(1, tuner.total - 1)
-    count = max(2, tuner.total // 3)
-    while low < high:
-        (row,) = tuner.made([count])
-        low, high = (low, count) if row.chosen >= psnr else (count + 1, high)
-        if not shown.allows(3 * tuner.seconds_of(count), CHOOSE):
-            break
-        count = (low + high) // 2
-    count, best = high, None
+    best = None
     for _ in range(MOST_TRIES):
-        row = _measured(tuner, [count])[count]
+        row = _measured(tuner, [count], later=1)[count]
         if row.sure_quality >= psnr:
             best = row
             if row.sure_quality < psnr + CLOSE or count == 1:

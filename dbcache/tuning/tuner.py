@@ -19,14 +19,17 @@ from dbcache.tuning.recording import Store, record
 from dbcache.tuning.rows import Row, Runner, frame_of, front, levels
 from dbcache.tuning.search import Search, dynamic_program, shared_out
 
-CALIBRATE, SEARCH, CHOOSE = 0.45, 0.6, 0.75
-"""Shares of the budget at which the phases end; the rest is for pictures held out."""
+CALIBRATE, SEARCH, CHOOSE, TIME = 0.45, 0.6, 0.75, 0.85
+"""Shares of the budget at which the phases end; more times than the least are taken until TIME.
+
+The rest is for pictures held out, and for other numbers of full steps where a target is missed.
+"""
 
 POLICIES = (("easycache", 0.02), ("easycache", 0.05), ("easycache", 0.1), ("dbcache", 0.2))
 """Policies and thresholds whose choices are starts of the search."""
 
-MOST_SECONDS = 20.0
-"""Of the search for one row."""
+MOST_SECONDS, SHORT = 20.0, 2.0
+"""Of the search for one row, and of one that only asks how many full steps a quality takes."""
 
 LEAST_TIMES, MOST_TIMES = 3, 9
 """Interleaved times of which the median is the speed-up of a row: more where they disagree."""
@@ -174,16 +177,22 @@ class Tuner:
 
     # --- search -------------------------------------------------------------------------------
 
-    def made(self, counts: Sequence[int]) -> list[Row]:
-        """Return the rows of these numbers of full steps, searched and chosen, each once."""
+    def made(self, counts: Sequence[int], later: int = 0) -> list[Row]:
+        """Return the rows of these numbers of full steps, searched and chosen, each once.
+
+        Args:
+            counts: of full steps.
+            later: rows for which time is left.
+        """
         missing = [count for count in counts if count not in self._made]
-        seconds = max(0.5, min(MOST_SECONDS, self.progress.left(SEARCH) / max(1, len(missing))))
+        parts = max(1, len(missing) + later)
+        seconds = max(0.5, min(MOST_SECONDS, self.progress.left(SEARCH) / parts))
         for count in missing:
             self.row_of(count, seconds)
         self._mend_order()
         for number, count in enumerate(missing):
             row, cost = self.rows[count], self.seconds_of(count)
-            share = self.progress.left(CHOOSE) / (len(missing) - number)
+            share = self.progress.left(CHOOSE) / (parts - number)
             end = self.progress.spent + share
             if self.progress.allows(2 * cost, CHOOSE) or self.predictors == "foca":
                 row = self.choose(row, cost, share)
@@ -212,27 +221,41 @@ class Tuner:
         return Row(masks, self.problem.weights(masks, fit), fit=fit)
 
     def row_of(self, full: int, seconds: float) -> Row:
-        """Return the best row of so many full steps, searched for `seconds` at most."""
-        if full not in self.rows:
-            search = Search(self.problem, self.fit, seed=full)
-            lengths = [self.problem.calls[group[0]] for group in search.groups]
-            counts = shared_out(
-                lengths, full if len(lengths) == 1 else full * sum(lengths) // self.total
-            )
-            starts = list(self._starts)
-            if full in self._dp and len(search.groups) == 1:
-                starts.append([self._dp[full]])
-            near = min(self.rows, key=lambda other: abs(other - full), default=None)
-            if near is not None and not self.per_branch:
-                masks = self.rows[near].masks
-                starts.append([masks[group[0]] for group in search.groups])
-            share = seconds * (0.6 if self._splits else 1.0)
-            found = search.run(counts, starts, seconds=share).masks
-            if self._splits:
-                found = self._split(found, full, seconds - share)
-            self.rows[full] = self._fitted(found, self.fit)
-            self.progress.bar(f"searched for {full} full steps")
+        """Return the best row of so many full steps, searched for `seconds` at most, or longer."""
+        search = Search(self.problem, self.fit, seed=full)
+        lengths = [self.problem.calls[group[0]] for group in search.groups]
+        counts = shared_out(
+            lengths, full if len(lengths) == 1 else full * sum(lengths) // self.total
+        )
+        starts = list(self._starts)
+        if full in self._dp and len(search.groups) == 1:
+            starts.append([self._dp[full]])
+        near = min(self.rows, key=lambda other: abs(other - full), default=None)
+        if near is not None and not self.per_branch:
+            masks = self.rows[near].masks
+            starts.append([masks[group[0]] for group in search.groups])
+        share = seconds * (0.6 if self._splits else 1.0)
+        found = search.run(counts, starts, seconds=share).masks
+        if self._splits:
+            found = self._split(found, full, seconds - share)
+        self.rows[full] = self._fitted(found, self.fit)
+        self.progress.bar(f"searched for {full} full steps")
         return self.rows[full]
+
+    def full_of_quality(self, psnr: float) -> int:
+        """Return the fewest full steps with that PSNR on the calibration, as a short search says.
+
+        At most all but one: with all of them nothing is cached.
+        """
+        low, high = 1, max(1, self.total - 1)
+        count = max(2, self.total // 3)
+        while low < high:
+            row = self.row_of(count, max(0.2, min(SHORT, self.progress.left(SEARCH) / 10)))
+            low, high = (low, count) if self.loop.quality(row) >= psnr else (count + 1, high)
+            if not self.progress.allows(3 * self.seconds_of(count), SEARCH):
+                break
+            count = (low + high) // 2
+        return high
 
     @property
     def _splits(self) -> bool:
@@ -267,11 +290,12 @@ class Tuner:
     def validate(self, rows: Sequence[Row]) -> None:
         """Measure rows on pictures that were held out, interleaved with plain draws."""
         cost = self.draw_seconds + sum(self.seconds_of(row.full) for row in rows)
-        turns = max(len(self.validation), MOST_TIMES)
+        turns = max(len(self.validation), MOST_TIMES) if rows else 0
         for turn in range(turns):
             if turn and not self.progress.allows(cost):
                 break
-            if turn >= max(len(self.validation), LEAST_TIMES) and _agree(rows):
+            is_enough = turn >= max(len(self.validation), LEAST_TIMES)
+            if is_enough and (_agree(rows) or not self.progress.allows(cost, TIME)):
                 break
             draw = self.validation[turn % len(self.validation)]
             plain = self.runner.plain(draw)
