@@ -346,7 +346,8 @@ class Request:
         lanes = self.take_lanes_anew(args, kwargs)
         forward = Forward({}, None, lanes, self.clock)
         for step in forward.steps:
-            step.count_full(device_of(args, kwargs))
+            if step.stack.entries:  # else all of its blocks run on every step
+                step.count_full(device_of(args, kwargs))
         return output
 
     def take_lanes_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
