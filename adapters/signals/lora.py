@@ -15,6 +15,9 @@ import torch
 CONFIG = "peft_config"
 """Attribute of a model with adapters: their configs by name."""
 
+DIGITS = 9
+"""Of a scale, after the point."""
+
 CHANGED = "the adapters of LoRA changed"
 """Reason of a full step, in summaries."""
 
@@ -65,11 +68,15 @@ def _layers(lists: Sequence[Sequence[torch.nn.Module]]) -> list[Any]:
 
 
 def _state(layer: Any) -> tuple[Any, ...]:
-    """Return what a layer makes of its adapters."""
+    """Return what a layer makes of its adapters.
+
+    A scale that diffusers puts on for each call and takes off again leaves the last bit another.
+    """
     active = getattr(layer, "active_adapters", ())
+    scaling = getattr(layer, "scaling", None) or {}
     return (
         tuple(active),
-        dict(getattr(layer, "scaling", None) or {}),
+        {k: round(v, DIGITS) if isinstance(v, int | float) else v for k, v in scaling.items()},
         tuple(getattr(layer, "merged_adapters", ())),
         getattr(layer, "disable_adapters", False),
     )
