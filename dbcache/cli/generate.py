@@ -49,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--parallel", metavar="SIZES", help="as in ulysses=2 or tp=2,cfg=2, under torchrun"
     )
+    how.add_argument(
+        "--parallel-modules", nargs="+", metavar="NAME",
+        help="with --parallel: spread these, too, as text_encoder vae controlnet",
+    )  # fmt: skip
     how.add_argument("--compare", action="store_true", help="also without the cache; times, PSNR")
     out = parser.add_argument_group("output")
     out.add_argument(
@@ -137,6 +141,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Return the keyword arguments of `enable`, None without a cache."""
     import dbcache
 
+    if arguments.parallel_modules and arguments.parallel is None:
+        raise ValueError("--parallel-modules needs sizes; give --parallel, too")
     if arguments.target is not None and arguments.schedule is None:
         raise ValueError("--target is a row of a schedule; give --schedule, too")
     if arguments.schedule is not None:
@@ -157,6 +163,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any] | None:
         found = {"level": arguments.cache}
     if arguments.parallel is not None:
         sizes = dict(pair(text) for text in arguments.parallel.split(","))
+        if arguments.parallel_modules:
+            sizes["extra_parallel_modules"] = arguments.parallel_modules
         found["parallelism_config"] = dbcache.load_parallelism_config({"parallelism_config": sizes})
     return found
 

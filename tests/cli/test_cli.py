@@ -274,6 +274,7 @@ def test_a_video_from_a_prompt(capsys, video_folder, tmp_path):
 def test_a_video_on_two_ranks(video_folder, tmp_path):
     command = f"-m torch.distributed.run --nproc_per_node 2 -m dbcache generate {video_folder}"
     command += f" --prompt cat --steps 4 --height 16 --width 16 --frames 5 --cache {OPTIONS}"
+    command += " --parallel-modules text_encoder vae"
     command += f" --parallel ulysses=2 --json --summary {tmp_path / 's.json'}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DBCACHE_KERNELS": "reference"}
     run = subprocess.run(
@@ -340,6 +341,7 @@ def test_a_schedule_and_the_row_of_it(capsys, image_folder, tmp_path):
         (["--report", "no/where.html"], "make it"),
         (["--cache", "none", "--summary", "s.json"], "needs the cache"),
         (["--parallel", "ulysses=2"], "torchrun"),
+        (["--parallel-modules", "vae"], "give --parallel"),
         ([], "needs class_labels"),
     ],
 )
