@@ -36,6 +36,7 @@ class InstanceMethod:
         self.had_own = kept is not None
         self.original: Callable[..., Any] = getattr(module, name) if kept is None else kept
         self.call: Callable[..., Any] | None = call
+        self._uncompiled = _uncompiled()
         self.is_installed = False
         functools.update_wrapper(self, self.original, updated=())
 
@@ -45,7 +46,7 @@ class InstanceMethod:
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
                 raise RuntimeError(EXPORTED.format(who=type(self.module).__name__))
-            return _uncompiled(self.run_uncompiled, args, kwargs)
+            return self._uncompiled(self.run_uncompiled, args, kwargs)
         return self.call(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> InstanceMethod:
@@ -109,15 +110,23 @@ class InstanceMethod:
         return is_method and not is_own
 
 
-@torch.compiler.disable(
-    reason="dbcache decides on each step which blocks run, so that the model as a whole is no "
-    "single graph; instead of fullgraph=True for all of it, compile its blocks, as in "
-    "dbcache.compile(pipe) or transformer.compile_repeated_blocks(fullgraph=True), or call "
-    "dbcache.disable first"
-)
-def _uncompiled(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Keep Dynamo out: traced as a whole, the forward would run past the proxies."""
-    return call(*args, **kwargs)
+@functools.cache
+def _uncompiled() -> Callable[..., Any]:
+    """Return what runs a call with Dynamo kept out: traced as a whole, it would miss the proxies.
+
+    Made when it is first needed, since it imports Dynamo, which takes longer than all of dbcache.
+    """
+
+    def uncompiled(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return call(*args, **kwargs)
+
+    disable: Any = torch.compiler.disable(
+        reason="dbcache decides on each step which blocks run, so that the model as a whole is no "
+        "single graph; instead of fullgraph=True for all of it, compile its blocks, as in "
+        "dbcache.compile(pipe) or transformer.compile_repeated_blocks(fullgraph=True), or call "
+        "dbcache.disable first"
+    )
+    return disable(uncompiled)
 
 
 def _own_method(module: torch.nn.Module, name: str) -> Any:
