@@ -82,6 +82,9 @@ class RowStep(Step):
                 f"{tuple(h_fn.shape)} for {len(members)} rows of requests; name as many in "
                 f"dbcache.rows as the batch has samples"
             )
+        counts = {(id(runs), branch): (runs, place + 1) for runs, branch, place in members}
+        for (_, branch), (runs, count) in counts.items():
+            runs[self.stack.index].note_samples(branch, count)
         lanes = []
         for runs, branch, place in members:
             run, key = runs[self.stack.index], row_key(branch, place)

@@ -29,6 +29,7 @@ class StackRun:
         prepared: the settings as they were given.
         settings: with the number of steps and the mask of the request under way.
         lanes: by guidance branch.
+        samples: how many a branch had at its last step, where each decides for itself.
         shared: the change that the branches share.
         source: what a policy without a probe measures; None where it is the probe.
         generation: of the stack, whose blocks were stored.
@@ -42,6 +43,7 @@ class StackRun:
         self.stack = stack
         self.prepared = self.settings = stack.settings
         self.lanes: dict[str | None, Any] = {}
+        self.samples: dict[str | None, int] = {}
         self.shared = SharedChange(self.settings.cache)
         self.source = stack.make_source()
         self._read()
@@ -74,6 +76,7 @@ class StackRun:
     def start_request(self) -> None:
         """Forget the last request."""
         self.shared.start_request()
+        self.samples.clear()
         if self.source is not None:
             self.source.start_request()
         for lane in self.lanes.values():
@@ -133,6 +136,16 @@ class StackRun:
         """Return the keys of the lanes of a branch: its own, or those of its rows."""
         rows = row_key(branch, 0)[:-2]
         return [k for k in self.lanes if k == branch or (k or "").startswith(rows)]
+
+    def note_samples(self, branch: str | None, count: int) -> None:
+        """Forget what is stored of a branch's samples where there are more or fewer than before.
+
+        They are known by their places, at which there may now be others.
+        """
+        if self.samples.setdefault(branch, count) != count:
+            self.samples[branch] = count
+            for key in self.keys_of(branch):
+                self.forget(key)
 
     def forget(self, branch: str | None) -> bool:
         """Make the next step of a branch a full one; say whether it could have been cached."""

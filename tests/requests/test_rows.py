@@ -388,3 +388,15 @@ def test_a_request_cannot_change_who_decides():
     with pytest.raises(ValueError, match="must leave the blocks as they are"):
         dbcache.start_request(model, batch_reduce="each")
     assert decisions(model) == []
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 2, 2, 1, 1], [2, 2, 1, 1, 2, 2]])
+def test_samples_at_other_places_continue_no_other_samples(sizes):
+    """As where guidance in the batch is switched on or off: then the first one is another."""
+    model, plain, family = tiny.flux(), tiny.flux(), tiny.FAMILIES["flux"]
+    dbcache.enable(model, **OPTIONS | {"residual_diff_threshold": 1.0, "max_warmup_steps": 1})
+    for step, size in enumerate(sizes):
+        given = family.arguments(tiny.noise(2, 16, 16, seed=step)[-size:], 1 - step / 6, "cond")
+        with torch.no_grad():
+            is_full = torch.equal(model(**given)[0], plain(**given)[0])
+        assert is_full == (step % 2 == 0)
