@@ -4,9 +4,11 @@ import importlib.metadata
 import os
 from types import SimpleNamespace
 
+import omni_like
 import ranks
 import sglang_stub
 import tiny
+import torch
 import torch.distributed as dist
 import vllm_stub
 
@@ -44,6 +46,34 @@ def check_ranks_of_vllm_omni_decide_together() -> None:
     assert alone != other
     assert together == same
     assert "below threshold" in together[0]
+
+
+def check_ranks_of_vllm_omni_that_share_guidance_run_a_branch_each() -> None:
+    def all_gather(x, separate_tensors):
+        assert separate_tensors
+        both = [torch.empty_like(x) for _ in range(2)]
+        dist.all_gather(both, x.contiguous())
+        return both
+
+    with omni_like.engine() as omni:
+        import vllm.distributed.parallel_state as of_vllm
+        from vllm_omni.diffusion.distributed import cfg_parallel
+
+        of_vllm._TP = None
+        pipe = omni_like.pipeline(omni, "qwen")
+        backend = omni.selector.get_cache_backend("dbcache", dict(omni_like.OWN))
+        backend.enable(pipe)
+        expected = pipe(12, True)
+        alone = [lane.reasons for lane in dbcache.summary(pipe.transformer, logging=False)]
+        cfg_parallel._get_cfg_world_size_or_one = lambda: 2
+        cfg_parallel.get_classifier_free_guidance_rank = dist.get_rank
+        cfg_parallel.get_cfg_group = lambda: SimpleNamespace(all_gather=all_gather)
+        for _ in range(2):
+            assert torch.allclose(pipe(12, True), expected, atol=1e-6)
+            (lane,) = dbcache.summary(pipe.transformer, logging=False)
+            assert lane.reasons == alone[dist.get_rank()]
+            assert lane.cached_steps
+        backend.disable(pipe)
 
 
 def check_ranks_of_sglang_decide_together() -> None:
