@@ -44,6 +44,7 @@ class Branch:
         travels: the tensor was another at the last call, and so it was at the one before.
         follows: the branch that was at its place in the step before its first call.
         since: the step of its first call.
+        before: the tensor that it had before `condition`.
     """
 
     key: str | None
@@ -56,6 +57,7 @@ class Branch:
     travels: bool = False
     follows: Branch | None = None
     since: int = 0
+    before: weakref.ref[Any] | None = None
 
     def is_known_by(self, condition: torch.Tensor | None) -> bool:
         """Say whether its last call had this very tensor."""
@@ -84,6 +86,8 @@ class Branch:
         """Take note of a call."""
         is_same = condition is None or self.is_known_by(condition)
         self.repeats = self.repeats + 1 if is_same else 0
+        if not is_same:
+            self.before = self.condition
         self.condition = None if condition is None else weakref.ref(condition)
         self.batch, self.call = batch_of(condition), call
 
@@ -188,7 +192,7 @@ class Branches:
             branch, was_another = (
                 self._known(condition)
                 or self._by_place(condition)
-                or self._travelled()
+                or self._travelled(condition)
                 or self._new(condition)
             )
         self._before = clock, found, branch, branch.step, branch.distance
@@ -256,10 +260,15 @@ class Branches:
         before, is_told = self._ran_before, self.tells_steps and self._has_told
         return before[self._place] if is_told and self._place < len(before) else None
 
-    def _travelled(self) -> tuple[Branch, bool] | None:
-        """Return the branch at the call's place if its condition is another at every step."""
+    def _travelled(self, condition: torch.Tensor | None) -> tuple[Branch, bool] | None:
+        """Return the branch at the call's place if its condition is another at every step.
+
+        One that comes back did not travel: two branches took turns at that place.
+        """
         branch = self._at_place()
         if branch is None or not self._is_free(branch) or not branch.changes_often():
+            return None
+        if condition is not None and branch.before is not None and branch.before() is condition:
             return None
         was_another, branch.travels = not branch.travels or branch.repeats > 0, True
         return branch, was_another

@@ -177,6 +177,14 @@ def test_the_unconditional_call_may_come_first(words, wanted):
     assert one_lane_each(pipe)
 
 
+def test_a_branch_that_comes_back_is_not_taken_for_a_prompt_that_travels():
+    pipe = enable(Pipeline())
+    pipe(["cu", "cp", "cup", "cup", "cup"])
+    assert pipe.seen["u"][1:] == ["branch 3"] * 3
+    assert pipe.seen["p"] == ["uncond"] * 4
+    assert decisions(pipe) == {"cond": "FFccF", "uncond": "FFccF", "branch 3": "FFc"}
+
+
 def test_guidance_that_begins_late_with_the_unconditional_call_keeps_lanes_apart():
     pipe = enable(Pipeline())
     pipe(["c"] * 3 + ["uc"] * 4)
