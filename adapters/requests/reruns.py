@@ -67,6 +67,7 @@ class ForwardAgain:
     """Stands for a forward that was run before."""
 
     cutter = members = None
+    inputs: frozenset[str] = frozenset()
 
     def __init__(self, setup: Any, shown: Any, steps: list[Any]) -> None:
         self.setup, self.shown, self.rows = setup, shown, shown.rows
