@@ -303,9 +303,11 @@ class Request:
                     run.stack.check_recordable(run.settings)
                 if run.source is not None:
                     run.source.start(Call(self.module, args, kwargs), cutter is None)
-            output = setup.original(*args, **kwargs)
+            output, is_usual = setup.original(*args, **kwargs), True
             for step in forward.steps:
-                if step.awaits_end or step.lane is None:
+                self.hit |= step.cached
+                if step.awaits_end or step.lane is None or not step.stack.is_checked:
+                    is_usual = False
                     step.check_end()
                 if step.watches_output:
                     step.on_output(output)
@@ -320,7 +322,8 @@ class Request:
             FORWARD.set(outer)
             if is_shown:
                 setup.views.hide()
-        self._end_steps(forward)
+        if not is_usual:
+            self._end_steps(forward)
         if cutter is None and (self.notices.may_rerun or torch.is_grad_enabled()):
             self.notices.end_forward(self, forward.steps, args, kwargs, output)
         forward.steps.clear()  # they hold activations, in a circle
@@ -330,7 +333,6 @@ class Request:
         """End the steps of a forward; those whose blocks were left out count as never begun."""
         is_partial = False
         for step in forward.steps:
-            self.hit |= step.cached
             if step.awaits_end or (step.lane is None and step.stack.entries):
                 step.abort()
                 is_partial = True

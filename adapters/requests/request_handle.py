@@ -127,6 +127,8 @@ class RequestHandle:
 
 def check_options(setup: Setup, old: Setup) -> None:
     """Raise a ValueError if settings of a request need other blocks or buffers than `old` has."""
+    if not setup.stacks:
+        return  # not learned yet, and not made of what `old` may have learned since
     for stack, its_old in zip(setup.stacks, old.stacks, strict=True):
         if stack.geometry != its_old.geometry:
             got = f"Fn={stack.fn}, Bn={stack.bn} in place of Fn={its_old.fn}, Bn={its_old.bn}"

@@ -34,6 +34,8 @@ REENTRANT = (
 class StepAgain:
     """Stands for a step that was taken before."""
 
+    awaits_end = False
+
     def __init__(self, step: Any) -> None:
         self.cached = step.cached
         self.stack = step.stack

@@ -17,6 +17,7 @@ from dbcache.adapters.patching.patch_functor import Patches
 from dbcache.adapters.requests.lane_pool import LanePool, LaneSet
 from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.build import make_stacks
+from dbcache.adapters.stacks.proxies import Loop
 from dbcache.adapters.stacks.stack_run import StackRun
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings, merge
 from dbcache.graphs.cuda_capture import UserCapture, user_capture
@@ -164,7 +165,7 @@ class Setup:
     def _show(self, stacks: Sequence[BlockStack]) -> Shown:
         showing = [stack for stack in stacks if stack.entries]
         lists = [block_list for stack in showing for block_list in stack.lists]
-        rows = [row for stack in showing for row in stack.entries]
+        rows = [Loop(row) for stack in showing for row in stack.entries]
         self.entries = [stack.entries for stack in stacks]
         self.shown = shown(lists, rows, self.module)
         return self.shown
@@ -214,7 +215,8 @@ class Setup:
             ValueError: values that are not allowed, or do not go together.
         """
         base = self.base.modified(changes)
-        modifiers = self.modifiers
+        with self._learning:
+            spec, modifiers = self.spec, self.modifiers
         if overrides:
             modifiers = [changes for _ in modifiers]
         config = merge(self.config, changes.cache_config)
@@ -226,7 +228,7 @@ class Setup:
                 twin.base, twin.config, twin._origin = base, config, self
                 return twin
         renewed = Setup(
-            self.spec,
+            spec,
             base,
             modifiers,
             graph_options=None if self.graphs is None else self.graphs.options,

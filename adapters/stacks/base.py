@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from dbcache.adapters.blocks.block_list import Entry
 from dbcache.adapters.blocks.patterns import ENCODER
 from dbcache.adapters.blocks.spec import StackSpec
 from dbcache.adapters.signals.measurements import Source
+from dbcache.adapters.stacks.input_copies import KnownLoop
 from dbcache.adapters.stacks.proxies import CheckedBlock
 from dbcache.adapters.stacks.stack_run import StackRun
 from dbcache.config.cache import StackSettings
@@ -39,6 +41,7 @@ class BlockStack:
             made by the blocks, or none.
         makes_encoder: blocks return encoder states, and are given none.
         is_checked: a forward has compared what the blocks return with the pattern.
+        loops: what is known of the model's loop, by the names of the model's inputs.
         generation: grows when blocks were exchanged; what was stored before no longer holds.
         sharding: ranks that vote on decisions; None where each decides for itself.
         recorder: notes of full steps what a calibration is made of.
@@ -74,6 +77,7 @@ class BlockStack:
         self.fn, self.bn = self._clamp()
         self.check()
         self.make_source()  # raises now if the policy does not know the model
+        self.loops: dict[frozenset[str], KnownLoop] = defaultdict(KnownLoop)
         self.entries = self.make_entries()
         self.is_checked = False
 
@@ -112,7 +116,7 @@ class BlockStack:
     def inherit(self, old: Any) -> None:
         """Take over what is known of the blocks from a stack of the same geometry."""
         self.entries, self.generation = old.entries, old.generation
-        self.is_checked = old.is_checked
+        self.is_checked, self.loops = old.is_checked, old.loops
 
     def check(self) -> None:
         """Raise a ValueError if the settings do not go with the blocks."""
@@ -167,6 +171,7 @@ class BlockStack:
         self.fn, self.bn = self._clamp()
         self.entries, self.is_checked = self.make_entries(), False
         self.generation += 1
+        self.loops.clear()
 
     def forget_checks(self) -> None:
         """Let blocks that were checked stand for themselves."""

@@ -33,3 +33,20 @@ class InputCopies:
                 torch.equal(x, copy) for x, copy in pairs if x is not None and copy is not None
             )
             self.is_known = True
+
+
+class KnownLoop(InputCopies):
+    """What a first full step shows of a model's loop, for one set of inputs of the model.
+
+    As `InputCopies`: whether the loop writes into what the last probe block returned.
+
+    Attributes:
+        is_seen: such a step has run, by proxies alone.
+        reads_blocks: the loop reads attributes of the blocks, which a function does not have.
+    """
+
+    __slots__ = ("is_seen", "reads_blocks")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_seen = self.reads_blocks = False

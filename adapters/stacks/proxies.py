@@ -12,10 +12,13 @@ their thread or task.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from dbcache.adapters.blocks.block_list import Entry
 from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, ForwardPattern, Streams, describe
 from dbcache.adapters.blocks.signature import parameter_names
 from dbcache.adapters.blocks.views import FORWARD
@@ -61,6 +64,16 @@ class Inputs:
         self.takes_encoder = ENCODER in pattern.takes
         self.hidden = Stream(block, streams, 0, who)
         self.encoder: Any = Stream(block, streams, 1, who) if self.takes_encoder else _no_stream
+
+    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Return both streams."""
+        hidden = kwargs.get(self.hidden.name)
+        if hidden is None:
+            hidden = self.hidden(args, kwargs)
+        if not self.takes_encoder:
+            return hidden, None
+        encoder = kwargs.get(self.encoder.name)
+        return hidden, self.encoder(args, kwargs) if encoder is None else encoder
 
 
 class OutputForm:
@@ -135,7 +148,7 @@ class BlockProxy:
             of these.
     """
 
-    __slots__ = ("block", "form", "index", "inputs", "pair", "pattern", "place", "who")
+    __slots__ = ("block", "form", "index", "inputs", "pattern", "place", "who")
 
     def __init__(self, stack: Any, block: torch.nn.Module, who: str, place: int) -> None:
         self.index = stack.index
@@ -144,11 +157,12 @@ class BlockProxy:
         self.block = block
         self.who = who
         self.form: OutputForm | None = None
-        self.pair: tuple[str, str] | None = None
-        """Names of the streams in the order of the output, where all are inputs by name."""
         self.inputs = Inputs(block, stack.pattern, stack.streams, who)
 
     def __getattr__(self, name: str) -> Any:
+        forward = _under_way()
+        if forward is not None:
+            forward.steps[self.index].stack.loops[forward.inputs].reads_blocks = True
         return getattr(self.block, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,10 +178,7 @@ class BlockProxy:
         """Call the block; the first time, learn how it packs its output."""
         output = self.block(*args, **kwargs)
         if self.form is None:
-            form = OutputForm(self.pattern, output, self.who)
-            if form.encoder_at == 0 and self.inputs.takes_encoder:
-                self.pair = self.inputs.encoder.name, self.inputs.hidden.name
-            self.form = form
+            self.form = OutputForm(self.pattern, output, self.who)
         return output
 
     def streams(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -212,10 +223,11 @@ class ProbeEnd(BlockProxy):
         step = forward.steps[self.index]
         if self.place == 0:
             step.begin(self.inputs.hidden(args, kwargs))
-        output = self.run(args, kwargs)
         form: Any = self.form
+        output = self.run(args, kwargs) if form is None else self.block(*args, **kwargs)
+        form = self.form
         step.probe = output if form.is_tensor else output[form.hidden_at]
-        if step.stack.probe_outputs[forward.inputs].are_needed:
+        if step.stack.loops[forward.inputs].are_needed:
             step.copy_probe()
         if step.stack.makes_encoder:
             step.encoder_fn = self.streams(output)[1]
@@ -223,18 +235,28 @@ class ProbeEnd(BlockProxy):
 
 
 class SkippedBlock(BlockProxy):
-    """A middle block between the first and the last one: the common case, kept short."""
+    """A middle block between the first and the last one; `Loop` mostly gives others in its place.
 
-    __slots__ = ()
+    Attributes:
+        skip: a function that does what the proxy does on a cached step; None until that is known.
+    """
+
+    __slots__ = ("skip",)
+
+    def __init__(self, stack: Any, block: torch.nn.Module, who: str, place: int) -> None:
+        super().__init__(stack, block, who, place)
+        self.skip: Callable[..., Any] | None = None
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = super().run(args, kwargs)
+        self.skip = self.skip or _passing(self)
+        return output
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = _under_way()
         if forward is not None:
             step = forward.steps[self.index]
             if step.cached:
-                pair = self.pair
-                if pair is not None and not args:
-                    return kwargs[pair[0]], kwargs[pair[1]]
                 return self.pass_through(step, args, kwargs)
             if self.form is None:
                 return self.run(args, kwargs)
@@ -248,6 +270,29 @@ class SkippedBlock(BlockProxy):
         if self.inputs.takes_encoder:
             return self.pack(hidden, self.inputs.encoder(args, kwargs))
         return self.pack(hidden, step.encoder_fn)
+
+
+def _passing(proxy: SkippedBlock) -> Callable[..., Any] | None:
+    """Return a function that does what `proxy` does on a cached step; None: it asks the step."""
+    form, inputs = proxy.form, proxy.inputs
+    assert form is not None
+    hidden, at = inputs.hidden.name, inputs.hidden.at
+
+    def skip_one(*args: Any, **kwargs: Any) -> Any:
+        if hidden in kwargs:
+            return kwargs[hidden]
+        return args[at] if at < len(args) else proxy.pass_through(None, args, kwargs)
+
+    if form.is_tensor:
+        return skip_one
+    if not inputs.takes_encoder or form.encoder_at != 0:
+        return None
+    encoder = inputs.encoder.name
+
+    def skip_two(*args: Any, **kwargs: Any) -> Any:
+        return proxy.pass_through(None, args, kwargs) if args else (kwargs[encoder], kwargs[hidden])
+
+    return skip_two
 
 
 class Boundary(SkippedBlock):
@@ -267,14 +312,62 @@ class Boundary(SkippedBlock):
         if self.is_first:
             if step.run.source is not None:
                 step.run.source.at_block(self.block, args, kwargs)
-            step.decide(self.inputs.hidden(args, kwargs), self.inputs.encoder(args, kwargs))
+            hidden, encoder = self.inputs.of(args, kwargs)
+            step.decide(hidden, encoder)
         if not step.cached:
             output = self.run(args, kwargs)
             if self.is_last:
                 step.finish_full(*self.streams(output), self.who)
             return output
         if self.is_last:
-            return self.pack(*step.finish_cached())
-        if self.pair is not None and not args:
-            return kwargs[self.pair[0]], kwargs[self.pair[1]]
+            assert self.form is not None
+            return self.form.pack(*step.finish_cached())
+        if self.is_first and encoder is not None and self.form and self.form.encoder_at == 0:
+            return encoder, hidden
         return self.pass_through(step, args, kwargs)
+
+
+class Loop(list[Entry]):
+    """What stands for the blocks of one list, in their order: an entry for each.
+
+    A proxy asks at each call what its block is to do. Once a step is decided, all blocks between
+    the first and the last middle one do the same, so a loop is given what costs less to call: on a
+    full step the blocks themselves, on a cached one plain functions that return what they are
+    given. These do not have the attributes of blocks. So loops that read attributes go through
+    proxies on cached steps, as all do on the first step with a set of inputs, which shows it.
+    """
+
+    __slots__ = ("_before", "_fast", "_middle", "_rest")
+
+    def __init__(self, row: list[Entry]) -> None:
+        super().__init__(row)
+        at = [i for i, entry in enumerate(row) if type(entry) is SkippedBlock]
+        begin, end = (at[0], at[-1] + 1) if at else (0, 0)
+        self._before, self._rest = row[:begin], row[begin:]
+        self._middle: list[Any] = row[begin:end]
+        self._fast: tuple[list[Entry], list[Entry]] | None = None
+
+    def __iter__(self) -> Iterator[Entry]:
+        if not self._middle or _under_way() is None:
+            return super().__iter__()
+        if not self._before:
+            return iter(self._part(True))
+        # the rest is asked for when all before it was called
+        return itertools.chain.from_iterable(map(self._part, (False, True)))
+
+    def _part(self, is_rest: bool) -> list[Entry]:
+        """Return what stands for the blocks before the middle ones, or for the others."""
+        forward = _under_way()
+        if not is_rest or forward is None:
+            return self._rest if is_rest else self._before
+        step = forward.steps[self._middle[0].index]
+        known = step.stack.loops[forward.inputs]
+        if not (step.awaits_end and known.is_seen) or (step.cached and known.reads_blocks):
+            return self._rest
+        if self._fast is None:
+            if any(proxy.skip is None for proxy in self._middle):
+                return self._rest
+            after = self._rest[len(self._middle) :]
+            blocks = [proxy.block for proxy in self._middle]
+            self._fast = [*blocks, *after], [*[proxy.skip for proxy in self._middle], *after]
+        return self._fast[step.cached]

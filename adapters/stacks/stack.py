@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -39,7 +38,6 @@ class Stack(BlockStack):
 
     def make_entries(self) -> list[list[Entry]]:
         self.probe_copies, self.middle_copies = InputCopies(), InputCopies()
-        self.probe_outputs: dict[frozenset[str], InputCopies] = defaultdict(InputCopies)
         if self.fn + self.bn == self.num_blocks:
             return []
         self.last_blocks = LastBlocks.of(self)
@@ -68,7 +66,6 @@ class Stack(BlockStack):
         super().inherit(old)
         self.last_blocks = old.last_blocks
         self.probe_copies, self.middle_copies = old.probe_copies, old.middle_copies
-        self.probe_outputs = old.probe_outputs
 
     def make_source(self) -> Source | None:
         if self.leader is not None:

@@ -164,7 +164,7 @@ class Step(StackStep):
 
     def _compare_probe(self) -> None:
         """Learn whether the model's loop writes into what the last probe block returned."""
-        copies = self.stack.probe_outputs[self.forward.inputs]
+        copies = self.stack.loops[self.forward.inputs]
         if not copies.is_known and self.cutter is None:
             copies.learn([(self._returned, self.probe)])
         if not copies.are_needed:
@@ -317,6 +317,7 @@ class Step(StackStep):
             lane.predict(h_fn, encoder_fn, out=h_out, encoder_out=encoder)
             self.cutter.end_branch()
         self.awaits_end = False
+        self.stack.loops[self.forward.inputs].is_seen = True
         if self.single_blocks is not None:
             self.single_blocks.encoder = encoder
 
