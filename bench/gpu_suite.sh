@@ -9,7 +9,8 @@
 # do the same to the last bit and never wait, what a step of a model of FLUX's size costs eagerly and
 # as graphs beside cache-dit, the kernels against the memory's speed, and, in the time that is left,
 # the kernel tests without the interpreter. The second: the other tests of graphs, host overhead, a
-# whole loop as one graph, and compute-sanitizer where it is installed.
+# whole loop as one graph, compile, offload and quantised weights beside the cache, and
+# compute-sanitizer where it is installed.
 #
 #   WHEELS=dir         install the wheels in it first, without a network, into /tmp/dbcache-site,
 #                      where a second call on the same machine finds them
@@ -178,16 +179,18 @@ if [ "$call" = first ]; then
     step kernel-tests 300 20 "${pytest[@]}" "${workers[@]}" --junitxml="$logs/kernel-tests.xml" \
         "${kernel_tests[@]}"
 else
-    step graphs-rest 80 20 "${pytest[@]}" --junitxml="$logs/graphs-rest.xml" \
+    step graphs-rest 70 20 "${pytest[@]}" --junitxml="$logs/graphs-rest.xml" \
         "$graph_tests" -k "$rest"
-    step overhead 25 10 "$python" -m bench.run overhead --device "$device" --requests "$requests" \
+    step overhead 20 10 "$python" -m bench.run overhead --device "$device" --requests "$requests" \
         --engines "${engines[@]}" --json "$logs/overhead.json"
-    step loop 45 15 "$python" -m bench.run loop --device "$device" "${images[@]}" \
+    step loop 40 15 "$python" -m bench.run loop --device "$device" "${images[@]}" \
         --json "$logs/loop.json"
+    step together 35 15 "${pytest[@]}" --junitxml="$logs/together.xml" \
+        tests/together/test_devices.py tests/together/test_cache_device.py -k "$device or on_a_gpu"
     if [ "$device" != cuda ]; then
         left_out sanitizer "needs a GPU"
     elif command -v compute-sanitizer >/dev/null; then
-        step sanitizer 55 20 compute-sanitizer --error-exitcode 1 "${pytest[@]}" \
+        step sanitizer 40 20 compute-sanitizer --error-exitcode 1 "${pytest[@]}" \
             --junitxml="$logs/sanitizer.xml" "$graph_tests" -k "same_bit_for_bit and blocks-device"
     else
         left_out sanitizer "compute-sanitizer is not installed"

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dbcache.cli.outcome import DTYPES
+
 DIGITS = "digits"
 """Stands for the small trained model that the package has."""
 
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> 
     parser.add_argument("--width", type=int)
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--device", help="cpu or cuda; the GPU where there is one")
-    parser.add_argument("--dtype", default="auto", help="bfloat16, float16, float32 or auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU")
     parser.add_argument("--quiet", action="store_true", help="no lines of progress")
 
 
@@ -59,14 +61,10 @@ def load(arguments: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]
         prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError("--prompt or --prompts must be given, got neither")
-    import diffusers
+    from dbcache.cli import pipelines
 
-    name = arguments.dtype
-    if name == "auto":
-        name = "bfloat16" if str(device).startswith("cuda") else "float32"
-    dtype = getattr(torch, name)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=dtype)
-    pipe.to(device)
+    pipe, where = pipelines.load(arguments)
+    pipe.to(where)
     pipe.set_progress_bar_config(disable=True)
     call = {"height": arguments.height, "width": arguments.width}
     call["guidance_scale"] = arguments.guidance_scale

@@ -6,11 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dbcache.cli.outcome import Outcome, check_writable, pair
+from dbcache.cli.outcome import DTYPES, Outcome, check_writable, pair
 
 HELP = "generate images, videos or audio with a pipeline of diffusers, with the cache on"
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

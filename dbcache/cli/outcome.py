@@ -10,6 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Of a pipeline; "auto" is bfloat16 on a GPU, float32 elsewhere."""
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -71,52 +71,13 @@ class Runner:
         Raises:
             OSError, ValueError: it cannot be loaded, or does not take an argument.
         """
-        import diffusers
-
-        has_gpu = torch.cuda.is_available()
-        device = torch.device(arguments.device or ("cuda" if has_gpu else "cpu"))
-        if device.type == "cuda" and not has_gpu:
-            raise ValueError(f"--device {device}: torch finds no GPU here; use --device cpu")
-        name = arguments.dtype
-        if name == "auto":
-            name = "bfloat16" if device.type == "cuda" else "float32"
-        dtype = getattr(torch, name)
-        is_quiet = arguments.quiet or arguments.json
-        if is_quiet:
-            diffusers.utils.logging.disable_progress_bar()
-            if find_spec("transformers") is not None:
-                from transformers.utils.logging import disable_progress_bar
-
-                disable_progress_bar()
-        folder = Path(arguments.model)
-        if folder.exists() and not (folder / "model_index.json").is_file():
-            raise ValueError(
-                f"{folder}: must be a folder with a model_index.json, as pipelines have"
-            )
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # it is called dtype in diffusers 1
-                pipe = diffusers.DiffusionPipeline.from_pretrained(
-                    arguments.model, torch_dtype=dtype
-                )
-        except AttributeError as error:
-            raise ValueError(
-                f"{arguments.model}: its model_index.json names what diffusers "
-                f"{diffusers.__version__} does not have, got {error}; upgrade diffusers"
-            ) from error
-        except (OSError, ValueError) as error:
-            if folder.exists():
-                raise
-            raise OSError(
-                f"{arguments.model}: there is no such folder, and the hub did not give it: "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from error
+        pipe, device = load(arguments)
         call = _call(pipe, arguments)  # before the model is moved
         if arguments.offload and device.type == "cuda":
             pipe.enable_model_cpu_offload(device=device)
         else:
             pipe.to(device)
-        pipe.set_progress_bar_config(disable=is_quiet)
+        pipe.set_progress_bar_config(disable=arguments.quiet or arguments.json)
         return cls(pipe, device, call, arguments.seed)
 
     def transformers(self) -> list[torch.nn.Module]:
@@ -139,6 +100,50 @@ class Runner:
         takes = inspect.signature(self.pipe.__call__).parameters
         given = {"generator": generator} if "generator" in takes else {}
         return self.pipe(**self.call, **given)
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, torch.device]:
+    """Load the pipeline that is asked for, on the CPU; return it with the device to run on.
+
+    Raises:
+        OSError, ValueError: it cannot be loaded.
+    """
+    import diffusers
+
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(arguments.device or ("cuda" if has_gpu else "cpu"))
+    if device.type == "cuda" and not has_gpu:
+        raise ValueError(f"--device {device}: torch finds no GPU here; use --device cpu")
+    name = arguments.dtype
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = getattr(torch, name)
+    if arguments.quiet or arguments.json:
+        diffusers.utils.logging.disable_progress_bar()
+        if find_spec("transformers") is not None:
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
+    folder = Path(arguments.model)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder}: must be a folder with a model_index.json, as pipelines have")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it is called dtype in diffusers 1
+            pipe = diffusers.DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=dtype)
+    except AttributeError as error:
+        raise ValueError(
+            f"{arguments.model}: its model_index.json names what diffusers "
+            f"{diffusers.__version__} does not have, got {error}; upgrade diffusers"
+        ) from error
+    except (OSError, ValueError) as error:
+        if folder.exists():
+            raise
+        raise OSError(
+            f"{arguments.model}: there is no such folder, and the hub did not give it: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    return pipe, device
 
 
 def _read(value: Any) -> Any:

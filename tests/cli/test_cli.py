@@ -361,9 +361,15 @@ def test_weights_are_quantised(capsys, image_folder, monkeypatch, tmp_path):
     assert how == {"quant_type": "int8_weight_only"}
 
 
-def test_models_that_are_not_there(capsys, tmp_path):
-    assert "model_index.json" in failed(capsys, "generate", tmp_path)
-    assert "no such folder" in failed(capsys, "generate", tmp_path / "none", "--quiet")
+@pytest.mark.parametrize("command", ["generate", "compare", "sweep", "tune"])
+def test_models_that_are_not_there(command, capsys, tmp_path):
+    argv = [command, tmp_path, "--prompt", "x"]
+    assert "model_index.json" in failed(capsys, *argv)
+    argv[1] = tmp_path / "none"
+    assert "no such folder" in failed(capsys, *argv, "--quiet")
+
+
+def test_a_gpu_that_is_not_there(capsys, tmp_path):
     if not torch.cuda.is_available():
         assert "--device cpu" in failed(capsys, "generate", tmp_path, "--device", "cuda")
 

@@ -97,9 +97,12 @@ def start(device: Any = "cuda") -> torch.Tensor:
 
 
 @torch.no_grad()
-def loop(model: torch.nn.Module, steps: int = STEPS) -> list[torch.Tensor]:
-    """Denoise, or take the first `steps` of it; return the outputs of the model."""
-    x, outputs = start(model.device), []
+def loop(model: torch.nn.Module, steps: int = STEPS, device: Any = None) -> list[torch.Tensor]:
+    """Denoise, or take the first `steps` of it, on the model's device if none is given.
+
+    Returns the outputs of the model.
+    """
+    x, outputs = start(device or model.device), []
     for step in range(steps):
         output = model(**inputs(x, 1 - step / STEPS))[0]
         outputs.append(output)
