@@ -66,7 +66,7 @@ class Inputs:
         self.encoder: Any = Stream(block, streams, 1, who) if self.takes_encoder else _no_stream
 
     def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Return both streams."""
+        """Return both streams; those that are given by name without a further call."""
         hidden = kwargs.get(self.hidden.name)
         if hidden is None:
             hidden = self.hidden(args, kwargs)
@@ -223,9 +223,8 @@ class ProbeEnd(BlockProxy):
         step = forward.steps[self.index]
         if self.place == 0:
             step.begin(self.inputs.hidden(args, kwargs))
+        output = self.block(*args, **kwargs) if self.form else self.run(args, kwargs)
         form: Any = self.form
-        output = self.run(args, kwargs) if form is None else self.block(*args, **kwargs)
-        form = self.form
         step.probe = output if form.is_tensor else output[form.hidden_at]
         if step.stack.loops[forward.inputs].are_needed:
             step.copy_probe()
@@ -235,22 +234,9 @@ class ProbeEnd(BlockProxy):
 
 
 class SkippedBlock(BlockProxy):
-    """A middle block between the first and the last one; `Loop` mostly gives others in its place.
+    """A middle block between the first and the last one; see `Loop`, which seldom calls it."""
 
-    Attributes:
-        skip: a function that does what the proxy does on a cached step; None until that is known.
-    """
-
-    __slots__ = ("skip",)
-
-    def __init__(self, stack: Any, block: torch.nn.Module, who: str, place: int) -> None:
-        super().__init__(stack, block, who, place)
-        self.skip: Callable[..., Any] | None = None
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = super().run(args, kwargs)
-        self.skip = self.skip or _passing(self)
-        return output
+    __slots__ = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = _under_way()
@@ -272,8 +258,11 @@ class SkippedBlock(BlockProxy):
         return self.pack(hidden, step.encoder_fn)
 
 
-def _passing(proxy: SkippedBlock) -> Callable[..., Any] | None:
-    """Return a function that does what `proxy` does on a cached step; None: it asks the step."""
+def _passing(proxy: SkippedBlock) -> Callable[..., Any]:
+    """Return what does as `proxy` on a cached step: a function, or itself, where it asks the step.
+
+    The form of its output is known.
+    """
     form, inputs = proxy.form, proxy.inputs
     assert form is not None
     hidden, at = inputs.hidden.name, inputs.hidden.at
@@ -286,7 +275,7 @@ def _passing(proxy: SkippedBlock) -> Callable[..., Any] | None:
     if form.is_tensor:
         return skip_one
     if not inputs.takes_encoder or form.encoder_at != 0:
-        return None
+        return proxy
     encoder = inputs.encoder.name
 
     def skip_two(*args: Any, **kwargs: Any) -> Any:
@@ -348,26 +337,25 @@ class Loop(list[Entry]):
         self._fast: tuple[list[Entry], list[Entry]] | None = None
 
     def __iter__(self) -> Iterator[Entry]:
-        if not self._middle or _under_way() is None:
+        forward = _under_way() if self._middle else None
+        if forward is None:
             return super().__iter__()
         if not self._before:
-            return iter(self._part(True))
-        # the rest is asked for when all before it was called
-        return itertools.chain.from_iterable(map(self._part, (False, True)))
+            return iter(self._now(forward))
+        # what follows is asked for when all before it was called
+        rest = itertools.chain.from_iterable(map(self._now, (forward,)))
+        return itertools.chain(self._before, rest)
 
-    def _part(self, is_rest: bool) -> list[Entry]:
-        """Return what stands for the blocks before the middle ones, or for the others."""
-        forward = _under_way()
-        if not is_rest or forward is None:
-            return self._rest if is_rest else self._before
+    def _now(self, forward: Any) -> list[Entry]:
+        """Return what stands for the blocks from the first middle one on, in the forward's step."""
         step = forward.steps[self._middle[0].index]
         known = step.stack.loops[forward.inputs]
         if not (step.awaits_end and known.is_seen) or (step.cached and known.reads_blocks):
             return self._rest
         if self._fast is None:
-            if any(proxy.skip is None for proxy in self._middle):
+            if any(proxy.form is None for proxy in self._middle):
                 return self._rest
             after = self._rest[len(self._middle) :]
             blocks = [proxy.block for proxy in self._middle]
-            self._fast = [*blocks, *after], [*[proxy.skip for proxy in self._middle], *after]
+            self._fast = [*blocks, *after], [*map(_passing, self._middle), *after]
         return self._fast[step.cached]

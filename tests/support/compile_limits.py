@@ -1,5 +1,7 @@
 """What kernels may take on sm_90, at most, so that it does not creep back."""
 
+import os
+
 LIMITS = {
     "compile_offline.py": {
         # at most 72 registers: seven programs per multiprocessor, see `sums.MAX_PARTIALS`
@@ -19,7 +21,7 @@ LIMITS = {
     },
     "compile_offline_rows.py": {
         # at most 72 registers: seven programs per multiprocessor, see `sums.MAX_PARTIALS`
-        "decide_rows-bf16": (72, 1864, 23),
+        "decide_rows-bf16": (72, 1784, 22),
         "decide_rows-bf16-tokens": (77, 1912, 30),
         "predict_rows-bf16-k8-encoder": (44, 600, 0),
         "commit_rows-bf16-encoder": (40, 184, 0),
@@ -35,6 +37,9 @@ LIMITS = {
 """Registers, instructions and barriers by script and kernel, of Triton 3.5, 3.6 and 3.9, as
 measured. What is not here is not disassembled, which takes longer than to compile it."""
 
+OLDER = {"decide_rows-bf16": (72, 1864, 23)}
+"""Where Triton 3.5 and 3.6 (`make tritons`) take more than the newest one."""
+
 COUNTED = frozenset(name for table in LIMITS.values() for name in table)
 
 
@@ -42,4 +47,6 @@ def check(row: dict, script: str) -> None:
     """Fail where a compiled kernel takes more."""
     got = row["registers"], row["instructions"], row["barriers"]
     most = LIMITS[script][row["kernel"]]
+    if "DBCACHE_TRITON" in os.environ:
+        most = OLDER.get(row["kernel"], most)
     assert all(x <= limit for x, limit in zip(got, most, strict=False)), (got, most)

@@ -42,6 +42,15 @@ def run(model, options, steps=STEPS):
     return loop(model, steps), traces(model)
 
 
+def check_cached(model):
+    """See to it that threshold 0 changes no bit, and that another one caches."""
+    plain = loop(model, STEPS)
+    outputs, _ = run(model, OFF)
+    assert same(outputs, plain)
+    run(model, OPTIONS)
+    check_window(model, least=2, steps=STEPS)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("offload", [by_block, by_leaf, sequential])
 @pytest.mark.parametrize("device", DEVICES)
@@ -74,10 +83,7 @@ def test_compiled_blocks_run_on_full_steps(device):
     backend = "inductor" if device == "cuda" else "eager"
     model = build(device)
     dbcache.compile(model, backend=backend)
-    plain = loop(model, STEPS)
-    outputs, _ = run(model, OFF)
-    assert same(outputs, plain)
-    run(model, OPTIONS)
+    check_cached(model)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     loop(model, STEPS)
     check_window(model, least=2, steps=STEPS)
@@ -90,8 +96,4 @@ def test_quantised_weights_are_cached(device):
     kind = "float8_weight_only" if device == "cuda" else "int8_weight_only"
     model = build(device)
     dbcache.quantize(model, quant_type=kind)
-    plain = loop(model, STEPS)
-    outputs, _ = run(model, OFF)
-    assert same(outputs, plain)
-    run(model, OPTIONS)
-    check_window(model, least=2, steps=STEPS)
+    check_cached(model)
