@@ -257,9 +257,11 @@ class Lane(_Kept):
             decide(self.state, None)
             return
         dtype = self.forms.hidden if self.compares else h_fn.dtype
-        if not h_in.dtype is h_fn.dtype is dtype:  # a `to` without effect takes time, too
-            h_in, h_fn = h_in.to(dtype), h_fn.to(dtype)
         before = h_in if self.by_residual else None
+        if before is not None and before.dtype is not dtype:  # a `to` without effect takes time
+            before = before.to(dtype)
+        if h_fn.dtype is not dtype:
+            h_fn = h_fn.to(dtype)
         probe_and_decide(before, h_fn, p_ref, self.steps.state, by_token=self.by_token)
 
     def settle(self, code: int, flag: bool | None = None) -> bool:
