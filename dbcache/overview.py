@@ -104,7 +104,7 @@ def _config(handles: Sequence[CachedTransformer]) -> str:
 
 def summary_of(requests: Sequence[Request], details: bool) -> Summary:
     """Return the summary of requests that the user started."""
-    records = [request.record or RequestRecord.of(request) for request in requests]
+    records = [request.record or request.shown() for request in requests]
     return _summary(records, [], details)
 
 

@@ -73,9 +73,9 @@ class CachedPipeline:
 
     def shown(self) -> list[RequestRecord]:
         """Return what a summary shows: the call that ended last, else one under way."""
-        if self.closed or not self._open:
-            return self.closed
-        return [RequestRecord.of(request) for request in self._open[-1].requests.values()]
+        under_way = [] if self.closed else self._open[-1:]
+        requests = [request for call in under_way for request in call.requests.copy().values()]
+        return self.closed or [request.shown() for request in requests]
 
 
 class PipelineCall:

@@ -28,7 +28,7 @@ from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_
 from dbcache.adapters.requests.enabled import Enabled
 from dbcache.adapters.requests.hot_swap import watched_loading
 from dbcache.adapters.requests.notices import OUTSIDE, Tally
-from dbcache.adapters.requests.open_requests import OpenRequests
+from dbcache.adapters.requests.open_requests import OpenRequests, living
 from dbcache.adapters.requests.record import RequestRecord, Totals
 from dbcache.adapters.requests.request import CachedForward, Request, Views
 from dbcache.adapters.requests.reruns import Reruns
@@ -113,9 +113,11 @@ class CachedTransformer:
         with self._lock:
             self.enabled = enabled
             self.tally.said.clear()
-            for place, request in list(self.implicit.items()):
-                if not self.is_on or (request.renew is not None and enabled.alone is None):
-                    del self.implicit[place]
+            for place in living(self.implicit):
+                request = self.implicit.get(place)
+                follows = request is not None and request.renew is not None
+                if not self.is_on or (follows and enabled.alone is None):
+                    self.implicit.pop(place, None)
             self._fit()
             announce(self.module, self.setup.config if self.is_on else None)
 
@@ -288,7 +290,8 @@ class CachedTransformer:
 
     def under_way(self) -> list[Request]:
         """Return the open requests, and those that nobody started."""
-        return [*self._open, *self.implicit.values()]
+        implicit = (self.implicit.get(place) for place in living(self.implicit))
+        return [*self._open, *(request for request in implicit if request is not None)]
 
     def refresh(self, setup: Setup) -> None:
         """Begin a new request here, with the settings of `setup`, for calls without a pipeline."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ class Clock:
 
     Args:
         setup: the settings.
-        force_full: called with a reason and a branch whose next step must be a full one.
+        force_full: method of the request, called with a reason and a branch whose next step must be
+            a full one; held weakly, so that a request that is dropped frees its buffers at once.
         steps: of the request, where the caller knows; None: the config or a scheduler may tell.
         follows: branches are found from the calls. Without that, calls are one branch, or two in
             turn, and `num_inference_steps` calls or a time that runs back begin the request anew.
@@ -59,7 +61,7 @@ class Clock:
         self.inputs: frozenset[str] = frozenset()
         self.name: str | None = None
         self.branches = Branches(alternates=setup.spec.separate_cfg)
-        self._force_full = force_full
+        self._its_force_full = weakref.WeakMethod(force_full)
         self._times = StepTimes(setup.module)
         self._image_scales = ImageScales(setup.module)
         self._looks_at_times = False
@@ -208,6 +210,11 @@ class Clock:
         if known != form:
             self._note_change(branch, known, form)
         self.branch, self.inputs = branch, self._inputs[branch]
+
+    def _force_full(self, reason: str, branch: str | None) -> None:
+        force_full = self._its_force_full()
+        assert force_full is not None  # who calls the clock holds the request
+        force_full(reason, branch)
 
     def _note_change(self, branch: str | None, known: Any, form: Any) -> None:
         """Make the next step of a branch a full one if other arguments are given than before."""

@@ -38,7 +38,7 @@ class LaneSet:
 
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        return sum(lane.nbytes() for run in self.runs for lane in run.lanes.values())
+        return sum(lane.nbytes() for run in self.runs for lane in run.lanes.copy().values())
 
 
 class LanePool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +19,14 @@ TOO_MANY = (
 )
 
 
+Key = TypeVar("Key")
+
+
+def living(kept: weakref.WeakKeyDictionary[Key, Any]) -> list[Key]:
+    """Return the keys that live; its own iterators fail where another thread adds one meanwhile."""
+    return [key for reference in kept.keyrefs() if (key := reference()) is not None]
+
+
 class OpenRequests:
     """Requests that are open on a transformer; those that are dropped are so no longer.
 
@@ -27,14 +37,14 @@ class OpenRequests:
 
     def __init__(self, module: torch.nn.Module, lock: threading.RLock) -> None:
         self.module = module
-        self._open: weakref.WeakSet[Request] = weakref.WeakSet()
+        self._open: weakref.WeakKeyDictionary[Request, None] = weakref.WeakKeyDictionary()
         self._freed = threading.Condition(lock)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(list(self._open))
+        return iter(living(self._open))
 
     def __len__(self) -> int:
-        return len(list(self._open))
+        return len(living(self._open))
 
     def add(self, request: Request, most: int, *, waits: bool) -> None:
         """Count a request in.
@@ -49,13 +59,15 @@ class OpenRequests:
         """
         while waits and len(self) >= most and not self._holds_one():
             self._freed.wait(0.1)  # requests that are dropped do not tell
+        if len(self) >= most:
+            gc.collect()  # what holds one that was dropped may be a circle
         if not waits and len(self) >= most:
             raise RuntimeError(TOO_MANY.format(who=type(self.module).__name__, most=most))
-        self._open.add(request)
+        self._open[request] = None
 
     def remove(self, request: Request) -> None:
         """Let the next one in."""
-        self._open.discard(request)
+        self._open.pop(request, None)
         self._freed.notify_all()
 
     def _holds_one(self) -> bool:

@@ -14,10 +14,10 @@ def shown(handle: CachedTransformer) -> RequestRecord | None:
     """Return the record that a summary shows, None where no step was run."""
     place = handle.implicit.get(current_place())
     if place is not None and place.has_run:
-        return RequestRecord.of(place)
+        return place.shown()
     if handle.closed is not None:
         return handle.closed
-    return next((RequestRecord.of(one) for one in handle.under_way() if one.has_run), None)
+    return next((one.shown() for one in handle.under_way() if one.has_run), None)
 
 
 def nbytes(handle: CachedTransformer) -> int:

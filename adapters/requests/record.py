@@ -49,24 +49,26 @@ class RequestRecord:
 
     @classmethod
     def of(cls, request: Any) -> RequestRecord:
-        """Return the record of a request as it stands."""
+        """Return the record of a request as it stands; another thread may be in its steps."""
         name = type(request.module).__name__
-        said = [text for kind, text in request.notices.texts.items() if kind != "blocks"]
+        said = [text for kind, text in request.notices.texts.copy().items() if kind != "blocks"]
         notes = all_run(request.setup) + said + [f"{name}: {note}" for note in _remarks(request)]
         lanes = []
         for run in request.lane_set.runs:
-            keys = [branch for branch, lane in run.lanes.items() if lane.steps.step]
-            for branch in run.lanes:
+            own = run.lanes.copy()
+            keys = [branch for branch, lane in own.items() if lane.steps.step]
+            for branch, lane in own.items():
                 shown = request.clock.branches.shown(branch, keys)
                 of_branch = (branch or "").partition("[")[0] or None  # without the row of a batch
                 times = getattr(request, TIMES, {}).get(of_branch, [])
-                lanes.append(_lane((name, request.part), run, branch, shown, list(times)))
+                lanes.append(_lane((name, request.part), run, lane, shown, list(times)))
         return cls(lanes, notes, request.clock.calls)
 
     def lanes(self) -> list[LaneSummary]:
         """Return the summaries of the lanes that took a step; reads them from the device, once."""
+        unread = self._read  # before the lanes: another thread empties it after these are there
         if self._lanes is None:
-            self._lanes = [lane for read in self._read if (lane := read()) is not None]
+            self._lanes = [lane for read in unread if (lane := read()) is not None]
             self._read = []
             if self.tally is not None and self._lanes:
                 for text in nothing_cached(self._lanes[0].owner, self._lanes):
@@ -81,9 +83,8 @@ def _remarks(request: Any) -> list[str]:
         notes.append(f"the pipeline denoised {request.loops} times, the last time is shown")
     if request.partial_calls:
         notes.append(f"{request.partial_calls} calls left blocks out and ran without the cache")
-    notes += [
-        f"{count} steps were full since {why}" for why, count in request.forced.items() if count
-    ]
+    forced = dict(request.forced)
+    notes += [f"{count} steps were full since {why}" for why, count in forced.items() if count]
     return notes
 
 
@@ -97,11 +98,10 @@ def values_of(stack: Any) -> dict[str, Any]:
 
 
 def _lane(
-    of: tuple[str, str], run: Any, branch: str | None, shown: str | None, times: list[Times]
+    of: tuple[str, str], run: Any, lane: Any, shown: str | None, times: list[Times]
 ) -> Callable[[], LaneSummary | None]:
     """Return a function that makes the summary of a lane as it is now."""
-    lane, stack = run.lanes[branch], run.stack
-    cache, predictor = run.settings.cache, run.settings.predictor
+    stack, cache, predictor = run.stack, run.settings.cache, run.settings.predictor
     trace, pruned, nbytes = lane.steps.snapshot(), stack.pruned_blocks(lane), lane.nbytes()
     host_nbytes = lane.host_nbytes() if run.is_on_host else 0
     # records outlive the model: nothing of what is kept may lead to it

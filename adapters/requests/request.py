@@ -188,10 +188,9 @@ class Request:
 
     def force_full(self, reason: str, branch: Any = ALL) -> None:
         """Make the next step of a branch, or of all, a full one; `reason` is for the summary."""
-        runs = self.lane_set.runs
-        keys = {
-            key for run in runs for key in (run.lanes if branch is ALL else run.keys_of(branch))
-        }
+        runs, keys = self.lane_set.runs, set()
+        for run in runs:
+            keys |= {*run.lanes.copy()} if branch is ALL else {*run.keys_of(branch)}
         for key in keys:
             forgot = [run.forget(key) for run in runs]
             self.forced[reason] += any(forgot)
@@ -407,6 +406,11 @@ class Request:
     def has_run(self) -> bool:
         """Whether it took steps, as far as the host can know."""
         return self.clock.calls > 0 or self.lane_set.is_captured
+
+    def shown(self) -> RequestRecord:
+        """Return the record as it stands, for any thread; that of the end where it came to it."""
+        record = RequestRecord.of(self)
+        return self.record or record
 
     def nbytes(self) -> int:
         """Bytes of its buffers."""

@@ -135,7 +135,7 @@ class StackRun:
     def keys_of(self, branch: str | None) -> list[Any]:
         """Return the keys of the lanes of a branch: its own, or those of its rows."""
         rows = row_key(branch, 0)[:-2]
-        return [k for k in self.lanes if k == branch or (k or "").startswith(rows)]
+        return [k for k in list(self.lanes) if k == branch or (k or "").startswith(rows)]
 
     def note_samples(self, branch: str | None, count: int) -> None:
         """Forget what is stored of a branch's samples where there are more or fewer than before.

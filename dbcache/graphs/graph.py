@@ -205,6 +205,10 @@ class GraphExecutor:
 
     def describe(self) -> list[str]:
         """Return what was recorded, and why calls ran eagerly, a line each."""
+        with self._lock:
+            return self._described()
+
+    def _described(self) -> list[str]:
         lines = []
         if self.recordings:
             seconds = sum(recording.seconds for recording in self.recordings.values())

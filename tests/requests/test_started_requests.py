@@ -133,8 +133,7 @@ def test_an_abandoned_request_is_freed_and_the_others_go_on(alone):
     lane = weakref.ref(next(iter(dropped().lane_set.runs[0].lanes.values())))
     assert lane().nbytes() > 0
     with_both = dbcache.summary(model, logging=False).nbytes
-    del request, loop
-    gc.collect()
+    del request, loop  # no circle holds it
     assert dropped() is None
     assert lane() is None
     assert 0 < dbcache.summary(model, logging=False).nbytes < with_both
@@ -301,7 +300,6 @@ def test_what_is_not_enabled_or_closed_or_too_much_is_an_error():
     assert one.nbytes == 0
     three = dbcache.start_request(model)
     del two  # one that was dropped does not count
-    gc.collect()
     four = dbcache.start_request(model)
     three.close()
     four.close()

@@ -1,6 +1,7 @@
 """Pipelines in threads that share their transformers: each image as if it were alone."""
 
 import functools
+import threading
 import time
 from contextlib import nullcontext
 
@@ -9,7 +10,7 @@ import pytest
 import tiny
 import torch
 from graph_runs import Step
-from together import decisions, in_threads, same, siblings
+from together import FLUX, decisions, in_threads, same, siblings
 
 import dbcache
 from dbcache import DBCacheConfig, DBPruneConfig, TaylorSeerCalibratorConfig
@@ -118,6 +119,33 @@ def test_each_pipeline_goes_by_its_own_options(rounds):
 
     got = in_threads([lambda n=n: work(n) for n in range(THREADS)])
     assert got == [[(True, True)] * rounds] * THREADS
+
+
+def test_summaries_and_counters_are_read_while_requests_begin_and_end():
+    model = dbcache.enable(tiny.flux(), **ALWAYS)
+    until = time.monotonic() + 2
+
+    @torch.no_grad()
+    def step():
+        for branch in ("cond", "uncond"):
+            with model.cache_context(branch):
+                model(**FLUX.arguments(tiny.noise(*FLUX.latent_shape, seed=1), 1.0, branch))
+
+    def begin():
+        while time.monotonic() < until:
+            requests = [dbcache.start_request(model, num_inference_steps=4) for _ in range(8)]
+            thread = threading.Thread(target=step)  # begins a request of its own
+            thread.start()
+            with requests[0]:
+                step()
+            thread.join()
+
+    def look():
+        while time.monotonic() < until:
+            dbcache.summary(model, logging=False)
+            dbcache.counters()
+
+    in_threads([begin, begin, look, look])
 
 
 def test_pipelines_that_wait_for_each_others_transformers_do_not_wait_for_ever(monkeypatch):
