@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_driver import FakeDriver
+from tape import use_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # `bench` is not installed
@@ -45,6 +47,21 @@ def test_wrong_counts_of_cached_steps_are_failures(monkeypatch, engine, device):
     assert graphs.failed([row], device) == [
         f"tiny, cached, {engine}: must cache 8 of 9 steps, got 7"
     ]
+
+
+def test_each_variant_runs_and_caches_what_it_must(monkeypatch, one_thread):
+    """With tapes in place of CUDA graphs; a mode that is asked for by name raises, or records."""
+    use_driver(monkeypatch, FakeDriver())
+    for name in ("ROW", "FEWEST"):
+        monkeypatch.setattr(graphs, name, 2)
+    engines = ["dbcache", "cache-dit"]
+    rows = graphs.run("tiny", graphs.Model(1, 1, 1, 32), "cpu", 4, 0.0, engines)
+    ours = [f"dbcache {mode}" for mode in ("eager", "host", "device")]
+    kinds = [("full", "plain")]
+    kinds += [(kind, name) for kind in ("full", "cached") for name in (*ours, "cache-dit")]
+    assert [(row.step, row.engine) for row in rows] == kinds
+    assert [row.refused for row in rows] == [""] * len(rows)
+    assert all(row.latency_p50 > 0 and row.throughput_p50 > 0 for row in rows)
 
 
 def test_a_file_is_written_after_each_model(monkeypatch, tmp_path):

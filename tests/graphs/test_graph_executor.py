@@ -262,6 +262,24 @@ def test_shapes_that_take_turns_within_a_request_are_recorded_once_they_last(mod
     assert graphs(model).replays == 5
 
 
+def test_each_context_of_inference_mode_is_entered_once(model, driver, monkeypatch):
+    """A context that calls shared would restore the mode of another call, or thread."""
+    entered, enter = [], torch.inference_mode.__enter__
+
+    def seen(context):
+        entered.append(context)  # held, so that no two have one address
+        enter(context)
+
+    monkeypatch.setattr(torch.inference_mode, "__enter__", seen)
+    dbcache.enable(model, **OPTIONS, cuda_graph=True)
+    for batch in (1, 2):
+        denoise(model, FLUX, 6, batch=batch)
+        dbcache.refresh_context(model)
+    assert len(recordings(model)) == 2
+    assert len(entered) > 10
+    assert len({id(context) for context in entered}) == len(entered)
+
+
 def test_other_arguments_are_part_of_the_kind(model, driver):
     dbcache.enable(model, **OPTIONS, cuda_graph="host")
     arguments = FLUX.arguments(start(1), 1.0, "cond")
