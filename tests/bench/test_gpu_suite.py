@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -19,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # `bench` is not installed
     sys.path.append(str(ROOT))
 
+import bench.run  # noqa: E402
 from bench import suite_report  # noqa: E402
+from bench.shapes import parse as parse_shape  # noqa: E402
 
 SUITE = ROOT / "bench" / "gpu_suite.sh"
 JUNIT = '<testsuites><testsuite tests="9" failures="{}" errors="0" skipped="2"/></testsuites>'
@@ -46,34 +49,91 @@ def test_two_calls_fit_into_twelve_minutes_by_their_own_limits():
 
 
 COLLECT = """
-import sys, pytest
-for words in sys.argv[1:]:
-    options = ["-q", "--collect-only", "-p", "no:cacheprovider", "-k", words]
-    assert pytest.main([*options, "tests/graphs/test_on_gpu.py"]) == 0
+import json, sys, pytest
+for words in json.load(sys.stdin):
+    assert pytest.main([*words, "--collect-only"]) == 0
     print("===")
+"""
+RECORDING_PYTHON = """#!/usr/bin/env bash
+case "$*" in
+*--about*) echo '{about}' >"$3/about.json" ;;
+*suite_report* | "-c import xdist") exec {python} "$@" ;;
+*) exec {python} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@" >>{file} ;;
+esac
 """
 
 
-def test_words_that_choose_tests_on_a_gpu_find_them():
-    for_a_gpu = SUITE.read_text().split("\nelse\n")[0]
-    words = dict(re.findall(r'^ *(same|waits|rest)="(.+)"$', for_a_gpu, re.MULTILINE))
-    rest = words["rest"].replace("$same", words["same"]).replace("$waits", words["waits"])
+@pytest.fixture(scope="module")
+def on_a_gpu(tmp_path_factory):
+    """Return what each step would run on a GPU: the words after `python -m`, by the step's name."""
+    folder = tmp_path_factory.mktemp("suite")
+    for name, text in {
+        "python": RECORDING_PYTHON.format(
+            about=json.dumps(ABOUT), python=sys.executable, file=folder / "commands"
+        ),
+        "compute-sanitizer": '#!/bin/sh\nshift 2\nexec "$@"\n',
+    }.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    own = {"PYTHON": str(folder / "python"), "PATH": path, "DEVICE": "cuda", "LEAST": "0"}
+    unset = ("WHEELS", "STEPS", "LIMIT")
+    environment = {k: v for k, v in os.environ.items() if k not in unset} | own
+    for call in ("first", "second"):
+        command = ["bash", str(SUITE), str(folder / "out"), call]
+        subprocess.run(command, env=environment, capture_output=True, check=False)
+    commands = map(json.loads, (folder / "commands").read_text().splitlines())
+    named = {}
+    for _, *words in commands:
+        (file,) = [word for word in words if word.endswith((".xml", ".json"))]
+        named[Path(file).stem] = words
+    return named
+
+
+def test_each_step_for_a_gpu_finds_its_tests(on_a_gpu):
+    tests = {name: words[1:] for name, words in on_a_gpu.items() if words[0] == "pytest"}
     done = subprocess.run(
-        [sys.executable, "-c", COLLECT, words["same"], words["waits"], rest],
+        [sys.executable, "-c", COLLECT],
         cwd=ROOT,
+        input=json.dumps(list(tests.values())),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    same, waits, others = (
-        {line for line in part.splitlines() if "::" in line}
-        for part in done.stdout.split("===")[:3]
-    )
-    assert len(same) == 4
-    assert len(waits) == 5
-    assert len(others) == 25
-    assert len(same | waits | others) == 34, "each runs once"
+    parts = done.stdout.split("===")
+    found = {
+        name: {line for line in part.splitlines() if "::" in line}
+        for name, part in zip(tests, parts, strict=False)
+    }
+    graphs = [found[f"graphs-{name}"] for name in ("equal", "wait", "rest")]
+    assert list(map(len, graphs)) == [4, 5, 25]
+    assert len(set.union(*graphs)) == 34, "each runs once"
+    assert len(found["sanitizer"] & graphs[0]) == len(found["sanitizer"]) == 1
+    assert len(found["together"]) >= 5
+    assert len(found["kernel-tests"]) > 500
+
+
+@pytest.mark.filterwarnings("ignore:'bench.* found in sys.modules")  # another test's
+def test_each_measurement_for_a_gpu_takes_its_options(on_a_gpu, monkeypatch):
+    measurements = {name: words for name, words in on_a_gpu.items() if words[0] == "bench.run"}
+    assert measurements.keys() == suite_report.RESULTS.keys()
+    parsed, parse = {}, argparse.ArgumentParser.parse_args
+
+    def parse_and_leave(parser, *given):
+        parsed[name] = parse(parser, *given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
+    for name, words in measurements.items():
+        with pytest.raises(KeyboardInterrupt):
+            bench.run.run(words[1], words[2:])
+    assert {options.device for options in parsed.values()} == {"cuda"}
+    assert all(options.json.name == f"{name}.json" for name, options in parsed.items())
+    assert parsed["graphs"].engines == parsed["overhead"].engines == ["dbcache", "cache-dit"]
+    assert [parse_shape(name).name for name in parsed["kernels"].shapes] == [
+        "flux-1024", "wan-720p", "few-step-512",
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

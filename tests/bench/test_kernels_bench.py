@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -242,6 +244,96 @@ def test_variants_take_turns_and_rotate_their_buffers(monkeypatch):
     turns = [name for name, _ in seen[12::2]]
     assert turns == list("abbaabba")
     assert [i for name, i in seen if name == "a"] == list(range(6 + 2 * 4))
+
+
+class Gpu:
+    """A GPU with a queue, and its host: both take their time, in ms, on one clock.
+
+    Args:
+        host_ms: what the host takes to launch a call.
+        device_ms: what the device takes to run it.
+    """
+
+    CYCLES_PER_MS = 1000
+
+    def __init__(self, host_ms, device_ms):
+        self.host_ms, self.device_ms = host_ms, device_ms
+        self.now = self.free = 0.0
+        self.captured = None
+
+    def enqueue(self, ms):
+        self.free = max(self.free, self.now) + ms
+
+    def call(self, number):
+        if self.captured is not None:
+            self.captured += 1
+            return
+        self.now += self.host_ms
+        self.enqueue(self.device_ms)
+
+    def synchronize(self, *_):
+        self.now = max(self.now, self.free)
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        self.captured = 0
+        yield
+        calls, self.captured = self.captured, None
+        graph.replay = lambda: self.enqueue(calls * self.device_ms)
+
+    def take_the_place_of_cuda(self, monkeypatch):
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = max(gpu.free, gpu.now)
+
+            def synchronize(self):
+                gpu.now = max(gpu.now, self.at)
+
+            def elapsed_time(self, other):
+                return other.at - self.at
+
+        for name, value in {
+            "Event": Event,
+            "synchronize": self.synchronize,
+            "_sleep": lambda cycles: self.enqueue(cycles / self.CYCLES_PER_MS),
+            "CUDAGraph": SimpleNamespace,
+            "graph": self.capture,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        clock = SimpleNamespace(perf_counter=lambda: self.now / 1e3)
+        monkeypatch.setattr(timing, "time", clock)
+
+
+@pytest.mark.parametrize("host_ms", [0.01, 0.08])
+def test_on_a_gpu_times_are_the_devices_however_slow_the_host_is(monkeypatch, host_ms):
+    """Launches are enqueued behind a sleep; what is short is timed as a graph, too."""
+    gpu = Gpu(host_ms, 0.05)
+    gpu.take_the_place_of_cuda(monkeypatch)
+    device = torch.device("cuda", 0)
+    (times,) = timing.measure([timing.Variant(name="a", call=gpu.call)], device, 4).values()
+    assert (times.p20_ms, times.p50_ms, times.p80_ms) == pytest.approx((0.05,) * 3)
+    assert times.graph_ms == pytest.approx(0.05)
+    assert times.host_us == pytest.approx(host_ms * 1e3)
+
+
+def test_on_a_gpu_what_waits_is_not_held_up_and_no_graph(monkeypatch):
+    gpu = Gpu(0.08, 0.05)
+    gpu.take_the_place_of_cuda(monkeypatch)
+
+    def wait(number):
+        gpu.call(number)
+        gpu.synchronize()
+
+    (times,) = timing.measure(
+        [timing.Variant(name="a", call=wait, waits=True)], torch.device("cuda", 0), 4
+    ).values()
+    assert times.p50_ms == pytest.approx(0.08 + 0.05)
+    assert times.graph_ms is None
 
 
 def test_tune_without_a_gpu_says_why_it_cannot(capsys):

@@ -1,8 +1,10 @@
 """The loop benchmark on the CPU: its window, its errors, and the capture with a fake driver."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +66,39 @@ def test_a_rehearsal_caches_some_steps_and_not_all(tmp_path, capsys, one_thread)
     assert content["equal"]
     assert content["seconds"].keys() == {"eager"}
     assert f"{len(content['cached'])} of 14 steps cached" in capsys.readouterr().out
+
+
+def test_on_a_gpu_the_loop_becomes_one_graph_per_image(monkeypatch, tmp_path, one_thread):
+    """The program as on a GPU, with what runs inside the capture on a tape."""
+    fake, here = FakeDriver(), bench_loop.build
+    use_driver(monkeypatch, fake)
+    monkeypatch.setitem(cuda_capture.USER_CAPTURES, "cpu", TapeUserCapture)
+
+    @contextlib.contextmanager
+    def captured(graph):
+        with monkeypatch.context() as patch, TapeCapture(fake) as tape:
+            patch.setattr(clock, "is_capturing", lambda: True)
+            yield
+        graph.replay = tape.replay
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "is_available": lambda: True,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "CUDAGraph": SimpleNamespace,
+        "graph": captured,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(bench_loop, "build", lambda device, *blocks: here("cpu", **TINY))
+    monkeypatch.setattr(bench_loop, "header", lambda device: f"# {device}")
+    file = tmp_path / "loop.json"
+    bench_loop.main(["--size", "64", "--images", "1", "--steps", "8", "--json", str(file)])
+    content = json.loads(file.read_text())
+    assert content["header"] == "# cuda"
+    assert content["seconds"].keys() == {"eager", "one graph per image"}
+    assert content["equal"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import re
 import compile_limits as limits
 import pytest
 
-from dbcache.kernels.common.launches import CONFIGS
+from dbcache.kernels.common.launches import BLOCK, CONFIGS
+from dbcache.kernels.common.sums import MAX_PARTIALS
 
 NVIDIA = ("cuda:90",) if os.environ.get("DBCACHE_TRITON") else ("cuda:80", "cuda:90", "cuda:100")
 AMD = () if os.environ.get("DBCACHE_TRITON") else ("hip:gfx942",)
@@ -128,3 +129,11 @@ def test_fp8_is_converted_by_instructions_where_there_are_any(compiled, target):
 def test_kernels_take_no_more_registers_and_instructions_than_they_did(compiled, name):
     (row,) = [row for row in compiled(SCRIPT, "cuda:90") if row["kernel"] == name]
     limits.check(row, SCRIPT)
+
+
+@pytest.mark.parametrize("name", ["probe_diff-bf16", "probe_and_decide-bf16", "block_changes-bf16"])
+def test_all_programs_that_measure_run_at_once_on_132_multiprocessors(compiled, name):
+    """Of the 65536 registers of each, warps of sm_90 are given 8 per thread at a time."""
+    (row,) = [row for row in compiled(SCRIPT, "cuda:90") if row["kernel"] == name]
+    registers = -(-row["registers"] // 8) * 8 * BLOCK // row["per_thread"]
+    assert 65536 // registers * 132 >= MAX_PARTIALS
