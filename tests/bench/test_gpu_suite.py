@@ -227,6 +227,7 @@ def test_results_survive_a_step_that_reaches_its_limit(tmp_path, suite):
     assert steps["graphs-equal"]["detail"] == "ended at its limit; 1 passed"
     assert not steps["graphs-equal"]["passed"]
     assert steps["graphs"]["detail"] == "not begun: no time left"
+    assert "logs/graphs.log" not in packed, "`timeout` with less than no time fails alike"
     assert "logs/graphs-equal.xml" in packed
     assert re.search(r"^graphs +FAILED .*no time left$", said, re.MULTILINE)
 
@@ -241,21 +242,26 @@ def test_measurements_survive_their_limit(tmp_path, suite):
     assert "logs/graphs.json" in packed
 
 
-def test_results_survive_a_call_that_is_ended_from_outside(tmp_path, suite):
-    process = suite("graphs-equal graphs", pytest_takes=0, measurement_takes=600, limit=300)
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_results_survive_a_call_that_is_ended_from_outside(tmp_path, suite, end):
+    takes = 600 if end == signal.SIGTERM else 10  # nobody ends the step of one that is killed
+    process = suite("graphs-equal graphs", pytest_takes=0, measurement_takes=takes, limit=300)
     for _ in range(600):
         if (tmp_path / "measures").exists():
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(end)
     said, _ = process.communicate(timeout=60)
     steps, packed = results_of(tmp_path)
-    assert process.returncode == 143, said
+    assert process.returncode == (143 if end == signal.SIGTERM else -end), said
     assert steps["graphs-equal"]["passed"]
     assert steps["graphs-equal"]["detail"] == "2 passed"
-    assert steps["graphs"]["detail"] == "the call was ended from outside; 1 timed, 0 refused"
-    assert "logs/graphs.json" in packed
-    assert sorted(path.name for path in tmp_path.glob("tmp.*")) == [], "nothing is left behind"
+    assert "logs/graphs-equal.xml" in packed
+    if end == signal.SIGTERM:
+        what = "the call was ended from outside; 1 timed, 0 refused"
+        assert steps["graphs"]["detail"] == what
+        assert "logs/graphs.json" in packed
+        assert sorted(path.name for path in tmp_path.glob("tmp.*")) == [], "nothing is left behind"
 
 
 @pytest.fixture

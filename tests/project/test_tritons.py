@@ -1,11 +1,18 @@
 """`make tritons`, a part of `.ci/run`, compiles the kernels with older Tritons or says why not."""
 
 import os
+import re
 import shutil
 import subprocess
 
 import pytest
 from pages import ROOT
+
+
+def test_the_oldest_triton_that_is_supported_and_the_one_of_torch_2_11_are_compiled_with():
+    (compiled,) = re.findall(r"^TRITONS \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    (oldest,) = re.findall(r'"triton>=([\d.]+),', (ROOT / "pyproject.toml").read_text())
+    assert compiled.split() == [f"{oldest}.0", "3.6.0"]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
