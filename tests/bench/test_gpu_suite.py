@@ -118,18 +118,19 @@ def test_each_step_for_a_gpu_finds_its_tests(on_a_gpu):
 def test_each_measurement_for_a_gpu_takes_its_options(on_a_gpu, monkeypatch):
     measurements = {name: words for name, words in on_a_gpu.items() if words[0] == "bench.run"}
     assert measurements.keys() == suite_report.RESULTS.keys()
-    parsed, parse = {}, argparse.ArgumentParser.parse_args
+    options, parse = [], argparse.ArgumentParser.parse_args
 
     def parse_and_leave(parser, *given):
-        parsed[name] = parse(parser, *given)
+        options.append(parse(parser, *given))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
-    for name, words in measurements.items():
+    for words in measurements.values():
         with pytest.raises(KeyboardInterrupt):
             bench.run.run(words[1], words[2:])
-    assert {options.device for options in parsed.values()} == {"cuda"}
-    assert all(options.json.name == f"{name}.json" for name, options in parsed.items())
+    parsed = dict(zip(measurements, options, strict=True))
+    assert {given.device for given in options} == {"cuda"}
+    assert all(given.json.name == f"{name}.json" for name, given in parsed.items())
     assert parsed["graphs"].engines == parsed["overhead"].engines == ["dbcache", "cache-dit"]
     assert [parse_shape(name).name for name in parsed["kernels"].shapes] == [
         "flux-1024", "wan-720p", "few-step-512",

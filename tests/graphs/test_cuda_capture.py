@@ -156,11 +156,13 @@ def test_what_eager_steps_left_in_memory_is_given_back_before_a_capture(fake):
 
         def __del__(self):
             fake.cached += 2**20  # a tensor that only the garbage collector frees
+            freed.append(self)
 
-    recorder = recorder_of(fake)
+    recorder, freed = recorder_of(fake), []
     fake.cached = 2**30
     Cycle()
     with recorder.capturing():
+        assert freed
         assert fake.cached == 0
         recorder.begin()
         recorder.end()
