@@ -43,6 +43,9 @@ class CacheType(str, Enum):
     DBPrune = "DBPrune"
     FBCache = "FBCache"
 
+    def __str__(self) -> str:
+        return self.value
+
     @staticmethod
     def default_options(kind: CacheType) -> dict[str, Any]:
         """Return the options that cache-dit 0.2 had for a method when none were given.

@@ -45,8 +45,8 @@ NOTHING = {
     ),
     "warm-up": (
         "all of them were fixed as full by warm-up",
-        "set max_warmup_steps (and retention_ratio) below the {steps} steps, or leave it out: it "
-        "then follows the number of steps",
+        "set max_warmup_steps (and retention_ratio) below the {steps} steps, or leave it out and "
+        "let a call of the pipeline, or num_inference_steps, tell the number: it then follows that",
     ),
 }
 """Why nothing was cached, and the cure; the first one that holds of any lane is said first."""

@@ -95,13 +95,23 @@ def _modules(target: object) -> list[torch.nn.Module]:
 def parts(target: object) -> list[object]:
     """Return the objects that may carry a handle, pipeline first.
 
-    A pipeline that is not called, but has methods of other names, carries none: its modules do.
+    A pipeline that is not called, but has methods of other names, carries none: its modules do. A
+    pipeline that is not enabled stands for those of its transformers that were enabled alone.
     """
-    if not isinstance(target, BlockAdapter):
-        own = {} if callable(target) else getattr(target, "__dict__", {})
-        modules = [part for part in own.values() if isinstance(part, torch.nn.Module)]
-        return [unwrap(part) for part in (target, *modules)]
-    return [part for part in (target.pipe, *target.transformers()) if part is not None]
+    if isinstance(target, BlockAdapter):
+        return [part for part in (target.pipe, *target.transformers()) if part is not None]
+    whole = unwrap(target)
+    if isinstance(whole, torch.nn.Module) or handle_of(whole) is not None:
+        return [whole]
+    own = [
+        unwrap(x) for x in getattr(whole, "__dict__", {}).values() if isinstance(x, torch.nn.Module)
+    ]
+    return [whole, *(x for x in own if not callable(whole) or _is_enabled_alone(x))]
+
+
+def _is_enabled_alone(module: object) -> bool:
+    handle = handle_of(module)
+    return handle is not None and handle.enabled.alone is not None and not handle.enabled.owners
 
 
 def name_of(target: object) -> str:

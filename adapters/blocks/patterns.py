@@ -51,6 +51,8 @@ class ForwardPattern(Enum):
         """Names of the streams that a block returns, in order."""
         return self.value[1]
 
+    In, Out = takes, returns
+
 
 Pattern_0, Pattern_1, Pattern_2 = (ForwardPattern[f"Pattern_{i}"] for i in (0, 1, 2))
 Pattern_3, Pattern_4, Pattern_5 = (ForwardPattern[f"Pattern_{i}"] for i in (3, 4, 5))

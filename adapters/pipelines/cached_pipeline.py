@@ -15,7 +15,7 @@ from typing import Any
 
 from dbcache.adapters.patching.derived_class import ClassCache, derived_class
 from dbcache.adapters.pipelines.continued import continued
-from dbcache.adapters.pipelines.events import watched
+from dbcache.adapters.pipelines.events import part_of_steps, watched
 from dbcache.adapters.pipelines.exchanged import Exchanged
 from dbcache.adapters.requests.cached_transformer import HANDLE, CachedTransformer
 from dbcache.adapters.requests.context import ACTIVE, active, outside
@@ -100,8 +100,8 @@ class PipelineCall:
             request = Request(setup, follows=True)
             request.clock.shares_steps = len(transformers) > 1
             request.part = name or "" if len(transformers) > 1 else ""
-            if not request.clock.shares_steps:
-                request.clock.planned_steps = self._planned_steps
+            plan = self._planned_steps if len(transformers) == 1 else self._part_of_steps
+            request.clock.planned_steps = functools.partial(plan, name)
             self._handles.append(handle)
             self.requests[id(handle.module)] = request
         # in one order for all pipelines: else two could wait for each other
@@ -110,9 +110,13 @@ class PipelineCall:
         self.pipeline._open.append(self)
         self.pipeline.exchanged.say(self.requests.values())
 
-    def _planned_steps(self) -> tuple[int | None, int | None]:
+    def _planned_steps(self, _: str | None) -> tuple[int | None, int | None]:
         """Return the steps of the call, where the pipeline tells them, and the scheduler's."""
         return getattr(self.pipeline.pipe, "_num_timesteps", None), self._steps_of_scheduler
+
+    def _part_of_steps(self, name: str | None) -> tuple[int | None, int | None]:
+        """Return None, and the scheduler's steps that fall to the transformer of that name."""
+        return None, part_of_steps(self.pipeline.pipe, name)
 
     def follow(self, *, has_scheduler: bool) -> None:
         """Find the guidance branches from the calls."""

@@ -75,6 +75,23 @@ def watched(pipe: Any, observer: Observer) -> Iterator[bool]:
         yield bool(schedulers)
 
 
+def part_of_steps(pipe: Any, name: str | None) -> int | None:
+    """Return how many of the scheduler's steps a transformer runs; None where nothing tells.
+
+    Where the pipeline's config has a `boundary_ratio` (Wan 2.2), `transformer` runs the steps from
+    that part of the training time up, and `transformer_2` the others; without one, none.
+    """
+    config: Any = getattr(pipe, "config", {})
+    scheduler: Any = getattr(pipe, "scheduler", None)
+    times = getattr(scheduler, "timesteps", None)
+    is_known = "boundary_ratio" in config and name in ("transformer", "transformer_2")
+    if not is_known or times is None:
+        return None
+    boundary = (config["boundary_ratio"] or 0) * scheduler.config.num_train_timesteps
+    early = int((times >= boundary).sum())
+    return early if name == "transformer" else len(times) - early
+
+
 def _is_scheduler(part: Any) -> bool:
     return all(callable(getattr(type(part), name, None)) for name in ("step", "set_timesteps"))
 

@@ -41,7 +41,8 @@ class Clock:
         shares_steps: another transformer runs some of the steps that a pipeline tells of.
         shared_steps: of the loop whose steps are shared so.
         calls: since the request began.
-        planned_steps: returns the steps that a pipeline plans, and those of its scheduler.
+        planned_steps: returns the steps that a pipeline plans, and those of its scheduler that
+            fall to this transformer.
     """
 
     def __init__(

@@ -89,7 +89,8 @@ class StackRun:
 
         Args:
             steps: how many steps it has, None if nothing tells.
-            at_most: as many as the scheduler has, which some pipelines cut short.
+            at_most: as many as the scheduler has, which some pipelines cut short; or the part of
+                them that falls to this transformer.
             shared: of a loop that other transformers run the rest of.
 
         Raises:
@@ -104,7 +105,8 @@ class StackRun:
         mask = resolve_mask(cache, steps if is_named else given, name)
         check_retention(cache, steps, name)
         check_steps_are_known(self.settings.predictor, steps, name)
-        lanes = fit_to_steps(self.prepared.calibration, steps, at_most, name, shared)
+        told = (steps, at_most) if shared is None else (given, None)
+        lanes = fit_to_steps(self.prepared.calibration, *told, name, shared)
         is_new = mask != self.settings.cache.steps_computation_mask
         if not is_new and steps == self.settings.steps and lanes == self.settings.calibration:
             return

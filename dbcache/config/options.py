@@ -58,6 +58,11 @@ def reject_unknown(who: str, names: Iterable[Any], known: Iterable[str]) -> None
             raise TypeError(unknown(who, name, known))
 
 
+def _plain(value: Any) -> Any:
+    """Return the number that a tensor or array of no dimension holds, anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 def _is(value: Any, kind: type) -> bool:
     """Whether a value is a number of that kind, NumPy's too; True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool)
@@ -65,6 +70,7 @@ def _is(value: Any, kind: type) -> bool:
 
 def check_int(who: str, value: Any, low: int, high: int | None = None) -> int:
     """Return `value` as an int; raise unless it is an integer from `low` to `high`."""
+    value = _plain(value)
     if not _is(value, Integral):
         raise TypeError(f"{who} must be an integer, got {shown(value)}{_number_hint(value)}")
     most = LARGEST_INT if high is None else high
@@ -83,7 +89,7 @@ def check_ids(who: str, value: Any, count: int | None = None) -> list[int]:
     """
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{who} must be a list of block numbers, got {shown(value)}")
-    ids = list(value)
+    ids = [_plain(entry) for entry in value]
     for entry in ids:
         if not _is(entry, Integral):
             raise TypeError(f"{who} must be a list of block numbers, got {shown(ids)}")
@@ -105,6 +111,7 @@ def check_number(
         ValueError: it is not finite in float32, below `low` or above `high`, or (`positive`) not
             above 0.
     """
+    value = _plain(value)
     if not _is(value, Real):
         raise TypeError(f"{who} must be a number, got {shown(value)}{_number_hint(value)}")
     number: float = value if isinstance(value, int | float) else float(value)

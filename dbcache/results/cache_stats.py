@@ -33,6 +33,26 @@ class CacheStats:
         return [self.blocks - count for count in self.pruned_blocks]
 
     @property
+    def accumulated_cached_steps(self: Any) -> int:
+        """How many steps were cached."""
+        return len(self.cached_steps)
+
+    @property
+    def accumulated_executed_steps(self: Any) -> int:
+        """How many steps the lane has."""
+        return int(self.steps)
+
+    @property
+    def accumulated_transformer_executed_steps(self: Any) -> int:
+        """How often the transformer was called, for both branches."""
+        return int(self.steps + (self.other.steps if self.other else 0))
+
+    @property
+    def cfg_accumulated_cached_steps(self: Any) -> int:
+        """`accumulated_cached_steps` of the second branch."""
+        return len(self.cfg_cached_steps)
+
+    @property
     def cfg_cached_steps(self: Any) -> list[int]:
         """`cached_steps` of the second branch."""
         return self.other.cached_steps if self.other else []

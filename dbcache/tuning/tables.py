@@ -49,12 +49,13 @@ def sweep_plot(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """Write an SVG: speed-up to the right, PSNR up, a point per setting and a tick at its bound."""
     speeds = [x for each in results for x in (each.speedup, each.bound)]
     qualities = [each.psnr for each in results]
-    right = math.ceil(2 * max(speeds, default=2) + 0.5) / 2
+    left = math.floor(2 * min([1, *speeds])) / 2  # below 1: slower than without the cache
+    right = math.ceil(2 * max([1, *speeds]) + 0.5) / 2
     low = 5 * math.floor(min(qualities, default=20) / 5) - 5
     high = 5 * math.ceil(max(qualities, default=60) / 5) + 5
 
     def x_of(speed: float) -> float:
-        return LEFT + (WIDTH - LEFT - 20) * (speed - 1) / (right - 1)
+        return LEFT + (WIDTH - LEFT - 20) * (speed - left) / (right - left)
 
     def y_of(quality: float) -> float:
         return ABOVE + (HEIGHT - ABOVE - BELOW) * (high - quality) / (high - low)
@@ -68,7 +69,7 @@ def sweep_plot(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
         y = y_of(quality)
         parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - 20}" stroke="#dddddd"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{quality}</text>')
-    speed = 1.0
+    speed = left
     while speed <= right:
         x, bottom = x_of(speed), HEIGHT - BELOW
         parts.append(f'<path d="M{x:.1f} {ABOVE}V{bottom}" stroke="#eeeeee"/>')

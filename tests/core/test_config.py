@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import tiny
+import torch
 
 import dbcache
 from dbcache import (
@@ -155,13 +156,15 @@ def test_the_largest_that_the_device_holds_is_taken():
     assert DBCacheConfig(residual_diff_threshold=3.4e38).residual_diff_threshold == 3.4e38
 
 
-def test_numbers_of_numpy_are_numbers():
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_numbers_of_numpy_and_torch_are_numbers(kind):
+    is_numpy = kind == "numpy"
     config = DBCacheConfig(
-        max_warmup_steps=np.int64(3),
-        residual_diff_threshold=np.float32(0.25),
-        Bn_compute_blocks=np.int32(2),
-        Bn_compute_blocks_ids=np.array([1, 0]),
-        steps_computation_mask=np.array([1, 0, 1]),
+        max_warmup_steps=np.int64(3) if is_numpy else torch.tensor(3),
+        residual_diff_threshold=np.float32(0.25) if is_numpy else torch.tensor(0.25),
+        Bn_compute_blocks=np.int32(2) if is_numpy else torch.tensor(2),
+        Bn_compute_blocks_ids=np.array([1, 0]) if is_numpy else torch.tensor([1, 0]),
+        steps_computation_mask=np.array([1, 0, 1]) if is_numpy else torch.tensor([1, 0, 1]),
     )
     assert config == DBCacheConfig(
         max_warmup_steps=3,
@@ -172,11 +175,12 @@ def test_numbers_of_numpy_are_numbers():
     )
     assert type(config.max_warmup_steps) is int
     assert type(config.residual_diff_threshold) is float
-    for value in (np.float64("nan"), np.float32("inf")):
+    for value in (np.float64("nan"), np.float32("inf"), torch.tensor(float("nan"))):
         with pytest.raises(ValueError, match="residual_diff_threshold"):
             DBCacheConfig(residual_diff_threshold=value)
-    with pytest.raises(TypeError, match="must be an integer, got"):
-        DBCacheConfig(max_warmup_steps=np.bool_(True))
+    for value in (np.bool_(True), torch.tensor(True), torch.tensor(2.0), torch.tensor([2])):
+        with pytest.raises(TypeError, match="must be an integer, got"):
+            DBCacheConfig(max_warmup_steps=value)
 
 
 def test_attributes_are_checked_as_options_are():

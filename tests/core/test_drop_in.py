@@ -81,8 +81,8 @@ def test_constants_and_types():
         name = f"Pattern_{i}"
         assert getattr(cache_dit, name) is ForwardPattern[name]
         theirs = getattr(original, name)
-        assert ForwardPattern[name].takes == tuple(theirs.In)
-        assert ForwardPattern[name].returns == tuple(theirs.Out)
+        assert ForwardPattern[name].takes == ForwardPattern[name].In == tuple(theirs.In)
+        assert ForwardPattern[name].returns == ForwardPattern[name].Out == tuple(theirs.Out)
     known = {pattern.name for pattern in ForwardPattern.supported_patterns()}
     assert known == {p.name for p in original.ForwardPattern.supported_patterns()}
     hints = ("DBCache", "db", "DB_CACHE", "dual_block_cache", "DBP", "db_prune", "NONE", "no_cache",
@@ -91,6 +91,7 @@ def test_constants_and_types():
         theirs = original.DBPrune if hint is cache_dit.DBPrune else hint
         assert cache_dit.cache_type(hint).value == original.cache_type(theirs).value
         assert cache_dit.CacheType.type(hint) is cache_dit.cache_type(hint)
+    assert f"{cache_dit.CacheType.DBPrune}" == f"{original.CacheType.DBPrune}"
     with pytest.raises(ValueError, match="DBCach"):
         cache_dit.cache_type("DBCach")
     pipe = tiny.pipeline("flux")
@@ -324,12 +325,11 @@ def test_statistics_under_their_old_names():
     stats = cache_dit.summary(pipe, logging=False)
     first, second = stats
     own = {field.name for field in dataclasses.fields(CacheStats)}
-    sums = {name for name in own if "accumulated" in name}
-    assert {n for n in own if not hasattr(first, n)} == sums | {
-        "parallelism_config",
-        "quantize_config",
-    }
+    assert {n for n in own if not hasattr(first, n)} == {"parallelism_config", "quantize_config"}
     assert first.cached_steps == list(range(3, STEPS))
+    assert first.accumulated_cached_steps == first.cfg_accumulated_cached_steps == STEPS - 3
+    assert first.accumulated_executed_steps == STEPS
+    assert first.accumulated_transformer_executed_steps == 2 * STEPS
     assert first.residual_diffs == {str(step): diff for step, diff in first.diffs.items()} != {}
     assert (first.cfg_cached_steps, first.cfg_residual_diffs) == (
         second.cached_steps,
@@ -345,6 +345,37 @@ def test_statistics_under_their_old_names():
     assert lane.cfg_actual_blocks == lane.actual_blocks
     assert lane.pruned_steps == lane.cfg_pruned_steps == list(range(2, STEPS))
     assert lane.cfg_pruned_ratio == lane.pruned_ratio > 0.5
+
+
+@pytest.mark.parametrize("as_adapter", [False, True])
+@pytest.mark.parametrize("name", ["qwen", "wan2.2"])
+def test_a_pipeline_stands_for_its_transformers_that_were_enabled_alone(name, as_adapter):
+    pipe, other = tiny.pipeline(name), tiny.pipeline(name)
+    other.transformer = module = pipe.transformer
+    plain = tiny.generate(pipe, STEPS)
+    target = module
+    if as_adapter:
+        blocks = module.transformer_blocks if name == "qwen" else module.blocks
+        pattern = ForwardPattern.Pattern_1 if name == "qwen" else ForwardPattern.Pattern_2
+        target = BlockAdapter(transformer=module, blocks=blocks, forward_pattern=pattern)
+    cache_dit.enable_cache(target, **FORCED)
+    cached = tiny.generate(pipe, STEPS)
+    assert not torch.equal(cached[-1], plain[-1])
+    assert cache_dit.is_enabled(pipe)
+    assert cache_dit.summary(pipe, logging=False)[0].cached_steps
+    assert cache_dit.strify(pipe) == cache_dit.strify(module)
+    cache_dit.refresh_context(pipe, max_warmup_steps=STEPS)
+    tiny.generate(pipe, STEPS)
+    assert not cache_dit.summary(pipe, logging=False)[0].cached_steps
+    assert cache_dit.disable_cache(pipe) is pipe
+    assert not cache_dit.is_enabled(module)
+    assert all(map(torch.equal, tiny.generate(pipe, STEPS), plain))
+    with pytest.raises(RuntimeError, match="must be enabled on it first"):
+        cache_dit.summary(pipe)
+    cache_dit.enable_cache(pipe, **FORCED)  # what another pipeline was enabled with is its own
+    cache_dit.disable_cache(other)
+    assert not cache_dit.is_enabled(other)
+    assert cache_dit.is_enabled(module)
 
 
 def test_fields_of_none_are_not_given():

@@ -122,10 +122,51 @@ def test_a_name_is_fitted_to_the_steps_that_refresh_context_gives():
         assert decisions(model) == [mask]
 
 
-def test_transformers_that_share_the_steps_need_the_part_of_each():
-    pipe = dbcache.enable(tiny.pipeline("wan2.2"), steps_computation_mask="slow", **STATIC)
+@pytest.mark.parametrize("ratio", [0.5, 0.9, None])
+@pytest.mark.parametrize("options", ["mask", "warm-up", "retention", "spectrum"])
+def test_transformers_that_share_the_steps_know_the_part_of_each(ratio, options):
+    pipe = tiny.pipeline("wan2.2")
+    pipe.register_to_config(boundary_ratio=ratio)
+    ran = []
+    for part in (pipe.transformer, pipe.transformer_2):
+        part.register_forward_pre_hook(lambda module, _: ran.append(module))
+    tiny.generate(pipe, 12, guided=False)
+    parts = [n for n in map(ran.count, (pipe.transformer, pipe.transformer_2)) if n]
+    assert sum(parts) == 12
+    more = {
+        "mask": {"steps_computation_mask": "fast", "steps_computation_policy": "static"},
+        "warm-up": {},
+        "retention": {"retention_ratio": 0.5, "max_warmup_steps": 1},
+        "spectrum": {"enable_spectrum": True, "max_warmup_steps": 1},
+    }[options]
+    dbcache.enable(pipe, Fn_compute_blocks=1, residual_diff_threshold=1.0, **more)
+    tiny.generate(pipe, 12, guided=False)
+    want = {
+        "mask": lambda n: text(steps_mask(total_steps=n, mask_policy="fast")),
+        "warm-up": lambda n: "1" * (n // 2) + "0" * (n - n // 2),
+        "retention": lambda n: "1" * int(n / 2 + 0.5) + "0" * (n - int(n / 2 + 0.5)),
+        "spectrum": lambda n: "1" + "0" * (n - 1),
+    }[options]
+    assert decisions(pipe) == [want(n) for n in parts]
+
+
+def test_a_part_of_the_steps_that_nothing_tells_is_given_by_hand():
+    call = tiny.FAMILIES["wan"].arguments(tiny.noise(1, 4, 3, 8, 8, seed=1), 1.0, "cond")
+
+    class Own:
+        def __init__(self):
+            self.transformer, self.transformer_2 = tiny.wan(), tiny.wan(seed=3)
+
+        def __call__(self):
+            return self.transformer(**call)
+
+    pipe = dbcache.enable(Own(), steps_computation_mask="slow", **STATIC)
     with pytest.raises(ValueError, match="by its ParamsModifier"):
-        tiny.generate(pipe, 8)
+        pipe()
+
+
+def test_a_part_of_the_steps_that_was_given_wins():
+    pipe = tiny.pipeline("wan2.2")
     parts = [ParamsModifier(cache_config=DBCacheConfig(num_inference_steps=n)) for n in (4, 6)]
     dbcache.enable(pipe, steps_computation_mask="slow", params_modifiers=parts, **STATIC)
     tiny.generate(pipe, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,7 @@ def test_the_table_has_lines_to_copy_and_the_plot_a_point_each(pipe, tmp_path):
         exec(line, {"dbcache": dbcache, "pipe": pipe})
         assert dbcache.is_enabled(pipe)
         dbcache.disable(pipe)
+    results[0] = replace(results[0], speedup=0.6)  # slower than without the cache
     dbcache.sweep_plot(results, tmp_path / "plot.svg")
     drawn = ElementTree.parse(tmp_path / "plot.svg").getroot()
     circles = drawn.findall("{http://www.w3.org/2000/svg}circle")
