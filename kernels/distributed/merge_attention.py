@@ -21,6 +21,8 @@ from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
 BLOCK = 2048
+STRIDES = [f"{x}_stride_{of}" for x in ("out_a", "out_b", "lse_a", "lse_b") for of in "bsh"]
+"""Arguments of the kernel that would have variants by resolution; `ALIGN` says what counts."""
 
 
 def merge_attention(
@@ -116,7 +118,7 @@ def _merge_attention(out_a, lse_a, out_b, lse_b, out_dtype):
     return out, lse
 
 
-@triton.jit(do_not_specialize=["rows", "heads"])
+@triton.jit(do_not_specialize=["rows", "heads", *STRIDES])
 def _merge_attention_kernel(
     out_a_ptr, lse_a_ptr, out_b_ptr, lse_b_ptr, out_ptr, lse_ptr, rows, heads,
     out_a_stride_b, out_a_stride_s, out_a_stride_h, out_b_stride_b, out_b_stride_s, out_b_stride_h,

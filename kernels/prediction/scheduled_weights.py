@@ -63,7 +63,7 @@ def _scheduled_weights(counters, values, limits, table):
     _scheduled_weights_kernel[(1,)](*args, num_warps=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _scheduled_weights_kernel(counters_ptr, values_ptr, limits_ptr, table_ptr, rows):
     slots = tl.load(limits_ptr + LANE.SLOTS)
     step, snapshots = tl.load(counters_ptr + LANE.STEP) - 1, tl.load(counters_ptr + LANE.SNAPSHOTS)

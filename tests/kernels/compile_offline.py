@@ -48,6 +48,7 @@ WIDE = re.compile(r"(ld|st)\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b32|v
 WIDE_AMD = re.compile(r"(?:global|buffer)_(load|store)_(?:dwordx4|b128)\b")
 LOCAL = re.compile(r"\.local\b|scratch_(?:load|store)")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)", re.MULTILINE)
+SIZE = re.compile("size|width")
 TOOLS = Path(nvidia.__file__).parent / "bin"
 SPILLED_AMD = re.compile(r"\.(?:[sv]gpr_spill_count|private_segment_fixed_size): *(\d+)")
 
@@ -161,15 +162,16 @@ def decision_variants():
             {"num_warps": 4 if log_lanes == 10 else 1, "enable_fp_fusion": False},
         )
     sizes = [f"{stream}_{what}" for stream in ("output", "input") for what in SUMS]
-    yield (
-        "decide_rate-bf16",
-        rate._transformation_rate_kernel,
-        {"counters_ptr": "*i32"}
-        | dict.fromkeys(("values_ptr", "output_ptr", "input_ptr"), "*fp32")
-        | dict.fromkeys(sizes, "i32"),
-        {"LOG_LANES": 10},
-        {"num_warps": 4, "enable_fp_fusion": False},
-    )
+    for log_lanes in (7, 10):
+        yield (
+            f"decide_rate-{2**log_lanes}-bf16",
+            rate._transformation_rate_kernel,
+            {"counters_ptr": "*i32"}
+            | dict.fromkeys(("values_ptr", "output_ptr", "input_ptr"), "*fp32")
+            | dict.fromkeys(sizes, "i32"),
+            {"LOG_LANES": log_lanes},
+            {"num_warps": 4 if log_lanes == 10 else 1, "enable_fp_fusion": False},
+        )
 
 
 SUMS = ("samples", "programs")
@@ -371,19 +373,24 @@ def resources(cubin: bytes, counted: bool) -> dict[str, int]:
     }
 
 
+def divisible(kernel, arguments: dict[str, str]) -> set[str]:
+    """Return which of `arguments` a launch with aligned tensors says to be divisible by 16."""
+    sizes = {p.name for p in kernel.params if not p.do_not_specialize and SIZE.search(p.name)}
+    return {name for name, kind in arguments.items() if kind.startswith("*") or name in sizes}
+
+
 def compile_for(target: GPUTarget, kernel, arguments, constexprs, options):
     """Return `kernel`, compiled for pointers and sizes that are divisible by 16."""
     if "NATIVE" in kernel.arg_names:  # as `e4m3.is_native`
         is_native = target.backend == "cuda" and target.arch >= 89
         constexprs = constexprs | {"NATIVE": is_native}
-    signature, attrs = {}, {}
+    signature, attrs, hints = {}, {}, divisible(kernel, arguments)
     for i, name in enumerate(kernel.arg_names):
         signature[name] = arguments.get(name, "constexpr")
-        if signature[name].startswith("*") or "size" in name or "width" in name:
+        if name in hints:
             attrs[(i,)] = [["tt.divisibility", 16]]
         elif signature[name] == "constexpr":
             constexprs = {name: None} | constexprs
-            attrs.pop((i,), None)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
     return triton.compile(source, target=target, options=options)
 

@@ -24,7 +24,8 @@ def variants():
     for dtype, x, size in each_dtype():
         yield from decisions(dtype, x, size)
         yield from streams(dtype, x, size)
-    yield from fp8_streams("bf16", 3072)
+    for width in (128, 3072):
+        yield from fp8_streams("bf16", width)
 
 
 def decisions(dtype, x, size):
