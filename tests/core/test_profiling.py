@@ -79,6 +79,39 @@ def test_each_step_has_its_time_and_the_next_request_its_own():
     assert all(lane.seconds == [] for lane in dbcache.summary(pipe, logging=False))
 
 
+def test_on_a_gpu_the_time_of_a_step_is_the_devices(monkeypatch):
+    """Events around it, a second apart; that of its end is waited for where a summary is made."""
+    made = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.number, self.is_over = len(made), False
+            made.append(self)
+
+        def record(self):
+            assert not self.is_over
+
+        def synchronize(self):
+            self.is_over = True
+
+        def elapsed_time(self, other):
+            assert other.is_over, "it waits"
+            return 1000.0 * (other.number - self.number)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(profiling, "device_of", lambda *args, **kwargs: torch.device("cuda"))
+    family = tiny.FAMILIES["wan"]
+    model = dbcache.enable(family.build(), DBCacheConfig(**FORCED), **ONE_BRANCH)
+    with dbcache.profile():
+        tiny.denoise(model, family, STEPS)
+    assert not any(event.is_over for event in made)
+    (lane,) = dbcache.summary(model, logging=False)
+    assert lane.seconds == [1.0] * STEPS
+    assert len(made) == 2 * STEPS
+
+
 def test_a_transformer_alone_is_timed_from_the_beginning_of_its_image():
     family = tiny.FAMILIES["qwen"]
     model = dbcache.enable(

@@ -1,10 +1,13 @@
 """Residuals in host memory: the same pictures to the last bit, and where they are when."""
 
+import contextlib
+
 import pytest
 import tiny
 import torch
 
 import dbcache
+from dbcache.lanes.history import History
 from dbcache.lanes.host_lane import HostRing
 
 pytestmark = pytest.mark.usefixtures("one_thread", "plain_kernels")
@@ -88,6 +91,57 @@ def test_the_ring_is_fetched_while_the_probe_runs_and_gone_while_blocks_run(monk
     steps += [["prefetch", *full, "give_back"]]
     assert events == [event for step in steps for event in step]
     assert not any(any(copies) for i, copies in held if i > 0)
+
+
+def test_copies_beside_the_work_on_a_gpu_wait_for_it_and_it_for_them(monkeypatch):
+    """What is enqueued on which stream of a GPU that is not there, and what waits for what."""
+    events, current, empty = [], ["work"], torch.empty
+    history = History(snapshots=torch.zeros(2, 1, 4, 8))
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            events.append((self.name, "waits for", other.name))
+
+    @contextlib.contextmanager
+    def within(stream):
+        current.append(stream.name)
+        yield
+        current.pop()
+
+    def place(x):
+        return "host" if x._base is history.snapshots else "device"
+
+    def copied(x, other, non_blocking):
+        events.append((current[-1], "copies to the", place(x)))
+        assert non_blocking
+        return x
+
+    def kept(x, stream):
+        events.append((stream.name, "keeps what is on the", place(x)))
+
+    for name, value in {
+        "Stream": lambda device: Stream("copies"),
+        "stream": within,
+        "current_stream": lambda device: Stream("work"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device, **how: empty(*shape, **how))
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
+    monkeypatch.setattr(torch.Tensor, "record_stream", kept)
+    device, ring = torch.device("cuda", 0), HostRing(None)
+    ring.prefetch(history, device)
+    ring.give_back(history, ring.fetched(history, device), device)
+    assert events == [
+        ("copies", "copies to the", "device"),
+        ("work", "waits for", "copies"),
+        ("work", "keeps what is on the", "device"),
+        ("copies", "waits for", "work"),
+        ("copies", "copies to the", "host"),
+        ("copies", "keeps what is on the", "device"),
+    ]
 
 
 def test_requests_that_overlap_and_inputs_that_change_shape():
