@@ -228,6 +228,17 @@ def test_streams_serve_again_where_their_workspaces_stay(fake, monkeypatch, keep
     assert recorder_of(fake).stream not in (second.stream, third.stream)
 
 
+def test_memory_and_random_numbers_are_those_of_its_own_pool_and_device(fake, monkeypatch):
+    sizes = [((0, 7), 3), ((0, 0), 5), ((0, 7), 4)]
+    segments = [{"segment_pool_id": pool, "total_size": size} for pool, size in sizes]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [*segments, {"total_size": 9}])
+    generators = [SimpleNamespace(get_offset=lambda n=n: n) for n in (20, 21)]
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    recorder = recorder_of(fake)
+    assert recorder.nbytes() == 3 + 4
+    assert recorder.random_state() == 21
+
+
 def test_without_a_driver_the_stream_is_one_of_pytorchs(fake):
     recorder = CudaRecorder(DEVICE, None)
     assert recorder.stream == "stream of cuda:1"

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from gpu_checks import (
+    check_broken_capture,
     check_guided_loop,
     check_loop,
+    check_memory,
+    check_memory_of_recordings,
     check_new_shapes,
     check_user_capture,
     check_window,
@@ -61,3 +64,14 @@ def test_the_users_own_capture_of_the_whole_loop(driver, capture):
 
 def test_new_shapes_and_retirement(driver):
     check_new_shapes("device", "cpu")
+
+
+def test_memory_does_not_grow(driver):
+    """Here the requests alone: that each step is replayed, and recordings are given up."""
+    check_memory("device", "cpu", tuple, (), SHORT)
+    check_memory_of_recordings("host", "cpu", tuple, ())
+
+
+@pytest.mark.parametrize("mode", ["auto", "host"])
+def test_a_capture_that_breaks_leaves_all_of_pytorch_working(mode, driver):
+    check_broken_capture(mode, "device", "cpu")

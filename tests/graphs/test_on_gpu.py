@@ -9,14 +9,17 @@ import first_use
 import pytest
 import torch
 from gpu_checks import (
+    check_broken_capture,
     check_guided_loop,
     check_loop,
+    check_memory,
+    check_memory_of_recordings,
     check_new_shapes,
     check_user_capture,
     check_window,
     prepared_steps,
 )
-from gpu_loops import FORMS, GUIDED, NEVER_READ, OPTIONS, STEPS, build, loop
+from gpu_loops import FORMS, GUIDED, NEVER_READ, OPTIONS, build, loop
 from graph_runs import graphs, same, traces
 
 import dbcache
@@ -79,68 +82,34 @@ def test_device_mode_never_waits(options):
 @pytest.mark.parametrize("mode", ["host", "device"])
 def test_memory_does_not_grow(mode):
     require(mode)
-    model = build()
-    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
-    loop(model)
-    torch.cuda.synchronize()
-    check_window(model, least=6)
-    before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-    for _ in range(4):
-        loop(model)
-    torch.cuda.synchronize()
-    after = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-    assert graphs(model).replays == 5 * STEPS - 1
-    assert after[0] <= before[0]
-    assert after[1] >= before[1] - 2**21
+
+    def held():
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), -torch.cuda.mem_get_info()[0]
+
+    model = check_memory(mode, "cuda", held, (0, 2**21))
     assert graphs(model)._recorder.nbytes() > 2**20, "the cap goes by what it says"
 
 
 @pytest.mark.parametrize("mode", ["host", "device"])
 def test_memory_does_not_grow_with_recordings_that_are_given_up(mode):
     require(mode)
-    model = build()
-    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
-    held = []
-    for _ in range(8):
-        dbcache.refresh_context(model)
-        loop(model, 6)
-        assert graphs(model).recordings
-        graphs(model).retire()
+
+    def held():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
-    assert held[-1][0] <= held[2][0]
-    assert held[-1][1] <= held[2][1] + 2**21
+        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+
+    check_memory_of_recordings(mode, "cuda", held, (0, 2**21))
 
 
 @pytest.mark.parametrize("mode", ["auto", "host"])
 def test_a_capture_that_breaks_leaves_all_of_pytorch_working(mode):
-    """Reading a value breaks a capture, which PyTorch by itself does not clean up after."""
-    model = build()
-    hook = model.transformer_blocks[1].register_forward_hook(
-        lambda module, args, output: (
-            output[0] * (2 if output[0].abs().max().item() < 0 else 1),
-            output[1],
-        )
-    )
-    dbcache.enable(model, **OPTIONS)
-    expected = loop(model, 8)
-    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
-    if mode == "auto":
-        with pytest.warns(UserWarning, match="runs eagerly"):
-            got = loop(model, 8)
-        assert same(got, expected)
-    else:
-        with pytest.raises(RuntimeError, match="is impossible here"):
-            loop(model, 8)
-    assert not graphs(model).recordings
-    torch.randn(4, device="cuda")
-    torch.cuda.empty_cache()
-    hook.remove()
-    dbcache.enable(model, **OPTIONS, cuda_graph=modes()[-1])
-    again = loop(model, 8)
-    assert same(again, expected)
-    assert graphs(model).replays == 7
+    def draw_and_free():
+        torch.randn(4, device="cuda")
+        torch.cuda.empty_cache()
+
+    check_broken_capture(mode, modes()[-1], "cuda", draw_and_free)
 
 
 def test_a_fresh_process_loads_no_kernel_while_it_captures():

@@ -7,6 +7,7 @@ nothing about the recorded branch that does.
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from gpu_loops import (
     OPTIONS,
@@ -117,6 +118,94 @@ def check_user_capture(
         graph.replay()
         assert torch.equal(last, expected)
         assert traces(model) == decided
+
+
+def check_memory(
+    mode: str,
+    device: str,
+    held: Callable[[], tuple[int, ...]],
+    most: tuple[int, ...],
+    steps: int = STEPS,
+) -> torch.nn.Module:
+    """After the first of five requests, none holds on to more.
+
+    Args:
+        mode: of the graphs.
+        device: of the model.
+        held: waits for the device; returns kinds of memory that are in use.
+        most: what each may grow by, in bytes.
+        steps: of a request.
+
+    Returns:
+        the model, with its recording.
+    """
+    model = build(device)
+    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
+    loop(model, steps)
+    before = held()
+    check_window(model, least=2 if steps < STEPS else 6, steps=steps)
+    for _ in range(4):
+        dbcache.refresh_context(model)
+        loop(model, steps)
+    after = held()
+    assert graphs(model).replays == 5 * steps - 1
+    assert all(x <= y + z for x, y, z in zip(after, before, most, strict=True)), (before, after)
+    return model
+
+
+def check_memory_of_recordings(
+    mode: str, device: str, held: Callable[[], tuple[int, ...]], most: tuple[int, ...]
+) -> None:
+    """After the third of eight recordings that are given up, none leaves more behind."""
+    model = build(device)
+    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
+    seen = []
+    for _ in range(8):
+        dbcache.refresh_context(model)
+        loop(model, 6)
+        assert graphs(model).recordings
+        graphs(model).retire()
+        assert not graphs(model).recordings
+        seen.append(held())
+    assert all(x <= y + z for x, y, z in zip(seen[-1], seen[2], most, strict=True)), seen
+
+
+def check_broken_capture(
+    mode: str, other: str, device: str, use: Callable[[], object] = lambda: None
+) -> None:
+    """Reading a value breaks a capture, which PyTorch by itself does not clean up after.
+
+    Args:
+        mode: of the graphs, "auto" or one by name.
+        other: mode of those that are recorded afterwards.
+        device: of the model.
+        use: does with the device what a capture that was left open would refuse.
+    """
+    model = build(device)
+    hook = model.transformer_blocks[1].register_forward_hook(
+        lambda module, args, output: (
+            output[0] * (2 if output[0].abs().max().item() < 0 else 1),
+            output[1],
+        )
+    )
+    dbcache.enable(model, **OPTIONS)
+    decide_as_recorded(model)
+    expected = loop(model, 8)
+    dbcache.enable(model, **OPTIONS, cuda_graph=mode)
+    if mode == "auto":
+        with pytest.warns(UserWarning, match="runs eagerly"):
+            got = loop(model, 8)
+        assert same(got, expected)
+    else:
+        with pytest.raises(RuntimeError, match="is impossible here"):
+            loop(model, 8)
+    assert not graphs(model).recordings
+    use()
+    hook.remove()
+    dbcache.enable(model, **OPTIONS, cuda_graph=other)
+    again = loop(model, 8)
+    assert same(again, expected)
+    assert graphs(model).replays == 7
 
 
 def check_new_shapes(mode: str, device: str) -> None:
