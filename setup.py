@@ -23,5 +23,5 @@ setup(
         for name in (package, *(f"{package}.{child}" for child in find_packages(folder)))
     ],
     package_dir=present,
-    package_data={"dbcache": ["py.typed", "__init__.pyi", "demo/digits/*"]},
+    package_data={"dbcache": ["py.typed", "__init__.pyi", "demo/*/*"]},
 )

@@ -1,6 +1,6 @@
 """All methods on the trained model at about 1.5x to 4x: speed against quality.
 
-python -m bench.run methods      # what bench/results/methods.json lacks, then docs/methods.md
+python -m bench.run methods      # what bench/results/methods.json lacks; then docs/methods.md
 python -m bench.run methods --digits 1 --batches 1 --out /tmp/m.json     # a quick look
 
 A level is a rule that fixes which steps are cached, so that predictors are compared at equal
@@ -35,8 +35,9 @@ CALIBRATIONS = ROOT / "calibrations"
 """At 50 steps, one file per policy: `python -m bench.policies --calibrate`."""
 CALIBRATED = ("teacache", "magcache")
 DOCS = ROOT.parent / "docs" / "methods.md"
-BEGIN, END = "<!-- table made by bench/methods.py -->", "<!-- end of table -->"
-BEST_BEGIN, BEST_END = "<!-- best rows, by bench/methods.py -->", "<!-- end of best rows -->"
+BEGIN, END = "<!-- {} by bench/{}.py -->", "<!-- end of {} -->"
+"""Around what a bench writes into a page."""
+BEST_ROWS = "best rows"
 BEST = 5
 PEER = "cache-dit"
 
@@ -148,26 +149,38 @@ class Run:
     images: torch.Tensor
     seconds: float
     cpu_seconds: float
-    cached: int = 0
+    cached: float = 0
 
 
 class Bench:
-    """Draws batches of digits with each method."""
+    """Draws batches of digits with each method.
 
-    def __init__(self, steps: int, per_digit: int, device: str) -> None:
-        self.pipe = digits.load_pipeline(device=device)
+    Args:
+        steps: of a call.
+        per_digit: images of each digit in a batch.
+        device: where.
+        weights: folder of the model.
+    """
+
+    def __init__(
+        self, steps: int, per_digit: int, device: str, weights: Path = digits.WEIGHTS
+    ) -> None:
+        self.pipe: Any = digits.load_pipeline(weights, device=device)
         self.pipe.set_progress_bar_config(disable=True)
         self.steps = steps
-        self.prompts = list(range(digits.NUM_CLASSES)) * per_digit
-        self.classifier = DigitClassifier()
+        self.labels = torch.arange(digits.NUM_CLASSES).repeat(per_digit)
+        self.classifier: Any = DigitClassifier()
+
+    def images(self, seed: int) -> torch.Tensor:
+        """Return the images (B, H, W), or videos (B, T, H, W), of one call, on the CPU."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        call = {"num_inference_steps": self.steps, "generator": generator}
+        return digits.decode(self.pipe(**digits.prompt(self.labels.tolist()), **call).images)
 
     def draw(self, seed: int) -> Run:
         """Return the images of one call and what it took."""
-        generator = torch.Generator("cpu").manual_seed(seed)
-        arguments = digits.prompt(self.prompts)
         wall, cpu = time.perf_counter(), time.process_time()
-        tokens = self.pipe(**arguments, num_inference_steps=self.steps, generator=generator).images
-        images = digits.decode(tokens)  # on the CPU, so it waits for the device
+        images = self.images(seed)  # on the CPU, so it waits for the device
         return Run(images, time.perf_counter() - wall, time.process_time() - cpu)
 
     def run(self, method: Method, options: Options, seed: int) -> Run:
@@ -179,7 +192,6 @@ class Bench:
         options = method.options(level)
         assert options is not None
         run = self.run(method, options, seed)
-        labels = torch.tensor(self.prompts)
         return {
             "level": level,
             "engine": method.engine,
@@ -193,8 +205,8 @@ class Bench:
             "full_cpu_seconds": full.cpu_seconds,
             "psnr": psnr(run.images, full.images),
             "ssim": ssim(run.images, full.images),
-            "accuracy": self.classifier.accuracy(run.images, labels),
-            "full_accuracy": self.classifier.accuracy(full.images, labels),
+            "accuracy": self.classifier.accuracy(run.images, self.labels),
+            "full_accuracy": self.classifier.accuracy(full.images, self.labels),
         }
 
 
@@ -205,7 +217,8 @@ def _with_dbcache(bench: Bench, method: Method, options: Options, seed: int) -> 
         calibrator = getattr(dbcache, name)(**fields)
     dbcache.enable(bench.pipe, calibrator_config=calibrator, **options)
     run = bench.draw(seed)
-    run.cached = len(dbcache.summary(bench.pipe, logging=False).lanes[0].cached_steps)
+    lanes = dbcache.summary(bench.pipe, logging=False).lanes
+    run.cached = statistics.mean(len(lane.cached_steps) for lane in lanes)
     dbcache.disable(bench.pipe)
     return run
 
@@ -258,7 +271,7 @@ def missing(
 def table(methods: tuple[Method, ...], records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return a row per level and method, of the records with its settings, best PSNR first."""
     rows = []
-    for level in LEVELS:
+    for level in sorted({record["level"] for record in records}):
         of_level = []
         for method in methods:
             settings = method.settings(level)
@@ -290,7 +303,8 @@ def markdown(result: dict[str, Any]) -> str:
     most = max(row["batches"] for row in rows)
     accuracy = statistics.mean(row["full_accuracy"] for row in rows)
     lines = [
-        f"{batch * most} images of the digits model, {result['steps']} steps, batches of {batch}; "
+        f"{batch * most} {result.get('what', 'images of the digits model')}, "
+        f"{result['steps']} steps, batches of {batch}; "
         f"{', '.join(f'{k} {v}' for k, v in facts.items())}. "
         f"Accuracy of the plain model: {accuracy:.1%}.",
         "",
@@ -308,17 +322,25 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def best_rows(result: dict[str, Any]) -> str:
-    """Return a short table per level: the methods closest to the plain images, and reuse."""
+def best_rows(result: dict[str, Any], speed: str = "speedup") -> str:
+    """Return a short table per level: the methods closest to the plain images, reuse, the peer's.
+
+    Args:
+        result: content of the file.
+        speed: "speedup", of wall time, or "cpu_speedup".
+    """
     lines: list[str] = []
     for level in dict.fromkeys(row["level"] for row in result["rows"]):
         rows = [r for r in result["rows"] if (r["level"], r["engine"]) == (level, "dbcache")]
+        peers = [r for r in result["rows"] if (r["level"], r["engine"]) == (level, PEER)]
         lines += [f"### About {level}", "", "| method | cached | speed-up | PSNR dB | SSIM |"]
         lines += ["| --- | --- | --- | --- | --- |"]
-        for row in rows[:BEST] + [r for r in rows[BEST:] if r["method"] == "reuse"]:
+        reuse = [r for r in rows[BEST:] if r["method"] == "reuse"]
+        for row in sorted(rows[:BEST] + reuse + peers[:1], key=lambda row: -row["psnr"]):
+            of = "" if row["engine"] == "dbcache" else f" of {PEER}"
             lines.append(
-                f"| {row['method']} | {row['cached']:.4g}/{result['steps']} | "
-                f"{row['speedup']:.2f}x | {row['psnr']:.1f} | {row['ssim']:.4f} |"
+                f"| {row['method']}{of} | {row['cached']:.4g}/{result['steps']} | "
+                f"{row[speed]:.2f}x | {row['psnr']:.1f} | {row['ssim']:.4f} |"
             )
         lines.append("")
     return "\n".join(lines).rstrip()
@@ -335,15 +357,16 @@ def as_json(result: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(f" {json.dumps(k)}: {lines(v)}" for k, v in result.items()) + "\n}\n"
 
 
-def write_docs(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Put `text` between the markers `begin` and `end` of a page.
+def write_docs(path: Path, text: str, name: str, bench: str = "methods") -> None:
+    """Put `text` between the markers of a page for the text `name` of a bench.
 
     Raises:
         ValueError: the page lacks them.
     """
     page = path.read_text(encoding="utf-8")
+    begin, end = BEGIN.format(name, bench), END.format(name)
     if begin not in page or end not in page:
-        raise ValueError(f"bench.methods: {path} must contain {begin!r} and {end!r}")
+        raise ValueError(f"bench.{bench}: {path} must contain {begin!r} and {end!r}")
     before, rest = page.split(begin)
     path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
@@ -408,6 +431,7 @@ def main() -> None:
         result["rows"] = table(METHODS, result["records"])
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(as_json(result))
+        args.out.with_suffix(".md").write_text(markdown(result) + "\n")
 
     methods = tuple(m for m in METHODS if not args.only or m.name in args.only)
     if args.batches:
@@ -416,8 +440,7 @@ def main() -> None:
     save()
     print(markdown(result))
     if docs is not None:
-        write_docs(docs, markdown(result))
-        write_docs(docs, best_rows(result), BEST_BEGIN, BEST_END)
+        write_docs(docs, best_rows(result), BEST_ROWS)
 
 
 if __name__ == "__main__":

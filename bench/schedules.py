@@ -1,9 +1,11 @@
-"""A schedule of the trained model, and how it compares with the methods of `bench.methods`.
+"""A schedule of a trained model, and how it compares with the methods of `bench.methods`.
 
 python -m bench.run schedules               # tune, 9 minutes at most; then 2 batches of all rows
 python -m bench.run schedules --minutes 0   # compare only; bench/calibrations/digits_schedule.json
+python -m bench.run schedules --model moving_digits
 
 Calibrated on seeds from 100 on, checked on seeds from 200 on; what is compared are seeds 0, 1, ...
+The records go to bench/results/front_MODEL.json; table and picture into docs/methods.md.
 """
 
 from __future__ import annotations
@@ -17,53 +19,51 @@ import torch
 
 import dbcache
 from bench import methods
-from dbcache.cli.drawn import digits_drawing
-from dbcache.demo import digits
-
-STEPS = 50
-FULL_STEPS = {"1.5x": 33, "2x": 25, "3x": 16, "4x": 12}
-"""By level of `bench.methods`."""
+from bench.fronts import draw_fronts
+from bench.subjects import DIGITS, SUBJECTS, Subject
 
 CALIBRATED, VALIDATED = 100, 200
-PATH = methods.CALIBRATIONS / "digits_schedule.json"
-
-TUNED = methods.Method(
-    "tuned schedule",
-    cache={"schedule": str(PATH)},
-    levels={level: {"target": f"{full} full"} for level, full in FULL_STEPS.items()},
-    alone=True,
-)
-BESIDE = (
-    "EasyCache, FoCa", "TeaCache, FoCa", "MagCache, FoCa", "FoCa, by threshold", "FoCa",
-    "TaylorSeer 2",
-)  # fmt: skip
-"""The closest rows of `bench.methods` at each level."""
+TUNED = "tuned schedule"
 
 
-def tune(minutes: float, pictures: int) -> None:
+def tune(subject: Subject, minutes: float, pictures: int) -> None:
     """Write the schedule."""
-    pipe = digits.load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
     dbcache.tune(
-        pipe,
-        [digits_drawing(CALIBRATED + i, STEPS) for i in range(pictures)],
-        validation=[digits_drawing(VALIDATED + i, STEPS) for i in range(2)],
-        full_steps=list(FULL_STEPS.values()),
+        subject.bench(subject.steps, 1, "cpu").pipe,
+        [subject.drawing(CALIBRATED + i, subject.steps) for i in range(pictures)],
+        validation=[subject.drawing(VALIDATED + i, subject.steps) for i in range(2)],
+        full_steps=list(subject.full.values()),
+        per_branch=subject.per_branch,
         budget_minutes=minutes,
-        path=PATH,
+        path=subject.path,
     )
 
 
-def compare(batches: int, levels: list[str]) -> str:
-    """Return a table of the schedule and the closest methods, all measured in this run."""
-    rows = (TUNED, *(m for m in methods.METHODS if m.name in BESIDE))
+def compare(subject: Subject, batches: int, levels: list[str]) -> dict[str, Any]:
+    """Return the records and rows of the schedule and the closest methods, all of this run."""
+    rows = (subject.tuned, *subject.beside)
     result: dict[str, Any] = {
-        "steps": STEPS, "images_per_batch": 10, "about": methods.facts("cpu"), "records": [],
+        "steps": subject.steps, "images_per_batch": 10, "what": subject.what,
+        "about": methods.facts("cpu"), "records": [],
     }  # fmt: skip
-    bench = methods.Bench(STEPS, 1, "cpu")
+    bench = subject.bench(subject.steps, 1, "cpu")
     methods.measure_all(bench, rows, levels, result, batches, lambda: None)
     result["rows"] = methods.table(rows, result["records"])
-    return f"{methods.markdown(result)}\n\n{leads(result['rows'])}"
+    return result
+
+
+def publish(subject: Subject, result: dict[str, Any], out: Path) -> None:
+    """Write the records, and with them table and picture of the page, if they are its own."""
+    out.write_text(methods.as_json(result), encoding="utf-8")
+    if out == subject.results:
+        methods.write_docs(methods.DOCS, text_of(result), f"front of {subject.name}", "schedules")
+        draw_fronts(result["rows"], result["what"], subject.picture)
+
+
+def text_of(result: dict[str, Any]) -> str:
+    """Return what a page shows of the rows: a short table per level, and the schedule's leads."""
+    ahead = "\n".join(f"- {line}" for line in leads(result["rows"]).splitlines())
+    return f"{methods.best_rows(result, 'cpu_speedup')}\n\n{ahead}"
 
 
 def leads(rows: list[dict[str, Any]]) -> str:
@@ -74,11 +74,11 @@ def leads(rows: list[dict[str, Any]]) -> str:
     """
     others: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        if row["method"] != TUNED.name:
+        if row["method"] != TUNED:
             name = f"{row['method']} ({row['engine']})"
             others.setdefault(name, []).append((row["cached"], row["psnr"]))
     lines = []
-    for own in (row for row in rows if row["method"] == TUNED.name):
+    for own in (row for row in rows if row["method"] == TUNED):
         known = {name: interpolated(points, own["cached"]) for name, points in others.items()}
         values = {name: value for name, value in known.items() if value is not None}
         if not values:
@@ -104,19 +104,23 @@ def interpolated(points: list[tuple[float, float]], at: float) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.schedules", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SUBJECTS, default=DIGITS.name)
     parser.add_argument("--minutes", type=float, default=9.0, help="to tune; 0: not at all")
     parser.add_argument("--pictures", type=int, default=6, help="to calibrate on, of 5 digits each")
     parser.add_argument("--batches", type=int, default=2, help="of 10 digits; 0: do not compare")
-    parser.add_argument("--levels", nargs="+", choices=FULL_STEPS, default=["2x", "3x", "4x"])
-    parser.add_argument("--out", type=Path, help="Markdown file for the table, too")
+    parser.add_argument("--levels", nargs="+", help="those of the schedule; all, if left out")
+    parser.add_argument("--out", type=Path, help="JSON file for the records")
     args = parser.parse_args()
+    subject = SUBJECTS[args.model]
+    unknown = set(args.levels or ()) - subject.full.keys()
+    if unknown:
+        parser.error(f"--levels must be of {', '.join(subject.full)}, got {', '.join(unknown)}")
     if args.minutes:
-        tune(args.minutes, args.pictures)
+        tune(subject, args.minutes, args.pictures)
     if args.batches:
-        text = compare(args.batches, args.levels)
-        print(text)
-        if args.out is not None:
-            args.out.write_text(text + "\n", encoding="utf-8")
+        result = compare(subject, args.batches, args.levels or [*subject.full])
+        print(f"{methods.markdown(result)}\n\n{leads(result['rows'])}")
+        publish(subject, result, args.out or subject.results)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dbcache.cli.outcome import DTYPES
 
-DIGITS = "digits"
-"""Stands for the small trained model that the package has."""
+DEMOS = ("digits", "digits-student", "moving-digits")
+"""Stand for the small trained models that the package has."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
@@ -19,10 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, several: bool = False) -> 
         parser: of a command.
         several: whether there may be several numbers of steps.
     """
-    parser.add_argument("model", help="a folder or a hub id of a pipeline, or 'digits'")
+    parser.add_argument(
+        "model", help=f"a folder or a hub id of a pipeline, or one of {', '.join(DEMOS)}"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument("--prompts", type=Path, help="a text file, a prompt per line")
-    parser.add_argument("--pictures", type=int, default=6, help="of 'digits': how many draws")
+    parser.add_argument("--pictures", type=int, default=6, help="of digits: how many draws")
     count: dict[str, Any] = {"nargs": "+"} if several else {}
     text = "denoising steps, one or several" if several else "denoising steps"
     parser.add_argument("--steps", type=int, default=28, help=f"{text} (default: 28)", **count)
@@ -48,13 +51,10 @@ def load(arguments: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]
         (steps,) = steps
     given: dict[str, Any] = {"num_inference_steps": steps}
     given["progress"] = not (arguments.quiet or arguments.json)
-    if arguments.model == DIGITS:
-        from dbcache.demo import digits
-
-        pipe = digits.load_pipeline(device=device)
-        pipe.set_progress_bar_config(disable=True)
+    if arguments.model in DEMOS:
         first = steps[0] if isinstance(steps, list) else steps
-        return pipe, [digits_drawing(seed, first) for seed in range(arguments.pictures)], given
+        pipe, drawing = demo(arguments.model, device)
+        return pipe, [drawing(seed, first) for seed in range(arguments.pictures)], given
     prompts = list(arguments.prompt)
     if arguments.prompts is not None:
         lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
@@ -71,6 +71,20 @@ def load(arguments: argparse.Namespace) -> tuple[Any, list[Any], dict[str, Any]]
     return pipe, prompts, given | {k: v for k, v in call.items() if v is not None}
 
 
+def demo(name: str, device: str) -> tuple[Any, Callable[[int, int], Any]]:
+    """Return a pipeline of `DEMOS`, and what makes of a seed and steps a function that draws."""
+    from dbcache.demo import digits, moving_digits
+
+    pipe: Any
+    if name == "moving-digits":
+        pipe, drawing = moving_digits.load_pipeline(device=device), videos_drawing
+    else:
+        weights = digits.STUDENT if name == "digits-student" else digits.WEIGHTS
+        pipe, drawing = digits.load_pipeline(weights, device=device), digits_drawing
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, drawing
+
+
 def digits_drawing(seed: int, steps: int) -> Any:
     """Return a function that draws five digits, from 0 or from 5 on, in `steps` or as told."""
     import torch
@@ -82,6 +96,23 @@ def digits_drawing(seed: int, steps: int) -> Any:
         generator = torch.Generator("cpu").manual_seed(seed)
         call = {"num_inference_steps": steps, "generator": generator}
         return digits.decode(pipe(**arguments, **call).images)
+
+    return draw
+
+
+def videos_drawing(seed: int, steps: int) -> Any:
+    """Return a function that draws five videos of digits from 0 or from 5 on, as above."""
+    import torch
+
+    from dbcache.demo import moving_digits
+
+    directions = list(moving_digits.DIRECTIONS)
+    videos = [((5 * seed + i) % 10, directions[(seed + i) % len(directions)]) for i in range(5)]
+
+    def draw(pipe: Any, steps: int = steps) -> torch.Tensor:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        call = {"num_inference_steps": steps, "generator": generator}
+        return moving_digits.decode(pipe(**moving_digits.prompt(videos), **call).frames)
 
     return draw
 

@@ -26,6 +26,9 @@ TEXT_WIDTH = NUM_CLASSES + 1 + TEXT_TOKENS
 WEIGHTS = Path(__file__).parent / "digits"
 """A diffusers model folder: config.json and fp16 safetensors."""
 
+STUDENT = Path(__file__).parent / "digits_student"
+"""The same, distilled to few steps (`bench/train_student.py`)."""
+
 _PIXELS_PER_LATENT = 8  # what FluxPipeline assumes of a VAE when it is given none
 
 

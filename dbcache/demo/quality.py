@@ -15,7 +15,7 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the mean over images of 10 log10(1 / MSE), in dB; inf where they are equal.
 
     Args:
-        images: (B, H, W) in [0, 1].
+        images: (B, H, W), or videos (B, T, H, W), in [0, 1].
         reference: same shape and range.
     """
     pairs = zip(images, reference, strict=True)
@@ -29,10 +29,10 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
     covariance, as scikit-image's `structural_similarity` computes it by default.
 
     Args:
-        images: (B, H, W) in [0, 1], H and W of at least 7.
+        images: (B, H, W), or videos (B, T, H, W), in [0, 1], H and W of at least 7.
         reference: same shape and range.
     """
-    pairs = zip(images, reference, strict=True)
+    pairs = zip(images.flatten(0, -3), reference.flatten(0, -3), strict=True)
     return fmean(pictures.similarity(image, like) for image, like in pairs)
 
 

@@ -15,33 +15,35 @@ if str(ROOT) not in sys.path:  # `bench` is not installed
 
 import dbcache  # noqa: E402
 from bench import methods  # noqa: E402
-from bench.methods import BEGIN, BEST_BEGIN, BEST_END, END, LEVELS, METHODS, Method  # noqa: E402
+from bench.methods import BEGIN, BEST_ROWS, END, LEVELS, METHODS, Method  # noqa: E402
 from dbcache.config.policies import POLICIES, SCHEDULED  # noqa: E402
 from dbcache.demo import digits  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ONLY = "TaylorSeer 2"
+MARKERS = BEGIN.format(BEST_ROWS, "methods"), END.format(BEST_ROWS)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Return a function that runs the bench and returns what it wrote, JSON and docs."""
+    """Return a function that runs the bench and returns what it wrote: JSON, table, page."""
     pytest.importorskip("cache_dit", minversion="1.5.3")
     out, docs = tmp_path / "new" / "m.json", tmp_path / "m.md"
-    docs.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\n{BEST_BEGIN}\n{BEST_END}\n")
+    docs.write_text(f"# Title\n\n{MARKERS[0]}\nold\n{MARKERS[1]}\n")
 
     def call(*arguments):
         paths = ["--out", str(out), "--docs", str(docs)]
         common = ["methods", "--digits", "1", "--batches", "1", *paths, "--only", ONLY]
         monkeypatch.setattr(sys, "argv", [*common, *arguments])
         methods.main()
-        return json.loads(out.read_text()), docs.read_text()
+        table = out.with_suffix(".md").read_text()
+        return json.loads(out.read_text()), table, docs.read_text()
 
     return call
 
 
 def test_predictors_are_compared_at_equal_decisions_and_a_second_run_measures_nothing(run, capsys):
-    result, page = run("--steps", "9")
+    result, table, page = run("--steps", "9")
     rows = {(row["level"], row["engine"], row["method"]): row for row in result["rows"]}
     assert len(rows) == 2 * len(LEVELS)
     assert len(result["records"]) == len(rows)
@@ -52,16 +54,16 @@ def test_predictors_are_compared_at_equal_decisions_and_a_second_run_measures_no
         assert mine["psnr"] == pytest.approx(peer["psnr"], abs=0.1)
     cached = [rows[level, "dbcache", ONLY]["cached"] for level in LEVELS]
     assert cached == [0, 2, 4, 5]
-    assert page.startswith(f"# Title\n\n{BEGIN}\n\n10 images of the digits model, 9 steps")
+    assert table.startswith("10 images of the digits model, 9 steps")
+    assert table.count("\n| 3x |") == 2
+    assert page.startswith(f"# Title\n\n{MARKERS[0]}\n\n### About 1.5x")
     assert page.count(f"\n| {ONLY} | 4/9 |") == 1  # the short table of 3x
-    assert page.endswith(f"\n\n{BEST_END}\n")
-    assert page.count("\n| 3x |") == 2
+    assert page.count(f"\n| {ONLY} of cache-dit | 4/9 |") == 1
+    assert page.endswith(f"\n\n{MARKERS[1]}\n")
     assert "old" not in page
 
     capsys.readouterr()
-    again, same_page = run("--steps", "9")
-    assert again == result
-    assert same_page == page
+    assert run("--steps", "9") == (result, table, page)
     assert "batch 0" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"m\.json is of other settings"):
         run("--steps", "10")
@@ -112,8 +114,8 @@ def test_the_published_table_is_that_of_the_published_records():
     assert methods.as_json(result) == methods.RESULTS.read_text()
     assert methods.table(METHODS, result["records"]) == result["rows"]
     page = methods.DOCS.read_text()
-    assert methods.markdown(result) in page
     assert methods.best_rows(result) in page
+    assert methods.markdown(result) + "\n" == methods.RESULTS.with_suffix(".md").read_text()
     assert {row["batches"] * result["images_per_batch"] for row in result["rows"]} == {100}
     names = {(row["level"], row["engine"], row["method"]) for row in result["rows"]}
     assert names == {(x, m.engine, m.name) for m in METHODS for x in LEVELS if m.options(x)}
@@ -135,6 +137,6 @@ def test_as_published_no_predictor_is_behind_cache_dits_and_foca_is_ahead_of_tay
 def test_a_page_without_the_markers_is_an_error(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Title\n")
-    with pytest.raises(ValueError, match=r"page\.md must contain '<!-- table made by"):
-        methods.write_docs(page, "text")
+    with pytest.raises(ValueError, match=r"page\.md must contain '<!-- best rows by"):
+        methods.write_docs(page, "text", BEST_ROWS)
     assert page.read_text() == "# Title\n"

@@ -1,7 +1,8 @@
-"""The published schedule of the trained model: each row runs, and is ahead of a policy."""
+"""The published schedules of the trained models: each row runs, and is ahead of a policy."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,50 +14,49 @@ if str(ROOT) not in sys.path:  # `bench` is not installed
     sys.path.append(str(ROOT))
 
 import dbcache  # noqa: E402
-from bench import schedules  # noqa: E402
-from dbcache.cli.drawn import digits_drawing  # noqa: E402
-from dbcache.demo import digits  # noqa: E402
+from bench import methods, schedules  # noqa: E402
+from bench.subjects import SUBJECTS  # noqa: E402
 from dbcache.demo.quality import psnr  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_the_row_for_4x_is_far_ahead_of_easycache_on_digits_that_were_never_seen():
-    pipe = digits.load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-
-    def draw(**options):
-        if options:
-            dbcache.enable(pipe, **options)
-        generator = torch.Generator().manual_seed(7)
-        call = {"num_inference_steps": schedules.STEPS, "generator": generator}
-        picture = digits.decode(pipe(**digits.prompt([4]), **call).images)
-        cached = 0
-        if options:
-            cached = len(dbcache.summary(pipe, logging=False).lanes[0].cached_steps)
-            dbcache.disable(pipe)
-        return picture, cached
-
-    plain, _ = draw()
-    tuned, cached = draw(**schedules.TUNED.options("4x"))
-    assert cached == schedules.STEPS - schedules.FULL_STEPS["4x"]
-    easy, as_many = draw(
-        policy="easycache", residual_diff_threshold=0.06, max_warmup_steps=4, enable_foca=True
-    )
-    assert as_many <= cached + 2
-    assert psnr(tuned, plain) > psnr(easy, plain) + 3
+@pytest.mark.parametrize(
+    ("name", "level", "ahead"), [("digits", "4x", 3), ("moving_digits", "3x", 2)]
+)
+@torch.no_grad()
+def test_a_schedule_is_far_ahead_of_easycache_on_digits_that_were_never_seen(name, level, ahead):
+    subject = SUBJECTS[name]
+    easy = next(m for m in subject.beside if m.name == "EasyCache, FoCa")
+    pipe = subject.bench(subject.steps, 1, "cpu").pipe
+    draw = subject.drawing(7, subject.steps)
+    plain, drawn, cached = draw(pipe), [], []
+    for method in (subject.tuned, easy):
+        calibrator = method.calibrator and dbcache.FoCaCalibratorConfig()
+        dbcache.enable(pipe, calibrator_config=calibrator, **method.options(level))
+        drawn.append(draw(pipe))
+        lanes = dbcache.summary(pipe, logging=False).lanes
+        cached.append(sum(len(lane.cached_steps) for lane in lanes) / len(lanes))
+        dbcache.disable(pipe)
+    assert cached[0] == subject.steps - subject.full[level]
+    assert cached[1] <= cached[0] + 2
+    assert psnr(drawn[0], plain) > psnr(drawn[1], plain) + ahead
 
 
-def test_the_rows_of_all_levels_are_in_the_file_and_seeds_are_apart():
-    found = dbcache.config.schedule.Schedule.of(schedules.PATH)
-    for level, full in schedules.FULL_STEPS.items():
-        row = found.find(schedules.TUNED.options(level)["target"])
-        assert found.rows[row]["full"] == full
-    assert {m.name for m in schedules.methods.METHODS} >= set(schedules.BESIDE)
-    assert schedules.CALIBRATED > 20
-    first = digits_drawing(schedules.CALIBRATED, 2)
-    pipe = digits.load_pipeline()
-    assert first(pipe).shape == (5, 16, 16)
+@pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
+def test_the_published_front_is_that_of_the_published_records_and_schedule(subject):
+    schedule = dbcache.config.schedule.Schedule.of(subject.path)
+    for level, full in subject.full.items():
+        row = schedule.find(subject.tuned.options(level)["target"])
+        assert schedule.rows[row]["full"] == full
+    result = json.loads(subject.results.read_text())
+    assert methods.table((subject.tuned, *subject.beside), result["records"]) == result["rows"]
+    assert schedules.text_of(result) in methods.DOCS.read_text()
+    assert f"]({subject.picture.name})" in methods.DOCS.read_text()
+    drawn = subject.picture.read_text()
+    assert drawn.count("<circle") == len(result["rows"])
+    seeds = {record["seed"] for record in result["records"]}
+    assert max(seeds) < schedules.CALIBRATED
 
 
 def test_leads_are_those_over_other_methods_at_as_many_cached_steps():

@@ -35,6 +35,8 @@ def test_ssim_is_that_of_the_uniform_window(pair):
         scores.append(score[3:-3, 3:-3].mean())
     assert ssim(*pair) == pytest.approx(np.mean(scores))
     assert ssim(pair[0], pair[0]) == pytest.approx(1.0)
+    as_video = [x[None] for x in pair]  # frames count alike
+    assert ssim(*as_video) == pytest.approx(np.mean(scores))
 
 
 def test_classifier_reads_real_digits_that_it_has_not_seen():

@@ -23,7 +23,7 @@ STATIC = {
 PACKED = ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
 SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "static": (STATIC, tuple(spread.SUBJECTS)),
-    "schedule": ({}, PACKED),
+    "schedule": ({"num_inference_steps": STEPS}, PACKED),
     "easycache": ({"policy": "easycache"} | ASKED, tuple(spread.SUBJECTS)),
     "seacache": ({"policy": "seacache"} | ASKED, PACKED),
     "teacache": ({"policy": "teacache"} | ASKED, (*PACKED, "WanTransformer3DModel")),
@@ -46,12 +46,13 @@ def loop(model: torch.nn.Module, name: str, settings: dict[str, Any]) -> Any:
 
 
 def schedule_for(model: torch.nn.Module) -> dict[str, Any]:
-    """Return a schedule with weights, for the mask above."""
+    """Return a schedule with weights, for the mask above, in a file with another one."""
     name = type(model).__name__
     sizes = {"num_inference_steps": STEPS, "scheduler_steps": STEPS}
     calls = [{"model": name, "calls": STEPS}]
     mask = "".join(map(str, STATIC["steps_computation_mask"]))
-    return schedules.content(name, (mask,), **sizes, transformers=calls)
+    others = [schedules.content(name)]
+    return schedules.content(name, (mask,), **sizes, transformers=calls, others=others)
 
 
 def identity_for(model: torch.nn.Module) -> dict[str, Any]:

@@ -44,6 +44,10 @@ RUN = {
         'dbcache generate ./flux --prompt "a cat" --steps 28 --cache balanced --compare '
         "--out cat.png": "PSNR",
     },
+    "digits.md": {
+        "dbcache tune moving-digits --steps 50 --speedup 2 --minutes 3 --out moving.json":
+            "schedule='moving.json'",
+    },
     "report.md": {
         "dbcache generate ... --summary run.json": "warm-up",
         "dbcache report run.json --out run.html": "Report: run.html",
