@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from dbcache.adapters.blocks.block_adapter import BlockAdapter
-from dbcache.adapters.models.lookup import find_specs
+from dbcache.adapters.models.lookup import check_target, find_specs
 from dbcache.adapters.patching.attention import ModelAttention, find_backend
 from dbcache.adapters.patching.other_caches import refuse_other_caches
 from dbcache.adapters.patching.patch_functor import on_trial
@@ -185,7 +185,11 @@ def disable(target: Target) -> Target:
 
     Args:
         target: what was enabled: a pipeline, a transformer or a `BlockAdapter`.
+
+    Raises:
+        TypeError: it is none of these.
     """
+    check_target("dbcache.disable", target)
     end_images(parts(target))
     switch_off([part for part in parts(target) if handle_of(part) is not None])
     return target

@@ -18,6 +18,7 @@ from dbcache.adapters.requests.request import Request
 from dbcache.config.cache import DBCacheConfig, merge
 from dbcache.config.files import load_configs
 from dbcache.config.options import check_flag
+from dbcache.config.predictors import CalibratorConfig
 from dbcache.config.renamed import also_called
 from dbcache.config.steps_mask import steps_mask
 from dbcache.results.gathering import paired
@@ -127,7 +128,9 @@ def strify(target: object) -> str:
     if isinstance(target, list) and target:
         target = target[0]
     if isinstance(target, Mapping):
-        configs = [config for config in load_configs(target).values() if config is not None]
+        configs = load_configs(target)
+        configs["calibrator_config"] = configs["calibrator_config"] or CalibratorConfig()
+        configs = [config for config in configs.values() if config is not None]
         return "_".join(x.strify() if hasattr(x, "strify") else str(x) for x in configs)
     if hasattr(target, "strify"):
         return str(target.strify())

@@ -13,7 +13,7 @@ from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.blocks.registry import BlockAdapterRegistry
 from dbcache.adapters.blocks.signature import unwrap
 from dbcache.adapters.blocks.spec import TransformerSpec
-from dbcache.adapters.models.lookup import find_specs
+from dbcache.adapters.models.lookup import check_target, find_specs
 from dbcache.adapters.patching.whole_compile import wrappers_in
 from dbcache.adapters.pipelines.cached_pipeline import CachedPipeline
 from dbcache.adapters.requests.cached_transformer import CachedTransformer, handle_of
@@ -132,6 +132,7 @@ def wrappers(target: object) -> list[Any]:
 
 def enabled(target: object, who: str) -> list[CachedTransformer]:
     """Return the handles of the transformers of `target`."""
+    check_target(who, target)
     handles = enabled_or_none(target)
     if not handles:
         raise RuntimeError(

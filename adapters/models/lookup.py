@@ -44,6 +44,15 @@ def refusal_of(module: object) -> str | None:
     return f"{name} {REFUSED[name]}" if name in REFUSED else None
 
 
+def check_target(who: str, target: object) -> None:
+    """Raise a TypeError for what can be no pipeline, transformer or adapter: lists, names."""
+    if not hasattr(target, "__dict__"):
+        raise TypeError(
+            f"{who}: target must be a pipeline, a transformer or a BlockAdapter, got "
+            f"{shown(target)}; call it with each pipeline by itself"
+        )
+
+
 def find_specs(target: Any) -> list[TransformerSpec]:
     """Return what to cache of a transformer or of a pipeline's transformers.
 
@@ -51,11 +60,7 @@ def find_specs(target: Any) -> list[TransformerSpec]:
         TypeError: it is neither. ValueError: no row fits; the error tells why, or lists the rows
             there are.
     """
-    if not hasattr(target, "__dict__"):
-        raise TypeError(
-            f"dbcache.enable: target must be a pipeline, a transformer or a BlockAdapter, got "
-            f"{shown(target)}; enable each pipeline by itself"
-        )
+    check_target("dbcache.enable", target)
     if isinstance(target, torch.nn.Module):
         candidates = [unwrap(target)]
     else:

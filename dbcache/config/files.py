@@ -25,6 +25,7 @@ PARALLELISM = "parallelism_config"
 ATTENTION = "attention_backend"
 QUANTIZATION = "quantize_config"
 _FLAT = (*DBPruneConfig.names(), *ALIASES, *PREDICTION)
+_NONE = {name for name, value in DBPruneConfig().as_dict().items() if value is None}
 _METHODS: dict[str, type[DBCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -186,8 +187,11 @@ def split_options(
 ) -> tuple[dict[str, Any], CalibratorConfig | None]:
     """Return the fields of the cache's config among flat options, and the predictor, as `split`.
 
+    An option of None counts as not given, unless None is its default: then it takes back another.
+
     Raises:
         TypeError: an unknown option. ValueError: as `split`.
     """
     reject_unknown(who, given, _FLAT)
+    given = {name: value for name, value in given.items() if value is not None or name in _NONE}
     return split(who, given, config)

@@ -162,3 +162,8 @@ class QuantizeConfig(Options):
     """Types of layers whose names have a word, as in {"to_q": "float8_per_tensor"}."""
     verbose: bool = False
     """Log every layer."""
+
+    def strify(self) -> str:
+        """Return a short name of these settings, for file names and tables."""
+        parts = (self.components_to_quantize or {"": {}}).values()
+        return "_".join(dict.fromkeys(part.get("quant_type", self.quant_type) for part in parts))

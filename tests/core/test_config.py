@@ -125,12 +125,14 @@ def test_the_name_of_an_unknown_option_is_cut():
     assert len(str(caught.value)) < 1500
 
 
-def test_what_is_no_pipeline_is_refused_in_two_lines():
-    with pytest.raises(
-        TypeError, match=r"target must be a pipeline, .* got \[FluxPipeline"
-    ) as caught:
-        dbcache.enable([tiny.pipeline("flux")])
-    assert len(str(caught.value)) < 500
+@pytest.mark.parametrize(
+    "verb", ["enable", "disable", "summary", "refresh_context", "start_request"]
+)
+def test_what_is_no_pipeline_is_refused_in_two_lines(verb):
+    for target, got in ([[tiny.pipeline("flux")], r"\[FluxPipeline"], [None, "None"], ["x", "'x'"]):
+        with pytest.raises(TypeError, match=rf"target must be a pipeline, .* got {got}") as caught:
+            getattr(dbcache, verb)(target)
+        assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(

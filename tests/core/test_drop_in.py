@@ -390,6 +390,38 @@ def test_fields_of_none_are_not_given():
         assert ours.given == given
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_options_of_none_are_not_given(alone):
+    """In files and among the options of `enable`; those whose default is None take back others."""
+    unset = {"residual_diff_threshold": None, "Fn_compute_blocks": None, "enable_taylorseer": None}
+    unset |= {"max_continuous_cached_steps": None, "taylorseer_order": None}
+    loaded = cache_dit.load_configs({"cache_config": {**unset, "max_warmup_steps": 3}})
+    assert loaded["cache_config"].given == {"max_warmup_steps": 3}
+    assert loaded["calibrator_config"] is None
+    pipe = tiny.pipeline("flux")
+    pipe = pipe.transformer if alone else pipe
+    cache_dit.enable_cache(pipe, **FORCED | {"steps_computation_mask": [1] * STEPS})
+    cache_dit.refresh_context(pipe, **unset, steps_computation_mask=None)
+    assert cache_dit.strify(pipe) == "DBCache_F1B0_W2I1M0MC0_R1_T0O0"
+
+
+def test_names_of_settings_are_those_of_cache_dit():
+    for threshold in (0.08, 0.1, 1, 2.5):
+        ours, theirs = (
+            m.DBCacheConfig(residual_diff_threshold=threshold) for m in (cache_dit, original)
+        )
+        assert ours.strify() == theirs.strify()
+    for options in ({"max_warmup_steps": 4}, {"enable_taylorseer": True}):
+        assert cache_dit.strify({"cache_config": options}) == original.strify(
+            {"cache_config": options}
+        )
+    for kind in ("int8_weight_only", "float8_per_row"):
+        assert cache_dit.QuantizeConfig(quant_type=kind).strify() == kind
+    parts = {"transformer": "int8_weight_only", "text_encoder": {}, "vae": "int8_weight_only"}
+    config = cache_dit.QuantizeConfig(components_to_quantize=parts)
+    assert cache_dit.strify(config) == "int8_weight_only_float8_per_row"
+
+
 def test_names_of_settings_say_limits_and_masks():
     assert "M12" in cache_dit.strify(DBPruneConfig(max_pruned_steps=12))
     assert "M0" in cache_dit.strify(DBPruneConfig())
