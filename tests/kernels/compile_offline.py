@@ -46,6 +46,7 @@ from compile_limits import COUNTED
 
 WIDE = re.compile(r"(ld|st)\.global[.\w:]*\.(?:v4\.[bfu]32|v2\.[bfu]64|v8\.b32|v4\.b64)\b")
 WIDE_AMD = re.compile(r"(?:global|buffer)_(load|store)_(?:dwordx4|b128)\b")
+LOAD = re.compile(r"tt\.load .*: tensor<")
 LOCAL = re.compile(r"\.local\b|scratch_(?:load|store)")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z0-9]+)", re.MULTILINE)
 SIZE = re.compile("size|width")
@@ -409,6 +410,7 @@ def row_of(target: str, gpu: GPUTarget, name: str, variant) -> dict[str, object]
         "per_thread": elements_per_thread(*variant[2:], gpu),
         "wide_loads": sum(w in ("ld", "load") for w in wide),
         "wide_stores": sum(w in ("st", "store") for w in wide),
+        "loads_after_sums": len(LOAD.findall(compiled.asm["ttir"].partition('"tt.reduce"')[2])),
         "local": bool(LOCAL.search(asm)),
         "spilled": sum(map(int, SPILLED_AMD.findall(asm))),
         "fma": "fma.rn.f32" in asm or "fma.rn.f64" in asm,

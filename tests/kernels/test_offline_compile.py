@@ -111,6 +111,14 @@ def test_amd_moves_vectors_of_16_bytes_too(compiled, target):
         assert row["wide_stores"] >= (not name.startswith(no_stores)), name
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_input_of_the_next_block_is_loaded_before_the_sums_of_this_one(compiled, target):
+    """No load of the device crosses the barriers of a sum."""
+    rows = [row for row in compiled(SCRIPT, target) if row["kernel"].startswith("block_changes")]
+    assert rows
+    assert not any(row["loads_after_sums"] for row in rows)
+
+
 @pytest.mark.parametrize("target", NVIDIA)
 def test_scalar_arithmetic_does_not_fuse_multiplications_and_additions(compiled, target):
     scalar = compiled(SCRIPT, target)
