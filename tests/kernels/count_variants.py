@@ -78,7 +78,7 @@ def run_requests(capacity: int, tokens: int, batch: int) -> None:
         decide(state, partials)
         share_change(partials, partials.clone(), stamps, state, step % 3, step % 20)
         transformation_rate(state, partials, partials)
-        fit_recurrence(ring, state, fit)
+        fit_recurrence(ring[: 1 + step % SLOTS], state, fit)
         scheduled_weights(state, table)
         weights = state.weights, state.encoder_weights
         predict(h, ring, weights[0], encoder, second, weights[1])

@@ -1,9 +1,12 @@
 """Attention with its log-sum-exp against float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 
+from dbcache.parallel import local_attention
 from dbcache.parallel.local_attention import attend
 
 
@@ -66,6 +69,39 @@ def test_lse_is_minus_infinity_where_no_key_counts(device: str) -> None:
         _, lse = attend(q, k, v, counts, None, backend)
         assert (lse[0] == -torch.inf).all(), backend
         assert lse[1].isfinite().all(), backend
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "has_mask", "chosen"),
+    [
+        (64, torch.bfloat16, False, "_native_flash"),
+        (256, torch.float16, False, "_native_flash"),
+        (64, torch.bfloat16, True, "_native_efficient"),
+        (64, torch.float32, False, "_native_efficient"),
+        (100, torch.bfloat16, False, "_native_math"),
+        (264, torch.bfloat16, False, "_native_math"),
+    ],
+)
+def test_on_a_gpu_a_kernel_is_chosen_that_takes_the_inputs(
+    monkeypatch: pytest.MonkeyPatch, width: int, dtype: torch.dtype, has_mask: bool, chosen: str
+) -> None:
+    """Meta tensors stand for those on a GPU: they check the call and the shapes of its results."""
+    choose, names = local_attention._choose, []
+
+    def choose_as_on_a_gpu(q: torch.Tensor, bias: torch.Tensor | None, backend: str) -> str:
+        there = SimpleNamespace(device=torch.device("cuda"), dtype=q.dtype, shape=q.shape)
+        names.append(choose(there, bias, backend))
+        return names[-1]
+
+    monkeypatch.setattr(local_attention, "_choose", choose_as_on_a_gpu)
+    q = torch.empty(2, 7, 3, width, dtype=dtype, device="meta")
+    k = torch.empty(2, 9, 3, width, dtype=dtype, device="meta")
+    mask = torch.empty(2, 9, dtype=torch.bool, device="meta") if has_mask else None
+    for backend in ("native", *(() if has_mask else ("_native_cudnn",))):
+        out, lse = attend(q, k, k, mask, None, backend)
+        assert (out.shape, out.dtype) == (q.shape, dtype)
+        assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
+    assert names[0] == chosen
 
 
 def test_a_backend_without_lse_is_an_error() -> None:
