@@ -46,6 +46,8 @@ SPREAD = {4640: 16, 16416: 33}
 """With at most so many programs at these other sizes, each takes several blocks: 10, and 16."""
 BATCHES = (1, 2, 16)
 STEPS = 50
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True, "maxnreg": None}
+"""What is compared of a launch, and Triton's defaults."""
 WIDTH = 64
 SLOTS = 3
 BLOCKS = 33
@@ -149,16 +151,16 @@ class Compared:
         variants = chain.from_iterable(script.variants() for script in scripts)
         for _, kernel, arguments, _, options in compile_offline.with_configs(variants):
             hints = compile_offline.divisible(kernel, arguments)
-            known = options.get("num_warps", 4), options.get("enable_fp_fusion", True)
+            known = tuple(options.get(name, default) for name, default in OPTIONS.items())
             self._offline.setdefault(kernel.__name__, []).append((known, hints))
 
     def compare(self, kernel, signature, options, attrs) -> None:
         """Take a variant that is about to be compiled; numbers here are multiples of 16."""
         name = kernel.__name__
-        known = options.num_warps, options.enable_fp_fusion
+        known = tuple(getattr(options, name) for name in OPTIONS)
         hints = [hints for other, hints in self._offline[name] if other == known]
         if not hints:
-            self.wrong.add(f"{name}: warps and fusion {known}")
+            self.wrong.add(f"{name}: {dict(zip(OPTIONS, known, strict=True))}")
         given = {arg for arg, kind in signature.items() if kind != "constexpr"}
         found = {kernel.arg_names[at[0]] for at in attrs}
         for arg in set().union(*hints) & given - found:
