@@ -213,7 +213,7 @@ def fp8_variants():
     sizes = {"tokens": "i32", "width": "i32", "blocks": "i32"}
     sizes |= {"encoder_tokens": "i32", "encoder_width": "i32"}
     for dtype, width, encoder in (
-        ("bf16", 128, False), ("bf16", 3072, False), ("bf16", 5120, True),
+        ("bf16", 128, True), ("bf16", 3072, False), ("bf16", 5120, True),
         ("bf16", e4m3.MAX_WIDTH, True), ("fp16", 3072, False), ("fp32", 3072, True),
     ):  # fmt: skip
         x, ring = f"*{dtype}", {"ring_ptr": "*u8", "scales_ptr": "*fp32"}

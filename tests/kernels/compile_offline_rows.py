@@ -57,13 +57,13 @@ def streams(dtype, x, size):
     """Yield the forms of `predict_rows` and `commit_rows` for rings without scales."""
     kinds = {"RING": TYPES[dtype], "ENCODER_RING": TYPES[dtype]}
     sizes = {"size": size, "blocks": "i32", "encoder_size": "i32"}
-    for slots, encoder in ((2, False), (8, True)):
+    both = dict.fromkeys(("h_ptr", "out_ptr", "encoder_ptr", "encoder_out_ptr"), x)
+    for slots in (2, 8):
         launch = configs_of("predict", slots)[0]
-        second = {"encoder_ptr": x, "encoder_out_ptr": x} if encoder else {}
         yield (
-            f"predict_rows-{dtype}-k{slots}{'-encoder' * encoder}",
+            f"predict_rows-{dtype}-k{slots}-encoder",
             predict_rows._predict_rows_kernel,
-            TABLE | {"h_ptr": x, "out_ptr": x} | second | sizes,
+            TABLE | both | sizes,
             kinds | {"K": slots, "REPLACE": False, "BLOCK": launch.block},
             {"num_warps": launch.num_warps, "enable_fp_fusion": True},
         )

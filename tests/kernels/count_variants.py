@@ -137,6 +137,11 @@ def run_exchange(tokens: int) -> None:
             merge_attention(own, lse, own, lse)
 
 
+def pointers(arguments: dict[str, str]) -> dict[str, str]:
+    """Return the types of the pointers that are given."""
+    return {name: kind for name, kind in sorted(arguments.items()) if kind.startswith("*")}
+
+
 class Compared:
     """What was launched beside what is compiled offline.
 
@@ -151,16 +156,16 @@ class Compared:
         variants = chain.from_iterable(script.variants() for script in scripts)
         for _, kernel, arguments, _, options in compile_offline.with_configs(variants):
             hints = compile_offline.divisible(kernel, arguments)
-            known = tuple(options.get(name, default) for name, default in OPTIONS.items())
+            known = *(options.get(*option) for option in OPTIONS.items()), pointers(arguments)
             self._offline.setdefault(kernel.__name__, []).append((known, hints))
 
     def compare(self, kernel, signature, options, attrs) -> None:
         """Take a variant that is about to be compiled; numbers here are multiples of 16."""
         name = kernel.__name__
-        known = tuple(getattr(options, name) for name in OPTIONS)
+        known = *(getattr(options, name) for name in OPTIONS), pointers(signature)
         hints = [hints for other, hints in self._offline[name] if other == known]
         if not hints:
-            self.wrong.add(f"{name}: {dict(zip(OPTIONS, known, strict=True))}")
+            self.wrong.add(f"{name}: {(*OPTIONS, 'pointers')} = {known}")
         given = {arg for arg, kind in signature.items() if kind != "constexpr"}
         found = {kernel.arg_names[at[0]] for at in attrs}
         for arg in set().union(*hints) & given - found:
