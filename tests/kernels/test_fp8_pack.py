@@ -363,13 +363,13 @@ def test_shapes_may_be_symbols(random, quantize, impl):
             assert torch.equal(got, expected)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("quantize", FORMS, ids=["fp8", "layout"])
 def test_offsets_may_pass_2_to_the_31(random, device, quantize):
+    """Between the tokens lies memory that nobody touches."""
     memory = torch.empty(2**31 + 20, dtype=torch.float16, device=device)
-    x = memory.as_strided((1, 2, 4, 5), (0, 2**31, 5, 1))
-    x.copy_(random(1, 2, 4, 5))
-    options = {"world": 2, "scatter": "sequence", "quantize": quantize, "impl": "triton"}
+    x = memory.as_strided((1, 3, 4, 5), (0, 2**30, 5, 1))
+    x.copy_(random(1, 3, 4, 5))
+    options = {"world": 1, "scatter": "sequence", "quantize": quantize, "impl": "triton"}
     assert torch.equal(fp8_pack(x, **options), fp8_pack(x.contiguous(), **options))
 
 
