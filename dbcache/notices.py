@@ -26,6 +26,11 @@ NOTHING = {
         "{threshold:g}",
         "raise {option} above {least:.3g} and look at the images, or run more steps",
     ),
+    "guard": (
+        "each step that the schedule caches changed more than guard={threshold:g} times what it "
+        "changed in tuning, and ran in full",
+        "raise guard and look at the images, or tune with calls like these",
+    ),
     "limit": (
         "max_cached_steps or max_continuous_cached_steps is 0",
         "leave it out (-1 is no limit)",
@@ -85,7 +90,7 @@ def why_nothing(lane: Any) -> str | None:
     if lane.steps == 1:
         return "one step"
     if counts.get("above threshold"):
-        return "threshold"
+        return "guard" if lane.options.get("policy") == "guarded_schedule" else "threshold"
     if counts.get("count limit") or counts.get("consecutive limit"):
         return "limit"
     if counts.get("NaN diff"):

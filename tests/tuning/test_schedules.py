@@ -323,7 +323,7 @@ def test_what_does_not_fit_is_refused_and_nothing_stays(tmp_path):
         tiny.generate(pipe, 7, guided=False)
 
 
-def test_a_guarded_request_runs_steps_in_full_that_move_too_much():
+def test_a_guarded_request_runs_steps_in_full_that_move_too_much(caplog):
     file, family = content(), FAMILIES["flux"]
     seen = {str(step): 1e-3 for step, digit in enumerate(MASK) if digit == "0"}
     file["rows"][0]["transformers"][0][""]["changes"] = seen
@@ -345,6 +345,9 @@ def test_a_guarded_request_runs_steps_in_full_that_move_too_much():
         assert all(x < guard * 1e-3 * 1.001 for x in sums)
         dbcache.disable(model)
     assert cached[1e-6] == 0
+    said = [text for text in caplog.messages if "nothing was cached" in text]
+    assert len(said) == [*cached.values()].count(0)
+    assert all("raise guard and look" in text for text in said)
     assert cached[1e9] == MASK.count("0")
     both = {**file, "others": [of_eight_steps("FluxTransformer2DModel")]}
     with pytest.raises(ValueError, match="tune with guard=True"):  # the other number has none
