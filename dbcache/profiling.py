@@ -28,7 +28,7 @@ from dbcache.lanes.lane import Lane
 RANGES = ("step", "probe", "decide", "predict", "commit", "middle blocks")
 """Names of the ranges, each after "dbcache: "."""
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 _PROFILES: list[Profile] = []
 _ORIGINALS: list[tuple[type, str, Any]] = []
 

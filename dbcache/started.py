@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dbcache.adapters.requests.cached_transformer import CachedTransformer
+from dbcache.adapters.requests.cached_transformer import OFF, CachedTransformer
 from dbcache.adapters.requests.notices import tell
 from dbcache.adapters.requests.request import Request
 from dbcache.adapters.requests.request_handle import RequestHandle, check_options
@@ -63,6 +63,8 @@ def start_request(
             request = Request(setup, steps=setup.config.num_inference_steps, follows=True)
             request.clock.follow(tells_steps=False, by_time=True)
             pairs.append((handle, handle.open(request, waits=False)))
+            if request.is_closed:
+                raise RuntimeError(OFF.format(who=f"start_request: {type(handle.module).__name__}"))
     except BaseException:
         for handle, request in pairs:
             handle.close(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,10 @@ class BlockList:
         blocks = self.owner._modules[self.name]
         assert blocks is not None
         return [block for block in blocks._modules.values() if block is not None]
+
+    def twin(self) -> BlockList:
+        """Return another one of the same list, which notices by itself that blocks are others."""
+        return copy.copy(self)
 
     def current(self) -> list[torch.nn.Module]:
         """Return the blocks that the model has now."""

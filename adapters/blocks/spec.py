@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,3 +50,11 @@ class TransformerSpec:
     stacks: tuple[StackSpec, ...]
     separate_cfg: bool = False
     fills: Fills | None = None
+
+    def twin(self) -> TransformerSpec:
+        """Return the same with lists of its own, for stacks that read them when they run."""
+        stacks = [
+            replace(stack, lists=tuple(block_list.twin() for block_list in stack.lists))
+            for stack in self.stacks
+        ]
+        return replace(self, stacks=tuple(stacks))

@@ -41,13 +41,14 @@ class InstanceMethod:
         functools.update_wrapper(self, self.original, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.call is None:
+        call = self.call  # another thread may call `remove` meanwhile
+        if call is None:
             return self.original(*args, **kwargs)
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
                 raise RuntimeError(EXPORTED.format(who=type(self.module).__name__))
             return self._uncompiled(self.run_uncompiled, args, kwargs)
-        return self.call(*args, **kwargs)
+        return call(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> InstanceMethod:
         """Return itself, which is bound: others bind the forward that they found once more."""

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from dbcache.adapters.patching.derived_class import ClassCache, derived_class
-from dbcache.adapters.pipelines.continued import continued
+from dbcache.adapters.patching.derived_class import ClassCache, derived_class, plain_class
+from dbcache.adapters.pipelines.continued import begins_later, continued
 from dbcache.adapters.pipelines.events import part_of_steps, watched
 from dbcache.adapters.pipelines.exchanged import Exchanged
 from dbcache.adapters.requests.cached_transformer import HANDLE, CachedTransformer
@@ -57,9 +57,15 @@ class CachedPipeline:
         if new is not self:
             return new.call(run, args, kwargs)
         kwargs = {name: outside(name, value) for name, value in kwargs.items()}
-        with self._opened() as call, active(call.requests):
+        if begins_later(plain_class(self.pipe).__call__):
             output = run(*args, **kwargs)
-        return continued(output, self._opened)
+        else:
+            with self._opened() as call, active(call.requests):
+                output = run(*args, **kwargs)
+        return continued(output, self._opened, self._has_room)
+
+    def _has_room(self) -> bool:
+        return all(handle.has_room() for handle, _ in self.transformers)
 
     @contextmanager
     def _opened(self) -> Iterator[PipelineCall]:
@@ -156,8 +162,9 @@ class PipelineCall:
             pipeline.doubts_scheduler = request.clock.branches.is_doubted
             if handle.enabled.alone is None:
                 handle.begin_anew(None)
-        if self in pipeline._open:
-            pipeline._open.remove(self)
+        if self not in pipeline._open:
+            return  # it was not opened
+        pipeline._open.remove(self)
         records = [request.record for request in self.requests.values()]
         pipeline.seconds = time.perf_counter() - self._began
         pipeline.closed = [record for record in records if record is not None]

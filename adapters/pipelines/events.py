@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -30,7 +30,9 @@ OBSERVERS = "_dbcache_observers"
 SCALE = "conditioning_scale"
 """Parameter of diffusers' ControlNets: a number, or one per ControlNet."""
 
-_LOCK = threading.Lock()
+NOTHING: Mapping[str, Any] = {}
+
+_LOCK = threading.RLock()
 """Held while a scheduler's class is exchanged: calls in other threads may share the scheduler."""
 
 
@@ -58,7 +60,12 @@ class Observers(list[Observer]):
 
     def of_this_call(self) -> list[Observer]:
         """Return the observers whose call the code that runs now belongs to."""
-        return [observer for observer in self if observer.is_current()]
+        return [observer for observer in self.copy() if observer.is_current()]
+
+    @classmethod
+    def of(cls, scheduler: Any) -> list[Observer]:
+        """Return them; none where a call in another thread has ended that watched it."""
+        return vars(scheduler).get(OBSERVERS, cls()).of_this_call()
 
 
 @contextmanager
@@ -125,7 +132,7 @@ def watched_class(cls: Any) -> Any:
     @functools.wraps(cls.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = cls.step(self, *args, **kwargs)
-        for observer in vars(self)[OBSERVERS].of_this_call():
+        for observer in Observers.of(self):
             observer.end_step()
         return output
 
@@ -134,13 +141,13 @@ def watched_class(cls: Any) -> Any:
         output = cls.set_timesteps(self, *args, **kwargs)
         timesteps = getattr(self, "timesteps", None)
         steps = len(timesteps) if isinstance(timesteps, torch.Tensor) else None
-        for observer in vars(self)[OBSERVERS].of_this_call():
+        for observer in Observers.of(self):
             observer.start_loop(steps)
         return output
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         """Return a copy that is watched, too, where a pipeline copies just its scheduler."""
-        is_watched = vars(self)[OBSERVERS] and not memo
+        is_watched = vars(self).get(OBSERVERS) and not memo
         twin = object.__new__(type(self) if is_watched else cls)
         memo[id(self)] = twin
         vars(twin).update(
@@ -156,7 +163,8 @@ def watched_class(cls: Any) -> Any:
 def _watched_control(module: torch.nn.Module, observer: Observer) -> Iterator[None]:
     last: list[float] = []
 
-    def compare(_: Any, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # without `kwargs`: a call in another thread, that found the hook just before it was removed
+    def compare(_: Any, __: tuple[Any, ...], kwargs: Mapping[str, Any] = NOTHING) -> None:
         given = kwargs.get(SCALE)
         scale: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
         if not all(isinstance(value, int | float) for value in scale):

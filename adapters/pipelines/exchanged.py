@@ -39,7 +39,7 @@ class Exchanged:
         names = {id(unwrap(part)): name for name, part in vars(pipe).items()}
         self.names = [names.get(id(module)) for module in modules]
         self.follow: Callable[[Any], Any] = lambda pipeline: pipeline
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.followed: set[int] = set()
         self.refused: dict[int, str] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,22 @@ from dbcache.adapters.requests.enabled import Enabled
 from dbcache.adapters.requests.notices import tell
 from dbcache.adapters.requests.setup import Setup
 
+_SWITCHING = threading.RLock()
+"""Held while the cache is switched on or off, from when the present state is read."""
 
+
+def _one_at_a_time(switch: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that waits until no other thread is in one of these."""
+
+    @functools.wraps(switch)
+    def alone(*args: Any, **kwargs: Any) -> None:
+        with _SWITCHING:
+            switch(*args, **kwargs)
+
+    return alone
+
+
+@_one_at_a_time
 def switch_on(
     pipe: Any, setups: Sequence[Setup], max_requests: int, wrappers: Sequence[Any] = ()
 ) -> None:
@@ -148,6 +164,7 @@ def _spreads(setup: Setup) -> bool:
     return setup.sharding is not None and setup.sharding.spreads
 
 
+@_one_at_a_time
 def switch_off(parts: Sequence[Any]) -> None:
     """Switch the cache off on enabled pipelines and transformers; other owners keep theirs."""
     with Transaction() as transaction:
@@ -167,6 +184,7 @@ def switch_off(parts: Sequence[Any]) -> None:
                         transaction.set(pipeline.pipe.__dict__, HANDLE, ABSENT)
 
 
+@_one_at_a_time
 def replace_setups(handles: Sequence[CachedTransformer], setups: Sequence[Setup]) -> None:
     """Let new requests go by other setups, in place of the latest ones."""
     with Transaction() as transaction:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,6 +46,10 @@ KEEPS_FUNCTOR = (
     "for them to end, or close them"
 )
 
+OFF = (
+    "{who}: the cache must be enabled on it, got one that was switched off meanwhile; call "
+    "dbcache.enable"
+)
 
 REPLICATE = "_replicate_for_data_parallel"
 """Method by which nn.DataParallel copies a module onto another GPU."""
@@ -85,10 +88,8 @@ class CachedTransformer:
         self._functor: Patches | None = None
         self._sharding: Sharding | None = None
         self._attention = AttentionInForce()
-        self._lock = threading.RLock()
-        self._open = OpenRequests(module, self._lock)
+        self._open = OpenRequests(module, lambda: None if self.is_on else self._fit())
         self._patches: list[InstanceMethod] = []
-        self._is_fitting = False
         counts.watch(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -101,16 +102,18 @@ class CachedTransformer:
 
     @property
     def setup(self) -> Setup:
-        """The setup of the last `enable`."""
-        assert self.enabled.latest is not None
-        return self.enabled.latest
+        """The setup of the last `enable`; raises a RuntimeError where the cache is off."""
+        latest = self.enabled.latest
+        if latest is None:
+            raise RuntimeError(OFF.format(who=type(self.module).__name__))
+        return latest
 
     def change(self, enabled: Enabled) -> None:
         """Take over who enabled the transformer; requests under way go on as they began.
 
         Doing this twice is the same as once, also where it was cut short by an exception.
         """
-        with self._lock:
+        with self._open.locked():
             self.enabled = enabled
             self.tally.said.clear()
             for place in living(self.implicit):
@@ -123,11 +126,13 @@ class CachedTransformer:
 
     def _fit(self) -> None:
         """Install or remove the methods, and drop setups that nothing needs."""
-        self._is_fitting = True
-        try:
-            self._fit_to(wanted=self.is_on or len(self._open) > 0)
-        finally:
-            self._is_fitting = False
+        wanted = None
+        while wanted is not self._is_wanted():  # the collector may end a request in between
+            wanted = self._is_wanted()
+            self._fit_to(wanted=wanted)
+
+    def _is_wanted(self) -> bool:
+        return self.is_on or len(self._open) > 0
 
     def _fit_to(self, *, wanted: bool) -> None:
         own = self.module.__dict__
@@ -143,7 +148,7 @@ class CachedTransformer:
             self._attention.fit(self.setup.attention if self.is_on else None)
         if wanted:
             own[HANDLE] = self
-            own["__getstate__"] = self.copied_state
+            own["__getstate__"] = functools.partial(_copied_state, self)
             if any(patch.is_lost for patch in self._patches):
                 self._remove_patches()  # others took their place, or an exception cut this short
             self._patches = self._patches or self._make_patches()
@@ -170,7 +175,7 @@ class CachedTransformer:
     def _come_back(self) -> None:
         """Take the place of `forward` again where someone has replaced it since."""
         if self.is_lost:
-            with self._lock:
+            with self._open.locked():
                 self._fit()
 
     def _keep_setups(self) -> None:
@@ -192,7 +197,7 @@ class CachedTransformer:
 
     def suspend(self) -> None:
         """Leave the module as it is without the cache, until `resume`."""
-        with self._lock:
+        with self._open.locked():
             self._remove_patches()
             functor, self._functor = self._functor, None
             if functor is not None:
@@ -200,7 +205,7 @@ class CachedTransformer:
 
     def resume(self) -> None:
         """Go on after `suspend`."""
-        with self._lock:
+        with self._open.locked():
             self._fit()
 
     def patches_in_use(self, functor: Any) -> Patches | None:
@@ -222,50 +227,38 @@ class CachedTransformer:
         patches += watched_loading(self.module, self.implicit)
         return [*patches, InstanceMethod(self.module, REPLICATE, _refuse_replicas)]
 
-    def copied_state(self) -> dict[str, Any]:
-        """Return what copies and pickles of the module are made of: no trace of the cache."""
-        own = unannounced(self.module.__dict__)
-        for patch in self._patches:
-            patch.clean(own)
-        for name in (HANDLE, "__getstate__", COMPILED):  # no copy of a module is compiled
-            own.pop(name, None)
-        return without_shown(self.module, own)
-
     @property
     def original(self) -> Callable[..., Any]:
         """The module's own forward; not compiled as a whole."""
-        return uncompiled(self._patches[0].original)
+        patches = self._patches  # none where another thread has switched the cache off meanwhile
+        return uncompiled(patches[0].original) if patches else self.module.forward
 
     def open(self, request: Request, *, waits: bool) -> Request:
         """Count a request in.
 
         Args:
             request: that of a pipeline's call, or one that the user started.
-            waits: where as many are open as there may be, wait for one to close.
+            waits: where as many are open as there may be, wait for one to close; see `add`.
 
-        Raises:
-            RuntimeError: as many are open as there may be, and `waits` is False.
+        Returns:
+            `request`, closed where another thread has switched the cache off meanwhile.
         """
-        with self._lock:
+        with self._open.locked():
+            if self.module.__dict__.get(HANDLE) is not self:  # switched off meanwhile
+                request.is_closed = True
+                return request
             self._open.add(request, self.enabled.max_requests, waits=waits)
-            weakref.finalize(request, self._on_dropped).atexit = False
             request.notices.tally = self.tally
             self._come_back()
         return request
 
-    def _on_dropped(self) -> None:
-        """Take the methods back if `disable` waited for this request; called by the collector."""
-        if self.is_on or not self._lock.acquire(blocking=False):
-            return
-        try:
-            if not self._is_fitting:
-                self._fit()
-        finally:
-            self._lock.release()
+    def has_room(self) -> bool:
+        """Whether the call of a pipeline need not wait for another request to close."""
+        return self._open.has_room(self.enabled.max_requests)
 
     def close(self, request: Request) -> None:
         """Close a request, and keep its record."""
-        with self._lock:
+        with self._open.locked():
             self._finish(request)
             self._open.remove(request)
             self._fit()
@@ -309,7 +302,7 @@ class CachedTransformer:
             setup: of the new request; None: it begins with the next forward, if at all. A graph
                 captured by the user goes on with its lanes.
         """
-        with self._lock:
+        with self._open.locked():
             old = self.implicit.pop(current_place(), None)
             lanes = None if old is None else old.lane_set
             if old is not None:
@@ -345,10 +338,12 @@ class CachedTransformer:
     @contextmanager
     def cache_context(self, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Take the name of the guidance branch, and the step, from the pipeline's own context."""
-        if self.module.__dict__.get("forward") is not self._patches[0]:
+        patches = self._patches  # none where another thread has switched the cache off meanwhile
+        if not patches or self.module.__dict__.get("forward") is not patches[0]:
             self._come_back()
+            patches = self._patches
         request, told = self.current(), {k: kwargs[k] for k in TOLD if k in kwargs}
-        original = self._patches[1].original
+        original: Any = patches[1].original if patches else self.module.cache_context
         if not _takes_options(getattr(original, "__func__", original)):  # a method holds the model
             kwargs = {name: value for name, value in kwargs.items() if name not in told}
         with original(name, *args, **kwargs):
@@ -357,6 +352,16 @@ class CachedTransformer:
             else:
                 with request.clock.named(name, **told):
                     yield
+
+
+def _copied_state(handle: CachedTransformer) -> dict[str, Any]:
+    """Return what copies and pickles of the module are made of: no trace of the cache."""
+    own = unannounced(handle.module.__dict__)
+    for patch in handle._patches:
+        patch.clean(own)
+    for name in (HANDLE, "__getstate__", COMPILED):  # no copy of a module is compiled
+        own.pop(name, None)
+    return without_shown(handle.module, own)
 
 
 def _lists(setups: list[Setup]) -> list[BlockList]:

@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -74,7 +74,8 @@ def active(requests: Mapping[int, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        ACTIVE.reset(token)
+        with suppress(ValueError):  # of a generator or coroutine that is ended in another context
+            ACTIVE.reset(token)
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class LanePool:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may end a request at any time
         self._idle: list[tuple[Any, LaneSet]] = []
         self._out: weakref.WeakSet[LaneSet] = weakref.WeakSet()
 
@@ -66,8 +66,7 @@ class LanePool:
             fitting = [entry for entry in self._idle if entry[0] == kind]
             same = [entry for entry in fitting if entry[1].shape == shape]
             chosen = (same or fitting)[-1:]
-            for entry in chosen:
-                self._idle.remove(entry)
+            self._idle = [x for x in self._idle if not any(x is entry for entry in chosen)]
         lanes = chosen[0][1] if chosen else make()
         for run, stack in zip(lanes.runs, stacks, strict=True):
             run.serve(stack)

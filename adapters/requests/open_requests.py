@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +15,9 @@ from dbcache.adapters.requests.context import ACTIVE, Suspended
 from dbcache.adapters.requests.request import Request
 
 TOO_MANY = (
-    "start_request: {who} may have {most} requests open at once, got one more; close requests that "
-    "are done (request.close()), or enable with a higher max_requests"
+    "{who} may have {most} requests open at once, got one more; close requests that are done "
+    "(request.close(), or the generator that a pipeline returned), or enable with a higher "
+    "max_requests"
 )
 
 
@@ -32,16 +34,45 @@ class OpenRequests:
 
     Args:
         module: the transformer.
-        lock: held by whoever changes them.
+        on_dropped: is called, with the lock, after one of them was dropped.
     """
 
-    def __init__(self, module: torch.nn.Module, lock: threading.RLock) -> None:
+    def __init__(self, module: torch.nn.Module, on_dropped: Callable[[], None]) -> None:
         self.module = module
-        self._open: weakref.WeakKeyDictionary[Request, None] = weakref.WeakKeyDictionary()
-        self._freed = threading.Condition(lock)
+        self._on_dropped = on_dropped
+        self._was_dropped = False
+        self._lock = threading.RLock()
+        # with the thread that opened each
+        self._open: weakref.WeakKeyDictionary[Request, Any] = weakref.WeakKeyDictionary()
+        self._freed = threading.Condition(self._lock)
 
     def __iter__(self) -> Iterator[Request]:
         return iter(living(self._open))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other threads from changing them, and what follows from them."""
+        try:
+            with self._lock:
+                yield
+        finally:
+            if self._was_dropped:
+                self._drop()
+
+    def _drop(self) -> None:
+        """Note that one was dropped; called by the collector, at any line of any thread.
+
+        Where the lock is taken, by this thread or another one, that is done when it is free.
+        """
+        self._was_dropped = True
+        while self._was_dropped and not self._lock._is_owned():  # type: ignore[attr-defined]
+            if not self._lock.acquire(blocking=False):
+                return
+            try:
+                self._was_dropped = False
+                self._on_dropped()
+            finally:
+                self._lock.release()
 
     def __len__(self) -> int:
         return len(living(self._open))
@@ -52,18 +83,25 @@ class OpenRequests:
         Args:
             request: that of a pipeline's call, or one that the user started.
             most: how many may be open.
-            waits: where as many are open, wait for one to close.
+            waits: where as many are open, wait for one to close in another thread.
 
         Raises:
-            RuntimeError: as many are open, and `waits` is False.
+            RuntimeError: as many are open, and `waits` is False, or all of them are of this thread,
+                which would wait for ever.
         """
-        while waits and len(self) >= most and not self._holds_one():
-            self._freed.wait(0.1)  # requests that are dropped do not tell
+        here = threading.current_thread()
         if len(self) >= most:
             gc.collect()  # what holds one that was dropped may be a circle
-        if not waits and len(self) >= most:
-            raise RuntimeError(TOO_MANY.format(who=type(self.module).__name__, most=most))
-        self._open[request] = None
+        while not self.has_room(most) if waits else len(self) >= most:
+            if not waits or all(thread is here for thread in list(self._open.values())):
+                raise RuntimeError(TOO_MANY.format(who=type(self.module).__name__, most=most))
+            self._freed.wait(0.1)  # requests that are dropped do not tell
+        self._open[request] = here
+        weakref.finalize(request, self._drop).atexit = False
+
+    def has_room(self, most: int) -> bool:
+        """Whether the call of a pipeline need not wait for one to close."""
+        return len(self) < most or self._holds_one()
 
     def remove(self, request: Request) -> None:
         """Let the next one in."""

@@ -148,7 +148,7 @@ class Totals:
     """What all closed requests of one transformer add up to."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may ask, too
         self._pending: deque[RequestRecord] = deque()
         self._sums: Counter[str] = Counter()
 
@@ -163,13 +163,15 @@ class Totals:
 
     def _count(self, record: RequestRecord) -> None:
         lanes = record.lanes()
-        self._sums["requests"] += 1
-        self._sums["requests_without_cached_steps"] += not any(x.cached_steps for x in lanes)
-        self._sums["steps"] += sum(lane.steps for lane in lanes)
-        self._sums["cached_steps"] += sum(len(lane.cached_steps) for lane in lanes)
+        own = Counter(
+            requests=1,
+            requests_without_cached_steps=int(not any(x.cached_steps for x in lanes)),
+            steps=sum(lane.steps for lane in lanes),
+            cached_steps=sum(len(lane.cached_steps) for lane in lanes),
+        )
         for lane in lanes:
-            for reason, count in lane.counts.items():
-                self._sums[f"reason: {reason}"] += count
+            own.update({f"reason: {reason}": count for reason, count in lane.counts.items()})
+        self._sums.update(own)
 
     def read(self) -> dict[str, int]:
         """Return requests, steps, cached steps and how often each reason was given."""

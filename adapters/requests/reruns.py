@@ -86,7 +86,7 @@ class Reruns:
 
     def __init__(self) -> None:
         self.known: dict[tuple[int, ...], list[tuple[list[Any], Any]]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may end a request at any time
 
     def keep(self, setup: Any, steps: list[Any], args: Any, kwargs: Any) -> None:
         """Keep what the steps of a forward did; None where steps of their kind cannot be.
@@ -102,7 +102,8 @@ class Reruns:
         alive = [StorageWeakRef(x.untyped_storage()) for x in tensors]
         self.clean()
         with self._lock:
-            self.known.setdefault(_key(tensors), []).append((alive, forward))
+            key = _key(tensors)
+            self.known[key] = [*self.known.get(key, ()), (alive, forward)]
 
     def clean(self) -> None:
         """Forget the forwards whose inputs are gone, and what they predicted."""
@@ -110,7 +111,7 @@ class Reruns:
             for key, entries in list(self.known.items()):
                 entries[:] = [e for e in entries if not any(ref.expired() for ref in e[0])]
                 if not entries:
-                    del self.known[key]
+                    self.known.pop(key, None)
 
     def run(self, who: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a forward again.

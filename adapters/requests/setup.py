@@ -182,7 +182,7 @@ class Setup:
             self.spec = dataclasses.replace(self.spec, stacks=kept)
             self._set_stacks(self._make_stacks())
             if self._origin is not None and not self._origin.stacks:
-                self._origin.spec, self._origin.modifiers = self.spec, self.modifiers
+                self._origin.spec, self._origin.modifiers = self.spec.twin(), self.modifiers
                 self._origin._set_stacks(self._origin._make_stacks())
         return output
 
@@ -216,7 +216,7 @@ class Setup:
         """
         base = self.base.modified(changes)
         with self._learning:
-            spec, modifiers = self.spec, self.modifiers
+            spec, modifiers = self.spec.twin(), self.modifiers
         if overrides:
             modifiers = [changes for _ in modifiers]
         config = merge(self.config, changes.cache_config)
@@ -250,7 +250,10 @@ class Setup:
         if [stack.geometry for stack in self.stacks] != [stack.geometry for stack in old.stacks]:
             return
         for stack, its_old in zip(self.stacks, old.stacks, strict=True):
-            stack.inherit(its_old)
+            if [own.seen for own in stack.lists] == [old.seen for old in its_old.lists]:
+                stack.inherit(its_old)
+            else:  # blocks were exchanged, and the old one has run no step since
+                stack.generation = its_old.generation + 1
         self.bind(old.views, old.original, old.reruns)
         self.partial = old.partial
         if always or [s.recorded for s in self.stacks] == [s.recorded for s in old.stacks]:

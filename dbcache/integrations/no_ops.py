@@ -25,7 +25,7 @@ class NoOps:
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
         self._said: set[object] = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def look_at(self, summary: Summary) -> None:
         """Warn if a request that ended cached nothing."""

@@ -17,7 +17,7 @@ LOGGER = logging.getLogger("dbcache")
 
 _failed: type[Exception] | None = None
 """What kept metrics from being published, as it was last said."""
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()  # a signal's handler may publish, too
 _PUBLISHED: weakref.WeakKeyDictionary[Any, _Metrics] = weakref.WeakKeyDictionary()
 
 _COUNTERS = {
@@ -52,8 +52,8 @@ class _Metrics:
         for name, *labels, value in _values(counts):
             key = name, *labels
             last = self._last.get(key, 0)  # more than `value`, where another thread was faster
-            self._counters[name].labels(*labels).inc(max(0, value - last))
             self._last[key] = max(value, last)
+            self._counters[name].labels(*labels).inc(max(0, value - last))
         for model, found in counts.items():
             self._bytes.labels(model).set(found["bytes"])
 

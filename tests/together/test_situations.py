@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import contextvars
 import gc
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -79,14 +80,24 @@ def streaming(pipe, how):
                 await asyncio.sleep(0)
             return outputs[-1]
 
-    return {"yields": Streams, "awaits": Awaits}[how](
+    class StreamsToTasks(type(pipe)):
+        async def __call__(self, *, steps, seed):
+            for x in Streams.__call__(self, steps=steps, seed=seed):
+                await asyncio.sleep(0)
+                yield x
+
+    return {"yields": Streams, "awaits": Awaits, "yields to tasks": StreamsToTasks}[how](
         scheduler=type(pipe.scheduler)(),
         **{k: v for k, v in pipe.components.items() if k != "scheduler"},
     )
 
 
+async def last_of(stream):
+    return [x async for x in stream][-1]
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("how", ["yields", "awaits"])
+@pytest.mark.parametrize("how", ["yields", "awaits", "yields to tasks"])
 def test_calls_that_yield_or_are_awaited_are_requests_that_may_interleave(how):
     first = streaming(tiny.pipeline("flux"), how)
     pipes = [dbcache.enable(x, **OPTIONS) for x in (first, streaming(first, how))]
@@ -97,7 +108,7 @@ def test_calls_that_yield_or_are_awaited_are_requests_that_may_interleave(how):
             return list(zip(*calls, strict=True))[-1]
 
         async def together():
-            return await asyncio.gather(*calls)
+            return await asyncio.gather(*(map(last_of, calls) if "yields" in how else calls))
 
         return asyncio.run(together())
 
@@ -112,9 +123,53 @@ def test_calls_that_yield_or_are_awaited_are_requests_that_may_interleave(how):
         given_up.close()
         pipes[0](steps=8, seed=3)
     assert torch.equal(run(pipes[0])[0], alone)
+    if how != "yields":
+        dbcache.enable(pipes[0], **OPTIONS, max_requests=1)
+        assert torch.equal(asyncio.run(that_wait(pipes[0], how))[1], alone)
     dbcache.disable(pipes[0])
     dbcache.disable(pipes[1])
     assert "forward" not in vars(first.transformer)
+
+
+async def that_wait(pipe, how):
+    """Return two images, of which one waits for the other, and leave a third one to the loop."""
+
+    async def draw(seed):
+        call = pipe(steps=8, seed=seed)
+        return await (last_of(call) if "yields" in how else call)
+
+    tasks = []
+    for seed in (2, 3, 4):
+        tasks.append(asyncio.create_task(draw(seed)))
+        await asyncio.sleep(0.005)
+    images = await asyncio.wait_for(asyncio.gather(*tasks[:2]), 60)
+    tasks[2].cancel()
+    return images
+
+
+@pytest.mark.filterwarnings("error")  # pytest tells of errors that nobody could catch as warnings
+def test_calls_that_nobody_ends_leave_no_request_behind():
+    """Of generators the first one holds the only place there is; coroutines end elsewhere."""
+    pipe = streaming(tiny.pipeline("flux"), "yields")
+    dbcache.enable(pipe, **OPTIONS, max_requests=1)
+    first = pipe(steps=8, seed=3)
+    next(first)
+    with pytest.raises(RuntimeError, match=r"may have 1 requests open.*generator.*max_requests"):
+        next(pipe(steps=8, seed=3))
+    first.close()
+    list(pipe(steps=8, seed=3))
+    pipe = dbcache.enable(streaming(tiny.pipeline("flux"), "awaits"), **OPTIONS)
+    request = dbcache.start_request(pipe.transformer)
+
+    def active():
+        with request.branch("cond"):
+            yield
+
+    for call in (pipe(steps=8, seed=3), active()):
+        contextvars.copy_context().run(call.send, None)
+        call.close()
+    request.close()
+    assert len(vars(pipe.transformer)["_dbcache"]._open) == 0
 
 
 def test_generators_that_keep_a_request_active_over_a_yield_are_told():
