@@ -160,7 +160,9 @@ def _components(
     for name, fields in wanted.items():
         part = unwrap(getattr(pipe, name, None))
         if not isinstance(part, torch.nn.Module):
-            known = [key for key, own in vars(pipe).items() if isinstance(own, torch.nn.Module)]
+            known = [
+                key for key, own in list(vars(pipe).items()) if isinstance(own, torch.nn.Module)
+            ]
             raise ValueError(
                 f"quantize: components_to_quantize must name modules of the "
                 f"{type(pipe).__name__}, {known}, got {name!r}"

@@ -103,9 +103,8 @@ def parts(target: object) -> list[object]:
     whole = unwrap(target)
     if isinstance(whole, torch.nn.Module) or handle_of(whole) is not None:
         return [whole]
-    own = [
-        unwrap(x) for x in getattr(whole, "__dict__", {}).values() if isinstance(x, torch.nn.Module)
-    ]
+    attributes = list(getattr(whole, "__dict__", {}).values())  # a call sets some meanwhile
+    own = [unwrap(x) for x in attributes if isinstance(x, torch.nn.Module)]
     return [whole, *(x for x in own if not callable(whole) or _is_enabled_alone(x))]
 
 
@@ -127,7 +126,9 @@ def wrappers(target: object) -> list[Any]:
         given = [target.pipe]
         given += transformer if isinstance(transformer, list | tuple) else [transformer]
     pipes = [part for part in given if not isinstance(part, torch.nn.Module)]
-    return wrappers_in([*given, *(own for pipe in pipes for own in vars(pipe or object).values())])
+    return wrappers_in(
+        [*given, *(own for pipe in pipes for own in list(vars(pipe or object).values()))]
+    )
 
 
 def enabled(target: object, who: str) -> list[CachedTransformer]:

@@ -65,7 +65,9 @@ def find_specs(target: Any) -> list[TransformerSpec]:
         candidates = [unwrap(target)]
     else:
         candidates = [
-            unwrap(part) for part in vars(target).values() if isinstance(part, torch.nn.Module)
+            unwrap(part)
+            for part in list(vars(target).values())
+            if isinstance(part, torch.nn.Module)
         ]
     specs = [_spec(module, row) for module in candidates if (row := row_of(module)) is not None]
     refusals = [reason for module in candidates if (reason := refusal_of(module)) is not None]

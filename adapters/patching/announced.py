@@ -37,4 +37,4 @@ def announce(module: torch.nn.Module, config: DBCacheConfig | None) -> None:
 def unannounced(own: dict[str, Any]) -> dict[str, Any]:
     """Return the attributes of a module without the config: a copy has its cache off."""
     is_ours = isinstance(own.get(CONFIG), DBCacheConfig)
-    return {name: value for name, value in own.items() if not (is_ours and name == CONFIG)}
+    return {name: value for name, value in list(own.items()) if not (is_ours and name == CONFIG)}

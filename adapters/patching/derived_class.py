@@ -58,7 +58,7 @@ def derived_class(cls: Any, methods: dict[str, Any], hidden: str) -> Any:
 
 def without(instance: Any, hidden: str) -> dict[str, Any]:
     """Return the attributes of an instance but one."""
-    return {name: value for name, value in vars(instance).items() if name != hidden}
+    return {name: value for name, value in list(vars(instance).items()) if name != hidden}
 
 
 def plain_class(instance: Any) -> Any:

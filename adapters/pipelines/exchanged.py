@@ -36,7 +36,7 @@ class Exchanged:
 
     def __init__(self, pipe: Any, modules: Sequence[torch.nn.Module]) -> None:
         self.pipe, self.modules = pipe, modules
-        names = {id(unwrap(part)): name for name, part in vars(pipe).items()}
+        names = {id(unwrap(part)): name for name, part in list(vars(pipe).items())}
         self.names = [names.get(id(module)) for module in modules]
         self.follow: Callable[[Any], Any] = lambda pipeline: pipeline
         self.lock = threading.RLock()

@@ -124,7 +124,7 @@ def _with_exchanged(pipeline: CachedPipeline) -> CachedPipeline:
         return pipeline
     most = pipeline.transformers[0][0].enabled.max_requests
     try:
-        switch_on(pipe, setups, most, wrappers_in(vars(pipe).values()))
+        switch_on(pipe, setups, most, wrappers_in(list(vars(pipe).values())))
     except (RuntimeError, ValueError) as error:
         exchanged.refused |= dict.fromkeys(followed, str(error))
         return pipeline
