@@ -62,10 +62,9 @@ class Observers(list[Observer]):
         """Return the observers whose call the code that runs now belongs to."""
         return [observer for observer in self.copy() if observer.is_current()]
 
-    @classmethod
-    def of(cls, scheduler: Any) -> list[Observer]:
-        """Return them; none where a call in another thread has ended that watched it."""
-        return vars(scheduler).get(OBSERVERS, cls()).of_this_call()
+
+NOBODY = Observers()
+"""Those of a scheduler that another thread's call has just stopped to watch."""
 
 
 @contextmanager
@@ -132,7 +131,7 @@ def watched_class(cls: Any) -> Any:
     @functools.wraps(cls.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = cls.step(self, *args, **kwargs)
-        for observer in Observers.of(self):
+        for observer in vars(self).get(OBSERVERS, NOBODY).of_this_call():
             observer.end_step()
         return output
 
@@ -141,7 +140,7 @@ def watched_class(cls: Any) -> Any:
         output = cls.set_timesteps(self, *args, **kwargs)
         timesteps = getattr(self, "timesteps", None)
         steps = len(timesteps) if isinstance(timesteps, torch.Tensor) else None
-        for observer in Observers.of(self):
+        for observer in vars(self).get(OBSERVERS, NOBODY).of_this_call():
             observer.start_loop(steps)
         return output
 
