@@ -42,7 +42,7 @@ class OpenRequests:
         self._on_dropped = on_dropped
         self._was_dropped = False
         self._lock = threading.RLock()
-        # with the thread that opened each
+        # with the thread that opened each, and what notices that it is dropped
         self._open: weakref.WeakKeyDictionary[Request, Any] = weakref.WeakKeyDictionary()
         self._freed = threading.Condition(self._lock)
 
@@ -93,11 +93,12 @@ class OpenRequests:
         if len(self) >= most:
             gc.collect()  # what holds one that was dropped may be a circle
         while not self.has_room(most) if waits else len(self) >= most:
-            if not waits or all(thread is here for thread in list(self._open.values())):
+            if not waits or all(thread is here for thread, _ in list(self._open.values())):
                 raise RuntimeError(TOO_MANY.format(who=type(self.module).__name__, most=most))
             self._freed.wait(0.1)  # requests that are dropped do not tell
-        self._open[request] = here
-        weakref.finalize(request, self._drop).atexit = False
+        finalizer = weakref.finalize(request, self._drop)
+        finalizer.atexit = False
+        self._open[request] = here, finalizer
 
     def has_room(self, most: int) -> bool:
         """Whether the call of a pipeline need not wait for one to close."""
@@ -105,7 +106,9 @@ class OpenRequests:
 
     def remove(self, request: Request) -> None:
         """Let the next one in."""
-        self._open.pop(request, None)
+        _, finalizer = self._open.pop(request, (None, None))
+        if finalizer is not None:
+            finalizer.detach()
         self._freed.notify_all()
 
     def _holds_one(self) -> bool:
