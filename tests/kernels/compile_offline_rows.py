@@ -49,7 +49,7 @@ def decisions(dtype, x, size):
         decide_rows._decide_rows_kernel,
         TABLE | {"h_fn_ptr": x} | numbers,
         constants | {"WIDTH": 2},
-        {"num_warps": 4, "enable_fp_fusion": False},
+        {"num_warps": 4, "enable_fp_fusion": False, "maxnreg": decide_rows.REGISTERS},
     )
 
 

@@ -75,7 +75,9 @@ def run_requests(capacity: int, tokens: int, batch: int) -> None:
     partials = probe_diff(h, h, h)
     stamps = make_stamps(h.device)
     for step in range(STEPS):
-        probe_and_decide(h, h, h, state)
+        probe_diff(h, h, h, state.thresholds)
+        for by_token in (False, True):
+            probe_and_decide(h, h, h, state, by_token=by_token)
         decide(state, None)
         decide(state, partials)
         share_change(partials, partials.clone(), stamps, state, step % 3, step % 20)
@@ -119,7 +121,9 @@ def run_rows(capacity: int, tokens: int) -> None:
             coded.append(Row(state, one, codes, second_codes, scales, second_scales))
         rows, coded = Rows(rows), Rows(coded)
         for _ in range(STEPS):
-            decide_rows(h, h, rows)
+            decide_rows(None, h, rows, measures=False)
+            for by_token in (False, True):
+                decide_rows(h, h, rows, by_token=by_token)
             for kind in (rows, coded):
                 predict_rows(h, kind, h.clone(), encoder, encoder.clone())
                 commit_rows(h, h, h, kind, encoder, encoder)

@@ -9,6 +9,9 @@ from pathlib import Path
 SCRIPT = Path(__file__).with_name("count_variants.py")
 ROOT = SCRIPT.parents[2]
 EXPECTED = {
+    "_probe_diff_kernel": 2,  # whole, by token
+    "_probe_and_decide_kernel": 2,
+    "_decide_rows_kernel": 3,  # and by the plan alone
     "_decide_kernel": 3,  # nothing was measured, up to 128 partial sums, more
     "_transformation_rate_kernel": 2,  # up to 128 partial sums, more
     "_decide_blocks_kernel": 2,
