@@ -87,14 +87,14 @@ def part_of_steps(pipe: Any, name: str | None) -> int | None:
     Where the pipeline's config has a `boundary_ratio` (Wan 2.2), `transformer` runs the steps from
     that part of the training time up, and `transformer_2` the others; without one, none.
     """
-    config: Any = getattr(pipe, "config", {})
+    config: Any = getattr(pipe, "config", None)
     scheduler: Any = getattr(pipe, "scheduler", None)
     times = getattr(scheduler, "timesteps", None)
-    is_known = "boundary_ratio" in config and name in ("transformer", "transformer_2")
-    if not is_known or times is None:
+    is_told = isinstance(config, Mapping) and "boundary_ratio" in config
+    if not is_told or times is None or name not in ("transformer", "transformer_2"):
         return None
     boundary = (config["boundary_ratio"] or 0) * scheduler.config.num_train_timesteps
-    early = int((times >= boundary).sum())
+    early = int((torch.as_tensor(times) >= boundary).sum())
     return early if name == "transformer" else len(times) - early
 
 

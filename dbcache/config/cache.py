@@ -15,8 +15,8 @@ from dbcache.config.calibration import Calibration
 from dbcache.config.flat import PREDICTION, split
 from dbcache.config.options import (
     Options,
-    check_choice,
     check_ids,
+    check_method,
     check_type,
     option,
     reject_unknown,
@@ -164,7 +164,7 @@ class DBCacheConfig(Options):
     of the first one decides for all, and all blocks of the later ones (but their Bn) can be
     skipped."""
 
-    cache_type: str = option("DBCache", check=partial(check_choice, allowed=("DBCache",)))
+    cache_type: str = option("DBCache", check=partial(check_method, allowed=("DBCache",)))
     """The method, as serving engines name it; that of another config is an error."""
 
     def validate(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from dbcache.config.attention import backend_name
 from dbcache.config.cache import DBCacheConfig
 from dbcache.config.flat import ALIASES, PREDICTION, split
-from dbcache.config.options import check_choice, reject_unknown, shown
+from dbcache.config.options import check_method, reject_unknown, shown
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.config.predictors import CalibratorConfig
 from dbcache.config.prune import DBPruneConfig
@@ -159,7 +159,7 @@ def partial_config(
     """
     base = DBCacheConfig() if base is None else base
     method = options.get("cache_type", base.cache_type)
-    config = _METHODS[check_choice(f"{who}: cache_type", method, tuple(_METHODS))]
+    config = _METHODS[check_method(f"{who}: cache_type", method, tuple(_METHODS))]
     for name in options:
         if name not in config.names():
             raise TypeError(

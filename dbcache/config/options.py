@@ -149,6 +149,22 @@ def check_choice(who: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     raise ValueError(f"{who} must be one of {allowed}, got {shown(value)}")
 
 
+_METHODS = {
+    "DBCache": "pass a DBCacheConfig",
+    "DBPrune": "pass a DBPruneConfig",
+    "NONE": "to cache nothing call dbcache.disable, or do not enable it",
+}
+
+
+def check_method(who: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Return the entry of `allowed` that a `cache_type` is; the error says what to do otherwise."""
+    try:
+        return str(check_choice(who, value, allowed))
+    except ValueError as error:
+        cure = _METHODS.get(value) if isinstance(value, str) else None
+        raise ValueError(f"{error}; {cure}" if cure else str(error)) from None
+
+
 def check_type(who: str, value: Any, kind: type) -> None:
     """Raise a TypeError unless `value` is None or a `kind`."""
     if value is not None and not isinstance(value, kind):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from dbcache.config.cache import UNLIMITED, DBCacheConfig
-from dbcache.config.options import check_choice, option
+from dbcache.config.options import check_method, option
 from dbcache.kernels.pruning import block_state as bs
 
 _WITHOUT_MEANING = (
@@ -58,7 +58,7 @@ class DBPruneConfig(DBCacheConfig):
     residual_cache_update_interval: int = option(1, low=1)
     """What blocks add is stored on steps 0, i, 2i, ... only (and when nothing is stored yet)."""
 
-    cache_type: str = option("DBPrune", check=partial(check_choice, allowed=("DBPrune",)))
+    cache_type: str = option("DBPrune", check=partial(check_method, allowed=("DBPrune",)))
     """The method, as serving engines name it."""
 
     def validate(self) -> None:

@@ -119,6 +119,18 @@ def test_errors_are_short_whatever_the_value_is(option, value):
     assert "\n" not in str(caught.value)
 
 
+def test_another_method_is_refused_with_its_config():
+    with pytest.raises(ValueError, match="pass a DBPruneConfig"):
+        DBCacheConfig(cache_type="DBPrune")
+    with pytest.raises(ValueError, match="pass a DBCacheConfig"):
+        DBPruneConfig(cache_type=dbcache.CacheType.DBCache)
+    for off in ("NONE", dbcache.CacheType.NONE):
+        with pytest.raises(ValueError, match=r"call dbcache\.disable"):
+            DBCacheConfig(cache_type=off)
+        with pytest.raises(ValueError, match=r"call dbcache\.disable"):
+            dbcache.enable(tiny.pipeline("flux"), cache_type=off)
+
+
 def test_the_name_of_an_unknown_option_is_cut():
     with pytest.raises(TypeError, match="unknown option 'xxx") as caught:
         DBCacheConfig(**{"x" * 100_000: 1})

@@ -1,5 +1,7 @@
 """Masks: those of cache-dit, those of short requests, bins, and names fitted to a request."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 
@@ -150,12 +152,14 @@ def test_transformers_that_share_the_steps_know_the_part_of_each(ratio, options)
     assert decisions(pipe) == [want(n) for n in parts]
 
 
-def test_a_part_of_the_steps_that_nothing_tells_is_given_by_hand():
+@pytest.mark.parametrize("config", [None, SimpleNamespace(boundary_ratio=0.5), {}])
+def test_a_part_of_the_steps_that_nothing_tells_is_given_by_hand(config):
     call = tiny.FAMILIES["wan"].arguments(tiny.noise(1, 4, 3, 8, 8, seed=1), 1.0, "cond")
 
     class Own:
         def __init__(self):
             self.transformer, self.transformer_2 = tiny.wan(), tiny.wan(seed=3)
+            self.config = config
 
         def __call__(self):
             return self.transformer(**call)
