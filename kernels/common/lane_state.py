@@ -198,9 +198,11 @@ class LaneState:
     """float32, the partial sums of `probe_and_decide`; made when they are first taken"""
     _outgrown: list[Tensor] = field(init=False, repr=False)
     """Former `partials`, which captured graphs may still write to"""
+    size: tuple[Any, int, list[float]] | None = field(init=False, repr=False)
+    """A probe residual, by a weak reference, its version, and its size, of the reference's path"""
 
     def __post_init__(self) -> None:
-        self.partials, self._outgrown = None, []
+        self.partials, self._outgrown, self.size = None, [], None
         self._make_views()
 
     def _make_views(self) -> None:

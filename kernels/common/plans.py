@@ -8,6 +8,8 @@ dtypes and devices, launches the variant with the addresses of those others.
 
 So it does only where this is the same as going through Triton: all addresses are multiples of 16,
 as they were at first, and nobody listens to Triton's launches.
+
+Where the reference runs, what is kept is that the tensors fit: then it is called past the checks.
 """
 
 import weakref
@@ -67,19 +69,58 @@ class Plan:
         )
 
 
-class Plans(dict[Hashable, Plan]):
+class Checked:
+    """Tensors of one layout that an op checked for its reference; see `Plan`."""
+
+    __slots__ = ("forms", "kept")
+
+    def __init__(self, moving: _Tensors) -> None:
+        self.forms = [None if x is None else (x.shape, x.dtype, x.device) for x in moving]
+        self.kept: list[Any] = []
+
+    def fits(self, moving: _Tensors) -> bool:
+        """Whether other tensors are of the same layout."""
+        for x, form in zip(moving, self.forms, strict=True):
+            if x is None or form is None:
+                if x is not form:
+                    return False
+            elif type(x) is not Tensor or (x.shape, x.dtype, x.device) != form:
+                return False
+        return True
+
+
+REFERENCE: Any = object()
+"""Stands for a plan where the reference runs on tensors that were checked before."""
+
+
+class Plans(dict[Hashable, Plan | Checked]):
     """The plans of one op, by flags and the identities of the tensors that are kept."""
 
     def __init__(self) -> None:
         super().__init__()
         select.on_reset(self.clear)
 
+    def _keep(self, key: Hashable, plan: Plan | Checked, kept: _Tensors) -> None:
+        """Add a plan, until one of its tensors ends."""
+        plan.kept = [weakref.ref(x, lambda _: self.pop(key, None)) for x in kept if x is not None]
+        self[key] = plan
+
+    def note_checked(
+        self, impl: str, flags: Hashable, moving: _Tensors, kept: _Tensors = ()
+    ) -> None:
+        """Note that the tensors of a call fit, where the reference runs; arguments as of `find`."""
+        given = [x for x in (*moving, *kept) if x is not None]
+        if any(type(x) is not Tensor for x in given) or _is_compiling():
+            return
+        if select.select(impl, given[0]) == "reference":
+            self._keep((flags, *map(id, kept)), Checked(moving), kept)
+
     def find(
         self, impl: str, flags: Hashable, moving: _Tensors, kept: _Tensors = ()
     ) -> tuple[Plan, list[int | None]] | None:
         """Return the plan for these tensors, and the addresses of those that are `moving`.
 
-        None where Triton must look at the tensors: there is no plan yet, an address is not a
+        `REFERENCE` where the reference is to run on them, which fit. None where Triton must look at the tensors: there is no plan yet, an address is not a
         multiple of 16, another device is the current one, or somebody listens to launches; and
         where no kernel runs, or something traces the call.
 
@@ -91,7 +132,14 @@ class Plans(dict[Hashable, Plan]):
                 by identity: their memory and shape do not change. A plan ends with any of them.
         """
         plan = None if _is_compiling() else self.get((flags, *map(id, kept)))
-        if plan is None or plan.device != _current_device() or _hooks.launch_enter_hook.calls:
+        if plan is None:
+            return None
+        first: Any = kept[0] if kept else moving[0]
+        if type(plan) is Checked:
+            fits = plan.fits(moving) and select.select(impl, first) == "reference"
+            return REFERENCE if fits else None
+        assert type(plan) is Plan
+        if plan.device != _current_device() or _hooks.launch_enter_hook.calls:
             return None
         forms, bits = plan.forms, 0
         addresses: list[int | None] = [None] * len(forms)
@@ -103,7 +151,6 @@ class Plans(dict[Hashable, Plan]):
                 bits |= address
             elif x is not None or forms[at] is not None:
                 return None
-        first: Any = kept[0] if kept else moving[0]
         return None if bits & 15 or select.select(impl, first) != "triton" else (plan, addresses)
 
     def launch(
@@ -142,6 +189,4 @@ class Plans(dict[Hashable, Plan]):
         last = [x.data_ptr() if isinstance(x, Tensor) else x for x in fixed]
         plan = Plan(variant, given[0].get_device(), grid, (*last, *tail.values()), scratch)
         plan.forms = [None if x is None else (x.shape, x.dtype, x.get_device()) for x in moving]
-        key = (flags, *map(id, kept))
-        plan.kept = [weakref.ref(x, lambda _: self.pop(key, None)) for x in kept if x is not None]
-        self[key] = plan
+        self._keep((flags, *map(id, kept)), plan, kept)

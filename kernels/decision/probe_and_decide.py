@@ -18,6 +18,8 @@ at the end of the launch, which the next kernel on the stream sees; so a capture
 replayed.
 """
 
+import weakref
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,13 +27,15 @@ from torch import Tensor
 from dbcache.kernels.common.lane_state import LANE, LaneState, State
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.plans import Plans
+from dbcache.kernels.common.plans import REFERENCE, Plans
 from dbcache.kernels.common.select import Impl, invalid
 from dbcache.kernels.common.sums import MAX_LANES, Partials, log2, partition
 from dbcache.kernels.decision.decide import decide_once, decide_sums
 from dbcache.kernels.decision.probe_diff import (
     Probe,
+    change_of_samples,
     check_probe,
+    size_of_samples,
     store_partial,
     store_partial_by_token,
     sums_of_samples,
@@ -62,8 +66,11 @@ def probe_and_decide(
         ValueError: shapes, dtypes or devices do not fit.
         RuntimeError: the state has no room for the step (reference only), as in `decide`.
     """
-    kept = (p_ref, state.counters, state.plan, state.partials)
-    found = LAUNCHES.find(impl, by_token, (h_fn, h_in), kept)
+    moving, kept = (h_fn, h_in), (p_ref, state.counters, state.plan, state.partials)
+    found = LAUNCHES.find(impl, by_token, moving, kept)
+    if found is REFERENCE:
+        probe_and_decide_reference(h_in, h_fn, p_ref, state, by_token)
+        return
     if found is not None:
         found[0].launch(*found[1])
         return
@@ -71,6 +78,7 @@ def probe_and_decide(
     if state.counters.device != h_fn.device:
         must = "the state must be on the device of h_fn"
         raise invalid("probe_and_decide", must, state.counters.device, h_fn.device)
+    LAUNCHES.note_checked(impl, by_token, moving, kept)
     _probe_and_decide(impl, h_in, h_fn, p_ref, state, by_token)
 
 
@@ -78,8 +86,24 @@ def probe_and_decide_reference(
     h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, state: LaneState, by_token: bool = False
 ) -> None:
     """Plain PyTorch and Python, the meaning of `probe_and_decide`."""
-    sums = sums_of_samples(h_in, h_fn, p_ref, state.thresholds if by_token else None)
-    decide_sums(state, [[sample] for sample in zip(*[x.tolist() for x in sums], strict=True)])
+    if by_token:
+        sums = [x.tolist() for x in sums_of_samples(h_in, h_fn, p_ref, state.thresholds)]
+    else:
+        sums = [change_of_samples(h_in, h_fn, p_ref).tolist(), _size_of(p_ref, state)]
+    decide_sums(state, [[sample] for sample in zip(*sums, strict=True)])
+
+
+def _size_of(p_ref: Tensor, state: LaneState) -> list[float]:
+    """Return ``sum|p_ref|`` of each sample, which `state` keeps until `p_ref` is written to."""
+    version = None if p_ref.is_inference() else p_ref._version
+    if version is not None and state.size is not None:
+        known, at, size = state.size
+        if known() is p_ref and at == version:
+            return size
+    size = size_of_samples(p_ref).tolist()
+    if version is not None:
+        state.size = weakref.ref(p_ref), version, size
+    return size
 
 
 LAUNCHES = Plans()

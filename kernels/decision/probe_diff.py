@@ -79,21 +79,37 @@ def sums_of_samples(
     h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, thresholds: Tensor | None
 ) -> list[Tensor]:
     """Return the two or four sums of `probe_diff`, of all that a sample has: each (B,)."""
-    if h_in is None:
-        p = h_fn.to(p_ref.dtype).float()
-    elif p_ref.dtype == h_in.dtype:
-        p = torch.sub(h_fn, h_in)  # PyTorch subtracts in float32 and rounds once
-        if p.dtype != torch.float32:
-            p = p.float()
-    else:
-        p = (h_fn.float() - h_in.float()).to(p_ref.dtype).float()
-    if p.ndim == 1:
-        p, p_ref = p[:, None], p_ref[:, None]
+    change = (_residual(h_in, h_fn, p_ref.dtype) - p_ref).abs_()
     if thresholds is not None:
-        return _sums_by_token((p - p_ref).abs_(), p_ref.abs(), thresholds)
-    features = tuple(range(1, p.ndim))
-    num = (p - p_ref).abs_().sum(features)
-    return [num, p_ref.abs().sum(features, dtype=torch.float32)]
+        return _sums_by_token(change, p_ref.abs(), thresholds)
+    return [_of_samples(change), size_of_samples(p_ref)]
+
+
+@without_gradient
+def change_of_samples(h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor) -> Tensor:
+    """Return the first sum of `probe_diff` alone."""
+    return _of_samples((_residual(h_in, h_fn, p_ref.dtype) - p_ref).abs_())
+
+
+@without_gradient
+def size_of_samples(p_ref: Tensor) -> Tensor:
+    """Return the second sum of `probe_diff`: it is that of the last full step until the next."""
+    return _of_samples(p_ref.abs())
+
+
+def _residual(h_in: Tensor | None, h_fn: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the probe residual in float32, rounded to `dtype` as the reference was."""
+    if h_in is None:
+        return h_fn.to(dtype).float()
+    if dtype is not h_in.dtype:
+        return (h_fn.float() - h_in.float()).to(dtype).float()
+    p = torch.sub(h_fn, h_in)  # PyTorch subtracts in float32 and rounds once
+    return p if dtype is torch.float32 else p.float()
+
+
+def _of_samples(x: Tensor) -> Tensor:
+    """Return the sum of each sample, (B,)."""
+    return x.sum(tuple(range(1, x.ndim)), dtype=torch.float32) if x.ndim > 1 else x.float()
 
 
 def _sums_by_token(change: Tensor, size: Tensor, thresholds: Tensor) -> list[Tensor]:

@@ -22,7 +22,7 @@ from dbcache.kernels.common.e4m3 import quantize_rows
 from dbcache.kernels.common.lane_state import LANE, NUM_COUNTERS, SLOT
 from dbcache.kernels.common.launches import BLOCK, contiguous, elementwise, power_of_2
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.plans import Plans
+from dbcache.kernels.common.plans import REFERENCE, Plans
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 from dbcache.kernels.prediction.ring import check_both, check_ring
 
@@ -74,7 +74,11 @@ def commit(
     """
     moving = (h_fn, h_out, h_in, encoder_fn, encoder_out)
     kept = (ring, counters, p_ref, encoder_ring, scales, encoder_scales)
+    streams = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
     found = LAUNCHES.find(impl, replace, moving, kept)
+    if found is REFERENCE:
+        commit_reference(h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
+        return
     if found is not None:
         found[0].launch(*found[1])
         return
@@ -82,7 +86,7 @@ def commit(
     check_ring("commit", "h_out", h_out, ring, scales)
     if encoder_fn is not None:
         _check_encoder(h_fn, ring, encoder_fn, (encoder_out, encoder_ring, encoder_scales))
-    streams = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
+    LAUNCHES.note_checked(impl, replace, moving, kept)
     _commit(impl, h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
 
 

@@ -20,7 +20,7 @@ from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.e4m3 import decode
 from dbcache.kernels.common.launches import BLOCK, contiguous, elementwise, power_of_2
 from dbcache.kernels.common.op import op, writing
-from dbcache.kernels.common.plans import Plan, Plans
+from dbcache.kernels.common.plans import REFERENCE, Plan, Plans
 from dbcache.kernels.common.select import Impl, is_traced, select, without_gradient
 from dbcache.kernels.prediction.ring import check_both, check_ring
 
@@ -70,10 +70,16 @@ def predict(
         ValueError: shapes, dtypes or devices do not fit.
     """
     kept = (ring, weights, encoder_ring, encoder_weights, scales, encoder_scales)
+    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
+    is_new = out is None and encoder_out is None
     found = LAUNCHES.find(impl, replace, (h, encoder), kept)
-    outputs = None if found is None else _follow(*found, h, out, encoder, encoder_out)
-    if outputs is not None:
-        return outputs
+    if found is REFERENCE:
+        if is_new:
+            return predict_reference(*streams, replace)
+    elif found is not None:
+        outputs = _follow(*found, h, out, encoder, encoder_out)
+        if outputs is not None:
+            return outputs
     check_ring("predict", "h", h, ring, scales, weights)
     if encoder is not None:
         if encoder_ring is None or encoder_weights is None:
@@ -81,8 +87,8 @@ def predict(
         second = (encoder_ring, encoder_scales, encoder_weights)
         check_ring("predict", "encoder", encoder, *second)
         check_both("predict", h, ring, encoder, encoder_ring)
-    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
-    if out is None and encoder_out is None and not is_traced(h) and select(impl, h) == "reference":
+    LAUNCHES.note_checked(impl, replace, (h, encoder), kept)
+    if is_new and not is_traced(h) and select(impl, h) == "reference":
         return predict_reference(*streams, replace)
     out = _output("h", h, out)
     encoder_out = None if encoder is None else _output("encoder", encoder, encoder_out)
@@ -143,8 +149,9 @@ def _weighted_sum(
     h: Tensor, ring: Tensor, weights: Tensor, scales: Tensor | None, replace: bool
 ) -> Tensor:
     """Add up in float32, one op per used slot; h first, so that it needs no pass of its own."""
-    total = None if replace else h.float()
-    for slot, weight in enumerate(weights.tolist()[: ring.shape[0]]):
+    dtype = h.dtype
+    total = None if replace else h if dtype is torch.float32 else h.float()
+    for slot, weight in enumerate(weights.tolist()[: len(ring)]):
         if weight == 0:
             continue
         snapshot = ring[slot] if scales is None else e4m3.dequantize(ring[slot], scales[slot])
@@ -153,8 +160,8 @@ def _weighted_sum(
         else:
             total = torch.add(total, snapshot, alpha=weight)
     if total is None:
-        return torch.zeros(h.shape, dtype=h.dtype, device=h.device)
-    out = total.to(h.dtype)
+        return torch.zeros(h.shape, dtype=dtype, device=h.device)
+    out = total if dtype is torch.float32 else total.to(dtype)
     return out.clone(memory_format=torch.contiguous_format) if total is h else out.contiguous()
 
 
