@@ -144,6 +144,7 @@ def stubbed_triton(*, counted: bool = True) -> Iterator[Launches]:
     JITFunction._do_compile = compiled
     select._environment = cache(lambda: ("triton", True))
     plans._current_device = lambda: -1
+    select.forget_plans()
     try:
         yield launches
     finally:

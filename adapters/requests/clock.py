@@ -198,10 +198,9 @@ class Clock:
             if is_late:
                 self._force_full("their branch of guidance had not run just before", branch)
         # what must stay the same from step to step: what is given, and the scale of adapters
-        given, scales = [], []
-        for argument, value in kwargs.items():
-            if value is not None:
-                given.append(argument)
+        given, scales = [name for name, value in kwargs.items() if value is not None], []
+        if not ATTENTION_OPTIONS.isdisjoint(given):
+            for argument, value in kwargs.items():
                 if argument in ATTENTION_OPTIONS and isinstance(value, dict):
                     scales.append(value.get("scale"))
                     if IMAGES & value.keys():

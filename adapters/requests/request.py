@@ -50,8 +50,7 @@ class Views:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._forwards = 0
-        self._over: dict[tuple[int, str], Any] = {}
-        self._first: Shown | None = None
+        self._shown: list[Shown] = []
         self._ends_generation = False
 
     def find_graphs(self, lists: Iterable[BlockList]) -> None:
@@ -68,14 +67,13 @@ class Views:
         """Let a forward that begins see its rows."""
         with self._lock:
             self._forwards += 1
-            if self._first is None:
-                self._first = over
+            if not self._shown:
+                self._shown.append(over)
                 for own, name, row, _ in over.entries:
-                    self._over[id(own), name] = own
                     own[name] = row
-            elif self._first is not over:  # forwards see different rows
-                for own, name, _, view in (*self._first.entries, *over.entries):
-                    self._over[id(own), name] = own
+            elif not any(one is over for one in self._shown):  # forwards see different rows
+                self._shown.append(over)
+                for own, name, _, view in (*self._shown[0].entries, *over.entries):
                     own[name] = view
 
     def hide(self) -> None:
@@ -83,10 +81,11 @@ class Views:
         with self._lock:
             self._forwards -= 1
             if self._forwards < 1:
-                self._forwards, self._first = 0, None
-                for (_, name), own in self._over.items():
-                    own.pop(name, None)
-                self._over.clear()
+                self._forwards = 0
+                for over in self._shown:
+                    for own, name, _, _ in over.entries:
+                        own.pop(name, None)
+                self._shown.clear()
                 if self._ends_generation:
                     cudagraph_mark_step_begin()
 

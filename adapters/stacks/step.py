@@ -41,7 +41,7 @@ class StackStep:
             needs them, as a reentrant checkpoint does.
     """
 
-    cached = awaits_end = hides_gradients = watches_output = False
+    cached = awaits_end = hides_gradients = watches_output = is_conditional = False
     lane: Any = None
 
     def __init__(self, stack: Any, run: Any, branch: str | None, forward: Any) -> None:
@@ -80,20 +80,25 @@ class Step(StackStep):
         single_blocks: the step of the last blocks, if some of them may be left out.
     """
 
+    h_in: torch.Tensor | None = None
+    h_fn: torch.Tensor | None = None
+    encoder_fn: torch.Tensor | None = None
+    passed: Streams | None = None
+    made: Streams | None = None
+    prediction: Streams | None = None
+    probe: torch.Tensor | None = None
+    single_blocks: Any = None
+    _given: torch.Tensor | None = None
+    _returned: torch.Tensor | None = None
+
     def __init__(self, stack: Any, run: Any, branch: str | None, forward: Any) -> None:
-        super().__init__(stack, run, branch, forward)
-        self.is_conditional = False
-        self.prediction: Streams | None = None
-        self.made: Streams | None = None
-        self.h_in: torch.Tensor | None = None
-        self.h_fn: torch.Tensor | None = None
-        self.encoder_fn: torch.Tensor | None = None
-        self.passed: Streams | None = None
-        self.probe: torch.Tensor | None = None
-        self.single_blocks: Any = None
-        self.watches_output = run.source is not None or run.recorder is not None
-        self._given: torch.Tensor | None = None
-        self._returned: torch.Tensor | None = None
+        self.stack = stack
+        self.run = run
+        self.branch = branch
+        self.forward = forward
+        self.cutter = forward.cutter
+        if run.source is not None or run.recorder is not None:
+            self.watches_output = True
         if stack.last_blocks is not None:
             self.single_blocks = stack.last_blocks.new_step(self)
 

@@ -37,16 +37,18 @@ class Plan:
     """How a kernel was launched for tensors of one layout, some of which a lane keeps.
 
     Attributes:
+        backend: what runs where none is named.
         kept: references to those.
         forms: shape, dtype and device of the others, None for one that is missing.
         tail: the last arguments, which do not change.
     """
 
     __slots__ = (
-        "device", "forms", "function", "grid", "kept", "metadata", "run", "scratch", "stream_of",
-        "tail",
+        "backend", "device", "forms", "function", "grid", "kept", "metadata", "run", "scratch",
+        "stream_of", "tail",
     )  # fmt: skip
 
+    backend: str
     forms: list[tuple[Any, ...] | None]
     kept: list[Any]
 
@@ -74,9 +76,10 @@ class Checked:
 
     __slots__ = ("forms", "kept")
 
+    kept: list[Any]
+
     def __init__(self, moving: _Tensors) -> None:
         self.forms = [None if x is None else (x.shape, x.dtype, x.device) for x in moving]
-        self.kept: list[Any] = []
 
     def fits(self, moving: _Tensors) -> bool:
         """Whether other tensors are of the same layout."""
@@ -100,8 +103,9 @@ class Plans(dict[Hashable, Plan | Checked]):
         super().__init__()
         select.on_reset(self.clear)
 
-    def _keep(self, key: Hashable, plan: Plan | Checked, kept: _Tensors) -> None:
+    def _keep(self, flags: Hashable, kept: _Tensors, plan: Plan | Checked) -> None:
         """Add a plan, until one of its tensors ends."""
+        key = (flags, *map(id, kept))
         plan.kept = [weakref.ref(x, lambda _: self.pop(key, None)) for x in kept if x is not None]
         self[key] = plan
 
@@ -110,10 +114,10 @@ class Plans(dict[Hashable, Plan | Checked]):
     ) -> None:
         """Note that the tensors of a call fit, where the reference runs; arguments as of `find`."""
         given = [x for x in (*moving, *kept) if x is not None]
-        if any(type(x) is not Tensor for x in given) or _is_compiling():
+        if impl != "auto" or any(type(x) is not Tensor for x in given) or _is_compiling():
             return
         if select.select(impl, given[0]) == "reference":
-            self._keep((flags, *map(id, kept)), Checked(moving), kept)
+            self._keep(flags, kept, Checked(moving))
 
     def find(
         self, impl: str, flags: Hashable, moving: _Tensors, kept: _Tensors = ()
@@ -134,11 +138,12 @@ class Plans(dict[Hashable, Plan | Checked]):
         plan = None if _is_compiling() else self.get((flags, *map(id, kept)))
         if plan is None:
             return None
-        first: Any = kept[0] if kept else moving[0]
         if type(plan) is Checked:
-            fits = plan.fits(moving) and select.select(impl, first) == "reference"
-            return REFERENCE if fits else None
+            return REFERENCE if impl == "auto" and plan.fits(moving) else None
         assert type(plan) is Plan
+        first: Any = kept[0] if kept else moving[0]
+        if (plan.backend if impl == "auto" else select.select(impl, first)) != "triton":
+            return None
         if plan.device != _current_device() or _hooks.launch_enter_hook.calls:
             return None
         forms, bits = plan.forms, 0
@@ -151,7 +156,7 @@ class Plans(dict[Hashable, Plan | Checked]):
                 bits |= address
             elif x is not None or forms[at] is not None:
                 return None
-        return None if bits & 15 or select.select(impl, first) != "triton" else (plan, addresses)
+        return None if bits & 15 else (plan, addresses)
 
     def launch(
         self,
@@ -189,4 +194,5 @@ class Plans(dict[Hashable, Plan | Checked]):
         last = [x.data_ptr() if isinstance(x, Tensor) else x for x in fixed]
         plan = Plan(variant, given[0].get_device(), grid, (*last, *tail.values()), scratch)
         plan.forms = [None if x is None else (x.shape, x.dtype, x.get_device()) for x in moving]
-        self._keep((flags, *map(id, kept)), plan, kept)
+        plan.backend = select.select("auto", given[0])
+        self._keep(flags, kept, plan)
