@@ -21,11 +21,11 @@ import triton
 from torch import Tensor
 
 from dbcache.kernels.common import select
+from dbcache.kernels.common.select import is_traced
 
 KNOWN = ((3, 5), (3, 10))
 """Versions of Triton, from and below, whose compiled kernels take the arguments given here."""
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-_is_compiling = torch.compiler.is_compiling
 _hooks = triton.knobs.runtime
 _current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
 
@@ -114,7 +114,7 @@ class Plans(dict[Hashable, Plan | Checked]):
     ) -> None:
         """Note that the tensors of a call fit, where the reference runs; arguments as of `find`."""
         given = [x for x in (*moving, *kept) if x is not None]
-        if impl != "auto" or any(type(x) is not Tensor for x in given) or _is_compiling():
+        if impl != "auto" or any(map(is_traced, given)):
             return
         if select.select(impl, given[0]) == "reference":
             self._keep(flags, kept, Checked(moving))
@@ -135,13 +135,13 @@ class Plans(dict[Hashable, Plan | Checked]):
             kept: tensors of a lane, None for one that is missing, but not the first. They are known
                 by identity: their memory and shape do not change. A plan ends with any of them.
         """
-        plan = None if _is_compiling() else self.get((flags, *map(id, kept)))
+        first: Any = kept[0] if kept else moving[0]
+        plan = None if is_traced(first) else self.get((flags, *map(id, kept)))
         if plan is None:
             return None
         if type(plan) is Checked:
             return REFERENCE if impl == "auto" and plan.fits(moving) else None
         assert type(plan) is Plan
-        first: Any = kept[0] if kept else moving[0]
         if (plan.backend if impl == "auto" else select.select(impl, first)) != "triton":
             return None
         if plan.device != _current_device() or _hooks.launch_enter_hook.calls:
