@@ -14,6 +14,7 @@ from torch.compiler import cudagraph_mark_step_begin
 
 from dbcache.adapters.blocks.block_list import BlockList, Entry
 from dbcache.adapters.blocks.block_list import Place as ListPlace
+from dbcache.adapters.blocks.plain_loops import PlainLoops
 from dbcache.adapters.blocks.signature import Call
 from dbcache.adapters.blocks.views import FORWARD, Shown
 from dbcache.adapters.patching.instance_method import InstanceMethod
@@ -93,7 +94,7 @@ class Views:
 class Forward:
     """One forward of the transformer under way: the steps of all stacks, and what it sees."""
 
-    __slots__ = ("cutter", "given", "inputs", "members", "rows", "runs", "steps")
+    __slots__ = ("cutter", "given", "inputs", "loops", "members", "rows", "runs", "steps")
 
     def __init__(
         self,
@@ -103,8 +104,9 @@ class Forward:
         clock: Clock,
         members: list[Any] | None = None,
         given: tuple[Any, ...] = (),
+        loops: PlainLoops | None = None,
     ) -> None:
-        self.rows = rows
+        self.rows, self.loops = rows, loops or {}
         self.given, self.inputs = given, clock.inputs
         self.cutter = cutter
         self.members = members
@@ -167,6 +169,7 @@ class Request:
         self._start()
 
     def _start(self) -> None:
+        self.clock.start()
         self.began_in_capture = clocks.is_capturing()
         self.lane_set.start_request()
         if self.setup.graphs is not None:
@@ -206,14 +209,12 @@ class Request:
             if new is not None and new is not self.setup:
                 self.move_to(new)
             clock.refreshes = 0
-            clock.start()
             self._start()
         config = clock.config
         if clock.calls == config.force_refresh_step_hint and (
             clock.refreshes == 0 or config.force_refresh_step_policy == "repeat"
         ):
             clock.refreshes += 1
-            clock.start()
             self._start()
         if not self.lane_set.runs:
             self._take_lanes(args, kwargs)
@@ -291,7 +292,8 @@ class Request:
             if run.generation != run.stack.generation:
                 run.take_up_blocks()
         outer, is_shown = FORWARD.get(), False
-        forward = Forward(shown.rows, cutter, lanes, self.clock, members, (args, kwargs))
+        given, loops = (args, kwargs), setup.loops
+        forward = Forward(shown.rows, cutter, lanes, self.clock, members, given, loops)
         try:
             FORWARD.set(forward)
             setup.views.show(shown)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dbcache.adapters.blocks.infer import learn
+from dbcache.adapters.blocks.plain_loops import PlainLoops, plain_loops
 from dbcache.adapters.blocks.signature import CONDITIONS, ArgumentFinder
 from dbcache.adapters.blocks.spec import TransformerSpec
 from dbcache.adapters.blocks.views import Shown, shown
@@ -84,6 +85,7 @@ class Setup:
         self.capture: UserCapture | None = None
         self.views: Any = None
         self.original: Any = None
+        self.loops: PlainLoops = {}
         self.reruns: Any = None
         self.partial: set[str | None] = set()
         self.lanes = LanePool()
@@ -165,7 +167,8 @@ class Setup:
     def _show(self, stacks: Sequence[BlockStack]) -> Shown:
         showing = [stack for stack in stacks if stack.entries]
         lists = [block_list for stack in showing for block_list in stack.lists]
-        rows = [Loop(row) for stack in showing for row in stack.entries]
+        entries = [row for stack in showing for row in stack.entries]
+        rows = [Loop(row, its.path) for row, its in zip(entries, lists, strict=True)]
         self.entries = [stack.entries for stack in stacks]
         self.shown = shown(lists, rows, self.module)
         return self.shown
@@ -189,6 +192,7 @@ class Setup:
     def bind(self, views: Any, original: Any, reruns: Any) -> None:
         """Learn where the model sees its lists, and its own forward: the cache is switched on."""
         self.views, self.original, self.reruns = views, original, reruns
+        self.loops = plain_loops(original)
 
     def retire(self, current: Sequence[Setup]) -> None:
         """Give recorded graphs up that none of the setups in force goes on with."""

@@ -324,17 +324,23 @@ class Loop(list[Entry]):
     full step the blocks themselves, on a cached one plain functions that return what they are
     given. These do not have the attributes of blocks. So loops that read attributes go through
     proxies on cached steps, as all do on the first step with a set of inputs, which shows it.
+    A loop that only calls its blocks is given none that it need not call.
+
+    Args:
+        row: an entry for each block.
+        path: of the list, seen from the model.
     """
 
-    __slots__ = ("_before", "_fast", "_middle", "_rest")
+    __slots__ = ("_before", "_fast", "_middle", "_rest", "path")
 
-    def __init__(self, row: list[Entry]) -> None:
+    def __init__(self, row: list[Entry], path: str) -> None:
         super().__init__(row)
+        self.path = path
         at = [i for i, entry in enumerate(row) if type(entry) is SkippedBlock]
         begin, end = (at[0], at[-1] + 1) if at else (0, 0)
         self._before, self._rest = row[:begin], row[begin:]
         self._middle: list[Any] = row[begin:end]
-        self._fast: tuple[list[Entry], list[Entry]] | None = None
+        self._fast: tuple[list[Entry], list[Entry], list[Entry]] | None = None
 
     def __iter__(self) -> Iterator[Entry]:
         forward = _under_way() if self._middle else None
@@ -357,5 +363,15 @@ class Loop(list[Entry]):
                 return self._rest
             after = self._rest[len(self._middle) :]
             blocks = [proxy.block for proxy in self._middle]
-            self._fast = [*blocks, *after], [*map(_passing, self._middle), *after]
-        return self._fast[step.cached]
+            passing = [*map(_passing, self._middle), *after]
+            # one turn at least, which leaves its results to what follows the loop
+            called = after if after or self._before else passing[-1:]
+            self._fast = [*blocks, *after], passing, called
+        return self._fast[step.cached and 1 + self._only_calls(forward)]
+
+    def _only_calls(self, forward: Any) -> bool:
+        """Whether the model's loop does nothing but call the blocks, given what it is given."""
+        needs = forward.loops.get(self.path)
+        if needs is None or torch.is_grad_enabled():
+            return False
+        return not needs or (not forward.given[0] and needs.isdisjoint(forward.inputs))

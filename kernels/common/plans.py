@@ -84,10 +84,10 @@ class Checked:
     def fits(self, moving: _Tensors) -> bool:
         """Whether other tensors are of the same layout."""
         for x, form in zip(moving, self.forms, strict=True):
-            if x is None or form is None:
-                if x is not form:
+            if type(x) is Tensor:
+                if (x.shape, x.dtype, x.device) != form:
                     return False
-            elif type(x) is not Tensor or (x.shape, x.dtype, x.device) != form:
+            elif x is not None or form is not None:
                 return False
         return True
 
@@ -124,9 +124,9 @@ class Plans(dict[Hashable, Plan | Checked]):
     ) -> tuple[Plan, list[int | None]] | None:
         """Return the plan for these tensors, and the addresses of those that are `moving`.
 
-        `REFERENCE` where the reference is to run on them, which fit. None where Triton must look at the tensors: there is no plan yet, an address is not a
-        multiple of 16, another device is the current one, or somebody listens to launches; and
-        where no kernel runs, or something traces the call.
+        `REFERENCE` where the reference is to run on them, which fit. None where Triton must look at
+        the tensors: there is no plan yet, an address is not a multiple of 16, another device is the
+        current one, or somebody listens to launches; and where something traces the call.
 
         Args:
             impl: as of `select`.

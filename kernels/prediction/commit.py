@@ -77,17 +77,15 @@ def commit(
     streams = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
     found = LAUNCHES.find(impl, replace, moving, kept)
     if found is REFERENCE:
-        commit_reference(h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
-        return
+        return commit_reference(h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
     if found is not None:
-        found[0].launch(*found[1])
-        return
+        return found[0].launch(*found[1])
     _check_streams(h_in, h_fn, h_out, p_ref, counters)
     check_ring("commit", "h_out", h_out, ring, scales)
     if encoder_fn is not None:
         _check_encoder(h_fn, ring, encoder_fn, (encoder_out, encoder_ring, encoder_scales))
     LAUNCHES.note_checked(impl, replace, moving, kept)
-    _commit(impl, h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
+    return _commit(impl, h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
 
 
 @without_gradient

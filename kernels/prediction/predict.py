@@ -73,20 +73,13 @@ def predict(
     streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
     is_new = out is None and encoder_out is None
     found = LAUNCHES.find(impl, replace, (h, encoder), kept)
-    if found is REFERENCE:
-        if is_new:
-            return predict_reference(*streams, replace)
-    elif found is not None:
+    if found is REFERENCE and is_new:
+        return predict_reference(*streams, replace)
+    if found is not None and found is not REFERENCE:
         outputs = _follow(*found, h, out, encoder, encoder_out)
         if outputs is not None:
             return outputs
-    check_ring("predict", "h", h, ring, scales, weights)
-    if encoder is not None:
-        if encoder_ring is None or encoder_weights is None:
-            raise ValueError("predict: encoder must come with its ring and weights, got None")
-        second = (encoder_ring, encoder_scales, encoder_weights)
-        check_ring("predict", "encoder", encoder, *second)
-        check_both("predict", h, ring, encoder, encoder_ring)
+    _check(*streams)
     LAUNCHES.note_checked(impl, replace, (h, encoder), kept)
     if is_new and not is_traced(h) and select(impl, h) == "reference":
         return predict_reference(*streams, replace)
@@ -94,6 +87,24 @@ def predict(
     encoder_out = None if encoder is None else _output("encoder", encoder, encoder_out)
     _predict(impl, out, encoder_out, *streams, replace)
     return out, encoder_out
+
+
+def _check(
+    h: Tensor,
+    ring: Tensor,
+    weights: Tensor,
+    encoder: Tensor | None,
+    encoder_ring: Tensor | None,
+    encoder_weights: Tensor | None,
+    scales: Tensor | None,
+    encoder_scales: Tensor | None,
+) -> None:
+    check_ring("predict", "h", h, ring, scales, weights)
+    if encoder is not None:
+        if encoder_ring is None or encoder_weights is None:
+            raise ValueError("predict: encoder must come with its ring and weights, got None")
+        check_ring("predict", "encoder", encoder, encoder_ring, encoder_scales, encoder_weights)
+        check_both("predict", h, ring, encoder, encoder_ring)
 
 
 def _follow(
