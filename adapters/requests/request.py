@@ -14,7 +14,6 @@ from torch.compiler import cudagraph_mark_step_begin
 
 from dbcache.adapters.blocks.block_list import BlockList, Entry
 from dbcache.adapters.blocks.block_list import Place as ListPlace
-from dbcache.adapters.blocks.plain_loops import PlainLoops
 from dbcache.adapters.blocks.signature import Call
 from dbcache.adapters.blocks.views import FORWARD, Shown
 from dbcache.adapters.patching.instance_method import InstanceMethod
@@ -104,9 +103,8 @@ class Forward:
         clock: Clock,
         members: list[Any] | None = None,
         given: tuple[Any, ...] = (),
-        loops: PlainLoops | None = None,
     ) -> None:
-        self.rows, self.loops = rows, loops or {}
+        self.rows, self.loops = rows, clock.setup.loops
         self.given, self.inputs = given, clock.inputs
         self.cutter = cutter
         self.members = members
@@ -292,8 +290,7 @@ class Request:
             if run.generation != run.stack.generation:
                 run.take_up_blocks()
         outer, is_shown = FORWARD.get(), False
-        given, loops = (args, kwargs), setup.loops
-        forward = Forward(shown.rows, cutter, lanes, self.clock, members, given, loops)
+        forward = Forward(shown.rows, cutter, lanes, self.clock, members, (args, kwargs))
         try:
             FORWARD.set(forward)
             setup.views.show(shown)
