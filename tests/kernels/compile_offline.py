@@ -424,6 +424,7 @@ def cached_row(cache: Path | None, target: str, gpu: GPUTarget, name: str, varia
         return row_of(target, gpu, name, variant)
     kernel, *rest = variant
     parts = (triton.__version__, kernel.cache_key, target, name, *rest, name in COUNTED, SOURCE)
+    parts += (sorted(divisible(kernel, rest[0])),)  # the decorator is no part of Triton's key
     path = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
     if path.exists():
         return json.loads(path.read_text())
