@@ -56,9 +56,10 @@ def start_request(
     try:
         for index, handle in enumerate(handles):
             own, overrides = (changes, False) if rows is None else (rows[index], True)
-            setup = handle.setup.renewed(own, for_request=True, overrides=overrides)
-            check_options(setup, handle.setup)
-            tell([setup], [handle.setup])
+            latest = handle.setup  # another thread may enable it anew meanwhile
+            setup = latest.renewed(own, for_request=True, overrides=overrides)
+            check_options(setup, latest)
+            tell([setup], [latest])
             setup.bind(handle.views, handle.original, handle.reruns)
             request = Request(setup, steps=setup.config.num_inference_steps, follows=True)
             request.clock.follow(tells_steps=False, by_time=True)

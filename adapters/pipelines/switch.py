@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +26,9 @@ from dbcache.adapters.requests.setup import Setup
 
 _SWITCHING = threading.RLock()
 """Held while the cache is switched on or off, from when the present state is read."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _SWITCHING._at_fork_reinit())  # type: ignore[attr-defined]
 
 
 def _one_at_a_time(switch: Callable[..., None]) -> Callable[..., None]:

@@ -5,6 +5,7 @@ Without a lock, which an interrupt could leave taken: each line is one operation
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -23,6 +24,22 @@ def watch(handle: Any) -> None:
 def add(handle: Any, record: RequestRecord) -> None:
     """Count a request that closed; it counts on when its transformer is gone."""
     _TOTALS.setdefault(type(handle.module).__name__, Totals()).add(record)
+
+
+def _free_locks() -> None:
+    """Free what threads had locked that the child of a fork does not have."""
+    holders: list[Any] = list(_TOTALS.values())
+    locks = []
+    for handle in handles():
+        holders += [handle.views, handle.reruns, handle.compiled, handle.totals, handle._open]
+        holders += [setup.lanes for setup in handle.setups]
+        locks += [setup._learning for setup in handle.setups]
+    for lock in [*locks, *(holder._lock for holder in holders)]:
+        lock._at_fork_reinit()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_locks)
 
 
 def handles() -> list[Any]:

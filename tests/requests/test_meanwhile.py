@@ -1,6 +1,8 @@
 """What other threads, signals and the collector do in the middle of something else."""
 
 import copy
+import multiprocessing
+import os
 import sys
 import threading
 import time
@@ -13,7 +15,7 @@ import torch
 from together import FLUX, OPTIONS, in_threads, same, siblings
 
 import dbcache
-from dbcache.adapters.pipelines import events
+from dbcache.adapters.pipelines import events, switch
 from dbcache.adapters.requests.cached_transformer import CachedTransformer
 
 NAMES = ("_dbcache", "forward", "cache_context", "__getstate__")
@@ -176,6 +178,43 @@ def test_a_signal_may_ask_and_end_requests_at_any_line():
     assert len(images) == 2
     assert all(same(image, expected) for image in images)
     assert asks.times > 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_the_child_of_a_fork_does_not_wait_for_threads_that_it_does_not_have():
+    pipe = dbcache.enable(tiny.pipeline("flux"), **OPTIONS)
+    tiny.generate(pipe, 4)
+    handle = inside.handle(pipe.transformer)
+    is_locked, go = threading.Event(), threading.Event()
+
+    def hold():
+        with (
+            switch._SWITCHING,
+            handle._open.locked(),
+            handle.totals._lock,
+            handle.setup.lanes._lock,
+        ):
+            is_locked.set()
+            assert go.wait(60)
+
+    def serve():
+        dbcache.counters()
+        dbcache.start_request(pipe.transformer).close()
+        dbcache.summary(pipe, logging=False)
+        dbcache.disable(pipe)
+        os._exit(7)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert is_locked.wait(60)
+    child = multiprocessing.get_context("fork").Process(target=serve)
+    child.start()
+    child.join(30)
+    go.set()
+    thread.join()
+    if child.exitcode is None:
+        child.kill()
+    assert child.exitcode == 7
 
 
 def test_what_watches_a_call_may_be_taken_away_while_another_call_is_there():
