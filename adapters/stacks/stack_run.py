@@ -108,9 +108,10 @@ class StackRun:
         told = (steps, at_most) if shared is None else (given, None)
         lanes = fit_to_steps(self.prepared.calibration, *told, name, shared)
         is_new = mask != self.settings.cache.steps_computation_mask
-        if not is_new and steps == self.settings.steps and lanes == self.settings.calibration:
+        settings = replace(self.settings, steps=steps, loop=shared, calibration=lanes)
+        if not is_new and settings == self.settings:
             return
-        self.settings = replace(self.settings, steps=steps, calibration=lanes)
+        self.settings = settings
         if is_new:
             # the number of steps has done its part: the mask must not be compared with it again
             changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)

@@ -292,6 +292,8 @@ class StackSettings:
     """The stack's part of `DBCacheConfig.calibration`, where the policy takes one."""
     steps: int | None = None
     """Steps of the request, as far as they are known."""
+    loop: int | None = None
+    """Steps of the loop whose steps the request shares with those of other transformers."""
 
     def __post_init__(self) -> None:
         if self.cache.cache_dtype == "fp8" and isinstance(self.predictor, DMDCalibratorConfig):

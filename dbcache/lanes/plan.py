@@ -51,21 +51,25 @@ def check_retention(config: DBCacheConfig, steps: int | None, who: str) -> None:
         )
 
 
-def warmup_steps(config: DBCacheConfig, request_steps: int | None) -> int:
-    """Return how long the warm-up of a request of `request_steps` is.
+def warmup_steps(config: DBCacheConfig, request_steps: int | None, loop: int | None = None) -> int:
+    """Return how long the warm-up of a request of `request_steps` is, of a loop that it shares.
 
     Where `max_warmup_steps` was not given that is half of the steps, and its default at most: the
-    default would leave nothing to cache in a request of few steps (docs/options.md).
+    default would leave nothing to cache in an image of few steps (docs/options.md).
     """
-    if request_steps is None or config.warmup is not None:
+    has_many = loop is not None and loop >= 2 * config.max_warmup_steps
+    if request_steps is None or config.warmup is not None or has_many:
         return config.max_warmup_steps
     return min(config.max_warmup_steps, request_steps // 2)
 
 
 def make_plan(
-    config: DBCacheConfig, steps: int, request_steps: int | None = None
+    config: DBCacheConfig,
+    steps: int,
+    request_steps: int | None = None,
+    loop: int | None = None,
 ) -> list[PlanCode]:
-    """Return the `PlanCode` of each of `steps` steps, of a request of `request_steps`.
+    """Return the `PlanCode` of each of `steps` steps, of a request as `warmup_steps` takes it.
 
     Warm-up first: steps ``0, i, 2i, ... < warmup_steps(...)`` are full, and so are the first ones
     that make up `retention_ratio`; with a mask both are capped at its leading ones. Then the mask.
@@ -74,7 +78,7 @@ def make_plan(
     """
     given = config.steps_computation_mask
     mask = None if isinstance(given, str) else given
-    warmup = warmup_steps(config, request_steps)
+    warmup = warmup_steps(config, request_steps, loop)
     retained = int(config.retention_ratio * (request_steps or 0) + 0.5)
     if mask is not None:
         leading_ones = mask.index(0) if 0 in mask else len(mask)

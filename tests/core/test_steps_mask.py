@@ -152,6 +152,16 @@ def test_transformers_that_share_the_steps_know_the_part_of_each(ratio, options)
     assert decisions(pipe) == [want(n) for n in parts]
 
 
+def test_parts_of_many_steps_keep_the_warmup():
+    """The first steps matter most, however few of them the first transformer runs."""
+    pipe = tiny.pipeline("wan2.2")
+    pipe.register_to_config(boundary_ratio=0.9)
+    dbcache.enable(pipe, Fn_compute_blocks=1, residual_diff_threshold=1.0)
+    for steps, want in ((15, ["10", "1" * 6 + "0" * 7]), (16, ["11", "1" * 8 + "0" * 6])):
+        tiny.generate(pipe, steps, guided=False)
+        assert decisions(pipe) == want
+
+
 @pytest.mark.parametrize("config", [None, SimpleNamespace(boundary_ratio=0.5), {}])
 def test_a_part_of_the_steps_that_nothing_tells_is_given_by_hand(config):
     call = tiny.FAMILIES["wan"].arguments(tiny.noise(1, 4, 3, 8, 8, seed=1), 1.0, "cond")
