@@ -82,8 +82,9 @@ class StepState(Generic[Tensors]):
     def replan(self, settings: StackSettings) -> None:
         """Write the plan of `settings` to the device."""
         self._settings = settings
-        known = settings.steps, settings.loop
-        plan: list[int] = [*make_plan(settings.cache, self.state.capacity, *known)]
+        plan: list[int] = [
+            *make_plan(settings.cache, self.state.capacity, settings.steps, settings.loop)
+        ]
         self._known_changes: dict[int, float] = {}
         if settings.calibration is not None and settings.calibration.lanes:
             plan = [*scheduled_plan(settings, self.branch, self.state.capacity)]
