@@ -127,12 +127,12 @@ def test_a_request_that_is_dropped_while_the_lock_is_taken_ends_a_late_disable()
 
 
 class Asks:
-    """Asks for all there is to know at every few lines of dbcache, as a signal's handler may.
+    """Asks for all there is to know at every few lines that work under a lock, as a signal's handler may.
 
     Requests are dropped there, too, as the collector may do.
     """
 
-    FILES = ("adapters/requests", "adapters/pipelines", "dbcache/totals", "dbcache/overview")
+    FILES = ("requests/record", "requests/lane_pool", "requests/reruns", "requests/open_requests")
 
     def __init__(self, model, every):
         self.model, self.every = model, every
@@ -161,7 +161,7 @@ class Asks:
 def test_a_signal_may_ask_and_end_requests_at_any_line():
     pipe = dbcache.enable(tiny.pipeline("flux"), **OPTIONS)
     expected = tiny.generate(pipe, 4)
-    asks = Asks(pipe.transformer, every=29)
+    asks = Asks(pipe.transformer, every=3)
     images = []
 
     def draw():
