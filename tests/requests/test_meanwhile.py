@@ -127,7 +127,7 @@ def test_a_request_that_is_dropped_while_the_lock_is_taken_ends_a_late_disable()
 
 
 class Asks:
-    """Asks for all there is to know at every few lines that work under a lock, as a signal's handler may.
+    """Asks for all at every few lines that work under a lock, as a signal's handler may.
 
     Requests are dropped there, too, as the collector may do.
     """
