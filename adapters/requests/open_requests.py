@@ -89,13 +89,15 @@ class OpenRequests:
             RuntimeError: as many are open, and `waits` is False, or all of them are of this thread,
                 which would wait for ever.
         """
-        here = threading.current_thread()
-        if len(self) >= most:
-            gc.collect()  # what holds one that was dropped may be a circle
+        here, are_all_needed = threading.current_thread(), False
         while not self.has_room(most) if waits else len(self) >= most:
-            if not waits or all(thread is here for thread, _ in list(self._open.values())):
+            if waits and any(thread is not here for thread, _ in list(self._open.values())):
+                self._freed.wait(0.1)  # requests that are dropped do not tell
+            elif are_all_needed:
                 raise RuntimeError(TOO_MANY.format(who=type(self.module).__name__, most=most))
-            self._freed.wait(0.1)  # requests that are dropped do not tell
+            else:
+                gc.collect()  # what holds one that was dropped may be a circle
+                are_all_needed = True
         finalizer = weakref.finalize(request, self._drop)
         finalizer.atexit = False
         self._open[request] = here, finalizer
