@@ -75,7 +75,7 @@ def test_images_in_four_threads_are_those_of_requests_alone(case, rounds):
 
 
 @pytest.mark.parametrize(
-    "rounds", [1, pytest.param(8, marks=pytest.mark.slow)], ids=["short", "long"]
+    "rounds", [1, pytest.param(20, marks=pytest.mark.slow)], ids=["short", "long"]
 )
 @pytest.mark.filterwarnings("ignore:.*outside of a call of the pipeline")
 @pytest.mark.parametrize("case", CASES)
