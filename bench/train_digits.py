@@ -10,7 +10,6 @@ classifier-free guidance. The EMA weights are stored in fp16.
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from tqdm import tqdm
 
+from bench.training import Training, parser_of
 from dbcache.demo import digits
 from dbcache.demo.quality import DigitClassifier, load_digits_split
 
@@ -70,8 +70,7 @@ def train(out: Path, *, steps: int, batch_size: int, seed: int, device: str) -> 
     images, labels = load_digits_split("train")
     tokens, labels = digits.encode(images).to(device), labels.to(device)
     model = FluxTransformer2DModel(**MODEL).to(device)
-    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    training = Training(model, ema_decay=EMA_DECAY)
     progress = tqdm(range(steps), desc="train", mininterval=5)
     average = 1.0
     for step in progress:
@@ -80,20 +79,11 @@ def train(out: Path, *, steps: int, batch_size: int, seed: int, device: str) -> 
         loss = flow_matching_loss(
             model, tokens[pick], labels[pick].masked_fill(dropped, digits.NULL_CLASS)
         )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                ema[name].lerp_(value, 1 - EMA_DECAY)
+        training.step(loss, learning_rate(step, steps))
         if step % 20 == 0:
             average += 0.1 * (loss.item() - average)
             progress.set_postfix(loss=f"{average:.4f}", refresh=False)
-    model.load_state_dict(ema)
-    model.half().save_pretrained(out)
+    training.save(FluxTransformer2DModel(**MODEL), out)
     print(f"wrote {out}, mean loss {average:.4f}")
 
 
@@ -119,14 +109,11 @@ def evaluate(path: Path, *, per_class: int, steps: int, guidance: float, device:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=digits.WEIGHTS, help="model folder")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = parser_of(
+        __doc__, out=digits.WEIGHTS, steps=4000, batch_size=64, per_class=100,
+        judged="samples per class",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--evaluate", action="store_true", help="only judge the weights in --out")
-    parser.add_argument("--per-class", type=int, default=100, help="samples per class to judge")
     parser.add_argument("--sample-steps", type=int, default=28, help="denoising steps to judge")
     parser.add_argument("--guidance", type=float, default=1.0)
     arguments = parser.parse_args()

@@ -10,7 +10,6 @@ weights are stored in fp16.
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from bench.train_digits import EMA_DECAY, learning_rate
+from bench.training import Training, parser_of
 from dbcache.demo import motion, moving_digits
 from dbcache.demo.moving_digits import DIRECTIONS, NUM_DIGITS
 
@@ -73,8 +73,7 @@ def train(out: Path, *, steps: int, batch_size: int, seed: int, resume: bool, ga
     if resume:
         before = WanTransformer3DModel.from_pretrained(out, torch_dtype=torch.float32)
         model.load_state_dict(before.state_dict())
-    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    training = Training(model, ema_decay=EMA_DECAY)
     begun, average = time.perf_counter(), 1.0
     for step in range(steps):
         pick = torch.randint(len(images), (batch_size,))
@@ -83,22 +82,12 @@ def train(out: Path, *, steps: int, batch_size: int, seed: int, resume: bool, ga
         dropped = torch.rand(batch_size) < PROMPT_DROPOUT
         digits[dropped], directions[dropped] = moving_digits.EMPTY
         loss = flow_matching_loss(model, videos, digits, directions)
-        for group in optimizer.param_groups:
-            group["lr"] = gain * learning_rate(step, steps)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                ema[name].lerp_(value, 1 - EMA_DECAY)
+        training.step(loss, gain * learning_rate(step, steps))
         average += 0.02 * (loss.item() - average)
         if step % SAVE_EVERY == SAVE_EVERY - 1 or step == steps - 1:
             seconds = time.perf_counter() - begun
             print(f"{step + 1} steps, {seconds:.0f} s, loss {average:.4f}", flush=True)
-            saved = WanTransformer3DModel(**MODEL)
-            saved.load_state_dict(ema)
-            saved.half().save_pretrained(out)
+            training.save(WanTransformer3DModel(**MODEL), out)
     print(f"wrote {out}")
 
 
@@ -137,15 +126,12 @@ def evaluate(path: Path, *, per_class: int, steps: int, guidance: float) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=moving_digits.WEIGHTS, help="model folder")
-    parser.add_argument("--steps", type=int, default=2600, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = parser_of(
+        __doc__, out=moving_digits.WEIGHTS, steps=2600, batch_size=16, per_class=10,
+        judged="videos per digit and direction",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on from the weights in --out")
     parser.add_argument("--gain", type=float, default=1.5, help="of the learning rate")
-    parser.add_argument("--evaluate", action="store_true", help="only judge the weights in --out")
-    parser.add_argument("--per-class", type=int, default=10, help="videos per digit and direction")
     parser.add_argument("--sample-steps", type=int, default=28, help="denoising steps to judge")
     parser.add_argument("--guidance", type=float, default=moving_digits.GUIDANCE)
     arguments = parser.parse_args()

@@ -11,7 +11,6 @@ weights are stored in fp16.
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from bench import train_digits
+from bench.training import Training, parser_of
 from dbcache.demo import digits
 from dbcache.demo.quality import DigitClassifier, psnr
 
@@ -72,8 +72,7 @@ def distil(out: Path, *, count: int, steps: int, batch_size: int, seed: int) -> 
     drawn = [paths(model, torch.randn(len(c), side * side, 4), c) for c in classes.split(64)]
     ends = torch.cat(drawn)
     print(f"{count} paths, {time.perf_counter() - begun:.0f} s", flush=True)
-    ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    training = Training(model, ema_decay=EMA_DECAY, weight_decay=0.0)
     for step in range(steps):
         pick = torch.randint(count, (batch_size,))
         window = torch.randint(WINDOWS, (batch_size,))
@@ -87,22 +86,12 @@ def distil(out: Path, *, count: int, steps: int, batch_size: int, seed: int) -> 
         )
         loss = (loss - (begin - end) * WINDOWS).square().mean()
         gain = LEARNING_RATE / train_digits.PEAK_LEARNING_RATE
-        for group in optimizer.param_groups:
-            group["lr"] = gain * train_digits.learning_rate(step, steps)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                ema[name].lerp_(value, 1 - EMA_DECAY)
+        training.step(loss, gain * train_digits.learning_rate(step, steps))
         average += (loss.item() - average) / min(step + 1, 50)
         if step % 50 == 49:
             seconds = time.perf_counter() - begun
             print(f"{step + 1} steps, {seconds:.0f} s, loss {average:.5f}", flush=True)
-    saved = FluxTransformer2DModel(**train_digits.MODEL)
-    saved.load_state_dict(ema)
-    saved.half().save_pretrained(out)
+    training.save(FluxTransformer2DModel(**train_digits.MODEL), out)
     print(f"wrote {out}")
 
 
@@ -132,14 +121,11 @@ def evaluate(path: Path, *, per_class: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=digits.STUDENT, help="model folder")
+    parser = parser_of(
+        __doc__, out=digits.STUDENT, steps=700, batch_size=32, per_class=20,
+        judged="images per digit",
+    )  # fmt: skip
     parser.add_argument("--paths", type=int, default=2048, help="of the teacher to learn from")
-    parser.add_argument("--steps", type=int, default=700, help="optimizer steps")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--evaluate", action="store_true", help="only judge the weights in --out")
-    parser.add_argument("--per-class", type=int, default=20, help="images per digit to judge")
     arguments = parser.parse_args()
     if not arguments.evaluate:
         distil(

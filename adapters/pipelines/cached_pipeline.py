@@ -98,6 +98,7 @@ class PipelineCall:
         self._began = time.perf_counter()
         self._handled = sys.exc_info()[1]
         self._steps_of_scheduler: int | None = None
+        self._parts: dict[str | None, int | None] = {}
 
     def open(self) -> None:
         """Open the requests; waits where as many are open as there may be."""
@@ -106,8 +107,9 @@ class PipelineCall:
             request = Request(setup, follows=True)
             request.clock.shares_steps = len(transformers) > 1
             request.part = name or "" if len(transformers) > 1 else ""
-            plan = self._planned_steps if len(transformers) == 1 else self._part_of_steps
-            request.clock.planned_steps = functools.partial(plan, name)
+            request.clock.planned_steps = self._planned_steps
+            if request.clock.shares_steps:
+                request.clock.planned_steps = functools.partial(self._part_of_steps, name)
             self._handles.append(handle)
             self.requests[id(handle.module)] = request
         # in one order for all pipelines: else two could wait for each other
@@ -116,13 +118,15 @@ class PipelineCall:
         self.pipeline._open.append(self)
         self.pipeline.exchanged.say(self.requests.values())
 
-    def _planned_steps(self, _: str | None) -> tuple[int | None, int | None]:
+    def _planned_steps(self) -> tuple[int | None, int | None]:
         """Return the steps of the call, where the pipeline tells them, and the scheduler's."""
         return getattr(self.pipeline.pipe, "_num_timesteps", None), self._steps_of_scheduler
 
     def _part_of_steps(self, name: str | None) -> tuple[int | None, int | None]:
         """Return None, and the scheduler's steps that fall to the transformer of that name."""
-        return None, part_of_steps(self.pipeline.pipe, name)
+        if name not in self._parts:  # reads the scheduler's times from the device
+            self._parts[name] = part_of_steps(self.pipeline.pipe, name)
+        return None, self._parts[name]
 
     def follow(self, *, has_scheduler: bool) -> None:
         """Find the guidance branches from the calls."""
@@ -144,6 +148,7 @@ class PipelineCall:
     def start_loop(self, steps: int | None) -> None:
         """A denoising loop begins; all but the first of a call begin anew."""
         self._steps_of_scheduler = steps
+        self._parts.clear()
         for request in self.requests.values():
             request.clock.shared_steps = steps if request.clock.shares_steps else None
             request.start_loop()

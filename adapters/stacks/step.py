@@ -92,11 +92,7 @@ class Step(StackStep):
     _returned: torch.Tensor | None = None
 
     def __init__(self, stack: Any, run: Any, branch: str | None, forward: Any) -> None:
-        self.stack = stack
-        self.run = run
-        self.branch = branch
-        self.forward = forward
-        self.cutter = forward.cutter
+        super().__init__(stack, run, branch, forward)
         if run.source is not None or run.recorder is not None:
             self.watches_output = True
         if stack.last_blocks is not None:

@@ -141,11 +141,15 @@ def test_summaries_and_counters_are_read_while_requests_begin_and_end():
             thread.join()
 
     def look():
+        seen = 0
         while time.monotonic() < until:
-            dbcache.summary(model, logging=False)
+            seen += bool(dbcache.summary(model, logging=False).lanes)
             dbcache.counters()
+        return seen
 
-    in_threads([begin, begin, look, look])
+    _, _, *seen = in_threads([begin, begin, look, look])
+    assert all(seen)
+    assert len(inside.handle(model)._open) == 0  # those that were dropped count no more
 
 
 def test_pipelines_that_wait_for_each_others_transformers_do_not_wait_for_ever(monkeypatch):
