@@ -85,13 +85,18 @@ class CountedVariant(Variant):
         self.by_row = told == ["table_ptr"]
         self.counters_at = ARGUMENTS_FROM + names.index(told[0]) if told else 0
         self.names = names
+        self.flags: dict[Any, Any] = {}
 
-    def run(self, *args: Any) -> None:
+    def run(self, *args: Any) -> None:  # few instructions, as they count as the op's
         self.launches.counts[self.name] += 1
         if not self.decides:
             return
-        if not self.by_row:  # few instructions, as they count as the op's
-            _flag_at(_at(args[self.counters_at])).value = self.launches.cached
+        if not self.by_row:
+            counters = args[self.counters_at]
+            flag = self.flags.get(counters)
+            if flag is None:
+                flag = self.flags[counters] = _flag_at(_at(counters))
+            flag.value = self.launches.cached
             return
         named = dict(zip(self.names, args[ARGUMENTS_FROM:], strict=False))
         for address in self._flags(named, *args[:2]):

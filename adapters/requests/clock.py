@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,6 +16,8 @@ from dbcache.adapters.requests.guidance import ATTENTION_OPTIONS, LEAVES_OUT, Br
 from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.requests.step_times import Move, StepTimes
 from dbcache.adapters.signals.ip_adapter import IMAGES, ImageScales
+
+_is_none = functools.partial(operator.is_, None)
 
 MOST_CONDITIONS = 4
 """Of the first calls, which show whether branches that nobody names take turns."""
@@ -198,14 +202,14 @@ class Clock:
             if is_late:
                 self._force_full("their branch of guidance had not run just before", branch)
         # what must stay the same from step to step: what is given, and the scale of adapters
-        given, scales = [name for name, value in kwargs.items() if value is not None], []
-        if not ATTENTION_OPTIONS.isdisjoint(given):
+        scales: list[Any] = []
+        if not ATTENTION_OPTIONS.isdisjoint(kwargs):
             for argument, value in kwargs.items():
                 if argument in ATTENTION_OPTIONS and isinstance(value, dict):
                     scales.append(value.get("scale"))
                     if IMAGES & value.keys():
                         scales += self._image_scales.now()
-        form = given, scales
+        form = [*kwargs], [*map(_is_none, kwargs.values())], scales
         known = self._forms.get(branch)
         if known != form:
             self._note_change(branch, known, form)
@@ -218,11 +222,11 @@ class Clock:
 
     def _note_change(self, branch: str | None, known: Any, form: Any) -> None:
         """Make the next step of a branch a full one if other arguments are given than before."""
-        self._forms[branch], self._inputs[branch] = form, frozenset(form[0])
-        if known is None:
-            return
-        changed = sorted({*known[0]} ^ {*form[0]})
-        if changed or known[1] != form[1]:
+        given = frozenset(name for name, is_none in zip(*form[:2], strict=True) if not is_none)
+        before = self._inputs.get(branch, given)
+        self._forms[branch], self._inputs[branch] = form, given
+        changed = sorted(before ^ given)
+        if changed or (known is not None and known[2] != form[2]):
             named = ", ".join(changed) or "the scale of an adapter"
             self._force_full(f"inputs came, went or changed ({named})", branch)
 

@@ -316,6 +316,13 @@ class Boundary(SkippedBlock):
         return self.pass_through(step, args, kwargs)
 
 
+_Fast = tuple[list[Entry], list[Entry], list[Entry], frozenset[str] | None]
+"""What a loop calls on full steps, on cached ones, and on cached ones if it only calls blocks.
+
+The latter holds without some inputs of the model; None: never.
+"""
+
+
 class Loop(list[Entry]):
     """What stands for the blocks of one list, in their order: an entry for each.
 
@@ -331,7 +338,7 @@ class Loop(list[Entry]):
         path: of the list, seen from the model.
     """
 
-    __slots__ = ("_before", "_fast", "_middle", "_rest", "path")
+    __slots__ = ("_before", "_fast", "_index", "_middle", "_rest", "path")
 
     def __init__(self, row: list[Entry], path: str) -> None:
         super().__init__(row)
@@ -339,8 +346,9 @@ class Loop(list[Entry]):
         at = [i for i, entry in enumerate(row) if type(entry) is SkippedBlock]
         begin, end = (at[0], at[-1] + 1) if at else (0, 0)
         self._before, self._rest = row[:begin], row[begin:]
-        self._middle: list[Any] = row[begin:end]
-        self._fast: tuple[list[Entry], list[Entry], list[Entry]] | None = None
+        middle: list[Any] = row[begin:end]
+        self._middle, self._index = middle, middle[0].index if at else 0
+        self._fast: _Fast | None = None
 
     def __iter__(self) -> Iterator[Entry]:
         forward = _under_way() if self._middle else None
@@ -354,24 +362,29 @@ class Loop(list[Entry]):
 
     def _now(self, forward: Any) -> list[Entry]:
         """Return what stands for the blocks from the first middle one on, in the forward's step."""
-        step = forward.steps[self._middle[0].index]
+        step = forward.steps[self._index]
         known = step.stack.loops[forward.inputs]
-        if not (step.awaits_end and known.is_seen) or (step.cached and known.reads_blocks):
+        fast = self._fast or self._learn_fast(forward)
+        if fast is None or not (step.awaits_end and known.is_seen):
             return self._rest
-        if self._fast is None:
-            if any(proxy.form is None for proxy in self._middle):
-                return self._rest
-            after = self._rest[len(self._middle) :]
-            blocks = [proxy.block for proxy in self._middle]
-            passing = [*map(_passing, self._middle), *after]
-            # one turn at least, which leaves its results to what follows the loop
-            called = after if after or self._before else passing[-1:]
-            self._fast = [*blocks, *after], passing, called
-        return self._fast[step.cached and 1 + self._only_calls(forward)]
-
-    def _only_calls(self, forward: Any) -> bool:
-        """Whether the model's loop does nothing but call the blocks, given what it is given."""
-        needs = forward.loops.get(self.path)
+        blocks, passing, called, needs = fast
+        if not step.cached:
+            return blocks
+        if known.reads_blocks:
+            return self._rest
         if needs is None or torch.is_grad_enabled():
-            return False
-        return not needs or (not forward.given[0] and needs.isdisjoint(forward.inputs))
+            return passing
+        only_calls = not needs or (not forward.given[0] and needs.isdisjoint(forward.inputs))
+        return called if only_calls else passing
+
+    def _learn_fast(self, forward: Any) -> _Fast | None:
+        """Find what costs less to call; None before the blocks have run once."""
+        if any(proxy.form is None for proxy in self._middle):
+            return None
+        after = self._rest[len(self._middle) :]
+        blocks = [proxy.block for proxy in self._middle]
+        passing = [*map(_passing, self._middle), *after]
+        # one turn at least, which leaves its results to what follows the loop
+        called = after if after or self._before else passing[-1:]
+        self._fast = [*blocks, *after], passing, called, forward.loops.get(self.path)
+        return self._fast

@@ -135,7 +135,7 @@ class Step(StackStep):
             stack.probe_copies.learn([(self._given, self.h_in)])
         lane = self.run.lanes.get(self.branch) or self._add_lane(h_fn.device)
         layout: Layout = (h_fn.shape, h_fn.dtype, h_fn.device)
-        if probe.shape != h_fn.shape:
+        if probe is not h_fn and probe.shape != h_fn.shape:
             layout += (probe.shape,)
         if encoder_in is not None:
             layout += (encoder_in.shape, encoder_in.dtype)

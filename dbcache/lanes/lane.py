@@ -309,7 +309,7 @@ class Lane(_Kept):
         elif encoder_fn is not None:
             if encoder_fn.dtype is not forms.encoder:
                 encoder_fn = encoder_fn.to(forms.encoder)
-            if encoder_fn.shape != history.encoder_snapshots.shape[1:]:
+            if encoder_fn.numel() != history.encoder_snapshots.stride(0):
                 encoder_fn = widened(encoder_fn, history.encoder_snapshots.shape[1:])
         encoder_weights = None if encoder_fn is None else state.encoder_weights
         direct = out is not None and can_write((h_fn, out), (encoder_fn, encoder_out))

@@ -37,26 +37,26 @@ class Plan:
     """How a kernel was launched for tensors of one layout, some of which a lane keeps.
 
     Attributes:
-        backend: what runs where none is named.
+        serves: names of `impl` that lead here.
         kept: references to those.
         forms: shape, dtype and device of the others, None for one that is missing.
         tail: the last arguments, which do not change.
     """
 
     __slots__ = (
-        "backend", "device", "forms", "function", "grid", "kept", "metadata", "run", "scratch",
-        "stream_of", "tail",
+        "device", "forms", "grid", "kept", "kernel", "run", "scratch", "serves", "stream_of",
+        "tail",
     )  # fmt: skip
 
-    backend: str
+    serves: tuple[str, ...]
     forms: list[tuple[Any, ...] | None]
     kept: list[Any]
 
     def __init__(
         self, variant: Any, device: int, grid: Sequence[int], tail: Sequence[Any], scratch: Any
     ) -> None:
-        self.run, self.function = variant.run, variant.function
-        self.metadata = variant.packed_metadata
+        self.run = variant.run
+        self.kernel = variant.function, variant.packed_metadata, None, None, None
         self.device = device
         self.grid = (*grid, 1, 1)[:3]
         self.stream_of = triton.runtime.driver.active.get_current_stream
@@ -65,10 +65,7 @@ class Plan:
 
     def launch(self, *args: int | None) -> None:
         """Launch the kernel with the addresses that change, None for a tensor that is missing."""
-        stream = self.stream_of(self.device)
-        self.run(
-            *self.grid, stream, self.function, self.metadata, None, None, None, *args, *self.tail
-        )
+        self.run(*self.grid, self.stream_of(self.device), *self.kernel, *args, *self.tail)
 
 
 class Checked:
@@ -137,24 +134,23 @@ class Plans(dict[Hashable, Plan | Checked]):
         """
         first: Any = kept[0] if kept else moving[0]
         plan = None if is_traced(first) else self.get((flags, *map(id, kept)))
-        if plan is None:
+        if type(plan) is not Plan:
+            is_checked = plan is not None and impl == "auto" and plan.fits(moving)  # type: ignore[union-attr]
+            return REFERENCE if is_checked else None
+        if impl not in plan.serves or plan.device != _current_device():
             return None
-        if type(plan) is Checked:
-            return REFERENCE if impl == "auto" and plan.fits(moving) else None
-        assert type(plan) is Plan
-        if (plan.backend if impl == "auto" else select.select(impl, first)) != "triton":
+        if _hooks.launch_enter_hook.calls:
             return None
-        if plan.device != _current_device() or _hooks.launch_enter_hook.calls:
-            return None
-        forms, bits = plan.forms, 0
-        addresses: list[int | None] = [None] * len(forms)
-        for at, x in enumerate(moving):
-            if type(x) is Tensor:
-                if (x.shape, x.dtype, x.get_device()) != forms[at] or not x.is_contiguous():
-                    return None
-                addresses[at] = address = x.data_ptr()
-                bits |= address
-            elif x is not None or forms[at] is not None:
+        bits = 0
+        addresses: list[int | None] = []
+        for x, form in zip(moving, plan.forms):  # noqa: B905 (as many, and `strict` takes time)
+            if type(x) is Tensor and (x.dtype, x.shape, x.get_device()) == form:
+                address = x.data_ptr()
+                bits |= address if x.is_contiguous() else 1
+                addresses.append(address)
+            elif x is None is form:
+                addresses.append(None)
+            else:
                 return None
         return None if bits & 15 else (plan, addresses)
 
@@ -193,6 +189,7 @@ class Plans(dict[Hashable, Plan | Checked]):
             return
         last = [x.data_ptr() if isinstance(x, Tensor) else x for x in fixed]
         plan = Plan(variant, given[0].get_device(), grid, (*last, *tail.values()), scratch)
-        plan.forms = [None if x is None else (x.shape, x.dtype, x.get_device()) for x in moving]
-        plan.backend = select.select("auto", given[0])
+        plan.forms = [None if x is None else (x.dtype, x.shape, x.get_device()) for x in moving]
+        is_default = select.select("auto", given[0]) == "triton"
+        plan.serves = ("auto", "triton") if is_default else ("triton",)
         self._keep(flags, kept, plan)

@@ -70,15 +70,15 @@ def predict(
         ValueError: shapes, dtypes or devices do not fit.
     """
     kept = (ring, weights, encoder_ring, encoder_weights, scales, encoder_scales)
-    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
-    is_new = out is None and encoder_out is None
     found = LAUNCHES.find(impl, replace, (h, encoder), kept)
-    if found is REFERENCE and is_new:
-        return predict_reference(*streams, replace)
-    if found is not None and found is not REFERENCE:
+    if type(found) is tuple:
         outputs = _follow(*found, h, out, encoder, encoder_out)
         if outputs is not None:
             return outputs
+    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
+    is_new = out is None and encoder_out is None
+    if found is REFERENCE and is_new:
+        return predict_reference(*streams, replace)
     _check(*streams)
     LAUNCHES.note_checked(impl, replace, (h, encoder), kept)
     if is_new and not is_traced(h) and select(impl, h) == "reference":
@@ -120,7 +120,10 @@ def _follow(
     out = torch.empty_like(h) if out is None else _output("h", h, out)
     address, encoder_address = out.data_ptr(), 0
     if encoder is not None:
-        encoder_out = _output("encoder", encoder, encoder_out)
+        is_new = encoder_out is None
+        encoder_out = (
+            torch.empty_like(encoder) if is_new else _output("encoder", encoder, encoder_out)
+        )
         encoder_address = encoder_out.data_ptr()
     if (address | encoder_address) & 15:
         return None
