@@ -93,7 +93,7 @@ def setup_for(module: torch.nn.Module, old: Setup) -> Setup:
         spec,
         old.base,
         modifiers,
-        graph_options=None if old.graphs is None else old.graphs.options,
+        graph_options=old.graph_options,
         sharding=None if sharding is None else sharding.of(module),
         attention=ModelAttention.of(module, backend),
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dbcache.adapters.blocks.infer import learn
@@ -32,6 +32,7 @@ def _without_steps(config: DBCacheConfig) -> dict[str, Any]:
     return {**config.as_dict(), "num_inference_steps": None, "max_warmup_steps": config.warmup}
 
 
+@dataclass(eq=False)
 class Setup:
     """The stacks of one transformer under one set of settings. Nothing of a request is kept here.
 
@@ -54,34 +55,23 @@ class Setup:
         shown: what forwards see in place of the blocks, made of the stacks' `entries`.
     """
 
-    def __init__(
-        self,
-        spec: TransformerSpec,
-        base: StackSettings,
-        modifiers: list[ParamsModifier | None],
-        *,
-        graph_options: GraphOptions | None = None,
-        sharding: Sharding | None = None,
-        patches: Patches | None = None,
-        attention: ModelAttention | None = None,
-    ) -> None:
-        self.spec = spec
-        self.module = spec.transformer
-        self.base = base
-        self.modifiers = modifiers
-        self.sharding = sharding
-        self.patches = patches
-        self.attention = attention
-        is_shared = sharding is not None and (sharding.spreads or sharding.votes)
-        if graph_options is not None and is_shared:
-            self._warn_of_graphs()
-            graph_options = None
-        self._records = graph_options is not None
-        self.config = base.modified(modifiers[0]).cache
+    spec: TransformerSpec
+    base: StackSettings
+    modifiers: list[ParamsModifier | None]
+    graph_options: GraphOptions | None = None
+    sharding: Sharding | None = None
+    patches: Patches | None = None
+    attention: ModelAttention | None = None
+
+    def __post_init__(self) -> None:
+        self.module, options = self.spec.transformer, self.graph_options
+        self.config = self.base.modified(self.modifiers[0]).cache
         separate_cfg = self.config.enable_separate_cfg
-        self.separate_cfg = spec.separate_cfg if separate_cfg is None else separate_cfg
+        self.separate_cfg = self.spec.separate_cfg if separate_cfg is None else separate_cfg
         self.condition_of = ArgumentFinder(self.module, CONDITIONS)
-        self.graphs = None if graph_options is None else GraphExecutor(self.module, graph_options)
+        self.graphs = None if options is None else GraphExecutor(self.module, options)
+        if self.sharding is not None and (self.sharding.spreads or self.sharding.votes):
+            self._run_eagerly()
         self.capture: UserCapture | None = None
         self.views: Any = None
         self.original: Any = None
@@ -91,11 +81,10 @@ class Setup:
         self.lanes = LanePool()
         self._learning = threading.RLock()
         self._origin: Setup | None = None
-        self._set_stacks(self._make_stacks())
+        self._make_stacks()
 
-    def _make_stacks(self) -> list[BlockStack]:
-        stacks = make_stacks(self.spec.stacks, self.base, self.modifiers)
-        sharding = self.sharding
+    def _make_stacks(self) -> None:
+        stacks, sharding = make_stacks(self.spec.stacks, self.base, self.modifiers), self.sharding
         self._let_vote(stacks)
         for stack in stacks:
             separate = stack.settings.cache.cfg_diff_compute_separate
@@ -104,25 +93,27 @@ class Setup:
                     f"{stack.name}: cfg_diff_compute_separate must be True with cfg_size=2, "
                     f"got False; the branches are measured on different ranks"
                 )
-            if self._records:
+            if self.graphs is not None:
                 stack.prepare_recording()
-        return stacks
+        self.lists = [block_list for stack in stacks for block_list in stack.lists]
+        self._show(stacks)
+        self.stacks = stacks  # last: a request in another thread may wait for them
 
-    def _warn_of_graphs(self) -> None:
-        say(
-            f"{type(self.module).__name__}: CUDA graphs are not recorded of a transformer that "
-            f"ranks share; runs eagerly. Leave out cuda_graph"
-        )
+    def _run_eagerly(self) -> None:
+        """Record no graphs, since ranks share the transformer."""
+        if self.graphs is not None:
+            say(
+                f"{type(self.module).__name__}: CUDA graphs are not recorded of a transformer that "
+                f"ranks share; runs eagerly. Leave out cuda_graph"
+            )
+            self.graphs.retire()
+            self.graphs = self.graph_options = None
 
     def take_up_ranks(self) -> None:
         """Let the ranks vote that share the transformer since."""
-        if self.sharding is None or not self.sharding.votes:
-            return
-        if self.graphs is not None:
-            self._warn_of_graphs()
-            self.graphs.retire()
-            self.graphs = None
-        self._let_vote(self.stacks)
+        if self.sharding is not None and self.sharding.votes:
+            self._run_eagerly()
+            self._let_vote(self.stacks)
 
     def _let_vote(self, stacks: Sequence[BlockStack]) -> None:
         if self.sharding is None or not self.sharding.votes:
@@ -136,11 +127,6 @@ class Setup:
                 )
             stack.sharding = self.sharding
 
-    def _set_stacks(self, stacks: list[BlockStack]) -> None:
-        self.lists = [block_list for stack in stacks for block_list in stack.lists]
-        self._show(stacks)
-        self.stacks = stacks  # last: a request in another thread may wait for them
-
     def take_lanes(self, shape: object) -> LaneSet:
         """Return lanes for a request whose latents have the given shape."""
         stacks = self.stacks  # another thread may learn them meanwhile
@@ -149,9 +135,8 @@ class Setup:
 
     def _make_lanes(self, stacks: Sequence[BlockStack]) -> LaneSet:
         lanes = LaneSet([StackRun(stack) for stack in stacks])
-        if self._records:
-            for run in lanes.runs:
-                run.shared.by_device = True
+        for run in lanes.runs:
+            run.shared.by_device |= self.graphs is not None
         return lanes
 
     def take_up_blocks(self) -> Shown:
@@ -182,11 +167,11 @@ class Setup:
             pairs = zip(stacks, self.modifiers, strict=True)
             self.modifiers = [modifier for stack, modifier in pairs if stack is not None]
             kept = tuple(stack for stack in stacks if stack is not None)
-            self.spec = dataclasses.replace(self.spec, stacks=kept)
-            self._set_stacks(self._make_stacks())
+            self.spec = replace(self.spec, stacks=kept)
+            self._make_stacks()
             if self._origin is not None and not self._origin.stacks:
                 self._origin.spec, self._origin.modifiers = self.spec.twin(), self.modifiers
-                self._origin._set_stacks(self._origin._make_stacks())
+                self._origin._make_stacks()
         return output
 
     def bind(self, views: Any, original: Any, reruns: Any) -> None:
@@ -218,28 +203,19 @@ class Setup:
         Raises:
             ValueError: values that are not allowed, or do not go together.
         """
-        base = self.base.modified(changes)
+        base, config = self.base.modified(changes), merge(self.config, changes.cache_config)
+        is_same = _without_steps(config) == _without_steps(self.config)
+        if is_same and base.predictor == self.base.predictor:
+            if config.num_inference_steps == self.config.num_inference_steps:
+                return self
+            twin = copy.copy(self)
+            twin.base, twin.config, twin._origin = base, config, self
+            return twin
         with self._learning:
             spec, modifiers = self.spec.twin(), self.modifiers
         if overrides:
             modifiers = [changes for _ in modifiers]
-        config = merge(self.config, changes.cache_config)
-        if base.predictor == self.base.predictor:
-            if config.as_dict() == self.config.as_dict() and config.warmup == self.config.warmup:
-                return self
-            if _without_steps(config) == _without_steps(self.config):
-                twin = copy.copy(self)
-                twin.base, twin.config, twin._origin = base, config, self
-                return twin
-        renewed = Setup(
-            spec,
-            base,
-            modifiers,
-            graph_options=None if self.graphs is None else self.graphs.options,
-            sharding=self.sharding,
-            patches=self.patches,
-            attention=self.attention,
-        )
+        renewed = replace(self, spec=spec, base=base, modifiers=modifiers)
         renewed.inherit(self, always=for_request)
         return renewed
 
@@ -248,8 +224,7 @@ class Setup:
 
         With `always` lanes and graphs are shared even if they do not fit all of both.
         """
-        options, its_options = (x.graphs and x.graphs.options for x in (self, old))
-        if self.patches is not old.patches or options != its_options:
+        if self.patches is not old.patches or self.graph_options != old.graph_options:
             return  # functors cannot be compared
         if [stack.geometry for stack in self.stacks] != [stack.geometry for stack in old.stacks]:
             return
