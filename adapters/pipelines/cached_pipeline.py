@@ -18,6 +18,7 @@ from dbcache.adapters.pipelines.continued import begins_later, continued
 from dbcache.adapters.pipelines.events import part_of_steps, watched
 from dbcache.adapters.pipelines.exchanged import Exchanged
 from dbcache.adapters.requests.cached_transformer import HANDLE, CachedTransformer
+from dbcache.adapters.requests.clock import Steps
 from dbcache.adapters.requests.context import ACTIVE, active, outside
 from dbcache.adapters.requests.record import RequestRecord
 from dbcache.adapters.requests.request import Request
@@ -105,10 +106,9 @@ class PipelineCall:
         transformers = self.pipeline.transformers
         for (handle, setup), name in zip(transformers, self.pipeline.exchanged.names, strict=False):
             request = Request(setup, follows=True)
-            request.clock.shares_steps = len(transformers) > 1
-            request.part = name or "" if len(transformers) > 1 else ""
             request.clock.planned_steps = self._planned_steps
-            if request.clock.shares_steps:
+            if len(transformers) > 1:
+                request.part, request.clock.shares_steps = name or "", True
                 request.clock.planned_steps = functools.partial(self._part_of_steps, name)
             self._handles.append(handle)
             self.requests[id(handle.module)] = request
@@ -118,15 +118,15 @@ class PipelineCall:
         self.pipeline._open.append(self)
         self.pipeline.exchanged.say(self.requests.values())
 
-    def _planned_steps(self) -> tuple[int | None, int | None]:
+    def _planned_steps(self) -> Steps:
         """Return the steps of the call, where the pipeline tells them, and the scheduler's."""
-        return getattr(self.pipeline.pipe, "_num_timesteps", None), self._steps_of_scheduler
+        return getattr(self.pipeline.pipe, "_num_timesteps", None), self._steps_of_scheduler, None
 
-    def _part_of_steps(self, name: str | None) -> tuple[int | None, int | None]:
-        """Return None, and the scheduler's steps that fall to the transformer of that name."""
+    def _part_of_steps(self, name: str | None) -> Steps:
+        """Return the scheduler's steps that fall to the transformer of that name, and them all."""
         if name not in self._parts:  # reads the scheduler's times from the device
             self._parts[name] = part_of_steps(self.pipeline.pipe, name)
-        return None, self._parts[name]
+        return None, self._parts[name], self._steps_of_scheduler
 
     def follow(self, *, has_scheduler: bool) -> None:
         """Find the guidance branches from the calls."""
@@ -150,7 +150,6 @@ class PipelineCall:
         self._steps_of_scheduler = steps
         self._parts.clear()
         for request in self.requests.values():
-            request.clock.shared_steps = steps if request.clock.shares_steps else None
             request.start_loop()
 
     def change_control(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,9 @@ from dbcache.adapters.requests.guidance import ATTENTION_OPTIONS, LEAVES_OUT, Br
 from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.requests.step_times import Move, StepTimes
 from dbcache.adapters.signals.ip_adapter import IMAGES, ImageScales
+
+Steps = tuple[int | None, int | None, int | None]
+"""Of a request, of its scheduler at most, and of a loop that is shared; None: not known."""
 
 _is_none = functools.partial(operator.is_, None)
 
@@ -32,9 +34,7 @@ class Clock:
     """Counts the calls of one request, and finds their branches.
 
     Args:
-        setup: the settings.
-        force_full: method of the request, called with a reason and a branch whose next step must be
-            a full one; held weakly, so that a request that is dropped frees its buffers at once.
+        setup: the settings; `restart` begins with them.
         steps: of the request, where the caller knows; None: the config or a scheduler may tell.
         follows: branches are found from the calls. Without that, calls are one branch, or two in
             turn, and `num_inference_steps` calls or a time that runs back begin the request anew.
@@ -43,36 +43,25 @@ class Clock:
         branch: of the call under way; `inputs` are the names of the arguments that it is given.
         name: what the caller named the call, None without.
         shares_steps: another transformer runs some of the steps that a pipeline tells of.
-        shared_steps: of the loop whose steps are shared so.
         calls: since the request began.
-        planned_steps: returns the steps that a pipeline plans, and those of its scheduler that
-            fall to this transformer.
+        planned_steps: returns the steps that a pipeline plans, those of its scheduler that fall to
+            this transformer, and those of the loop whose steps it shares with others.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        force_full: Callable[[str, Any], None],
-        *,
-        steps: int | None,
-        follows: bool,
-    ) -> None:
+    def __init__(self, setup: Setup, *, steps: int | None, follows: bool) -> None:
         self.follows = follows
         self.known_steps = steps
-        self.planned_steps: Callable[[], tuple[int | None, int | None]] | None = None
+        self.planned_steps: Callable[[], Steps] | None = None
         self.shares_steps = False
-        self.shared_steps: int | None = None
         self.branch: str | None = None
         self.inputs: frozenset[str] = frozenset()
         self.name: str | None = None
         self.branches = Branches(alternates=setup.spec.separate_cfg)
-        self._its_force_full = weakref.WeakMethod(force_full)
         self._times = StepTimes(setup.module)
         self._image_scales = ImageScales(setup.module)
         self._looks_at_times = False
         self._step_index: int | None = None
         self._by_time = False
-        self.restart(setup)
 
     def restart(self, setup: Setup) -> None:
         """Forget all steps and branches, and go by another setup."""
@@ -80,7 +69,6 @@ class Clock:
         self.refreshes = 0
         self.branches.uncond_first = self.config.cfg_compute_first
         self.branches.start_loop()
-        self.start()
 
     def start(self) -> None:
         """Begin with the first step; branches keep their names."""
@@ -123,11 +111,12 @@ class Clock:
         finally:
             self.name, self._step_index = outer, outer_index
 
-    def num_steps(self) -> tuple[int | None, int | None]:
-        """Return the steps of this request, and those that its scheduler has at most."""
-        planned, at_most = (None, None) if self.planned_steps is None else self.planned_steps()
+    def num_steps(self) -> Steps:
+        """Return the steps of this request, what its scheduler has at most, and a shared loop."""
+        plan = self.planned_steps
+        planned, at_most, loop = (None, None, None) if plan is None else plan()
         known = self.known_steps if planned is None else planned
-        return (self.config.num_inference_steps if known is None else known), at_most
+        return (self.config.num_inference_steps if known is None else known), at_most, loop
 
     def is_over(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], time: float | None = None
@@ -138,9 +127,14 @@ class Clock:
             args: of the call, as `kwargs`.
             time: of the call, where it was read already.
         """
+        if self._by_time:
+            move = self._move(args, kwargs, time)
+            if move is not Move.UNKNOWN:
+                self.branches.know_steps()
+            # what was started is one request, also where its time turns back
+            if move in (Move.ON, Move.BACK) and self.calls:
+                self.branches.end_step()
         if self.follows:
-            if self._by_time:
-                self._tell_step(self._move(args, kwargs, time))
             return False
         steps = self.config.num_inference_steps if self.known_steps is None else self.known_steps
         if steps is None:
@@ -161,13 +155,6 @@ class Clock:
         is_second = self.calls % 2 == 1
         return "uncond" if is_second != self.config.cfg_compute_first else "cond"
 
-    def _tell_step(self, move: Move) -> None:
-        """Tell the branches what the time of a call says of the step before."""
-        if move is not Move.UNKNOWN:
-            self.branches.know_steps()
-        if move is Move.ON and self.calls:
-            self.branches.end_step()
-
     def _move(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], time: float | None = None
     ) -> Move:
@@ -176,21 +163,14 @@ class Clock:
             return Move.UNKNOWN
         self._looks_at_times = True
         now = time if self._step_index is None else self._step_index
-        move = self._times.move(args, kwargs) if now is None else self._times.move_to(now)
-        if self.follows and move is Move.BACK:  # what was started is one request, however it runs
-            return Move.ON
-        return move
+        return self._times.move(args, kwargs) if now is None else self._times.move_to(now)
 
-    def find_branch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find the branch of a call; see to it that a cached step would continue it."""
+    def find_branch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """Find the branch of a call; return why a cached step would not continue it, if so."""
         branch = self._name(kwargs) if LEAVES_OUT in kwargs else self.name
+        reasons: list[str] = []
         is_asked = branch is None and self.config.enable_separate_cfg is not None
-        if not self.branches.is_active or is_asked:
-            if branch is None and self.setup.separate_cfg:
-                branch = self._by_parity()
-            elif self.calls < MOST_CONDITIONS and not is_asked and branch is None:
-                self._conditions.append(self.setup.condition_of(args, kwargs))
-        else:
+        if self.branches.is_active and not is_asked:
             condition = self.setup.condition_of(args, kwargs)
             if not isinstance(condition, torch.Tensor):
                 condition = None
@@ -200,35 +180,29 @@ class Clock:
                 self.branches.tell_first_step(self._times.is_at(self._first, args, kwargs))
             branch, is_late = self.branches.of_call(branch, condition)
             if is_late:
-                self._force_full("their branch of guidance had not run just before", branch)
+                reasons.append("their branch of guidance had not run just before")
+        elif branch is None and self.setup.separate_cfg:
+            branch = self._by_parity()
+        elif branch is None and not is_asked and self.calls < MOST_CONDITIONS:
+            self._conditions.append(self.setup.condition_of(args, kwargs))
         # what must stay the same from step to step: what is given, and the scale of adapters
         scales: list[Any] = []
-        if not ATTENTION_OPTIONS.isdisjoint(kwargs):
-            for argument, value in kwargs.items():
-                if argument in ATTENTION_OPTIONS and isinstance(value, dict):
-                    scales.append(value.get("scale"))
-                    if IMAGES & value.keys():
-                        scales += self._image_scales.now()
+        for name in ATTENTION_OPTIONS:
+            if name in kwargs and isinstance(kwargs[name], dict):
+                scales.append(kwargs[name].get("scale"))
+                if IMAGES & kwargs[name].keys():
+                    scales += self._image_scales.now()
         form = [*kwargs], [*map(_is_none, kwargs.values())], scales
         known = self._forms.get(branch)
         if known != form:
-            self._note_change(branch, known, form)
+            given = frozenset(name for name, value in kwargs.items() if value is not None)
+            changed = sorted(self._inputs.get(branch, given) ^ given)
+            if changed or (known is not None and known[2] != scales):
+                named = ", ".join(changed) or "the scale of an adapter"
+                reasons.append(f"inputs came, went or changed ({named})")
+            self._forms[branch], self._inputs[branch] = form, given
         self.branch, self.inputs = branch, self._inputs[branch]
-
-    def _force_full(self, reason: str, branch: str | None) -> None:
-        force_full = self._its_force_full()
-        assert force_full is not None  # who calls the clock holds the request
-        force_full(reason, branch)
-
-    def _note_change(self, branch: str | None, known: Any, form: Any) -> None:
-        """Make the next step of a branch a full one if other arguments are given than before."""
-        given = frozenset(name for name, is_none in zip(*form[:2], strict=True) if not is_none)
-        before = self._inputs.get(branch, given)
-        self._forms[branch], self._inputs[branch] = form, given
-        changed = sorted(before ^ given)
-        if changed or (known is not None and known[2] != form[2]):
-            named = ", ".join(changed) or "the scale of an adapter"
-            self._force_full(f"inputs came, went or changed ({named})", branch)
+        return reasons
 
     def end_call(self) -> None:
         """Count a call that has ended without an exception."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dbcache.adapters.requests.clock import Steps
 from dbcache.adapters.requests.setup import Setup
 from dbcache.config.cache import StackSettings
 from dbcache.config.parallelism import ParallelismConfig
@@ -46,14 +47,12 @@ def _name(extra: Any) -> str:
     return extra if isinstance(extra, str) else type(extra).__name__
 
 
-def meet_ranks(
-    setup: Setup, steps: tuple[int | None, int | None], latents: torch.Tensor | None
-) -> None:
+def meet_ranks(setup: Setup, steps: Steps, latents: torch.Tensor | None) -> None:
     """See which ranks decide together as a request begins, and that all begin it alike.
 
     Args:
         setup: its blocks and settings.
-        steps: how many it has, and how many at most.
+        steps: how many it has, as `Clock.num_steps` tells.
         latents: what the transformer is called with.
 
     Raises:
@@ -66,9 +65,7 @@ def meet_ranks(
     setup.take_up_ranks()
 
 
-def _facts_of_request(
-    setup: Setup, steps: tuple[int | None, int | None], latents: torch.Tensor | None
-) -> dict[str, str]:
+def _facts_of_request(setup: Setup, steps: Steps, latents: torch.Tensor | None) -> dict[str, str]:
     facts = _facts(setup)
     facts["num_inference_steps"] = str(steps[0] if steps[0] is not None else steps[1])
     if latents is not None and any(_tells_samples_apart(s.settings) for s in setup.stacks):

@@ -19,9 +19,7 @@ from typing import Any
 
 import torch
 
-ATTENTION_OPTIONS = frozenset(
-    ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
-)
+ATTENTION_OPTIONS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")
 """Parameters whose "scale" is that of LoRA weights."""
 
 LEAVES_OUT = "skip_layers"

@@ -142,7 +142,7 @@ class Request:
     ) -> None:
         self.setup = setup
         self.module = setup.module
-        self.clock = Clock(setup, self.force_full, steps=steps, follows=follows)
+        self.clock = Clock(setup, steps=steps, follows=follows)
         self.renew = renew
         self.is_closed = False
         self.record: RequestRecord | None = None
@@ -222,14 +222,15 @@ class Request:
         has_adapters = "peft_config" in self.module.__dict__ or self.adapters.are_known
         if has_adapters and self.adapters.have_changed(self.module, self.setup.lists, clock.calls):
             self.force_full(CHANGED)
-        clock.find_branch(args, kwargs)
+        for reason in clock.find_branch(args, kwargs):
+            self.force_full(reason, clock.branch)
 
     def _plan(self, latents: torch.Tensor | None) -> None:
         """Fit the plans of all lanes to the number of steps."""
         steps = self.clock.num_steps()
         meet_ranks(self.setup, steps, latents)
         for run in self.lane_set.runs:
-            run.plan(*steps, self.clock.shared_steps)
+            run.plan(*steps)
 
     # --- forwards ---------------------------------------------------------------------------
 
@@ -351,7 +352,7 @@ class Request:
         """Return lanes for stacks that have become known since the request began."""
         self._take_lanes(args, kwargs)
         for run in self.lane_set.runs:
-            run.plan(*self.clock.num_steps(), self.clock.shared_steps)
+            run.plan(*self.clock.num_steps())
         return self.lane_set
 
     def _take_lanes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -118,7 +118,8 @@ class RowGroup:
                     if row.name is not None:
                         stack.enter_context(request.clock.named(row.name))
                     if any(request is other for other, _ in begun):
-                        request.clock.find_branch(rest, own)
+                        for reason in request.clock.find_branch(rest, own):
+                            request.force_full(reason, request.branch)
                     else:
                         request.begin_step(rest, own, time=times[index])
                 branches[row] = request.branch
