@@ -7,28 +7,27 @@ that project took the idea of non-uniform steps from LeMiCa and EasyCache.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 
 from dbcache.config.options import check_choice, check_int, shown
-
-Bins = tuple[tuple[int, ...], tuple[int, ...]]
-"""Lengths of the runs of full steps and, between them, of cached ones."""
 
 MASKS = ("slow", "medium", "fast", "ultra")
 """From few cached steps to many."""
 
 _BASE_STEPS = 28
-_BASE: dict[str, Bins] = {
-    "slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
-    "medium": ((6, 2, 2, 2, 2, 1), (1, 3, 3, 3, 3)),
-    "fast": ((6, 1, 1, 1, 1, 1), (1, 3, 4, 5, 4)),
-    "ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
+_BASE = {
+    "slow": (8, 1, 3, 2, 3, 2, 2, 2, 1, 3, 1),
+    "medium": (6, 1, 2, 3, 2, 3, 2, 3, 2, 3, 1),
+    "fast": (6, 1, 1, 3, 1, 4, 1, 5, 1, 4, 1),
+    "ultra": (4, 2, 1, 5, 1, 6, 1, 7, 1),
 }
-_UP_TO_15: dict[str, Bins] = {
-    "slow": ((4, 2, 2, 2, 1), (1, 1, 1, 1)),
-    "medium": ((4, 2, 1, 1, 1), (1, 1, 2, 2)),
-    "fast": ((3, 1, 1, 1, 1), (1, 2, 2, 3)),
-    "ultra": ((2, 1, 1, 1, 1), (1, 2, 3, 3)),
+"""Lengths of the runs of full steps and of cached ones, in turn."""
+
+_UP_TO_15 = {
+    "slow": (4, 1, 2, 1, 2, 1, 2, 1, 1),
+    "medium": (4, 1, 2, 1, 1, 2, 1, 2, 1),
+    "fast": (3, 1, 1, 2, 1, 2, 1, 3, 1),
+    "ultra": (2, 1, 1, 2, 1, 3, 1, 3, 1),
 }
 _FEW = {
     steps: dict.fromkeys(MASKS, mask)
@@ -71,10 +70,7 @@ def steps_mask(
         )
     if total_steps in _FEW:
         return [int(entry) for entry in _FEW[total_steps][mask_policy]]
-    computed, cached = (_UP_TO_15 if total_steps < 16 else _BASE)[mask_policy]
-    mask = _alternate(*_shrunk(_grown((computed, cached), total_steps), total_steps))
-    mask[-1] = 1
-    return mask
+    return _fitted((_UP_TO_15 if total_steps < 16 else _BASE)[mask_policy], total_steps)
 
 
 def check_mask(mask: Sequence[int] | str, *, steps: int | None, static: bool) -> list[int] | str:
@@ -123,7 +119,8 @@ def _from_bins(
             f"steps_mask: compute_bins and cache_bins must alternate, full steps first (as many of "
             f"both, or one more of compute_bins), got {list(computed)} and {list(cached)}"
         )
-    mask = _alternate(computed, cached)
+    pairs = zip_longest(computed, cached, fillvalue=0)
+    mask = _alternate([length for pair in pairs for length in pair])
     if steps is not None and len(mask) < steps:
         raise ValueError(
             f"steps_mask: the bins must add up to total_steps or more, got {len(mask)} for "
@@ -132,42 +129,25 @@ def _from_bins(
     return mask[:steps]
 
 
-def _alternate(computed: Sequence[int], cached: Sequence[int]) -> list[int]:
+def _alternate(runs: Sequence[int]) -> list[int]:
     """Return runs of ones and zeros, a run of ones first."""
-    mask: list[int] = []
-    for ones, zeros in zip_longest(computed, cached, fillvalue=0):
-        mask += [1] * ones + [0] * zeros
-    return mask
+    return [1 - i % 2 for i, length in enumerate(runs) for _ in range(length)]
 
 
-def _grown(bins: Bins, steps: int) -> Bins:
-    """Lengthen `bins` in turn, by half of what is proportional to `steps`, until they reach it.
+def _fitted(base: Sequence[int], steps: int) -> list[int]:
+    """Return runs made as long as `steps`, with a full step at the end.
 
-    A round lengthens each run but the last run of ones, which then gets one step more.
+    Each in turn grows by half of what is proportional to `steps`, the last one by one step, until
+    they reach `steps`. What is too much goes in turn from the last run of zeros and of ones.
     """
-    computed, cached = (list(runs) for runs in bins)
-    missing = steps - sum(computed) - sum(cached)
+    runs = list(base)
     share = steps / (2 * _BASE_STEPS)  # in floats as there, down to where they round
-    while missing > 0:
-        turns = [(runs, i) for i in range(len(cached)) for runs in (computed, cached)]
-        for runs, i in [*turns, (computed, len(computed) - 1)]:
-            base = bins[0] if runs is computed else bins[1]
-            more = max(int(base[i] * share), 1) if i < len(cached) else 1
-            runs[i] += more
-            missing -= more
-            if missing <= 0:
-                break
-    return tuple(computed), tuple(cached)
-
-
-def _shrunk(bins: Bins, steps: int) -> Bins:
-    """Shorten the last run of zeros and the last run of ones in turn, until `steps` are left."""
-    computed, cached = (list(runs) for runs in bins)
-    excess = sum(computed) + sum(cached) - steps
-    turn, other = cached, computed
-    for _ in range(excess):
-        turn[-1] -= 1
-        if turn[-1] == 0:
-            turn.pop()
-        turn, other = other, turn
-    return tuple(computed), tuple(cached)
+    turns = cycle(range(len(base)))
+    while sum(runs) < steps:
+        i = next(turns)
+        runs[i] += 1 if i == len(base) - 1 else max(int(base[i] * share), 1)
+    mask = _alternate(runs)
+    for turn in range(len(mask) - steps):
+        del mask[len(mask) - 1 - mask[::-1].index(turn % 2)]
+    mask[-1] = 1
+    return mask
