@@ -15,11 +15,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
-from dbcache.config.options import shown
+from dbcache.config.options import is_number, shown
 from dbcache.config.reading import read
 from dbcache.config.scheduled_lane import ScheduledLane
 from dbcache.kernels.common.lane_state import DEGREE
@@ -64,73 +65,48 @@ class Calibration:
         return tuple(known[start + round(step * scale)] for step in range(steps))
 
 
-@dataclass(frozen=True)
-class Published:
-    """One of TeaCache's polynomials.
-
-    Attributes:
-        model: class of the transformer.
-        checkpoint: what it was fitted on.
-        coefficients: from the highest power down.
-        config: entries of the transformer's config by which the checkpoint is known.
-    """
-
-    model: str
-    checkpoint: str
-    coefficients: tuple[float, ...]
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-    def fits(self, model: object) -> bool:
-        """Whether `model` is of this class and config."""
-        config = getattr(model, "config", {})
-        return any(cls.__name__ == self.model for cls in type(model).__mro__) and all(
-            config.get(name) == value for name, value in self.config.items()
-        )
-
-
 # github.com/ali-vilab/TeaCache, file teacache_*.py of each model's folder; those of Wan 2.1 are the
 # ones for its `ref_steps`, whose input is the projected timestep embedding
-PUBLISHED = (
-    Published(
-        "FluxTransformer2DModel",
-        "FLUX.1-dev",
-        (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01),
-    ),
-    Published(
-        "HunyuanVideoTransformer3DModel",
-        "HunyuanVideo",
-        (7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02),
-    ),
-    Published(
-        "MochiTransformer3DModel",
-        "Mochi 1",
-        (-3.51241319e03, 8.11675948e02, -6.09400215e01, 2.42429681e00, 3.05291719e-03),
-    ),
-    Published(
+PUBLISHED = {
+    "FLUX.1-dev": (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
+    "HunyuanVideo": (733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896),
+    "Mochi 1": (-3512.41319, 811.675948, -60.9400215, 2.42429681, 0.00305291719),
+    "CogVideoX-2b": (-31.0658903, 25.4732368, -5.92380459, 1.75769064, -0.00361568434),
+    "CogVideoX-5b": (-1538.80483, 843.202495, -134.363087, 7.97131516, -0.0523162339),
+    "Wan2.1-T2V-1.3B": (-52186.2437, 9230.41404, -528.275948, 13.6987616, -0.0499875664),
+    "Wan2.1-T2V-14B": (-303318.725, 49053.7029, -2655.30556, 58.7365115, -0.315583525),
+}
+"""TeaCache's polynomials by the checkpoint that they were fitted on, the highest power first."""
+
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "FLUX.1-dev": ("FluxTransformer2DModel", {}),
+    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {}),
+    "Mochi 1": ("MochiTransformer3DModel", {}),
+    "CogVideoX-2b": ("CogVideoXTransformer3DModel", {"use_rotary_positional_embeddings": False}),
+    "CogVideoX-5b": (
         "CogVideoXTransformer3DModel",
-        "CogVideoX-2b",
-        (-3.10658903e01, 2.54732368e01, -5.92380459e00, 1.75769064e00, -3.61568434e-03),
-        {"use_rotary_positional_embeddings": False},
-    ),
-    Published(
-        "CogVideoXTransformer3DModel",
-        "CogVideoX-5b",
-        (-1.53880483e03, 8.43202495e02, -1.34363087e02, 7.97131516e00, -5.23162339e-02),
         {"use_rotary_positional_embeddings": True, "patch_size_t": None},
     ),
-    Published(
+    "Wan2.1-T2V-1.3B": (
         "WanTransformer3DModel",
-        "Wan2.1-T2V-1.3B",
-        (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
         {"num_attention_heads": 12, "num_layers": 30, "in_channels": 16},
     ),
-    Published(
+    "Wan2.1-T2V-14B": (
         "WanTransformer3DModel",
-        "Wan2.1-T2V-14B",
-        (-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01),
         {"num_attention_heads": 40, "num_layers": 40, "in_channels": 16},
     ),
-)
+}
+"""Class of each checkpoint, and entries of its config by which it is known."""
+
+
+def checkpoint_of(model: object) -> str | None:
+    """Return the checkpoint of `PUBLISHED` that `model` is of by class and config, or None."""
+    classes = {cls.__name__ for cls in type(model).__mro__}
+    config = getattr(model, "config", {})
+    for checkpoint, (name, entries) in _MODELS.items():
+        if name in classes and all(config.get(key) == entries[key] for key in entries):
+            return checkpoint
+    return None
 
 
 def find_calibration(policy: str, source: Any, model: object, stack: str) -> Calibration:
@@ -150,20 +126,19 @@ def find_calibration(policy: str, source: Any, model: object, stack: str) -> Cal
         return Calibration(ratios={"": (1.0,)})
     name = type(model).__name__
     if source is None:
-        for row in PUBLISHED if policy == "teacache" else ():
-            if row.fits(model):
-                return Calibration(row.coefficients)
         known = ""
         if policy == "teacache":
-            known = f"; published are those of {', '.join(row.checkpoint for row in PUBLISHED)}"
+            checkpoint = checkpoint_of(model)
+            if checkpoint is not None:
+                return Calibration(PUBLISHED[checkpoint])
+            known = f"; published are those of {', '.join(PUBLISHED)}"
         raise ValueError(
             f"policy={policy!r}: {name} must have a calibration, got None; make one with "
             f"dbcache.calibrate(pipe, policy={policy!r}, path=...) and pass it as "
             f"calibration=...{known}"
         )
     content = read_calibration(source)
-    wanted = {"policy": policy, "model": name}
-    for key, value in wanted.items():
+    for key, value in (("policy", policy), ("model", name)):
         if content.get(key) != value:
             raise ValueError(
                 f"calibration: it must be of {key} {value!r}, got one of "
@@ -181,30 +156,28 @@ def find_calibration(policy: str, source: Any, model: object, stack: str) -> Cal
 def _parse(policy: str, entry: Any, stack: str) -> Calibration:
     """Return one stack's entry, checked."""
     who = f"calibration of {stack!r}"
+    entry = entry if isinstance(entry, Mapping) else {}
     if policy == "teacache":
-        values = entry.get("coefficients") if isinstance(entry, Mapping) else None
-        if values is None or not _are_numbers(values) or len(values) != DEGREE + 1:
+        given = entry.get("coefficients")
+        coefficients = _numbers(given)
+        if len(coefficients) != DEGREE + 1:
             raise ValueError(
-                f"{who}: coefficients must be {DEGREE + 1} numbers, got {shown(values)}"
+                f"{who}: coefficients must be {DEGREE + 1} numbers, got {shown(given)}"
             )
-        return Calibration(tuple(map(float, values)))
-    ratios = entry.get("ratios") if isinstance(entry, Mapping) else None
-    if not isinstance(ratios, Mapping) or not ratios or not all(map(_are_numbers, ratios.values())):
-        raise ValueError(f"{who}: ratios must be a list of numbers per branch, got {shown(ratios)}")
-    return Calibration(
-        ratios={branch: tuple(map(float, values)) for branch, values in ratios.items()}
-    )
+        return Calibration(coefficients)
+    given = entry.get("ratios")
+    ratios = given if isinstance(given, Mapping) else {}
+    ratios = {branch: _numbers(values) for branch, values in ratios.items()}
+    if not ratios or not all(ratios.values()):
+        raise ValueError(f"{who}: ratios must be a list of numbers per branch, got {shown(given)}")
+    return Calibration(ratios=ratios)
 
 
-def _are_numbers(values: Any) -> bool:
-    return (
-        isinstance(values, Sequence)
-        and len(values) > 0
-        and all(
-            isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-            for x in values
-        )
-    )
+def _numbers(values: Any) -> tuple[float, ...]:
+    """Return a sequence of finite numbers as floats; () for anything else."""
+    if not isinstance(values, Sequence) or not all(is_number(x, int | float) for x in values):
+        return ()
+    return tuple(map(float, values)) if all(map(math.isfinite, values)) else ()
 
 
 def read_calibration(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -213,10 +186,7 @@ def read_calibration(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapp
     Raises:
         ValueError: it is damaged or something else. OSError: it cannot be read.
     """
-    if isinstance(source, Mapping):
-        content: Any = source
-    else:
-        content = read("calibration", source)
+    content = source if isinstance(source, Mapping) else read("calibration", source)
     is_ours = isinstance(content, Mapping) and content.get("format") == FORMAT
     if not is_ours or not isinstance(content.get("stacks"), Mapping):
         what = content.get("format") if isinstance(content, Mapping) else type(content).__name__
@@ -229,20 +199,21 @@ def read_calibration(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapp
 
 def new_calibration(policy: str, model: str, steps: int, stacks: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a calibration, with the versions it was made with."""
-    packages = {"dbcache": "dbcache-dit", "diffusers": "diffusers", "torch": "torch"}
-    versions = {name: _version(package) for name, package in packages.items()}
     return {
         "format": FORMAT,
         "policy": policy,
         "model": model,
         "steps": steps,
         "stacks": stacks,
-        "versions": versions,
+        "versions": versions(),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def versions() -> dict[str, str | None]:
+    """Return the versions that a file is made with, None for what is not installed."""
+    packages = {"dbcache": "dbcache-dit", "diffusers": "diffusers", "torch": "torch"}
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for name, package in packages.items():
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(package)
+    return found

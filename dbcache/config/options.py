@@ -63,7 +63,7 @@ def _plain(value: Any) -> Any:
     return value.item() if getattr(value, "shape", None) == () else value
 
 
-def _is(value: Any, kind: type) -> bool:
+def is_number(value: Any, kind: type | UnionType) -> bool:
     """Whether a value is a number of that kind, NumPy's too; True and False are none."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
@@ -71,7 +71,7 @@ def _is(value: Any, kind: type) -> bool:
 def check_int(who: str, value: Any, low: int, high: int | None = None) -> int:
     """Return `value` as an int; raise unless it is an integer from `low` to `high`."""
     value = _plain(value)
-    if not _is(value, Integral):
+    if not is_number(value, Integral):
         raise TypeError(f"{who} must be an integer, got {shown(value)}{_number_hint(value)}")
     most = LARGEST_INT if high is None else high
     if not low <= value <= most:
@@ -91,7 +91,7 @@ def check_ids(who: str, value: Any, count: int | None = None) -> list[int]:
         raise TypeError(f"{who} must be a list of block numbers, got {shown(value)}")
     ids = [_plain(entry) for entry in value]
     for entry in ids:
-        if not _is(entry, Integral):
+        if not is_number(entry, Integral):
             raise TypeError(f"{who} must be a list of block numbers, got {shown(ids)}")
         if entry < 0 or (count is not None and entry >= count):
             allowed = "at least 0" if count is None else f"from 0 to {count - 1}"
@@ -112,7 +112,7 @@ def check_number(
             above 0.
     """
     value = _plain(value)
-    if not _is(value, Real):
+    if not is_number(value, Real):
         raise TypeError(f"{who} must be a number, got {shown(value)}{_number_hint(value)}")
     number: float = value if isinstance(value, int | float) else float(value)
     if number != number or number < low or (positive and number == 0):

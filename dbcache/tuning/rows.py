@@ -7,12 +7,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 import torch
 
 import dbcache
+from dbcache.config.calibration import versions
 from dbcache.config.schedule import FORMAT
 from dbcache.tuning.pictures import Draw, pictures_of, psnr
 from dbcache.tuning.problem import Fit, Masks, Weights
@@ -209,7 +209,6 @@ def frame_of(
     calls: dict[int, int] = {}
     for (index, _), made in recorded.calls.items():
         calls[index] = max(calls.get(index, 0), len(made))
-    versions = {"dbcache": "dbcache-dit", "diffusers": "diffusers", "torch": "torch"}
     timesteps = getattr(recorded.scheduler, "timesteps", None)
     return {
         "format": FORMAT,
@@ -222,7 +221,7 @@ def frame_of(
         "transformers": [
             {"model": models[index], "calls": calls[index]} for index in sorted(calls)
         ],
-        "versions": {name: _version(package) for name, package in versions.items()},
+        "versions": versions(),
     }
 
 
@@ -235,13 +234,6 @@ def _settings(scheduler: Any) -> dict[str, Any]:
         for key, value in config.items()
         if not key.startswith("_") and isinstance(value, plain)
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def front(rows: Sequence[Row], say: Callable[[str], None]) -> list[Row]:

@@ -12,7 +12,7 @@ from policy_engines import BASE, CALIBRATED, STEPS, calibration, entry, run_both
 from tiny import BRANCHES, FAMILIES, denoise, generate, pipeline
 
 import dbcache
-from dbcache.config.calibration import PUBLISHED
+from dbcache.config.calibration import PUBLISHED, checkpoint_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,13 +200,12 @@ def test_calibrations_of_something_else_are_refused(tmp_path):
 
 
 def test_published_polynomials_are_chosen_by_class_and_config():
-    rows = {row.checkpoint: row.coefficients for row in PUBLISHED}
     model = dbcache.enable(FAMILIES["flux"].build(), policy="teacache")
     (stack,) = inside.stacks(model)
-    assert stack.settings.calibration.coefficients == rows["FLUX.1-dev"]
+    assert stack.settings.calibration.coefficients == PUBLISHED["FLUX.1-dev"]
     with pytest.raises(ValueError, match="WanTransformer3DModel must have a calibration, got None"):
         dbcache.enable(FAMILIES["wan"].build(), policy="teacache")
     for heads, layers, name in ((12, 30, "Wan2.1-T2V-1.3B"), (40, 40, "Wan2.1-T2V-14B")):
         config = {"num_attention_heads": heads, "num_layers": layers, "in_channels": 16}
         big = type("WanTransformer3DModel", (), {"config": config})()
-        assert [row.checkpoint for row in PUBLISHED if row.fits(big)] == [name]
+        assert checkpoint_of(big) == name
