@@ -130,5 +130,5 @@ def changes_of(
     base = cache_config or handles[0].setup.config
     partial, calibrator = options_of(who, options, base, calibrator_config)
     if cache_config is not None:
-        partial = type(cache_config)(**{**cache_config.given, **partial.given})
+        partial = cache_config.changed(**partial.given)
     return ParamsModifier(cache_config=partial, calibrator_config=calibrator)

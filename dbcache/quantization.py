@@ -127,7 +127,7 @@ NOTHING = Plan([])
 def plan(target: Any, config: QuantizeConfig | None = None, **options: Any) -> Plan:
     """Return what `quantize` would do; see there for the arguments and errors."""
     check_type("quantize: quantize_config", config, QuantizeConfig)
-    config = QuantizeConfig(**{**({} if config is None else config.given), **options})
+    config = (config or QuantizeConfig()).changed(**options)
     parts = []
     for name, module, fields in _components(target, config):
         own = QuantizeConfig(**{**config.given, "components_to_quantize": None, **fields})

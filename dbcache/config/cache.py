@@ -45,10 +45,6 @@ _SHORT = {
 """What `strify` says of fields that have another value than their default."""
 
 
-def _mask(who: str, mask: Any) -> list[int] | str | None:
-    return None if mask is None else check_mask(mask, steps=None, static=False)
-
-
 @dataclass(kw_only=True)
 class DBCacheConfig(Options):
     """When a step is cached.
@@ -133,7 +129,7 @@ class DBCacheConfig(Options):
     """Steps per request. A transformer that is called without its pipeline starts a new request
     after so many; a pipeline call always starts one."""
 
-    steps_computation_mask: list[int] | str | None = option(None, check=_mask)
+    steps_computation_mask: list[int] | str | None = option(None, check=check_mask)
     """One entry per step: 1 full, 0 cached as `steps_computation_policy` says. A name ("slow",
     "medium", "fast", "ultra") stands for `steps_mask` of that policy, made for the steps that a
     request has."""
@@ -168,16 +164,15 @@ class DBCacheConfig(Options):
     """The method, as serving engines name it; that of another config is an error."""
 
     def validate(self) -> None:
-        who = f"{type(self).__name__}.Bn_compute_blocks_ids"
-        if self.Bn_compute_blocks_ids and not self.Bn_compute_blocks:
+        who, ids = type(self).__name__, self.Bn_compute_blocks_ids
+        if ids and not self.Bn_compute_blocks:
             raise ValueError(
-                f"{who} must be empty where Bn_compute_blocks is 0, got "
-                f"{shown(self.Bn_compute_blocks_ids)}; set Bn_compute_blocks, too"
+                f"{who}.Bn_compute_blocks_ids must be empty where Bn_compute_blocks is 0, got "
+                f"{shown(ids)}; set Bn_compute_blocks, too"
             )
-        check_ids(who, self.Bn_compute_blocks_ids, self.Bn_compute_blocks)
-        if self.steps_computation_mask is not None:
-            static = self.steps_computation_policy == "static"
-            check_mask(self.steps_computation_mask, steps=self.num_inference_steps, static=static)
+        check_ids(f"{who}.Bn_compute_blocks_ids", ids, self.Bn_compute_blocks)
+        steps, static = self.num_inference_steps, self.steps_computation_policy == "static"
+        check_mask(f"{who}.steps_computation_mask", self.steps_computation_mask, steps, static)
         if self.batch_reduce == "each":
             why = "samples decide for themselves by the probe alone"
             names = ("policy", "Bn_compute_blocks_ids", "cfg_diff_compute_separate")
@@ -208,9 +203,7 @@ class DBCacheConfig(Options):
     @property
     def threshold(self) -> float:
         """The threshold that the change is compared with."""
-        if self.compares_hidden_states:
-            return self.l1_hidden_states_diff_threshold
-        return self.residual_diff_threshold
+        return self.l1_hidden_states_diff_threshold or self.residual_diff_threshold
 
     @property
     def ids(self) -> str:
@@ -275,9 +268,9 @@ class ParamsModifier:
         check_type("ParamsModifier.calibrator_config", calibrator_config, CalibratorConfig)
         fields, predictor = split("ParamsModifier", options, calibrator_config)
         if fields:
-            config = type(cache_config or DBCacheConfig())
-            reject_unknown("ParamsModifier", fields, (*config.names(), *PREDICTION))
-            cache_config = config(**{**(cache_config.given if cache_config else {}), **fields})
+            cache_config = cache_config or DBCacheConfig()
+            reject_unknown("ParamsModifier", fields, (*cache_config.names(), *PREDICTION))
+            cache_config = cache_config.changed(**fields)
         self.cache_config = cache_config
         self.calibrator_config = predictor
 
@@ -367,10 +360,8 @@ def merge(config: DBCacheConfig, partial: DBCacheConfig | None) -> DBCacheConfig
     Where `partial` names another method by its `cache_type`, that one's config is returned, with
     what was given in `config`.
     """
-    changes: Mapping[str, Any] = partial.given if partial is not None else {}
-    if partial is not None and changes.get("cache_type", config.cache_type) != config.cache_type:
+    changes = partial.given if partial else {}
+    if partial and changes.get("cache_type", config.cache_type) != config.cache_type:
         kept = {name: value for name, value in config.given.items() if name != "cache_type"}
         return type(partial)(**{**kept, **changes})
-    merged = type(config)(**{**config.as_dict(), **changes})
-    merged.__dict__["_given"] = config._given | frozenset(changes)
-    return merged
+    return config.changed(**changes)

@@ -29,7 +29,7 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 120, 200
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 16
 
-_WORDS = {str: "a string", os.PathLike: "a path", Mapping: "a mapping", Callable: "a function"}
+_WORDS: dict[type, str] = {str: "a string", os.PathLike: "a path", Mapping: "a mapping"}
 
 
 def shown(value: Any) -> str:
@@ -165,11 +165,12 @@ def check_method(who: str, value: Any, allowed: tuple[str, ...]) -> str:
         raise ValueError(f"{error}; {cure}" if cure else str(error)) from None
 
 
-def check_type(who: str, value: Any, kind: type) -> None:
-    """Raise a TypeError unless `value` is None or a `kind`."""
-    if value is not None and not isinstance(value, kind):
-        name = _WORDS.get(kind, f"a {kind.__name__}")
-        raise TypeError(f"{who} must be {name} or None, got {shown(value)}")
+def check_type(who: str, value: Any, *kinds: type) -> Any:
+    """Return `value`; raise a TypeError unless it is None or of one of `kinds`."""
+    if value is not None and not isinstance(value, kinds):
+        names = ", ".join(_WORDS.get(kind, f"a {kind.__name__}") for kind in kinds)
+        raise TypeError(f"{who} must be {names} or None, got {shown(value)}")
+    return value
 
 
 def option(default: Any, *, check: Callable[[str, Any], Any] | None = None, **rules: Any) -> Any:
@@ -206,14 +207,8 @@ def _check(who: str, value: Any, hint: Any, rules: Mapping[str, Any]) -> Any:
         return check_number(who, value, **within)
     if words:
         return check_choice(who, value, words)
-    types = tuple(get_origin(kind) or kind for kind in kinds)
-    if list in types:
-        return check_ids(who, value)
-    if not isinstance(value, types):
-        *names, last = ["None" if kind is NoneType else _WORDS.get(kind, kind) for kind in types]
-        allowed = f"{', '.join(names)} or {last}" if names else last
-        raise TypeError(f"{who} must be {allowed}, got {shown(value)}")
-    return value
+    types = [get_origin(kind) or kind for kind in kinds if kind is not NoneType]
+    return check_ids(who, value) if list in types else check_type(who, value, *types)
 
 
 @cache
@@ -296,9 +291,14 @@ class Options:
         """
         reject_unknown(type(self).__name__, options, self.names())
         options = {name: value for name, value in options.items() if value is not None}
-        merged = type(self)(**{**self.as_dict(), **options})
-        self.__dict__.update(merged.__dict__, _given=self._given | frozenset(options))
+        self.__dict__.update(self.changed(**options).__dict__)
         return self
+
+    def changed(self, **options: Any) -> Any:
+        """Return a checked copy with `options` on top, which count as given."""
+        copy = type(self)(**{**self.as_dict(), **options})
+        copy.__dict__["_given"] = self._given | frozenset(options)
+        return copy
 
     def reset(self, **options: Any) -> Any:
         """Forget everything that was set, then set `options` but for those of None; return self.

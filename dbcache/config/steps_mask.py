@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import cycle, zip_longest
+from typing import Any
 
 from dbcache.config.options import check_choice, check_int, shown
 
@@ -73,31 +74,32 @@ def steps_mask(
     return _fitted((_UP_TO_15 if total_steps < 16 else _BASE)[mask_policy], total_steps)
 
 
-def check_mask(mask: Sequence[int] | str, *, steps: int | None, static: bool) -> list[int] | str:
-    """Return `mask` as a list of 0 and 1, or the name of a policy as it is.
+def check_mask(who: str, mask: Any, steps: int | None = None, static: bool = False) -> Any:
+    """Return `mask` as a list of 0 and 1; the name of a policy, or None, as it is.
 
     Raises:
         TypeError: it is neither. ValueError: it is empty, has other values, another length
             than `steps`, or would cache the first step without anything to take it from
             (`static`); an unknown name.
     """
+    if mask is None:
+        return None
     if isinstance(mask, str):
-        check_choice("steps_computation_mask: a policy's name", mask, MASKS)
-        return mask
+        return check_choice(f"{who}: a policy's name", mask, MASKS)
     if not isinstance(mask, Iterable):
-        raise TypeError(f"steps_computation_mask must be a list or a name, got {shown(mask)}")
+        raise TypeError(f"{who} must be a list or a name, got {shown(mask)}")
     values = [int(entry) for entry in mask if entry in (0, 1)]
     if not values or len(values) < len(list(mask)):
-        raise ValueError(f"steps_computation_mask must hold only 0 and 1, got {shown(mask)}")
+        raise ValueError(f"{who} must hold only 0 and 1, got {shown(mask)}")
     if steps is not None and len(values) != steps:
         raise ValueError(
-            f"steps_computation_mask must have one entry per step, got {len(values)} for "
-            f"{steps} steps; make it as long as the steps that the transformer runs"
+            f"{who} must have one entry per step, got {len(values)} for {steps} steps; make it as "
+            f"long as the steps that the transformer runs"
         )
     if static and values[0] == 0:
         raise ValueError(
-            "steps_computation_mask must begin with 1 under the static policy, got 0: nothing is "
-            "cached yet at the first step"
+            f"{who} must begin with 1 under the static policy, got 0: nothing is cached yet at "
+            f"the first step"
         )
     return values
 

@@ -28,9 +28,7 @@ def resolve_mask(config: DBCacheConfig, steps: int | None, who: str) -> list[int
         return None
     if not isinstance(mask, str):
         static = config.steps_computation_policy == "static"
-        checked = check_mask(mask, steps=steps, static=static)
-        assert not isinstance(checked, str)
-        return checked
+        return check_mask("steps_computation_mask", mask, steps, static)
     if steps is None:
         raise ValueError(
             f"{who}: the number of steps must be known for steps_computation_mask={mask!r}, got "
