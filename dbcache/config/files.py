@@ -24,6 +24,7 @@ SECTION = "cache_config"
 PARALLELISM = "parallelism_config"
 ATTENTION = "attention_backend"
 QUANTIZATION = "quantize_config"
+SECTIONS = (SECTION, PARALLELISM, QUANTIZATION)
 _FLAT = (*DBPruneConfig.names(), *ALIASES, *PREDICTION)
 _NONE = {name for name, value in DBPruneConfig().as_dict().items() if value is None}
 _METHODS: dict[str, type[DBCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
@@ -125,27 +126,23 @@ def _load(who: str, source: Source) -> dict[str, Any]:
 def _configs(who: str, given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise TypeError(f"{who}: a mapping of options must be given, got {shown(given)}")
-    sections = [name for name in (SECTION, PARALLELISM, QUANTIZATION) if name in given]
-    attention = {ATTENTION: backend_name(f"{who}: {ATTENTION}", given.get(ATTENTION))}
-    attention = {name: value for name, value in attention.items() if value is not None}
-    if not sections:
-        rest = {name: value for name, value in given.items() if name != ATTENTION}
-        return _cache_options(who, rest) | attention
-    reject_unknown(who, given, (SECTION, PARALLELISM, QUANTIZATION, ATTENTION))
-    for name in sections:
-        if not isinstance(given[name], Mapping):
-            raise TypeError(f"{who}: {name} must be a mapping of options, got {shown(given[name])}")
-    configs = _cache_options(who, given.get(SECTION, {}))
-    if PARALLELISM in given:
-        configs[PARALLELISM] = _parallelism(who, given[PARALLELISM])
-    if QUANTIZATION in given:
-        configs[QUANTIZATION] = QuantizeConfig(**given[QUANTIZATION])
-    return configs | attention
-
-
-def _cache_options(who: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    options, predictor = split_options(who, given)
-    return {SECTION: partial_config(who, options), "calibrator_config": predictor}
+    attention = backend_name(f"{who}: {ATTENTION}", given.get(ATTENTION))
+    sections = {name: options for name, options in given.items() if name != ATTENTION}
+    if sections.keys().isdisjoint(SECTIONS):
+        sections = {SECTION: sections}
+    reject_unknown(who, sections, (*SECTIONS, ATTENTION))
+    for name, options in sections.items():
+        if not isinstance(options, Mapping):
+            raise TypeError(f"{who}: {name} must be a mapping of options, got {shown(options)}")
+    fields, predictor = split_options(who, sections.get(SECTION, {}))
+    configs: dict[str, Any] = {SECTION: partial_config(who, fields), "calibrator_config": predictor}
+    if PARALLELISM in sections:
+        configs[PARALLELISM] = _parallelism(who, sections[PARALLELISM])
+    if QUANTIZATION in sections:
+        configs[QUANTIZATION] = QuantizeConfig(**sections[QUANTIZATION])
+    if attention is not None:
+        configs[ATTENTION] = attention
+    return configs
 
 
 def partial_config(
