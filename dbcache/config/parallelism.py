@@ -6,6 +6,7 @@ Names and defaults are cache-dit's, so that its users can switch; `cfg_size`, `d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -34,15 +35,16 @@ class ParallelismBackend(str, Enum):
     NONE = "none"
 
 
-_LONG = {
-    f"ulysses_{name}": f"experimental_ulysses_{name}" for name in ("anything", "async", "float8")
+_FOREIGN = {
+    ParallelismBackend.NATIVE_DIFFUSER: ("tp",),
+    ParallelismBackend.NATIVE_PYTORCH: ("ulysses", "ring"),
 }
-"""Fields of `ParallelismConfig` that have a longer name among the options of the sequence."""
+"""Axes that a backend does not have."""
 
 
 def _kwargs(who: str, options: Any) -> dict[str, Any]:
-    check_type(who, options, Mapping)
-    options = {_LONG.get(name, name): value for name, value in (options or {}).items()}
+    given = check_type(who, options, Mapping) or {}
+    options = {_LONG.get(name, name): value for name, value in given.items()}
     reject_unknown(who, options, ContextOptions.names())
     return options
 
@@ -97,6 +99,10 @@ class ContextOptions(Options):
 
     extra_parallel_modules: Any = option(None, check=_extras)
     """Text encoders, VAEs and ControlNets that are spread, too: modules, or names of components."""
+
+
+_LONG = {name.removeprefix("experimental_"): name for name in ContextOptions.names()}
+"""Options of the sequence by the names that they have among the fields of `ParallelismConfig`."""
 
 
 @dataclass(kw_only=True)
@@ -160,47 +166,38 @@ class ParallelismConfig(Options):
     """Seconds after which a rank that waits for another one raises."""
 
     def validate(self) -> None:
-        who = type(self).__name__
-        sizes = {axis: getattr(self, f"{axis}_size") for axis in AXES}
-        if list(sizes.values()).count("auto") > 1:
+        who, sizes = type(self).__name__, self.by_axis
+        if [*sizes.values()].count("auto") > 1:
             raise ValueError(f"{who}: at most one size may be 'auto', got {sizes}")
-        if all(size in (None, 1) for axis, size in sizes.items() if axis != "dp"):
+        spread = {axis for axis, size in sizes.items() if size not in (None, 1)}
+        if not spread - {"dp"}:
             raise ValueError(
                 f"{who}: one of ulysses_size, ring_size, tp_size and cfg_size must be above 1, "
                 f"got {sizes}"
             )
-        self._check_backend(sizes)
-        self._check_options(sizes)
-
-    def _check_backend(self, sizes: Mapping[str, Size]) -> None:
-        foreign = {
-            ParallelismBackend.NATIVE_DIFFUSER: ("tp",),
-            ParallelismBackend.NATIVE_PYTORCH: ("ulysses", "ring"),
-        }
-        for axis in foreign.get(self.backend, ()):
-            if sizes[axis] not in (None, 1):
+        for axis in _FOREIGN.get(self.backend, ()):
+            if axis in spread:
                 raise ValueError(
-                    f"ParallelismConfig.{axis}_size must be None or 1 with backend "
-                    f"{self.backend.name}, got {sizes[axis]!r}; use backend AUTO"
+                    f"{who}.{axis}_size must be None or 1 with backend {self.backend.name}, got "
+                    f"{sizes[axis]!r}; use backend AUTO"
                 )
-
-    def _check_options(self, sizes: Mapping[str, Size]) -> None:
-        context = self.context
-        if sizes["ulysses"] not in (None, 1):
-            return
-        for name, value in context.given.items():
-            if name.startswith("experimental_ulysses") and value:
+        for name, value in self.context.given.items():
+            if name.startswith("experimental_ulysses") and value and "ulysses" not in spread:
                 raise ValueError(
-                    f"ParallelismConfig.parallel_kwargs: {name} needs ulysses_size above 1, got "
+                    f"{who}.parallel_kwargs: {name} needs ulysses_size above 1, got "
                     f"{sizes['ulysses']!r}"
                 )
+
+    @property
+    def by_axis(self) -> dict[str, Size]:
+        """The sizes as they were given, by the axes of `AXES`."""
+        return {axis: getattr(self, f"{axis}_size") for axis in AXES}
 
     @property
     def context(self) -> ContextOptions:
         """The options of the sequence, checked, with their defaults."""
         options = dict(self.parallel_kwargs)
-        for name in ContextOptions.names():
-            flat = name.removeprefix("experimental_")
+        for flat, name in _LONG.items():
             value = getattr(self, flat)
             if value is not None and options.setdefault(name, value) != value:
                 raise ValueError(
@@ -215,10 +212,8 @@ class ParallelismConfig(Options):
         Raises:
             ValueError: they do not multiply to `world`.
         """
-        given = {axis: getattr(self, f"{axis}_size") or 1 for axis in AXES}
-        product = 1
-        for size in given.values():
-            product *= 1 if size == "auto" else size
+        given = {axis: size or 1 for axis, size in self.by_axis.items()}
+        product = math.prod(size for size in given.values() if size != "auto")
         text = " x ".join(f"{axis} {size}" for axis, size in given.items() if size != 1)
         if world % product or ("auto" not in given.values() and product != world):
             raise ValueError(
@@ -237,9 +232,9 @@ class ParallelismConfig(Options):
     def strify(self) -> str:
         """Return a short name of these settings, for file names and tables."""
         names = {"dp": "DP", "cfg": "CFG", "ring": "Ring", "ulysses": "Ulysses", "tp": "TP"}
-        sizes = {axis: getattr(self, f"{axis}_size") for axis in AXES}
-        parts = [f"{names[axis]}{size}" for axis, size in sizes.items() if size not in (None, 1)]
-        short = {"anything": "UAA", "async": "UAS", "float8": "UF8"}
-        on = self.context.as_dict()
-        parts += [text for name, text in short.items() if on[f"experimental_ulysses_{name}"]]
+        sizes, options = self.by_axis.items(), self.context
+        parts = [f"{names[axis]}{size}" for axis, size in sizes if size not in (None, 1)]
+        parts += ["UAA"] * options.experimental_ulysses_anything
+        parts += ["UAS"] * options.experimental_ulysses_async
+        parts += ["UF8"] * options.experimental_ulysses_float8
         return "_".join(parts)
