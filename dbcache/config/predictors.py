@@ -47,10 +47,13 @@ class CalibratorConfig(Options):
         """Snapshots that the prediction is made of, at most."""
         return getattr(self, self.window) if self.window else self.order + 1
 
+    rule: ClassVar[Predictor] = Predictor.TAYLOR
+    """How the weights follow from the steps of the snapshots."""
+
     @property
     def kind(self) -> Predictor:
-        """How the weights follow from the steps of the snapshots."""
-        return Predictor.TAYLOR
+        """The rule, where fields choose among several."""
+        return self.rule
 
     @property
     def scale(self) -> float:
@@ -105,16 +108,13 @@ class HermiteCalibratorConfig(SwitchedOn):
     ``k**i`` becomes ``sigma**i * H_i(sigma * k)`` with H_i the physicists' Hermite polynomials.
     """
 
+    rule: ClassVar[Predictor] = Predictor.HERMITE
     series: ClassVar[int | str] = "hermite_order"
     hermite_order: int = option(1, high=HIGHEST_ORDER)
     """0 (reuse) to 4; the lane keeps ``order + 1`` snapshots."""
 
     sigma: float = option(0.5, high=1, positive=True, flat="hermite_sigma")
     """Contraction, above 0 and at most 1: the first difference counts ``2 * sigma**2`` times."""
-
-    @property
-    def kind(self) -> Predictor:
-        return Predictor.HERMITE
 
     @property
     def scale(self) -> float:
@@ -133,13 +133,10 @@ class FoCaCalibratorConfig(SwitchedOn):
     Source: arXiv:2508.16211; what bounds the forecast is this project's.
     """
 
+    rule: ClassVar[Predictor] = Predictor.FOCA
     series: ClassVar[int | str] = 2
     foca_horizon: float = option(0.5, positive=True)
     """How far the parabola's slope holds, in gaps between the two newest full steps, above 0."""
-
-    @property
-    def kind(self) -> Predictor:
-        return Predictor.FOCA
 
     @property
     def scale(self) -> float:

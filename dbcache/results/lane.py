@@ -7,30 +7,21 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 from dbcache.kernels.common.lane_state import Reason
 from dbcache.notices import nothing_cached
 from dbcache.results.cache_stats import CacheStats
 
-REASONS = {
+REASONS = {reason: reason.name.lower().replace("_", " ") for reason in Reason} | {
     Reason.WARMUP: "warm-up",
-    Reason.MASK: "mask",
-    Reason.COUNT_LIMIT: "count limit",
-    Reason.CONSECUTIVE_LIMIT: "consecutive limit",
-    Reason.ACCUMULATED_LIMIT: "accumulated limit",
-    Reason.NO_REFERENCE: "no reference",
-    Reason.SHAPE_CHANGED: "shape changed",
     Reason.THRESHOLD_OFF: "threshold is 0",
     Reason.NAN: "NaN diff",
-    Reason.ABOVE_THRESHOLD: "above threshold",
-    Reason.STATIC: "static",
-    Reason.BELOW_THRESHOLD: "below threshold",
     Reason.THRESHOLD_ALWAYS: "threshold is 1 or more",
 }
 CACHED = frozenset(text for reason, text in REASONS.items() if reason.cached)
-LIMITS = frozenset(
-    REASONS[r] for r in (Reason.COUNT_LIMIT, Reason.CONSECUTIVE_LIMIT, Reason.ACCUMULATED_LIMIT)
-)
-PERCENTILES = (("min", 0), ("P25", 25), ("P50", 50), ("P75", 75), ("P95", 95), ("max", 100))
+LIMITS = frozenset(text for text in REASONS.values() if text.endswith(" limit"))
+PERCENTILES = {"min": 0, "P25": 25, "P50": 50, "P75": 75, "P95": 95, "max": 100}
 
 
 @dataclass(frozen=True)
@@ -137,10 +128,19 @@ class LaneSummary(CacheStats):
         return dict(Counter(self.reasons).most_common())
 
     @property
+    def why(self) -> str:
+        """What decided, and how many steps each."""
+        counts = ", ".join(f"{reason} {count}" for reason, count in self.counts.items())
+        return f"as {self.follows}: {counts}" if self.follows else counts
+
+    @property
     def percentiles(self) -> dict[str, float]:
         """Percentiles of the finite diffs, by linear interpolation; empty without any."""
-        values = sorted(diff for diff in self.diffs.values() if math.isfinite(diff))
-        return {name: _percentile(values, q) for name, q in PERCENTILES} if values else {}
+        values = [diff for diff in self.diffs.values() if math.isfinite(diff)]
+        if not values:
+            return {}
+        found = np.percentile(values, [*PERCENTILES.values()])
+        return dict(zip(PERCENTILES, found.tolist(), strict=True))
 
     @property
     def warnings(self) -> list[str]:
@@ -179,11 +179,3 @@ class LaneSummary(CacheStats):
         derived += ["pruned_blocks", "pruned_ratio"]
         own = [one.name for one in fields(self) if one.name != "other"]
         return {name: getattr(self, name) for name in own + derived}
-
-
-def _percentile(values: list[float], q: float) -> float:
-    """Return the q-th percentile of sorted `values`."""
-    position = (len(values) - 1) * q / 100
-    low = math.floor(position)
-    high = min(low + 1, len(values) - 1)
-    return values[low] + (values[high] - values[low]) * (position - low)

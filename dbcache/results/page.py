@@ -85,13 +85,8 @@ def _lanes(lanes: Sequence[LaneSummary]) -> tuple[list[str], list[list[str]]]:
         cached = str(len(lane.cached_steps))
         if lane.pruned is not None:
             cached += f", {lane.pruned_ratio:.0%} of the blocks left out"
-        why = ", ".join(f"{reason} {count}" for reason, count in lane.counts.items())
-        if lane.follows:
-            why = f"as {lane.follows}: {why}"
-        limit = f"{lane.threshold:g}"
-        rows.append(
-            [lane.name, lane.policy, str(lane.steps), cached, limit, f"{lane.megabytes:.3g}", why]
-        )
+        row = [lane.name, lane.policy, str(lane.steps), cached]
+        rows.append([*row, f"{lane.threshold:g}", f"{lane.megabytes:.3g}", lane.why])
     return head, rows
 
 

@@ -139,22 +139,13 @@ class Summary:
     def _rows(self) -> list[list[str]]:
         prunes = any(lane.pruned is not None for lane in self.lanes)
         header = ["stack", "branch", "policy", "steps", "cached", *["pruned"] * prunes]
-        rows = [[*header, *(name for name, _ in PERCENTILES), "why (steps)"]]
+        rows = [[*header, *PERCENTILES, "why (steps)"]]
         for lane in self.lanes:
-            diffs = lane.percentiles
-            rows.append(
-                [
-                    lane.path,
-                    lane.branch or "-",
-                    lane.policy,
-                    str(lane.steps),
-                    str(len(lane.cached_steps)),
-                    *[f"{lane.pruned_ratio:.0%}" if lane.pruned is not None else "-"] * prunes,
-                    *(f"{diffs[name]:.3f}" if diffs else "-" for name, _ in PERCENTILES),
-                    f"as {lane.follows}: " * bool(lane.follows)
-                    + ", ".join(f"{reason} {count}" for reason, count in lane.counts.items()),
-                ]
-            )
+            diffs, row = lane.percentiles, [lane.path, lane.branch or "-", lane.policy]
+            row += [str(lane.steps), str(len(lane.cached_steps))]
+            row += [f"{lane.pruned_ratio:.0%}" if lane.pruned is not None else "-"] * prunes
+            row += [f"{diffs[name]:.3f}" if diffs else "-" for name in PERCENTILES]
+            rows.append([*row, lane.why])
         return rows
 
     def _step_rows(self) -> list[list[str]]:
@@ -169,16 +160,13 @@ class Summary:
                 rows.append(row + [" ".join(map(str, left_out)) or "-"] * prunes)
         return rows
 
-    def _tables(self) -> list[list[list[str]]]:
-        return [self._rows(), self._step_rows()] if self.details else [self._rows()]
-
     def to_markdown(self) -> str:
         """Return Markdown: a table with one row per lane, and the warnings as a list.
 
         With `details` it has a title, and a second table with one row per step.
         """
-        lines: list[str] = [f"{self._title()}"] * self.details
-        for rows in self._tables():
+        lines = [self._title()] * self.details
+        for rows in [self._rows(), *[self._step_rows()] * self.details]:
             lines += [""] * bool(lines) + ["| " + " | ".join(row) + " |" for row in rows]
             lines.insert(len(lines) - len(rows) + 1, "|" + "---|" * len(rows[0]))
         return "\n".join(lines + [""] * bool(self.warnings) + [f"- {w}" for w in self.warnings])
