@@ -20,6 +20,7 @@ from bench.train_digits import EMA_DECAY, learning_rate
 from bench.training import Training, parser_of
 from dbcache.demo import motion, moving_digits
 from dbcache.demo.moving_digits import DIRECTIONS, NUM_DIGITS
+from dbcache.demo.quality import load_originals
 
 MODEL = {
     "patch_size": (2, 4, 4),
@@ -68,7 +69,7 @@ def train(out: Path, *, steps: int, batch_size: int, seed: int, resume: bool, ga
         gain: of the learning rate over `bench.train_digits`.
     """
     torch.manual_seed(seed)
-    images, labels = motion.load_originals("train")
+    images, labels = load_originals("train")
     model = WanTransformer3DModel(**MODEL)
     if resume:
         before = WanTransformer3DModel.from_pretrained(out, torch_dtype=torch.float32)
@@ -95,7 +96,7 @@ def train(out: Path, *, steps: int, batch_size: int, seed: int, resume: bool, ga
 def evaluate(path: Path, *, per_class: int, steps: int, guidance: float) -> None:
     """Print how often frames are read as the digit that was meant, and move as meant."""
     classifier = motion.FrameClassifier()
-    images, labels = motion.load_originals("test")
+    images, labels = load_originals("test")
     generator = torch.Generator().manual_seed(1)
     directions = torch.randint(len(DIRECTIONS), (len(images),), generator=generator)
     real = motion.move(images, directions, generator)

@@ -1,15 +1,11 @@
 """Helpers for tests of numerical code, used by this project's own tests."""
 
 import torch
+from torch import Tensor
 
 
 def assert_as_accurate(
-    actual: torch.Tensor,
-    plain: torch.Tensor,
-    exact: torch.Tensor,
-    *,
-    factor: float = 2.0,
-    tiny: float = 1e-6,
+    actual: Tensor, plain: Tensor, exact: Tensor, *, factor: float = 2.0, tiny: float = 1e-6
 ) -> None:
     """Assert that `actual` is about as close to the truth as plain PyTorch is.
 
@@ -36,10 +32,10 @@ def assert_as_accurate(
         raise AssertionError(f"the largest error is {error:.3e}, allowed are {allowed:.3e}")
 
 
-def poisoned(*shape: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+def poisoned(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Return a tensor of NaN, to stand for memory that must be written before it is read."""
     return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
 
-def _largest_difference(x: torch.Tensor, exact: torch.Tensor) -> float:
+def _largest_difference(x: Tensor, exact: Tensor) -> float:
     return float((x.double() - exact.double()).abs().max())

@@ -322,22 +322,17 @@ class StackSettings:
     def buffers(self) -> tuple[object, ...]:
         """What the buffers of a lane depend on."""
         cache = self.cache
-        return (
-            self.slots,
-            self.replace,
-            cache.cache_dtype,
-            cache.cache_device,
-            cache.policy,
-            cache.compares_hidden_states,
-            cache.important_condition_threshold > 0,
-            cache.cfg_diff_compute_separate,
-            cache.batch_reduce == "each",
-        )
+        stored = (self.slots, self.replace, cache.cache_dtype, cache.cache_device)
+        by_token = cache.important_condition_threshold > 0
+        measured = (cache.policy, cache.compares_hidden_states, by_token)
+        return (*stored, *measured, cache.cfg_diff_compute_separate, cache.batch_reduce == "each")
 
     @property
     def recorded(self) -> tuple[object, ...]:
         """What recorded work depends on. The rest lies on the device and may change."""
-        return (*self.buffers, self.predictor.recorded)
+        predictor = self.predictor
+        weights = (predictor.strify(), *self.predicts) if predictor.by_forecaster else ()
+        return (*self.buffers, *weights)
 
     def modified(self, modifier: ParamsModifier | None) -> StackSettings:
         """Return these settings with the given fields of `modifier` on top."""

@@ -13,7 +13,6 @@ without a name is "".
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -78,32 +77,30 @@ PUBLISHED = {
 }
 """TeaCache's polynomials by the checkpoint that they were fitted on, the highest power first."""
 
-_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "FLUX.1-dev": ("FluxTransformer2DModel", {}),
-    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {}),
-    "Mochi 1": ("MochiTransformer3DModel", {}),
-    "CogVideoX-2b": ("CogVideoXTransformer3DModel", {"use_rotary_positional_embeddings": False}),
-    "CogVideoX-5b": (
-        "CogVideoXTransformer3DModel",
-        {"use_rotary_positional_embeddings": True, "patch_size_t": None},
-    ),
-    "Wan2.1-T2V-1.3B": (
-        "WanTransformer3DModel",
-        {"num_attention_heads": 12, "num_layers": 30, "in_channels": 16},
-    ),
-    "Wan2.1-T2V-14B": (
-        "WanTransformer3DModel",
-        {"num_attention_heads": 40, "num_layers": 40, "in_channels": 16},
-    ),
+_MODELS = {
+    "FLUX.1-dev": "FluxTransformer2DModel",
+    "HunyuanVideo": "HunyuanVideoTransformer3DModel",
+    "Mochi 1": "MochiTransformer3DModel",
+    "CogVideoX-2b": "CogVideoXTransformer3DModel",
+    "CogVideoX-5b": "CogVideoXTransformer3DModel",
+    "Wan2.1-T2V-1.3B": "WanTransformer3DModel",
+    "Wan2.1-T2V-14B": "WanTransformer3DModel",
 }
-"""Class of each checkpoint, and entries of its config by which it is known."""
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "CogVideoX-2b": {"use_rotary_positional_embeddings": False},
+    "CogVideoX-5b": {"use_rotary_positional_embeddings": True, "patch_size_t": None},
+    "Wan2.1-T2V-1.3B": {"num_attention_heads": 12, "num_layers": 30, "in_channels": 16},
+    "Wan2.1-T2V-14B": {"num_attention_heads": 40, "num_layers": 40, "in_channels": 16},
+}
+"""Class of each checkpoint, and entries of the config by which one of several is known."""
 
 
 def checkpoint_of(model: object) -> str | None:
     """Return the checkpoint of `PUBLISHED` that `model` is of by class and config, or None."""
     classes = {cls.__name__ for cls in type(model).__mro__}
     config = getattr(model, "config", {})
-    for checkpoint, (name, entries) in _MODELS.items():
+    for checkpoint, name in _MODELS.items():
+        entries = _CONFIGS.get(checkpoint, {})
         if name in classes and all(config.get(key) == entries[key] for key in entries):
             return checkpoint
     return None
@@ -137,7 +134,14 @@ def find_calibration(policy: str, source: Any, model: object, stack: str) -> Cal
             f"dbcache.calibrate(pipe, policy={policy!r}, path=...) and pass it as "
             f"calibration=...{known}"
         )
-    content = read_calibration(source)
+    content = source if isinstance(source, Mapping) else read("calibration", source)
+    is_ours = isinstance(content, Mapping) and content.get("format") == FORMAT
+    if not is_ours or not isinstance(content.get("stacks"), Mapping):
+        what = content.get("format") if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(
+            f"calibration: it must be of format {FORMAT!r} with stacks, got {shown(what)}; "
+            f"make one with dbcache.calibrate"
+        )
     for key, value in (("policy", policy), ("model", name)):
         if content.get(key) != value:
             raise ValueError(
@@ -178,23 +182,6 @@ def _numbers(values: Any) -> tuple[float, ...]:
     if not isinstance(values, Sequence) or not all(is_number(x, int | float) for x in values):
         return ()
     return tuple(map(float, values)) if all(map(math.isfinite, values)) else ()
-
-
-def read_calibration(source: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the content of a calibration.
-
-    Raises:
-        ValueError: it is damaged or something else. OSError: it cannot be read.
-    """
-    content = source if isinstance(source, Mapping) else read("calibration", source)
-    is_ours = isinstance(content, Mapping) and content.get("format") == FORMAT
-    if not is_ours or not isinstance(content.get("stacks"), Mapping):
-        what = content.get("format") if isinstance(content, Mapping) else type(content).__name__
-        raise ValueError(
-            f"calibration: it must be of format {FORMAT!r} with stacks, got {shown(what)}; "
-            f"make one with dbcache.calibrate"
-        )
-    return content
 
 
 def new_calibration(policy: str, model: str, steps: int, stacks: dict[str, Any]) -> dict[str, Any]:

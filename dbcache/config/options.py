@@ -161,8 +161,8 @@ def check_method(who: str, value: Any, allowed: tuple[str, ...]) -> str:
     try:
         return str(check_choice(who, value, allowed))
     except ValueError as error:
-        cure = _METHODS.get(value) if isinstance(value, str) else None
-        raise ValueError(f"{error}; {cure}" if cure else str(error)) from None
+        cure = f"; {_METHODS[value]}" if isinstance(value, str) and value in _METHODS else ""
+        raise ValueError(f"{error}{cure}") from None
 
 
 def check_type(who: str, value: Any, *kinds: type) -> Any:
@@ -216,11 +216,6 @@ def _hints(config: type) -> dict[str, Any]:
     return get_type_hints(config)
 
 
-@cache
-def _names(config: Any) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(config))
-
-
 class Options:
     """Base of the configs: remembers which fields were given, checks names and values."""
 
@@ -272,10 +267,10 @@ class Options:
                 )
 
     @classmethod
+    @cache
     def names(cls) -> tuple[str, ...]:
         """Return the names of all fields."""
-        config: Any = cls  # mypy takes the class for as unhashable as its instances
-        return _names(config)
+        return tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
 
     @property
     def given(self) -> dict[str, Any]:

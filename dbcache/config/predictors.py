@@ -60,13 +60,6 @@ class CalibratorConfig(Options):
         """The predictor's parameter in `kernels.prediction.taylor`; 0 where there is none."""
         return 0.0
 
-    @property
-    def recorded(self) -> str:
-        """What recorded work depends on: "" where `decide` computes the weights."""
-        if not self.by_forecaster:
-            return ""
-        return f"{self.strify()} {self.enable_calibrator} {self.enable_encoder_calibrator}"
-
     def strify(self) -> str:
         """Return a short name of these settings."""
         return "T0O0"

@@ -40,16 +40,9 @@ def load_pipeline(
 ) -> FluxPipeline:
     """Return the trained model as a `FluxPipeline` without VAE and text encoders."""
     transformer = FluxTransformer2DModel.from_pretrained(path, torch_dtype=dtype)
-    pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer,
-    )
-    return pipe.to(device)
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return FluxPipeline(transformer=transformer, scheduler=scheduler, **absent).to(device)
 
 
 def prompt_embeds(classes: list[int] | torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 
 from dbcache.demo.moving_digits import DIRECTIONS, FRAMES, IMAGE_SIZE
+from dbcache.demo.quality import load_originals
 
 TRAVEL = 6.0
 """Pixels from the first frame to the last."""
@@ -17,16 +16,6 @@ ASIDE = 3.0
 
 DIGIT_PIXELS = 10
 """Width of a digit, whose original has 8 pixels."""
-
-
-def load_originals(split: Literal["train", "test"]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scikit-learn's digits (B, 8, 8) in [0, 1] and labels (B,); every fifth is "test"."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    is_test = torch.arange(len(data.target)) % 5 == 0
-    keep = is_test if split == "test" else ~is_test
-    return torch.from_numpy(data.images).float()[keep] / 16, torch.from_numpy(data.target)[keep]
 
 
 def move(

@@ -44,14 +44,9 @@ def load_pipeline(
 ) -> WanPipeline:
     """Return the trained model as a `WanPipeline` without VAE and text encoder."""
     transformer = WanTransformer3DModel.from_pretrained(path, torch_dtype=dtype)
-    pipe = WanPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=transformer,
-    )
-    return pipe.to(device)
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    return WanPipeline(transformer=transformer, scheduler=scheduler, **absent).to(device)
 
 
 def text_embeds(digits: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:

@@ -36,20 +36,20 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> float:
     return fmean(pictures.similarity(image, like) for image, like in pairs)
 
 
-def load_digits_split(split: Literal["train", "test"]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scikit-learn's handwritten digits: images (B, 16, 16) in [0, 1] and labels (B,).
-
-    The 8x8 originals are enlarged bilinearly. Every fifth image is the test split.
-    """
+def load_originals(split: Literal["train", "test"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scikit-learn's digits (B, 8, 8) in [0, 1] and labels (B,); every fifth is "test"."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = torch.from_numpy(data.images).float()[:, None] / 16
-    images = F.interpolate(images, size=(16, 16), mode="bilinear", align_corners=False)[:, 0]
-    labels = torch.from_numpy(data.target).long()
-    is_test = torch.arange(len(labels)) % 5 == 0
-    keep = is_test if split == "test" else ~is_test
-    return images[keep], labels[keep]
+    keep = (torch.arange(len(data.target)) % 5 == 0) == (split == "test")
+    return torch.from_numpy(data.images).float()[keep] / 16, torch.from_numpy(data.target)[keep]
+
+
+def load_digits_split(split: Literal["train", "test"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `load_originals`, enlarged bilinearly to images (B, 16, 16)."""
+    images, labels = load_originals(split)
+    images = F.interpolate(images[:, None], size=(16, 16), mode="bilinear", align_corners=False)
+    return images[:, 0], labels
 
 
 class DigitClassifier:

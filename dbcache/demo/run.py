@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 import warnings
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -22,17 +21,20 @@ from dbcache.demo import digits
 from dbcache.demo.picture import draw_grid
 from dbcache.demo.quality import DigitClassifier, psnr, ssim
 from dbcache.results.markup import columns
+from dbcache.results.page import bound
+from dbcache.tuning.rows import timed
 
 WARMUP_STEPS = 3
 
 
 @dataclass
 class Setting:
-    """One row: how the cache is set, and what came of it."""
+    """One row: how the cache is set, and what came of it; by default on the demo's pipeline."""
 
     name: str
     cache: DBCacheConfig | None = None
     calibrator: CalibratorConfig | None = None
+    pipe: FluxPipeline | None = None
     seconds: list[float] = field(default_factory=list)
     images: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     cached: int = 0
@@ -71,58 +73,36 @@ class Demo:
         self.steps = steps
         self.seed = seed
         self.prompts = list(range(digits.NUM_CLASSES)) * per_digit
-        self.always_run = {
-            blocks: pipe_of_ends(pipe, *blocks) for blocks in {self._blocks(r) for r in rows[1:]}
-        }
-        self.ends_seconds: dict[tuple[int, int], list[float]] = {b: [] for b in self.always_run}
-
-    @staticmethod
-    def _blocks(row: Setting) -> tuple[int, int]:
-        assert row.cache is not None
-        return row.cache.Fn_compute_blocks, row.cache.Bn_compute_blocks
-
-    def draw(self, pipe: FluxPipeline, steps: int) -> tuple[torch.Tensor, float]:
-        """Return the images and the seconds that one call of the pipeline took."""
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-        arguments = digits.prompt(self.prompts)
-        synchronize(pipe)
-        start = time.perf_counter()
-        tokens = pipe(**arguments, num_inference_steps=steps, generator=generator).images
-        synchronize(pipe)
-        return digits.decode(tokens), time.perf_counter() - start
+        self.ends = {blocks: ends_of(pipe, *blocks) for blocks in set(map(blocks_of, rows[1:]))}
 
     def run(self, repeats: int) -> None:
         """Time every setting `repeats` times, one after the other in each round."""
-        progress = tqdm(total=(repeats + 1) * (len(self.rows) + len(self.always_run)))
-        turns = [(row.name, lambda steps, row=row: self.time_row(row, steps)) for row in self.rows]
-        seconds = {row.name: row.seconds for row in self.rows}
-        for blocks, pipe in self.always_run.items():
-            name = f"cost of a cached step, F{blocks[0]}B{blocks[1]}"
-            turns.append((name, lambda steps, pipe=pipe: self.draw(pipe, steps)[1]))
-            seconds[name] = self.ends_seconds[blocks]
-        for round_number in range(repeats + 1):
-            is_timed = round_number > 0  # the first, short round warms up
-            first = round_number % len(turns)  # so that no one always runs after the same other
-            for name, turn in turns[first:] + turns[:first]:
-                progress.set_description(name)
-                with warnings.catch_warnings():
-                    if not is_timed:  # too few steps to cache any, which the cache says
-                        warnings.simplefilter("ignore", UserWarning)
-                    elapsed = turn(self.steps if is_timed else WARMUP_STEPS)
-                seconds[name] += [elapsed] * is_timed
-                progress.update()
-        progress.close()
+        turns = [*self.rows, *self.ends.values()]
+        with warnings.catch_warnings():  # too few steps to cache any, which the cache says
+            warnings.simplefilter("ignore", UserWarning)
+            for row in turns:
+                self.draw(row, WARMUP_STEPS)
+        # so that no one always runs after the same other
+        rounds = [turns[i % len(turns) :] + turns[: i % len(turns)] for i in range(repeats)]
+        progress = tqdm([row for turns in rounds for row in turns])
+        for row in progress:
+            progress.set_description(row.name)
+            row.seconds.append(self.draw(row, self.steps))
 
-    def time_row(self, row: Setting, steps: int) -> float:
+    def draw(self, row: Setting, steps: int) -> float:
         """Draw under one setting; keep the images and the steps cached, return the seconds."""
+        pipe = row.pipe or self.pipe
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        call = {"num_inference_steps": steps, "generator": generator, **digits.prompt(self.prompts)}
         if row.cache is not None:
-            dbcache.enable(self.pipe, row.cache, row.calibrator)
-        row.images, elapsed = self.draw(self.pipe, steps)
+            dbcache.enable(pipe, row.cache, row.calibrator)
+        output, seconds = timed(lambda pipe: pipe(**call), pipe)
+        row.images = digits.decode(output.images)
         if row.cache is not None:
-            lanes = dbcache.summary(self.pipe, logging=False).lanes
+            lanes = dbcache.summary(pipe, logging=False).lanes
             row.cached = len(lanes[0].cached_steps) if lanes else 0
-            dbcache.disable(self.pipe)
-        return elapsed
+            dbcache.disable(pipe)
+        return seconds
 
     def table(self) -> list[dict[str, Any]]:
         """Return one record per setting; PSNR, SSIM and speed-up are against the first.
@@ -135,17 +115,16 @@ class Demo:
         full = statistics.median(self.rows[0].seconds)
         records = []
         for row in self.rows:
-            seconds = statistics.median(row.seconds)
-            fraction, cost = row.cached / self.steps, 1.0
+            seconds, cost = statistics.median(row.seconds), 1.0
             if row.cache is not None:
-                cost = statistics.median(self.ends_seconds[self._blocks(row)]) / full
+                cost = statistics.median(self.ends[blocks_of(row)].seconds) / full
             records.append(
                 {
                     "setting": row.name,
                     "cached": f"{row.cached}/{self.steps}",
                     "seconds": seconds,
                     "speedup": full / seconds,
-                    "bound": 1 / (1 - fraction + fraction * cost),
+                    "bound": bound(row.cached / self.steps, cost),
                     "psnr": psnr(row.images, reference),
                     "ssim": ssim(row.images, reference),
                     "accuracy": classifier and classifier.accuracy(row.images, labels),
@@ -154,48 +133,44 @@ class Demo:
         return records
 
 
-def pipe_of_ends(pipe: FluxPipeline, fn: int, bn: int) -> FluxPipeline:
-    """Return the pipeline with only the blocks that a cached step runs."""
+def blocks_of(row: Setting) -> tuple[int, int]:
+    """Return how many first and last blocks a cached step runs."""
+    assert row.cache is not None
+    return row.cache.Fn_compute_blocks, row.cache.Bn_compute_blocks
+
+
+def ends_of(pipe: FluxPipeline, fn: int, bn: int) -> Setting:
+    """Return a row that draws with only the blocks that a cached step runs."""
     whole = pipe.transformer
-    blocks = [*whole.transformer_blocks, *whole.single_transformer_blocks]
-    kept = set(range(fn)) | set(range(len(blocks) - bn, len(blocks)))
-    double = [b for i, b in enumerate(blocks) if i in kept and i < len(whole.transformer_blocks)]
-    single = [b for i, b in enumerate(blocks) if i in kept and i >= len(whole.transformer_blocks)]
     config = {**whole.config, "num_layers": 0, "num_single_layers": 0}
     ends = FluxTransformer2DModel.from_config(config)
     ends.load_state_dict(whole.state_dict(), strict=False)
     ends.to(whole.device).eval()
-    ends.transformer_blocks.extend(double)
-    ends.single_transformer_blocks.extend(single)
+    blocks = [*whole.transformer_blocks, *whole.single_transformer_blocks]
+    for block in [*blocks[:fn], *blocks[max(fn, len(blocks) - bn) :]]:
+        is_double = block in whole.transformer_blocks
+        (ends.transformer_blocks if is_double else ends.single_transformer_blocks).append(block)
     short = FluxPipeline(**{**pipe.components, "transformer": ends})
     short.set_progress_bar_config(disable=True)
-    return short
-
-
-def synchronize(pipe: FluxPipeline) -> None:
-    """Wait for the device, so that a clock reading means something."""
-    if pipe.device.type == "cuda":
-        torch.cuda.synchronize(pipe.device)
+    return Setting(f"cost of a cached step, F{fn}B{bn}", pipe=short)
 
 
 def format_table(records: list[dict[str, Any]]) -> str:
     """Return the records as an aligned text table."""
     forms = {
-        "setting": "{}",
-        "cached": "{}",
-        "seconds": "{:.2f}",
-        "speedup": "{:.2f}x",
-        "bound": "{:.2f}x",
-        "psnr": "{:.1f}",
-        "ssim": "{:.4f}",
-        "accuracy": "{:.1%}",
+        "setting": ("setting", "{}"),
+        "cached": ("cached", "{}"),
+        "seconds": ("seconds", "{:.2f}"),
+        "speedup": ("speed-up", "{:.2f}x"),
+        "bound": ("bound", "{:.2f}x"),
+        "psnr": ("PSNR dB", "{:.1f}"),
+        "ssim": ("SSIM", "{:.4f}"),
+        "accuracy": ("accuracy", "{:.1%}"),
     }
-    heads = {"psnr": "PSNR dB", "ssim": "SSIM", "speedup": "speed-up"}
-    rows = [[heads.get(name, name) for name in forms]]
-    rows += [
-        ["-" if r[name] is None else form.format(r[name]) for name, form in forms.items()]
-        for r in records
-    ]
+    rows = [[head for head, _ in forms.values()]]
+    for record in records:
+        cells = [(record[name], form) for name, (_, form) in forms.items()]
+        rows.append(["-" if value is None else form.format(value) for value, form in cells])
     return columns(rows)
 
 

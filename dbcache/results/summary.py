@@ -15,6 +15,9 @@ from dbcache.results.lane import PERCENTILES, LaneSummary
 from dbcache.results.markup import columns, table
 from dbcache.results.plain import plain
 
+KEPT = ("totals", "name", "config", "seconds")
+"""Fields that plain data has under their own names."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -65,8 +68,7 @@ class Summary:
         for name in dict.fromkeys(lane.owner for lane in self.lanes):
             lanes = [lane for lane in self.lanes if lane.owner == name]
             idle = nothing_cached(name, lanes)
-            found += idle
-            found += [text for x in lanes for text in (x.remarks if idle else x.warnings)]
+            found += idle + [text for x in lanes for text in (x.remarks if idle else x.warnings)]
         return found
 
     @property
@@ -81,11 +83,8 @@ class Summary:
             "lanes": [lane.to_dict() for lane in self.lanes],
             "cached_fraction": self.cached_fraction,
             "warnings": self.warnings,
-            "totals": self.totals,
             "bytes": self.nbytes,
-            "name": self.name,
-            "config": self.config,
-            "seconds": self.seconds,
+            **{name: getattr(self, name) for name in KEPT},
         }
 
     def to_json(self, indent: int | None = 1) -> str:
@@ -108,11 +107,8 @@ class Summary:
         return cls(
             lanes,
             [warning for warning in data["warnings"] if warning not in of_lanes],
-            totals=dict(data["totals"]),
             nbytes=data["bytes"],
-            name=data["name"],
-            config=data["config"],
-            seconds=data["seconds"],
+            **{name: data[name] for name in KEPT},
         )
 
     def strify(self) -> str:

@@ -128,7 +128,7 @@ class Runner:
         Raises:
             RuntimeError: the draw gives another picture than before.
         """
-        output, seconds = self.timed(draw)
+        output, seconds = timed(draw, self.target)
         pictures, known = pictures_of(output), self._plain.get(id(draw))
         if known is not None and any(psnr(x, y) < 60 for x, y in zip(pictures, known, strict=True)):
             raise RuntimeError(
@@ -143,7 +143,7 @@ class Runner:
         """Draw under a row; return the PSNR of each picture, and the seconds."""
         dbcache.enable(self.target, schedule=self.content([row]))
         try:
-            output, seconds = self.timed(draw)
+            output, seconds = timed(draw, self.target)
         finally:
             dbcache.disable(self.target)
         return self.compared(draw, output), seconds
@@ -158,14 +158,6 @@ class Runner:
         """Return the PSNR of each picture of an output."""
         pairs = zip(pictures_of(output), self.pictures(draw), strict=True)
         return [psnr(x, y) for x, y in pairs]
-
-    def timed(self, draw: Draw) -> tuple[Any, float]:
-        """Draw; return what came back, and the seconds."""
-        _wait()
-        begun = time.perf_counter()
-        output = draw(self.target)
-        _wait()
-        return output, time.perf_counter() - begun
 
     @quietly()
     def note_changes(self, row: Row, draws: Sequence[Draw]) -> None:
@@ -192,6 +184,15 @@ class Runner:
 
 def _cached(mask: Sequence[int]) -> list[int]:
     return [call for call, full in enumerate(mask) if not full]
+
+
+def timed(draw: Draw, target: Any) -> tuple[Any, float]:
+    """Draw on a target; return what came back, and the seconds."""
+    _wait()
+    begun = time.perf_counter()
+    output = draw(target)
+    _wait()
+    return output, time.perf_counter() - begun
 
 
 def _wait() -> None:

@@ -24,7 +24,7 @@ from dbcache.targets import enabled
 from dbcache.targets import parts as parts_of
 from dbcache.tuning.pictures import Draw, draws_of, pictures_of, psnr, similarity
 from dbcache.tuning.progress import quietly, say
-from dbcache.tuning.rows import Runner
+from dbcache.tuning.rows import Runner, timed
 
 FORMAT = "dbcache sweep 1"
 
@@ -254,7 +254,7 @@ class _Measure:
         """Return what one draw under a setting gives."""
         dbcache.enable(self.target, **options)
         try:
-            output, seconds = self.runner.timed(draw)
+            output, seconds = timed(draw, self.target)
             lanes = dbcache.summary(self.target, logging=False).lanes
             share = _share_run(self.target)
         finally:

@@ -5,7 +5,7 @@ import torch
 
 from dbcache.demo import digits, motion, moving_digits
 from dbcache.demo.moving_digits import DIRECTIONS, WEIGHTS
-from dbcache.demo.quality import psnr
+from dbcache.demo.quality import load_originals, psnr
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = list(DIRECTIONS)
@@ -19,7 +19,7 @@ def test_all_models_together_are_small():
 
 
 def test_real_digits_move_and_are_read():
-    images, labels = motion.load_originals("test")
+    images, labels = load_originals("test")
     directions = torch.arange(len(images)) % len(NAMES)
     videos = motion.move(images, directions, torch.Generator().manual_seed(0))
     assert videos.shape == (len(images), 8, 16, 16)
