@@ -62,7 +62,7 @@ class StepAgain:
         hidden, encoder = self.given
         if self.stack.has_own_encoder:
             encoder = self.encoder_fn
-        return followed((hidden, encoder), self.made)
+        return followed(self, (hidden, encoder), self.made)
 
 
 class ForwardAgain:

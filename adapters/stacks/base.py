@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from typing import Any
 
@@ -13,7 +12,8 @@ from dbcache.adapters.blocks.patterns import ENCODER
 from dbcache.adapters.blocks.spec import StackSpec
 from dbcache.adapters.signals.measurements import Source
 from dbcache.adapters.stacks.input_copies import KnownLoop
-from dbcache.adapters.stacks.proxies import CheckedBlock
+from dbcache.adapters.stacks.proxies import BlockProxy
+from dbcache.adapters.stacks.prunable_blocks import PrunableBlocks
 from dbcache.adapters.stacks.stack_run import StackRun
 from dbcache.config.cache import StackSettings
 from dbcache.config.checks import prepare
@@ -45,10 +45,18 @@ class BlockStack:
         generation: grows when blocks were exchanged; what was stored before no longer holds.
         sharding: ranks that vote on decisions; None where each decides for itself.
         recorder: notes of full steps what a calibration is made of.
+        single_blocks: those that may be left out one by one; None without.
+        fuses: of such neighbours that are left out only the last one returns what it would have.
     """
 
     step: Any
     """Class of the steps: made with the stack, what the request keeps, the branch, the forward."""
+
+    KNOWN: tuple[str, ...] = ("entries", "generation", "is_checked", "loops", "single_blocks")
+    """Attributes that hold what is known of the blocks."""
+
+    single_blocks: PrunableBlocks | None = None
+    fuses = False
 
     def __init__(
         self,
@@ -105,8 +113,14 @@ class BlockStack:
     @property
     def geometry(self) -> tuple[object, ...]:
         """Which blocks run always, and which may be skipped."""
-        form = (self.name, self.pattern, self.streams, self.round, self.leader is None)
-        return (*form, self.fn, self.bn)
+        form = (type(self), self.name, self.pattern, self.streams, self.round, self.leader is None)
+        single = self.single_blocks
+        return (*form, self.fn, self.bn, None if single is None else single.start, *self.prunable)
+
+    @property
+    def prunable(self) -> list[bool]:
+        """Which of the single blocks may be left out, from the first of them to the last."""
+        return [] if self.single_blocks is None else self.single_blocks.prunable
 
     @property
     def recorded(self) -> tuple[object, ...]:
@@ -115,8 +129,8 @@ class BlockStack:
 
     def inherit(self, old: Any) -> None:
         """Take over what is known of the blocks from a stack of the same geometry."""
-        self.entries, self.generation = old.entries, old.generation
-        self.is_checked, self.loops = old.is_checked, old.loops
+        for name in self.KNOWN:
+            setattr(self, name, getattr(old, name))
 
     def check(self) -> None:
         """Raise a ValueError if the settings do not go with the blocks."""
@@ -145,24 +159,23 @@ class BlockStack:
         """Return what stands for each list; nothing where all blocks always run."""
         raise NotImplementedError
 
-    def entry(self, position: int, block: torch.nn.Module, who: str) -> Entry:
+    def kind_of(self, position: int) -> type[BlockProxy]:
         """Return what stands for the block at `position` of the stack."""
         raise NotImplementedError
 
     def rows(self) -> list[list[Entry]]:
-        """Return a row per list of what `entry` makes of its blocks."""
-        positions = itertools.count()
-        return [
-            [
-                self.entry(
-                    index * self.round + turn if self.round > 1 else next(positions),
-                    block,
-                    f"{block_list.path}[{index}] ({type(block).__name__})",
-                )
-                for index, block in enumerate(block_list.blocks)
-            ]
-            for turn, block_list in enumerate(self.lists)
-        ]
+        """Return a row per list of what stands for its blocks."""
+        rows: list[list[Entry]] = []
+        start = 0
+        for block_list in self.lists:
+            row: list[Entry] = []
+            for index, block in enumerate(block_list.blocks):
+                position = start + index * self.round
+                who = f"{block_list.path}[{index}] ({type(block).__name__})"
+                row.append(self.kind_of(position)(self, block, who, position))
+            rows.append(row)
+            start += len(row) if self.round == 1 else 1
+        return rows
 
     def take_up_blocks(self) -> None:
         """Take up the blocks that the model has now."""
@@ -177,7 +190,7 @@ class BlockStack:
         """Let blocks that were checked stand for themselves."""
         self.is_checked = True
         self.entries = [
-            [entry.block if type(entry) is CheckedBlock else entry for entry in row]
+            [entry.block if type(entry) is BlockProxy else entry for entry in row]
             for row in self.entries
         ]
 
@@ -187,6 +200,10 @@ class BlockStack:
 
     def new_lane(self, run: StackRun, branch: str | None, device: torch.device, step: Any) -> Any:
         """Return a lane for a branch that has none; `step` is the one under way."""
+        raise NotImplementedError
+
+    def fits(self, lane: Any) -> bool:
+        """Whether what a lane keeps of single blocks fits these."""
         raise NotImplementedError
 
     def check_recordable(self, settings: StackSettings) -> None:

@@ -22,8 +22,12 @@ class _Followed(torch.autograd.Function):
         return gradients[0], None
 
 
-def followed(given: Streams, made: Any) -> Streams:
-    """Return what was predicted; gradients go on to what came into the skipped blocks."""
+def followed(step: Any, given: Streams, made: Any) -> Streams:
+    """Return what a step predicted; gradients go on to what came into the skipped blocks.
+
+    The step notes whether these were called where gradients are off: `hides_gradients`.
+    """
+    step.hides_gradients = not torch.is_grad_enabled()
     hidden, encoder = (
         y if x is None or y is None else _Followed.apply(x, y)
         for x, y in zip(given, made, strict=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-Pairs = list[tuple[torch.Tensor | None, torch.Tensor | None]]
-"""Tensors that blocks were given, each with its copy from before."""
+Streams = Sequence[torch.Tensor | None]
+"""Tensors that blocks are given, or their copies from before."""
 
 
 class InputCopies:
@@ -22,15 +25,18 @@ class InputCopies:
         self.is_known = False
         self.are_needed = True
 
-    def of(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what `x` holds now, whatever the blocks do to it."""
-        return x.clone() if self.are_needed else x
+    def of(self, given: Streams) -> Any:
+        """Return what the tensors hold now, whatever the blocks do to them."""
+        if not self.are_needed:
+            return given
+        return tuple(x if x is None else x.clone() for x in given)
 
-    def learn(self, pairs: Pairs) -> None:
+    def learn(self, given: Streams, copies: Streams) -> None:
         """Compare what blocks were given with the copies from before; reads from the device."""
         if not self.is_known:
+            pairs = zip(given, copies, strict=True)
             self.are_needed = not all(
-                torch.equal(x, copy) for x, copy in pairs if x is not None and copy is not None
+                torch.equal(x, y) for x, y in pairs if x is not None and y is not None
             )
             self.is_known = True
 

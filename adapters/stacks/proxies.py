@@ -44,38 +44,6 @@ class Stream:
         raise ValueError(f"{self.who}: must be called with {self.name}, got ({', '.join(given)})")
 
 
-def _no_stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    return None
-
-
-class Inputs:
-    """The streams of a block's arguments: functions of a call's `args` and `kwargs`.
-
-    Attributes:
-        hidden: returns `hidden_states`.
-        encoder: returns `encoder_hidden_states`, None where the pattern has none as input.
-    """
-
-    __slots__ = ("encoder", "hidden", "takes_encoder")
-
-    def __init__(
-        self, block: torch.nn.Module, pattern: ForwardPattern, streams: Streams, who: str
-    ) -> None:
-        self.takes_encoder = ENCODER in pattern.takes
-        self.hidden = Stream(block, streams, 0, who)
-        self.encoder: Any = Stream(block, streams, 1, who) if self.takes_encoder else _no_stream
-
-    def of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Return both streams; those that are given by name without a further call."""
-        hidden = kwargs.get(self.hidden.name)
-        if hidden is None:
-            hidden = self.hidden(args, kwargs)
-        if not self.takes_encoder:
-            return hidden, None
-        encoder = kwargs.get(self.encoder.name)
-        return hidden, self.encoder(args, kwargs) if encoder is None else encoder
-
-
 class OutputForm:
     """How a block packs its streams into what it returns, learned from one real output.
 
@@ -140,24 +108,30 @@ _under_way = FORWARD.get
 class BlockProxy:
     """Stands for one block in the model's loop. Reads of attributes go to the block.
 
+    By itself it is a probe or last block on the first forward, whose output is checked.
+
     Args:
         stack: of which the block is a part.
         block: what it stands for.
         who: the block's name in errors.
-        place: which of the stack's blocks it is; of those that may be left out one by one, which
-            of these.
+        place: position of the block in the stack.
+
+    Attributes:
+        index: which of the transformer's stacks it is in.
+        hidden_in: returns `hidden_states` of a call's `args` and `kwargs`.
+        encoder_in: returns `encoder_hidden_states`; None where the pattern has none as input.
+        form: how the block packs its output; None until it has run.
     """
 
-    __slots__ = ("block", "form", "index", "inputs", "pattern", "place", "who")
+    __slots__ = ("block", "encoder_in", "form", "hidden_in", "index", "pattern", "place", "who")
 
     def __init__(self, stack: Any, block: torch.nn.Module, who: str, place: int) -> None:
-        self.index = stack.index
-        self.place = place
-        self.pattern = stack.pattern
-        self.block = block
-        self.who = who
-        self.form: OutputForm | None = None
-        self.inputs = Inputs(block, stack.pattern, stack.streams, who)
+        self.index, self.place, self.pattern = stack.index, place, stack.pattern
+        self.block, self.who = block, who
+        self.form: Any = None
+        self.hidden_in = Stream(block, stack.streams, 0, who)
+        takes_encoder = ENCODER in stack.pattern.takes
+        self.encoder_in = Stream(block, stack.streams, 1, who) if takes_encoder else None
 
     def __getattr__(self, name: str) -> Any:
         forward = _under_way()
@@ -181,40 +155,29 @@ class BlockProxy:
             self.form = OutputForm(self.pattern, output, self.who)
         return output
 
-    def streams(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the streams of the block's output."""
-        assert self.form is not None
-        return self.form.unpack(output)
-
-    def pack(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> Any:
-        """Return the streams as the block would."""
-        assert self.form is not None
-        return self.form.pack(hidden, encoder)
-
-
-class CheckedBlock(BlockProxy):
-    """A probe or last block on the first forward: its output is checked against the pattern."""
-
-    __slots__ = ()
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Return both streams of a call; those that are given by name without a further call."""
+        hidden, encoder = kwargs.get(self.hidden_in.name), None
+        if hidden is None:
+            hidden = self.hidden_in(args, kwargs)
+        if self.encoder_in is not None:
+            encoder = kwargs.get(self.encoder_in.name)
+            if encoder is None:
+                encoder = self.encoder_in(args, kwargs)
+        return hidden, encoder
 
 
-class ProbeStart(BlockProxy):
-    """The first block: what comes in is what the probe residual is measured from."""
+class ProbeBlock(BlockProxy):
+    """The first block, from whose input the probe residual is measured, or the last probe block.
 
-    __slots__ = ()
+    What that one returns is what the residual is measured to. They may be the same block.
+    """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = _under_way()
-        if forward is None:
-            return self.block(*args, **kwargs)
-        forward.steps[self.index].begin(self.inputs.hidden(args, kwargs))
-        return self.run(args, kwargs)
+    __slots__ = ("is_last",)
 
-
-class ProbeEnd(BlockProxy):
-    """The last probe block: what it returns is what the probe residual is measured from."""
-
-    __slots__ = ()
+    def __init__(self, stack: Any, block: torch.nn.Module, who: str, place: int) -> None:
+        super().__init__(stack, block, who, place)
+        self.is_last = stack.ends_probe(place)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = _under_way()
@@ -222,70 +185,20 @@ class ProbeEnd(BlockProxy):
             return self.block(*args, **kwargs)
         step = forward.steps[self.index]
         if self.place == 0:
-            step.begin(self.inputs.hidden(args, kwargs))
+            step.begin(self.hidden_in(args, kwargs))
         output = self.block(*args, **kwargs) if self.form else self.run(args, kwargs)
-        form: Any = self.form
-        step.probe = output if form.is_tensor else output[form.hidden_at]
-        if step.stack.loops[forward.inputs].are_needed:
-            step.copy_probe()
-        if step.stack.makes_encoder:
-            step.encoder_fn = self.streams(output)[1]
+        if self.is_last:
+            form = self.form
+            step.probe = output if form.is_tensor else output[form.hidden_at]
+            if step.stack.loops[forward.inputs].are_needed:
+                step.copy_probe()
+            if step.stack.makes_encoder:
+                step.encoder_fn = form.unpack(output)[1]
         return output
 
 
-class SkippedBlock(BlockProxy):
-    """A middle block between the first and the last one; see `Loop`, which seldom calls it."""
-
-    __slots__ = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = _under_way()
-        if forward is not None:
-            step = forward.steps[self.index]
-            if step.cached:
-                return self.pass_through(step, args, kwargs)
-            if self.form is None:
-                return self.run(args, kwargs)
-        return self.block(*args, **kwargs)
-
-    def pass_through(self, step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the inputs as the block would return its outputs."""
-        hidden = self.inputs.hidden(args, kwargs)
-        if self.form is not None and self.form.is_tensor:
-            return hidden
-        if self.inputs.takes_encoder:
-            return self.pack(hidden, self.inputs.encoder(args, kwargs))
-        return self.pack(hidden, step.encoder_fn)
-
-
-def _passing(proxy: SkippedBlock) -> Callable[..., Any]:
-    """Return what does as `proxy` on a cached step: a function, or itself, where it asks the step.
-
-    The form of its output is known.
-    """
-    form, inputs = proxy.form, proxy.inputs
-    assert form is not None
-    hidden, at = inputs.hidden.name, inputs.hidden.at
-
-    def skip_one(*args: Any, **kwargs: Any) -> Any:
-        if hidden in kwargs:
-            return kwargs[hidden]
-        return args[at] if at < len(args) else proxy.pass_through(None, args, kwargs)
-
-    if form.is_tensor:
-        return skip_one
-    if not inputs.takes_encoder or form.encoder_at != 0:
-        return proxy
-    encoder = inputs.encoder.name
-
-    def skip_two(*args: Any, **kwargs: Any) -> Any:
-        return proxy.pass_through(None, args, kwargs) if args else (kwargs[encoder], kwargs[hidden])
-
-    return skip_two
-
-
-class Boundary(SkippedBlock):
-    """The first middle block, which decides, or the last one, which predicts or stores; or both."""
+class MiddleBlock(BlockProxy):
+    """A middle block: the first one decides, the last one predicts or stores; see `Loop`."""
 
     __slots__ = ("is_first", "is_last")
 
@@ -301,19 +214,49 @@ class Boundary(SkippedBlock):
         if self.is_first:
             if step.run.source is not None:
                 step.run.source.at_block(self.block, args, kwargs)
-            hidden, encoder = self.inputs.of(args, kwargs)
+            hidden, encoder = self.given(args, kwargs)
             step.decide(hidden, encoder)
         if not step.cached:
             output = self.run(args, kwargs)
             if self.is_last:
-                step.finish_full(*self.streams(output), self.who)
+                step.finish_full(*self.form.unpack(output), self.who)
             return output
         if self.is_last:
-            assert self.form is not None
             return self.form.pack(*step.finish_cached())
-        if self.is_first and encoder is not None and self.form and self.form.encoder_at == 0:
+        if self.is_first and encoder is not None and self.form.encoder_at == 0:
             return encoder, hidden
         return self.pass_through(step, args, kwargs)
+
+    def pass_through(self, step: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the inputs as the block would return its outputs."""
+        if self.form.is_tensor:
+            return self.hidden_in(args, kwargs)
+        hidden, encoder = self.given(args, kwargs)
+        return self.form.pack(hidden, step.encoder_fn if self.encoder_in is None else encoder)
+
+
+def _passing(proxy: MiddleBlock) -> Callable[..., Any]:
+    """Return what does as `proxy` on a cached step: a function, or itself, where it asks the step.
+
+    The form of its output is known.
+    """
+    hidden, at = proxy.hidden_in.name, proxy.hidden_in.at
+
+    def skip_one(*args: Any, **kwargs: Any) -> Any:
+        if hidden in kwargs:
+            return kwargs[hidden]
+        return args[at] if at < len(args) else proxy.pass_through(None, args, kwargs)
+
+    if proxy.form.is_tensor:
+        return skip_one
+    if proxy.encoder_in is None or proxy.form.encoder_at != 0:
+        return proxy
+    encoder = proxy.encoder_in.name
+
+    def skip_two(*args: Any, **kwargs: Any) -> Any:
+        return proxy.pass_through(None, args, kwargs) if args else (kwargs[encoder], kwargs[hidden])
+
+    return skip_two
 
 
 _Fast = tuple[list[Entry], list[Entry], list[Entry], frozenset[str] | None]
@@ -343,7 +286,8 @@ class Loop(list[Entry]):
     def __init__(self, row: list[Entry], path: str) -> None:
         super().__init__(row)
         self.path = path
-        at = [i for i, entry in enumerate(row) if type(entry) is SkippedBlock]
+        middle = [(i, entry) for i, entry in enumerate(row) if type(entry) is MiddleBlock]
+        at = [i for i, entry in middle if not (entry.is_first or entry.is_last)]
         begin, end = (at[0], at[-1] + 1) if at else (0, 0)
         self._before, self._rest = row[:begin], row[begin:]
         middle: list[Any] = row[begin:end]

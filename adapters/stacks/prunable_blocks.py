@@ -11,7 +11,7 @@ stored, or what it would have returned is written into the very tensors that it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,52 +19,47 @@ import torch
 from dbcache.adapters.blocks.patterns import ForwardPattern
 from dbcache.adapters.stacks.gradients import Streams, followed
 from dbcache.adapters.stacks.input_copies import InputCopies
-from dbcache.adapters.stacks.proxies import BlockProxy, CheckedBlock
+from dbcache.adapters.stacks.proxies import BlockProxy
 from dbcache.graphs.recording import Cutter
 from dbcache.lanes.decision import Decision
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def trimmed(prunable: list[bool]) -> tuple[int, list[bool]]:
-    """Return where the first block is that may be left out, and `prunable` from it to the last."""
-    first, behind = prunable.index(True), len(prunable) - prunable[::-1].index(True)
-    return first, prunable[first:behind]
-
-
 class PrunableBlocks:
     """From the first block that may be left out to the last one: what all requests share.
 
     Args:
-        prunable: which of the blocks may be left out.
+        positions: of the blocks that may be left out, in the stack.
         pattern: what the blocks take and return.
 
     Attributes:
-        fuses: of neighbours that are left out only the last one returns what it would have.
+        start: position of the first one.
+        prunable: which of those from the first to the last may be left out.
         breaks: blocks whose output is not what the next one gets; no run goes on behind them.
     """
 
-    def __init__(self, prunable: Sequence[bool], pattern: ForwardPattern) -> None:
-        self.prunable = list(prunable)
+    def __init__(self, positions: Sequence[int], pattern: ForwardPattern) -> None:
+        self.start = positions[0]
+        self.prunable = [i in positions for i in range(self.start, positions[-1] + 1)]
         self.returns_encoder = len(pattern.returns) == 2
-        self.fuses = True
         self.breaks: set[int] = set()
 
-    def proxy(self, stack: Any, index: int, block: torch.nn.Module, who: str) -> BlockProxy:
-        """Return what stands for block `index` of them; it may lie before or behind."""
-        if 0 <= index < len(self.prunable):
-            return PrunableBlock(stack, block, who, index, self)
-        kind = EncoderMaker if index == -1 and stack.makes_encoder else CheckedBlock
-        return kind(stack, block, who, index)
+    def kind_of(self, position: int, stack: Any) -> type[BlockProxy]:
+        """Return what stands for the block at a position of the stack, before or behind as well."""
+        if self.start <= position < self.start + len(self.prunable):
+            return PrunableBlock
+        is_maker = position == self.start - 1 and stack.makes_encoder
+        return EncoderMaker if is_maker else BlockProxy
 
 
 class SingleBlocksStep:
     """What is under way in one forward over blocks that may be left out one by one.
 
-    Args:
-        blocks: these blocks.
-
     Attributes:
+        stack: which has the blocks.
+        blocks: these; known from the first one on.
+        run: what the request keeps of the stack.
         store: what is stored of the blocks; None until the step is decided.
         skipped: which blocks are left out.
         due: what blocks that run are stored by; None: they are not.
@@ -74,59 +69,60 @@ class SingleBlocksStep:
         hides_gradients: as in `Step`.
     """
 
+    stack: Any
+    blocks: PrunableBlocks
+    run: Any
     hides_gradients = False
-
-    def __init__(self, blocks: PrunableBlocks) -> None:
-        self.blocks = blocks
-        self.store: Any = None
-        self.skipped: list[bool] = []
-        self.due: torch.Tensor | None = None
-        self.recording: Cutter | None = None
-        self.decisions: Sequence[Decision] = ()
-        self._first: int | None = None
-        self.encoder: torch.Tensor | None = None
-        self.last: torch.Tensor | None = None
+    store: Any = None
+    skipped: list[bool]
+    due: torch.Tensor | None
+    recording: Cutter | None
+    decisions: Sequence[Decision]
+    encoder: torch.Tensor | None = None
+    last: torch.Tensor | None = None
+    _first: int | None = None
 
     def open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Decide which blocks are left out, given what the first one gets; or let all run."""
         raise NotImplementedError
 
+    def start(
+        self,
+        store: Any,
+        skipped: list[bool],
+        due: torch.Tensor | None,
+        recording: Cutter | None = None,
+        decisions: Sequence[Decision] = (),
+    ) -> None:
+        """Begin the step, as it was decided; see the attributes."""
+        self.store, self.skipped, self.due = store, skipped, due
+        self.recording, self.decisions = recording, decisions
+        if self.run.groups is not None:
+            self.run.groups.load(self.skips)
+
     def close(self) -> None:
         """The last block is done."""
+        if self.run.groups is not None:
+            self.run.groups.free(self.skips)
 
-    def start(self, store: Any, skipped: list[bool], due: torch.Tensor | None) -> None:
-        """Begin the step: which blocks are left out, and how those that run are stored."""
-        self.store, self.skipped, self.due = store, skipped, due
-
-    def record(
-        self, store: Any, due: torch.Tensor, cutter: Cutter | None, decisions: Sequence[Decision]
-    ) -> None:
-        """Begin the step and let `cutter` record it: its blocks go by `decisions`."""
-        self.start(store, [], due)
-        self.recording, self.decisions = cutter, decisions
-
-    def skips(self, start: int) -> Callable[[int], bool]:
-        """Return which positions of a stack are left out, of which the blocks begin at `start`."""
-        return lambda position: (
-            start <= position < start + len(self.skipped) and (self.skipped[position - start])
-        )
+    def skips(self, position: int) -> bool:
+        """Whether the block at a position of the stack is left out."""
+        index = position - self.blocks.start
+        return 0 <= index < len(self.skipped) and self.skipped[index]
 
     def ends_run(self, index: int) -> bool:
         """Whether block `index`, left out, is the last of its neighbours; note the first one."""
         if self._first is None:
             self._first = index
         is_last = index + 1 == len(self.skipped) or not self.skipped[index + 1]
-        return is_last or not self.blocks.fuses or index in self.blocks.breaks
+        return is_last or not self.stack.fuses or index in self.blocks.breaks
 
     def replace(self, index: int, hidden: torch.Tensor, encoder: torch.Tensor | None) -> Streams:
         """Return what the blocks left out up to `index` would have made of the streams."""
         assert self._first is not None
         first, self._first = self._first, None
         made = self.store.replace(first, index + 1 - first, hidden, encoder)
-        if hidden.requires_grad:
-            self.hides_gradients = not torch.is_grad_enabled()
-            return followed((hidden, encoder), made)
-        return made
+        return followed(self, (hidden, encoder), made) if hidden.requires_grad else made
 
     def keep(self, index: int, before: Streams, after: Streams, who: str) -> None:
         """Store what a block that ran was given and added."""
@@ -151,33 +147,31 @@ class EncoderMaker(BlockProxy):
         output = self.run(args, kwargs)
         step = self.step()
         if step is not None:
-            step.single_blocks.encoder = self.streams(output)[1]
+            step.single_blocks.encoder = self.form.unpack(output)[1]
         return output
 
 
 class PrunableBlock(BlockProxy):
     """One of the prunable blocks: it runs and is stored, or is left out."""
 
-    __slots__ = ("blocks", "copies")
+    __slots__ = ("blocks", "copies", "number")
 
-    def __init__(
-        self, stack: Any, block: torch.nn.Module, who: str, place: int, blocks: PrunableBlocks
-    ) -> None:
+    def __init__(self, stack: Any, block: torch.nn.Module, who: str, place: int) -> None:
         super().__init__(stack, block, who, place)
-        self.blocks = blocks
-        self.copies = InputCopies()
+        self.blocks, self.copies = stack.single_blocks, InputCopies()
+        self.number = place - self.blocks.start
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         whole = self.step()
         if whole is None:
             return self.run(args, kwargs)
-        step, index = whole.single_blocks, self.place
-        hidden, encoder = self.inputs.hidden(args, kwargs), None
+        step, index = whole.single_blocks, self.number
+        hidden, encoder = self.hidden_in(args, kwargs), None
         if self.blocks.returns_encoder:
-            takes = self.inputs.takes_encoder
-            encoder = self.inputs.encoder(args, kwargs) if takes else step.encoder
+            encoder = step.encoder if self.encoder_in is None else self.encoder_in(args, kwargs)
         streams, call = (hidden, encoder), (args, kwargs)
         if index == 0:
+            step.blocks = self.blocks
             step.open(hidden, encoder)
         if step.store is None:
             return self.run(args, kwargs)  # the model left out the block that decides
@@ -191,14 +185,14 @@ class PrunableBlock(BlockProxy):
             if step.ends_run(index):
                 streams = step.replace(index, *streams)
             step.last, step.encoder = streams
-            output = self.pack(*streams)
+            output = self.form.pack(*streams)
         if index + 1 == len(self.blocks.prunable):
             step.close()
         return output
 
     def _record(self, step: SingleBlocksStep, call: Arguments, given: Streams) -> Any:
         """Record both ways of a block that may be left out."""
-        index, cutter = self.place, step.recording
+        index, cutter = self.number, step.recording
         if not self.blocks.prunable[index]:
             return self._run_and_keep(step, call, given)
         assert cutter is not None
@@ -213,15 +207,12 @@ class PrunableBlock(BlockProxy):
         return output
 
     def _run_and_keep(self, step: SingleBlocksStep, call: Arguments, given: Streams) -> Any:
-        stores, (hidden, encoder) = step.due is not None, given
-        if stores:
-            hidden = self.copies.of(hidden)
-            encoder = None if encoder is None else self.copies.of(encoder)
+        before = given if step.due is None else self.copies.of(given)
         output = self.run(*call)
-        after = self.streams(output)
-        if stores:
+        after = self.form.unpack(output)
+        if step.due is not None:
             if step.recording is None:
-                self.copies.learn(list(zip(given, (hidden, encoder), strict=True)))
-            step.keep(self.place, (hidden, encoder), after, self.who)
+                self.copies.learn(given, before)
+            step.keep(self.number, before, after, self.who)
         step.last, step.encoder = after
         return output

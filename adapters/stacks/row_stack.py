@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dbcache.adapters.stacks.row_step import RowBlock, RowBoundary, RowStep, not_samples
+from dbcache.adapters.stacks.row_step import RowBlock, RowStep, not_samples
 from dbcache.adapters.stacks.stack import Stack
 from dbcache.config.cache import StackSettings
 
@@ -19,7 +19,6 @@ class RowStack(Stack):
     """
 
     step = RowStep
-    boundary = RowBoundary
     middle = RowBlock
 
     def check(self) -> None:
@@ -33,10 +32,6 @@ class RowStack(Stack):
             reason = "its blocks make the encoder states themselves"
         if reason is not None:
             raise not_samples(self, reason)
-
-    @property
-    def geometry(self) -> tuple[object, ...]:
-        return (*super().geometry, "each")
 
     def check_recordable(self, settings: StackSettings) -> None:
         raise ValueError(

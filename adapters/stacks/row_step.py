@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dbcache.adapters.stacks.gradients import followed
-from dbcache.adapters.stacks.proxies import Boundary, SkippedBlock
+from dbcache.adapters.stacks.proxies import MiddleBlock
 from dbcache.adapters.stacks.stack_run import StackRun, row_key
 from dbcache.adapters.stacks.step import Step, left_out
 from dbcache.lanes.buffers import Layout
@@ -56,8 +56,7 @@ class RowStep(Step):
         self.full = torch.tensor(lane.full, dtype=torch.long, device=h_fn.device)
         self.prediction = self.made = lane.predict(*self.passed)
         if h_fn.requires_grad:
-            self.hides_gradients = not torch.is_grad_enabled()
-            self.prediction = followed(self.passed, self.made)
+            self.prediction = followed(self, self.passed, self.made)
 
     def _decide(
         self, lane: RowLanes, h_fn: torch.Tensor, measured: torch.Tensor, layout: Layout
@@ -102,14 +101,14 @@ class RowStep(Step):
             their prediction behind the last middle block.
         """
         cut_args, cut_kwargs = self._cut_all(args), self._cut_all(kwargs)
-        hidden, encoder = proxy.streams(proxy.run_whole(cut_args, cut_kwargs))
-        rest = proxy.inputs.hidden(args, kwargs), proxy.inputs.encoder(args, kwargs)
+        hidden, encoder = proxy.form.unpack(proxy.run_whole(cut_args, cut_kwargs))
+        rest = proxy.given(args, kwargs)
         for stream in rest:
             self._cut.pop(id(stream), None)
         if proxy.is_last:
             assert self.prediction is not None
             rest = self.prediction
-        return proxy.pack(self._put(rest[0], hidden), self._put(rest[1], encoder))
+        return proxy.form.pack(self._put(rest[0], hidden), self._put(rest[1], encoder))
 
     def _put(self, rest: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
         """Return the batch `rest` with the rows of the samples that ran in full."""
@@ -186,26 +185,8 @@ def not_samples(stack: Any, reason: str) -> ValueError:
     )
 
 
-class RowBlock(SkippedBlock):
+class RowBlock(MiddleBlock):
     """A middle block that may run on some of the samples."""
-
-    __slots__ = ()
-
-    is_last = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        step = self.step()
-        if step is None or step.full is None:
-            return super().__call__(*args, **kwargs)
-        return step.run_rows(self, args, kwargs)
-
-    def run_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the block on what it is given."""
-        return super().run(args, kwargs)
-
-
-class RowBoundary(Boundary):
-    """The first middle block, or the last one, of a stack whose samples decide for themselves."""
 
     __slots__ = ()
 

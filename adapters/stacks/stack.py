@@ -10,20 +10,14 @@ from dbcache.adapters.blocks.block_list import Entry
 from dbcache.adapters.signals.measurements import Source, make_source
 from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.input_copies import InputCopies
-from dbcache.adapters.stacks.last_blocks import LastBlocks
-from dbcache.adapters.stacks.proxies import (
-    BlockProxy,
-    Boundary,
-    CheckedBlock,
-    ProbeEnd,
-    ProbeStart,
-    SkippedBlock,
-)
+from dbcache.adapters.stacks.last_blocks import last_blocks_of
+from dbcache.adapters.stacks.proxies import BlockProxy, MiddleBlock, ProbeBlock
 from dbcache.adapters.stacks.stack_run import StackRun
 from dbcache.adapters.stacks.step import Step
 from dbcache.config.cache import StackSettings
 from dbcache.lanes.host_lane import HostLane
 from dbcache.lanes.lane import Lane
+from dbcache.lanes.last_blocks import LaneTail
 from dbcache.lanes.predictors import check_runs_on_device
 
 
@@ -31,41 +25,27 @@ class Stack(BlockStack):
     """Blocks of which the middle ones are skipped together; see `BlockStack` for the arguments."""
 
     step = Step
-    boundary: type[BlockProxy] = Boundary
-    middle: type[BlockProxy] = SkippedBlock
+    middle: type[BlockProxy] = MiddleBlock
 
-    last_blocks: LastBlocks | None = None
+    KNOWN = (*BlockStack.KNOWN, "probe_copies", "middle_copies")
 
     def make_entries(self) -> list[list[Entry]]:
         self.probe_copies, self.middle_copies = InputCopies(), InputCopies()
         if self.fn + self.bn == self.num_blocks:
             return []
-        self.last_blocks = LastBlocks.of(self)
+        self.single_blocks = last_blocks_of(self)
         return self.rows()
 
-    def entry(self, position: int, block: torch.nn.Module, who: str) -> Entry:
-        first, last = self.fn, self.last_middle
-        if position > last and self.last_blocks is not None:
-            return self.last_blocks.proxy(position, block, who)
-        kind: type[BlockProxy] = CheckedBlock
-        if first <= position <= last:
-            kind = self.boundary if position in (first, last) else self.middle
-        elif position == first - 1 and (self.makes_encoder or self.round == 1):
-            kind = ProbeEnd
-        elif position == 0:
-            kind = ProbeStart
-        return kind(self, block, who, position)
+    def kind_of(self, position: int) -> type[BlockProxy]:
+        if position > self.last_middle and self.single_blocks is not None:
+            return self.single_blocks.kind_of(position, self)
+        if self.is_skipped(position):
+            return self.middle
+        return ProbeBlock if position == 0 or self.ends_probe(position) else BlockProxy
 
-    @property
-    def geometry(self) -> tuple[object, ...]:
-        last = self.last_blocks
-        which = () if last is None else (last.start, *last.blocks.prunable)
-        return (*super().geometry, *which)
-
-    def inherit(self, old: Any) -> None:
-        super().inherit(old)
-        self.last_blocks = old.last_blocks
-        self.probe_copies, self.middle_copies = old.probe_copies, old.middle_copies
+    def ends_probe(self, position: int) -> bool:
+        """Whether what the block at `position` returns is what the change is measured by."""
+        return position == self.fn - 1 and (self.makes_encoder or self.round == 1)
 
     def make_source(self) -> Source | None:
         if self.leader is not None:
@@ -80,17 +60,12 @@ class Stack(BlockStack):
             lane: Lane = HostLane(run.settings, device, branch)
         else:
             lane = Lane(run.settings, device if leader is None else leader.device, branch, leader)
-        lane.tail = self.new_tail(run.settings, device)
+        if self.single_blocks is not None:
+            lane.tail = LaneTail(run.settings, self.prunable, device)
         return lane
 
-    def new_tail(self, settings: StackSettings, device: torch.device) -> Any:
-        """Return what a new lane keeps of the last blocks; None where all of them run."""
-        return None if self.last_blocks is None else self.last_blocks.new_store(settings, device)
-
     def fits(self, lane: Any) -> bool:
-        """Whether what a lane keeps of the last blocks fits them."""
-        own = None if self.last_blocks is None else self.last_blocks.blocks.prunable
-        return own == (None if lane.tail is None else lane.tail.blocks.prunable)
+        return self.prunable == ([] if lane.tail is None else lane.tail.blocks.prunable)
 
     def leader_lane(self, forward: Any) -> Any:
         """Return the lane that has taken the decision of this forward."""

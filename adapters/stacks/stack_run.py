@@ -73,6 +73,14 @@ class StackRun:
             self.votes = not (self.source.is_whole and self.sharding.sees_whole)
             self.source.vote = self.sharding.vote if self.votes else None
 
+    def check_needs_no_vote(self) -> None:
+        """Raise if a decision needs a message, which a recording would not repeat in time."""
+        if self.sharding is not None:
+            raise RuntimeError(
+                f"{self.stack.name}: a step whose decision the ranks of a sequence vote on cannot "
+                f"be captured, got one under capture; run it outside of the graph, or use tp_size"
+            )
+
     def start_request(self) -> None:
         """Forget the last request."""
         self.shared.start_request()

@@ -11,12 +11,14 @@ The proxies of the stack call `begin` at the first block, `decide` at the first 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from dbcache.adapters.blocks.patterns import ENCODER, describe
 from dbcache.adapters.stacks.gradients import Streams, followed
+from dbcache.adapters.stacks.last_blocks import LastBlocksStep
 from dbcache.graphs.recording import Cutter
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.lanes.buffers import Layout
@@ -57,6 +59,18 @@ class StackStep:
         self.run.lanes[self.branch] = lane
         return lane
 
+    def _measure(self, lane: Any, of: torch.Tensor) -> torch.Tensor:
+        """Return the partial sums of the change that this branch measures."""
+        return lane.measure(of)
+
+    def _change(self, lane: Any, of: torch.Tensor) -> torch.Tensor:
+        """Measure the change, or take that of another branch, as `SharedChange` says."""
+        steps, is_recorded = lane.steps, self.cutter is not None
+        own = partial(self._measure, lane, of)
+        return self.run.shared(
+            self.branch, steps.state, steps.step, of, own, is_recorded=is_recorded
+        )
+
     def check_end(self) -> None:
         """Raise a RuntimeError if the model left out the block at which a step is predicted."""
         if self.awaits_end and (self.cached or self.cutter is not None):
@@ -95,8 +109,8 @@ class Step(StackStep):
         super().__init__(stack, run, branch, forward)
         if run.source is not None or run.recorder is not None:
             self.watches_output = True
-        if stack.last_blocks is not None:
-            self.single_blocks = stack.last_blocks.new_step(self)
+        if stack.single_blocks is not None:
+            self.single_blocks = LastBlocksStep(self)
 
     def begin(self, h_in: torch.Tensor) -> None:
         """Keep what the first block is given."""
@@ -132,7 +146,7 @@ class Step(StackStep):
         if probe.shape != self.h_in.shape:
             raise shape_changed(stack.name, self.h_in, probe)
         if not stack.probe_copies.is_known:
-            stack.probe_copies.learn([(self._given, self.h_in)])
+            stack.probe_copies.learn((self._given,), (self.h_in,))
         lane = self.run.lanes.get(self.branch) or self._add_lane(h_fn.device)
         layout: Layout = (h_fn.shape, h_fn.dtype, h_fn.device)
         if probe is not h_fn and probe.shape != h_fn.shape:
@@ -156,18 +170,16 @@ class Step(StackStep):
             self.made = self.prediction or lane.predict(h_fn, encoder_in)
             self.prediction = self.made
             if h_fn.requires_grad:
-                self.hides_gradients = not torch.is_grad_enabled()
-                self.prediction = followed((h_fn, encoder_in), self.made)
+                self.prediction = followed(self, self.passed, self.made)
         else:
-            copies, self.prediction = stack.middle_copies, None
-            self.h_fn = copies.of(h_fn)
-            self.encoder_fn = None if encoder_in is None else copies.of(encoder_in)
+            self.prediction = None
+            self.h_fn, self.encoder_fn = stack.middle_copies.of(self.passed)
 
     def _compare_probe(self) -> None:
         """Learn whether the model's loop writes into what the last probe block returned."""
         copies = self.stack.loops[self.forward.inputs]
-        if not copies.is_known and self.cutter is None:
-            copies.learn([(self._returned, self.probe)])
+        if self.cutter is None:
+            copies.learn((self._returned,), (self.probe,))
         if not copies.are_needed:
             self.probe = self._returned
 
@@ -207,7 +219,7 @@ class Step(StackStep):
         is_dynamic = code == DYNAMIC and lane.steps.has_reference
         is_recorded = serves_all or (cutter is not None and is_dynamic)
         if is_recorded:
-            check_needs_no_vote(self.stack.name, run.sharding)
+            run.check_needs_no_vote()
         if not (is_recorded or is_dynamic):
             lane.decide(None)
         elif (run.shared.is_on or run.votes) and lane.history.p_ref is not None:
@@ -248,20 +260,13 @@ class Step(StackStep):
         self._begin_conditional(lane)
         return False
 
-    def _change(self, lane: Any, measured: torch.Tensor) -> torch.Tensor:
-        """Return the change, of all ranks; or that of another branch, as `SharedChange` says."""
+    def _measure(self, lane: Any, of: torch.Tensor) -> torch.Tensor:
+        """Return the partial sums of the change, of all ranks where they vote."""
         run = self.run
-
-        def measure() -> torch.Tensor:
-            partials = lane.measure(self.h_in, measured)
-            if run.sharding is None or not run.votes:
-                return partials
-            return run.sharding.vote(partials, per_sample=run.settings.cache.batch_reduce == "max")
-
-        is_recorded = self.cutter is not None
-        return run.shared(
-            self.branch, lane.state, lane.steps.step, measured, measure, is_recorded=is_recorded
-        )
+        partials = lane.measure(self.h_in, of)
+        if run.sharding is None or not run.votes:
+            return partials
+        return run.sharding.vote(partials, per_sample=run.settings.cache.batch_reduce == "max")
 
     def _begin_conditional(self, lane: Any) -> None:
         """Let what follows be recorded as one of two ways."""
@@ -301,7 +306,7 @@ class Step(StackStep):
             )
         given = self.passed
         if not self.stack.middle_copies.is_known and self.prediction is None:
-            self.stack.middle_copies.learn([(given[0], self.h_fn), (given[1], self.encoder_fn)])
+            self.stack.middle_copies.learn(given, (self.h_fn, self.encoder_fn))
         if run.recorder is not None:
             run.recorder.on_blocks(self, h_out)
         made = encoder if self.stack.fn == 0 and self.encoder_fn is None else None
@@ -357,15 +362,6 @@ def check_stream(who: str, hidden: object) -> None:
         raise TypeError(
             f"{who}: hidden_states must be a tensor, got {describe(hidden)}; blocks that take "
             f"something else need a patch_functor, see BlockAdapter"
-        )
-
-
-def check_needs_no_vote(who: str, sharding: Any) -> None:
-    """Raise if the decision needs a message, which a recording would not repeat in time."""
-    if sharding is not None:
-        raise RuntimeError(
-            f"{who}: a step whose decision the ranks of a sequence vote on cannot be captured, got "
-            f"one under capture; run it outside of the graph, or use tp_size"
         )
 
 

@@ -103,7 +103,7 @@ def both(run, *args, mode, family=FLUX, target=None, **options):
 
 
 def prunable(model):
-    return [stack.last_blocks.blocks.prunable for stack in inside.stacks(model)]
+    return [stack.prunable for stack in inside.stacks(model)]
 
 
 @pytest.mark.parametrize("mode", MODES)

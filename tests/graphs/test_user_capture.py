@@ -68,7 +68,7 @@ def test_a_loop_that_leaves_out_blocks_is_one_graph(capture, version):
     expected = {seed: loop.run(seed) for seed in (1, 2)}
     graph = capture(fake, loop.whole)
     nodes_per_block = 1 if version >= 12080 else 2
-    prunable = sum(inside.stacks(model)[0].blocks.prunable)
+    prunable = sum(inside.stacks(model)[0].prunable)
     assert prunable == 8
     assert conditional_nodes(graph.graph) == nodes_per_block * prunable * (STEPS - 6)
     for seed, run in expected.items():
