@@ -47,9 +47,6 @@ class StepAgain:
     def begin(self, h_in: torch.Tensor) -> None:
         """Measure nothing."""
 
-    def copy_probe(self) -> None:
-        """Keep nothing."""
-
     def decide(self, *given: Any) -> None:
         """Keep what a prediction goes on from."""
         self.given = given

@@ -191,7 +191,7 @@ class ProbeBlock(BlockProxy):
             form = self.form
             step.probe = output if form.is_tensor else output[form.hidden_at]
             if step.stack.loops[forward.inputs].are_needed:
-                step.copy_probe()
+                step.returned, step.probe = step.probe, step.probe.clone()
             if step.stack.makes_encoder:
                 step.encoder_fn = form.unpack(output)[1]
         return output

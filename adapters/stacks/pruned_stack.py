@@ -119,13 +119,5 @@ class PrunedStep(SingleBlocksStep, StackStep):
         self.awaits_end = False
         self.lane.steps.has_reference |= self.due is not None
 
-    def count_full(self, device: torch.device) -> None:
-        """Count a step that ran without the proxies: full, with nothing kept of it."""
-        if self.stack.entries:
-            self.lane = lane = self.run.lanes.get(self.branch) or self._add_lane(device)
-            lane.decide(None)
-            lane.settle(lane.known())
-            lane.forget_reference()
-
 
 PrunedStack.step = PrunedStep

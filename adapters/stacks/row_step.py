@@ -15,7 +15,7 @@ import torch
 from dbcache.adapters.stacks.gradients import followed
 from dbcache.adapters.stacks.proxies import MiddleBlock
 from dbcache.adapters.stacks.stack_run import StackRun, row_key
-from dbcache.adapters.stacks.step import Step, left_out
+from dbcache.adapters.stacks.step import Step
 from dbcache.lanes.buffers import Layout
 from dbcache.lanes.row_lanes import RowLanes
 
@@ -52,7 +52,6 @@ class RowStep(Step):
         lane = self.lane
         if lane is None or not (lane.cached and lane.full):
             return
-        assert self.passed is not None
         self.full = torch.tensor(lane.full, dtype=torch.long, device=h_fn.device)
         self.prediction = self.made = lane.predict(*self.passed)
         if h_fn.requires_grad:
@@ -122,7 +121,6 @@ class RowStep(Step):
 
         What all blocks are given is cut once per step.
         """
-        assert self.h_fn is not None
         if isinstance(value, torch.Tensor):
             if value.ndim == 0 or value.shape[0] != len(self.h_fn):
                 return value
@@ -139,10 +137,6 @@ class RowStep(Step):
         if type(value) in (tuple, list):
             return type(value)(self._cut_all(part) for part in value)
         return value
-
-    def check_end(self) -> None:
-        if self.awaits_end and self.prediction is not None:
-            raise left_out(self.stack.name)
 
     def count_full(self, device: torch.device) -> None:
         """Leave such a step out: how many samples there are is not known yet."""

@@ -46,7 +46,7 @@ class StackRun:
         self.samples: dict[str | None, int] = {}
         self.shared = SharedChange(self.settings.cache)
         self.source = stack.make_source()
-        self._read()
+        self._read_ranks()
         self.recorder = stack.recorder
         self.generation = stack.generation
         self.is_on_host = self.settings.cache.cache_device == "cpu"
@@ -57,14 +57,9 @@ class StackRun:
         self.stack, self.recorder = stack, stack.recorder
         if stack.settings is not self.prepared:
             self.prepared = self.settings = stack.settings
-            self._read()
+            self._read_ranks()
             for lane in self.lanes.values():
                 lane.reload(stack.settings)
-
-    def _read(self) -> None:
-        """Read from the settings what every step asks."""
-        self.compares_hidden_states = self.settings.cache.compares_hidden_states
-        self._read_ranks()
 
     def _read_ranks(self) -> None:
         self.sharding: Sharding | None = self.stack.sharding

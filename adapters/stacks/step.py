@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.patterns import ENCODER, describe
+from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, describe
 from dbcache.adapters.stacks.gradients import Streams, followed
 from dbcache.adapters.stacks.last_blocks import LastBlocksStep
-from dbcache.graphs.recording import Cutter
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.lanes.buffers import Layout
 
@@ -41,17 +40,20 @@ class StackStep:
         awaits_end: the decision is taken, and the last block that may be skipped has not run yet.
         hides_gradients: the skipped blocks were called where gradients are off, and given what
             needs them, as a reentrant checkpoint does.
+        prediction: what the blocks that are skipped would have returned.
+        cutter: records the step; None: it is not recorded.
     """
 
     cached = awaits_end = hides_gradients = watches_output = is_conditional = False
     lane: Any = None
+    prediction: Streams | None = None
 
     def __init__(self, stack: Any, run: Any, branch: str | None, forward: Any) -> None:
         self.stack = stack
         self.run = run
         self.branch = branch
         self.forward = forward
-        self.cutter: Cutter | None = forward.cutter
+        self.cutter: Any = forward.cutter
 
     def _add_lane(self, device: torch.device) -> Any:
         """Return a lane for the branch, whose first step this is."""
@@ -73,8 +75,23 @@ class StackStep:
 
     def check_end(self) -> None:
         """Raise a RuntimeError if the model left out the block at which a step is predicted."""
-        if self.awaits_end and (self.cached or self.cutter is not None):
-            raise left_out(self.stack.name)
+        predicts = self.cached or self.cutter is not None or self.prediction is not None
+        if self.awaits_end and predicts:
+            raise RuntimeError(
+                f"{self.stack.name}: the model did not run its last middle block, so that the step "
+                f"could not be predicted; forwards that leave blocks out on some steps only need a "
+                f"branch of their own (cache_context), or the cache off (dbcache.disable)"
+            )
+
+    def count_full(self, device: torch.device) -> None:
+        """Count a step that ran without the proxies: full, with nothing kept of it."""
+        self.lane = lane = self.run.lanes.get(self.branch) or self._add_lane(device)
+        if self.stack.leader is not None:
+            lane.steps.read()
+        else:
+            lane.decide(None)
+            lane.steps.advance(False)
+            lane.forget_reference()
 
     def abort(self) -> None:
         """Clean up after an exception: the step counts as never begun."""
@@ -90,20 +107,22 @@ class Step(StackStep):
         h_in: hidden states before the first block, (B, S, D) or of another shape (B, ...).
         h_fn: hidden states before the first middle block.
         encoder_fn: encoder states before the first middle block.
+        passed: both of these, as the block is given them; `h_fn` and `encoder_fn` may be copies.
+        made: what was predicted, without gradients.
         probe: hidden states that the last probe block returned; None: `h_fn` is measured.
+        returned: the same as the model's loop has it, where `probe` is a copy.
         single_blocks: the step of the last blocks, if some of them may be left out.
     """
 
     h_in: torch.Tensor | None = None
-    h_fn: torch.Tensor | None = None
+    h_fn: torch.Tensor
     encoder_fn: torch.Tensor | None = None
-    passed: Streams | None = None
+    passed: Streams
     made: Streams | None = None
-    prediction: Streams | None = None
     probe: torch.Tensor | None = None
     single_blocks: Any = None
+    returned: torch.Tensor | None = None
     _given: torch.Tensor | None = None
-    _returned: torch.Tensor | None = None
 
     def __init__(self, stack: Any, run: Any, branch: str | None, forward: Any) -> None:
         super().__init__(stack, run, branch, forward)
@@ -112,19 +131,24 @@ class Step(StackStep):
         if stack.single_blocks is not None:
             self.single_blocks = LastBlocksStep(self)
 
-    def begin(self, h_in: torch.Tensor) -> None:
+    def begin(self, h_in: Any) -> None:
         """Keep what the first block is given."""
         stack, run = self.stack, self.run
-        is_tensor = isinstance(h_in, torch.Tensor)
-        if not is_tensor:
+        if not isinstance(h_in, torch.Tensor):
             check_stream(stack.name, h_in)
         if run.sharding is not None:
-            h_in = run.sharding.split_input(f"{stack.lists[0].path}.0", h_in)
+            h_in = self._own_part(h_in)
         self._given = h_in
         if run.is_on_host:
             run.prefetch(self.branch)
-        copies = stack.probe_copies.are_needed and not run.compares_hidden_states
+        copies = stack.probe_copies.are_needed and not run.settings.cache.compares_hidden_states
         self.h_in = h_in.clone() if copies else h_in
+
+    def _own_part(self, stream: Any, name: str = HIDDEN) -> Any:
+        """Return this rank's part of what the first block is given: that takes its part itself."""
+        if self.run.sharding is None or stream is None:
+            return stream
+        return self.run.sharding.split_input(f"{self.stack.lists[0].path}.0", stream, name)
 
     def decide(self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None) -> None:
         """Take the decision, and predict where it is to cache.
@@ -135,16 +159,26 @@ class Step(StackStep):
         """
         stack = self.stack
         if stack.fn == 0:
-            h_fn, encoder_in = self._begin_without_probe(h_fn, encoder_in)
+            check_stream(stack.name, h_fn)
+            self.h_in = h_fn = self._own_part(h_fn)
+            encoder_in = self._own_part(encoder_in, ENCODER)
         if self.h_in is None:
             return  # the model left the first block out: all others run
         if stack.has_own_encoder:
             encoder_in = self.encoder_fn
-        if self._returned is not None:
-            self._compare_probe()
+        if self.returned is not None:
+            copies = stack.loops[self.forward.inputs]
+            if self.cutter is None:
+                copies.learn((self.returned,), (self.probe,))
+            if not copies.are_needed:
+                self.probe = self.returned
         probe = h_fn if self.probe is None else self.probe
         if probe.shape != self.h_in.shape:
-            raise shape_changed(stack.name, self.h_in, probe)
+            raise ValueError(
+                f"{stack.name}: hidden_states must keep their shape through the probe blocks, got "
+                f"{tuple(self.h_in.shape)} before and {tuple(probe.shape)} after them; choose an "
+                f"Fn_compute_blocks within which the shape stays"
+            )
         if not stack.probe_copies.is_known:
             stack.probe_copies.learn((self._given,), (self.h_in,))
         lane = self.run.lanes.get(self.branch) or self._add_lane(h_fn.device)
@@ -155,52 +189,21 @@ class Step(StackStep):
             layout += (encoder_in.shape, encoder_in.dtype)
         self.passed = h_fn, encoder_in
         self.cached = self._decide(lane, h_fn, probe, layout)
-        self.lane = lane
-        self.awaits_end = True
-        if self.cached and encoder_in is None and lane.history.encoder_snapshots is not None:
-            encoder_in = h_fn.new_zeros(
-                lane.history.encoder_snapshots.shape[1:]
-            )  # made by the blocks alone
-            self.passed = h_fn, encoder_in
-        if self.cached:
-            if self.run.groups is not None:
-                self.run.groups.load(stack.is_skipped)
-            self.h_fn, self.encoder_fn = h_fn, encoder_in
-            # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
-            self.made = self.prediction or lane.predict(h_fn, encoder_in)
-            self.prediction = self.made
-            if h_fn.requires_grad:
-                self.prediction = followed(self, self.passed, self.made)
-        else:
+        self.lane, self.awaits_end = lane, True
+        if not self.cached:
             self.prediction = None
             self.h_fn, self.encoder_fn = stack.middle_copies.of(self.passed)
-
-    def _compare_probe(self) -> None:
-        """Learn whether the model's loop writes into what the last probe block returned."""
-        copies = self.stack.loops[self.forward.inputs]
-        if self.cutter is None:
-            copies.learn((self._returned,), (self.probe,))
-        if not copies.are_needed:
-            self.probe = self._returned
-
-    def copy_probe(self) -> None:
-        """Keep a copy of what the last probe block returned: the model's loop may write into it."""
-        assert self.probe is not None
-        self._returned, self.probe = self.probe, self.probe.clone()
-
-    def _begin_without_probe(
-        self, h_fn: torch.Tensor, encoder_in: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return this rank's part of what the first block is given, which skipping begins at."""
-        check_stream(self.stack.name, h_fn)
-        sharding = self.run.sharding
-        if sharding is not None:  # the block itself is given all, and takes its part
-            first = f"{self.stack.lists[0].path}.0"
-            h_fn = sharding.split_input(first, h_fn)
-            if encoder_in is not None:
-                encoder_in = sharding.split_input(first, encoder_in, ENCODER)
-        self.h_in = h_fn
-        return h_fn, encoder_in
+            return
+        if self.run.groups is not None:
+            self.run.groups.load(stack.is_skipped)
+        if encoder_in is None and lane.history.encoder_snapshots is not None:
+            encoder_in = h_fn.new_zeros(lane.history.encoder_snapshots.shape[1:])
+            self.passed = h_fn, encoder_in  # made by the blocks alone
+        self.encoder_fn = encoder_in
+        # now, since the loop may write into what passes through (Chroma adds its ControlNet so)
+        self.made = self.prediction = self.prediction or lane.predict(h_fn, encoder_in)
+        if h_fn.requires_grad:
+            self.prediction = followed(self, self.passed, self.made)
 
     def _decide(
         self, lane: Any, h_fn: torch.Tensor, measured: torch.Tensor, layout: Layout
@@ -212,12 +215,11 @@ class Step(StackStep):
         if run.source is not None:
             measured = run.source.measured()
             layout = (*layout, measured.shape, measured.dtype)
-        serves_all = cutter is not None and not cutter.fixed_by_plan
-        if serves_all:
+        if cutter is not None and not cutter.fixed_by_plan:
             lane.check_has_run(layout, self.stack.name)
         code = lane.begin(layout, h_fn.device)
         is_dynamic = code == DYNAMIC and lane.steps.has_reference
-        is_recorded = serves_all or (cutter is not None and is_dynamic)
+        is_recorded = cutter is not None and (is_dynamic or not cutter.fixed_by_plan)
         if is_recorded:
             run.check_needs_no_vote()
         if not (is_recorded or is_dynamic):
@@ -238,7 +240,6 @@ class Step(StackStep):
 
     def _predict_ahead(self, lane: Any) -> bool | None:
         """Launch `predict` while the decision travels to the host; return it. None: not here."""
-        assert self.passed is not None
         makes_encoder = self.passed[1] is None and lane.history.encoder_snapshots is not None
         if not lane.may_predict_ahead or self.run.groups is not None or makes_encoder:
             return None
@@ -252,7 +253,6 @@ class Step(StackStep):
         lane.steps.leader = self.stack.leader_lane(self.forward)
         if not leader.is_conditional:
             return lane.settle(lane.begin(layout, device))
-        assert self.cutter is not None
         if self.cutter.fixed_by_plan:
             lane.begin(layout, device)
         else:
@@ -270,7 +270,6 @@ class Step(StackStep):
 
     def _begin_conditional(self, lane: Any) -> None:
         """Let what follows be recorded as one of two ways."""
-        assert self.cutter is not None
         self.is_conditional = True
         self.cutter.begin_full(lane.decision(), self.stack.name)
 
@@ -295,27 +294,22 @@ class Step(StackStep):
         lane, run = self.lane, self.run
         if lane is None:
             return  # the model left out the block at which the step is decided
-        assert self.h_in is not None
-        assert self.h_fn is not None
-        assert self.passed is not None
+        given = self.passed
         if h_out.shape != self.h_fn.shape:
             raise ValueError(
                 f"{who}: the middle blocks must keep the shape of hidden_states, got "
                 f"{tuple(self.h_fn.shape)} before and {tuple(h_out.shape)} after them; name the "
                 f"lists as separate stacks in a BlockAdapter"
             )
-        given = self.passed
         if not self.stack.middle_copies.is_known and self.prediction is None:
             self.stack.middle_copies.learn(given, (self.h_fn, self.encoder_fn))
         if run.recorder is not None:
             run.recorder.on_blocks(self, h_out)
-        made = encoder if self.stack.fn == 0 and self.encoder_fn is None else None
-        if made is not None:
-            self.encoder_fn = torch.zeros_like(made)  # made by the blocks alone
+        made = encoder if self.stack.fn == 0 and given[1] is None else None  # by the blocks alone
+        encoder_fn = self.encoder_fn if made is None else torch.zeros_like(made)
         probe = None if self.probe is given[0] else self.probe
-        lane.commit(self.h_in, self.h_fn, h_out, self.encoder_fn, encoder, probe)
+        lane.commit(self.h_in, self.h_fn, h_out, encoder_fn, encoder, probe)
         if self.is_conditional:
-            assert self.cutter is not None
             self.cutter.begin_cached()
             h_fn, encoder_fn = given  # what the full way copied, or made, is not there
             if made is not None:
@@ -335,26 +329,6 @@ class Step(StackStep):
         if run.recorder is not None:
             run.recorder.on_output(self, output)
 
-    def count_full(self, device: torch.device) -> None:
-        """Count a step that ran without the proxies: full, with nothing kept of it."""
-        lane = self.run.lanes.get(self.branch) or self._add_lane(device)
-        if self.stack.leader is not None:
-            lane.steps.read()
-        else:
-            lane.decide(None)
-            lane.settle(lane.steps.plan[0])
-            lane.forget_reference()
-        self.lane = lane
-
-
-def shape_changed(who: str, before: torch.Tensor, after: torch.Tensor) -> ValueError:
-    """Return the error for probe blocks that change the shape of the hidden states."""
-    return ValueError(
-        f"{who}: hidden_states must keep their shape through the probe blocks, got "
-        f"{tuple(before.shape)} before and {tuple(after.shape)} after them; choose an "
-        f"Fn_compute_blocks within which the shape stays"
-    )
-
 
 def check_stream(who: str, hidden: object) -> None:
     """Raise a TypeError if what a block is given as hidden states is no tensor."""
@@ -363,12 +337,3 @@ def check_stream(who: str, hidden: object) -> None:
             f"{who}: hidden_states must be a tensor, got {describe(hidden)}; blocks that take "
             f"something else need a patch_functor, see BlockAdapter"
         )
-
-
-def left_out(who: str) -> RuntimeError:
-    """Return the error for a model that left out the block at which a step is predicted."""
-    return RuntimeError(
-        f"{who}: the model did not run its last middle block, so that the step could not be "
-        f"predicted; forwards that leave blocks out on some steps only need a branch of their own "
-        f"(cache_context), or the cache off (dbcache.disable)"
-    )
