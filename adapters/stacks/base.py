@@ -97,9 +97,8 @@ class BlockStack:
     def in_order(self) -> list[torch.nn.Module]:
         """Return the blocks in the order in which the forward runs them."""
         lists = [block_list.blocks for block_list in self.lists]
-        if self.round > 1:
-            lists = [list(each) for each in zip(*lists, strict=True)]
-        return [block for blocks in lists for block in blocks]
+        turns = lists if self.round == 1 else zip(*lists, strict=True)
+        return [block for blocks in turns for block in blocks]
 
     def is_skipped(self, position: int) -> bool:
         """Whether a cached step leaves out the block at `position`."""

@@ -49,11 +49,10 @@ def make_stacks(
 def _stack(
     spec: StackSpec, settings: StackSettings, index: int, leader: BlockStack | None = None
 ) -> BlockStack:
+    kind: type[BlockStack] = RowStack if settings.cache.batch_reduce == "each" else Stack
     if isinstance(settings.cache, DBPruneConfig):
-        return PrunedStack(spec, settings, index)
-    if settings.cache.batch_reduce == "each":
-        return RowStack(spec, settings, index, leader)
-    return Stack(spec, settings, index, leader)
+        kind = PrunedStack
+    return kind(spec, settings, index, leader)
 
 
 def _with_a_middle(spec: StackSpec, settings: StackSettings) -> StackSettings:

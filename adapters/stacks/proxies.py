@@ -57,32 +57,27 @@ class OutputForm:
     __slots__ = ("encoder_at", "hidden_at", "is_tensor", "rest", "sequence")
 
     def __init__(self, pattern: ForwardPattern, output: Any, who: str) -> None:
-        self.encoder_at: int | None = None
         self.hidden_at = 0
-        self.rest: tuple[Any, ...] = ()
+        self.encoder_at: int | None = None
         self.sequence: type = type(output)
         self.is_tensor = isinstance(output, torch.Tensor)
+        parts = output if isinstance(output, tuple | list) else ()
+        tensors = {i for i, x in enumerate(parts) if isinstance(x, torch.Tensor)}
+        self.rest = [None if i in tensors else x for i, x in enumerate(parts)]
         if self.is_tensor:
             fits = len(pattern.returns) == 1 or pattern.takes != (HIDDEN,)
+        elif len(pattern.returns) == 1:
+            fits = tensors == {0}
         else:
-            fits = isinstance(output, tuple | list) and self._match(pattern, output)
+            self.hidden_at = pattern.returns.index(HIDDEN)
+            self.encoder_at = 1 - self.hidden_at
+            is_pair = len(parts) == 2 and self.hidden_at in tensors
+            fits = is_pair and (self.encoder_at in tensors or parts[self.encoder_at] is None)
         if not fits:
             raise ValueError(
                 f"{who}: a block of {pattern.name} must return ({', '.join(pattern.returns)}), got "
                 f"{describe(output)}; give the BlockAdapter the pattern that the block follows"
             )
-
-    def _match(self, pattern: ForwardPattern, output: Any) -> bool:
-        """Find the streams in a tuple; say whether it fits the pattern."""
-        if len(pattern.returns) == 2 and len(output) == 2:
-            self.hidden_at = pattern.returns.index(HIDDEN)
-            self.encoder_at = 1 - self.hidden_at
-            if not isinstance(output[self.encoder_at], torch.Tensor | None):
-                return False
-        elif len(pattern.returns) == 2 or any(isinstance(x, torch.Tensor) for x in output[1:]):
-            return False
-        self.rest = tuple(None if isinstance(x, torch.Tensor) else x for x in output)
-        return len(output) > 0 and isinstance(output[self.hidden_at], torch.Tensor)
 
     def unpack(self, output: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return (hidden_states, encoder_hidden_states or None) of a block's output."""
@@ -95,7 +90,7 @@ class OutputForm:
         """Return the streams as the block would."""
         if self.is_tensor:
             return hidden
-        output = list(self.rest)
+        output = self.rest.copy()
         output[self.hidden_at] = hidden
         if self.encoder_at is not None:
             output[self.encoder_at] = encoder

@@ -57,7 +57,6 @@ class StackRun:
         self.stack, self.recorder = stack, stack.recorder
         if stack.settings is not self.prepared:
             self.prepared = self.settings = stack.settings
-            self._read_ranks()
             for lane in self.lanes.values():
                 lane.reload(stack.settings)
 
@@ -99,8 +98,7 @@ class StackRun:
         Raises:
             ValueError: they do not fit, or need the number of steps.
         """
-        if self.sharding is not self.stack.sharding:
-            self._read_ranks()
+        self._read_ranks()
         self.groups = OffloadGroups.of(self.stack.in_order())
         name, cache = self.stack.name, self.prepared.cache
         given, steps = steps, at_most if steps is None else steps
@@ -110,17 +108,15 @@ class StackRun:
         check_steps_are_known(self.settings.predictor, steps, name)
         told = (steps, at_most) if shared is None else (given, None)
         lanes = fit_to_steps(self.prepared.calibration, *told, name, shared)
-        is_new = mask != self.settings.cache.steps_computation_mask
         settings = replace(self.settings, steps=steps, loop=shared, calibration=lanes)
-        if not is_new and settings == self.settings:
-            return
-        self.settings = settings
-        if is_new:
+        if mask != settings.cache.steps_computation_mask:
             # the number of steps has done its part: the mask must not be compared with it again
             changes = DBCacheConfig(steps_computation_mask=mask, num_inference_steps=None)
-            self.settings = self.settings.modified(ParamsModifier(cache_config=changes))
-        for lane in self.lanes.values():
-            lane.replan(self.settings)
+            settings = settings.modified(ParamsModifier(cache_config=changes))
+        if settings != self.settings:
+            self.settings = settings
+            for lane in self.lanes.values():
+                lane.replan(settings)
 
     def take_up_blocks(self) -> None:
         """Drop what was stored of blocks that were exchanged since."""
