@@ -281,8 +281,8 @@ class Loop(list[Entry]):
     def __init__(self, row: list[Entry], path: str) -> None:
         super().__init__(row)
         self.path = path
-        middle = [(i, entry) for i, entry in enumerate(row) if type(entry) is MiddleBlock]
-        at = [i for i, entry in middle if not (entry.is_first or entry.is_last)]
+        proxies = [(i, entry) for i, entry in enumerate(row) if type(entry) is MiddleBlock]
+        at = [i for i, entry in proxies if not (entry.is_first or entry.is_last)]
         begin, end = (at[0], at[-1] + 1) if at else (0, 0)
         self._before, self._rest = row[:begin], row[begin:]
         middle: list[Any] = row[begin:end]
