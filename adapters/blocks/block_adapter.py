@@ -129,7 +129,9 @@ class BlockAdapter:
         if pattern is not None and self.check_forward_pattern is not False:
             pattern = _true_pattern(block_list, pattern, streams)
             check_signatures(block_list, pattern, streams)
-        return StackSpec((block_list,), pattern, modifier, streams, long_skips=self.long_skips)
+        return StackSpec(
+            (block_list,), pattern, streams, long_skips=self.long_skips, modifier=modifier
+        )
 
     def transformers(self) -> list[torch.nn.Module]:
         """Return the transformers, without what `torch.compile` wrapped around them."""

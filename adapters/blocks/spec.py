@@ -27,10 +27,10 @@ class StackSpec:
 
     lists: tuple[BlockList, ...]
     pattern: ForwardPattern | None
-    modifier: ParamsModifier | None = None
     streams: Streams = STREAMS
     interleaved: bool = False
     long_skips: bool = False
+    modifier: ParamsModifier | None = None
 
     @property
     def name(self) -> str:

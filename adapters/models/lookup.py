@@ -61,33 +61,27 @@ def find_specs(target: Any) -> list[TransformerSpec]:
             there are.
     """
     check_target("dbcache.enable", target)
-    if isinstance(target, torch.nn.Module):
-        candidates = [unwrap(target)]
-    else:
-        candidates = [
-            unwrap(part)
-            for part in list(vars(target).values())
-            if isinstance(part, torch.nn.Module)
-        ]
+    parts = [target] if isinstance(target, torch.nn.Module) else [*vars(target).values()]
+    candidates = [unwrap(part) for part in parts if isinstance(part, torch.nn.Module)]
     specs = [_spec(module, row) for module in candidates if (row := row_of(module)) is not None]
     refusals = [reason for module in candidates if (reason := refusal_of(module)) is not None]
-    if not specs and refusals:
+    if specs:
+        return specs
+    if refusals:
         raise ValueError(
             f"dbcache.enable: {type(target).__name__} cannot be cached: {'; '.join(refusals)}"
         )
-    if not specs:
-        refuse_wrapped(candidates)
-        known = "\n".join(f"  {row.transformer}: {row.models}" for row in MODELS)
-        raise ValueError(
-            f"dbcache.enable: the transformer must be a supported one, got "
-            f"{type(target).__name__} with {[type(c).__name__ for c in candidates]}.\n"
-            f"Supported:\n{known}\n"
-            f"Any other model works through a BlockAdapter that names its lists of blocks:\n"
-            f"  dbcache.enable(dbcache.BlockAdapter(pipe=pipe, transformer=pipe.transformer,\n"
-            f"      blocks=pipe.transformer.transformer_blocks,\n"
-            f"      forward_pattern=dbcache.ForwardPattern.Pattern_0))"
-        )
-    return specs
+    refuse_wrapped(candidates)
+    known = "\n".join(f"  {row.transformer}: {row.models}" for row in MODELS)
+    raise ValueError(
+        f"dbcache.enable: the transformer must be a supported one, got "
+        f"{type(target).__name__} with {[type(c).__name__ for c in candidates]}.\n"
+        f"Supported:\n{known}\n"
+        f"Any other model works through a BlockAdapter that names its lists of blocks:\n"
+        f"  dbcache.enable(dbcache.BlockAdapter(pipe=pipe, transformer=pipe.transformer,\n"
+        f"      blocks=pipe.transformer.transformer_blocks,\n"
+        f"      forward_pattern=dbcache.ForwardPattern.Pattern_0))"
+    )
 
 
 def refuse_wrapped(candidates: list[Any]) -> None:
@@ -107,20 +101,12 @@ def _spec(module: torch.nn.Module, row: ModelRow) -> TransformerSpec:
     """Find the lists of a row in the module; lists that its config leaves empty do not count."""
     stacks = []
     for stack in row.stacks:
-        lists = []
-        for path in stack.lists:
-            block_list = BlockList(module, path)
-            if block_list.blocks:
-                check_signatures(block_list, stack.pattern, stack.streams)
-                lists.append(block_list)
+        found = [BlockList(module, path) for path in stack.lists]
+        lists = tuple(block_list for block_list in found if block_list.blocks)
+        for block_list in lists:
+            check_signatures(block_list, stack.pattern, stack.streams)
         if lists:
             stacks.append(
-                StackSpec(
-                    tuple(lists),
-                    stack.pattern,
-                    streams=stack.streams,
-                    interleaved=stack.interleaved,
-                    long_skips=row.long_skips,
-                )
+                StackSpec(lists, stack.pattern, stack.streams, stack.interleaved, row.long_skips)
             )
     return TransformerSpec(module, tuple(stacks), row.separate_cfg, row.fills)

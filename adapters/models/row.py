@@ -36,7 +36,8 @@ class ModelRow:
     Attributes:
         transformer: class name in diffusers.
         models: what users call the models that have it.
-        blocks: its block stacks, in the notation of `parse_stacks`.
+        blocks: its block stacks, in the notation of `parse_stacks`; what its row stands under in
+            the table.
         separate_cfg: called without a pipeline, and without names, calls alternate between two
             guidance branches.
         fills: tells by the keyword arguments of a call that it is no denoising step: its blocks
@@ -47,7 +48,7 @@ class ModelRow:
 
     transformer: str
     models: str
-    blocks: str
+    blocks: str = ""
     separate_cfg: bool = False
     fills: Fills | None = None
     long_skips: bool = False
