@@ -11,7 +11,7 @@ import torch
 from dbcache.adapters.blocks.block_list import BlockList
 from dbcache.adapters.blocks.declared import declared
 from dbcache.adapters.blocks.discover import find_blocks, guess_pattern, pattern_of
-from dbcache.adapters.blocks.patterns import STREAMS, ForwardPattern, Streams
+from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, Streams
 from dbcache.adapters.blocks.signature import parameter_names, unwrap
 from dbcache.adapters.blocks.spec import Fills, StackSpec, TransformerSpec
 from dbcache.adapters.patching.patch_functor import Functor, check_functor
@@ -80,38 +80,33 @@ class BlockAdapter:
 
     def specs(self) -> list[TransformerSpec]:
         """Return what is to be cached, checked and in one shape."""
-        transformers, names = self.transformers(), _stream_names(self.streams)
+        transformers = self.transformers()
         check_flag("BlockAdapter.long_skips", self.long_skips)
-        given, pattern = self.blocks, self.forward_pattern
-        if given is None and self.blocks_name is not None:
-            given = _by_name(self.blocks_name, transformers)
-        if self.auto and given is None:
-            check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
-            found = [find_blocks(transformer, pattern) for transformer in transformers]
-            given, pattern = [lists for lists, _ in found], [patterns for _, patterns in found]
-        blocks = _per_transformer(given, len(transformers))
+        blocks = _per_transformer(self._blocks(transformers), len(transformers))
         counts = [len(lists) for lists in blocks]
-        if self.auto and pattern is None:
-            pattern = [[pattern_of(blocks_[0]) for blocks_ in lists] for lists in blocks]
-        if not self.auto:
-            _check_given(pattern)
-        patterns = like_blocks("BlockAdapter.forward_pattern", pattern, counts, ForwardPattern)
-        streams = like_blocks("BlockAdapter.streams", names, counts, Names)
-        modifiers = like_blocks(
-            "BlockAdapter.params_modifiers", self.params_modifiers, counts, ParamsModifier
-        )
-        return [
-            TransformerSpec(
-                transformer,
-                tuple(
-                    self._stack_spec(transformer, *stack)
-                    for stack in zip(blocks[i], patterns[i], modifiers[i], streams[i], strict=True)
-                ),
-                self.has_separate_cfg,
-                self.fills,
+        said = (
+            like_blocks(f"BlockAdapter.{name}", given, counts, kind)
+            for name, given, kind in (
+                ("forward_pattern", self.forward_pattern, ForwardPattern),
+                ("params_modifiers", self.params_modifiers, ParamsModifier),
+                ("streams", _stream_names(self.streams), Names),
             )
-            for i, transformer in enumerate(transformers)
-        ]
+        )
+        specs = []
+        for transformer, *rows in zip(transformers, blocks, *said, strict=True):
+            stacks = tuple(self._stack_spec(transformer, *one) for one in zip(*rows, strict=True))
+            specs.append(TransformerSpec(transformer, stacks, self.has_separate_cfg, self.fills))
+        return specs
+
+    def _blocks(self, transformers: list[torch.nn.Module]) -> Any:
+        """Return the lists of blocks as they were given, by name, or found."""
+        if self.blocks is None and self.blocks_name is not None:
+            return _by_name(self.blocks_name, transformers)
+        if self.blocks is None and self.auto:
+            pattern = self.forward_pattern
+            check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
+            return [find_blocks(transformer, pattern) for transformer in transformers]
+        return self.blocks
 
     def _stack_spec(
         self,
@@ -123,9 +118,16 @@ class BlockAdapter:
     ) -> StackSpec:
         """Find where the transformer holds `blocks` and check them against the pattern."""
         block_list, streams = find_list(transformer, blocks), names.streams
-        known = declared(blocks[0]) if self.auto and len(blocks) and streams == STREAMS else None
-        if known is not None and known[0] is pattern:
-            streams = known[1]
+        if self.auto:
+            pattern = pattern or pattern_of(blocks[0])
+            known = declared(blocks[0])
+            if known is not None and known[0] is pattern and streams == STREAMS:
+                streams = known[1]
+        elif pattern is None:
+            raise TypeError(
+                f"BlockAdapter.forward_pattern must be one of {[p.name for p in ForwardPattern]}, "
+                f"got None; give one, or auto=True"
+            )
         if pattern is not None and self.check_forward_pattern is not False:
             pattern = _true_pattern(block_list, pattern, streams)
             check_signatures(block_list, pattern, streams)
@@ -180,8 +182,8 @@ def _per_transformer(given: Any, count: int) -> list[list[Any]]:
             f"{type(given).__name__}; pass the attribute itself, as in "
             f"transformer.transformer_blocks"
         )
-    are_lists, one_each = all(isinstance(x, BLOCKS) for x in given), 1 < count == len(given)
-    rows = [list(given)] if are_lists and not one_each else _rows(given)
+    is_row = count == 1 and all(isinstance(x, BLOCKS) for x in given)
+    rows = [list(given)] if is_row else _rows(given)
     if len(rows) != count or not all(isinstance(x, BLOCKS) for row in rows for x in row):
         raise ValueError(
             f"BlockAdapter.blocks must hold one ModuleList or one list of them per transformer, "
@@ -223,9 +225,8 @@ def _true_pattern(
     block_list: BlockList, pattern: ForwardPattern, streams: Streams
 ) -> ForwardPattern:
     """Return the pattern that the source of a block shows where it returns other streams."""
-    seen = guess_pattern(block_list.blocks[0]) if len(block_list.blocks) else None
-    is_open = seen is None or len(seen.returns) == 1 or streams != STREAMS
-    if seen is None or is_open or seen.returns == pattern.returns:
+    seen = guess_pattern(block_list.blocks[0])
+    if seen is None or streams != STREAMS or seen.returns in (pattern.returns, (HIDDEN,)):
         return pattern
     say(
         f"BlockAdapter: {block_list.path} was given as {pattern.name}, but its blocks return "
@@ -233,17 +234,6 @@ def _true_pattern(
         f"blocks returned one stream up to diffusers 0.34; give forward_pattern={seen.name}"
     )
     return seen
-
-
-def _check_given(pattern: Any) -> None:
-    """Raise if a pattern is missing where nothing finds it."""
-    if pattern is None:
-        raise TypeError(
-            f"BlockAdapter.forward_pattern must be one of {[p.name for p in ForwardPattern]}, "
-            f"got None; give one, or auto=True"
-        )
-    for entry in pattern if isinstance(pattern, list | tuple) else []:
-        _check_given(entry)
 
 
 @dataclass(frozen=True)
@@ -267,13 +257,15 @@ def _stream_names(given: Any) -> Any:
             f'("hidden_states", "audio_hidden_states"), or such a tuple per stack, got '
             f"{shown(given)}"
         )
-    return Names((names[0], names[1] if len(names) == 2 else STREAMS[1]))
+    return Names((names[0], (*names, ENCODER)[1]))
 
 
 def find_list(transformer: torch.nn.Module, blocks: torch.nn.ModuleList) -> BlockList:
     """Return the place at which `transformer` holds `blocks`."""
     for path, module in transformer.named_modules():
         if module is blocks:
+            if not len(blocks):
+                raise ValueError(f"{path}: must hold at least one block, got none")
             return BlockList(transformer, path)
     raise ValueError(
         f"BlockAdapter.blocks must be lists of {type(transformer).__name__} itself, got a "
@@ -282,15 +274,11 @@ def find_list(transformer: torch.nn.Module, blocks: torch.nn.ModuleList) -> Bloc
     )
 
 
-def check_signatures(
-    block_list: BlockList, pattern: ForwardPattern, streams: Streams = STREAMS
-) -> None:
+def check_signatures(block_list: BlockList, pattern: ForwardPattern, streams: Streams) -> None:
     """Raise if a block cannot be called with the streams that the pattern names."""
-    if not block_list.blocks:
-        raise ValueError(f"{block_list.path}: must hold at least one block, got none")
+    taken = streams[: len(pattern.takes)]
     for index, block in enumerate(block_list.blocks):
         names = parameter_names(block)
-        taken = streams[: len(pattern.takes)]
         # under the usual names the first two parameters count, whatever they are called
         lacks = not set(taken) <= set(names) | set(STREAMS) or len(names) < len(taken)
         if lacks and not {"args", "kwargs"} & set(names):

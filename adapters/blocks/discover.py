@@ -9,13 +9,13 @@ tells (`infer`): a wrong guess would swap the two streams.
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
+from collections.abc import Iterator
 
 import torch
 
 from dbcache.adapters.blocks.declared import declared
-from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, ForwardPattern
+from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern
+from dbcache.adapters.blocks.plain_loops import source_of
 from dbcache.adapters.blocks.signature import forward_of, parameter_names, unwrap
 
 SMALLEST_SHARE = 0.25
@@ -24,32 +24,30 @@ SMALLEST_SHARE = 0.25
 
 def find_blocks(
     transformer: torch.nn.Module, pattern: ForwardPattern | None
-) -> tuple[list[torch.nn.ModuleList], list[ForwardPattern | None]]:
-    """Return the block lists of `transformer` and the pattern of each, None where that is open.
+) -> list[torch.nn.ModuleList]:
+    """Return the block lists of `transformer`.
 
     A list of blocks is a `ModuleList` of at least two modules of one class (not of PyTorch's own)
     that lies in no other such list and has at least a quarter of the parameters of the largest.
 
     Args:
         transformer: the model.
-        pattern: what all blocks follow; lists whose source says otherwise are left out. None
-            reads it from the source.
+        pattern: what all blocks follow; lists whose source says otherwise are left out.
 
     Raises:
         ValueError: there is no such list.
     """
-    who = f"BlockAdapter(auto=True): {type(transformer).__name__}"
     found = _candidates(transformer)
     if pattern is not None:
-        found = {path: blocks for path, blocks in found.items() if _may_follow(blocks[0], pattern)}
+        found = [blocks for blocks in found if _may_follow(blocks[0], pattern)]
     if not found:
         fits = f" that fit {pattern.name}" if pattern is not None else ""
         raise ValueError(
-            f"{who}: must have a ModuleList of blocks{fits}, found none; name the lists as "
-            f"BlockAdapter(blocks=..., forward_pattern=...)"
+            f"BlockAdapter(auto=True): {type(transformer).__name__}: must have a ModuleList of "
+            f"blocks{fits}, found none; name the lists as BlockAdapter(blocks=..., "
+            f"forward_pattern=...)"
         )
-    lists = list(found.values())
-    return lists, [pattern or pattern_of(blocks[0]) for blocks in lists]
+    return found
 
 
 def pattern_of(block: torch.nn.Module) -> ForwardPattern | None:
@@ -68,13 +66,9 @@ def guess_pattern(block: torch.nn.Module) -> ForwardPattern | None:
         return None
     if len(returned) == 1:
         return ForwardPattern.HIDDEN_TO_HIDDEN if returned[0] in names else None
-    streams = (HIDDEN, ENCODER)
-    if set(returned) != set(streams) or len(returned) != 2:
+    if len(returned) != 2 or set(returned) != set(STREAMS):
         return None
-    takes = streams if ENCODER in names else (HIDDEN,)
-    return ForwardPattern(
-        (takes, (HIDDEN, ENCODER) if returned[0] == HIDDEN else (ENCODER, HIDDEN))
-    )
+    return ForwardPattern((STREAMS if ENCODER in names else (HIDDEN,), tuple(returned)))
 
 
 def _may_follow(block: torch.nn.Module, pattern: ForwardPattern) -> bool:
@@ -85,16 +79,19 @@ def _may_follow(block: torch.nn.Module, pattern: ForwardPattern) -> bool:
     return returned is None or len(returned) in (1, len(pattern.returns))
 
 
-def _candidates(transformer: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
-    """Return the lists of blocks by path, in the order of definition."""
-    found: dict[str, torch.nn.ModuleList] = {}
-    for path, module in transformer.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, torch.nn.ModuleList) and not inside and _are_blocks(module):
-            found[path] = module
-    sizes = {path: sum(p.numel() for p in blocks.parameters()) for path, blocks in found.items()}
+def _candidates(transformer: torch.nn.Module) -> list[torch.nn.ModuleList]:
+    """Return the lists of blocks that are large enough, in the order of definition."""
+    sizes = {x: sum(p.numel() for p in x.parameters()) for x in _outermost_lists(transformer)}
     least = SMALLEST_SHARE * max(sizes.values(), default=0)
-    return {path: blocks for path, blocks in found.items() if sizes[path] >= least}
+    return [blocks for blocks, size in sizes.items() if size >= least]
+
+
+def _outermost_lists(module: torch.nn.Module) -> Iterator[torch.nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList) and _are_blocks(child):
+            yield child
+        else:
+            yield from _outermost_lists(child)
 
 
 def _are_blocks(modules: torch.nn.ModuleList) -> bool:
@@ -106,23 +103,11 @@ def _are_blocks(modules: torch.nn.ModuleList) -> bool:
 
 def _returned_names(block: torch.nn.Module) -> list[str | None] | None:
     """Return the names of what the forward returns last, None for what has none or is unknown."""
-    try:
-        source = textwrap.dedent(inspect.getsource(forward_of(block)))
-        function = ast.parse(source).body[0]
-    except (OSError, TypeError, SyntaxError):  # no source of its own: made at run time, a lambda
-        return None
-    returns = [node for node in _own_nodes(function) if isinstance(node, ast.Return)]
+    function = source_of(forward_of(block))
+    nodes = [] if function is None else ast.walk(function)
+    returns = [node for node in nodes if isinstance(node, ast.Return)]
     if not returns:
         return None
-    value = max(returns, key=lambda node: node.lineno).value
+    value = max(returns, key=lambda node: node.lineno).value  # functions inside end before it
     elements = value.elts if isinstance(value, ast.Tuple) else [value]
     return [element.id if isinstance(element, ast.Name) else None for element in elements]
-
-
-def _own_nodes(function: ast.AST) -> list[ast.AST]:
-    """Return the nodes of a function without those of functions inside of it."""
-    nodes: list[ast.AST] = []
-    for child in ast.iter_child_nodes(function):
-        if not isinstance(child, ast.FunctionDef | ast.Lambda):
-            nodes += [child, *_own_nodes(child)]
-    return nodes

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, describe
+from dbcache.adapters.blocks.patterns import ENCODER, STREAMS, ForwardPattern, describe
 from dbcache.adapters.blocks.signature import parameter_names
 from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
 from dbcache.adapters.blocks.views import run_seeing, shown
@@ -43,16 +43,17 @@ def learn(
     over = shown(lists, entries, spec.transformer)
     output = run_seeing(views, over, over, lambda: run(*args, **kwargs))
     learned = [chains[i].learned() if i in chains else s for i, s in enumerate(spec.stacks)]
-    reasons = [f"{chain.name}: {chain.reason}" for chain in chains.values() if chain.reason]
+    failed = [chain for chain in chains.values() if chain.reason]
     if not any(learned):
+        reasons = [f"{chain.stack.name}: {chain.reason}" for chain in failed]
         raise ValueError(
             f"BlockAdapter(auto=True): {type(spec.transformer).__name__} must have blocks of which "
             f"each takes what the one before returned, got none ({'; '.join(reasons)}); name the "
             f"lists and their pattern as BlockAdapter(blocks=..., forward_pattern=...)"
         )
-    for chain in chains.values():
-        if chain.reason and chain.fed:
-            who = f"BlockAdapter(auto=True): {chain.name} is not cached"
+    for chain in failed:
+        if chain.fed:
+            who = f"BlockAdapter(auto=True): {chain.stack.name} is not cached"
             say(f"{who}: a block {chain.reason}")
     return output, learned
 
@@ -87,7 +88,6 @@ class _Chain:
 
     def __init__(self, stack: StackSpec) -> None:
         self.stack = stack
-        self.name = stack.name
         self.rows: list[list[Any]] = [
             [_Observer(self, block) for block in block_list.blocks] for block_list in stack.lists
         ]
@@ -128,32 +128,29 @@ class _Chain:
     def learned(self) -> StackSpec | None:
         """Return the stack with the pattern that was seen, None with a `reason`."""
         self._taken, self._output = {}, ()
-        tensors = {position for position, size in enumerate(self._sizes) if size >= 0}
-        if self.reason is None:
-            self.reason = self._what_is_in_the_way(tensors)
+        self.reason = self.reason or self._what_is_in_the_way()
         if self.reason is not None:
             return None
-        names = list(self.fed.values())
-        hidden = self.stack.streams[0]
-        if hidden not in names:
-            order = {
-                name: (position in self._ended, -self._sizes[position], self._names.index(name))
-                for position, name in self.fed.items()
-            }
-            hidden = min(names, key=order.__getitem__)
-        if len(names) == 1:
-            return replace(
-                self.stack,
-                pattern=ForwardPattern.HIDDEN_TO_HIDDEN,
-                streams=(hidden, STREAMS[1]),
-            )
-        returns = (HIDDEN, ENCODER) if self.fed[0] == hidden else (ENCODER, HIDDEN)
-        (other,) = set(names) - {hidden}
-        return replace(
-            self.stack, pattern=ForwardPattern((STREAMS, returns)), streams=(hidden, other)
+        order = sorted(self.fed, key=self._rank)
+        roles = dict(zip(order, STREAMS, strict=False))
+        returns = tuple(roles[position] for position in sorted(order))
+        hidden, encoder = [*(self.fed[position] for position in order), ENCODER][:2]
+        pattern = ForwardPattern((STREAMS[: len(order)], returns))
+        return replace(self.stack, pattern=pattern, streams=(hidden, encoder))
+
+    def _rank(self, position: int) -> tuple[Any, ...]:
+        """Return what is least for the hidden states."""
+        name = self.fed[position]
+        is_named = name == self.stack.streams[0]
+        return (
+            not is_named,
+            position in self._ended,
+            -self._sizes[position],
+            self._names.index(name),
         )
 
-    def _what_is_in_the_way(self, tensors: set[int]) -> str | None:
+    def _what_is_in_the_way(self) -> str | None:
+        tensors = {position for position, size in enumerate(self._sizes) if size >= 0}
         if self._form is None:
             return "was not run"
         if not self.fed:

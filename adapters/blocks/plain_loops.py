@@ -37,12 +37,17 @@ def plain_loops(forward: Callable[..., Any]) -> PlainLoops:
     return _of_code(code) if isinstance(code, CodeType) else {}
 
 
+def source_of(code: Any) -> ast.stmt | None:
+    """Return the source of a function or its code; None without: made at run time, a lambda."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
 @functools.cache
 def _of_code(code: CodeType) -> PlainLoops:
-    try:
-        function = ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
-    except (OSError, SyntaxError):  # no source of its own: made at run time, a lambda
-        return {}
+    function = source_of(code)
     is_method = isinstance(function, ast.FunctionDef) and function.args.args
     return _Source(function).plain_loops() if is_method else {}
 
