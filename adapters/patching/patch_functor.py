@@ -7,8 +7,10 @@ whole: `disable` does so, and so does an `enable` that fails.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,13 +68,14 @@ class Patches:
         apply = functor.apply if isinstance(functor, PatchFunctor) else functor
         who = f"patch_functor {getattr(apply, '__qualname__', type(apply).__name__)}"
         modules = list(transformer.modules())
-        before = [_Snapshot(module) for module in modules]
-        classes = [_members(cls) for cls in _classes(modules)]
+        classes = dict.fromkeys(cls for module in modules for cls in type(module).__mro__[:-1])
+        members = {cls: _members(cls) for cls in classes}
+        before = [(module, type(module), _contents(module)) for module in modules]
         self.functor = functor
         self._changes: list[_Change] = []
         try:
             returned = apply(transformer)
-            changed = _restore_classes(classes)
+            changed = _restore(members)
             if changed or (returned is not None and returned is not transformer):
                 got = f"changed {', '.join(changed)}" if changed else f"returned {shown(returned)}"
                 raise TypeError(
@@ -80,71 +83,57 @@ class Patches:
                     f"the transformer or None, {got}; set them on the instances, as in "
                     f"block.forward = types.MethodType(new_forward, block)"
                 )
-            self._record(before)
+            self._changes = [*_changes(before)]
         except BaseException:
-            _restore_classes(classes)
-            self._record(before)
+            _restore(members)
+            self._changes = [*_changes(before)]
             self.undo()
             raise
-
-    def _record(self, before: list[_Snapshot]) -> None:
-        self._changes = [change for snapshot in before for change in snapshot.changes()]
 
     def undo(self) -> None:
         """Take the changes back."""
         for change in reversed(self._changes):
-            change.undo()
+            change.exchange(change.new, change.old)
+            if isinstance(change.holder, dict):
+                _sort(change.holder, change.order)
 
     def redo(self) -> None:
         """Put the same changes on again."""
         for change in self._changes:
-            change.redo()
+            change.exchange(change.old, change.new)
 
 
+@dataclass
 class _Change:
-    """A module's class, or what one of its containers holds: as it was, and as it is now.
+    """A module's class, or what differs in one of its containers: as it was, and as it is now.
 
-    Args:
+    Attributes:
         module: which module.
         holder: the container, a dictionary, list or set; None for the class.
-        old: what there was, the class or a copy of the container.
+        old: what there was: the class, entries of a dictionary or set, or all of a list.
         new: what there is now.
+        order: of the entries of a dictionary.
     """
 
-    def __init__(self, module: torch.nn.Module, holder: Any, old: Any, new: Any) -> None:
-        self.module, self.holder = module, holder
-        self.old, self.new = old, new
-        if isinstance(holder, dict):
-            self.order = list(old)
-            self.old, self.new = (
-                {name: x.get(name, ABSENT) for name in {**old, **new} if _differ(old, new, name)}
-                for x in (old, new)
-            )
+    module: torch.nn.Module
+    holder: Any
+    old: Any
+    new: Any
+    order: list[Any]
 
-    def undo(self) -> None:
-        self._exchange(self.new, self.old)
-        if isinstance(self.holder, dict):
-            _sort(self.holder, self.order)
-
-    def redo(self) -> None:
-        self._exchange(self.old, self.new)
-
-    def _exchange(self, there: Any, wanted: Any) -> None:
+    def exchange(self, there: Any, wanted: Any) -> None:
         """Put `wanted` in the place of `there`; what is something else by now stays."""
         holder = self.holder
-        if holder is None:
-            if type(self.module) is there:
-                self.module.__class__ = wanted
-        elif isinstance(holder, list):
-            if _same(holder, there):
-                holder[:] = wanted
-        elif isinstance(holder, set):
-            if holder in (there, wanted | there):  # the second: an exception cut this short
-                holder.update(wanted)
-                holder.intersection_update(wanted)
-        else:
+        if isinstance(holder, dict):
             for name, value in wanted.items():
                 self._exchange_entry(name, there[name], value)
+        elif isinstance(holder, set):
+            holder |= wanted
+            holder -= there
+        elif holder is None and type(self.module) is there:
+            self.module.__class__ = wanted
+        elif isinstance(holder, list) and not any(_difference(holder, there)):
+            holder[:] = wanted
 
     def _exchange_entry(self, name: str, there: Any, wanted: Any) -> None:
         mapping = self.holder
@@ -156,38 +145,33 @@ class _Change:
             mapping[f"_old_{name}"] = own_method or wanted
 
 
-class _Snapshot:
-    """The attributes of one module, and what its containers of modules, hooks and so on hold."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
-        self.cls = type(module)
-        own = module.__dict__
-        inner = [value for value in own.values() if isinstance(value, dict | list | set)]
-        self.contents = [(holder, holder.copy()) for holder in (own, *inner)]
-
-    def changes(self) -> Iterator[Any]:
-        """Yield what has changed since."""
-        if type(self.module) is not self.cls:
-            yield _Change(self.module, None, self.cls, type(self.module))
-        for holder, old in self.contents:
-            if not _same(holder, old):
-                yield _Change(self.module, holder, old, holder.copy())
+def _contents(module: torch.nn.Module) -> list[tuple[Any, Any]]:
+    """Return a module's attributes and its containers of modules, hooks and so on, with copies."""
+    own = module.__dict__
+    inner = [value for value in own.values() if isinstance(value, dict | list | set)]
+    return [(holder, holder.copy()) for holder in (own, *inner)]
 
 
-def _same(now: Any, old: Any) -> bool:
-    """Whether two containers hold the same objects."""
-    if isinstance(now, set):
-        return now == old
-    if len(now) != len(old):
-        return False
-    if isinstance(now, list):
-        return all(a is b for a, b in zip(now, old, strict=True))
-    return not any(_differ(old, now, name) for name in old)
+def _changes(before: list[tuple[torch.nn.Module, type, Any]]) -> Iterator[_Change]:
+    """Yield what has changed since."""
+    for module, cls, contents in before:
+        if type(module) is not cls:
+            yield _Change(module, None, cls, type(module), [])
+        for holder, held in contents:
+            old, new = _difference(held, holder)
+            if old or new:
+                yield _Change(module, holder, old, new, [*held])
 
 
-def _differ(old: dict[str, Any], new: dict[str, Any], name: str) -> bool:
-    return old.get(name, ABSENT) is not new.get(name, ABSENT)
+def _difference(old: Any, new: Any) -> tuple[Any, Any]:
+    """Return what of a container was and is otherwise; lists as a whole."""
+    if isinstance(old, set):
+        return old - new, new - old
+    if isinstance(old, list):
+        is_same = len(old) == len(new) and all(map(operator.is_, old, new))
+        return ([], []) if is_same else (old, new.copy())
+    names = [x for x in {**old, **new} if old.get(x, ABSENT) is not new.get(x, ABSENT)]
+    return {x: old.get(x, ABSENT) for x in names}, {x: new.get(x, ABSENT) for x in names}
 
 
 def _sort(holder: dict[str, Any], order: list[str]) -> None:
@@ -197,29 +181,21 @@ def _sort(holder: dict[str, Any], order: list[str]) -> None:
             holder[name] = holder.pop(name)
 
 
-def _classes(modules: list[torch.nn.Module]) -> list[type]:
-    found = {cls for module in modules for cls in type(module).__mro__ if cls is not object}
-    return sorted(found, key=lambda cls: cls.__qualname__)
+def _members(cls: type) -> dict[str, Any]:
+    """Return the attributes of a class that a patch might set."""
+    return {n: v for n, v in vars(cls).items() if not n.startswith("__") or n in _SPECIAL}
 
 
-def _members(cls: type) -> tuple[type, dict[str, Any]]:
-    """Return a class and the attributes that a patch might set."""
-    own = vars(cls).items()
-    return cls, {n: v for n, v in own if not n.startswith("__") or n in _SPECIAL}
-
-
-def _restore_classes(classes: list[tuple[type, dict[str, Any]]]) -> list[str]:
+def _restore(members: dict[type, dict[str, Any]]) -> list[str]:
     """Give classes back what they had; return what had changed."""
     changed = []
-    for cls, old in classes:
-        now = _members(cls)[1]
-        for name in {**old, **now}:
-            if _differ(old, now, name):
-                changed.append(f"{cls.__name__}.{name}")
-                if name in old:
-                    setattr(cls, name, old[name])
-                else:
-                    delattr(cls, name)
+    for cls, old in members.items():
+        for name, value in _difference(old, _members(cls))[0].items():
+            changed.append(f"{cls.__name__}.{name}")
+            if value is ABSENT:
+                delattr(cls, name)
+            else:
+                setattr(cls, name, value)
     return changed
 
 

@@ -15,7 +15,7 @@ from dbcache import BlockAdapter, ForwardPattern
 CHANGING = ("adapters/patching", "adapters/requests", "dbcache/api.py")
 """Files whose lines can leave something half done; others make values."""
 
-LOOKING = ("_same", "changes", "_members", "_classes", "<genexpr>", "<listcomp>", "<dictcomp>")
+LOOKING = ("_difference", "_changes", "_members", "<genexpr>", "<listcomp>", "<dictcomp>")
 """Functions in them that only look, thousands of times."""
 
 BEFORE = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 0.3}
