@@ -13,19 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbcache.kernels.by_row.table import TABLE, Rows, address, decision_of, kind_of
+from dbcache.kernels.by_row.table import TABLE, Row, Rows, address, decision_of, kind_of
+from dbcache.kernels.common.e4m3 import tiles
 from dbcache.kernels.common.launches import contiguous, elementwise
 from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import Impl, select
 from dbcache.kernels.prediction.commit import (
-    _check_encoder,
-    _check_streams,
     _commit_fp8_kernel,
     _commit_kernel,
-    _fp8,
+    check_commit,
     commit_reference,
+    fp8_tile,
 )
-from dbcache.kernels.prediction.ring import check_ring
 
 
 def commit_rows(
@@ -86,15 +85,14 @@ def commit_rows_reference(
     """Plain PyTorch, the meaning of `commit_rows`."""
     for at, row in rows.each():
         if not row.is_cached():
-            before, given, made, second, second_made = _at(
-                at, h_in, h_fn, h_out, encoder_fn, encoder_out
-            )
-            state, p_ref, ring, encoder_ring, scales, encoder_scales = row
-            assert ring is not None
-            commit_reference(
-                before, given, made, p_ref, ring, state.counters,
-                second, second_made, encoder_ring, scales, encoder_scales, replace,
-            )  # fmt: skip
+            streams = _at(at, h_fn, h_out, h_in, encoder_fn, encoder_out)
+            commit_reference(*(*streams, *_stored(row), replace))
+
+
+def _stored(row: Row) -> Any:
+    """Return what `commit` writes for a row, in its order."""
+    state, p_ref, ring, *rest = row
+    return ring, state.counters, p_ref, *rest
 
 
 def _at(at: slice, *streams: Tensor | None) -> list[Any]:
@@ -107,18 +105,11 @@ def _check(h_in, h_fn, h_out, rows, encoder_fn, encoder_out):
     first = rows.check("commit_rows", h_fn)
     if first.ring is None:
         raise ValueError("commit_rows: the lanes must have rings, got None")
-    first_row = slice(0, 1)
-    before, given, made, second, second_made = _at(
-        first_row, h_in, h_fn, h_out, encoder_fn, encoder_out
-    )
     for x in (h_in, h_out, encoder_fn, encoder_out):
         if x is not None:
             rows.check("commit_rows", x)
-    _check_streams(before, given, made, first.p_ref, first.state.counters)
-    check_ring("commit_rows", "h_out", made, first.ring, first.scales)
-    if encoder_fn is not None:
-        stored = second_made, first.encoder_ring, first.encoder_scales
-        _check_encoder(given, first.ring, second, stored)
+    streams = _at(slice(0, 1), h_fn, h_out, h_in, encoder_fn, encoder_out)
+    check_commit("commit_rows", *streams, *_stored(first))
 
 
 LAUNCHES = Plans()
@@ -129,11 +120,11 @@ def _launch(tensors, rows, replace):
     first = rows.first
     h_fn, h_out, h_in = contiguous(h_fn, h_out, h_in)
     encoder_fn, encoder_out = contiguous(encoder_fn, encoder_out)
-    row, encoder_row = h_fn[:1], None if encoder_fn is None else encoder_fn[:1]
+    streams = h_fn[:1], None if encoder_fn is None else encoder_fn[:1]
     if first.scales is None:
-        kernel, (parts, tail, warps) = _commit_rows_kernel, elementwise("commit", row, encoder_row)
+        kernel, (parts, tail, warps) = _commit_rows_kernel, elementwise("commit", *streams)
     else:
-        kernel, (parts, tail, warps) = _commit_rows_fp8_kernel, _fp8(row, encoder_row)
+        kernel, (parts, tail, warps) = _commit_rows_fp8_kernel, tiles(*streams, fp8_tile)
     if not parts:
         return
     tail |= {"REPLACE": replace, "P_REF": kind_of(first.p_ref)}

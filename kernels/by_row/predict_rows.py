@@ -6,24 +6,27 @@
 launch. The other rows are not written.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbcache.kernels.by_row.table import TABLE, Rows, address, decision_of, kind_of
+from dbcache.kernels.by_row.table import TABLE, Row, Rows, address, decision_of, kind_of
 from dbcache.kernels.common.checks import check_tensor
+from dbcache.kernels.common.e4m3 import tiles
 from dbcache.kernels.common.lane_state import LANE
 from dbcache.kernels.common.launches import contiguous, elementwise
 from dbcache.kernels.common.plans import Plans
 from dbcache.kernels.common.select import Impl, select
 from dbcache.kernels.prediction.predict import (
-    _fp8,
     _predict_fp8_kernel,
     _predict_kernel,
+    check_predict,
+    fp8_tile,
     predict_reference,
 )
-from dbcache.kernels.prediction.ring import check_both, check_ring
 
 
 def predict_rows(
@@ -79,37 +82,34 @@ def predict_rows_reference(
     """Plain PyTorch, the meaning of `predict_rows`."""
     for at, row in rows.each():
         if row.is_cached():
-            assert row.ring is not None
             given = None if encoder is None else encoder[at]
-            hidden, made = predict_reference(
-                h[at], row.ring, row.state.weights, given, row.encoder_ring,
-                row.state.encoder_weights, row.scales, row.encoder_scales, replace,
-            )  # fmt: skip
+            hidden, made = predict_reference(*(h[at], given, *_stored(row), replace))
             out[at].copy_(hidden)
             if encoder_out is not None and made is not None:
                 encoder_out[at].copy_(made)
+
+
+def _stored(row: Row) -> Any:
+    """Return what `predict` reads of a row, in its order."""
+    state, _, ring, encoder_ring, *scales = row
+    return ring, state.weights, encoder_ring, state.encoder_weights, *scales
 
 
 def _check(
     h: Tensor, rows: Rows, out: Tensor, encoder: Tensor | None, encoder_out: Tensor | None
 ) -> None:
     """Raise a ValueError unless the batch fits the first lane, as all others do."""
-    first = rows.check("predict_rows", h)
+    who = "predict_rows"
+    first = rows.check(who, h)
     if first.ring is None or (encoder is None) != (encoder_out is None):
-        raise ValueError("predict_rows: rings, and an output per stream, must be given, got None")
-    check_ring("predict_rows", "h", h[:1], first.ring, first.scales, first.state.weights)
-    form = (h.dtype, h.shape, h.device)
-    check_tensor("predict_rows", "the output for h", out, *form, contiguous=True)
-    if encoder is None or encoder_out is None:
-        return
-    rows.check("predict_rows", encoder)
-    if first.encoder_ring is None:
-        raise ValueError("predict_rows: encoder must come with its ring, got None")
-    ring, weights = first.encoder_ring, first.state.encoder_weights
-    check_ring("predict_rows", "encoder", encoder[:1], ring, first.encoder_scales, weights)
-    check_both("predict_rows", h, first.ring, encoder, ring)
-    form = (encoder.dtype, encoder.shape, encoder.device)
-    check_tensor("predict_rows", "the output for encoder", encoder_out, *form, contiguous=True)
+        raise ValueError(f"{who}: rings, and an output per stream, must be given, got None")
+    second = None if encoder is None else encoder[:1]
+    check_predict(who, h[:1], second, *_stored(first))
+    for name, x, made in (("h", h, out), ("encoder", encoder, encoder_out)):
+        if x is not None and made is not None:
+            rows.check(who, x)
+            form = (x.dtype, x.shape, x.device)
+            check_tensor(who, f"the output for {name}", made, *form, contiguous=True)
 
 
 LAUNCHES = Plans()
@@ -119,13 +119,13 @@ def _launch(tensors, rows, replace):
     h, out, table, encoder, encoder_out = tensors
     first = rows.first
     h, encoder = contiguous(h, encoder)
-    row, encoder_row = h[:1], None if encoder is None else encoder[:1]
+    streams = h[:1], None if encoder is None else encoder[:1]
     slots = first.ring.shape[0]
     if first.scales is None:
-        sizes = elementwise("predict", row, encoder_row, slots)
+        sizes = elementwise("predict", *streams, slots)
         kernel, (parts, tail, warps) = _predict_rows_kernel, sizes
     else:
-        kernel, (parts, tail, warps) = _predict_rows_fp8_kernel, _fp8(row, encoder_row)
+        kernel, (parts, tail, warps) = _predict_rows_fp8_kernel, tiles(*streams, fp8_tile)
     if not parts:
         return
     tail |= {"K": slots, "REPLACE": replace}

@@ -29,6 +29,15 @@ def check_shared(
         raise _differ(op, what, tensors)
 
 
+def check_activations(op: str, p_ref: Tensor | None = None, **activations: Tensor | None) -> None:
+    """Raise unless the activations, by name, are alike, and `p_ref` has their shape and device."""
+    check_shared(op, "shape", **activations, p_ref=p_ref)
+    check_shared(op, "dtype", **activations)
+    check_shared(op, "device", **activations, p_ref=p_ref)
+    if p_ref is not None and p_ref.dtype not in DTYPES:
+        raise invalid(op, f"p_ref must have a dtype of {DTYPES}", p_ref.dtype)
+
+
 def _differ(op: str, what: str, tensors: Mapping[str, Tensor | None]) -> ValueError:
     given = {name: getattr(x, what) for name, x in tensors.items() if x is not None}
     *names, last = given

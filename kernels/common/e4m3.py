@@ -17,6 +17,7 @@ NaN, which stands for all that is not finite, becomes 0x7F. The conversion from 
 and 0xFF are NaN.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -54,21 +55,31 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
     return codes.view(torch.float8_e4m3fn).float() * scales[..., None]
 
 
-def tokens_and_width(x: Tensor | None) -> tuple[int, int]:
+def _tokens_and_width(x: Tensor | None) -> tuple[int, int]:
     """Return the number of tokens of `x` (..., D), and D; (0, 0) for None."""
     if x is None or x.numel() == 0:
         return 0, 0
     return x.numel() // x.shape[-1], x.shape[-1]
 
 
-def tiles(h: Tensor, encoder: Tensor | None, rows: int, columns: int) -> tuple[int, dict[str, int]]:
-    """Return programs and sizes of a launch for both streams, a tile of tokens per program."""
-    (tokens, width), (encoder_tokens, encoder_width) = map(tokens_and_width, (h, encoder))
+def tiles(
+    h: Tensor, encoder: Tensor | None, tile: Callable[[int, int], tuple[int, int, int]]
+) -> tuple[int, dict[str, int], int]:
+    """Return programs, sizes and warps of a launch for both streams, a tile per program.
+
+    Args:
+        h: hidden states, (..., D).
+        encoder: encoder states, None where there are none.
+        tile: returns rows (tokens), columns and warps of a program, from the width of the longest
+            token and the bytes of its elements.
+    """
+    (tokens, width), (encoder_tokens, encoder_width) = map(_tokens_and_width, (h, encoder))
+    rows, columns, warps = tile(max(width, encoder_width), h.itemsize)
     parts = cdiv(tokens, rows) * cdiv(width, columns)
     tail = {"tokens": tokens, "width": width, "blocks": parts, "encoder_tokens": encoder_tokens}
     tail |= {"encoder_width": encoder_width, "NATIVE": is_native(h.device)}
     tail |= {"ROWS": rows, "COLUMNS": columns}
-    return parts + cdiv(encoder_tokens, rows) * cdiv(encoder_width, columns), tail
+    return parts + cdiv(encoder_tokens, rows) * cdiv(encoder_width, columns), tail, warps
 
 
 def check_scales(op: str, name: str, ring: Tensor, scales: Tensor) -> None:

@@ -106,15 +106,17 @@ class Plans(dict[Hashable, Plan | Checked]):
         plan.kept = [weakref.ref(x, lambda _: self.pop(key, None)) for x in kept if x is not None]
         self[key] = plan
 
-    def note_checked(
-        self, impl: str, flags: Hashable, moving: _Tensors, kept: _Tensors = ()
-    ) -> None:
-        """Note that the tensors of a call fit, where the reference runs; arguments as of `find`."""
+    def note_checked(self, impl: str, flags: Hashable, moving: _Tensors, kept: _Tensors) -> Any:
+        """Note that the tensors of a call fit, and return `REFERENCE`, if the reference runs.
+
+        Arguments as of `find`. None where Triton runs, or something traces the call.
+        """
         given = [x for x in (*moving, *kept) if x is not None]
-        if impl != "auto" or any(map(is_traced, given)):
-            return
-        if select.select(impl, given[0]) == "reference":
+        if any(map(is_traced, given)) or select.select(impl, given[0]) != "reference":
+            return None
+        if impl == "auto":
             self._keep(flags, kept, Checked(moving))
+        return REFERENCE
 
     def find(
         self, impl: str, flags: Hashable, moving: _Tensors, kept: _Tensors = ()

@@ -8,7 +8,6 @@ that `decide` left, so the host need not know it. With scales, the ring holds fp
 the bytes of bfloat16. Then a program takes whole tokens, as it needs their largest element first.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbcache.kernels.common import e4m3
-from dbcache.kernels.common.checks import check_shared, check_tensor
-from dbcache.kernels.common.e4m3 import quantize_rows
+from dbcache.kernels.common.checks import check_activations, check_tensor
+from dbcache.kernels.common.e4m3 import quantize, quantize_rows, tiles
 from dbcache.kernels.common.lane_state import LANE, NUM_COUNTERS, SLOT
 from dbcache.kernels.common.launches import BLOCK, contiguous, elementwise, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import REFERENCE, Plans
-from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
-from dbcache.kernels.prediction.ring import check_both, check_ring
+from dbcache.kernels.common.select import Impl, invalid, without_gradient
+from dbcache.kernels.prediction.ring import check_rings
 
 
 def commit(
@@ -74,34 +72,30 @@ def commit(
     """
     moving = (h_fn, h_out, h_in, encoder_fn, encoder_out)
     kept = (ring, counters, p_ref, encoder_ring, scales, encoder_scales)
-    streams = (encoder_fn, encoder_out, encoder_ring, scales, encoder_scales)
     found = LAUNCHES.find(impl, replace, moving, kept)
     if found is REFERENCE:
-        return commit_reference(h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
+        return commit_reference(h_fn, h_out, h_in, encoder_fn, encoder_out, *kept, replace)
     if found is not None:
         return found[0].launch(*found[1])
-    _check_streams(h_in, h_fn, h_out, p_ref, counters)
-    check_ring("commit", "h_out", h_out, ring, scales)
-    if encoder_fn is not None:
-        _check_encoder(h_fn, ring, encoder_fn, (encoder_out, encoder_ring, encoder_scales))
+    check_commit("commit", *moving, *kept)
     LAUNCHES.note_checked(impl, replace, moving, kept)
-    return _commit(impl, h_in, h_fn, h_out, p_ref, ring, counters, *streams, replace)
+    return _commit(impl, *moving, *kept, replace)
 
 
 @without_gradient
 def commit_reference(
-    h_in: Tensor | None,
     h_fn: Tensor,
     h_out: Tensor,
-    p_ref: Tensor | None,
+    h_in: Tensor | None,
+    encoder_fn: Tensor | None,
+    encoder_out: Tensor | None,
     ring: Tensor,
     counters: Tensor,
-    encoder_fn: Tensor | None = None,
-    encoder_out: Tensor | None = None,
-    encoder_ring: Tensor | None = None,
-    scales: Tensor | None = None,
-    encoder_scales: Tensor | None = None,
-    replace: bool = False,
+    p_ref: Tensor | None,
+    encoder_ring: Tensor | None,
+    scales: Tensor | None,
+    encoder_scales: Tensor | None,
+    replace: bool,
 ) -> None:
     """Plain PyTorch, the meaning of `commit`."""
     slot = counters.tolist()[SLOT]
@@ -116,7 +110,7 @@ def commit_reference(
             _store_difference(after, base, stored[slot])
         else:
             residual = after.float() if base is None else after.float() - base.float()
-            codes, token_scales = e4m3.quantize(residual)
+            codes, token_scales = quantize(residual)
             stored[slot].copy_(codes)
             its_scales[slot].copy_(token_scales)
 
@@ -130,31 +124,23 @@ def _store_difference(a: Tensor, b: Tensor | None, out: Tensor) -> None:
         out.copy_(a.float() - b.float())
 
 
-def _check_streams(
-    h_in: Tensor | None, h_fn: Tensor, h_out: Tensor, p_ref: Tensor | None, counters: Tensor
-) -> None:
+def check_commit(
+    op, h_fn, h_out, h_in, encoder_fn, encoder_out, ring, counters, p_ref, encoder_ring, *scales
+):
+    """Raise a ValueError, as from `op`, unless the tensors of `commit` fit."""
     if h_in is not None and p_ref is None:
-        raise invalid("commit", "h_in must come with p_ref", tuple(h_in.shape), None)
-    inputs = {"h_in": h_in, "h_fn": h_fn, "h_out": h_out}
-    check_shared("commit", "shape", **inputs, p_ref=p_ref)
-    check_shared("commit", "dtype", **inputs)
-    check_shared("commit", "device", **inputs, p_ref=p_ref, counters=counters)
-    check_tensor("commit", "counters", counters, torch.int32, (NUM_COUNTERS,))
-    if p_ref is not None and (p_ref.dtype not in DTYPES or not p_ref.is_contiguous()):
-        must = f"p_ref must be contiguous with a dtype of {DTYPES}"
-        raise invalid("commit", must, p_ref.dtype, p_ref.stride())
-
-
-def _check_encoder(
-    h_fn: Tensor, ring: Tensor, encoder_fn: Tensor, stored: Sequence[Tensor | None]
-) -> None:
-    encoder_out, encoder_ring, encoder_scales = stored
-    if encoder_out is None or encoder_ring is None:
-        raise ValueError("commit: encoder_fn must come with its output and ring, got None")
-    for what in ("shape", "dtype", "device"):
-        check_shared("commit", what, encoder_fn=encoder_fn, encoder_out=encoder_out)
-    check_ring("commit", "encoder_out", encoder_out, encoder_ring, encoder_scales)
-    check_both("commit", h_fn, ring, encoder_fn, encoder_ring)
+        raise invalid(op, "h_in must come with p_ref", tuple(h_in.shape), None)
+    check_activations(op, p_ref, h_in=h_in, h_fn=h_fn, h_out=h_out)
+    check_tensor(op, "counters", counters, torch.int32, (NUM_COUNTERS,), h_fn.device)
+    if p_ref is not None and not p_ref.is_contiguous():
+        raise invalid(op, "p_ref must be contiguous", p_ref.stride())
+    streams = [("h_out", h_out, ring, scales[0], None)]
+    if encoder_fn is not None:
+        if encoder_out is None or encoder_ring is None:
+            raise ValueError(f"{op}: encoder_fn must come with its output and ring, got None")
+        check_activations(op, encoder_fn=encoder_fn, encoder_out=encoder_out)
+        streams.append(("encoder_out", encoder_out, encoder_ring, scales[1], None))
+    check_rings(op, *streams)
 
 
 def fp8_tile(width: int, itemsize: int) -> tuple[int, int, int]:
@@ -174,7 +160,7 @@ LAUNCHES = Plans()
     mutates=("p_ref", "ring", "encoder_ring", "scales", "encoder_scales"),
 )
 def _commit(
-    h_in, h_fn, h_out, p_ref, ring, counters, encoder_fn, encoder_out, encoder_ring, scales,
+    h_fn, h_out, h_in, encoder_fn, encoder_out, ring, counters, p_ref, encoder_ring, scales,
     encoder_scales, replace,
 ):  # fmt: skip
     moving = (h_fn, h_out, h_in, encoder_fn, encoder_out)
@@ -184,7 +170,7 @@ def _commit(
     if scales is None:
         kernel, (parts, tail, warps) = _commit_kernel, elementwise("commit", h_fn, encoder_fn)
     else:
-        kernel, (parts, tail, warps) = _commit_fp8_kernel, _fp8(h_fn, encoder_fn)
+        kernel, (parts, tail, warps) = _commit_fp8_kernel, tiles(h_fn, encoder_fn, fp8_tile)
     if parts:
         args = (h_fn, h_out, h_in, encoder_fn, encoder_out)
         tail |= {"REPLACE": replace}
@@ -192,13 +178,6 @@ def _commit(
             replace, moving, kept, kernel, (parts,), args, kept, tail, num_warps=warps,
             enable_fp_fusion=False,
         )  # fmt: skip
-
-
-def _fp8(h_fn, encoder_fn):
-    """Return programs, sizes and warps for rings in fp8."""
-    widest = max(e4m3.tokens_and_width(x)[1] for x in (h_fn, encoder_fn))
-    rows, columns, warps = fp8_tile(widest, h_fn.itemsize)
-    return *e4m3.tiles(h_fn, encoder_fn, rows, columns), warps
 
 
 class Stream(NamedTuple):

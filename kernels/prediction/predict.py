@@ -15,14 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbcache.kernels.common import e4m3
 from dbcache.kernels.common.checks import check_tensor
-from dbcache.kernels.common.e4m3 import decode
+from dbcache.kernels.common.e4m3 import decode, dequantize, tiles
 from dbcache.kernels.common.launches import BLOCK, contiguous, elementwise, power_of_2
 from dbcache.kernels.common.op import op, writing
 from dbcache.kernels.common.plans import REFERENCE, Plan, Plans
-from dbcache.kernels.common.select import Impl, is_traced, select, without_gradient
-from dbcache.kernels.prediction.ring import check_both, check_ring
+from dbcache.kernels.common.select import Impl, without_gradient
+from dbcache.kernels.prediction.ring import check_rings
 
 MAX_COLUMNS = 512
 """Widest tile of fp8 tokens; widths of models are multiples of it, or nearly."""
@@ -71,86 +70,66 @@ def predict(
     """
     kept = (ring, weights, encoder_ring, encoder_weights, scales, encoder_scales)
     found = LAUNCHES.find(impl, replace, (h, encoder), kept)
-    if type(found) is tuple:
-        outputs = _follow(*found, h, out, encoder, encoder_out)
-        if outputs is not None:
-            return outputs
-    streams = (h, ring, weights, encoder, encoder_ring, encoder_weights, scales, encoder_scales)
-    is_new = out is None and encoder_out is None
-    if found is REFERENCE and is_new:
-        return predict_reference(*streams, replace)
-    _check(*streams)
-    LAUNCHES.note_checked(impl, replace, (h, encoder), kept)
-    if is_new and not is_traced(h) and select(impl, h) == "reference":
-        return predict_reference(*streams, replace)
-    out = _output("h", h, out)
-    encoder_out = None if encoder is None else _output("encoder", encoder, encoder_out)
-    _predict(impl, out, encoder_out, *streams, replace)
+    if found is None:
+        check_predict("predict", h, encoder, *kept)
+        found = LAUNCHES.note_checked(impl, replace, (h, encoder), kept)
+    if found is REFERENCE and out is None and encoder_out is None:
+        return predict_reference(h, encoder, *kept, replace)
+    out = torch.empty_like(h) if out is None and h.is_contiguous() else _output("h", h, out)
+    if encoder is None:
+        encoder_out = None
+    elif encoder_out is None and encoder.is_contiguous():
+        encoder_out = torch.empty_like(encoder)
+    else:
+        encoder_out = _output("encoder", encoder, encoder_out)
+    if type(found) is not tuple or not _follow(*found, out, encoder_out):
+        _predict(impl, out, encoder_out, h, encoder, *kept, replace)
     return out, encoder_out
 
 
-def _check(
-    h: Tensor,
-    ring: Tensor,
-    weights: Tensor,
-    encoder: Tensor | None,
-    encoder_ring: Tensor | None,
-    encoder_weights: Tensor | None,
-    scales: Tensor | None,
-    encoder_scales: Tensor | None,
-) -> None:
-    check_ring("predict", "h", h, ring, scales, weights)
+def check_predict(
+    op, h, encoder, ring, weights, encoder_ring, encoder_weights, scales, encoder_scales
+):
+    """Raise a ValueError, as from `op`, unless the tensors of `predict` fit."""
+    streams = [("h", h, ring, scales, weights)]
     if encoder is not None:
         if encoder_ring is None or encoder_weights is None:
-            raise ValueError("predict: encoder must come with its ring and weights, got None")
-        check_ring("predict", "encoder", encoder, encoder_ring, encoder_scales, encoder_weights)
-        check_both("predict", h, ring, encoder, encoder_ring)
-
-
-def _follow(
-    plan: Plan,
-    addresses: Sequence[int | None],
-    h: Tensor,
-    out: Tensor | None,
-    encoder: Tensor | None,
-    encoder_out: Tensor | None,
-) -> tuple[Tensor, Tensor | None] | None:
-    """Launch what `plan` says and return the outputs, None if one is not aligned as at first."""
-    # what has a plan is contiguous
-    out = torch.empty_like(h) if out is None else _output("h", h, out)
-    address, encoder_address = out.data_ptr(), 0
-    if encoder is not None:
-        is_new = encoder_out is None
-        encoder_out = (
-            torch.empty_like(encoder) if is_new else _output("encoder", encoder, encoder_out)
-        )
-        encoder_address = encoder_out.data_ptr()
-    if (address | encoder_address) & 15:
-        return None
-    plan.launch(address, encoder_address or None, *addresses)
-    return out, None if encoder is None else encoder_out
+            raise ValueError(f"{op}: encoder must come with its ring and weights, got None")
+        streams.append(("encoder", encoder, encoder_ring, encoder_scales, encoder_weights))
+    check_rings(op, *streams)
 
 
 def _output(name: str, x: Tensor, out: Tensor | None) -> Tensor:
-    """Return `out` if it fits `x`, or a new tensor for None."""
+    """Return `out` if it fits `x`, or a new contiguous tensor for None."""
     if out is None:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
+        return x.new_empty(x.shape)
     form = (x.dtype, x.shape, x.device)
     check_tensor("predict", f"the output for {name}", out, *form, contiguous=True)
     return out
 
 
+def _follow(
+    plan: Plan, addresses: Sequence[int | None], out: Tensor, encoder_out: Tensor | None
+) -> bool:
+    """Launch what `plan` says, unless an output is not aligned as at first."""
+    address, encoder_address = out.data_ptr(), 0 if encoder_out is None else encoder_out.data_ptr()
+    if (address | encoder_address) & 15:
+        return False
+    plan.launch(address, encoder_address or None, *addresses)
+    return True
+
+
 @without_gradient
 def predict_reference(
     h: Tensor,
+    encoder: Tensor | None,
     ring: Tensor,
     weights: Tensor,
-    encoder: Tensor | None = None,
-    encoder_ring: Tensor | None = None,
-    encoder_weights: Tensor | None = None,
-    scales: Tensor | None = None,
-    encoder_scales: Tensor | None = None,
-    replace: bool = False,
+    encoder_ring: Tensor | None,
+    encoder_weights: Tensor | None,
+    scales: Tensor | None,
+    encoder_scales: Tensor | None,
+    replace: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Plain PyTorch, the meaning of `predict`."""
     out = _weighted_sum(h, ring, weights, scales, replace)
@@ -168,7 +147,7 @@ def _weighted_sum(
     for slot, weight in enumerate(weights.tolist()[: len(ring)]):
         if weight == 0:
             continue
-        snapshot = ring[slot] if scales is None else e4m3.dequantize(ring[slot], scales[slot])
+        snapshot = ring[slot] if scales is None else dequantize(ring[slot], scales[slot])
         if total is None:
             total = snapshot.float() * weight
         else:
@@ -179,10 +158,11 @@ def _weighted_sum(
     return out.clone(memory_format=torch.contiguous_format) if total is h else out.contiguous()
 
 
-def fp8_tile(width: int) -> tuple[int, int]:
-    """Return rows (tokens) and columns of a program's tile, BLOCK elements."""
+def fp8_tile(width: int, itemsize: int) -> tuple[int, int, int]:
+    """Return rows (tokens) and columns of a program's tile, BLOCK elements, and its warps."""
     columns = min(power_of_2(max(width, 16)), MAX_COLUMNS)
-    return BLOCK // columns, columns
+    # of float32, 16 elements per thread spill
+    return BLOCK // columns, columns, 8 if itemsize == 4 else 4
 
 
 LAUNCHES = Plans()
@@ -191,7 +171,7 @@ OUTPUTS = ("out", "encoder_out")
 
 @op(writing(predict_reference, *OUTPUTS), like="h", mutates=OUTPUTS)
 def _predict(
-    out, encoder_out, h, ring, weights, encoder, encoder_ring, encoder_weights, scales,
+    out, encoder_out, h, encoder, ring, weights, encoder_ring, encoder_weights, scales,
     encoder_scales, replace,
 ):  # fmt: skip
     moving = (h, encoder)
@@ -201,7 +181,7 @@ def _predict(
         sizes = elementwise("predict", h, encoder, ring.shape[0])
         kernel, (parts, tail, warps) = _predict_kernel, sizes
     else:
-        kernel, (parts, tail, warps) = _predict_fp8_kernel, _fp8(h, encoder)
+        kernel, (parts, tail, warps) = _predict_fp8_kernel, tiles(h, encoder, fp8_tile)
     if not parts:
         return
     tail |= {"K": ring.shape[0], "REPLACE": replace}
@@ -209,13 +189,6 @@ def _predict(
         replace, moving, kept, kernel, (parts,), (out, encoder_out, h, encoder), kept, tail,
         num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def _fp8(h, encoder):
-    """Return programs, sizes and warps for rings in fp8."""
-    rows, columns = fp8_tile(max(e4m3.tokens_and_width(x)[1] for x in (h, encoder)))
-    # of float32, 16 elements per thread spill
-    return *e4m3.tiles(h, encoder, rows, columns), 8 if h.itemsize == 4 else 4
 
 
 class Stream(NamedTuple):

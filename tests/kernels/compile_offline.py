@@ -231,7 +231,7 @@ def fp8_variants():
                 {"REPLACE": replace, "ROWS": rows, "COLUMNS": columns},
                 {"num_warps": warps, "enable_fp_fusion": False},
             )
-        rows, columns = predict.fp8_tile(width)
+        rows, columns, warps = predict.fp8_tile(width, 4 if dtype == "fp32" else 2)
         stream = {"h_ptr": x, "weights_ptr": "*fp32", "out_ptr": x} | ring
         extra = {f"encoder_{name}": kind for name, kind in stream.items()}
         extra["encoder_ptr"] = extra.pop("encoder_h_ptr")
@@ -241,7 +241,7 @@ def fp8_variants():
                 predict._predict_fp8_kernel,
                 stream | sizes | (extra if encoder else {}),
                 {"K": slots, "REPLACE": False, "ROWS": rows, "COLUMNS": columns},
-                {"num_warps": 8 if dtype == "fp32" else 4, "enable_fp_fusion": True},
+                {"num_warps": warps, "enable_fp_fusion": True},
             )
 
 

@@ -79,13 +79,13 @@ def streams(dtype, x, size):
 def fp8_streams(dtype, width):
     """Yield the same for rings in fp8, with both streams."""
     x = f"*{dtype}"
-    rows, columns = predict.fp8_tile(width)
+    rows, columns, warps = predict.fp8_tile(width, 4 if dtype == "fp32" else 2)
     yield (
         f"fp8_predict_rows-{dtype}-{width}-k2",
         predict_rows._predict_rows_fp8_kernel,
         TABLE | dict.fromkeys(("h_ptr", "out_ptr", "encoder_ptr", "encoder_out_ptr"), x) | TOKENS,
         {"K": 2, "REPLACE": False, "ROWS": rows, "COLUMNS": columns},
-        {"num_warps": 8 if dtype == "fp32" else 4, "enable_fp_fusion": True},
+        {"num_warps": warps, "enable_fp_fusion": True},
     )
     rows, columns, warps = commit.fp8_tile(width, 4 if dtype == "fp32" else 2)
     yield (

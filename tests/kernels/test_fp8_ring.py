@@ -273,7 +273,7 @@ def test_tiles_are_whole_and_threads_have_16_codes(width):
     assert columns >= width
     assert columns < 2 * max(width, 16)
     assert 16 <= rows * columns / (32 * warps) <= 32
-    rows, columns = predict_module.fp8_tile(width)
+    rows, columns, _ = predict_module.fp8_tile(width, 2)
     assert rows * columns == predict_module.BLOCK == 16 * 128
 
 
@@ -318,13 +318,13 @@ def fp8_arguments(random, device, encoder):
 def test_the_ops_are_registered_as_they_behave(random, device, encoder, impl):
     streams, rings, scales = fp8_arguments(random, device, encoder)
     hidden, weights = streams[0], random(8)
-    second = (*streams[1], rings[1]) if encoder else (None,) * 3
-    buffers = (random(2, 3, 5), rings[0], counters_at(1, device))
-    args = (random(2, 3, 5), *hidden, *buffers, *second, *scales, False, impl)
+    second, second_ring = (streams[1], rings[1]) if encoder else ((None, None), None)
+    kept = (rings[0], counters_at(1, device), random(2, 3, 5), second_ring)
+    args = (*hidden, random(2, 3, 5), *second, *kept, *scales, False, impl)
     torch.library.opcheck(torch.ops.dbcache.commit.default, args)
     outputs = (torch.empty_like(hidden[0]), torch.empty_like(streams[1][0]) if encoder else None)
-    second = (streams[1][0], rings[1], weights) if encoder else (None,) * 3
-    args = (*outputs, hidden[0], rings[0], weights, *second, *scales, False, impl)
+    kept = (rings[0], weights, second_ring, weights if encoder else None)
+    args = (*outputs, hidden[0], second[0], *kept, *scales, False, impl)
     torch.library.opcheck(torch.ops.dbcache.predict.default, args)
 
 

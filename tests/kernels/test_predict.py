@@ -202,7 +202,7 @@ def test_rejects_what_does_not_fit():
         predict(h, ring, weights, h, ring, weights, encoder_out=h.half())
     with pytest.raises(ValueError, match=r"dtype of .* got .*float64"):
         predict(h.double(), ring, weights)
-    with pytest.raises(ValueError, match="one device"):
+    with pytest.raises(ValueError, match=r"weights of h must be .* on cpu, got .* meta"):
         predict(h, ring, weights.to("meta"))
 
 
@@ -213,4 +213,6 @@ def test_the_op_is_registered_as_it_behaves(random, encoder, impl):
     second = (random(2, 2, 7), random(2, 2, 2, 7), random(8)) if encoder else (None,) * 3
     op = torch.ops.dbcache.predict.default
     outputs = (torch.empty_like(stream[0]), None if second[0] is None else second[0].clone())
-    torch.library.opcheck(op, (*outputs, *stream, *second, None, None, False, impl))
+    (h, *stored), (encoder_h, *encoder_stored) = stream, second
+    args = (*outputs, h, encoder_h, *stored, *encoder_stored, None, None, False, impl)
+    torch.library.opcheck(op, args)
