@@ -141,15 +141,10 @@ def decode(codes, NATIVE: tl.constexpr):
     if NATIVE:
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     else:
-        values = _decoded(codes)
+        codes = codes.to(tl.uint16)
+        magnitude = codes & 0x7F
+        # the bits of a float16 with the same sign, exponent and mantissa, whose bias is larger by 8
+        bits = (magnitude << 7) | ((codes & 0x80) << 8)
+        values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        values = tl.where(magnitude == E4M3.NAN_CODE, float("nan"), values)
     return values
-
-
-@triton.jit
-def _decoded(codes):
-    codes = codes.to(tl.uint16)
-    magnitude = codes & 0x7F
-    # the bits of a float16 with the same sign, exponent and mantissa, whose bias is larger by 8
-    bits = (magnitude << 7) | ((codes & 0x80) << 8)
-    value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where(magnitude == E4M3.NAN_CODE, float("nan"), value)

@@ -13,7 +13,7 @@ arithmetic of the conversion counts too.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 import triton
@@ -57,7 +57,9 @@ def fp8_pack(
     Raises:
         ValueError: the shape, the dtype or `scatter` does not fit.
     """
-    _check_pack(x, world, scatter)
+    _check_split("fp8_pack", "scatter", scatter, x.shape, world)
+    if x.dtype not in DTYPES:
+        raise invalid("fp8_pack", f"x must have a dtype of {DTYPES}", x.dtype)
     return _fp8_pack(impl, x, world, scatter, quantize)
 
 
@@ -88,23 +90,33 @@ def fp8_unpack(
     Raises:
         ValueError: the buffer's shape or dtype, `shape`, `dtype` or `gather` does not fit.
     """
+    quantized = buffer.dtype == torch.uint8
     if dtype is None:
-        dtype = torch.bfloat16 if buffer.dtype == torch.uint8 else buffer.dtype
-    shape = list(shape)
-    _check_unpack(buffer, shape, gather, dtype)
-    return _fp8_unpack(impl, buffer, shape, gather, dtype)
+        dtype = torch.bfloat16 if quantized else buffer.dtype
+    if buffer.ndim != 2 or not buffer.is_contiguous():
+        must = "the buffer must be (world, size) and contiguous"
+        raise invalid("fp8_unpack", must, tuple(buffer.shape), buffer.stride())
+    world = buffer.shape[0]
+    _check_split("fp8_unpack", "gather", gather, shape, world)
+    if not (quantized or buffer.dtype in DTYPES) or dtype not in DTYPES:
+        must = f"the buffer must be uint8 or of {DTYPES}, and dtype one of the latter"
+        raise invalid("fp8_unpack", must, buffer.dtype, dtype)
+    rows, width = math.prod(shape[:3]) // world, shape[3]
+    size = sections(rows, width)[1] if quantized else rows * width
+    if buffer.shape[1] != size:
+        must = f"a buffer of {tuple(shape)} from {world} ranks must be {(world, size)}"
+        raise invalid("fp8_unpack", must, tuple(buffer.shape))
+    return _fp8_unpack(impl, buffer, list(shape), gather, dtype)
 
 
 @without_gradient
 def fp8_pack_reference(x: Tensor, world: int, scatter: str, quantize: bool = True) -> Tensor:
     """Plain PyTorch, the meaning of `fp8_pack`."""
-    chunks = _by_rank(x, world, scatter)
-    if not quantize:
-        return chunks.clone(memory_format=torch.contiguous_format).view(world, -1)
-    buffer = _allocate(x, world, quantize)
-    codes, scales = e4m3.quantize(chunks.float())
-    _codes(buffer, chunks.shape).copy_(codes)
-    _scales(buffer, chunks.shape).copy_(scales)
+    values, buffer = _by_rank(x, world, scatter), _allocate(x, world, quantize)
+    if quantize:
+        values, scales = e4m3.quantize(values.float())
+        _scales(buffer, values.shape).copy_(scales)
+    _values(buffer, values.shape).copy_(values)
     return buffer
 
 
@@ -115,11 +127,10 @@ def fp8_unpack_reference(
     """Plain PyTorch, the meaning of `fp8_unpack`."""
     out = torch.empty(list(shape), dtype=dtype, device=buffer.device)
     chunks = _by_rank(out, buffer.shape[0], gather)
+    values = _values(buffer, chunks.shape)
     if buffer.dtype == torch.uint8:
-        shape = chunks.shape
-        chunks.copy_(e4m3.dequantize(_codes(buffer, shape), _scales(buffer, shape)))
-    else:
-        chunks.copy_(buffer.view(chunks.shape))
+        values = e4m3.dequantize(values, _scales(buffer, chunks.shape))
+    chunks.copy_(values)
     return out
 
 
@@ -136,17 +147,17 @@ def sections(rows: int, width: int) -> tuple[int, int]:
 
 
 def _allocate(x: Tensor, world: int, quantize: bool) -> Tensor:
+    rows, width = math.prod(x.shape[:3]) // world, x.shape[3]
     if not quantize:
-        return x.new_empty((world, x.numel() // world))
-    rows = x.shape[0] * x.shape[1] * x.shape[2] // world
-    size = sections(rows, x.shape[3])[1]
+        return x.new_empty((world, rows * width))
+    size = sections(rows, width)[1]
     # without padding every byte is written
-    allocate = x.new_empty if size == rows * (x.shape[3] + 4) else x.new_zeros
+    allocate = x.new_empty if size == rows * (width + 4) else x.new_zeros
     return allocate((world, size), dtype=torch.uint8)
 
 
-def _codes(buffer: Tensor, shape: Sequence[int]) -> Tensor:
-    """View the codes' section of all chunks, of `shape` (world, B, S, H, D)."""
+def _values(buffer: Tensor, shape: Sequence[int]) -> Tensor:
+    """View the codes or elements of all chunks, of `shape` (world, B, S, H, D)."""
     return buffer[:, : math.prod(shape[1:])].unflatten(1, list(shape[1:]))
 
 
@@ -172,31 +183,8 @@ def _check_split(op: str, name: str, split: str, shape: Sequence[int], world: in
         raise invalid(op, must, size, world)
 
 
-def _check_pack(x: Tensor, world: int, scatter: str) -> None:
-    _check_split("fp8_pack", "scatter", scatter, x.shape, world)
-    if x.dtype not in DTYPES:
-        raise invalid("fp8_pack", f"x must have a dtype of {DTYPES}", x.dtype)
-
-
-def _check_unpack(buffer: Tensor, shape: Sequence[int], gather: str, dtype: torch.dtype) -> None:
-    if buffer.ndim != 2 or not buffer.is_contiguous():
-        must = "the buffer must be (world, size) and contiguous"
-        raise invalid("fp8_unpack", must, tuple(buffer.shape), buffer.stride())
-    world = buffer.shape[0]
-    _check_split("fp8_unpack", "gather", gather, shape, world)
-    if buffer.dtype not in (torch.uint8, *DTYPES) or dtype not in DTYPES:
-        must = f"the buffer must be uint8 or of {DTYPES}, and dtype one of the latter"
-        raise invalid("fp8_unpack", must, buffer.dtype, dtype)
-    rows = shape[0] * shape[1] * shape[2] // world
-    quantized = buffer.dtype == torch.uint8
-    size = sections(rows, shape[3])[1] if quantized else rows * shape[3]
-    if buffer.shape[1] != size:
-        must = f"a buffer of {tuple(shape)} from {world} ranks must be {(world, size)}"
-        raise invalid("fp8_unpack", must, tuple(buffer.shape))
-
-
-def _launch(kernel: triton.JITFunction, x: Tensor, buffer: Tensor, split: str) -> None:
-    """Run a kernel between a tensor (B, S, H, D) whose D is contiguous and a buffer."""
+def _launch(x: Tensor, buffer: Tensor, split: str, pack: bool) -> None:
+    """Pack a tensor (B, S, H, D) whose D is contiguous into a buffer, or unpack it from there."""
     if x.numel() == 0:
         return
     world = buffer.shape[0]
@@ -206,9 +194,9 @@ def _launch(kernel: triton.JITFunction, x: Tensor, buffer: Tensor, split: str) -
     strides = chunks.stride()[:4]
     block_d = power_of_2(width)
     block_rows = max(1, BLOCK // block_d)
-    kernel[(cdiv(tokens * heads, block_rows), batch, world)](
+    _fp8_pack_kernel[(cdiv(tokens * heads, block_rows), batch, world)](
         x, buffer, scales, tokens * heads, heads, *strides, buffer.stride(0),
-        0 if scales is None else scales.stride(0), D=width, ALIGN=math.gcd(16, *strides),
+        buffer.stride(0) // 4, D=width, ALIGN=math.gcd(16, *strides), PACK=pack,
         NATIVE=is_native(x.device), BLOCK_ROWS=block_rows, BLOCK_D=block_d,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -221,7 +209,7 @@ def _fake_pack(x, world, scatter, quantize, impl):
 @op(fp8_pack_reference, like="x", fake=_fake_pack)
 def _fp8_pack(x, world, scatter, quantize):
     buffer = _allocate(x, world, quantize)
-    _launch(_fp8_pack_kernel, x if x.stride(3) == 1 else x.contiguous(), buffer, scatter)
+    _launch(x if x.stride(3) == 1 else x.contiguous(), buffer, scatter, pack=True)
     return buffer
 
 
@@ -232,74 +220,44 @@ def _fake_unpack(buffer, shape, gather, dtype, impl):
 @op(fp8_unpack_reference, like="buffer", fake=_fake_unpack)
 def _fp8_unpack(buffer, shape, gather, dtype):
     out = torch.empty(list(shape), dtype=dtype, device=buffer.device)
-    _launch(_fp8_unpack_kernel, out, buffer, gather)
+    _launch(out, buffer, gather, pack=False)
     return out
-
-
-class Strides(NamedTuple):
-    """Strides of rank, sample, token and head in the tensor, in elements, in a kernel."""
-
-    w: Any
-    b: Any
-    s: Any
-    h: Any
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "scales_size"])
 def _fp8_pack_kernel(
     x_ptr, buffer_ptr, scales_ptr, rows, heads, stride_w, stride_b, stride_s, stride_h,
     chunk_size, scales_size,
-    D: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
+    D: tl.constexpr, ALIGN: tl.constexpr, PACK: tl.constexpr, NATIVE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program packs `BLOCK_ROWS` of the `rows` of one sample for one rank.
+    """A program packs, or unpacks, `BLOCK_ROWS` of the `rows` of one sample of one rank.
 
-    The strides of x are multiples of `ALIGN`, which lets the compiler widen the loads.
+    The strides of x, of rank, sample, token and head, are multiples of `ALIGN`, which lets the
+    compiler widen the loads and stores.
     """
-    strides = Strides(stride_w, stride_b, stride_s, stride_h)
-    row, packed_row, x_row = _locate(rows, heads, strides, BLOCK_ROWS, ALIGN)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    mask = (row < rows)[:, None] & (d < D)
-    chunk = tl.program_id(2).to(tl.int64)
-    out_ptrs = buffer_ptr + chunk * chunk_size + (packed_row * D)[:, None] + d
-    x = tl.load(x_ptr + x_row[:, None] + d, mask=mask, other=0.0)
-    if scales_ptr is None:
-        tl.store(out_ptrs, x, mask=mask)
-    else:
-        codes, scales = quantize_rows(x.to(tl.float32), NATIVE)
-        tl.store(out_ptrs, codes, mask=mask)
-        tl.store(scales_ptr + chunk * scales_size + packed_row, scales, mask=row < rows)
-
-
-@triton.jit(do_not_specialize=["rows", "heads", "scales_size"])
-def _fp8_unpack_kernel(
-    out_ptr, buffer_ptr, scales_ptr, rows, heads, stride_w, stride_b, stride_s, stride_h,
-    chunk_size, scales_size,
-    D: tl.constexpr, ALIGN: tl.constexpr, NATIVE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The inverse of `_fp8_pack_kernel`, program by program."""
-    strides = Strides(stride_w, stride_b, stride_s, stride_h)
-    row, packed_row, out_row = _locate(rows, heads, strides, BLOCK_ROWS, ALIGN)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    mask = (row < rows)[:, None] & (d < D)
-    chunk = tl.program_id(2).to(tl.int64)
-    in_ptrs = buffer_ptr + chunk * chunk_size + (packed_row * D)[:, None] + d
-    x = tl.load(in_ptrs, mask=mask, other=0)
-    if scales_ptr is not None:
-        scale_ptrs = scales_ptr + chunk * scales_size + packed_row
-        x = decode(x, NATIVE) * tl.load(scale_ptrs, mask=row < rows, other=0.0)[:, None]
-    tl.store(out_ptr + out_row[:, None] + d, x.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _locate(rows, heads, strides, BLOCK_ROWS: tl.constexpr, ALIGN: tl.constexpr):
-    """Return this program's rows: in the sample, in the chunk, and as offsets in the tensor."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     batch = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(2).to(tl.int64)
     s = (row // heads).to(tl.int64)
     h = (row % heads).to(tl.int64)
-    offsets = chunk * strides.w + batch * strides.b + s * strides.s + h * strides.h
-    # in here: Triton 3.6 forgets a hint on what a function returned
-    return row, batch * rows + row, tl.multiple_of(offsets, ALIGN)
+    offsets = chunk * stride_w + batch * stride_b + s * stride_s + h * stride_h
+    packed_row = batch * rows + row
+    offsets = tl.multiple_of(offsets, ALIGN)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (row < rows)[:, None] & (d < D)
+    packed_ptrs = buffer_ptr + chunk * chunk_size + (packed_row * D)[:, None] + d
+    if PACK:
+        x = tl.load(x_ptr + offsets + d, mask=mask, other=0.0)
+        if scales_ptr is None:
+            tl.store(packed_ptrs, x, mask=mask)
+        else:
+            codes, scales = quantize_rows(x.to(tl.float32), NATIVE)
+            tl.store(packed_ptrs, codes, mask=mask)
+            tl.store(scales_ptr + chunk * scales_size + packed_row, scales, mask=row < rows)
+    else:
+        x = tl.load(packed_ptrs, mask=mask, other=0)
+        if scales_ptr is not None:
+            scale_ptrs = scales_ptr + chunk * scales_size + packed_row
+            x = decode(x, NATIVE) * tl.load(scale_ptrs, mask=row < rows, other=0.0)[:, None]
+        tl.store(x_ptr + offsets + d, x.to(x_ptr.dtype.element_ty), mask=mask)

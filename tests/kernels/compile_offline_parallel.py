@@ -23,9 +23,9 @@ def variants():
             yield merge_variant(dtype, dtype, width)
             if dtype == "bf16":
                 yield merge_variant("fp32", dtype, width)
-            for kernel in (fp8_pack._fp8_pack_kernel, fp8_pack._fp8_unpack_kernel):
+            for packs in (True, False):
                 for quantize in (True, False):
-                    yield pack_variant(kernel, dtype, width, quantize)
+                    yield pack_variant(packs, dtype, width, quantize)
 
 
 def merge_variant(a, b, width):
@@ -38,15 +38,15 @@ def merge_variant(a, b, width):
     return name, kernel, pointers | sizes(kernel), blocks(merge_attention, width), options
 
 
-def pack_variant(kernel, dtype, width, quantize):
-    tensor = "x_ptr" if "x_ptr" in kernel.arg_names else "out_ptr"
-    pointers = {tensor: f"*{dtype}", "buffer_ptr": "*u8" if quantize else f"*{dtype}"}
+def pack_variant(packs, dtype, width, quantize):
+    kernel = fp8_pack._fp8_pack_kernel
+    pointers = {"x_ptr": f"*{dtype}", "buffer_ptr": "*u8" if quantize else f"*{dtype}"}
     if quantize:
         pointers["scales_ptr"] = "*fp32"
-    name = "fp8_pack" if tensor == "x_ptr" else "fp8_unpack"
-    name = f"{name}-{width}-{dtype}{'' if quantize else '-layout'}"
+    name = f"fp8_{'' if packs else 'un'}pack-{width}-{dtype}{'' if quantize else '-layout'}"
+    constants = blocks(fp8_pack, width) | {"PACK": packs}
     options = {"num_warps": 4, "enable_fp_fusion": False}
-    return name, kernel, pointers | sizes(kernel), blocks(fp8_pack, width), options
+    return name, kernel, pointers | sizes(kernel), constants, options
 
 
 def sizes(kernel):
