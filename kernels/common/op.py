@@ -1,7 +1,8 @@
 """How an op is registered: reference, launch of the kernel, and support for tracing."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields, is_dataclass
 from functools import wraps
 from itertools import islice
 from typing import Any
@@ -20,12 +21,12 @@ def op(
     """Register the decorated launch of a Triton kernel as ``torch.ops.dbcache.<its name>``.
 
     The launch has the arguments of the reference, whose annotations make the schema. The registered
-    op takes `impl` last, and for a state (TENSORS, `tensors`, `from_tensors`) its tensors.
+    op takes `impl` last, and for a state, a dataclass of tensors, the tensors that it is made of.
 
     Args:
         reference: plain PyTorch, the meaning of the op.
         like: the tensor whose device and type decide where the op runs; ``"state.tensor"`` for
-            one of a state.
+            one of a state. Of a list of tensors, the first.
         mutates: names of the tensors that are written.
         fake: result of the registered op for fake tensors; None for ops without a result.
 
@@ -36,12 +37,12 @@ def op(
         TypeError: the arguments of the launch are not those of the reference.
     """
     kinds = {n: p.annotation for n, p in inspect.signature(reference).parameters.items()}
-    states = [hasattr(kind, "TENSORS") for kind in kinds.values()]
     argument, _, attribute = like.partition(".")
     place = list(kinds).index(argument)
 
     def tensor_of(args: Sequence[Any]) -> Tensor:
-        return getattr(args[place], attribute) if attribute else args[place]
+        given = getattr(args[place], attribute) if attribute else args[place]
+        return given[0] if isinstance(given, list) else given
 
     def register(launch: Function) -> Function:
         if list(inspect.signature(launch).parameters) != list(kinds):
@@ -55,10 +56,17 @@ def op(
                 return launch(*args)
 
         def run(*flat: Any) -> Any:
-            args = _with_states(kinds.values(), flat[:-1])
-            return execute(flat[-1], tensor_of(args), args)
+            rest, args = iter(flat), []
+            for kind in kinds.values():
+                count = len(_tensors(kind))
+                args.append(kind(*islice(rest, count)) if count else next(rest))
+            return execute(next(rest), tensor_of(args), args)
 
-        registered = _registered(launch.__name__, run, reference, kinds, mutates, fake)
+        run.__signature__ = _flat_signature(reference)  # type: ignore[attr-defined]
+        name = f"dbcache::{launch.__name__.lstrip('_')}"
+        registered = torch.library.custom_op(name, run, mutates_args=mutates)
+        if fake is not None:
+            registered.register_fake(fake)
 
         @wraps(launch)
         def call(impl: str, *args: Any) -> Any:
@@ -66,14 +74,31 @@ def op(
             if not is_traced(x):
                 return execute(impl, x, args)
             flat: list[Any] = []
-            for arg, is_state in zip(args, states, strict=True):
-                flat += arg.tensors() if is_state else (arg,)
+            for kind, arg in zip(kinds.values(), args, strict=True):
+                flat += [getattr(arg, x.name) for x in _tensors(kind)] or [arg]
             with torch.no_grad():
                 return registered(*flat, impl)
 
         return call
 
     return register
+
+
+def _tensors(kind: Any) -> list[Field[Any]]:
+    """Return the tensors that a state is made of; none of another argument."""
+    return [x for x in fields(kind) if x.init] if is_dataclass(kind) else []
+
+
+def _flat_signature(reference: Function) -> inspect.Signature:
+    """Return the signature of `reference` with tensors in place of states, and `impl` last."""
+    signature, flat = inspect.signature(reference), {}
+    for name, parameter in signature.parameters.items():
+        tensors = {x.name: x.type for x in _tensors(parameter.annotation)}
+        flat |= tensors or {name: parameter.annotation}
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(n, either, annotation=kind) for n, kind in flat.items()]
+    impl = inspect.Parameter("impl", either, annotation=str)
+    return signature.replace(parameters=[*parameters, impl])
 
 
 def writing(reference: Function, *into: str) -> Function:
@@ -96,37 +121,3 @@ def writing(reference: Function, *into: str) -> Function:
         [p.replace(default=inspect.Parameter.empty) for p in parameters], return_annotation=None
     )
     return write
-
-
-def _registered(
-    name: str,
-    run: Function,
-    reference: Function,
-    kinds: dict[str, Any],
-    mutates: Sequence[str],
-    fake: Function | None,
-) -> Function:
-    """Register `run` with tensors in place of states, and `impl` last."""
-    flat: dict[str, Any] = {}
-    for argument, kind in kinds.items():
-        is_state = hasattr(kind, "TENSORS")
-        flat |= dict.fromkeys(kind.TENSORS, Tensor) if is_state else {argument: kind}
-    flat["impl"] = str
-    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(n, either, annotation=kind) for n, kind in flat.items()]
-    signature = inspect.signature(reference).replace(parameters=parameters)
-    run.__signature__ = signature  # type: ignore[attr-defined]
-    op_name = f"dbcache::{name.lstrip('_')}"
-    registered = torch.library.custom_op(op_name, run, mutates_args=mutates)
-    if fake is not None:
-        registered.register_fake(fake)
-    return registered
-
-
-def _with_states(kinds: Iterable[Any], flat: Sequence[Any]) -> list[Any]:
-    """Return the reference's arguments from those of the registered op."""
-    rest, args = iter(flat), []
-    for kind in kinds:
-        is_state = hasattr(kind, "TENSORS")
-        args.append(kind.from_tensors(*islice(rest, len(kind.TENSORS))) if is_state else next(rest))
-    return args

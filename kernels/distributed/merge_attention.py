@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbcache.kernels.common.checks import check_shared
+from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.launches import cdiv, power_of_2
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
@@ -63,11 +63,8 @@ def merge_attention(
     if out_a.ndim != 4 or out_a.shape != out_b.shape or out_a.shape[3] == 0:
         must = "out_a and out_b must share a shape (B, S, H, D) with D >= 1"
         raise invalid(who, must, tuple(out_a.shape), tuple(out_b.shape))
-    if not (lse_a.shape == lse_b.shape == out_a.shape[:3]):
-        must = f"lse_a and lse_b must be {tuple(out_a.shape[:3])}"
-        raise invalid(who, must, tuple(lse_a.shape), tuple(lse_b.shape))
-    if lse_a.dtype != torch.float32 or lse_b.dtype != torch.float32:
-        raise invalid(who, "lse_a and lse_b must be float32", lse_a.dtype, lse_b.dtype)
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        check_tensor(who, name, lse, torch.float32, out_a.shape[:3])
     if any(dtype not in DTYPES for dtype in (out_a.dtype, out_b.dtype, out_dtype)):
         must = f"out_a, out_b and out_dtype must have a dtype of {DTYPES}"
         raise invalid(who, must, out_a.dtype, out_b.dtype, out_dtype)

@@ -7,6 +7,7 @@ writes out once, so the kernel is bound by memory bandwidth. The sum is float32,
 block after block would round (and move h) `count` times.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous
-from dbcache.kernels.common.op import op, writing
-from dbcache.kernels.common.select import Impl, invalid, is_traced, select, without_gradient
+from dbcache.kernels.common.op import op
+from dbcache.kernels.common.select import Impl, invalid, without_gradient
 
 
 def add_residuals(
@@ -54,67 +55,53 @@ def add_residuals(
     if not (first >= 0 and count >= 1 and first + count <= blocks):
         must = f"the run must have at least 1 of the {blocks} blocks"
         raise invalid("add_residuals", must, f"first = {first}", f"count = {count}")
-    _check("h", h, residuals, blocks)
+    streams, stored = [h], [residuals]
     if encoder is not None:
         if encoder_residuals is None:
             raise ValueError("add_residuals: encoder must come with its residuals, got None")
-        _check("encoder", encoder, encoder_residuals, blocks)
-    else:
-        encoder_residuals = None
-    args = (h, residuals, first, count, encoder, encoder_residuals)
-    if select(impl, h) == "reference" and not is_traced(h):
-        return add_residuals_reference(*args)
-    out = torch.empty_like(h, memory_format=torch.contiguous_format)
-    encoder_out = None
-    if encoder is not None:
-        encoder_out = torch.empty_like(encoder, memory_format=torch.contiguous_format)
-    _add_residuals(impl, out, encoder_out, *args)
-    return out, encoder_out
+        streams.append(encoder)
+        stored.append(encoder_residuals)
+    for name, x, its in zip(("h", "encoder"), streams, stored, strict=False):
+        added = f"the residuals of {name}"
+        check_shared("add_residuals", "dtype", **{name: x, added: its})
+        form = (x.dtype, (blocks, *x.shape), x.device)
+        check_tensor("add_residuals", added, its, *form, contiguous=True)
+    out, *encoder_out = _add_residuals(impl, streams, stored, first, count)
+    return out, encoder_out[0] if encoder_out else None
 
 
 @without_gradient
 def add_residuals_reference(
-    h: Tensor,
-    residuals: Tensor,
-    first: int,
-    count: int,
-    encoder: Tensor | None = None,
-    encoder_residuals: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Plain PyTorch, the meaning of `add_residuals`."""
-
-    def total(x: Tensor, added: Tensor) -> Tensor:
-        sum_of_all = x.float()
-        for block in range(first, first + count):
-            sum_of_all = sum_of_all + added[block]
-        return sum_of_all.to(x.dtype).contiguous()
-
-    if encoder is None or encoder_residuals is None:
-        return total(h, residuals), None
-    return total(h, residuals), total(encoder, encoder_residuals)
+    streams: Sequence[Tensor], residuals: Sequence[Tensor], first: int, count: int
+) -> list[Tensor]:
+    """Plain PyTorch, the meaning of `add_residuals`: an output per stream."""
+    outputs = []
+    for x, stored in zip(streams, residuals, strict=True):
+        total = x.float()
+        for added in stored[first : first + count]:
+            total = total + added
+        outputs.append(total.to(x.dtype).contiguous())
+    return outputs
 
 
-def _check(name: str, x: Tensor, residuals: Tensor, blocks: int) -> None:
-    added = f"the residuals of {name}"
-    check_shared("add_residuals", "dtype", **{name: x, added: residuals})
-    form = (x.dtype, (blocks, *x.shape), x.device)
-    check_tensor("add_residuals", added, residuals, *form, contiguous=True)
+def _outputs(streams, *_):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in streams]
 
 
-OUTPUTS = ("out", "encoder_out")
-
-
-@op(writing(add_residuals_reference, *OUTPUTS), like="h", mutates=OUTPUTS)
-def _add_residuals(out, encoder_out, h, residuals, first, count, encoder, encoder_residuals):
-    h, encoder = contiguous(h, encoder)
+@op(add_residuals_reference, like="streams", fake=_outputs)
+def _add_residuals(streams, residuals, first, count):
+    outputs = _outputs(streams)
+    (h, added, out), *rest = zip(contiguous(*streams), residuals, outputs, strict=True)
+    encoder, encoder_added, encoder_out = rest[0] if rest else (None, None, None)
     size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()
     parts, encoder_parts = cdiv(size, BLOCK), cdiv(encoder_size, BLOCK)
     if parts + encoder_parts:
         _add_residuals_kernel[(parts + encoder_parts,)](
-            h, residuals, out, size, first, count, parts,
-            encoder, encoder_residuals, encoder_out, encoder_size,
+            h, added, out, size, first, count, parts,
+            encoder, encoder_added, encoder_out, encoder_size,
             BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+    return outputs
 
 
 class Stream(NamedTuple):

@@ -73,8 +73,9 @@ def test_rejects_what_does_not_fit(random):
 def test_is_registered_with_a_fake_and_compiles(random):
     h, residuals = random(2, 7), random(3, 2, 7)
     for impl in IMPLS:
-        args = (torch.empty_like(h), None, h, residuals, 0, 2, None, None, impl)
-        torch.library.opcheck(torch.ops.dbcache.add_residuals.default, args)
+        for streams, stored in (([h], [residuals]), ([h, h.T], [residuals, random(3, 7, 2)])):
+            args = (streams, stored, 0, 2, impl)
+            torch.library.opcheck(torch.ops.dbcache.add_residuals.default, args)
     compiled = torch.compile(add_residuals, fullgraph=True, backend="eager")
     expected = add_residuals(h, residuals, 1, 2)[0]
     assert torch.equal(compiled(h, residuals, 1, 2)[0], expected)
