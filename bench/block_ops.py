@@ -94,8 +94,8 @@ def _decide_eager(x: Inputs) -> Outputs:
 
 def _make_decided(_: Shape, draw: Draw) -> Inputs:
     steps = BlockSteps.allocate(CAPACITY, [True] * BLOCKS, draw.device)
-    steps.lane.counters[ls.REFERENCE] = 1
-    steps.lane.thresholds[ls.THRESHOLD] = THRESHOLD
+    steps.counters[ls.REFERENCE] = 1
+    steps.thresholds[ls.THRESHOLD] = THRESHOLD
     changes = draw.normal(BLOCKS, dtype=torch.float32, scale=THRESHOLD).abs_()
     return {"steps": steps, "decisions": torch.stack([changes, (changes < THRESHOLD).float()], 1)}
 
@@ -106,7 +106,7 @@ def _step(x: Inputs, impl: Backend) -> Outputs:
 
 
 def _left_out(x: Inputs, _: Outputs) -> Outputs:
-    return (x["steps"].flags.float(), x["steps"].lane.values[ls.DIFF].clone())
+    return (x["steps"].flags.float(), x["steps"].values[ls.DIFF].clone())
 
 
 def _step_eager(x: Inputs) -> Outputs:
@@ -116,13 +116,13 @@ def _step_eager(x: Inputs) -> Outputs:
 
 def _make_cached(shape: Shape, draw: Draw) -> Inputs:
     x = _make_decided(shape, draw)
-    x["steps"].lane.counters[ls.CACHED] = 1
+    x["steps"].counters[ls.CACHED] = 1
     return x
 
 
 def _tail(x: Inputs, impl: Backend) -> Outputs:
     steps = x["steps"]
-    decide_tail(steps.lane.counters, x["decisions"], steps.flags, steps.store, impl=impl)
+    decide_tail(steps.counters, x["decisions"], steps.flags, steps.store, impl=impl)
     return ()
 
 

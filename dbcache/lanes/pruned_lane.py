@@ -60,7 +60,7 @@ class PrunedLane:
     @property
     def state(self) -> BlockSteps:
         """The scalars on the device."""
-        return self.steps.tensors
+        return self.steps.state
 
     @outside_inference_mode
     def reload(self, settings: StackSettings) -> None:

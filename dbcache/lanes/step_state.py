@@ -15,7 +15,6 @@ from dbcache.config.cache import StackSettings
 from dbcache.config.policies import POLICIES
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import LaneState, PlanCode
-from dbcache.kernels.pruning.block_state import BlockSteps
 from dbcache.lanes.buffers import HostCopy, outside_inference_mode
 from dbcache.lanes.plan import decide_ahead, make_plan
 from dbcache.lanes.scheduled import scheduled_plan
@@ -27,18 +26,18 @@ FIRST_CAPACITY = 64
 Trace = tuple[list[int], list[float]]
 """Reasons and changes of the steps of a request."""
 
-Tensors = TypeVar("Tensors", LaneState, BlockSteps)
+State = TypeVar("State", bound=LaneState)
 
 
-class StepState(Generic[Tensors]):
+class StepState(Generic[State]):
     """The position of a lane in its request.
 
     Args:
-        tensors: on the device, of a request that has not begun.
+        state: on the device, of a request that has not begun.
         branch: of guidance; a calibration may differ between branches.
 
     Attributes:
-        state: the scalars that `decide` goes by, part of `tensors`.
+        state: the scalars that `decide` goes by.
         plan: what is known of each step before the request: plan codes, or `KNOWN` plus a reason.
         step: number of the next step; after `settle` or `count`, steps so far.
         has_reference: a full step has left behind what later ones need.
@@ -52,18 +51,17 @@ class StepState(Generic[Tensors]):
     HOST = ("step", "has_reference", "cached", "counts", "plan")
     """What the host keeps of a request."""
 
-    def __init__(self, tensors: Tensors, branch: str | None = None) -> None:
+    def __init__(self, state: State, branch: str | None = None) -> None:
         self.branch: str | None = branch
         self.plan: list[int] = []
-        self._bind(tensors)
+        self._bind(state)
         self.limits: list[int] = self.state.limits.tolist()
         self.thresholds: list[float] = self.state.thresholds.tolist()
         self._forget_request()
 
-    def _bind(self, tensors: Tensors) -> None:
-        self.tensors: Tensors = tensors
-        self.state = tensors.lane if isinstance(tensors, BlockSteps) else tensors
-        self.device = self.state.counters.device
+    def _bind(self, state: State) -> None:
+        self.state: State = state
+        self.device = state.counters.device
         self._host = HostCopy()
 
     @outside_inference_mode
@@ -99,7 +97,7 @@ class StepState(Generic[Tensors]):
     def reserve(self, steps: int) -> None:
         """Make room for a request of `steps` steps."""
         if steps > len(self.plan):
-            self.tensors.grow(steps)
+            self.state.grow(steps)
             self.replan(self._settings)
 
     def start_request(self) -> None:
@@ -131,7 +129,7 @@ class StepState(Generic[Tensors]):
 
     @outside_inference_mode
     def _move(self, device: torch.device) -> None:
-        self._bind(self.tensors.clone(device))
+        self._bind(self.state.clone(device))
 
     def settle(self, code: int, flag: bool | None = None) -> bool:
         """Count a step that the device decides; return the decision.

@@ -8,7 +8,7 @@ that are read back once per request. The constants below name their entries.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -162,12 +162,12 @@ class State(NamedTuple):
     capacity: Any
 
 
+Own = TypeVar("Own", bound="LaneState")
+
+
 @dataclass(slots=True, eq=False)
 class LaneState:
     """The tensors of one lane, all on one device, contiguous. Make one with `allocate`."""
-
-    TENSORS: ClassVar[tuple[str, ...]]
-    """Names of the tensors that a `LaneState` is made of."""
 
     counters: Tensor
     """int32 (NUM_COUNTERS,)"""
@@ -189,7 +189,7 @@ class LaneState:
     """float32 (MAX_SLOTS,), a view of `values`: what `predict` takes for encoder states"""
 
     host: tuple[Any, ...] | None = field(init=False)
-    """Memoryviews of the seven tensors, in the order of TENSORS, on the CPU; None elsewhere"""
+    """Memoryviews of the tensors, in the order of `tensors`, on the CPU; None elsewhere"""
     _reset: tuple[list[Tensor], list[Tensor]] = field(init=False, repr=False)
     """What a request writes, and what that is when it begins, as int32: for `reset`"""
     _arguments: tuple[int, ...] | None = field(init=False, repr=False)
@@ -239,7 +239,7 @@ class LaneState:
         )
         return state._with_reset()
 
-    def _with_reset(self) -> "LaneState":
+    def _with_reset(self: Own) -> Own:
         """Allocate what `reset` copies: a graph may capture the copy, but not the allocation."""
         written = (self.counters, self.values, self.trace_reason, self.trace_diff)
         blank = _blank(self.capacity, self.counters.device)
@@ -253,9 +253,8 @@ class LaneState:
         return self.plan.shape[0]
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Return the seven tensors, in the order of TENSORS."""
-        state = (self.counters, self.values, self.limits, self.thresholds, self.plan)
-        return (*state, self.trace_reason, self.trace_diff)
+        """Return the tensors that the state is made of, in the order of the fields."""
+        return tuple(getattr(self, x.name) for x in fields(self) if x.init)
 
     def arguments(self) -> tuple[int, ...]:
         """Return the addresses of the tensors and the capacity, as kernels take them."""
@@ -270,11 +269,6 @@ class LaneState:
             device = self.counters.device
             self.partials = torch.empty(size, dtype=torch.float32, device=device)
         return self.partials
-
-    @classmethod
-    def from_tensors(cls, *tensors: Tensor) -> "LaneState":
-        """Return the state made of the seven tensors."""
-        return cls(*tensors)
 
     def addresses(self) -> tuple[int, ...]:
         """Return the tensors' addresses: captured work is valid while they stay the same."""
@@ -311,22 +305,22 @@ class LaneState:
         self.counters[SNAPSHOTS : HEAD + 1].zero_()
         self.values[RATE : RATE + 1].fill_(NO_OUTPUT)
 
-    def clone(self, device: torch.device | str | None = None) -> "LaneState":
+    def clone(self: Own, device: torch.device | str | None = None) -> Own:
         """Return a copy with tensors of its own, on `device` if one is given."""
         tensors = (x.to(device or x.device, copy=True) for x in self.tensors())
-        return LaneState(*tensors)._with_reset()
+        return type(self)(*tensors)._with_reset()
 
     def __deepcopy__(self, memo: object) -> "LaneState":
         return self.clone()
 
-    def copy_(self, other: "LaneState") -> None:
-        """Copy the contents of a state of the same capacity."""
+    def copy_(self: Own, other: Own) -> None:
+        """Copy the contents of a state of the same kind and capacity."""
         for mine, its in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(its)
 
 
 TENSORS = tuple(tensor.name for tensor in fields(LaneState) if tensor.init)
-LaneState.TENSORS = TENSORS
+"""Names of the tensors that a `LaneState` is made of."""
 
 
 def _blank(capacity: int, device: torch.device | str) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from itertools import islice
 from typing import Any
@@ -37,6 +37,7 @@ def op(
         TypeError: the arguments of the launch are not those of the reference.
     """
     kinds = {n: p.annotation for n, p in inspect.signature(reference).parameters.items()}
+    tensors = [_tensors_of(kind) for kind in kinds.values()]  # not once more: slow, untraceable
     argument, _, attribute = like.partition(".")
     place = list(kinds).index(argument)
 
@@ -57,9 +58,8 @@ def op(
 
         def run(*flat: Any) -> Any:
             rest, args = iter(flat), []
-            for kind in kinds.values():
-                count = len(_tensors(kind))
-                args.append(kind(*islice(rest, count)) if count else next(rest))
+            for kind, its in zip(kinds.values(), tensors, strict=True):
+                args.append(kind(*islice(rest, len(its))) if its else next(rest))
             return execute(next(rest), tensor_of(args), args)
 
         run.__signature__ = _flat_signature(reference)  # type: ignore[attr-defined]
@@ -74,8 +74,8 @@ def op(
             if not is_traced(x):
                 return execute(impl, x, args)
             flat: list[Any] = []
-            for kind, arg in zip(kinds.values(), args, strict=True):
-                flat += [getattr(arg, x.name) for x in _tensors(kind)] or [arg]
+            for its, arg in zip(tensors, args, strict=True):
+                flat += [getattr(arg, name) for name in its] or [arg]
             with torch.no_grad():
                 return registered(*flat, impl)
 
@@ -84,21 +84,21 @@ def op(
     return register
 
 
-def _tensors(kind: Any) -> list[Field[Any]]:
-    """Return the tensors that a state is made of; none of another argument."""
-    return [x for x in fields(kind) if x.init] if is_dataclass(kind) else []
+def _tensors_of(kind: Any) -> dict[str, Any]:
+    """Return the kinds of a state's tensors, by name; none of another argument."""
+    return {x.name: x.type for x in fields(kind) if x.init} if is_dataclass(kind) else {}
 
 
 def _flat_signature(reference: Function) -> inspect.Signature:
     """Return the signature of `reference` with tensors in place of states, and `impl` last."""
-    signature, flat = inspect.signature(reference), {}
+    signature = inspect.signature(reference)
+    flat: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
-        tensors = {x.name: x.type for x in _tensors(parameter.annotation)}
-        flat |= tensors or {name: parameter.annotation}
+        flat |= _tensors_of(parameter.annotation) or {name: parameter.annotation}
+    flat["impl"] = str
     either = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(n, either, annotation=kind) for n, kind in flat.items()]
-    impl = inspect.Parameter("impl", either, annotation=str)
-    return signature.replace(parameters=[*parameters, impl])
+    return signature.replace(parameters=parameters)
 
 
 def writing(reference: Function, *into: str) -> Function:

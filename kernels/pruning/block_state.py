@@ -8,7 +8,6 @@ where the blocks return them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -124,14 +123,12 @@ class BlockState:
 
 
 @dataclass(slots=True, eq=False)
-class BlockSteps:
-    """The steps of a run of M blocks, all on one device. Make one with `allocate`."""
+class BlockSteps(LaneState):
+    """A lane's state that says of each of M blocks whether a step skips it.
 
-    TENSORS: ClassVar = (*LaneState.TENSORS, "prunable", "flags", "store", "trace")
-    """Names of its tensors."""
+    Ring, weights and accumulated change are not used.
+    """
 
-    lane: LaneState
-    """what `decide` goes by; its ring, weights and accumulated change are not used"""
     prunable: Tensor
     """int32 (M,): 1 for a block that may be skipped"""
     flags: Tensor
@@ -142,53 +139,24 @@ class BlockSteps:
     """int32 (capacity, M): `flags` of each step"""
 
     @classmethod
-    def allocate(
+    def allocate(  # type: ignore[override]
         cls, capacity: int, prunable: Sequence[bool], device: torch.device | str
     ) -> "BlockSteps":
         """Return the state of a new request of at most `capacity` steps, see `LaneState`."""
-        count = len(prunable)
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        store = zeros(NUM_STORE)
+        store, blocks = zeros(NUM_STORE), len(prunable)
         store[EVERY] = 1
-        return cls(
-            lane=LaneState.allocate(capacity, device),
-            prunable=torch.tensor(prunable, dtype=torch.int32, device=device),
-            flags=zeros(count),
-            store=store,
-            trace=zeros(capacity, count),
-        )
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return the lane's tensors and the four others, in the order of the fields."""
-        return (*self.lane.tensors(), self.prunable, self.flags, self.store, self.trace)
-
-    @classmethod
-    def from_tensors(cls, *tensors: Tensor) -> "BlockSteps":
-        """Return the state made of the tensors."""
-        count = len(LaneState.TENSORS)
-        return cls(LaneState(*tensors[:count]), *tensors[count:])
-
-    def addresses(self) -> tuple[int, ...]:
-        """Return the tensors' addresses: captured work is valid while they stay the same."""
-        return tuple(x.data_ptr() for x in self.tensors())
+        may_skip = torch.tensor(prunable, dtype=torch.int32, device=device)
+        lane = LaneState.allocate(capacity, device).tensors()
+        tensors = (*lane, may_skip, zeros(blocks), store, zeros(capacity, blocks))
+        return cls(*tensors)._with_reset()
 
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` steps, as `LaneState.grow`."""
-        extra = capacity - self.lane.capacity
+        extra = capacity - self.capacity
         if extra > 0:
-            self.lane.grow(capacity)
             self.trace = torch.nn.functional.pad(self.trace, (0, 0, 0, extra))
-
-    def clone(self, device: torch.device | str | None = None) -> "BlockSteps":
-        """Return a copy with tensors of its own, on `device` if one is given."""
-        own = (self.prunable, self.flags, self.store, self.trace)
-        copies = (x.to(device or x.device, copy=True) for x in own)
-        return BlockSteps(self.lane.clone(device), *copies)
-
-    def copy_(self, other: "BlockSteps") -> None:
-        """Copy the contents of a state of the same capacity."""
-        for mine, its in zip(self.tensors(), other.tensors(), strict=True):
-            mine.copy_(its)
+            LaneState.grow(self, capacity)

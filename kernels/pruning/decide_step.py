@@ -18,7 +18,6 @@ bit.
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,11 +35,11 @@ def decide_step(state: BlockSteps, decisions: Tensor | None, *, impl: Impl = "au
     """Decide the next step of `state` and advance it, in place.
 
     ``flags`` then says which blocks are skipped, and ``store`` what becomes of the others;
-    ``lane.counters[CACHED]`` and ``[REASON]`` are those of the step. Its trace has them too, with
+    ``counters[CACHED]`` and ``[REASON]`` are those of the step. Its trace has them too, with
     the smallest change of a block that may be skipped: NaN if all are, -1 if it was not measured.
 
     Args:
-        state: state of the steps, with ``lane.counters[STEP] < lane.capacity``.
+        state: state of the steps, with ``counters[STEP] < capacity``.
         decisions: float32 (M, 2), on the state's device, as `decide_blocks` left them; looked at
             where no other rule decides. None if nothing was measured.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``; see `select`.
@@ -59,32 +58,40 @@ def decide_step(state: BlockSteps, decisions: Tensor | None, *, impl: Impl = "au
     _decide_step(impl, state, decisions)
 
 
-def advance_blocks(
-    counters: list[int],
-    limits: Sequence[int],
-    thresholds: Sequence[float],
-    store: list[int],
-    code: int,
-    prunable: Sequence[int],
-    decisions: Sequence[Sequence[float]] | None,
-) -> tuple[list[int], float]:
-    """Advance `counters` and `store` by a step of plan code `code`; return (flags, diff)."""
-    had_reference, step = counters[ls.REFERENCE] == 1, counters[ls.STEP]
-    reason = choose(counters, [0.0] * ls.NUM_VALUES, limits, thresholds, code, None)
-    flags, diff = [0] * len(prunable), -1.0
+def decide_step_reference(state: BlockSteps, decisions: Tensor | None) -> None:
+    """Plain Python, the meaning of `decide_step`."""
+    if state.host is None:
+        on_cpu = state.clone("cpu")
+        decide_step_reference(on_cpu, decisions)
+        state.copy_(on_cpu)
+        return
+    counters, values, limits, thresholds, plan, trace_reason, trace_diff, *of_blocks = state.host
+    prunable, flags, store, _ = of_blocks
+    step, reference = counters[ls.STEP], counters[ls.REFERENCE]
+    if step >= len(plan):
+        raise RuntimeError(
+            f"decide_step: the step must be below the capacity of the state, {len(plan)}, "
+            f"got {step}; call BlockSteps.grow"
+        )
+    reason = choose(counters, values, limits, thresholds, plan[step], None)
+    skipped, diff = [0] * len(prunable), -1.0
     if reason == Reason.NAN and decisions is not None:
-        flags, diff, reason = _of_blocks(prunable, decisions, thresholds[ls.THRESHOLD])
+        skipped, diff, reason = _of_blocks(prunable, decisions.tolist(), thresholds[ls.THRESHOLD])
     elif reason == Reason.STATIC:
-        flags = list(prunable)
+        skipped = prunable
+    for i, flag in enumerate(skipped):
+        flags[i] = flag
+    state.trace[step] = state.flags
     cached = reason >= Reason.STATIC
     counters[ls.CACHED], counters[ls.REASON] = int(cached), reason
     counters[ls.CACHED_STEPS] += cached
     counters[ls.CONSECUTIVE] = counters[ls.CONSECUTIVE] + 1 if cached else 0
     counters[ls.REFERENCE] = 1
     counters[ls.STEP] = step + 1
-    store[bs.DUE] = 1 if not had_reference else 2 * (step % store[bs.EVERY] == 0)
+    store[bs.DUE] = 2 * (step % store[bs.EVERY] == 0) if reference == 1 else 1
     store[bs.STAMP] = step
-    return flags, diff
+    values[ls.DIFF] = trace_diff[step] = diff
+    trace_reason[step] = reason
 
 
 def _of_blocks(
@@ -100,33 +107,6 @@ def _of_blocks(
     return flags, min(own, default=float("nan")), reason
 
 
-def decide_step_reference(state: BlockSteps, decisions: Tensor | None) -> None:
-    """Plain Python, the meaning of `decide_step`."""
-    lane = state.lane
-    counters, store = lane.counters.tolist(), state.store.tolist()
-    step = counters[ls.STEP]
-    if step >= lane.capacity:
-        raise RuntimeError(
-            f"decide_step: the step must be below the capacity of the state, {lane.capacity}, "
-            f"got {step}; call BlockSteps.grow"
-        )
-    flags, diff = advance_blocks(
-        counters,
-        lane.limits.tolist(),
-        lane.thresholds.tolist(),
-        store,
-        int(lane.plan[step]),
-        state.prunable.tolist(),
-        None if decisions is None else decisions.tolist(),
-    )
-    lane.counters.copy_(torch.tensor(counters, dtype=torch.int32, device="cpu"))
-    state.store.copy_(torch.tensor(store, dtype=torch.int32, device="cpu"))
-    state.flags.copy_(torch.tensor(flags, dtype=torch.int32, device="cpu"))
-    lane.values[ls.DIFF] = lane.trace_diff[step] = diff
-    lane.trace_reason[step] = counters[ls.REASON]
-    state.trace[step] = state.flags
-
-
 @op(
     decide_step_reference,
     like="state.flags",
@@ -134,7 +114,7 @@ def decide_step_reference(state: BlockSteps, decisions: Tensor | None) -> None:
 )
 def _decide_step(state, decisions):
     _decide_step_kernel[(1,)](
-        *state.tensors(), decisions, state.lane.capacity, state.flags.shape[0],
+        *state.tensors(), decisions, state.capacity, state.flags.shape[0],
         num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -102,7 +102,7 @@ def run_blocks(capacity: int, tokens: int, batch: int) -> None:
     for step in range(STEPS):
         decide_blocks(block_changes(h, state.inputs, state.residuals, state.stamps), state)
         decide_step(steps, state.decisions)
-        decide_tail(steps.lane.counters, state.decisions, steps.flags, steps.store)
+        decide_tail(steps.counters, state.decisions, steps.flags, steps.store)
         first = step % blocks
         add_residuals(h, state.residuals, first, 1 + step % (blocks - first))
         store_block(state, steps.store, first, h, h)

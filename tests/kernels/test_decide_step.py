@@ -19,19 +19,18 @@ PLAN |= {"b": ls.KNOWN + Reason.BELOW_THRESHOLD, "a": ls.KNOWN + Reason.ABOVE_TH
 
 def steps_of(plan, prunable, device, *, threshold=0.1, limits=(-1, -1), every=1):
     state = BlockSteps.allocate(len(plan), prunable, device)
-    state.lane.plan.copy_(torch.tensor([PLAN[code] for code in plan], dtype=torch.int32))
-    state.lane.thresholds[ls.THRESHOLD] = threshold
-    state.lane.limits[: len(limits)] = torch.tensor(limits, dtype=torch.int32)
+    state.plan.copy_(torch.tensor([PLAN[code] for code in plan], dtype=torch.int32))
+    state.thresholds[ls.THRESHOLD] = threshold
+    state.limits[: len(limits)] = torch.tensor(limits, dtype=torch.int32)
     state.store[bs.EVERY] = every
     return state
 
 
 def contents(state):
     """Return all tensors of a state, bit by bit."""
-    named = {name: getattr(state.lane, name) for name in ls.TENSORS}
-    named |= {name: getattr(state, name) for name in ("prunable", "flags", "store", "trace")}
     bits = {}
-    for name, x in named.items():
+    for name in (*ls.TENSORS, "prunable", "flags", "store", "trace"):
+        x = getattr(state, name)
         if x.is_floating_point():
             x = torch.where(x.isnan(), NAN, x).view(torch.int32)
         bits[name] = x.clone()
@@ -50,7 +49,7 @@ class Run:
         decisions = torch.tensor(pairs, device=self.device) if pairs else None
         decide_step(self.state, decisions, impl=self.impl)
         left_out = "".join("Cp"[flag] for flag in self.state.flags.tolist())
-        reason = Reason(self.state.lane.counters[ls.REASON].item()).name
+        reason = Reason(self.state.counters[ls.REASON].item()).name
         return left_out, reason, self.state.store[bs.DUE].item()
 
 
@@ -76,12 +75,12 @@ def test_the_changes_decide_where_no_rule_does(run):
     state = steps.state
     # of the blocks that may be left out; -1 where nothing was measured
     expected = [-1.0, 0.05, 0.2, NAN, NAN, -1.0, -1.0, 0.3]
-    got = state.lane.trace_diff
+    got = state.trace_diff
     assert torch.equal(got.nan_to_num(7.0), torch.tensor(expected).to(got).nan_to_num(7.0))
     assert state.trace[[1, 2, 7]].tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
-    assert state.lane.trace_reason[0].item() == Reason.WARMUP
-    assert state.lane.counters[ls.STEP].item() == 8
-    assert state.lane.counters[ls.CACHED_STEPS].item() == 2
+    assert state.trace_reason[0].item() == Reason.WARMUP
+    assert state.counters[ls.STEP].item() == 8
+    assert state.counters[ls.CACHED_STEPS].item() == 2
 
 
 def test_a_static_step_leaves_out_all_that_may_be(run):
@@ -111,7 +110,7 @@ def test_thresholds_of_0_and_1(run):
 def test_blocks_are_stored_on_every_third_step_and_when_nothing_is(run):
     steps = run("w????????", every=3)
     assert [steps(*SOME)[2] for _ in range(5)] == [1, 0, 0, 2, 0]
-    steps.state.lane.invalidate()
+    steps.state.invalidate()
     assert steps(*SOME) == ("CCC", "SHAPE_CHANGED", 1)
     assert steps.state.store[bs.STAMP].item() == 5
     assert [steps(*SOME)[2] for _ in range(3)] == [2, 0, 0]
@@ -148,7 +147,7 @@ def test_triton_decides_bit_for_bit_as_python(
     for impl in IMPLS:
         options = {"threshold": threshold, "limits": limits, "every": every}
         state = steps_of(plan, prunable, device, **options)
-        state.lane.counters[ls.REFERENCE] = reference
+        state.counters[ls.REFERENCE] = reference
         state.flags.fill_(-7)
         state.trace.fill_(-7)
         results.append([])
@@ -172,7 +171,7 @@ def test_a_full_state_is_an_error_or_decides_without_a_trace(device):
         decide_step(state, torch.tensor([[0.05, 1.0]], device=device), impl=impl)
         assert state.flags.tolist() == [1]
         assert torch.equal(state.trace, trace)
-        assert state.lane.trace_reason.tolist() == [Reason.WARMUP]
+        assert state.trace_reason.tolist() == [Reason.WARMUP]
 
 
 def test_a_state_that_grows_keeps_its_steps(device):
@@ -183,11 +182,11 @@ def test_a_state_that_grows_keeps_its_steps(device):
     state.grow(5)
     assert state.trace.tolist() == [[0, 0], [1, 0], [0, 0], [0, 0], [0, 0]]
     state.grow(3)
-    assert state.lane.capacity == 5
+    assert state.capacity == 5
     other = state.clone()
     assert not set(other.addresses()) & set(state.addresses())
     decide_step(state, None)
-    assert not torch.equal(state.lane.counters, other.lane.counters)
+    assert not torch.equal(state.counters, other.counters)
     state.copy_(other)
     after = contents(state)
     for name in ("counters", "flags", "store"):

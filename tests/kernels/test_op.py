@@ -5,7 +5,7 @@ import torch
 import triton.language as tl
 
 from dbcache.kernels.common.constants import Constants
-from dbcache.kernels.common.lane_state import LANE, LaneState
+from dbcache.kernels.common.lane_state import LANE, TENSORS, LaneState
 from dbcache.kernels.common.op import op
 
 
@@ -35,7 +35,7 @@ def test_a_state_is_handed_to_the_registered_op_as_its_tensors():
     _test_op_of_a_state("reference", x, state, 7)
     registered = torch.ops.dbcache.test_op_of_a_state.default
     names = [argument.name for argument in registered._schema.arguments]
-    assert names == ["x", *LaneState.TENSORS, "n", "impl"]
+    assert names == ["x", *TENSORS, "n", "impl"]
     assert [a.name for a in registered._schema.arguments if a.is_write] == ["counters"]
     registered(x, *state.tensors(), 8, "reference")
     assert [rest for _, *rest in seen] == [[5, 7], [5, 8]]

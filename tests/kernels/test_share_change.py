@@ -161,9 +161,9 @@ def _is_looked_at(state, by_rules):
     device = state.counters.device
     if by_rules:
         steps = BlockSteps.allocate(8, [True], device)
-        steps.lane.copy_(state)
+        ls.LaneState(*steps.tensors()[:7]).copy_(state)
         decide_step(steps, torch.tensor([[0.5, 0.0]], device=device))
-        return steps.lane.values[ls.DIFF].item() == 0.5
+        return steps.values[ls.DIFF].item() == 0.5
     state = state.clone()
     assert state.limits[ls.BATCH_REDUCE] == BatchReduce.MEAN
     decide(state, torch.tensor([[[1.0, 2.0]]], device=device))
