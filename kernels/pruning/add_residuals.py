@@ -55,18 +55,18 @@ def add_residuals(
     if not (first >= 0 and count >= 1 and first + count <= blocks):
         must = f"the run must have at least 1 of the {blocks} blocks"
         raise invalid("add_residuals", must, f"first = {first}", f"count = {count}")
-    streams, stored = [h], [residuals]
+    streams = [("h", h, residuals)]
     if encoder is not None:
         if encoder_residuals is None:
             raise ValueError("add_residuals: encoder must come with its residuals, got None")
-        streams.append(encoder)
-        stored.append(encoder_residuals)
-    for name, x, its in zip(("h", "encoder"), streams, stored, strict=False):
-        added = f"the residuals of {name}"
-        check_shared("add_residuals", "dtype", **{name: x, added: its})
+        streams.append(("encoder", encoder, encoder_residuals))
+    for name, x, stored in streams:
+        its = f"the residuals of {name}"
+        check_shared("add_residuals", "dtype", **{name: x, its: stored})
         form = (x.dtype, (blocks, *x.shape), x.device)
-        check_tensor("add_residuals", added, its, *form, contiguous=True)
-    out, *encoder_out = _add_residuals(impl, streams, stored, first, count)
+        check_tensor("add_residuals", its, stored, *form, contiguous=True)
+    _, inputs, added = map(list, zip(*streams, strict=True))
+    out, *encoder_out = _add_residuals(impl, inputs, added, first, count)
     return out, encoder_out[0] if encoder_out else None
 
 

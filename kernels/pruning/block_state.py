@@ -86,8 +86,7 @@ class BlockState:
             impl: as in the ops that are to run on it.
         """
         count, device = len(prunable), h.device
-        triton_runs = select(impl, h) == "triton"
-        programs = partition_of(h.numel())[1] if triton_runs else 1
+        programs = partition_of(h.numel())[1] if select(impl, h) == "triton" else 1
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)

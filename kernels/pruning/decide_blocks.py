@@ -16,8 +16,6 @@ Scalar arithmetic, once in Python (the reference) and once as a Triton function;
 for bit: each operation is float32, rounded once, in the same order.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -35,7 +33,7 @@ from dbcache.kernels.common.sums import (
     relative_l1,
     relative_l1_of_partials,
     sums_of_columns,
-    tree_sum,
+    total_sums,
 )
 from dbcache.kernels.pruning import block_state as bs
 from dbcache.kernels.pruning.block_state import BLOCKS, BlockState
@@ -62,42 +60,29 @@ def decide_blocks(partials: Tensor, state: BlockState, *, impl: Impl = "auto") -
     """
     blocks, device = tuple(state.stamps.shape), state.decisions.device
     check_partials("decide_blocks", partials, device, blocks=blocks)
-    tensors = (partials, state.growth_sums, state.prunable, state.rule)
-    written = (state.changes, state.decisions, state.ticket)
-    _decide_blocks(impl, *tensors, *written)
+    _decide_blocks(impl, partials, state)
 
 
 @without_gradient
-def decide_blocks_reference(
-    partials: Tensor,
-    growth_sums: Tensor,
-    prunable: Tensor,
-    rule: Tensor,
-    changes: Tensor,
-    decisions: Tensor,
-    ticket: Tensor,
-) -> None:
+def decide_blocks_reference(partials: Tensor, state: BlockState) -> None:
     """Plain Python, the meaning of `decide_blocks`."""
-    numbers = rule.tolist()
-    worst = numbers[bs.WORST_SAMPLE] > 0
-    measured = [relative_l1(block, worst) for block in partials.tolist()]
-    growth = [growth_of(block) for block in growth_sums.tolist()]
-    changes.copy_(torch.tensor([measured, growth], dtype=torch.float32, device="cpu").T)
-    pairs = choose_blocks(measured, growth, prunable.tolist(), numbers)
-    decisions.copy_(torch.tensor(pairs, dtype=torch.float32, device="cpu"))
+    rule = state.rule.tolist()
+    measured = [relative_l1(block, rule[bs.WORST_SAMPLE] > 0) for block in partials.tolist()]
+    growth = [growth_of(block) for block in state.growth_sums.tolist()]
+    changes = torch.tensor([measured, growth], dtype=torch.float32, device="cpu").T
+    state.changes.copy_(changes)
+    pairs = choose_blocks(measured, growth, state.prunable.tolist(), rule)
+    state.decisions.copy_(torch.tensor(pairs, dtype=torch.float32, device="cpu"))
 
 
-def growth_of(partials: Sequence[Sequence[float]]) -> float:
+def growth_of(partials: list[list[float]]) -> float:
     """Return the growth of a change across a block; 1 where nothing was measured."""
-    num, den = (tree_sum(column) for column in zip(*partials, strict=True))
+    num, den = total_sums([partials])
     return f32(num / den) if den > 0 else 1.0
 
 
 def choose_blocks(
-    measured: Sequence[float],
-    growth: Sequence[float],
-    prunable: Sequence[int],
-    rule: Sequence[float],
+    measured: list[float], growth: list[float], prunable: list[int], rule: list[float]
 ) -> list[tuple[float, int]]:
     """Return (change, 1 if skipped) of each block."""
     threshold, relax, most = rule[bs.THRESHOLD], rule[bs.RELAX], rule[bs.MAX_RELAXED]
@@ -121,14 +106,14 @@ def choose_blocks(
 
 
 @op(decide_blocks_reference, like="partials", mutates=("changes", "decisions", "ticket"))
-def _decide_blocks(partials, growth_sums, prunable, rule, changes, decisions, ticket):
+def _decide_blocks(partials, state):
     blocks, samples, programs, _ = partials.shape
-    parts = growth_sums.shape[1]
+    parts = state.growth_sums.shape[1]
     log_lanes, warps = lanes_for(max(programs, parts))
     _decide_blocks_kernel[(blocks,)](
-        *contiguous(partials), growth_sums, prunable, rule, changes, decisions, ticket,
-        samples, programs, parts, LOG_LANES=log_lanes,
-        num_warps=warps, enable_fp_fusion=False,
+        *contiguous(partials), state.growth_sums, state.prunable, state.rule, state.changes,
+        state.decisions, state.ticket, samples, programs, parts,
+        LOG_LANES=log_lanes, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -47,9 +47,8 @@ def decide_tail(
     who = "decide_tail"
     if flags.ndim != 1 or flags.dtype != torch.int32:
         raise invalid(who, "flags must be int32 (M,)", flags.dtype, tuple(flags.shape))
-    sizes = {"counters": (counters, ls.NUM_COUNTERS), "store": (store, bs.NUM_STORE)}
-    for name, (x, size) in sizes.items():
-        check_tensor(who, name, x, torch.int32, (size,), flags.device)
+    check_tensor(who, "counters", counters, torch.int32, (ls.NUM_COUNTERS,), flags.device)
+    check_tensor(who, "store", store, torch.int32, (bs.NUM_STORE,), flags.device)
     if decisions is not None:
         check_decisions(who, decisions, flags)
     _decide_tail(impl, counters, decisions, flags, store)

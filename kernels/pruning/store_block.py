@@ -12,6 +12,8 @@ it reads four tensors and writes two. The growth, the quotient of the two sums, 
 (or less) the block's output changed than its input; see `decide_blocks`.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -68,41 +70,31 @@ def store_block(
     check_tensor(who, "store", store, torch.int32, (bs.NUM_STORE,), state.stamps.device)
     if (encoder_in is None) != (encoder_out is None):
         raise ValueError(f"{who}: encoder_in and encoder_out must come together, got one of them")
-    added = None if encoder_in is None else state.encoder_residuals
     streams = [("h", h_in, h_out, state.inputs)]
     if encoder_in is not None and encoder_out is not None:
-        if added is None:
+        if state.encoder_residuals is None:
             must = "the state must have been allocated with encoder states"
             raise invalid(who, must, "one without")
-        streams.append(("encoder", encoder_in, encoder_out, added))
-    for name, before, after, kept in streams:
-        check_shared(who, "dtype", **{f"{name}_in": before, f"{name}_out": after})
+        streams.append(("encoder", encoder_in, encoder_out, state.encoder_residuals))
+    for name, x, y, kept in streams:
+        check_shared(who, "dtype", **{f"{name}_in": x, f"{name}_out": y})
         form = (kept.dtype, kept.shape[1:], kept.device)
-        for which, x in (("in", before), ("out", after)):
-            check_tensor(who, f"{name}_{which}", x, *form)
-    stored = (state.inputs, state.residuals, added, state.stamps, state.growth_sums)
-    _store_block(impl, *stored, store, index, h_in, h_out, encoder_in, encoder_out)
+        check_tensor(who, f"{name}_in", x, *form)
+        check_tensor(who, f"{name}_out", y, *form)
+    _, before, after, _ = map(list, zip(*streams, strict=True))
+    _store_block(impl, state, store, index, before, after)
 
 
 @without_gradient
 def store_block_reference(
-    inputs: Tensor,
-    residuals: Tensor,
-    encoder_residuals: Tensor | None,
-    stamps: Tensor,
-    growth_sums: Tensor,
-    store: Tensor,
-    index: int,
-    h_in: Tensor,
-    h_out: Tensor,
-    encoder_in: Tensor | None,
-    encoder_out: Tensor | None,
+    state: BlockState, store: Tensor, index: int, before: Sequence[Tensor], after: Sequence[Tensor]
 ) -> None:
     """Plain PyTorch, the meaning of `store_block`."""
     _, due, step = store.tolist()
     if not due:
         return
-    x, added, sums = inputs[index], residuals[index], growth_sums[index]
+    (h_in, *encoder_in), (h_out, *encoder_out) = before, after
+    x, added, sums = state.inputs[index], state.residuals[index], state.growth_sums[index]
     sums.zero_()
     if due > 1:
         expected = x.float() + added.float()
@@ -110,32 +102,28 @@ def store_block_reference(
         sums[0, 1] = (h_in.float() - x.float()).abs_().sum()
     x.copy_(h_in)
     torch.sub(h_out, h_in, out=added)  # PyTorch subtracts in float32 and rounds once
-    if encoder_residuals is not None and encoder_in is not None and encoder_out is not None:
-        torch.sub(encoder_out, encoder_in, out=encoder_residuals[index])
-    stamps[index] = step
+    if encoder_in and state.encoder_residuals is not None:
+        torch.sub(encoder_out[0], encoder_in[0], out=state.encoder_residuals[index])
+    state.stamps[index] = step
 
 
-@op(
-    store_block_reference,
-    like="h_in",
-    mutates=("inputs", "residuals", "encoder_residuals", "stamps", "growth_sums"),
-)
-def _store_block(
-    inputs, residuals, encoder_residuals, stamps, growth_sums, store, index, h_in, h_out,
-    encoder_in, encoder_out,
-):  # fmt: skip
-    h_in, h_out, encoder_in, encoder_out = contiguous(h_in, h_out, encoder_in, encoder_out)
-    encoder_size, added = 0, None
-    if encoder_in is not None:
-        encoder_size, added = encoder_in.numel(), encoder_residuals[index]
+WRITTEN = ("inputs", "residuals", "encoder_residuals", "stamps", "growth_sums")
+
+
+@op(store_block_reference, like="before", mutates=WRITTEN)
+def _store_block(state, store, index, before, after):
+    (h_in, h_out), *rest = zip(contiguous(*before), contiguous(*after), strict=True)
+    encoder_in, encoder_out = rest[0] if rest else (None, None)
+    encoder_added = state.encoder_residuals[index] if rest else None
+    encoder_size = encoder_in.numel() if rest else 0
     per_program, programs = partition_of(h_in.numel())
-    if growth_sums.shape[1] != programs:
+    if state.growth_sums.shape[1] != programs:
         must = f"the state must have been allocated for Triton, with {programs} sums per block"
-        raise invalid("store_block", must, growth_sums.shape[1])
+        raise invalid("store_block", must, state.growth_sums.shape[1])
     _store_block_kernel[(programs + cdiv(encoder_size, BLOCK),)](
-        h_in, h_out, inputs[index], residuals[index], growth_sums, stamps,
+        h_in, h_out, state.inputs[index], state.residuals[index], state.growth_sums, state.stamps,
         store, index, h_in.numel(), per_program, programs,
-        encoder_in, encoder_out, added, encoder_size,
+        encoder_in, encoder_out, encoder_added, encoder_size,
         LOG_BLOCK=log2(BLOCK), num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 

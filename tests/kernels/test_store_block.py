@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -112,7 +114,6 @@ def test_is_registered_with_a_fake(random):
     h, encoder = random(2, 7), random(2, 3)
     for impl in IMPLS:
         state = poison(h, encoder, 2, impl)
-        stored = (state.inputs, state.residuals, state.encoder_residuals)
-        due = (due_of(h, 3, 1), 0)
-        args = (*stored, state.stamps, state.growth_sums, *due, h, h, encoder, encoder, impl)
+        tensors = (getattr(state, field.name) for field in fields(state))
+        args = (*tensors, due_of(h, 3, 1), 0, [h, encoder], [h, encoder], impl)
         torch.library.opcheck(torch.ops.dbcache.store_block.default, args)
