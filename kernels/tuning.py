@@ -18,7 +18,7 @@ import triton.testing
 from torch import Tensor
 
 from dbcache.kernels.common import launches
-from dbcache.kernels.common.lane_state import MAX_SLOTS, NUM_COUNTERS, NUM_THRESHOLDS, LaneState
+from dbcache.kernels.common.lane_state import MAX_SLOTS, LaneState
 from dbcache.kernels.common.launches import CONFIGS, Launch, configs_of
 from dbcache.kernels.common.select import DTYPES, forget_plans, invalid
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
@@ -94,25 +94,21 @@ def tune(
     h = torch.randn(shape, dtype=dtype, device=device)
     call = _call(op, h, slots, encoder_shape)
     key = launches.key_of(op, h.numel(), h.itemsize, slots)
-    index = -1 if device.index is None else device.index
-    table = launches.table_of(index)
-    before = table.get(key)
-    samples: dict[Launch, list[float]] = {launch: [] for launch in configs_of(op, slots)}
+    table, configs = launches.table_of(h.get_device()), configs_of(op, slots)
+    used = table.get(key, configs[0])
+    samples: dict[Launch, list[float]] = {launch: [] for launch in configs}
     try:
         for _ in range(ROUNDS):
             for launch, found in samples.items():
                 table[key] = launch
                 forget_plans()
                 found.append(timer(call))
+        choice = fastest({launch: statistics.median(found) for launch, found in samples.items()})
+        used = choice.launch
     finally:
-        table.pop(key, None)
-        if before is not None:
-            table[key] = before
+        table[key] = used
         forget_plans()
-    choice = fastest({launch: statistics.median(found) for launch, found in samples.items()})
-    table[key] = choice.launch
-    forget_plans()
-    launches.write(path, launches.device_id(index), {key: choice.launch})
+    launches.write(path, launches.device_id(h.get_device()), {key: used})
     return choice
 
 
@@ -156,26 +152,20 @@ def _call(op: str, h: Tensor, slots: int, encoder_shape: tuple[int, ...] | None)
     def normal(*size: int) -> Tensor:
         return torch.randn(size, dtype=h.dtype, device=h.device)
 
-    shape, device, tokens = h.shape, h.device, op.endswith("tokens")
+    state = LaneState.allocate(CAPACITY, h.device)
     if op == "predict":
-        weights = torch.ones(MAX_SLOTS, dtype=torch.float32, device=device)
-        args = [h, normal(slots, *shape), weights]
-        encoder_out = None
+        weights = state.weights.fill_(1.0)
+        args = [h, normal(slots, *h.shape), weights]
         if encoder_shape is not None:
             args += [normal(*encoder_shape), normal(slots, *encoder_shape), weights]
-            encoder_out = torch.empty_like(args[3])
-        out = torch.empty_like(h)
-        return lambda: predict(*args, out=out, encoder_out=encoder_out, impl="triton")
-    h_in, p_ref = normal(*shape), normal(*shape)
+        return lambda: predict(*args, impl="triton")
+    h_in, p_ref, by_token = normal(*h.shape), normal(*h.shape), op.endswith("tokens")
     if op == "commit":
-        counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
-        args = [h_in, h, normal(*shape), p_ref, normal(1, *shape), counters]
+        args = [h_in, h, normal(*h.shape), p_ref, normal(1, *h.shape), state.counters]
         if encoder_shape is not None:
             args += [normal(*encoder_shape), normal(*encoder_shape), normal(1, *encoder_shape)]
         return lambda: commit(*args, impl="triton")
     if op.startswith("probe_diff"):
-        thresholds = torch.ones(NUM_THRESHOLDS, dtype=torch.float32, device=device)
-        by_token = thresholds if tokens else None
-        return lambda: probe_diff(h_in, h, p_ref, by_token, impl="triton")
-    state = LaneState.allocate(CAPACITY, device)
-    return lambda: probe_and_decide(h_in, h, p_ref, state, by_token=tokens, impl="triton")
+        thresholds = state.thresholds if by_token else None
+        return lambda: probe_diff(h_in, h, p_ref, thresholds, impl="triton")
+    return lambda: probe_and_decide(h_in, h, p_ref, state, by_token=by_token, impl="triton")

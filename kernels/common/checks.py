@@ -1,6 +1,6 @@
 """Checks of an op's tensors. Each raises a ValueError that says ``op: what must hold, got ...``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,14 +19,12 @@ def check_shared(
     op: str, what: Literal["shape", "dtype", "device"], /, **tensors: Tensor | None
 ) -> None:
     """Raise unless the tensors, by name, are alike; None stands for one that is missing."""
-    first = None
-    for x in tensors.values():
-        value = first if x is None else getattr(x, what)
-        first = value if first is None else first
-        if value != first:
-            raise _differ(op, what, tensors)
-    if what == "dtype" and first not in DTYPES:
-        raise _differ(op, what, tensors)
+    given = {name: getattr(x, what) for name, x in tensors.items() if x is not None}
+    first, *others = given.values()
+    if any(x != first for x in others) or (what == "dtype" and first not in DTYPES):
+        *names, last = given
+        got = map(tuple, given.values()) if what == "shape" else given.values()
+        raise invalid(op, f"{', '.join(names)} and {last} must {_SHARED[what]}", *got)
 
 
 def check_activations(op: str, p_ref: Tensor | None = None, **activations: Tensor | None) -> None:
@@ -36,13 +34,6 @@ def check_activations(op: str, p_ref: Tensor | None = None, **activations: Tenso
     check_shared(op, "device", **activations, p_ref=p_ref)
     if p_ref is not None and p_ref.dtype not in DTYPES:
         raise invalid(op, f"p_ref must have a dtype of {DTYPES}", p_ref.dtype)
-
-
-def _differ(op: str, what: str, tensors: Mapping[str, Tensor | None]) -> ValueError:
-    given = {name: getattr(x, what) for name, x in tensors.items() if x is not None}
-    *names, last = given
-    got = map(tuple, given.values()) if what == "shape" else given.values()
-    return invalid(op, f"{', '.join(names)} and {last} must {_SHARED[what]}", *got)
 
 
 def check_tensor(

@@ -8,7 +8,6 @@ block after block would round (and move h) `count` times.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -74,7 +73,7 @@ def add_residuals(
 def add_residuals_reference(
     streams: Sequence[Tensor], residuals: Sequence[Tensor], first: int, count: int
 ) -> list[Tensor]:
-    """Plain PyTorch, the meaning of `add_residuals`: an output per stream."""
+    """Plain PyTorch, the meaning of `add_residuals`: an output per"""
     outputs = []
     for x, stored in zip(streams, residuals, strict=True):
         total = x.float()
@@ -104,14 +103,6 @@ def _add_residuals(streams, residuals, first, count):
     return outputs
 
 
-class Stream(NamedTuple):
-    """The tensors of the hidden or the encoder states, in a kernel; see `add_residuals`."""
-
-    h_ptr: Any
-    residuals_ptr: Any
-    out_ptr: Any
-
-
 @triton.jit(do_not_specialize=["first", "count", "blocks"])
 def _add_residuals_kernel(
     h_ptr, residuals_ptr, out_ptr, size, first, count, blocks,
@@ -120,18 +111,20 @@ def _add_residuals_kernel(
     """The first `blocks` programs take the hidden states, the others the encoder states."""
     block = tl.program_id(0)
     if encoder_ptr is None or block < blocks:
-        _add_block(Stream(h_ptr, residuals_ptr, out_ptr), size, first, count, block, BLOCK)
+        _add_block(h_ptr, residuals_ptr, out_ptr, size, first, count, block, BLOCK)
     else:
-        encoder = Stream(encoder_ptr, encoder_residuals_ptr, encoder_out_ptr)
-        _add_block(encoder, encoder_size, first, count, block - blocks, BLOCK)
+        _add_block(
+            encoder_ptr, encoder_residuals_ptr, encoder_out_ptr, encoder_size, first, count,
+            block - blocks, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
-def _add_block(stream, size, first, count, block, BLOCK: tl.constexpr):
+def _add_block(h_ptr, residuals_ptr, out_ptr, size, first, count, block, BLOCK: tl.constexpr):
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < size
-    total = tl.load(stream.h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    total = tl.load(h_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     for i in range(count):
-        added_ptr = stream.residuals_ptr + tl.cast(size, tl.int64) * (first + i)
+        added_ptr = residuals_ptr + tl.cast(size, tl.int64) * (first + i)
         total += tl.load(added_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(stream.out_ptr + offsets, total.to(stream.out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offsets, total.to(out_ptr.dtype.element_ty), mask=mask)
