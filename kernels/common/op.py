@@ -46,10 +46,6 @@ def op(
         return given[0] if isinstance(given, list) else given
 
     def register(launch: Function) -> Function:
-        if list(inspect.signature(launch).parameters) != list(kinds):
-            must = f"{launch.__name__}: the arguments must be those of the reference"
-            raise TypeError(f"{must}, {', '.join(kinds)}")
-
         def execute(impl: str, x: Tensor, args: Sequence[Any]) -> Any:
             if select(impl, x) == "reference":
                 return reference(*args)
@@ -62,11 +58,7 @@ def op(
                 args.append(kind(*islice(rest, len(its))) if its else next(rest))
             return execute(next(rest), tensor_of(args), args)
 
-        run.__signature__ = _flat_signature(reference)  # type: ignore[attr-defined]
-        name = f"dbcache::{launch.__name__.lstrip('_')}"
-        registered = torch.library.custom_op(name, run, mutates_args=mutates)
-        if fake is not None:
-            registered.register_fake(fake)
+        registered = _registered(launch, run, reference, mutates, fake)
 
         @wraps(launch)
         def call(impl: str, *args: Any) -> Any:
@@ -89,16 +81,26 @@ def _tensors_of(kind: Any) -> dict[str, Any]:
     return {x.name: x.type for x in fields(kind) if x.init} if is_dataclass(kind) else {}
 
 
-def _flat_signature(reference: Function) -> inspect.Signature:
-    """Return the signature of `reference` with tensors in place of states, and `impl` last."""
+def _registered(
+    launch: Function, run: Function, reference: Function, mutates: Sequence[str], fake: Any
+) -> Function:
+    """Register `run` under the name of `launch`, with tensors in place of states, and `impl`."""
     signature = inspect.signature(reference)
+    if list(inspect.signature(launch).parameters) != list(signature.parameters):
+        must = f"{launch.__name__}: the arguments must be those of the reference"
+        raise TypeError(f"{must}, {', '.join(signature.parameters)}")
     flat: dict[str, Any] = {}
-    for name, parameter in signature.parameters.items():
-        flat |= _tensors_of(parameter.annotation) or {name: parameter.annotation}
+    for argument, parameter in signature.parameters.items():
+        flat |= _tensors_of(parameter.annotation) or {argument: parameter.annotation}
     flat["impl"] = str
     either = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(n, either, annotation=kind) for n, kind in flat.items()]
-    return signature.replace(parameters=parameters)
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    name = f"dbcache::{launch.__name__.lstrip('_')}"
+    registered = torch.library.custom_op(name, run, mutates_args=mutates)
+    if fake is not None:
+        registered.register_fake(fake)
+    return registered
 
 
 def writing(reference: Function, *into: str) -> Function:

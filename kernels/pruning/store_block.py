@@ -114,8 +114,9 @@ WRITTEN = ("inputs", "residuals", "encoder_residuals", "stamps", "growth_sums")
 def _store_block(state, store, index, before, after):
     (h_in, h_out), *rest = zip(contiguous(*before), contiguous(*after), strict=True)
     encoder_in, encoder_out = rest[0] if rest else (None, None)
-    encoder_added = state.encoder_residuals[index] if rest else None
-    encoder_size = encoder_in.numel() if rest else 0
+    encoder_size, encoder_added = 0, None
+    if encoder_in is not None:
+        encoder_size, encoder_added = encoder_in.numel(), state.encoder_residuals[index]
     per_program, programs = partition_of(h_in.numel())
     if state.growth_sums.shape[1] != programs:
         must = f"the state must have been allocated for Triton, with {programs} sums per block"
