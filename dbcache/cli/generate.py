@@ -65,14 +65,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Load, generate, save, and tell what was cached."""
-    import dbcache
     from dbcache.cli.media import check_ending
-    from dbcache.cli.pipelines import Runner, enabled, start_ranks
+    from dbcache.cli.pipelines import ranks
 
     _check(arguments)
     check_ending(arguments.out)
     settings = _settings(arguments)
-    is_first = arguments.parallel is None or start_ranks()
+    with ranks(arguments.parallel is not None) as is_first:
+        return _generate(arguments, settings, is_first)
+
+
+def _generate(
+    arguments: argparse.Namespace, settings: dict[str, Any] | None, is_first: bool
+) -> Outcome:
+    """Do what `run` does, on one of the ranks; the first tells and saves."""
+    import dbcache
+    from dbcache.cli.pipelines import Runner, enabled
+
     runner = Runner.load(arguments)
     if arguments.quantize is not None:
         for part in runner.transformers():

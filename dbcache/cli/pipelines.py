@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import inspect
 import os
 import time
@@ -157,12 +156,18 @@ def _read(value: Any) -> Any:
     return torch.load(value[1:], weights_only=True)
 
 
-def start_ranks() -> bool:
-    """Join the ranks that torchrun started; return whether this is the first.
+@contextmanager
+def ranks(are_used: bool) -> Iterator[bool]:
+    """Join the ranks that torchrun started, where they are used; give whether this is the first.
+
+    They leave together: one that ends while others work takes away what these wait for.
 
     Raises:
         RuntimeError: torchrun started none.
     """
+    if not are_used:
+        yield True
+        return
     if "RANK" not in os.environ:
         raise RuntimeError(
             "--parallel needs a process per rank: torchrun --nproc_per_node=2 -m dbcache ..."
@@ -170,8 +175,11 @@ def start_ranks() -> bool:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    atexit.register(torch.distributed.destroy_process_group)
-    return torch.distributed.get_rank() == 0
+    try:
+        yield torch.distributed.get_rank() == 0
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
