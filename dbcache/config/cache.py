@@ -218,15 +218,11 @@ class DBCacheConfig(Options):
             mask = steps_mask(total_steps=steps, mask_policy=mask)
         return "".join(map(str, mask or ()))
 
-    @property
-    def label(self) -> str:
-        """Name of the method."""
-        return POLICIES[self.policy].label
-
     def strify(self) -> str:
         """Return a short name of these settings, for file names and tables."""
+        name = self.cache_type if self.policy == "dbcache" else POLICIES[self.policy].label
         parts = [
-            f"{self.label}_F{self.probe_blocks}B{self.Bn_compute_blocks}",
+            f"{name}_F{self.probe_blocks}B{self.Bn_compute_blocks}",
             f"W{self.max_warmup_steps}I{self.warmup_interval}"
             f"M{_limit(self.max_steps)}MC{_limit(self.max_continuous_cached_steps)}",
             f"R{self.residual_diff_threshold:g}",
@@ -304,9 +300,8 @@ class StackSettings:
     @property
     def orders(self) -> tuple[int, int]:
         """Orders of the series that `decide` computes, for hidden and encoder states."""
-        order = self.predictor.order
         hidden, encoder = self.predicts
-        return order if hidden else 0, order if encoder else 0
+        return self.predictor.order * hidden, self.predictor.order * encoder
 
     @property
     def slots(self) -> int:

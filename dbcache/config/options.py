@@ -68,14 +68,14 @@ def is_number(value: Any, kind: type | UnionType) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def check_int(who: str, value: Any, low: int, high: int | None = None) -> int:
+def check_int(who: str, value: Any, low: int, high: int = LARGEST_INT) -> int:
     """Return `value` as an int; raise unless it is an integer from `low` to `high`."""
     value = _plain(value)
     if not is_number(value, Integral):
         raise TypeError(f"{who} must be an integer, got {shown(value)}{_number_hint(value)}")
-    most = LARGEST_INT if high is None else high
-    if not low <= value <= most:
-        allowed = f">= {low}" if high is None and value < low else f"from {low} to {most}"
+    if not low <= value <= high:
+        is_open = high == LARGEST_INT and value < low
+        allowed = f">= {low}" if is_open else f"from {low} to {high}"
         raise ValueError(f"{who} must be an integer {allowed}, got {shown(value)}")
     return int(value)
 
@@ -102,7 +102,7 @@ def check_ids(who: str, value: Any, count: int | None = None) -> list[int]:
 
 
 def check_number(
-    who: str, value: Any, *, low: float = 0.0, high: float | None = None, positive: bool = False
+    who: str, value: Any, *, low: float = 0.0, high: float = LARGEST_FLOAT, positive: bool = False
 ) -> float:
     """Return `value` as a Python number.
 
@@ -119,9 +119,8 @@ def check_number(
         raise ValueError(
             f"{who} must be a number {'> 0' if positive else f'>= {low:g}'}, got {shown(number)}"
         )
-    most = LARGEST_FLOAT if high is None else high
-    if number > most:
-        raise ValueError(f"{who} must be at most {most:g}, got {shown(number)}")
+    if number > high:
+        raise ValueError(f"{who} must be at most {high:g}, got {shown(number)}")
     return number
 
 

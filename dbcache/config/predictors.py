@@ -140,7 +140,15 @@ class FoCaCalibratorConfig(SwitchedOn):
 
 
 @dataclass(kw_only=True)
-class DMDCalibratorConfig(SwitchedOn):
+class Forecast(SwitchedOn):
+    """A predictor whose weights `decide` does not compute; without them, a straight line."""
+
+    by_forecaster: ClassVar[bool] = True
+    series: ClassVar[int | str] = 1
+
+
+@dataclass(kw_only=True)
+class DMDCalibratorConfig(Forecast):
     """Linear prediction: the snapshots are taken for sums of two exponentials.
 
     What dynamic mode decomposition of rank 2 computes, from a few sums over the ring at each full
@@ -148,8 +156,6 @@ class DMDCalibratorConfig(SwitchedOn):
     equally far apart, a straight line, as TaylorSeer of order 1. Needs a ring that is not fp8.
     """
 
-    by_forecaster: ClassVar[bool] = True
-    series: ClassVar[int | str] = 1
     window: ClassVar[str] = "dmd_history"
     dmd_history: int = option(4, low=3, high=MAX_SLOTS)
     """Snapshots that are fitted, 3 to 8; the lane keeps as many."""
@@ -170,7 +176,7 @@ class DMDCalibratorConfig(SwitchedOn):
 
 
 @dataclass(kw_only=True)
-class SpectrumCalibratorConfig(SwitchedOn):
+class SpectrumCalibratorConfig(Forecast):
     """A ridge regression on Chebyshev polynomials of the step, blended with a straight line.
 
     Source: Spectrum, arXiv:2603.01623, which fits all full steps of the request with a ridge of
@@ -178,8 +184,6 @@ class SpectrumCalibratorConfig(SwitchedOn):
     The steps of the request must be known: from the pipeline's call or `num_inference_steps`.
     """
 
-    by_forecaster: ClassVar[bool] = True
-    series: ClassVar[int | str] = 1
     window: ClassVar[str] = "spectrum_window"
     spectrum_order: int = option(4, low=1, high=HIGHEST_ORDER)
     """Highest degree of the polynomials, 1 to 4."""
@@ -201,11 +205,9 @@ class SpectrumCalibratorConfig(SwitchedOn):
 
 
 @dataclass(kw_only=True)
-class CustomCalibratorConfig(SwitchedOn):
+class CustomCalibratorConfig(Forecast):
     """A predictor of your own, by the name under which `register_predictor` knows it."""
 
-    by_forecaster: ClassVar[bool] = True
-    series: ClassVar[int | str] = 1
     predictor_name: str = option(MISSING, check=lambda who, name: registered(name).name)
     """What was registered."""
 

@@ -94,10 +94,6 @@ class DBPruneConfig(DBCacheConfig):
         rule[bs.WORST_SAMPLE] = float(self.batch_reduce == "max")
         return rule
 
-    @property
-    def label(self) -> str:
-        return self.cache_type
-
     def strify(self) -> str:
         """Return a short name of these settings, for file names and tables."""
         parts = [super().strify()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import warnings
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline
 from tqdm import tqdm
 
 import dbcache
-from dbcache.config.cache import UNLIMITED, DBCacheConfig
+from dbcache.config.cache import DBCacheConfig
 from dbcache.config.predictors import CalibratorConfig, TaylorSeerCalibratorConfig
 from dbcache.demo import digits
 from dbcache.demo.picture import draw_grid
@@ -43,23 +44,16 @@ class Setting:
 def settings() -> list[Setting]:
     """Return the demo's rows, from no cache to an aggressive one."""
     taylor = TaylorSeerCalibratorConfig(taylorseer_order=1)
+    one = DBCacheConfig(Fn_compute_blocks=1, max_warmup_steps=4, residual_diff_threshold=0.12)
+    four = one.changed(max_continuous_cached_steps=4, residual_diff_threshold=0.3)
+    six = one.changed(max_continuous_cached_steps=6, residual_diff_threshold=0.5)
     return [
         Setting("uncached"),
         Setting("default: F8B0 W8 R0.08", DBCacheConfig()),
-        Setting("F1B0 W4 R0.12", _one_block(0.12)),
-        Setting("F1B0 W4 MC4 R0.30 + TaylorSeer", _one_block(0.3, 4), taylor),
-        Setting("F1B0 W4 MC6 R0.50 + TaylorSeer", _one_block(0.5, 6), taylor),
+        Setting("F1B0 W4 R0.12", one),
+        Setting("F1B0 W4 MC4 R0.30 + TaylorSeer", four, taylor),
+        Setting("F1B0 W4 MC6 R0.50 + TaylorSeer", six, taylor),
     ]
-
-
-def _one_block(threshold: float, in_a_row: int = UNLIMITED) -> DBCacheConfig:
-    """Return settings with one probe block and a short warm-up."""
-    return DBCacheConfig(
-        Fn_compute_blocks=1,
-        max_warmup_steps=4,
-        max_continuous_cached_steps=in_a_row,
-        residual_diff_threshold=threshold,
-    )
 
 
 class Demo:
@@ -141,15 +135,12 @@ def blocks_of(row: Setting) -> tuple[int, int]:
 
 def ends_of(pipe: FluxPipeline, fn: int, bn: int) -> Setting:
     """Return a row that draws with only the blocks that a cached step runs."""
-    whole = pipe.transformer
-    config = {**whole.config, "num_layers": 0, "num_single_layers": 0}
-    ends = FluxTransformer2DModel.from_config(config)
-    ends.load_state_dict(whole.state_dict(), strict=False)
-    ends.to(whole.device).eval()
+    whole, ends = pipe.transformer, copy.copy(pipe.transformer)
+    ends._modules = whole._modules.copy()
     blocks = [*whole.transformer_blocks, *whole.single_transformer_blocks]
-    for block in [*blocks[:fn], *blocks[max(fn, len(blocks) - bn) :]]:
-        is_double = block in whole.transformer_blocks
-        (ends.transformer_blocks if is_double else ends.single_transformer_blocks).append(block)
+    kept = [*blocks[:fn], *blocks[max(fn, len(blocks) - bn) :]]
+    for name in ("transformer_blocks", "single_transformer_blocks"):
+        setattr(ends, name, torch.nn.ModuleList(x for x in getattr(whole, name) if x in kept))
     short = FluxPipeline(**{**pipe.components, "transformer": ends})
     short.set_progress_bar_config(disable=True)
     return Setting(f"cost of a cached step, F{fn}B{bn}", pipe=short)
