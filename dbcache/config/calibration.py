@@ -123,12 +123,11 @@ def find_calibration(policy: str, source: Any, model: object, stack: str) -> Cal
         return Calibration(ratios={"": (1.0,)})
     name = type(model).__name__
     if source is None:
-        known = ""
-        if policy == "teacache":
-            checkpoint = checkpoint_of(model)
-            if checkpoint is not None:
-                return Calibration(PUBLISHED[checkpoint])
-            known = f"; published are those of {', '.join(PUBLISHED)}"
+        published = PUBLISHED if policy == "teacache" else {}
+        checkpoint = checkpoint_of(model)
+        if checkpoint in published:
+            return Calibration(published[checkpoint])
+        known = f"; published are those of {', '.join(published)}" if published else ""
         raise ValueError(
             f"policy={policy!r}: {name} must have a calibration, got None; make one with "
             f"dbcache.calibrate(pipe, policy={policy!r}, path=...) and pass it as "

@@ -11,7 +11,7 @@ from typing import Any
 
 from dbcache.config.attention import backend_name
 from dbcache.config.cache import DBCacheConfig
-from dbcache.config.flat import ALIASES, PREDICTION, split
+from dbcache.config.flat import ALIASES, PREDICTION, by_field, split
 from dbcache.config.options import check_method, reject_unknown, shown
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.config.predictors import CalibratorConfig
@@ -27,6 +27,7 @@ QUANTIZATION = "quantize_config"
 SECTIONS = (SECTION, PARALLELISM, QUANTIZATION)
 _FLAT = (*DBPruneConfig.names(), *ALIASES, *PREDICTION)
 _NONE = {name for name, value in DBPruneConfig().as_dict().items() if value is None}
+_SIZES = {axis: f"{axis}_size" for axis in ("ulysses", "ring", "tp")}
 _METHODS: dict[str, type[DBCacheConfig]] = {"DBCache": DBCacheConfig, "DBPrune": DBPruneConfig}
 
 Source = str | os.PathLike[str] | Mapping[str, Any]
@@ -137,7 +138,9 @@ def _configs(who: str, given: Any) -> dict[str, Any]:
     fields, predictor = split_options(who, sections.get(SECTION, {}))
     configs: dict[str, Any] = {SECTION: partial_config(who, fields), "calibrator_config": predictor}
     if PARALLELISM in sections:
-        configs[PARALLELISM] = _parallelism(who, sections[PARALLELISM])
+        sizes = by_field(who, sections[PARALLELISM], _SIZES)
+        reject_unknown("ParallelismConfig", sizes, ParallelismConfig.names())
+        configs[PARALLELISM] = ParallelismConfig(**sizes)
     if QUANTIZATION in sections:
         configs[QUANTIZATION] = QuantizeConfig(**sections[QUANTIZATION])
     if attention is not None:
@@ -164,19 +167,6 @@ def partial_config(
                 f"cache_type='DBPrune' or pass a DBPruneConfig"
             )
     return config(**options)
-
-
-def _parallelism(who: str, given: Mapping[str, Any]) -> ParallelismConfig:
-    """Return the config of a section, in which the sizes may have short names."""
-    options = dict(given)
-    for short in ("ulysses", "ring", "tp"):
-        if short in options:
-            name = f"{short}_size"
-            if name in options:
-                raise ValueError(f"{who}: {short} and {name} must not both be given; remove one")
-            options[name] = options.pop(short)
-    reject_unknown("ParallelismConfig", options, ParallelismConfig.names())
-    return ParallelismConfig(**options)
 
 
 def split_options(

@@ -38,6 +38,18 @@ PREDICTION = (_CACHE_TYPE, *_SWITCHES, *(flat for fields in _FIELDS.values() for
 """All flat options that concern the prediction."""
 
 
+def by_field(who: str, given: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Return options under the names of fields, of which some have an alias.
+
+    Raises:
+        ValueError: a field is given by both names.
+    """
+    for alias, name in aliases.items():
+        if alias in given and name in given:
+            raise ValueError(f"{who}: {alias} and {name} must not both be given; remove one")
+    return {aliases.get(name, name): value for name, value in given.items()}
+
+
 def split(
     who: str, given: Mapping[str, Any], config: CalibratorConfig | None = None
 ) -> tuple[dict[str, Any], CalibratorConfig | None]:
@@ -49,12 +61,7 @@ def split(
     Raises:
         ValueError: an option that contradicts another or lacks it, or the predictor twice.
     """
-    options = {name: value for name, value in given.items() if name not in ALIASES}
-    for alias, name in ALIASES.items():
-        if alias in given and name in given:
-            raise ValueError(f"{who}: {alias} and {name} must not both be given; remove one")
-        if alias in given:
-            options[name] = given[alias]
+    options = by_field(who, given, ALIASES)
     prediction = {name: options.pop(name) for name in PREDICTION if name in options}
     predictor = _predictor(who, prediction) if prediction else config
     if prediction and config is not None:
