@@ -163,7 +163,7 @@ class DBCacheConfig(Options):
     cache_type: str = option("DBCache", check=partial(check_method, allowed=("DBCache",)))
     """The method, as serving engines name it; that of another config is an error."""
 
-    def validate(self) -> None:
+    def __post_init__(self) -> None:
         who, ids = type(self).__name__, self.Bn_compute_blocks_ids
         if ids and not self.Bn_compute_blocks:
             raise ValueError(

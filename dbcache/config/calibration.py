@@ -20,7 +20,7 @@ from importlib import metadata
 from typing import Any
 
 from dbcache.config.options import is_number, shown
-from dbcache.config.reading import read
+from dbcache.config.reading import format_of, read
 from dbcache.config.scheduled_lane import ScheduledLane
 from dbcache.kernels.common.lane_state import DEGREE
 
@@ -134,11 +134,10 @@ def find_calibration(policy: str, source: Any, model: object, stack: str) -> Cal
             f"calibration=...{known}"
         )
     content = source if isinstance(source, Mapping) else read("calibration", source)
-    is_ours = isinstance(content, Mapping) and content.get("format") == FORMAT
-    if not is_ours or not isinstance(content.get("stacks"), Mapping):
-        what = content.get("format") if isinstance(content, Mapping) else type(content).__name__
+    found = format_of(content)
+    if found != FORMAT or not isinstance(content.get("stacks"), Mapping):
         raise ValueError(
-            f"calibration: it must be of format {FORMAT!r} with stacks, got {shown(what)}; "
+            f"calibration: it must be of format {FORMAT!r} with stacks, got {shown(found)}; "
             f"make one with dbcache.calibrate"
         )
     for key, value in (("policy", policy), ("model", name)):

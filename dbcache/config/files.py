@@ -157,8 +157,7 @@ def partial_config(
         TypeError, ValueError: an option that the method does not have, or a value that is not
             allowed.
     """
-    base = DBCacheConfig() if base is None else base
-    method = options.get("cache_type", base.cache_type)
+    method = options.get("cache_type", base.cache_type if base else "DBCache")
     config = _METHODS[check_method(f"{who}: cache_type", method, tuple(_METHODS))]
     for name in options:
         if name not in config.names():

@@ -157,11 +157,9 @@ _METHODS = {
 
 def check_method(who: str, value: Any, allowed: tuple[str, ...]) -> str:
     """Return the entry of `allowed` that a `cache_type` is; the error says what to do otherwise."""
-    try:
-        return str(check_choice(who, value, allowed))
-    except ValueError as error:
-        cure = f"; {_METHODS[value]}" if isinstance(value, str) and value in _METHODS else ""
-        raise ValueError(f"{error}{cure}") from None
+    if isinstance(value, str) and value in _METHODS and value not in allowed:
+        raise ValueError(f"{who} must be one of {allowed}, got {shown(value)}; {_METHODS[value]}")
+    return str(check_choice(who, value, allowed))
 
 
 def check_type(who: str, value: Any, *kinds: type) -> Any:
@@ -216,7 +214,10 @@ def _hints(config: type) -> dict[str, Any]:
 
 
 class Options:
-    """Base of the configs: remembers which fields were given, checks names and values."""
+    """Base of the configs: remembers which fields were given, checks names and values.
+
+    `__post_init__` of a config checks which fields go together, after each one's own value.
+    """
 
     _given: frozenset[str]
     _who: ClassVar[str] = ""
@@ -239,12 +240,6 @@ class Options:
         if name in self.__dict__:  # `__init__` is over, this is the user
             self.__dict__["_given"] |= {name}
         self.__dict__[name] = value
-
-    def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        """Raise if fields do not go together; each one's own value has been checked."""
 
     def require_defaults(self, refused: Mapping[str, str], where: str, remedy: str) -> None:
         """Raise a ValueError if a field has another value than its default.

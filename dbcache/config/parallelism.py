@@ -165,7 +165,7 @@ class ParallelismConfig(Options):
     timeout: float = option(600.0, positive=True)
     """Seconds after which a rank that waits for another one raises."""
 
-    def validate(self) -> None:
+    def __post_init__(self) -> None:
         who, sizes = type(self).__name__, self.by_axis
         if [*sizes.values()].count("auto") > 1:
             raise ValueError(f"{who}: at most one size may be 'auto', got {sizes}")

@@ -61,8 +61,8 @@ class DBPruneConfig(DBCacheConfig):
     cache_type: str = option("DBPrune", check=partial(check_method, allowed=("DBPrune",)))
     """The method, as serving engines name it."""
 
-    def validate(self) -> None:
-        super().validate()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         who = type(self).__name__
         limits = (self.max_cached_steps, self.max_pruned_steps)
         if UNLIMITED not in limits and limits[0] != limits[1]:

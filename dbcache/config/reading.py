@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,11 @@ def read(who: str, path: str | os.PathLike[str], *, yaml: bool = False) -> Any:
     except ValueError as error:
         got = str(error)[:LONGEST]
         raise ValueError(f"{who}: {path} must be {language}, got {got}; mend it there") from error
+
+
+def format_of(content: Any) -> Any:
+    """Return the format that the content of a file says it has, for errors its type without one."""
+    return content.get("format") if isinstance(content, Mapping) else type(content).__name__
 
 
 def parse_json(text: str) -> Any:

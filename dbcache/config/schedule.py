@@ -27,7 +27,7 @@ from typing import Any
 from dbcache.config.cache import DBCacheConfig, ParamsModifier
 from dbcache.config.calibration import Calibration
 from dbcache.config.options import check_int, check_number, shown
-from dbcache.config.reading import read
+from dbcache.config.reading import format_of, read
 from dbcache.config.scheduled_lane import MAX_STEPS, ScheduledLane
 from dbcache.config.scheduled_predictor import ScheduledCalibratorConfig
 from dbcache.kernels.common.lane_state import MAX_SLOTS
@@ -76,11 +76,10 @@ class Schedule:
             content, name = read(who, source), os.fspath(source)
         else:
             raise TypeError(f"{who}: must be a path or a mapping, got {shown(source)}")
-        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
-            what = content.get("format") if isinstance(content, Mapping) else type(content).__name__
+        if format_of(content) != FORMAT:
             raise ValueError(
-                f"{who}: {name} must be of format {FORMAT!r}, got {shown(what)}; make one with "
-                f"dbcache.tune"
+                f"{who}: {name} must be of format {FORMAT!r}, got {shown(format_of(content))}; "
+                f"make one with dbcache.tune"
             )
         steps = check_int(f"{who}: num_inference_steps", content.get("num_inference_steps"), 1)
         others = content.get("others", [])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 IMAGE_SIZE = 16
@@ -85,13 +86,10 @@ def prompt(digits: list[int], *, guidance: float = 1.0) -> dict[str, Any]:
 
 def encode(images: torch.Tensor) -> torch.Tensor:
     """Pack images (B, 16, 16) in [0, 1] into tokens (B, 64, 4) in [-1, 1]."""
-    side = IMAGE_SIZE // 2
-    patches = (2 * images - 1).reshape(-1, side, 2, side, 2).permute(0, 1, 3, 2, 4)
-    return patches.reshape(-1, side * side, 4)
+    return F.pixel_unshuffle(2 * images[:, None] - 1, 2).flatten(2).mT
 
 
 def decode(tokens: torch.Tensor) -> torch.Tensor:
     """Unpack tokens (B, 64, 4) into images (B, 16, 16) in [0, 1], float32 on the CPU."""
-    side = IMAGE_SIZE // 2
-    patches = tokens.float().cpu().reshape(-1, side, side, 2, 2).permute(0, 1, 3, 2, 4)
-    return (patches.reshape(-1, IMAGE_SIZE, IMAGE_SIZE) / 2 + 0.5).clamp(0, 1)
+    patches = tokens.float().cpu().mT.unflatten(2, (IMAGE_SIZE // 2, IMAGE_SIZE // 2))
+    return (F.pixel_shuffle(patches, 2)[:, 0] / 2 + 0.5).clamp(0, 1)

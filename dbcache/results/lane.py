@@ -20,7 +20,6 @@ REASONS = {reason: reason.name.lower().replace("_", " ") for reason in Reason} |
     Reason.THRESHOLD_ALWAYS: "threshold is 1 or more",
 }
 CACHED = frozenset(text for reason, text in REASONS.items() if reason.cached)
-LIMITS = frozenset(text for text in REASONS.values() if text.endswith(" limit"))
 PERCENTILES = {"min": 0, "P25": 25, "P50": 50, "P75": 75, "P95": 95, "max": 100}
 
 
@@ -117,10 +116,8 @@ class LaneSummary(CacheStats):
 
     def strify(self) -> str:
         """Return a short name of the settings and of how much was cached."""
-        parts = [self.short, f"S{len(self.cached_steps)}"]
-        if self.pruned is not None:
-            parts.append(f"P{100 * self.pruned_ratio:.1f}")
-        return "_".join(parts)
+        pruned = "" if self.pruned is None else f"_P{100 * self.pruned_ratio:.1f}"
+        return f"{self.short}_S{len(self.cached_steps)}{pruned}"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -164,7 +161,7 @@ class LaneSummary(CacheStats):
             found.append(
                 f"{who}: {nan} diffs are NaN, those steps were computed; {cause}: {remedy}"
             )
-        limited = sum(counts.get(reason, 0) for reason in LIMITS)
+        limited = sum(count for reason, count in counts.items() if reason.endswith(" limit"))
         if limited and self.cached_steps and not counts.get(REASONS[Reason.ABOVE_THRESHOLD], 0):
             found.append(
                 f"{who}: the threshold {self.threshold:g} never decided, the limits did "
