@@ -80,12 +80,8 @@ def _with_a_middle(spec: StackSpec, settings: StackSettings) -> StackSettings:
 
 def _check_rule(name: str, own: StackSettings, leader: str, rule: StackSettings) -> None:
     """Raise if a stack was given a rule that it would not follow."""
-    theirs = rule.cache.as_dict()
-    differing = [
-        option
-        for option, value in own.cache.as_dict().items()
-        if option not in OF_EACH_STACK and value != theirs[option]
-    ]
+    ours, theirs = own.cache.as_dict(), rule.cache.as_dict()
+    differing = [x for x in ours if x not in OF_EACH_STACK and ours[x] != theirs[x]]
     if own.predictor != rule.predictor:
         differing.append("calibrator_config")
     if differing:

@@ -69,7 +69,6 @@ class PrunedStack(BlockStack):
         return lane.blocks.prunable == self.prunable
 
     def new_lane(self, run: StackRun, branch: str | None, device: torch.device, step: Any) -> Any:
-        run.shared.prepare(device)
         return PrunedLane(run.settings, self.prunable, device)
 
     def prepare_recording(self) -> None:

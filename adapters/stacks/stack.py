@@ -54,7 +54,6 @@ class Stack(BlockStack):
         return make_source(self.settings, self.name, first.owner, first.blocks[0])
 
     def new_lane(self, run: StackRun, branch: str | None, device: torch.device, step: Any) -> Any:
-        run.shared.prepare(device)
         leader = None if self.leader is None else self.leader_lane(step.forward)
         if run.is_on_host:
             lane: Lane = HostLane(run.settings, device, branch)

@@ -57,6 +57,7 @@ class StackStep:
 
     def _add_lane(self, device: torch.device) -> Any:
         """Return a lane for the branch, whose first step this is."""
+        self.run.shared.prepare(device)
         lane = self.stack.new_lane(self.run, self.branch, device, self)
         self.run.lanes[self.branch] = lane
         return lane
