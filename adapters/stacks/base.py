@@ -10,7 +10,7 @@ import torch
 from dbcache.adapters.blocks.block_list import Entry
 from dbcache.adapters.blocks.patterns import ENCODER
 from dbcache.adapters.blocks.spec import StackSpec
-from dbcache.adapters.signals.measurements import Source
+from dbcache.adapters.signals.measurements import Source, make_source
 from dbcache.adapters.stacks.input_copies import KnownLoop
 from dbcache.adapters.stacks.proxies import BlockProxy
 from dbcache.adapters.stacks.prunable_blocks import PrunableBlocks
@@ -194,8 +194,11 @@ class BlockStack:
         ]
 
     def make_source(self) -> Source | None:
-        """Return what a policy without a probe measures, None where it is the probe."""
-        return None
+        """Return what a policy without a probe measures; None where it is the probe, or follows."""
+        if self.leader is not None:
+            return None
+        first = self.lists[0]
+        return make_source(self.settings, self.name, first.owner, first.blocks[0])
 
     def new_lane(self, run: StackRun, branch: str | None, device: torch.device, step: Any) -> Any:
         """Return a lane for a branch that has none; `step` is the one under way."""
@@ -203,7 +206,7 @@ class BlockStack:
 
     def fits(self, lane: Any) -> bool:
         """Whether what a lane keeps of single blocks fits these."""
-        raise NotImplementedError
+        return self.prunable == ([] if lane.tail is None else lane.tail.blocks.prunable)
 
     def check_recordable(self, settings: StackSettings) -> None:
         """Raise a ValueError if the stack's steps cannot be recorded as graphs."""

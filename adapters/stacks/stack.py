@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from dbcache.adapters.blocks.block_list import Entry
-from dbcache.adapters.signals.measurements import Source, make_source
 from dbcache.adapters.stacks.base import BlockStack
 from dbcache.adapters.stacks.input_copies import InputCopies
 from dbcache.adapters.stacks.last_blocks import last_blocks_of
@@ -47,12 +46,6 @@ class Stack(BlockStack):
         """Whether what the block at `position` returns is what the change is measured by."""
         return position == self.fn - 1 and (self.makes_encoder or self.round == 1)
 
-    def make_source(self) -> Source | None:
-        if self.leader is not None:
-            return None
-        first = self.lists[0]
-        return make_source(self.settings, self.name, first.owner, first.blocks[0])
-
     def new_lane(self, run: StackRun, branch: str | None, device: torch.device, step: Any) -> Any:
         leader = None if self.leader is None else self.leader_lane(step.forward)
         if run.is_on_host:
@@ -62,9 +55,6 @@ class Stack(BlockStack):
         if self.single_blocks is not None:
             lane.tail = LaneTail(run.settings, self.prunable, device)
         return lane
-
-    def fits(self, lane: Any) -> bool:
-        return self.prunable == ([] if lane.tail is None else lane.tail.blocks.prunable)
 
     def leader_lane(self, forward: Any) -> Any:
         """Return the lane that has taken the decision of this forward."""

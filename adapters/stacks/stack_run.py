@@ -129,11 +129,6 @@ class StackRun:
             else:
                 del self.lanes[branch]
 
-    def prefetch(self, branch: str | None) -> None:
-        """Begin to fetch what a branch has in host memory."""
-        for key in self.keys_of(branch):
-            self.lanes[key].prefetch()
-
     def keys_of(self, branch: str | None) -> list[Any]:
         """Return the keys of the lanes of a branch: its own, or those of its rows."""
         rows = row_key(branch, 0)[:-2]

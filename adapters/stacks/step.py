@@ -127,8 +127,7 @@ class Step(StackStep):
 
     def __init__(self, stack: Any, run: Any, branch: str | None, forward: Any) -> None:
         super().__init__(stack, run, branch, forward)
-        if run.source is not None or run.recorder is not None:
-            self.watches_output = True
+        self.watches_output = run.source is not None or run.recorder is not None
         if stack.single_blocks is not None:
             self.single_blocks = LastBlocksStep(self)
 
@@ -141,7 +140,8 @@ class Step(StackStep):
             h_in = self._own_part(h_in)
         self._given = h_in
         if run.is_on_host:
-            run.prefetch(self.branch)
+            for key in run.keys_of(self.branch):
+                run.lanes[key].prefetch()
         copies = stack.probe_copies.are_needed and not run.settings.cache.compares_hidden_states
         self.h_in = h_in.clone() if copies else h_in
 
