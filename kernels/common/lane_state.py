@@ -347,3 +347,8 @@ def spread(weights: Sequence[float], head: int, slots: int) -> list[float]:
     for m, weight in enumerate(weights):
         by_slot[(head - 1 - m) % slots] = weight
     return by_slot
+
+
+def write_weights(into: Tensor, weights: Sequence[float], head: int, slots: int) -> None:
+    """Write `weights`, as `spread` lays them out, to those of a state."""
+    into.copy_(torch.tensor(spread(weights, head, slots), dtype=into.dtype, device="cpu"))

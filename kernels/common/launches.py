@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,6 @@ CONFIGS: dict[str, tuple[Launch, ...]] = {
     "probe_and_decide tokens": (_BY_TOKEN,),  # with the decision behind it, 4 warps spill
 }
 """What may be chosen; the first of each is the default. Rings in fp8 have tiles of their own."""
-DEFAULTS = {op: configs[0] for op, configs in CONFIGS.items()}
 
 MANY_SLOTS = 6
 """From so many ring slots on, 16 elements of each per thread need more registers than there are."""
@@ -85,20 +85,12 @@ def contiguous(*tensors: Tensor | None) -> list[Any]:
 
 
 FORMAT = "dbcache tuning 1"
-_tables: dict[int, Table] = {}  # by index of the device
-_read: dict[str, Table] | None = None  # by description of the device
 
 
 def launch_of(op: str, x: Tensor, slots: int = 1) -> Launch:
     """Return how to launch `op` on hidden states `x`."""
-    index = x.get_device()
-    table = _tables.get(index)
-    if table is None:
-        table = table_of(index)
-    default = configs_of(op, slots)[0]
-    if not table:
-        return default
-    return table.get(key_of(op, x.numel(), x.itemsize, slots), default)
+    default, table = configs_of(op, slots)[0], table_of(x.get_device())
+    return table.get(key_of(op, x.numel(), x.itemsize, slots), default) if table else default
 
 
 def elementwise(
@@ -117,25 +109,26 @@ def key_of(op: str, numel: int, itemsize: int, slots: int) -> Key:
     return op, numel.bit_length() - 1, itemsize, slots
 
 
+@cache
 def table_of(index: int) -> Table:
     """Return the choices for a device by its index, -1 for the CPU; the file is read once."""
-    global _read
-    if _read is None:
-        path = tuning_file()
-        try:
-            _read = read(path)
-        except (OSError, ValueError) as error:
-            warnings.warn(f"dbcache: tuned choices are ignored: {error}", stacklevel=2)
-            _read = {}
-    table = _tables[index] = _read.setdefault(device_id(index), {})
-    return table
+    return _tables().setdefault(device_id(index), {})
+
+
+@cache
+def _tables() -> dict[str, Table]:
+    """Return what the file holds, by description of the device."""
+    try:
+        return read(tuning_file())
+    except (OSError, ValueError) as error:
+        warnings.warn(f"dbcache: tuned choices are ignored: {error}", stacklevel=3)
+        return {}
 
 
 def reset() -> None:
     """Forget all choices, and read the file again at the next launch."""
-    global _read
-    _tables.clear()
-    _read = None
+    _tables.cache_clear()
+    table_of.cache_clear()
     forget_plans()
 
 

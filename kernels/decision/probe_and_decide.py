@@ -24,11 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dbcache.kernels.common.checks import check_shared
 from dbcache.kernels.common.lane_state import LANE, LaneState, State
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import REFERENCE, Plans
-from dbcache.kernels.common.select import Impl, invalid
+from dbcache.kernels.common.select import Impl
 from dbcache.kernels.common.sums import MAX_LANES, Partials, log2, partition
 from dbcache.kernels.decision.decide import decide_once, decide_sums
 from dbcache.kernels.decision.probe_diff import (
@@ -75,9 +76,7 @@ def probe_and_decide(
         found[0].launch(*found[1])
         return
     check_probe("probe_and_decide", h_in, h_fn, p_ref, by_token)
-    if state.counters.device != h_fn.device:
-        must = "the state must be on the device of h_fn"
-        raise invalid("probe_and_decide", must, state.counters.device, h_fn.device)
+    check_shared("probe_and_decide", "device", h_fn=h_fn, state=state.counters)
     LAUNCHES.note_checked(impl, by_token, moving, kept)
     _probe_and_decide(impl, h_in, h_fn, p_ref, state, by_token)
 

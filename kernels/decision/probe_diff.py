@@ -25,10 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dbcache.kernels.common.checks import check_activations
 from dbcache.kernels.common.lane_state import IMPORTANT, LANE
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import DTYPES, Impl, invalid, select, without_gradient
+from dbcache.kernels.common.select import Impl, invalid, select, without_gradient
 from dbcache.kernels.common.sums import lanes_of, log2, partition, tree_sums_of_two
 
 
@@ -123,19 +124,11 @@ def _sums_by_token(change: Tensor, size: Tensor, thresholds: Tensor) -> list[Ten
 
 def check_probe(who: str, h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, by_token: bool) -> None:
     """Raise a ValueError, as from `who`, unless the inputs of `probe_diff` fit."""
-    first = h_fn if h_in is None else h_in
-    if not (first.shape == h_fn.shape == p_ref.shape) or h_fn.ndim == 0 or h_fn.shape[0] == 0:
-        shapes = (tuple(x.shape) for x in (first, h_fn, p_ref))
-        must = "h_in, h_fn and p_ref must share a shape (B, ...) with B >= 1"
-        raise invalid(who, must, *shapes)
+    check_activations(who, p_ref, h_in=h_in, h_fn=h_fn)
+    if h_fn.ndim == 0 or h_fn.shape[0] == 0:
+        raise invalid(who, "h_fn must be (B, ...) with B >= 1", tuple(h_fn.shape))
     if by_token and h_fn.ndim < 3:
         raise invalid(who, "tokens need a shape (B, ..., width)", tuple(h_fn.shape))
-    if first.dtype != h_fn.dtype or h_fn.dtype not in DTYPES or p_ref.dtype not in DTYPES:
-        must = f"h_in and h_fn must share a dtype, and it and p_ref's must be of {DTYPES}"
-        raise invalid(who, must, first.dtype, h_fn.dtype, p_ref.dtype)
-    if not (first.device == h_fn.device == p_ref.device):
-        must = "h_in, h_fn and p_ref must be on one device"
-        raise invalid(who, must, first.device, h_fn.device, p_ref.device)
 
 
 def _fake(h_in, h_fn, p_ref, thresholds, impl):

@@ -76,34 +76,29 @@ def share_change(
     check_tensor("share_change", "stamps", stamps, torch.int32, (PROGRAMS, 3))
     tensors = {"own": own, "kept": kept, "stamps": stamps, "state": state.counters}
     check_shared("share_change", "device", **tensors)
-    decided_by = (state.counters, state.values, state.limits, state.thresholds, state.plan)
-    _share_change(impl, own, kept, stamps, *decided_by, branch, kind, by_rules)
+    _share_change(impl, own, kept, stamps, state, branch, kind, by_rules)
 
 
 def share_change_reference(
     own: Tensor,
     kept: Tensor,
     stamps: Tensor,
-    counters: Tensor,
-    values: Tensor,
-    limits: Tensor,
-    thresholds: Tensor,
-    plan: Tensor,
+    state: LaneState,
     branch: int,
     kind: int,
     by_rules: bool,
 ) -> None:
     """Plain PyTorch and Python, the meaning of `share_change`."""
-    counts, step = counters.tolist(), int(counters[ls.STEP])
+    plan, counts, bounds = state.plan, state.counters.tolist(), state.limits.tolist()
+    numbers, step = state.values.tolist(), counts[ls.STEP]
     whose, *of = stamps[0].tolist()
     if whose != branch and of == [step, kind]:
         own.copy_(kept)
         return
-    bounds, numbers = limits.tolist(), values.tolist()
     code = int(plan[step]) if step < len(plan) else PlanCode.DYNAMIC
     is_open = code == PlanCode.DYNAMIC and counts[ls.REFERENCE] == 1
     if by_rules:
-        reason = choose(counts, numbers, bounds, thresholds.tolist(), code, None)
+        reason = choose(counts, numbers, bounds, state.thresholds.tolist(), code, None)
         is_open = is_open and reason == Reason.NAN
     if is_open and is_ready(bounds, numbers):
         kept.copy_(own)
@@ -111,12 +106,10 @@ def share_change_reference(
 
 
 @op(share_change_reference, like="own", mutates=("own", "kept", "stamps"))
-def _share_change(
-    own, kept, stamps, counters, values, limits, thresholds, plan, branch, kind, by_rules
-):
+def _share_change(own, kept, stamps, state, branch, kind, by_rules):
+    *decided_by, _, _ = state.tensors()
     _share_change_kernel[(PROGRAMS,)](
-        own, kept, stamps, counters, values, limits, thresholds, plan, plan.shape[0],
-        branch, kind, own.numel(),
+        own, kept, stamps, *decided_by, state.capacity, branch, kind, own.numel(),
         BY_RULES=by_rules, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 

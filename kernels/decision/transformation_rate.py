@@ -55,17 +55,17 @@ def transformation_rate(
     Raises:
         ValueError: the partial sums do not fit.
     """
-    counters, values = state.counters, state.values
     for partials in (output_partials, input_partials):
-        check_partials("transformation_rate", partials, values.device)
-    _transformation_rate(impl, counters, values, output_partials, input_partials)
+        check_partials("transformation_rate", partials, state.values.device)
+    _transformation_rate(impl, state, output_partials, input_partials)
 
 
 def transformation_rate_reference(
-    counters: Tensor, values: Tensor, output_partials: Tensor, input_partials: Tensor
+    state: LaneState, output_partials: Tensor, input_partials: Tensor
 ) -> None:
     """Plain Python, the meaning of `transformation_rate`."""
-    if int(counters[ls.CACHED]):
+    values = state.values
+    if int(state.counters[ls.CACHED]):
         return
     if float(values[ls.RATE]) == ls.NO_OUTPUT:
         values[ls.RATE] = ls.ONE_OUTPUT
@@ -75,12 +75,12 @@ def transformation_rate_reference(
     values[ls.RATE] = divide(divide(moved_out, moved_in), size)
 
 
-@op(transformation_rate_reference, like="values", mutates=("values",))
-def _transformation_rate(counters, values, output_partials, input_partials):
+@op(transformation_rate_reference, like="state.values", mutates=("values",))
+def _transformation_rate(state, output_partials, input_partials):
     sizes = (*output_partials.shape[:2], *input_partials.shape[:2])
     log_lanes, warps = lanes_for(max(sizes[1], sizes[3]))
     _transformation_rate_kernel[(1,)](
-        counters, values, *contiguous(output_partials, input_partials), *sizes,
+        state.counters, state.values, *contiguous(output_partials, input_partials), *sizes,
         LOG_LANES=log_lanes, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -166,12 +166,9 @@ def _fit_recurrence_kernel(
                 b_d += newer * older
                 b_y += newer * level
                 newer, level = older, oldest
-    sums_ptr = partials_ptr + program
-    tl.store(sums_ptr, tree_sum_lanes(dd, LOG_BLOCK))
-    tl.store(sums_ptr + programs, tree_sum_lanes(dy, LOG_BLOCK))
-    tl.store(sums_ptr + 2 * programs, tree_sum_lanes(yy, LOG_BLOCK))
-    tl.store(sums_ptr + 3 * programs, tree_sum_lanes(b_d, LOG_BLOCK))
-    tl.store(sums_ptr + 4 * programs, tree_sum_lanes(b_y, LOG_BLOCK))
+    sums_ptr, sums = partials_ptr + program, (dd, dy, yy, b_d, b_y)
+    for i in tl.static_range(FIT.NUM_SUMS):
+        tl.store(sums_ptr + i * programs, tree_sum_lanes(sums[i], LOG_BLOCK))
     # as in `probe_and_decide`: the ticket makes all stores visible to the last program
     tl.debug_barrier()
     if tl.atomic_add(counters_ptr + LANE.TICKET, 1, sem="acq_rel", scope="gpu") == programs - 1:

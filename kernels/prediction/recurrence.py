@@ -24,7 +24,7 @@ from torch import Tensor
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.constants import Constants
-from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, LaneState
+from dbcache.kernels.common.lane_state import LANE, LaneState
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import Impl
 from dbcache.kernels.common.sums import f32
@@ -60,27 +60,23 @@ def recurrence_weights(
     Raises:
         ValueError: a fit does not fit the interface.
     """
-    counters = state.counters
+    form = (torch.float64, (2,), state.counters.device)
     for one in (fit, encoder_fit):
         if one is not None:
-            device = counters.device
-            check_tensor("recurrence_weights", "a fit", one, torch.float64, (2,), device)
-    _recurrence_weights(impl, counters, state.values, state.limits, fit, encoder_fit)
+            check_tensor("recurrence_weights", "a fit", one, *form)
+    _recurrence_weights(impl, state, fit, encoder_fit)
 
 
 def recurrence_weights_reference(
-    counters: Tensor, values: Tensor, limits: Tensor, fit: Tensor | None, encoder_fit: Tensor | None
+    state: LaneState, fit: Tensor | None, encoder_fit: Tensor | None
 ) -> None:
     """Plain Python, the meaning of `recurrence_weights`."""
-    numbers, slots = counters.tolist(), limits.tolist()[ls.SLOTS]
+    numbers, slots = state.counters.tolist(), state.limits.tolist()[ls.SLOTS]
     step = numbers[ls.STEP] - 1
     ages = [step - s for s in ls.steps_newest_first(numbers, slots)]
-    for base, one in ((ls.WEIGHTS, fit), (ls.ENCODER_WEIGHTS, encoder_fit)):
+    for weights, one in ((state.weights, fit), (state.encoder_weights, encoder_fit)):
         if one is not None:
-            by_slot = ls.spread(continued(ages, *one.tolist()), numbers[ls.HEAD], slots)
-            values[base : base + MAX_SLOTS] = torch.tensor(
-                by_slot, dtype=values.dtype, device="cpu"
-            )
+            ls.write_weights(weights, continued(ages, *one.tolist()), numbers[ls.HEAD], slots)
 
 
 def continued(ages: list[int], alpha: float, gamma: float) -> list[float]:
@@ -153,9 +149,9 @@ def _power(z: Complex, steps: int, gap: int) -> Complex:
     return result
 
 
-@op(recurrence_weights_reference, like="counters", mutates=("values",))
-def _recurrence_weights(counters, values, limits, fit, encoder_fit):
-    args = (counters, values, limits, fit, encoder_fit)
+@op(recurrence_weights_reference, like="state.counters", mutates=("values",))
+def _recurrence_weights(state, fit, encoder_fit):
+    args = (state.counters, state.values, state.limits, fit, encoder_fit)
     _recurrence_kernel[(1,)](*args, num_warps=1, enable_fp_fusion=False)
 
 

@@ -37,14 +37,12 @@ def scheduled_weights(state: LaneState, table: torch.Tensor, *, impl: Impl = "au
     if not fits or table.dtype != torch.float32 or table.device != counters.device:
         must = f"table must be contiguous float32 (steps, {2 * MAX_SLOTS}) on {counters.device}"
         raise invalid("scheduled_weights", must, table.dtype, tuple(table.shape), table.device)
-    _scheduled_weights(impl, counters, state.values, state.limits, table)
+    _scheduled_weights(impl, state, table)
 
 
-def scheduled_weights_reference(
-    counters: torch.Tensor, values: torch.Tensor, limits: torch.Tensor, table: torch.Tensor
-) -> None:
+def scheduled_weights_reference(state: LaneState, table: torch.Tensor) -> None:
     """Plain Python, the meaning of `scheduled_weights`."""
-    numbers, slots = counters.tolist(), limits.tolist()[ls.SLOTS]
+    numbers, slots = state.counters.tolist(), state.limits.tolist()[ls.SLOTS]
     step = numbers[ls.STEP] - 1
     if step >= len(table):
         return
@@ -52,14 +50,13 @@ def scheduled_weights_reference(
     planned = [int(s) for s in row[MAX_SLOTS:] if s >= 0]
     if not planned or planned != ls.steps_newest_first(numbers, slots)[: len(planned)]:
         return
-    by_slot = ls.spread(row[: len(planned)], numbers[ls.HEAD], slots)
-    for base in (ls.WEIGHTS, ls.ENCODER_WEIGHTS):
-        values[base : base + MAX_SLOTS] = torch.tensor(by_slot, dtype=values.dtype, device="cpu")
+    for into in (state.weights, state.encoder_weights):
+        ls.write_weights(into, row[: len(planned)], numbers[ls.HEAD], slots)
 
 
-@op(scheduled_weights_reference, like="counters", mutates=("values",))
-def _scheduled_weights(counters, values, limits, table):
-    args = (counters, values, limits, table, table.shape[0])
+@op(scheduled_weights_reference, like="state.counters", mutates=("values",))
+def _scheduled_weights(state, table):
+    args = (state.counters, state.values, state.limits, table, table.shape[0])
     _scheduled_weights_kernel[(1,)](*args, num_warps=1)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.constants import Constants
-from dbcache.kernels.common.lane_state import LANE, MAX_SLOTS, LaneState
+from dbcache.kernels.common.lane_state import LANE, LaneState
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import Impl
 from dbcache.kernels.common.sums import f32
@@ -66,22 +66,18 @@ def spectrum_weights(state: LaneState, parameters: Tensor, *, impl: Impl = "auto
     """
     form = (torch.float64, (NUM_PARAMETERS,), state.counters.device)
     check_tensor("spectrum_weights", "parameters", parameters, *form)
-    _spectrum_weights(impl, state.counters, state.values, state.limits, parameters)
+    _spectrum_weights(impl, state, parameters)
 
 
-def spectrum_weights_reference(
-    counters: Tensor, values: Tensor, limits: Tensor, parameters: Tensor
-) -> None:
+def spectrum_weights_reference(state: LaneState, parameters: Tensor) -> None:
     """Plain Python, the meaning of `spectrum_weights`."""
     order, encoder_order, ridge, blend, last = parameters.tolist()
-    numbers, slots = counters.tolist(), limits.tolist()[ls.SLOTS]
+    numbers, slots = state.counters.tolist(), state.limits.tolist()[ls.SLOTS]
     steps, step = tuple(ls.steps_newest_first(numbers, slots)), numbers[ls.STEP] - 1
-    for base, degree in ((ls.WEIGHTS, order), (ls.ENCODER_WEIGHTS, encoder_order)):
-        if degree < 1:
-            continue
-        weights = chebyshev_weights(steps, step, int(degree), ridge, blend, last)
-        by_slot = ls.spread(weights, numbers[ls.HEAD], slots)
-        values[base : base + MAX_SLOTS] = torch.tensor(by_slot, dtype=values.dtype, device="cpu")
+    for into, degree in ((state.weights, order), (state.encoder_weights, encoder_order)):
+        if degree >= 1:
+            weights = chebyshev_weights(steps, step, int(degree), ridge, blend, last)
+            ls.write_weights(into, weights, numbers[ls.HEAD], slots)
 
 
 @lru_cache(maxsize=4096)
@@ -137,9 +133,9 @@ def _line(steps: Sequence[int], step: int) -> list[float]:
     return weights
 
 
-@op(spectrum_weights_reference, like="counters", mutates=("values",))
-def _spectrum_weights(counters, values, limits, parameters):
-    args = (counters, values, limits, parameters)
+@op(spectrum_weights_reference, like="state.counters", mutates=("values",))
+def _spectrum_weights(state, parameters):
+    args = (state.counters, state.values, state.limits, parameters)
     _spectrum_kernel[(2,)](*args, num_warps=1, enable_fp_fusion=False)
 
 

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dbcache.kernels.common import e4m3, launches, sums
-from dbcache.kernels.common.launches import CONFIGS, DEFAULTS, configs_of
+from dbcache.kernels.common.launches import CONFIGS, configs_of
 from dbcache.kernels.decision import decide, probe_and_decide, probe_diff, share_change
 from dbcache.kernels.decision import transformation_rate as rate
 from dbcache.kernels.prediction import (
@@ -98,7 +98,7 @@ def probe_variants():
             measured |= {"width": "i32"}
             constants = {"LOG_BLOCK": sums.log2(launches.BLOCK)}
             for by_token in (False, True):
-                warps = DEFAULTS[f"probe_diff{' tokens' * by_token}"].num_warps
+                warps = configs_of(f"probe_diff{' tokens' * by_token}")[0].num_warps
                 options = {"num_warps": warps, "enable_fp_fusion": False}
                 name = f"{form}{'-tokens' * by_token}"
                 yield (
@@ -146,8 +146,8 @@ def stream_variants():
                     commit._commit_kernel,
                     given | {"counters_ptr": "*i32", "size": size, "blocks": "i32"}
                     | (extra if encoder else {}) | {"encoder_size": "i32"},
-                    {"REPLACE": replace, "BLOCK": DEFAULTS["commit"].block},
-                    {"num_warps": DEFAULTS["commit"].num_warps, "enable_fp_fusion": False},
+                    {"REPLACE": replace, "BLOCK": configs_of("commit")[0].block},
+                    {"num_warps": configs_of("commit")[0].num_warps, "enable_fp_fusion": False},
                 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from compile_offline import each_dtype, main
 from dbcache.kernels.by_row import commit_rows, decide_rows, predict_rows
 from dbcache.kernels.by_row.table import KINDS
 from dbcache.kernels.common import launches, sums
-from dbcache.kernels.common.launches import DEFAULTS, configs_of
+from dbcache.kernels.common.launches import configs_of
 from dbcache.kernels.prediction import commit, predict
 
 TABLE = {"table_ptr": "*i64"}
@@ -33,7 +33,7 @@ def decisions(dtype, x, size):
     constants = {"LOG_BLOCK": sums.log2(launches.BLOCK), "LOG_LANES": 10, "P_REF": TYPES[dtype]}
     numbers = {"size": size, "per_program": "i32", "width": "i32"}
     for by_token in (False, True) if dtype == "bf16" else (False,):
-        warps = DEFAULTS[f"probe_and_decide{' tokens' * by_token}"].num_warps
+        warps = configs_of(f"probe_and_decide{' tokens' * by_token}")[0].num_warps
         yield (
             f"decide_rows-{dtype}{'-tokens' * by_token}",
             decide_rows._decide_rows_kernel,
@@ -71,8 +71,8 @@ def streams(dtype, x, size):
         f"commit_rows-{dtype}-encoder",
         commit_rows._commit_rows_kernel,
         TABLE | dict.fromkeys(COMMITTED, x) | sizes,
-        kinds | {"P_REF": TYPES[dtype], "REPLACE": False, "BLOCK": DEFAULTS["commit"].block},
-        {"num_warps": DEFAULTS["commit"].num_warps, "enable_fp_fusion": False},
+        kinds | {"P_REF": TYPES[dtype], "REPLACE": False, "BLOCK": configs_of("commit")[0].block},
+        {"num_warps": configs_of("commit")[0].num_warps, "enable_fp_fusion": False},
     )
 
 

@@ -238,7 +238,7 @@ def test_rejects_what_does_not_fit():
         probe_and_decide(x, x, torch.zeros(3), state)
     with pytest.raises(ValueError, match=r"got torch.float32 and torch.float16"):
         probe_and_decide(x, x.half(), x, state)
-    with pytest.raises(ValueError, match="state must be on the device of h_fn, got cpu and meta"):
+    with pytest.raises(ValueError, match="h_fn and state must be on one device, got meta and cpu"):
         probe_and_decide(None, x.to("meta"), x.to("meta"), state)
 
 

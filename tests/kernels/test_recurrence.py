@@ -190,7 +190,7 @@ def test_the_ops_are_registered_right(random, device, impl):
     ring, fit = random(3, 40), torch.zeros(2, dtype=torch.float64, device=device)
     ops = torch.ops.dbcache
     torch.library.opcheck(ops.fit_recurrence.default, (ring, state.counters, fit, 0.5, impl))
-    args = (state.counters, state.values, state.limits, fit, None, impl)
+    args = (*state.tensors(), fit, None, impl)
     torch.library.opcheck(ops.recurrence_weights.default, args)
 
     def both(state, ring, fit):

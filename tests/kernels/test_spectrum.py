@@ -109,7 +109,7 @@ def test_rejects_parameters_that_do_not_fit():
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_the_op_is_registered_right(device, impl):
     state, parameters = decided(device, [0, 1, 3, 4], 4, 2, 1)
-    args = (state.counters, state.values, state.limits, parameters, impl)
+    args = (*state.tensors(), parameters, impl)
     torch.library.opcheck(torch.ops.dbcache.spectrum_weights.default, args)
     compiled = state.clone()
     spectrum_weights(state, parameters, impl=impl)

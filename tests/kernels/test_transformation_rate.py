@@ -106,7 +106,7 @@ def test_the_op_is_registered_as_it_behaves(device, impl):
     state, partials = LaneState.allocate(1, device), torch.rand(2, 3, 2, device=device)
     op = torch.ops.dbcache.transformation_rate.default
     for _ in range(2):
-        torch.library.opcheck(op, (state.counters, state.values, partials, partials * 2, impl))
+        torch.library.opcheck(op, (*state.tensors(), partials, partials * 2, impl))
         state.values[ls.RATE] = ls.ONE_OUTPUT
 
 

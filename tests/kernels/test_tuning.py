@@ -15,7 +15,7 @@ import torch
 from dbcache.kernels import tuning
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common import launches
-from dbcache.kernels.common.launches import BLOCK, CONFIGS, DEFAULTS, Launch, launch_of
+from dbcache.kernels.common.launches import BLOCK, CONFIGS, Launch, configs_of, launch_of
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
 from dbcache.kernels.decision.probe_diff import probe_diff
 from dbcache.kernels.prediction.commit import commit
@@ -113,14 +113,14 @@ def test_what_was_never_tuned_takes_the_default(may_tune, device, op):
         x = torch.empty(SHAPE[0], tokens, SHAPE[2], device=device)
         if (op, name) == ("commit", "tuned"):
             assert launch_of(op, x) == Launch(BLOCK, 8)
-            assert launch_of(op, x.half()) == DEFAULTS[op]
+            assert launch_of(op, x.half()) == configs_of(op)[0]
         else:
-            assert launch_of(op, x) == DEFAULTS[op] == CONFIGS[op][0]
+            assert launch_of(op, x) == CONFIGS[op][0]
 
 
 def test_the_default_stays_unless_another_is_faster_by_more_than_noise():
     times = dict(zip(CONFIGS["predict"], (1.0, 0.995, 1.1, 0.991), strict=True))
-    assert tuning.fastest(times).launch == DEFAULTS["predict"]
+    assert tuning.fastest(times).launch == configs_of("predict")[0]
     times[Launch(4096, 8)] = 0.98
     assert tuning.fastest(times).launch == Launch(4096, 8)
 
@@ -136,7 +136,7 @@ def test_a_measurement_that_fails_leaves_the_choice_before(may_tune, device, fil
     assert launch_of("predict", x) == Launch(BLOCK, 8)
     with pytest.raises(torch.OutOfMemoryError):
         tuning.tune("commit", SHAPE, torch.float32, timer=fail)
-    assert launch_of("commit", x) == DEFAULTS["commit"]
+    assert launch_of("commit", x) == configs_of("commit")[0]
     assert len(json.loads(file.read_text())["devices"].popitem()[1]) == 1
 
 
@@ -165,11 +165,11 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_never_overwritten(
     file.write_bytes(content)
     x = torch.empty(SHAPE, device=device)
     with pytest.warns(UserWarning, match="tuned choices are ignored.*DBCACHE_TUNING") as warned:
-        assert launch_of("predict", x) == DEFAULTS["predict"]
+        assert launch_of("predict", x) == configs_of("predict")[0]
     assert len(str(warned[0].message)) < 600
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert launch_of("commit", x) == DEFAULTS["commit"]
+        assert launch_of("commit", x) == configs_of("commit")[0]
 
     def unused(call):
         pytest.fail("measured before the file was looked at")
@@ -203,7 +203,7 @@ def test_tune_refuses_under_a_real_capture_and_launches_only_look_up(file):
     x = torch.randn(SHAPE, device="cuda")
     ring, weights = torch.randn(1, *SHAPE, device="cuda"), torch.ones(ls.MAX_SLOTS, device="cuda")
     choice = tuning.tune("predict", SHAPE, torch.float32)
-    assert 0 < choice.times[choice.launch] <= choice.times[DEFAULTS["predict"]]
+    assert 0 < choice.times[choice.launch] <= choice.times[configs_of("predict")[0]]
     expected, _ = predict(x, ring, weights)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -274,7 +274,7 @@ def test_every_config_gives_the_same_bits(request, device, op, launch):
     slots = 3 if op == "predict" else 1
     table = launches.table_of(x.get_device())
     table[launches.key_of(op, x.numel(), x.itemsize, slots)] = launch
-    assert launch_of(op, x, slots) == launch != DEFAULTS[op]
+    assert launch_of(op, x, slots) == launch != configs_of(op)[0]
     for mine, theirs in zip(run(), expected, strict=True):
         assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
 
