@@ -127,7 +127,7 @@ def decide_ahead(
         q *= ratios[min(step, len(ratios) - 1)]
         is_open = code == PlanCode.DYNAMIC
         change = abs(1 - q) if is_open and counters[lane_state.REFERENCE] else None
-        advance(counters, values, limits, thresholds, code, change)
+        advance((counters, values, limits, thresholds), code, change)
         codes.append(lane_state.KNOWN + counters[lane_state.REASON] if is_open else int(code))
         if change is not None:
             changes[step] = change

@@ -107,8 +107,8 @@ class PrunedLane:
         counters = [0] * ls.NUM_COUNTERS
         counters[ls.CACHED_STEPS], counters[ls.CONSECUTIVE] = steps.learn_counts()
         counters[ls.REFERENCE] = 1
-        zeros = [0.0] * ls.NUM_VALUES
-        reason = choose(counters, zeros, steps.limits, steps.thresholds, code, None)
+        lane = (counters, [0.0] * ls.NUM_VALUES, steps.limits, steps.thresholds)
+        reason = choose(lane, code, None)
         return None if reason is Reason.NAN else nothing
 
     def measure(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -162,6 +162,9 @@ class State(NamedTuple):
     capacity: Any
 
 
+Numbers = Sequence[Any]
+"""On the host: counters, values, limits and thresholds of a lane, then whatever its state has."""
+
 Own = TypeVar("Own", bound="LaneState")
 
 
@@ -223,21 +226,12 @@ class LaneState:
         """
         if capacity < 1:
             raise ValueError(f"LaneState.allocate: capacity must be at least 1, got {capacity}")
-        counters, values, trace_reason, trace_diff = _blank(capacity, device)
-        state = cls(
-            counters=counters,
-            values=values,
-            limits=torch.tensor(
-                [-1, -1, 1, 0, 0, BatchReduce.MEAN, Predictor.TAYLOR, Signal.CHANGE],
-                dtype=torch.int32,
-                device=device,
-            ),
-            thresholds=torch.zeros(NUM_THRESHOLDS, dtype=torch.float32, device=device),
-            plan=torch.full((capacity,), PlanCode.DYNAMIC, dtype=torch.int32, device=device),
-            trace_reason=trace_reason,
-            trace_diff=trace_diff,
-        )
-        return state._with_reset()
+        counters, values, *traces = _blank(capacity, device)
+        off = [-1, -1, 1, 0, 0, BatchReduce.MEAN, Predictor.TAYLOR, Signal.CHANGE]
+        limits = torch.tensor(off, dtype=torch.int32, device=device)
+        thresholds = torch.zeros(NUM_THRESHOLDS, dtype=torch.float32, device=device)
+        plan = torch.full((capacity,), PlanCode.DYNAMIC, dtype=torch.int32, device=device)
+        return cls(counters, values, limits, thresholds, plan, *traces)._with_reset()
 
     def _with_reset(self: Own) -> Own:
         """Allocate what `reset` copies: a graph may capture the copy, but not the allocation."""

@@ -18,7 +18,7 @@ since the last full step are summed, and the sum is compared. The weights are th
 of it is computed here, too.
 """
 
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -31,6 +31,7 @@ from dbcache.kernels.common.lane_state import (
     PLANS,
     REASONS,
     LaneState,
+    Numbers,
     PlanCode,
     Reason,
     Signal,
@@ -107,7 +108,7 @@ def decide_sums(state: LaneState, sums: Sequence[Sequence[Sequence[float]]] | No
         state.copy_(on_cpu)
         return
     # reads take a fraction of a tensor's time, and what is written is rounded to float32
-    counters, values, limits, thresholds, plan, trace_reason, trace_diff = state.host
+    counters, values, limits, _, plan, trace_reason, trace_diff = state.host
     step = counters[ls.STEP]
     if step >= len(plan):
         raise RuntimeError(
@@ -117,22 +118,16 @@ def decide_sums(state: LaneState, sums: Sequence[Sequence[Sequence[float]]] | No
     code, diff = plan[step], None
     if sums is not None and code == DYNAMIC and counters[ls.REFERENCE] == 1:
         if is_ready(limits, values):
-            diff = signal_of(sums, limits, thresholds, values)
-    advance(counters, values, limits, thresholds, code, diff)
+            diff = signal_of(sums, state.host)
+    advance(state.host, code, diff)
     trace_reason[step] = counters[ls.REASON]
     trace_diff[step] = values[ls.DIFF]
 
 
-def advance(
-    counters: MutableSequence[int],
-    values: MutableSequence[float],
-    limits: Sequence[int],
-    thresholds: Sequence[float],
-    code: int,
-    diff: float | None,
-) -> None:
-    """Advance `counters` and `values` by a step of plan code `code` with the change `diff`."""
-    reason = choose(counters, values, limits, thresholds, code, diff)
+def advance(lane: Numbers, code: int, diff: float | None) -> None:
+    """Advance counters and values by a step of plan code `code` with the change `diff`."""
+    reason = choose(lane, code, diff)
+    counters, values, limits, thresholds = lane[:4]
     step, slots, head = counters[ls.STEP], limits[ls.SLOTS], counters[ls.HEAD]
     cached = reason >= ls.FIRST_CACHED
     if cached:
@@ -158,15 +153,9 @@ def advance(
     counters[ls.STEP] = step + 1
 
 
-def choose(
-    counters: Sequence[int],
-    values: Sequence[float],
-    limits: Sequence[int],
-    thresholds: Sequence[float],
-    code: int,
-    diff: float | None,
-) -> Reason:
+def choose(lane: Numbers, code: int, diff: float | None) -> Reason:
     """Return the reason that decides a step of plan code `code` with the change `diff`."""
+    counters, values, limits, thresholds = lane[:4]
     reference, threshold = counters[ls.REFERENCE], thresholds[ls.THRESHOLD]
     if code != DYNAMIC:
         return _planned(code, reference)

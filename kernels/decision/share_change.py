@@ -89,27 +89,26 @@ def share_change_reference(
     by_rules: bool,
 ) -> None:
     """Plain PyTorch and Python, the meaning of `share_change`."""
-    plan, counts, bounds = state.plan, state.counters.tolist(), state.limits.tolist()
-    numbers, step = state.values.tolist(), counts[ls.STEP]
+    lane = [x.tolist() for x in state.tensors()]
+    counters, values, limits, _, plan, *_ = lane
+    step = counters[ls.STEP]
     whose, *of = stamps[0].tolist()
     if whose != branch and of == [step, kind]:
         own.copy_(kept)
         return
-    code = int(plan[step]) if step < len(plan) else PlanCode.DYNAMIC
-    is_open = code == PlanCode.DYNAMIC and counts[ls.REFERENCE] == 1
+    code = plan[step] if step < len(plan) else PlanCode.DYNAMIC
+    is_open = code == PlanCode.DYNAMIC and counters[ls.REFERENCE] == 1
     if by_rules:
-        reason = choose(counts, numbers, bounds, state.thresholds.tolist(), code, None)
-        is_open = is_open and reason == Reason.NAN
-    if is_open and is_ready(bounds, numbers):
+        is_open = is_open and choose(lane, code, None) == Reason.NAN
+    if is_open and is_ready(limits, values):
         kept.copy_(own)
         stamps.copy_(torch.tensor([branch, step, kind], dtype=torch.int32, device="cpu"))
 
 
 @op(share_change_reference, like="own", mutates=("own", "kept", "stamps"))
 def _share_change(own, kept, stamps, state, branch, kind, by_rules):
-    *decided_by, _, _ = state.tensors()
     _share_change_kernel[(PROGRAMS,)](
-        own, kept, stamps, *decided_by, state.capacity, branch, kind, own.numel(),
+        own, kept, stamps, *state.tensors()[:5], state.capacity, branch, kind, own.numel(),
         BY_RULES=by_rules, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -17,19 +17,22 @@ import triton
 import triton.language as tl
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import LANE, REDUCTIONS, SIGNALS, BatchReduce, Signal
+from dbcache.kernels.common.lane_state import (
+    LANE,
+    REDUCTIONS,
+    SIGNALS,
+    BatchReduce,
+    Numbers,
+    Signal,
+)
 from dbcache.kernels.common.sums import f32, relative_l1, relative_l1_of_partials, total_sums
 
 RATE, SUM, WORST = Signal.RATE, Signal.SUM, BatchReduce.MAX
 
 
-def signal_of(
-    partials: Sequence[Sequence[Sequence[float]]],
-    limits: Sequence[int],
-    thresholds: Sequence[float],
-    values: Sequence[float],
-) -> float:
+def signal_of(partials: Sequence[Sequence[Sequence[float]]], lane: Numbers) -> float:
     """Return e of partial sums, nested lists (B, T, 2 or 4), for a lane's state."""
+    _, values, limits, thresholds = lane[:4]
     signal = limits[ls.SIGNAL]
     if signal == RATE:
         return f32(values[ls.RATE] * total_sums(partials)[0])

@@ -65,7 +65,7 @@ def decide_step_reference(state: BlockSteps, decisions: Tensor | None) -> None:
         decide_step_reference(on_cpu, decisions)
         state.copy_(on_cpu)
         return
-    counters, values, limits, thresholds, plan, trace_reason, trace_diff, *of_blocks = state.host
+    counters, values, _, thresholds, plan, trace_reason, trace_diff, *of_blocks = state.host
     prunable, flags, store, _ = of_blocks
     step, reference = counters[ls.STEP], counters[ls.REFERENCE]
     if step >= len(plan):
@@ -73,7 +73,7 @@ def decide_step_reference(state: BlockSteps, decisions: Tensor | None) -> None:
             f"decide_step: the step must be below the capacity of the state, {len(plan)}, "
             f"got {step}; call BlockSteps.grow"
         )
-    reason = choose(counters, values, limits, thresholds, plan[step], None)
+    reason = choose(state.host, plan[step], None)
     skipped, diff = [0] * len(prunable), -1.0
     if reason == Reason.NAN and decisions is not None:
         skipped, diff, reason = _of_blocks(prunable, decisions.tolist(), thresholds[ls.THRESHOLD])

@@ -234,7 +234,7 @@ def test_inputs_may_have_any_strides_and_offsets(random, device):
 
 def test_rejects_what_does_not_fit():
     x, state = torch.zeros(2, 3), LaneState.allocate(1, "cpu")
-    with pytest.raises(ValueError, match=r"probe_and_decide: .*share a shape .* and \(3,\)"):
+    with pytest.raises(ValueError, match=r"probe_and_decide: .*share a shape, .* and \(3,\)"):
         probe_and_decide(x, x, torch.zeros(3), state)
     with pytest.raises(ValueError, match=r"got torch.float32 and torch.float16"):
         probe_and_decide(x, x.half(), x, state)
