@@ -294,8 +294,7 @@ class StackSettings:
     @property
     def predicts(self) -> tuple[bool, bool]:
         """Whether hidden and encoder states are predicted, rather than reused."""
-        predictor = self.predictor
-        return predictor.enable_calibrator, predictor.enable_encoder_calibrator
+        return self.predictor.enable_calibrator, self.predictor.enable_encoder_calibrator
 
     @property
     def orders(self) -> tuple[int, int]:

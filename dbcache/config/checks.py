@@ -51,7 +51,6 @@ def _check_options(cache: DBCacheConfig) -> None:
     if cache.static_skip_probe and not is_static:
         raise ValueError(
             f"{who}.static_skip_probe must come with a steps_computation_mask and "
-            f"steps_computation_policy='static', got "
-            f"{shown(cache.steps_computation_mask)} and "
+            f"steps_computation_policy='static', got {shown(cache.steps_computation_mask)} and "
             f"{cache.steps_computation_policy!r}: dynamic steps need the probe"
         )

@@ -24,8 +24,6 @@ def resolve_mask(config: DBCacheConfig, steps: int | None, who: str) -> list[int
         ValueError: the mask has another length, or it is a policy's name and `steps` is None.
     """
     mask = config.steps_computation_mask
-    if mask is None:
-        return None
     if not isinstance(mask, str):
         static = config.steps_computation_policy == "static"
         return check_mask("steps_computation_mask", mask, steps, static)
