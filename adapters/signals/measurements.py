@@ -12,11 +12,9 @@ from typing import Any
 import torch
 
 from dbcache.adapters.blocks.patterns import describe
-from dbcache.adapters.blocks.signature import Call
-from dbcache.adapters.signals.modulated import check_block, modulated_input
+from dbcache.adapters.blocks.signature import Call, parameter_names, unwrap
+from dbcache.adapters.signals.modulated import MODULATED
 from dbcache.adapters.signals.sea_filter import sea_filter
-from dbcache.config.cache import StackSettings
-from dbcache.config.policies import POLICIES
 from dbcache.lanes.forms import stored_dtype
 from dbcache.lanes.lane import Lane
 
@@ -35,7 +33,16 @@ whose share of noise is the timestep over this."""
 
 
 class Source:
-    """What all sources have in common: they measure a tensor, and learn nothing from the output."""
+    """What all sources have in common: they measure a tensor, and learn nothing from the output.
+
+    Args:
+        who: name of the stack, for errors.
+        model: the transformer, or what holds the stack in it.
+        first_block: of the stack.
+
+    Raises:
+        ValueError: the policy does not know the class of the block or model.
+    """
 
     is_whole = True
     """Whether every rank that is given all of the latents measures them, so that none needs to
@@ -44,7 +51,7 @@ class Source:
     vote: Callable[..., torch.Tensor] | None = None
     """Gives the sums of all ranks, where they vote."""
 
-    def __init__(self, who: str) -> None:
+    def __init__(self, who: str, model: torch.nn.Module, first_block: torch.nn.Module) -> None:
         self.who = who
         self.value: torch.Tensor | None = None
 
@@ -93,19 +100,27 @@ class ModulatedInput(Source):
 
     is_whole = False
 
-    def __init__(self, who: str, first_block: torch.nn.Module) -> None:
-        super().__init__(who)
-        check_block(first_block, who)
+    def __init__(self, who: str, model: torch.nn.Module, first_block: torch.nn.Module) -> None:
+        super().__init__(who, model, first_block)
+        name = type(unwrap(first_block)).__name__
+        if name not in MODULATED:
+            raise ValueError(
+                f"{who}: policy='teacache' must know how the first block modulates its input, got "
+                f"a {name}; known are {', '.join(sorted(MODULATED))}; choose another policy"
+            )
 
     def at_block(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.value = modulated_input(block, args, kwargs).detach()
+        given = dict(zip(parameter_names(block), args, strict=False)) | kwargs
+        plain = unwrap(block)
+        made = MODULATED[type(plain).__name__](plain, given["hidden_states"], given["temb"])
+        self.value = made.detach()
 
 
 class Spectrum(Source):
     """SeaCache: the latents that go in, filtered by what is signal at this share of noise."""
 
-    def __init__(self, who: str, model: torch.nn.Module) -> None:
-        super().__init__(who)
+    def __init__(self, who: str, model: torch.nn.Module, first_block: torch.nn.Module) -> None:
+        super().__init__(who, model, first_block)
         names = (cls.__name__ for cls in type(model).__mro__)
         self.full_noise = next((FULL_NOISE[name] for name in names if name in FULL_NOISE), 0.0)
         if not self.full_noise:
@@ -128,18 +143,18 @@ class Spectrum(Source):
                 f"{timestep if timestep is None else tuple(timestep.shape)}; choose another policy"
             )
         sigma = timestep.to(x.device) / self.full_noise
-        if x.ndim > 3:  # (B, C, H, W) or (B, C, frames, H, W)
-            self.value = sea_filter(x, sigma, tuple(range(2, x.ndim)))
-            return
-        grid = self._grid_of(call, may_read)
-        tokens = grid[0] * grid[1]
-        if tokens > x.shape[1]:
-            raise ValueError(
-                f"{self.who}: the latents must have one token per point of their grid, got "
-                f"{x.shape[1]} tokens for a grid of {grid}"
-            )
-        # what follows are tokens of pictures that are given, not made
-        self.value = sea_filter(x[:, :tokens].unflatten(1, grid), sigma, (1, 2))
+        axes = tuple(range(2, x.ndim))  # (B, C, H, W) or (B, C, frames, H, W)
+        if x.ndim <= 3:
+            grid = self._grid_of(call, may_read)
+            tokens = grid[0] * grid[1]
+            if tokens > x.shape[1]:
+                raise ValueError(
+                    f"{self.who}: the latents must have one token per point of their grid, got "
+                    f"{x.shape[1]} tokens for a grid of {grid}"
+                )
+            # what follows are tokens of pictures that are given, not made
+            x, axes = x[:, :tokens].unflatten(1, grid), (1, 2)
+        self.value = sea_filter(x, sigma, axes)
 
     def kind_of(self, call: Call) -> object:
         x = _latents(self.who, call)
@@ -188,20 +203,12 @@ class Spectrum(Source):
         return last[2]
 
 
-def make_source(
-    settings: StackSettings, who: str, model: torch.nn.Module, first_block: torch.nn.Module
-) -> Source | None:
-    """Return what a stack's policy measures; None where it is the probe, or nothing.
-
-    Raises:
-        ValueError: the policy does not know the class of the block or model.
-    """
-    source = POLICIES[settings.cache.policy].measures
-    if source == "latents":
-        return Latents(who)
-    if source == "modulated":
-        return ModulatedInput(who, first_block)
-    return Spectrum(who, model) if source == "spectrum" else None
+SOURCES: dict[str, type[Source]] = {
+    "latents": Latents,
+    "modulated": ModulatedInput,
+    "spectrum": Spectrum,
+}
+"""By what a policy measures; there is none for the probe, nor for nothing."""
 
 
 def _latents(who: str, call: Call) -> torch.Tensor:
@@ -218,9 +225,7 @@ def _latents(who: str, call: Call) -> torch.Tensor:
 
 def first_tensor(who: str, output: Any) -> torch.Tensor:
     """Return the prediction that a transformer returns, from a tuple or an output class."""
-    first = output
-    if isinstance(output, tuple | list | dict) and len(output):
-        first = output[0]
+    first = output[0] if isinstance(output, tuple | list | dict) and len(output) else output
     prediction = _one_tensor(first)
     if prediction is None:
         raise ValueError(

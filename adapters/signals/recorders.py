@@ -37,8 +37,7 @@ class _Rows:
         self.stack = stack
         self.runs: dict[str, list[list[torch.Tensor]]] = defaultdict(list)
         # by lane: requests that overlap are told apart
-        self._before: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-        self._under_way: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._latest: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
     def on_blocks(self, step: Any, h_out: torch.Tensor) -> None:
         """Note what comes out of the stack's blocks."""
@@ -46,18 +45,20 @@ class _Rows:
     def on_output(self, step: Any, output: Any) -> None:
         """Note what the transformer returns."""
 
-    def _note(self, step: Any, now: Any, row: torch.Tensor | None) -> None:
-        """Append a step's row, None on the first step of a request, and keep what it is made of."""
-        if row is None:
-            self._under_way[step.lane] = []
-            self.runs[step.branch or ""].append(self._under_way[step.lane])
-        else:
-            self._under_way[step.lane].append(row)
-        self._before[step.lane] = now
+    def row(self, now: Any, before: Any) -> torch.Tensor:
+        """Return the numbers of a step, of what was noted at it and at the one before."""
+        raise NotImplementedError
 
-    def _previous(self, step: Any) -> Any:
-        """Return what the step before left; None on the first step of a request."""
-        return None if step.lane.steps.step == 1 else self._before.get(step.lane)
+    def note(self, step: Any, now: Any) -> None:
+        """Append a step's row, none on the first step of a request, and keep what it is made of."""
+        latest = None if step.lane.steps.step == 1 else self._latest.get(step.lane)
+        if latest is None:
+            run: list[torch.Tensor] = []
+            self.runs[step.branch or ""].append(run)
+        else:
+            run, before = latest
+            run.append(self.row(now, before))
+        self._latest[step.lane] = run, now
 
     def rows(self) -> dict[str, numpy.ndarray[Any, Any]]:
         """Return per branch what was noted: (requests, steps - 1, numbers of a row).
@@ -88,10 +89,10 @@ class Magnitudes(_Rows):
 
     @torch.no_grad()
     def on_blocks(self, step: Any, h_out: torch.Tensor) -> None:
-        norm = (h_out.float() - step.h_fn.float()).norm(dim=-1)
-        before = self._previous(step)
-        row = None if before is None else (norm / (before + TINY)).mean().reshape(1)
-        self._note(step, norm, row)
+        self.note(step, (h_out.float() - step.h_fn.float()).norm(dim=-1))
+
+    def row(self, now: Any, before: Any) -> torch.Tensor:
+        return (now / (before + TINY)).mean().reshape(1)
 
     def result(self) -> dict[str, Any]:
         """Return the stack's entry of the calibration."""
@@ -104,16 +105,13 @@ class Changes(_Rows):
 
     @torch.no_grad()
     def on_output(self, step: Any, output: Any) -> None:
-        if step.lane is None:
-            return
-        measured, returned = step.run.source.measured(), first_tensor(self.stack.name, output)
-        now = [measured.float().clone(), returned.float().clone()]
-        before = self._previous(step)
-        row = None
-        if before is not None:
-            pairs = zip(now, before, strict=True)
-            row = torch.stack([(a - b).abs().mean() / b.abs().mean() for a, b in pairs])
-        self._note(step, now, row)
+        if step.lane is not None:
+            now = step.run.source.measured(), first_tensor(self.stack.name, output)
+            self.note(step, [x.float().clone() for x in now])
+
+    def row(self, now: Any, before: Any) -> torch.Tensor:
+        pairs = zip(now, before, strict=True)
+        return torch.stack([(a - b).abs().mean() / b.abs().mean() for a, b in pairs])
 
     def result(self) -> dict[str, Any]:
         """Return the stack's entry of the calibration."""

@@ -11,6 +11,8 @@ detail as well. p is 2 for images and 3 for videos, as in the paper.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 IMAGE_POWER = 2.0
@@ -34,14 +36,13 @@ def sea_filter(x: torch.Tensor, sigma: torch.Tensor, axes: tuple[int, ...]) -> t
     """
     power = VIDEO_POWER if len(axes) == 3 else IMAGE_POWER
     s = sigma.float().clamp(EDGE, 1 - EDGE).reshape(-1, *[1] * (x.ndim - 1))
-    gain: torch.Tensor | None = None
+    gains = []
     for axis in axes:
         frequency = torch.fft.fftfreq(x.shape[axis], device=x.device, dtype=torch.float32)
         shape = [1] * x.ndim
         shape[axis] = -1
         signal = 1 / (frequency.abs().pow(power) + TINY).reshape(shape)
-        along = (1 - s) * signal / ((1 - s) ** 2 * signal + s**2 + TINY)
-        gain = along if gain is None else gain * along
-    assert gain is not None
+        gains.append((1 - s) * signal / ((1 - s) ** 2 * signal + s**2 + TINY))
+    gain = functools.reduce(torch.mul, gains)
     gain = gain / gain.mean(axes, keepdim=True)
     return torch.fft.ifftn(torch.fft.fftn(x.float(), dim=axes) * gain, dim=axes).real

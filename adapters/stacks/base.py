@@ -10,13 +10,14 @@ import torch
 from dbcache.adapters.blocks.block_list import Entry
 from dbcache.adapters.blocks.patterns import ENCODER
 from dbcache.adapters.blocks.spec import StackSpec
-from dbcache.adapters.signals.measurements import Source, make_source
+from dbcache.adapters.signals.measurements import SOURCES, Source
 from dbcache.adapters.stacks.input_copies import KnownLoop
 from dbcache.adapters.stacks.proxies import BlockProxy
 from dbcache.adapters.stacks.prunable_blocks import PrunableBlocks
 from dbcache.adapters.stacks.stack_run import StackRun
 from dbcache.config.cache import StackSettings
 from dbcache.config.checks import prepare
+from dbcache.config.policies import POLICIES
 from dbcache.lanes.sharding import Sharding
 from dbcache.notices import say
 
@@ -198,7 +199,8 @@ class BlockStack:
         if self.leader is not None:
             return None
         first = self.lists[0]
-        return make_source(self.settings, self.name, first.owner, first.blocks[0])
+        kind = SOURCES.get(POLICIES[self.settings.cache.policy].measures)
+        return None if kind is None else kind(self.name, first.owner, first.blocks[0])
 
     def new_lane(self, run: StackRun, branch: str | None, device: torch.device, step: Any) -> Any:
         """Return a lane for a branch that has none; `step` is the one under way."""
