@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -215,9 +216,8 @@ def like_blocks(who: str, given: Any, counts: list[int], kind: type) -> list[lis
             f"{who} must have one entry per block stack, got {[len(row) for row in nested]} for "
             f"{counts} (stacks of each transformer)"
         )
-    for row in nested:
-        for entry in row:
-            check_type(f"{who}: each entry", entry, kind)
+    for entry in itertools.chain(*nested):
+        check_type(f"{who}: each entry", entry, kind)
     return nested
 
 

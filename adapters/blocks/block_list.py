@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,8 @@ WHOLE = slice(None)
 class BlockList:
     """One list of blocks, or a part of one, and where the model's forward looks it up.
 
+    A copy is another one of the same list, which notices by itself that blocks are others.
+
     Args:
         transformer: the model.
         path: name of the list seen from the transformer, as in ``"transformer_blocks"``. It may end
@@ -29,6 +30,8 @@ class BlockList:
     Attributes:
         blocks: as last read.
         seen: all that the whole list held then.
+        shown_in: the module in whose attributes the model looks the list up, or the `ModuleDict`
+            that holds the list, and the name there.
 
     Raises:
         AttributeError: there is no such list.
@@ -45,36 +48,21 @@ class BlockList:
         if part:
             split = len(self.whole()) - getattr(transformer, part.strip(":-]"))
             self.part = slice(split) if part.startswith(":") else slice(split, None)
-        self.dict_owner: torch.nn.Module | None = None
+        self.shown_in = self.owner, self.name
         if isinstance(self.owner, torch.nn.ModuleDict):
-            outer, _, self.dict_name = owner.rpartition(".")
-            self.dict_owner = _submodule(transformer, outer)
+            outer, _, name = owner.rpartition(".")
+            self.shown_in = _submodule(transformer, outer), name
         self.read()
 
     def read(self) -> None:
         """Read which blocks the model has now."""
         self.seen = [*self.owner._modules[self.name]._modules.values()]  # type: ignore[union-attr]
-        self.blocks = self.current()
+        self.blocks = self.whole()[self.part]
 
     def whole(self) -> list[torch.nn.Module]:
         """Return what the whole list holds, past a view of it."""
-        blocks = self.owner._modules[self.name]
-        assert blocks is not None
-        return [block for block in blocks._modules.values() if block is not None]
-
-    def twin(self) -> BlockList:
-        """Return another one of the same list, which notices by itself that blocks are others."""
-        return copy.copy(self)
-
-    def current(self) -> list[torch.nn.Module]:
-        """Return the blocks that the model has now."""
-        return self.whole()[self.part]
-
-    def shown_in(self) -> tuple[dict[str, Any], str]:
-        """Return the attributes in which the model looks the list up, and the name there."""
-        if self.dict_owner is None:
-            return self.owner.__dict__, self.name
-        return self.dict_owner.__dict__, self.dict_name
+        held: Any = self.owner._modules[self.name]
+        return [block for block in held._modules.values() if block is not None]
 
 
 def _submodule(module: torch.nn.Module, path: str) -> torch.nn.Module:

@@ -53,8 +53,8 @@ def learn(
         )
     for chain in failed:
         if chain.fed:
-            who = f"BlockAdapter(auto=True): {chain.stack.name} is not cached"
-            say(f"{who}: a block {chain.reason}")
+            name = chain.stack.name
+            say(f"BlockAdapter(auto=True): {name} is not cached: a block {chain.reason}")
     return output, learned
 
 
@@ -140,14 +140,9 @@ class _Chain:
 
     def _rank(self, position: int) -> tuple[Any, ...]:
         """Return what is least for the hidden states."""
-        name = self.fed[position]
-        is_named = name == self.stack.streams[0]
-        return (
-            not is_named,
-            position in self._ended,
-            -self._sizes[position],
-            self._names.index(name),
-        )
+        name, size = self.fed[position], self._sizes[position]
+        is_other = name != self.stack.streams[0]
+        return is_other, position in self._ended, -size, self._names.index(name)
 
     def _what_is_in_the_way(self) -> str | None:
         tensors = {position for position, size in enumerate(self._sizes) if size >= 0}
@@ -157,7 +152,7 @@ class _Chain:
             return f"returns {self._form}, which the next block does not take"
         if set(self.fed) != tensors or len(set(self.fed.values())) != len(self.fed):
             return f"returns {self._form}, of which the next block takes {sorted(self.fed)}"
-        unfit = len(self.fed) > 2 or (len(self.fed) == 2 and len(self._sizes) > 2)
-        if unfit or 0 not in self.fed or any(name not in self._names for name in self.fed.values()):
+        fits = set(self.fed) == {0} or len(self.fed) == len(self._sizes) == 2
+        if not fits or not set(self.fed.values()) <= set(self._names):
             return f"returns {self._form}, which no ForwardPattern describes"
         return None

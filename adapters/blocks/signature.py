@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -87,17 +88,14 @@ class ArgumentFinder:
 
     def __init__(self, module: torch.nn.Module, names: tuple[str, ...]) -> None:
         known = list(inspect.signature(type(module).forward).parameters)[1:]
-        self.name = next((name for name in names if name in known), None)
-        self.place = known.index(self.name) if self.name is not None else 0
+        self.name = next((name for name in names if name in known), "")
+        self.place = known.index(self.name) if self.name else sys.maxsize
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the argument, the first one of a list; None where there is none."""
-        if self.name is None:
-            return None
-        if self.name in kwargs:
-            value = kwargs[self.name]
-        else:
-            value = args[self.place] if self.place < len(args) else None
+        value = kwargs.get(self.name)
+        if value is None and self.place < len(args):
+            value = args[self.place]
         while isinstance(value, list | tuple) and value:
             value = value[0]
         return value

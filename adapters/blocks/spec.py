@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,8 +54,5 @@ class TransformerSpec:
 
     def twin(self) -> TransformerSpec:
         """Return the same with lists of its own, for stacks that read them when they run."""
-        stacks = [
-            replace(stack, lists=tuple(block_list.twin() for block_list in stack.lists))
-            for stack in self.stacks
-        ]
-        return replace(self, stacks=tuple(stacks))
+        stacks = tuple(replace(one, lists=tuple(map(copy.copy, one.lists))) for one in self.stacks)
+        return replace(self, stacks=stacks)

@@ -112,17 +112,17 @@ def shown(
     rows = rows_of(lists, entries)
     over: dict[tuple[int, str], tuple[dict[str, Any], str, Any, Any]] = {}
     for block_list in lists:
-        own, name = block_list.shown_in()
+        module, name = block_list.shown_in
+        own = module.__dict__
         row = rows[block_list.place]
         holder: Any = block_list.owner._modules[block_list.name]
         view = BlocksView(holder, block_list.place)
-        if block_list.dict_owner is None:
+        if module is block_list.owner:
             over[id(own), name] = own, name, row, view
         else:  # looked up by key, past any entry in __dict__: the dictionary as a whole is replaced
             modules = block_list.owner._modules
             whole = over.setdefault((id(own), name), (own, name, dict(modules), dict(modules)))
             whole[2][block_list.name], whole[3][block_list.name] = row, view
-        module = block_list.dict_owner or block_list.owner
         if module is not model:
             plain = functools.partial(_plain_state, module)
             over[id(own), "__getstate__"] = own, "__getstate__", plain, plain

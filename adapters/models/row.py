@@ -82,13 +82,9 @@ def _parse_stack(text: str) -> StackRow:
     taken, _, returned = signature.partition("->")
     takes, returns = _names(taken), _names(returned)
     names = list(dict.fromkeys(takes + returns))
-    roles = dict(zip(names, STREAMS, strict=False))
-    try:
-        pattern = ForwardPattern(
-            (tuple(roles[name] for name in takes), tuple(roles[name] for name in returns))
-        )
-    except (KeyError, ValueError):
-        pattern = None
+    role = dict(zip(names, STREAMS, strict=False)).get
+    value = tuple(map(role, takes)), tuple(map(role, returns))
+    pattern = next((pattern for pattern in ForwardPattern if pattern.value == value), None)
     interleaved = "&" in lists
     chain = tuple(name.strip() for name in lists.split("&" if interleaved else "+"))
     if pattern is None or not all((*names, *chain)):

@@ -96,12 +96,11 @@ class InstanceMethod:
     def clean(self, own: dict[str, Any]) -> None:
         """Put back in `own`, the attributes of the module or a copy of them, what was there."""
         for link in links(own, self.name):
-            if link.holder is not own or link.get() is not self:
-                continue
-            if link.name == self.name and (not self.had_own or self._is_left_over()):
-                own.pop(self.name, None)
-            else:
-                link.set(self.original)
+            if link.holder is own and link.get() is self:
+                if link.name == self.name and (not self.had_own or self._is_left_over()):
+                    own.pop(self.name, None)
+                else:
+                    link.set(self.original)
 
     def _is_left_over(self) -> bool:
         """Whether a hook that is gone made an entry of the instance of the method of its class."""
