@@ -6,6 +6,7 @@ imported and subclasses count; a pipeline is supported if one of its components 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from dbcache.adapters.blocks.block_adapter import check_signatures
 from dbcache.adapters.blocks.block_list import BlockList
 from dbcache.adapters.blocks.signature import unwrap
-from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
+from dbcache.adapters.blocks.spec import TransformerSpec
 from dbcache.adapters.models.row import ModelRow
 from dbcache.adapters.models.table import ELSEWHERE, MODELS, REFUSED
 from dbcache.config.options import shown
@@ -100,13 +101,12 @@ def refuse_wrapped(candidates: list[Any]) -> None:
 def _spec(module: torch.nn.Module, row: ModelRow) -> TransformerSpec:
     """Find the lists of a row in the module; lists that its config leaves empty do not count."""
     stacks = []
-    for stack in row.stacks:
-        found = [BlockList(module, path) for path in stack.lists]
+    for paths, stack in row.stacks:
+        found = [BlockList(module, path) for path in paths]
         lists = tuple(block_list for block_list in found if block_list.blocks)
+        assert stack.pattern is not None  # the table has them all
         for block_list in lists:
             check_signatures(block_list, stack.pattern, stack.streams)
         if lists:
-            stacks.append(
-                StackSpec(lists, stack.pattern, stack.streams, stack.interleaved, row.long_skips)
-            )
+            stacks.append(replace(stack, lists=lists, long_skips=row.long_skips))
     return TransformerSpec(module, tuple(stacks), row.separate_cfg, row.fills)

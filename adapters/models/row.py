@@ -5,28 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, Streams
-from dbcache.adapters.blocks.spec import Fills
+from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern
+from dbcache.adapters.blocks.spec import Fills, StackSpec
+
+StackRow = tuple[tuple[str, ...], StackSpec]
+"""Paths of the lists of a block stack, in the order of the forward, and the stack without them."""
 
 SHORT = {"h": HIDDEN, "e": ENCODER}
 """What rows write for the usual names of the two streams."""
-
-
-@dataclass(frozen=True)
-class StackRow:
-    """One block stack: a chain of lists, and what each block takes and returns.
-
-    Attributes:
-        lists: paths of the lists seen from the transformer, in the order of the forward.
-        pattern: what the blocks take and return.
-        streams: the names that their parameters have.
-        interleaved: the forward runs a block of each list in turn.
-    """
-
-    lists: tuple[str, ...]
-    pattern: ForwardPattern
-    streams: Streams = STREAMS
-    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,7 @@ class ModelRow:
 
     @cached_property
     def stacks(self) -> tuple[StackRow, ...]:
-        """Its block stacks."""
+        """Its block stacks, as `parse_stacks` reads them."""
         return parse_stacks(self.blocks)
 
 
@@ -70,6 +56,8 @@ def parse_stacks(text: str) -> tuple[StackRow, ...]:
     `encoder_hidden_states`. For example
 
         double_blocks: h, e -> e, h; single_blocks: x -> x
+
+    The stacks come with the paths of their lists, which are still to be found in a transformer.
 
     Raises:
         ValueError: it reads differently.
@@ -92,7 +80,7 @@ def _parse_stack(text: str) -> StackRow:
             f"parse_stacks: each stack must read '<list>: <takes> -> <returns>' with one or two "
             f"streams, as in 'blocks: h, e -> e, h', got {text.strip()!r}"
         )
-    return StackRow(chain, pattern, (names[0], (*names, ENCODER)[1]), interleaved)
+    return chain, StackSpec((), pattern, (names[0], (*names, ENCODER)[1]), interleaved)
 
 
 def _names(text: str) -> list[str]:

@@ -5,34 +5,38 @@ import torch
 
 import dbcache
 from dbcache import ForwardPattern
-from dbcache.adapters.models.row import StackRow, parse_stacks
+from dbcache.adapters.blocks.spec import StackSpec
+from dbcache.adapters.models.row import parse_stacks
 
 
 @pytest.mark.parametrize(
     ("text", "stacks"),
     [
-        ("blocks: h -> h", [StackRow(("blocks",), ForwardPattern.Pattern_3)]),
-        ("a + b.c: h, e -> e, h", [StackRow(("a", "b.c"), ForwardPattern.Pattern_1)]),
+        ("blocks: h -> h", [(("blocks",), StackSpec((), ForwardPattern.Pattern_3))]),
+        ("a + b.c: h, e -> e, h", [(("a", "b.c"), StackSpec((), ForwardPattern.Pattern_1))]),
         (
             "a: h, e -> h; b: x -> x",
             [
-                StackRow(("a",), ForwardPattern.Pattern_2),
-                StackRow(("b",), ForwardPattern.Pattern_3, ("x", "encoder_hidden_states")),
+                (("a",), StackSpec((), ForwardPattern.Pattern_2)),
+                (("b",), StackSpec((), ForwardPattern.Pattern_3, ("x", "encoder_hidden_states"))),
             ],
         ),
         (
             "a: h, audio -> audio, h",
-            [StackRow(("a",), ForwardPattern.Pattern_1, ("hidden_states", "audio"))],
+            [(("a",), StackSpec((), ForwardPattern.Pattern_1, ("hidden_states", "audio")))],
         ),
         (
             "a: e -> e",
-            [StackRow(("a",), ForwardPattern.Pattern_3, ("encoder_hidden_states",) * 2)],
+            [(("a",), StackSpec((), ForwardPattern.Pattern_3, ("encoder_hidden_states",) * 2))],
         ),
-        ("a: h -> h, e", [StackRow(("a",), ForwardPattern.Pattern_4)]),
-        ("a & b: h -> h", [StackRow(("a", "b"), ForwardPattern.Pattern_3, interleaved=True)]),
+        ("a: h -> h, e", [(("a",), StackSpec((), ForwardPattern.Pattern_4))]),
+        (
+            "a & b: h -> h",
+            [(("a", "b"), StackSpec((), ForwardPattern.Pattern_3, interleaved=True))],
+        ),
         (
             "a[:-n]: h -> h; a[-n:]: h -> h",
-            [StackRow((part,), ForwardPattern.Pattern_3) for part in ("a[:-n]", "a[-n:]")],
+            [((part,), StackSpec((), ForwardPattern.Pattern_3)) for part in ("a[:-n]", "a[-n:]")],
         ),
     ],
 )
