@@ -12,7 +12,7 @@ import torch
 from dbcache.adapters.blocks.block_list import BlockList
 from dbcache.adapters.blocks.declared import declared
 from dbcache.adapters.blocks.discover import find_blocks, guess_pattern, pattern_of
-from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, Streams
+from dbcache.adapters.blocks.patterns import HIDDEN, STREAMS, ForwardPattern, Streams
 from dbcache.adapters.blocks.signature import parameter_names, unwrap
 from dbcache.adapters.blocks.spec import Fills, StackSpec, TransformerSpec
 from dbcache.adapters.patching.patch_functor import Functor, check_functor
@@ -90,12 +90,13 @@ class BlockAdapter:
             for name, given, kind in (
                 ("forward_pattern", self.forward_pattern, ForwardPattern),
                 ("params_modifiers", self.params_modifiers, ParamsModifier),
-                ("streams", _stream_names(self.streams), Names),
+                ("streams", _stream_names(self.streams), Streams),
             )
         )
         specs = []
-        for transformer, *rows in zip(transformers, blocks, *said, strict=True):
-            stacks = tuple(self._stack_spec(transformer, *one) for one in zip(*rows, strict=True))
+        for transformer, lists, *rows in zip(transformers, blocks, *said, strict=True):
+            places = [find_list(transformer, blocks_) for blocks_ in lists]
+            stacks = tuple(map(self._stack, places, *rows))
             specs.append(TransformerSpec(transformer, stacks, self.has_separate_cfg, self.fills))
         return specs
 
@@ -109,19 +110,13 @@ class BlockAdapter:
             return [find_blocks(transformer, pattern) for transformer in transformers]
         return self.blocks
 
-    def _stack_spec(
-        self,
-        transformer: torch.nn.Module,
-        blocks: torch.nn.ModuleList,
-        pattern: ForwardPattern | None,
-        modifier: ParamsModifier | None,
-        names: Names,
+    def _stack(
+        self, block_list: BlockList, pattern: Any, modifier: ParamsModifier | None, streams: Streams
     ) -> StackSpec:
-        """Find where the transformer holds `blocks` and check them against the pattern."""
-        block_list, streams = find_list(transformer, blocks), names.streams
+        """Return a stack of `block_list`, checked against the pattern."""
+        first = block_list.blocks[0]
         if self.auto:
-            pattern = pattern or pattern_of(blocks[0])
-            known = declared(blocks[0])
+            pattern, known = pattern or pattern_of(first), declared(first)
             if known is not None and known[0] is pattern and streams == STREAMS:
                 streams = known[1]
         elif pattern is None:
@@ -193,9 +188,13 @@ def _per_transformer(given: Any, count: int) -> list[list[Any]]:
     return rows
 
 
+def _is_row(value: Any) -> bool:
+    return isinstance(value, list | tuple) and not isinstance(value, Streams)
+
+
 def _rows(given: Any) -> list[list[Any]]:
     """Return the entries of a list as rows: what is none becomes a row of one."""
-    return [list(row) if isinstance(row, list | tuple) else [row] for row in given]
+    return [list(row) if _is_row(row) else [row] for row in given]
 
 
 def like_blocks(who: str, given: Any, counts: list[int], kind: type) -> list[list[Any]]:
@@ -204,13 +203,11 @@ def like_blocks(who: str, given: Any, counts: list[int], kind: type) -> list[lis
         return [[given] * count for count in counts]
     if not isinstance(given, list | tuple):
         raise TypeError(f"{who} must be a {kind.__name__} or a list of them, got {shown(given)}")
-    if any(isinstance(row, list | tuple) for row in given):
-        nested = _rows(given)
-    elif len(given) == sum(counts):
+    is_flat = not any(map(_is_row, given))
+    nested = [list(given)] if is_flat else _rows(given)
+    if is_flat and len(given) == sum(counts):
         flat = iter(given)
-        nested = [[next(flat) for _ in range(count)] for count in counts]
-    else:
-        nested = [list(given)]
+        nested = [list(itertools.islice(flat, count)) for count in counts]
     if [len(row) for row in nested] != counts:
         raise ValueError(
             f"{who} must have one entry per block stack, got {[len(row) for row in nested]} for "
@@ -236,15 +233,8 @@ def _true_pattern(
     return seen
 
 
-@dataclass(frozen=True)
-class Names:
-    """Names of the streams of one block stack."""
-
-    streams: Streams
-
-
 def _stream_names(given: Any) -> Any:
-    """Return `Names`, or lists of them in the nesting of `given`.
+    """Return `Streams`, or lists of them in the nesting of `given`.
 
     One name alone leaves the other stream its usual name.
     """
@@ -257,7 +247,7 @@ def _stream_names(given: Any) -> Any:
             f'("hidden_states", "audio_hidden_states"), or such a tuple per stack, got '
             f"{shown(given)}"
         )
-    return Names((names[0], (*names, ENCODER)[1]))
+    return Streams(*names)
 
 
 def find_list(transformer: torch.nn.Module, blocks: torch.nn.ModuleList) -> BlockList:

@@ -19,19 +19,18 @@ def declared(block: torch.nn.Module) -> tuple[ForwardPattern, Streams] | None:
     metadata = _metadata(type(unwrap(block)))
     if metadata is None or metadata.return_hidden_states_index is None:
         return None
-    hidden, encoder = (
-        metadata.hidden_states_argument_name,
-        metadata.encoder_hidden_states_argument_name,
+    streams = Streams(
+        metadata.hidden_states_argument_name, metadata.encoder_hidden_states_argument_name
     )
     names = parameter_names(block)
-    if hidden not in names:  # a forward of the instance
+    if streams.hidden not in names:  # a forward of the instance
         return None
     if metadata.return_encoder_hidden_states_index is None:
-        return ForwardPattern.HIDDEN_TO_HIDDEN, (hidden, encoder)
+        return ForwardPattern.HIDDEN_TO_HIDDEN, streams
     is_first = metadata.return_hidden_states_index < metadata.return_encoder_hidden_states_index
-    takes = (HIDDEN, ENCODER) if encoder in names else (HIDDEN,)
+    takes = (HIDDEN, ENCODER) if streams.encoder in names else (HIDDEN,)
     returns = (HIDDEN, ENCODER) if is_first else (ENCODER, HIDDEN)
-    return ForwardPattern((takes, returns)), (hidden, encoder)
+    return ForwardPattern((takes, returns)), streams
 
 
 def _metadata(cls: Any) -> Any:

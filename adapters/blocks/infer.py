@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.patterns import ENCODER, STREAMS, ForwardPattern, describe
+from dbcache.adapters.blocks.patterns import STREAMS, ForwardPattern, Streams, describe
 from dbcache.adapters.blocks.signature import parameter_names
 from dbcache.adapters.blocks.spec import StackSpec, TransformerSpec
 from dbcache.adapters.blocks.views import run_seeing, shown
@@ -38,9 +38,9 @@ def learn(
         ValueError: no list is a chain of blocks.
     """
     chains = {i: _Chain(stack) for i, stack in enumerate(spec.stacks) if stack.pattern is None}
-    lists = [block_list for chain in chains.values() for block_list in chain.stack.lists]
-    entries = [row for chain in chains.values() for row in chain.rows]
-    over = shown(lists, entries, spec.transformer)
+    pairs = [(chain, block_list) for chain in chains.values() for block_list in chain.stack.lists]
+    entries: Any = [[_Observer(chain, block) for block in its.blocks] for chain, its in pairs]
+    over = shown([block_list for _, block_list in pairs], entries, spec.transformer)
     output = run_seeing(views, over, over, lambda: run(*args, **kwargs))
     learned = [chains[i].learned() if i in chains else s for i, s in enumerate(spec.stacks)]
     failed = [chain for chain in chains.values() if chain.reason]
@@ -88,23 +88,19 @@ class _Chain:
 
     def __init__(self, stack: StackSpec) -> None:
         self.stack = stack
-        self.rows: list[list[Any]] = [
-            [_Observer(self, block) for block in block_list.blocks] for block_list in stack.lists
-        ]
         self.fed: dict[int, str] = {}
         self.reason: str | None = None
         self._names: list[str] = []
         self._form: Any = None
-        self._sizes: list[int] = []  # numbers of elements, -1 for what is no tensor
+        self._count = 0
+        self._sizes: dict[int, int] = {}  # numbers of elements of the tensors among the outputs
         self._ended: set[int] = set()  # positions at which a block returned None
         self._taken: dict[str, torch.Tensor] = {}
-        self._output: tuple[Any, ...] = ()
+        self._output: dict[int, torch.Tensor] = {}
 
     def note_inputs(self, taken: dict[str, torch.Tensor]) -> None:
         """Find what the last block returned among what the next one takes."""
-        for position, x in enumerate(self._output):
-            if not isinstance(x, torch.Tensor):
-                continue
+        for position, x in self._output.items():
             found = [name for name, given in taken.items() if given is x]
             if not found:  # the loop may have added to it: it is what is new and fits
                 found = [name for name, given in taken.items() if self._may_be(x, name, given)]
@@ -112,31 +108,32 @@ class _Chain:
                 self.reason = f"output {position} goes to {self.fed[position]} and to {found[0]}"
 
     def _may_be(self, x: torch.Tensor, name: str, given: torch.Tensor) -> bool:
-        is_other = any(given is other for other in self._output)
+        is_other = any(given is other for other in self._output.values())
         is_new = given is not self._taken.get(name) and not is_other
         return is_new and (given.shape, given.dtype) == (x.shape, x.dtype)
 
     def note_output(self, output: Any, taken: dict[str, torch.Tensor], names: list[str]) -> None:
         """Keep what a block returned until the next one runs."""
-        self._output = tuple(output) if isinstance(output, tuple | list) else (output,)
+        outputs = dict(enumerate(output if isinstance(output, tuple | list) else (output,)))
+        self._output = {at: x for at, x in outputs.items() if isinstance(x, torch.Tensor)}
         self._taken = taken
-        self._ended |= {position for position, x in enumerate(self._output) if x is None}
+        self._ended |= {at for at, x in outputs.items() if x is None}
         if self._form is None:
-            self._form, self._names = describe(output), names
-            self._sizes = [x.numel() if isinstance(x, torch.Tensor) else -1 for x in self._output]
+            self._form, self._names, self._count = describe(output), names, len(outputs)
+            self._sizes = {at: x.numel() for at, x in self._output.items()}
 
     def learned(self) -> StackSpec | None:
         """Return the stack with the pattern that was seen, None with a `reason`."""
-        self._taken, self._output = {}, ()
+        self._taken, self._output = {}, {}
         self.reason = self.reason or self._what_is_in_the_way()
         if self.reason is not None:
             return None
         order = sorted(self.fed, key=self._rank)
         roles = dict(zip(order, STREAMS, strict=False))
         returns = tuple(roles[position] for position in sorted(order))
-        hidden, encoder = [*(self.fed[position] for position in order), ENCODER][:2]
         pattern = ForwardPattern((STREAMS[: len(order)], returns))
-        return replace(self.stack, pattern=pattern, streams=(hidden, encoder))
+        streams = Streams(*(self.fed[position] for position in order))
+        return replace(self.stack, pattern=pattern, streams=streams)
 
     def _rank(self, position: int) -> tuple[Any, ...]:
         """Return what is least for the hidden states."""
@@ -145,14 +142,13 @@ class _Chain:
         return is_other, position in self._ended, -size, self._names.index(name)
 
     def _what_is_in_the_way(self) -> str | None:
-        tensors = {position for position, size in enumerate(self._sizes) if size >= 0}
         if self._form is None:
             return "was not run"
         if not self.fed:
             return f"returns {self._form}, which the next block does not take"
-        if set(self.fed) != tensors or len(set(self.fed.values())) != len(self.fed):
+        if self.fed.keys() != self._sizes.keys() or len(set(self.fed.values())) != len(self.fed):
             return f"returns {self._form}, of which the next block takes {sorted(self.fed)}"
-        fits = set(self.fed) == {0} or len(self.fed) == len(self._sizes) == 2
+        fits = set(self.fed) == {0} or len(self.fed) == self._count == 2
         if not fits or not set(self.fed.values()) <= set(self._names):
             return f"returns {self._form}, which no ForwardPattern describes"
         return None

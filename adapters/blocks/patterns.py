@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 HIDDEN = "hidden_states"
 ENCODER = "encoder_hidden_states"
 
-Streams = tuple[str, str]
-"""Names of a block's parameters that take its hidden states and its encoder states."""
 
-STREAMS: Streams = (HIDDEN, ENCODER)
+class Streams(NamedTuple):
+    """Names of a block's parameters that take its hidden states and its encoder states."""
+
+    hidden: str = HIDDEN
+    encoder: str = ENCODER
+
+
+STREAMS = Streams()
 
 
 class ForwardPattern(Enum):
@@ -54,8 +59,7 @@ class ForwardPattern(Enum):
     In, Out = takes, returns
 
 
-Pattern_0, Pattern_1, Pattern_2 = (ForwardPattern[f"Pattern_{i}"] for i in (0, 1, 2))
-Pattern_3, Pattern_4, Pattern_5 = (ForwardPattern[f"Pattern_{i}"] for i in (3, 4, 5))
+Pattern_0, Pattern_1, Pattern_2, Pattern_3, Pattern_4, Pattern_5 = list(ForwardPattern)
 
 
 def describe(value: Any) -> str:

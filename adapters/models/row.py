@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern
+from dbcache.adapters.blocks.patterns import ENCODER, HIDDEN, STREAMS, ForwardPattern, Streams
 from dbcache.adapters.blocks.spec import Fills, StackSpec
 
 StackRow = tuple[tuple[str, ...], StackSpec]
@@ -80,7 +80,7 @@ def _parse_stack(text: str) -> StackRow:
             f"parse_stacks: each stack must read '<list>: <takes> -> <returns>' with one or two "
             f"streams, as in 'blocks: h, e -> e, h', got {text.strip()!r}"
         )
-    return chain, StackSpec((), pattern, (names[0], (*names, ENCODER)[1]), interleaved)
+    return chain, StackSpec((), pattern, Streams(*names), interleaved)
 
 
 def _names(text: str) -> list[str]:

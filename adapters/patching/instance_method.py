@@ -120,13 +120,13 @@ def _uncompiled() -> Callable[..., Any]:
     def uncompiled(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return call(*args, **kwargs)
 
-    disable: Any = torch.compiler.disable(
+    return torch.compiler.disable(
+        uncompiled,
         reason="dbcache decides on each step which blocks run, so that the model as a whole is no "
         "single graph; instead of fullgraph=True for all of it, compile its blocks, as in "
         "dbcache.compile(pipe) or transformer.compile_repeated_blocks(fullgraph=True), or call "
-        "dbcache.disable first"
+        "dbcache.disable first",
     )
-    return disable(uncompiled)
 
 
 def _own_method(module: torch.nn.Module, name: str) -> Any:
