@@ -34,14 +34,14 @@ def last_blocks_of(stack: Any) -> PrunableBlocks | None:
 
 
 class LastBlocksStep(SingleBlocksStep):
-    """What is under way in one forward over the last blocks; `step` is that of the whole stack."""
+    """What is under way in one forward over the last blocks of `stack`, in a request's `run`."""
 
-    def __init__(self, step: Any) -> None:
-        self.step, self.stack, self.run = step, step.stack, step.run
+    def __init__(self, stack: Any, run: Any) -> None:
+        self.stack, self.run = stack, run
 
-    def open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+    def open(self, step: Any, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Decide which blocks are left out on a cached step. None is on a full one."""
-        step, lane, run = self.step, self.step.lane, self.run
+        lane, run = step.lane, self.run
         if lane is None:
             return  # the model left out the block at which the step is decided: all others run
         tail, counters = lane.tail, lane.state.counters

@@ -82,8 +82,11 @@ class SingleBlocksStep:
     last: torch.Tensor | None = None
     _first: int | None = None
 
-    def open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
-        """Decide which blocks are left out, given what the first one gets; or let all run."""
+    def open(self, step: Any, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+        """Decide which blocks are left out, given what the first one gets; or let all run.
+
+        `step` is that of the whole stack. To hold it would close a circle, and keep activations.
+        """
         raise NotImplementedError
 
     def start(
@@ -172,7 +175,7 @@ class PrunableBlock(BlockProxy):
         streams, call = (hidden, encoder), (args, kwargs)
         if index == 0:
             step.blocks = self.blocks
-            step.open(hidden, encoder)
+            step.open(whole, hidden, encoder)
         if step.store is None:
             return self.run(args, kwargs)  # the model left out the block that decides
         if index > 0 and hidden is not step.last:

@@ -90,7 +90,7 @@ class PrunedStep(SingleBlocksStep, StackStep):
         """This step: all blocks of the stack are single ones."""
         return self
 
-    def open(self, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
+    def open(self, step: Any, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
         """Take the step's decisions. Called with what the first block gets that may be left out."""
         check_stream(self.stack.name, hidden)
         run, cutter = self.run, self.cutter

@@ -129,7 +129,7 @@ class Step(StackStep):
         super().__init__(stack, run, branch, forward)
         self.watches_output = run.source is not None or run.recorder is not None
         if stack.single_blocks is not None:
-            self.single_blocks = LastBlocksStep(self)
+            self.single_blocks = LastBlocksStep(stack, run)
 
     def begin(self, h_in: Any) -> None:
         """Keep what the first block is given."""

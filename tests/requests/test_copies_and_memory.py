@@ -204,9 +204,14 @@ def census():
     return len(objects), len(tensors), sum(storages.values()), kinds
 
 
+@pytest.mark.parametrize(
+    "options",
+    [CACHED, CACHED | {"Bn_compute_blocks": 3, "Bn_compute_blocks_ids": [1]}],
+    ids=["whole", "last blocks"],
+)
 @torch.no_grad()
-def test_a_step_keeps_no_activations_until_the_next_collection():
-    model, made = dbcache.enable(tiny.flux(), **CACHED), []
+def test_a_step_keeps_no_activations_until_the_next_collection(options):
+    model, made = dbcache.enable(tiny.flux(), **options), []
     model.transformer_blocks[0].register_forward_hook(
         lambda _module, _given, output: made.append(weakref.ref(output[1]))
     )
