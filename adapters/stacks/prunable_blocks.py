@@ -20,7 +20,7 @@ from dbcache.adapters.blocks.patterns import ForwardPattern
 from dbcache.adapters.stacks.gradients import Streams, followed
 from dbcache.adapters.stacks.input_copies import InputCopies
 from dbcache.adapters.stacks.proxies import BlockProxy
-from dbcache.graphs.recording import Cutter
+from dbcache.lanes.buffers import written
 from dbcache.lanes.decision import Decision
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -63,7 +63,7 @@ class SingleBlocksStep:
         store: what is stored of the blocks; None until the step is decided.
         skipped: which blocks are left out.
         due: what blocks that run are stored by; None: they are not.
-        recording: records the step, whose blocks follow `decisions`; None: it is not recorded.
+        recording: the `Cutter` that records the step, whose blocks follow `decisions`; or None.
         encoder: encoder states that the block before returned.
         last: hidden states that the block before returned.
         hides_gradients: as in `Step`.
@@ -76,10 +76,10 @@ class SingleBlocksStep:
     store: Any = None
     skipped: list[bool]
     due: torch.Tensor | None
-    recording: Cutter | None
+    recording: Any
     decisions: Sequence[Decision]
     encoder: torch.Tensor | None = None
-    last: torch.Tensor | None = None
+    last: Any = None
     _first: int | None = None
 
     def open(self, step: Any, hidden: torch.Tensor, encoder: torch.Tensor | None) -> None:
@@ -94,7 +94,7 @@ class SingleBlocksStep:
         store: Any,
         skipped: list[bool],
         due: torch.Tensor | None,
-        recording: Cutter | None = None,
+        recording: Any = None,
         decisions: Sequence[Decision] = (),
     ) -> None:
         """Begin the step, as it was decided; see the attributes."""
@@ -198,14 +198,10 @@ class PrunableBlock(BlockProxy):
         index, cutter = self.number, step.recording
         if not self.blocks.prunable[index]:
             return self._run_and_keep(step, call, given)
-        assert cutter is not None
         cutter.begin_full(step.decisions[index], self.who)
         output = self._run_and_keep(step, call, given)
         cutter.begin_cached()
-        left_out = step.store.replace(index, 1, *given)
-        for returned, kept in zip((step.last, step.encoder), left_out, strict=True):
-            if returned is not None and kept is not None and returned is not kept:
-                returned.copy_(kept)
+        written(step.store.replace(index, 1, *given), (step.last, step.encoder))
         cutter.end_branch()
         return output
 

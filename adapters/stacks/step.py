@@ -41,7 +41,7 @@ class StackStep:
         hides_gradients: the skipped blocks were called where gradients are off, and given what
             needs them, as a reentrant checkpoint does.
         prediction: what the blocks that are skipped would have returned.
-        cutter: records the step; None: it is not recorded.
+        cutter: records the step (a `Cutter`); None: it is not recorded.
     """
 
     cached = awaits_end = hides_gradients = watches_output = is_conditional = False
