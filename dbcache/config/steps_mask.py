@@ -104,16 +104,13 @@ def check_mask(who: str, mask: Any, steps: int | None = None, static: bool = Fal
     return values
 
 
-def _from_bins(
-    computed: Sequence[int] | None, cached: Sequence[int] | None, steps: int | None
-) -> list[int]:
-    if computed is None or cached is None:
-        missing = "compute_bins" if computed is None else "cache_bins"
-        raise ValueError(
-            f"steps_mask: compute_bins and cache_bins must be given together, got no {missing}; "
-            f"leave out both for a mask_policy"
-        )
+def _from_bins(computed: Any, cached: Any, steps: int | None) -> list[int]:
     for name, bins in (("compute_bins", computed), ("cache_bins", cached)):
+        if bins is None:
+            raise ValueError(
+                f"steps_mask: compute_bins and cache_bins must be given together, got no {name}; "
+                f"leave out both for a mask_policy"
+            )
         for length in bins:
             check_int(f"steps_mask: each of {name}", length, 1)
     if not computed or len(computed) - len(cached) not in (0, 1):

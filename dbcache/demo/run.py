@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-import warnings
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ from dbcache.demo.picture import draw_grid
 from dbcache.demo.quality import DigitClassifier, psnr, ssim
 from dbcache.results.markup import columns
 from dbcache.results.page import bound
+from dbcache.tuning.progress import quietly
 from dbcache.tuning.rows import timed
 
 WARMUP_STEPS = 3
@@ -73,8 +73,7 @@ class Demo:
     def run(self, repeats: int) -> None:
         """Time every setting `repeats` times, one after the other in each round."""
         turns = [*self.rows, *self.costs.values()]
-        with warnings.catch_warnings():  # too few steps to cache any, which the cache says
-            warnings.simplefilter("ignore", UserWarning)
+        with quietly():  # too few steps to cache any
             for row in turns:
                 self.draw(row, WARMUP_STEPS)
         # so that no one always runs after the same other
