@@ -313,6 +313,8 @@ class LaneState:
             mine.copy_(its)
 
 
+DECIDED = ("counters", "values", "trace_reason", "trace_diff")
+"""Names of those that the decision of a step writes."""
 TENSORS = tuple(tensor.name for tensor in fields(LaneState) if tensor.init)
 """Names of the tensors that a `LaneState` is made of."""
 

@@ -118,8 +118,7 @@ def writing(reference: Function, *into: str) -> Function:
 
     signature, either = inspect.signature(reference), inspect.Parameter.POSITIONAL_OR_KEYWORD
     outputs = [inspect.Parameter(x, either, annotation=Tensor | None) for x in into]
-    parameters = [*outputs, *signature.parameters.values()]
-    write.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [p.replace(default=inspect.Parameter.empty) for p in parameters], return_annotation=None
+    write.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*outputs, *signature.parameters.values()], return_annotation=None
     )
     return write

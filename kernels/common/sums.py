@@ -59,17 +59,13 @@ def lanes_for(programs: int) -> tuple[int, int]:
 
 
 def check_partials(
-    op: str,
-    x: Tensor,
-    device: torch.device,
-    *,
-    widths: Sequence[int] = (2,),
-    blocks: Sequence[int] = (),
+    op: str, x: Tensor, device: torch.device, widths: Sequence[int] = (2,), blocks: int = 0
 ) -> None:
-    """Raise unless `x` are float32 partial sums (*blocks, B, T, a width) on `device`."""
-    fits = x.ndim == 3 + len(blocks) and x.shape[:-3] == tuple(blocks) and x.shape[-1] in widths
+    """Raise unless `x` are float32 partial sums (B, T, a width) on `device`, or those of blocks."""
+    first = (blocks,) if blocks else ()
+    fits = x.ndim == 3 + len(first) and x.shape[:-3] == first and x.shape[-1] in widths
     if not fits or x.shape[-2] > MAX_PARTIALS:
-        form = ", ".join(map(str, (*blocks, "B", "T", " or ".join(map(str, widths)))))
+        form = ", ".join(map(str, (*first, "B", "T", " or ".join(map(str, widths)))))
         raise invalid(op, f"partials must be ({form}) with T <= {MAX_PARTIALS}", tuple(x.shape))
     if x.dtype != torch.float32 or x.device != device:
         raise invalid(op, f"partials must be float32 on {device}", x.dtype, x.device)
@@ -148,7 +144,8 @@ class Partials(NamedTuple):
 def relative_l1_of_partials(partials, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
     """The function `relative_l1` above, for at most 2**LOG_LANES programs, of WIDTH sums each.
 
-    Returns it for the batch as a whole and for the worst sample, and the batch's num of all tokens.
+    Returns it for the batch as a whole and for the worst sample, and the batch's num and den of all
+    tokens, the first two of `total_sums` above.
     """
     num = tl.full((), 0.0, tl.float32)
     den, important_num, important_den, largest = num, num, num, num
@@ -171,25 +168,11 @@ def relative_l1_of_partials(partials, LOG_LANES: tl.constexpr, WIDTH: tl.constex
         ratio = tl.div_rn(sample_num, sample_den)
         # once NaN, it stays NaN: no comparison with NaN is true
         largest = tl.where((ratio > largest) | (ratio != ratio), ratio, largest)
-    moved = num
+    moved, size = num, den
     if WIDTH == 4:
         den = tl.where(important_num != 0, important_den, den)
         num = tl.where(important_num != 0, important_num, num)
-    return tl.div_rn(num, den), largest, moved
-
-
-@triton.jit
-def total_of_partials(partials, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """The first two of `total_sums` above, for at most 2**LOG_LANES programs."""
-    num = tl.full((), 0.0, tl.float32)
-    den = num
-    for sample in range(partials.samples):
-        sums_ptr = partials.ptr + sample * partials.programs * WIDTH
-        sums = sums_of_columns(sums_ptr, partials.programs, LOG_LANES, WIDTH)
-        sample_num, sample_den = tl.split(sums)
-        num += sample_num
-        den += sample_den
-    return num, den
+    return tl.div_rn(num, den), largest, moved, size
 
 
 @triton.jit

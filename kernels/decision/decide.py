@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import (
+    DECIDED,
     LANE,
     PLANS,
     REASONS,
@@ -188,11 +189,7 @@ def _missing(reference: int) -> Reason:
     return Reason.SHAPE_CHANGED if reference == 2 else Reason.NO_REFERENCE
 
 
-@op(
-    decide_reference,
-    like="state.counters",
-    mutates=("counters", "values", "trace_reason", "trace_diff"),
-)
+@op(decide_reference, like="state.counters", mutates=DECIDED)
 def _decide(state, partials):
     samples, programs, width = (0, 0, 2) if partials is None else partials.shape
     log_lanes, warps = lanes_for(programs)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dbcache.kernels.common.checks import check_shared
-from dbcache.kernels.common.lane_state import LANE, LaneState, State
+from dbcache.kernels.common.lane_state import DECIDED, LANE, LaneState, State
 from dbcache.kernels.common.launches import BLOCK, contiguous, launch_of
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import REFERENCE, Plans
@@ -108,11 +108,7 @@ def _size_of(p_ref: Tensor, state: LaneState) -> list[float]:
 LAUNCHES = Plans()
 
 
-@op(
-    probe_and_decide_reference,
-    like="h_fn",
-    mutates=("counters", "values", "trace_reason", "trace_diff"),
-)
+@op(probe_and_decide_reference, like="h_fn", mutates=DECIDED)
 def _probe_and_decide(h_in, h_fn, p_ref, state, by_token):
     batch, sums = h_fn.shape[0], 4 if by_token else 2
     per_program, programs = partition(h_fn.shape, by_token)

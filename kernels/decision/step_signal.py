@@ -56,7 +56,7 @@ def is_ready(limits: Sequence[int], values: Sequence[float]) -> bool:
 @triton.jit
 def signal_of_partials(partials, state, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
     """The function `signal_of` above, for `Partials` of WIDTH sums and a `State`."""
-    mean, largest, moved = relative_l1_of_partials(partials, LOG_LANES, WIDTH)
+    mean, largest, moved, _ = relative_l1_of_partials(partials, LOG_LANES, WIDTH)
     reduce = tl.load(state.limits_ptr + LANE.BATCH_REDUCE)
     change = tl.where(reduce == REDUCTIONS.MAX, largest, mean)
     signal = tl.load(state.limits_ptr + LANE.SIGNAL)

@@ -31,7 +31,7 @@ from dbcache.kernels.common.sums import (
     check_partials,
     divide,
     lanes_for,
-    total_of_partials,
+    relative_l1_of_partials,
     total_sums,
 )
 
@@ -94,8 +94,8 @@ def _transformation_rate_kernel(
 ):  # fmt: skip
     outputs = Partials(output_ptr, output_samples, output_programs)
     inputs = Partials(input_ptr, input_samples, input_programs)
-    moved_out, size = total_of_partials(outputs, LOG_LANES, 2)
-    moved_in, _ = total_of_partials(inputs, LOG_LANES, 2)
+    _, _, moved_out, size = relative_l1_of_partials(outputs, LOG_LANES, 2)
+    _, _, moved_in, _ = relative_l1_of_partials(inputs, LOG_LANES, 2)
     rate = tl.div_rn(tl.div_rn(moved_out, moved_in), size)
     before = tl.load(values_ptr + LANE.RATE)
     rate = tl.where(before == LANE.NO_OUTPUT, LANE.ONE_OUTPUT, rate)

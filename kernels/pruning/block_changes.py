@@ -56,9 +56,8 @@ def block_changes(
         raise invalid(who, "h must be (B, ...) and the stored ones (M, B, ...)", tuple(h.shape))
     check_shared(who, "dtype", h=h, inputs=inputs, residuals=residuals)
     for name, stored in (("inputs", inputs), ("residuals", residuals)):
-        check_tensor(who, name, stored, h.dtype, (blocks, *h.shape), contiguous=True)
-    check_tensor(who, "stamps", stamps, torch.int32, (blocks,))
-    check_shared(who, "device", h=h, inputs=inputs, residuals=residuals, stamps=stamps)
+        check_tensor(who, name, stored, h.dtype, (blocks, *h.shape), h.device, contiguous=True)
+    check_tensor(who, "stamps", stamps, torch.int32, (blocks,), h.device)
     return _block_changes(impl, h, inputs, residuals, stamps)
 
 

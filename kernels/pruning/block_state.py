@@ -87,32 +87,28 @@ class BlockState:
         """
         count, device = len(prunable), h.device
         programs = partition_of(h.numel())[1] if select(impl, h) == "triton" else 1
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=device)
-
+        may_skip = torch.tensor(prunable, dtype=torch.int32, device=device)
+        changes = torch.zeros(count, 2, dtype=torch.float32, device=device)
         # a block that returns no encoder states adds nothing to them
         added = None if encoder is None else encoder.new_zeros((count, *encoder.shape))
         return cls(
             inputs=h.new_empty((count, *h.shape)),
             residuals=h.new_empty((count, *h.shape)),
             encoder_residuals=added,
-            stamps=torch.zeros(count, dtype=torch.int32, device=device),
-            growth_sums=zeros(count, programs, 2),
-            prunable=torch.tensor(prunable, dtype=torch.int32, device=device),
+            stamps=torch.zeros_like(may_skip),
+            growth_sums=changes.new_zeros(count, programs, 2),
+            prunable=may_skip,
             rule=torch.as_tensor(rule, dtype=torch.float32, device=device),
-            changes=zeros(count, 2),
-            decisions=zeros(count, 2),
-            ticket=torch.zeros(1, dtype=torch.int32, device=device),
+            changes=changes,
+            decisions=torch.zeros_like(changes),
+            ticket=may_skip.new_zeros(1),
         )
 
     def fits(self, h: Tensor, encoder: Tensor | None) -> bool:
         """Whether blocks with these streams can be stored; encoder states only if there is room."""
-        added = self.encoder_residuals
-        pairs = [(h, self.inputs)]
-        if encoder is not None and added is not None:
-            pairs.append((encoder, added))
-        return all((x.shape, x.device) == (stored.shape[1:], stored.device) for x, stored in pairs)
+        pairs = ((h, self.inputs), (encoder, self.encoder_residuals))
+        both = [(x, kept) for x, kept in pairs if x is not None and kept is not None]
+        return all((x.shape, x.device) == (kept.shape[1:], kept.device) for x, kept in both)
 
     @property
     def nbytes(self) -> int:
@@ -142,15 +138,11 @@ class BlockSteps(LaneState):
         cls, capacity: int, prunable: Sequence[bool], device: torch.device | str
     ) -> "BlockSteps":
         """Return the state of a new request of at most `capacity` steps, see `LaneState`."""
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
-        store, blocks = zeros(NUM_STORE), len(prunable)
-        store[EVERY] = 1
         may_skip = torch.tensor(prunable, dtype=torch.int32, device=device)
+        store, trace = may_skip.new_zeros(NUM_STORE), may_skip.new_zeros(capacity, len(prunable))
+        store[EVERY] = 1
         lane = LaneState.allocate(capacity, device).tensors()
-        tensors = (*lane, may_skip, zeros(blocks), store, zeros(capacity, blocks))
+        tensors = (*lane, may_skip, torch.zeros_like(may_skip), store, trace)
         return cls(*tensors)._with_reset()
 
     def grow(self, capacity: int) -> None:

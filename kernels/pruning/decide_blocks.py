@@ -58,7 +58,7 @@ def decide_blocks(partials: Tensor, state: BlockState, *, impl: Impl = "auto") -
     Raises:
         ValueError: `partials` does not fit.
     """
-    blocks, device = tuple(state.stamps.shape), state.decisions.device
+    blocks, device = len(state.decisions), state.decisions.device
     check_partials("decide_blocks", partials, device, blocks=blocks)
     _decide_blocks(impl, partials, state)
 
@@ -68,17 +68,12 @@ def decide_blocks_reference(partials: Tensor, state: BlockState) -> None:
     """Plain Python, the meaning of `decide_blocks`."""
     rule = state.rule.tolist()
     measured = [relative_l1(block, rule[bs.WORST_SAMPLE] > 0) for block in partials.tolist()]
-    growth = [growth_of(block) for block in state.growth_sums.tolist()]
+    grown = [total_sums([block]) for block in state.growth_sums.tolist()]
+    growth = [f32(num / den) if den > 0 else 1.0 for num, den in grown]
     changes = torch.tensor([measured, growth], dtype=torch.float32, device="cpu").T
     state.changes.copy_(changes)
     pairs = choose_blocks(measured, growth, state.prunable.tolist(), rule)
     state.decisions.copy_(torch.tensor(pairs, dtype=torch.float32, device="cpu"))
-
-
-def growth_of(partials: list[list[float]]) -> float:
-    """Return the growth of a change across a block; 1 where nothing was measured."""
-    num, den = total_sums([partials])
-    return f32(num / den) if den > 0 else 1.0
 
 
 def choose_blocks(
@@ -125,7 +120,7 @@ def _decide_blocks_kernel(
     """Program i adds up the sums of block i; the last to finish decides."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     partials = Partials(partials_ptr + block * samples * programs * 2, samples, programs)
-    mean, largest, _ = relative_l1_of_partials(partials, LOG_LANES, 2)
+    mean, largest, _, _ = relative_l1_of_partials(partials, LOG_LANES, 2)
     change = tl.where(tl.load(rule_ptr + BLOCKS.WORST_SAMPLE) > 0, largest, mean)
     num, den = tl.split(sums_of_columns(growth_ptr + block * parts * 2, parts, LOG_LANES, 2))
     growth = tl.where(den > 0, tl.div_rn(num, tl.where(den > 0, den, 1.0)), 1.0)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import LANE, REASONS, Reason, State
+from dbcache.kernels.common.lane_state import DECIDED, LANE, REASONS, Reason, State
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.select import Impl
 from dbcache.kernels.decision.decide import choose, choose_once, counts_of
@@ -107,11 +107,7 @@ def _of_blocks(
     return flags, min(own, default=float("nan")), reason
 
 
-@op(
-    decide_step_reference,
-    like="state.flags",
-    mutates=("counters", "values", "trace_reason", "trace_diff", "flags", "store", "trace"),
-)
+@op(decide_step_reference, like="state.flags", mutates=(*DECIDED, "flags", "store", "trace"))
 def _decide_step(state, decisions):
     _decide_step_kernel[(1,)](
         *state.tensors(), decisions, state.capacity, state.flags.shape[0],

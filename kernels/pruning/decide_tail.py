@@ -8,7 +8,7 @@ So ``store[STAMP]`` is the step on which the blocks were stored, and -1 means th
 of them. The step is the latest one that `decide` took: neither it nor what is stored has to be
 known to the host.
 
-Integer arithmetic, once in Python (the reference) and once as a Triton kernel.
+Integer arithmetic, once in PyTorch (the reference) and once as a Triton kernel.
 """
 
 import torch
@@ -57,17 +57,16 @@ def decide_tail(
 def decide_tail_reference(
     counters: Tensor, decisions: Tensor | None, flags: Tensor, store: Tensor
 ) -> None:
-    """Plain Python, the meaning of `decide_tail`."""
+    """Plain PyTorch, the meaning of `decide_tail`."""
     latest, last_stored = counters.tolist(), int(store[bs.STAMP])
-    left_out = [0] * flags.shape[0]
+    flags.zero_()
     if latest[ls.CACHED]:
-        if decisions is not None and last_stored >= 0:
-            left_out = [int(skipped > 0) for _, skipped in decisions.tolist()]
         store[bs.DUE] = 0
+        if decisions is not None and last_stored >= 0:
+            flags.copy_(decisions[:, 1] > 0)
     else:
         store[bs.DUE] = 2 if last_stored >= 0 else 1
         store[bs.STAMP] = latest[ls.STEP] - 1
-    flags.copy_(torch.tensor(left_out, dtype=torch.int32, device="cpu"))
 
 
 @op(decide_tail_reference, like="flags", mutates=("flags", "store"))
