@@ -148,8 +148,7 @@ def _merge_attention_kernel(
 
     a_rows = batch * out_a_stride_b + s * out_a_stride_s + h * out_a_stride_h
     b_rows = batch * out_b_stride_b + s * out_b_stride_s + h * out_b_stride_h
-    a_rows = tl.multiple_of(a_rows, ALIGN)
-    b_rows = tl.multiple_of(b_rows, ALIGN)
+    a_rows, b_rows = tl.multiple_of(a_rows, ALIGN), tl.multiple_of(b_rows, ALIGN)
     d = tl.arange(0, BLOCK_D)[None, :]
     # a partial without keys is not read: it saves the bytes, and it may hold anything
     a_mask = (inside & (lse_a != float("-inf")))[:, None] & (d < D)

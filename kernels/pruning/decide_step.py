@@ -127,7 +127,6 @@ def _decide_step_kernel(
         counters_ptr, values_ptr, limits_ptr, thresholds_ptr, plan_ptr, None, None, capacity
     )
     counts = counts_of(state, step)
-    reference = counts.reference
     reason = choose_once(state, counts, tl.full((), 0.0, tl.float32), False)
     every = tl.load(store_ptr + BLOCKS.EVERY)
     # all threads read before the first one writes
@@ -150,14 +149,12 @@ def _decide_step_kernel(
         tl.store(flags_ptr + i, skipped.to(tl.int32))
         tl.store(trace_ptr + step * blocks + i, skipped.to(tl.int32), mask=planned)
     always = tl.load(thresholds_ptr + LANE.THRESHOLD) >= 1.0
-    decided = tl.where(any_known, REASONS.ABOVE_THRESHOLD, REASONS.NAN)
-    decided = tl.where(
-        any_skipped, tl.where(always, REASONS.THRESHOLD_ALWAYS, REASONS.BELOW_THRESHOLD), decided
-    )
-    reason = tl.where(open_, decided, reason)
+    skipping = tl.where(always, REASONS.THRESHOLD_ALWAYS, REASONS.BELOW_THRESHOLD)
+    running = tl.where(any_known, REASONS.ABOVE_THRESHOLD, REASONS.NAN)
+    reason = tl.where(open_, tl.where(any_skipped, skipping, running), reason)
     diff = tl.where(open_, tl.where(any_own, smallest, float("nan")), -1.0)
     cached = reason >= REASONS.STATIC
-    due = tl.where(reference == 1, tl.where(step % every == 0, 2, 0), 1)
+    due = tl.where(counts.reference == 1, tl.where(step % every == 0, 2, 0), 1)
     tl.store(counters_ptr + LANE.CACHED, cached.to(tl.int32))
     tl.store(counters_ptr + LANE.REASON, reason)
     tl.store(counters_ptr + LANE.CACHED_STEPS, counts.cached_steps + cached.to(tl.int32))
