@@ -163,7 +163,7 @@ def _values(buffer: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _scales(buffer: Tensor, shape: Sequence[int]) -> Tensor:
     """View the scales' section of all chunks, of `shape` (world, B, S, H, D) without D."""
-    if buffer.storage_offset() % 4:  # not in _check_unpack: torch.compile cannot trace it
+    if buffer.storage_offset() % 4:  # not in `fp8_unpack`: torch.compile cannot trace it
         must = "the buffer must start at a multiple of 4 bytes, for the scales"
         raise invalid("fp8_unpack", must, buffer.storage_offset())
     rows = math.prod(shape[1:4])
