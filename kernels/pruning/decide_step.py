@@ -52,9 +52,8 @@ def decide_step(state: BlockSteps, decisions: Tensor | None, *, impl: Impl = "au
         RuntimeError: the state has no room for the step (reference only; Triton decides it as
             DYNAMIC and leaves it out of the traces).
     """
-    flags = state.flags
     if decisions is not None:
-        check_decisions("decide_step", decisions, flags)
+        check_decisions("decide_step", decisions, state.flags)
     _decide_step(impl, state, decisions)
 
 
