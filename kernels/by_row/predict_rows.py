@@ -6,8 +6,6 @@
 launch. The other rows are not written.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -82,17 +80,14 @@ def predict_rows_reference(
     """Plain PyTorch, the meaning of `predict_rows`."""
     for at, row in rows.each():
         if row.is_cached():
-            given = None if encoder is None else encoder[at]
-            hidden, made = predict_reference(*(h[at], given, *_stored(row), replace))
-            out[at].copy_(hidden)
-            if encoder_out is not None and made is not None:
-                encoder_out[at].copy_(made)
+            given, made = [None if x is None else x[at] for x in (encoder, encoder_out)]
+            predict_reference(out[at], made, [h[at], given], _stored(row), replace)
 
 
-def _stored(row: Row) -> Any:
+def _stored(row: Row) -> list[Tensor | None]:
     """Return what `predict` reads of a row, in its order."""
     state, _, ring, encoder_ring, *scales = row
-    return ring, state.weights, encoder_ring, state.encoder_weights, *scales
+    return [ring, state.weights, encoder_ring, state.encoder_weights, *scales]
 
 
 def _check(
@@ -104,7 +99,7 @@ def _check(
     if first.ring is None or (encoder is None) != (encoder_out is None):
         raise ValueError(f"{who}: rings, and an output per stream, must be given, got None")
     second = None if encoder is None else encoder[:1]
-    check_predict(who, h[:1], second, *_stored(first))
+    check_predict(who, [h[:1], second], _stored(first))
     for name, x, made in (("h", h, out), ("encoder", encoder, encoder_out)):
         if x is not None and made is not None:
             rows.check(who, x)

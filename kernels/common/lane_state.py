@@ -314,7 +314,7 @@ class LaneState:
 
 
 DECIDED = ("counters", "values", "trace_reason", "trace_diff")
-"""Names of those that the decision of a step writes."""
+"""Names of the tensors that the decision of a step writes."""
 TENSORS = tuple(tensor.name for tensor in fields(LaneState) if tensor.init)
 """Names of the tensors that a `LaneState` is made of."""
 
@@ -323,12 +323,9 @@ def _blank(capacity: int, device: torch.device | str) -> tuple[Tensor, ...]:
     """Return counters, values and the two traces of a request that has not begun."""
     values = torch.zeros(NUM_VALUES, dtype=torch.float32, device=device)
     values[DIFF], values[RATE] = -1.0, NO_OUTPUT
-    return (
-        torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
-        values,
-        torch.full((capacity,), -1, dtype=torch.int32, device=device),
-        torch.full((capacity,), -1.0, dtype=torch.float32, device=device),
-    )
+    counters = torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
+    reasons = torch.full((capacity,), -1, dtype=torch.int32, device=device)
+    return counters, values, reasons, reasons.float()
 
 
 def steps_newest_first(counters: Sequence[int], slots: int) -> list[int]:

@@ -58,15 +58,11 @@ MANY_SLOTS = 6
 """From so many ring slots on, 16 elements of each per thread need more registers than there are."""
 
 
-_FOR_MANY_SLOTS = {
-    op: tuple(launch for launch in configs if launch.block // launch.num_warps <= 256)
-    for op, configs in CONFIGS.items()
-}
-
-
+@cache
 def configs_of(op: str, slots: int = 1) -> tuple[Launch, ...]:
     """Return the configs of `op` for a ring of `slots` slots; the first is the default."""
-    return (CONFIGS if slots < MANY_SLOTS else _FOR_MANY_SLOTS)[op]
+    most = 256 if slots >= MANY_SLOTS else BLOCK  # elements per warp
+    return tuple(x for x in CONFIGS[op] if x.block // x.num_warps <= most)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -101,24 +101,3 @@ def _registered(
     if fake is not None:
         registered.register_fake(fake)
     return registered
-
-
-def writing(reference: Function, *into: str) -> Function:
-    """Return `reference` for an op that writes its results, to tensors that it takes first.
-
-    Args:
-        reference: returns as many tensors as there are names, None for one that is not written.
-        *into: names of these tensors.
-    """
-
-    def write(*args: Any) -> None:
-        for out, result in zip(args, reference(*args[len(into) :]), strict=False):
-            if out is not None:
-                out.copy_(result)
-
-    signature, either = inspect.signature(reference), inspect.Parameter.POSITIONAL_OR_KEYWORD
-    outputs = [inspect.Parameter(x, either, annotation=Tensor | None) for x in into]
-    write.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*outputs, *signature.parameters.values()], return_annotation=None
-    )
-    return write

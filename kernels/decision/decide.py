@@ -26,18 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dbcache.kernels.common import lane_state as ls
-from dbcache.kernels.common.lane_state import (
-    DECIDED,
-    LANE,
-    PLANS,
-    REASONS,
-    LaneState,
-    Numbers,
-    PlanCode,
-    Reason,
-    Signal,
-    State,
-)
+from dbcache.kernels.common.lane_state import LANE, PLANS, REASONS, LaneState, Reason, State
 from dbcache.kernels.common.launches import contiguous
 from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import Plans
@@ -92,7 +81,7 @@ LAUNCHES = Plans()
 WEIGHTS = slice(ls.WEIGHTS, ls.WEIGHTS + ls.MAX_SLOTS)
 ENCODER = slice(ls.ENCODER_WEIGHTS, ls.ENCODER_WEIGHTS + ls.MAX_SLOTS)
 # an enumeration takes longer to find a member than a comparison takes
-DYNAMIC, CHANGE = PlanCode.DYNAMIC, Signal.CHANGE
+DYNAMIC, CHANGE = ls.PlanCode.DYNAMIC, ls.Signal.CHANGE
 BELOW, ABOVE = Reason.BELOW_THRESHOLD, Reason.ABOVE_THRESHOLD
 
 
@@ -125,7 +114,7 @@ def decide_sums(state: LaneState, sums: Sequence[Sequence[Sequence[float]]] | No
     trace_diff[step] = values[ls.DIFF]
 
 
-def advance(lane: Numbers, code: int, diff: float | None) -> None:
+def advance(lane: ls.Numbers, code: int, diff: float | None) -> None:
     """Advance counters and values by a step of plan code `code` with the change `diff`."""
     reason = choose(lane, code, diff)
     counters, values, limits, thresholds = lane[:4]
@@ -137,7 +126,7 @@ def advance(lane: Numbers, code: int, diff: float | None) -> None:
         if diff is not None:
             values[ls.ACCUMULATED] = f32(values[ls.ACCUMULATED] + diff)
         steps = tuple(ls.steps_newest_first(counters, slots))
-        rule = head, slots, limits[ls.PREDICTOR], thresholds[ls.SCALE]
+        rule = (head, slots), (limits[ls.PREDICTOR], thresholds[ls.SCALE])
         for entries, order in (WEIGHTS, limits[ls.ORDER]), (ENCODER, limits[ls.ENCODER_ORDER]):
             values[entries] = weights_by_slot(step, steps, order, *rule)
     else:
@@ -154,12 +143,14 @@ def advance(lane: Numbers, code: int, diff: float | None) -> None:
     counters[ls.STEP] = step + 1
 
 
-def choose(lane: Numbers, code: int, diff: float | None) -> Reason:
+def choose(lane: ls.Numbers, code: int, diff: float | None) -> Reason:
     """Return the reason that decides a step of plan code `code` with the change `diff`."""
     counters, values, limits, thresholds = lane[:4]
     reference, threshold = counters[ls.REFERENCE], thresholds[ls.THRESHOLD]
     if code != DYNAMIC:
-        return _planned(code, reference)
+        planned = ls.PLANNED[code]
+        is_lost = planned >= ls.FIRST_CACHED and reference != 1
+        return _missing(reference) if is_lost else planned
     if counters[ls.CACHED_STEPS] >= limits[ls.MAX_CACHED] >= 0:
         return Reason.COUNT_LIMIT
     if counters[ls.CONSECUTIVE] >= limits[ls.MAX_CONSECUTIVE] >= 0:
@@ -179,17 +170,11 @@ def choose(lane: Numbers, code: int, diff: float | None) -> Reason:
     return BELOW if diff < threshold else ABOVE
 
 
-def _planned(code: int, reference: int) -> Reason:
-    """Return the reason of a step that the plan decides."""
-    reason = ls.PLANNED[code]
-    return _missing(reference) if reason >= ls.FIRST_CACHED and reference != 1 else reason
-
-
 def _missing(reference: int) -> Reason:
     return Reason.SHAPE_CHANGED if reference == 2 else Reason.NO_REFERENCE
 
 
-@op(decide_reference, like="state.counters", mutates=DECIDED)
+@op(decide_reference, like="state.counters", mutates=ls.DECIDED)
 def _decide(state, partials):
     samples, programs, width = (0, 0, 2) if partials is None else partials.shape
     log_lanes, warps = lanes_for(programs)
@@ -249,12 +234,6 @@ def decide_once(state, partials, LOG_LANES: tl.constexpr, WIDTH: tl.constexpr):
     diff = tl.full((), -1.0, tl.float32)
     if MEASURED:
         diff = signal_of_partials(partials, state, LOG_LANES, WIDTH)
-    _advance(state, diff, MEASURED)
-
-
-@triton.jit
-def _advance(state, diff, MEASURED: tl.constexpr):
-    """The function `advance` above, on the state in memory."""
     counters_ptr, values_ptr = state.counters_ptr, state.values_ptr
     step = tl.load(counters_ptr + LANE.STEP)
     planned, counts = step < state.capacity, counts_of(state, step)

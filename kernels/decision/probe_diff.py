@@ -80,16 +80,19 @@ def sums_of_samples(
     h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, thresholds: Tensor | None
 ) -> list[Tensor]:
     """Return the two or four sums of `probe_diff`, of all that a sample has: each (B,)."""
-    change = (_residual(h_in, h_fn, p_ref.dtype) - p_ref).abs_()
-    if thresholds is not None:
-        return _sums_by_token(change, p_ref.abs(), thresholds)
-    return [_of_samples(change), size_of_samples(p_ref)]
+    if thresholds is None:
+        return [change_of_samples(h_in, h_fn, p_ref), size_of_samples(p_ref)]
+    num = _change(h_in, h_fn, p_ref).sum(-1).flatten(1)
+    den = p_ref.abs().sum(-1, dtype=torch.float32).flatten(1)
+    rest = ~((num / den > thresholds[IMPORTANT]) | num.isnan() | den.isnan())
+    sums = (num, den, num.masked_fill(rest, 0), den.masked_fill(rest, 0))
+    return [x.sum(1) for x in sums]
 
 
 @without_gradient
 def change_of_samples(h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor) -> Tensor:
     """Return the first sum of `probe_diff` alone."""
-    return _of_samples((_residual(h_in, h_fn, p_ref.dtype) - p_ref).abs_())
+    return _of_samples(_change(h_in, h_fn, p_ref))
 
 
 @without_gradient
@@ -98,28 +101,21 @@ def size_of_samples(p_ref: Tensor) -> Tensor:
     return _of_samples(p_ref.abs())
 
 
-def _residual(h_in: Tensor | None, h_fn: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the probe residual in float32, rounded to `dtype` as the reference was."""
+def _change(h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor) -> Tensor:
+    """Return ``|P - p_ref|`` in float32, with P rounded as the reference was."""
+    dtype = p_ref.dtype
     if h_in is None:
-        return h_fn.to(dtype).float()
-    if dtype is not h_in.dtype:
-        return (h_fn.float() - h_in.float()).to(dtype).float()
-    p = torch.sub(h_fn, h_in)  # PyTorch subtracts in float32 and rounds once
-    return p if dtype is torch.float32 else p.float()
+        p = h_fn.to(dtype)
+    elif dtype is not h_in.dtype:
+        p = (h_fn.float() - h_in.float()).to(dtype)
+    else:
+        p = torch.sub(h_fn, h_in)  # PyTorch subtracts in float32 and rounds once
+    return (p.float() - p_ref).abs_()
 
 
 def _of_samples(x: Tensor) -> Tensor:
     """Return the sum of each sample, (B,)."""
     return x.sum(tuple(range(1, x.ndim)), dtype=torch.float32) if x.ndim > 1 else x.float()
-
-
-def _sums_by_token(change: Tensor, size: Tensor, thresholds: Tensor) -> list[Tensor]:
-    """Return the sums of all tokens, and of those that changed more than the threshold."""
-    num = change.sum(-1).flatten(1)
-    den = size.sum(-1, dtype=torch.float32).flatten(1)
-    rest = ~((num / den > thresholds[IMPORTANT]) | num.isnan() | den.isnan())
-    sums = (num, den, num.masked_fill(rest, 0), den.masked_fill(rest, 0))
-    return [x.sum(1) for x in sums]
 
 
 def check_probe(who: str, h_in: Tensor | None, h_fn: Tensor, p_ref: Tensor, by_token: bool) -> None:

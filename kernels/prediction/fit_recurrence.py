@@ -92,9 +92,7 @@ def fit_recurrence_reference(ring: Tensor, counters: Tensor, fit: Tensor, ridge:
     y = [ring[(head - 1 - m) % slots].double().flatten() for m in range(equally_spaced(steps))]
     d = [newer - older for newer, older in pairwise(y)]
     sums = [0.0] * NUM_SUMS
-    for i in range(len(y) - 2):
-        triple = (d[i], d[i + 1], y[i + 1])
-        newer, older, level = triple
+    for (newer, older), level in zip(pairwise(d), y[1:], strict=False):
         terms = ((older, older), (older, level), (level, level), (newer, older), (newer, level))
         sums = [s + (a @ b).item() for s, (a, b) in zip(sums, terms, strict=True)]
     fit.copy_(torch.tensor(solve(sums, ridge), dtype=torch.float64, device="cpu"))

@@ -18,7 +18,7 @@ from torch import Tensor
 from dbcache.kernels.common.checks import check_tensor
 from dbcache.kernels.common.e4m3 import decode, dequantize, tiles
 from dbcache.kernels.common.launches import BLOCK, contiguous, elementwise, power_of_2
-from dbcache.kernels.common.op import op, writing
+from dbcache.kernels.common.op import op
 from dbcache.kernels.common.plans import REFERENCE, Plan, Plans
 from dbcache.kernels.common.select import Impl, without_gradient
 from dbcache.kernels.prediction.ring import check_rings
@@ -68,13 +68,12 @@ def predict(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    kept = (ring, weights, encoder_ring, encoder_weights, scales, encoder_scales)
-    found = LAUNCHES.find(impl, replace, (h, encoder), kept)
+    moving = [h, encoder]
+    kept = [ring, weights, encoder_ring, encoder_weights, scales, encoder_scales]
+    found = LAUNCHES.find(impl, replace, moving, kept)
     if found is None:
-        check_predict("predict", h, encoder, *kept)
-        found = LAUNCHES.note_checked(impl, replace, (h, encoder), kept)
-    if found is REFERENCE and out is None and encoder_out is None:
-        return predict_reference(h, encoder, *kept, replace)
+        check_predict("predict", moving, kept)
+        found = LAUNCHES.note_checked(impl, replace, moving, kept)
     out = torch.empty_like(h) if out is None and h.is_contiguous() else _output("h", h, out)
     if encoder is None:
         encoder_out = None
@@ -82,15 +81,17 @@ def predict(
         encoder_out = torch.empty_like(encoder)
     else:
         encoder_out = _output("encoder", encoder, encoder_out)
-    if type(found) is not tuple or not _follow(*found, out, encoder_out):
-        _predict(impl, out, encoder_out, h, encoder, *kept, replace)
+    if found is REFERENCE:
+        predict_reference(out, encoder_out, moving, kept, replace)
+    elif type(found) is not tuple or not _follow(*found, out, encoder_out):
+        _predict(impl, out, encoder_out, moving, kept, replace)
     return out, encoder_out
 
 
-def check_predict(
-    op, h, encoder, ring, weights, encoder_ring, encoder_weights, scales, encoder_scales
-):
+def check_predict(op, moving, kept):
     """Raise a ValueError, as from `op`, unless the tensors of `predict` fit."""
+    h, encoder = moving
+    ring, weights, encoder_ring, encoder_weights, scales, encoder_scales = kept
     streams = [("h", h, ring, scales, weights)]
     if encoder is not None:
         if encoder_ring is None or encoder_weights is None:
@@ -119,43 +120,35 @@ def _follow(
     return True
 
 
+Tensors = list[Tensor | None]
+
+
 @without_gradient
 def predict_reference(
-    h: Tensor,
-    encoder: Tensor | None,
-    ring: Tensor,
-    weights: Tensor,
-    encoder_ring: Tensor | None,
-    encoder_weights: Tensor | None,
-    scales: Tensor | None,
-    encoder_scales: Tensor | None,
-    replace: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Plain PyTorch, the meaning of `predict`."""
-    out = _weighted_sum(h, ring, weights, scales, replace)
-    if encoder is None or encoder_ring is None or encoder_weights is None:
-        return out, None
-    return out, _weighted_sum(encoder, encoder_ring, encoder_weights, encoder_scales, replace)
+    out: Tensor, encoder_out: Tensor | None, moving: Tensors, kept: Tensors, replace: bool
+) -> None:
+    """Plain PyTorch, the meaning of `predict`; `moving` and `kept` as it has them."""
+    ring, weights, encoder_ring, encoder_weights, scales, encoder_scales = kept
+    _write_sum(out, moving[0], ring, weights, scales, replace)
+    if encoder_out is not None:
+        _write_sum(encoder_out, moving[1], encoder_ring, encoder_weights, encoder_scales, replace)
 
 
-def _weighted_sum(
-    h: Tensor, ring: Tensor, weights: Tensor, scales: Tensor | None, replace: bool
-) -> Tensor:
+def _write_sum(out, h, ring, weights, scales, replace):
     """Add up in float32, one op per used slot; h first, so that it needs no pass of its own."""
-    dtype = h.dtype
-    total = None if replace else h if dtype is torch.float32 else h.float()
+    into = out if out.dtype is torch.float32 else None
+    total = None if replace else h.float()
     for slot, weight in enumerate(weights.tolist()[: len(ring)]):
-        if weight == 0:
-            continue
-        snapshot = ring[slot] if scales is None else dequantize(ring[slot], scales[slot])
-        if total is None:
-            total = snapshot.float() * weight
-        else:
-            total = torch.add(total, snapshot, alpha=weight)
+        if weight != 0:
+            snapshot = ring[slot] if scales is None else dequantize(ring[slot], scales[slot])
+            if total is None:
+                total = torch.mul(snapshot.float(), weight, out=into)
+            else:
+                total = torch.add(total, snapshot, alpha=weight, out=into)
     if total is None:
-        return torch.zeros(h.shape, dtype=dtype, device=h.device)
-    out = total if dtype is torch.float32 else total.to(dtype)
-    return out.clone(memory_format=torch.contiguous_format) if total is h else out.contiguous()
+        out.zero_()
+    elif total is not out:
+        out.copy_(total)
 
 
 def fp8_tile(width: int, itemsize: int) -> tuple[int, int, int]:
@@ -166,17 +159,12 @@ def fp8_tile(width: int, itemsize: int) -> tuple[int, int, int]:
 
 
 LAUNCHES = Plans()
-OUTPUTS = ("out", "encoder_out")
 
 
-@op(writing(predict_reference, *OUTPUTS), like="h", mutates=OUTPUTS)
-def _predict(
-    out, encoder_out, h, encoder, ring, weights, encoder_ring, encoder_weights, scales,
-    encoder_scales, replace,
-):  # fmt: skip
-    moving = (h, encoder)
-    kept = (ring, weights, encoder_ring, encoder_weights, scales, encoder_scales)
-    h, encoder = contiguous(h, encoder)
+@op(predict_reference, like="moving", mutates=("out", "encoder_out"))
+def _predict(out, encoder_out, moving, kept, replace):
+    h, encoder = contiguous(*moving)
+    ring, *_, scales, _ = kept
     if scales is None:
         sizes = elementwise("predict", h, encoder, ring.shape[0])
         kernel, (parts, tail, warps) = _predict_kernel, sizes

@@ -15,7 +15,6 @@ order, and the weights are rounded to float32 at the end. The system is solved b
 elimination without pivoting, which is stable as the matrix is positive definite.
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -113,7 +112,9 @@ def chebyshev_weights(
         for t, c in zip(row, x, strict=True):
             total += t * c
         weights.append(blend * total)
-    return [f32(w + (1 - blend) * v) for w, v in zip(weights, _line(steps, step), strict=True)]
+    ahead = float(step - steps[0]) / float(steps[0] - steps[1])
+    line = [1.0 + ahead, -ahead] + [0.0] * (len(steps) - 2)  # through the two newest snapshots
+    return [f32(w + (1 - blend) * v) for w, v in zip(weights, line, strict=True)]
 
 
 def _polynomials(step: int, last: float, size: int) -> list[float]:
@@ -123,14 +124,6 @@ def _polynomials(step: int, last: float, size: int) -> list[float]:
     while len(values) < size:
         values.append(2.0 * x * values[-1] - values[-2])
     return values[:size]
-
-
-def _line(steps: Sequence[int], step: int) -> list[float]:
-    """Return the weights of the straight line through the two newest snapshots."""
-    weights = [0.0] * len(steps)
-    ahead = float(step - steps[0]) / float(steps[0] - steps[1])
-    weights[0], weights[1] = 1.0 + ahead, -ahead
-    return weights
 
 
 @op(spectrum_weights_reference, like="state.counters", mutates=("values",))

@@ -90,15 +90,18 @@ def reached(steps: Sequence[int], order: int, predictor: int) -> int:
 
 @lru_cache(maxsize=4096)
 def weights_by_slot(
-    step: int,
-    steps: tuple[int, ...],
-    order: int,
-    head: int,
-    slots: int,
-    predictor: int,
-    scale: float,
+    step: int, steps: tuple[int, ...], order: int, ring: tuple[int, int], rule: tuple[int, float]
 ) -> "array[float]":
-    """Return the weights for `step` by slot, of snapshots at `steps`. Requests repeat the same."""
+    """Return the weights for `step` by slot, of snapshots at `steps`. Requests repeat the same.
+
+    Args:
+        step: that is predicted.
+        steps: of the snapshots, newest first.
+        order: of the prediction, at most.
+        ring: slot that the next full step will write, and number of slots.
+        rule: the predictor and its scale.
+    """
+    (head, slots), (predictor, scale) = ring, rule
     ages, order = [step - s for s in steps], reached(steps, order, predictor)
     return array("f", spread(taylor_weights(ages, order, predictor, scale), head, slots))
 

@@ -323,8 +323,8 @@ def test_the_ops_are_registered_as_they_behave(random, device, encoder, impl):
     args = (*hidden, random(2, 3, 5), *second, *kept, *scales, False, impl)
     torch.library.opcheck(torch.ops.dbcache.commit.default, args)
     outputs = (torch.empty_like(hidden[0]), torch.empty_like(streams[1][0]) if encoder else None)
-    kept = (rings[0], weights, second_ring, weights if encoder else None)
-    args = (*outputs, hidden[0], second[0], *kept, *scales, False, impl)
+    kept = [rings[0], weights, second_ring, weights if encoder else None, *scales]
+    args = (*outputs, [hidden[0], second[0]], kept, False, impl)
     torch.library.opcheck(torch.ops.dbcache.predict.default, args)
 
 

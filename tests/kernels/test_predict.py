@@ -214,5 +214,6 @@ def test_the_op_is_registered_as_it_behaves(random, encoder, impl):
     op = torch.ops.dbcache.predict.default
     outputs = (torch.empty_like(stream[0]), None if second[0] is None else second[0].clone())
     (h, *stored), (encoder_h, *encoder_stored) = stream, second
-    args = (*outputs, h, encoder_h, *stored, *encoder_stored, None, None, False, impl)
+    kept = [*stored, *encoder_stored, None, None]
+    args = (*outputs, [h, encoder_h], kept, False, impl)
     torch.library.opcheck(op, args)
