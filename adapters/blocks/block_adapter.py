@@ -83,7 +83,7 @@ class BlockAdapter:
         """Return what is to be cached, checked and in one shape."""
         transformers = self.transformers()
         check_flag("BlockAdapter.long_skips", self.long_skips)
-        blocks = _per_transformer(self._blocks(transformers), len(transformers))
+        blocks = self._blocks(transformers)
         counts = [len(lists) for lists in blocks]
         said = (
             like_blocks(f"BlockAdapter.{name}", given, counts, kind)
@@ -100,15 +100,26 @@ class BlockAdapter:
             specs.append(TransformerSpec(transformer, stacks, self.has_separate_cfg, self.fills))
         return specs
 
-    def _blocks(self, transformers: list[torch.nn.Module]) -> Any:
-        """Return the lists of blocks as they were given, by name, or found."""
-        if self.blocks is None and self.blocks_name is not None:
-            return _by_name(self.blocks_name, transformers)
-        if self.blocks is None and self.auto:
+    def _blocks(self, transformers: list[torch.nn.Module]) -> list[list[Any]]:
+        """Return the lists of blocks of each transformer: as they were given, by name, or found."""
+        given, count = self.blocks, len(transformers)
+        if given is None and self.blocks_name is not None:
+            rows = _per_transformer("BlockAdapter.blocks_name", self.blocks_name, count)
+            pairs = zip(transformers, rows, strict=True)
+            return [[_named(transformer, name) for name in row] for transformer, row in pairs]
+        if given is None and self.auto:
             pattern = self.forward_pattern
             check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
             return [find_blocks(transformer, pattern) for transformer in transformers]
-        return self.blocks
+        rows = [] if given is None else _per_transformer("BlockAdapter.blocks", given, count)
+        lists = [blocks for row in rows for blocks in row]
+        if not lists or not all(isinstance(blocks, BLOCKS) for blocks in lists):
+            raise TypeError(
+                f"BlockAdapter.blocks must be a ModuleList of the transformer or a list of them, "
+                f"got {type(given).__name__}; pass the attribute itself, as in "
+                f"transformer.transformer_blocks"
+            )
+        return rows
 
     def _stack(
         self, block_list: BlockList, pattern: Any, modifier: ParamsModifier | None, streams: Streams
@@ -152,39 +163,22 @@ class BlockAdapter:
         return list(map(unwrap, transformers))
 
 
-def _by_name(names: Any, transformers: list[torch.nn.Module]) -> list[list[Any]]:
-    """Return the lists of blocks that have these names, per transformer."""
-    who = "BlockAdapter.blocks_name"
-    rows = _rows(names if isinstance(names, list | tuple) and len(transformers) > 1 else [names])
-    if len(rows) != len(transformers):
-        raise ValueError(
-            f"{who} must have one entry per transformer, got {len(rows)} for {len(transformers)}"
-        )
-    for transformer, row in zip(transformers, rows, strict=True):
-        known = [name for name, x in transformer.named_children() if isinstance(x, BLOCKS)]
-        for name in row:
-            if name not in known:
-                raise ValueError(unknown(f"{who} of {type(transformer).__name__}", name, known))
-    return [[getattr(m, name) for name in row] for m, row in zip(transformers, rows, strict=True)]
+def _named(transformer: torch.nn.Module, name: Any) -> torch.nn.Module:
+    """Return the list of blocks of that name."""
+    known = [own for own, module in transformer.named_children() if isinstance(module, BLOCKS)]
+    if name not in known:
+        who = f"BlockAdapter.blocks_name of {type(transformer).__name__}"
+        raise ValueError(unknown(who, name, known))
+    return getattr(transformer, name)
 
 
-def _per_transformer(given: Any, count: int) -> list[list[Any]]:
-    """Bring `blocks` (one list of blocks, several, or rows of them) into a row per transformer."""
-    if isinstance(given, BLOCKS):
-        given = [given]
-    if not isinstance(given, list | tuple) or not given:
-        raise TypeError(
-            f"BlockAdapter.blocks must be a ModuleList of the transformer or a list of them, got "
-            f"{type(given).__name__}; pass the attribute itself, as in "
-            f"transformer.transformer_blocks"
-        )
-    is_row = count == 1 and all(isinstance(x, BLOCKS) for x in given)
-    rows = [list(given)] if is_row else _rows(given)
-    if len(rows) != count or not all(isinstance(x, BLOCKS) for row in rows for x in row):
-        raise ValueError(
-            f"BlockAdapter.blocks must hold one ModuleList or one list of them per transformer, "
-            f"got {len(rows)} for {count}"
-        )
+def _per_transformer(who: str, given: Any, count: int) -> list[list[Any]]:
+    """Bring entries (one, several, or rows of them) into a row per transformer."""
+    entries = given if isinstance(given, list | tuple) else [given]
+    is_row = count == 1 and not any(map(_is_row, entries))
+    rows = [list(entries)] if is_row else _rows(entries)
+    if len(rows) != count:
+        raise ValueError(f"{who} must have one entry per transformer, got {len(rows)} for {count}")
     return rows
 
 

@@ -37,9 +37,8 @@ def find_blocks(
     Raises:
         ValueError: there is no such list.
     """
-    found = _candidates(transformer)
-    if pattern is not None:
-        found = [blocks for blocks in found if _may_follow(blocks[0], pattern)]
+    lists = _candidates(transformer)
+    found = [blocks for blocks in lists if pattern is None or _may_follow(blocks[0], pattern)]
     if not found:
         fits = f" that fit {pattern.name}" if pattern is not None else ""
         raise ValueError(

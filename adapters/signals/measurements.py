@@ -203,11 +203,7 @@ class Spectrum(Source):
         return last[2]
 
 
-SOURCES: dict[str, type[Source]] = {
-    "latents": Latents,
-    "modulated": ModulatedInput,
-    "spectrum": Spectrum,
-}
+SOURCES = {"latents": Latents, "modulated": ModulatedInput, "spectrum": Spectrum}
 """By what a policy measures; there is none for the probe, nor for nothing."""
 
 
