@@ -37,8 +37,10 @@ def find_blocks(
     Raises:
         ValueError: there is no such list.
     """
-    lists = _candidates(transformer)
-    found = [blocks for blocks in lists if pattern is None or _may_follow(blocks[0], pattern)]
+    sizes = {x: sum(p.numel() for p in x.parameters()) for x in _outermost_lists(transformer)}
+    least = SMALLEST_SHARE * max(sizes.values(), default=0)
+    large = [blocks for blocks, size in sizes.items() if size >= least]
+    found = [blocks for blocks in large if pattern is None or _may_follow(blocks[0], pattern)]
     if not found:
         fits = f" that fit {pattern.name}" if pattern is not None else ""
         raise ValueError(
@@ -78,14 +80,8 @@ def _may_follow(block: torch.nn.Module, pattern: ForwardPattern) -> bool:
     return returned is None or len(returned) in (1, len(pattern.returns))
 
 
-def _candidates(transformer: torch.nn.Module) -> list[torch.nn.ModuleList]:
-    """Return the lists of blocks that are large enough, in the order of definition."""
-    sizes = {x: sum(p.numel() for p in x.parameters()) for x in _outermost_lists(transformer)}
-    least = SMALLEST_SHARE * max(sizes.values(), default=0)
-    return [blocks for blocks, size in sizes.items() if size >= least]
-
-
 def _outermost_lists(module: torch.nn.Module) -> Iterator[torch.nn.ModuleList]:
+    """Yield the lists of blocks in no other such list, in the order of definition."""
     for child in module.children():
         if isinstance(child, torch.nn.ModuleList) and _are_blocks(child):
             yield child

@@ -53,7 +53,7 @@ class Source:
 
     def __init__(self, who: str, model: torch.nn.Module, first_block: torch.nn.Module) -> None:
         self.who = who
-        self.value: torch.Tensor | None = None
+        self.value: Any = None
 
     def start_request(self) -> None:
         """Forget the last request."""
@@ -73,7 +73,6 @@ class Source:
 
     def measured(self) -> torch.Tensor:
         """Return what is compared, (B, ...)."""
-        assert self.value is not None
         return self.value.to(stored_dtype(self.value.dtype))
 
     def finish(self, lane: Lane, output: Any, cached: bool) -> None:
@@ -140,7 +139,7 @@ class Spectrum(Source):
         if not isinstance(timestep, torch.Tensor) or timestep.ndim > 1:
             raise ValueError(
                 f"{self.who}: policy='seacache' must get one timestep per sample, got "
-                f"{timestep if timestep is None else tuple(timestep.shape)}; choose another policy"
+                f"{describe(timestep)}; choose another policy"
             )
         sigma = timestep.to(x.device) / self.full_noise
         axes = tuple(range(2, x.ndim))  # (B, C, H, W) or (B, C, frames, H, W)

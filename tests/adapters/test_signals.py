@@ -112,8 +112,10 @@ def test_tokens_of_pictures_that_are_given_are_left_out():
     assert torch.equal(stack.source.measured(), alone)
     with pytest.raises(ValueError, match=r"one token per point of their grid, got 8 tokens for a"):
         stack.source.start(Call(model, (), given | {"hidden_states": x[:, :8]}))
-    with pytest.raises(ValueError, match=r"one timestep per sample, got \(1, 20\); choose"):
-        stack.source.start(Call(model, (), given | {"timestep": torch.ones(1, 20)}))
+    wrong = {r"a tensor of shape \(1, 20\)": torch.ones(1, 20), "float": 0.5, "None": None}
+    for got, timestep in wrong.items():
+        with pytest.raises(ValueError, match=f"one timestep per sample, got {got}; choose"):
+            stack.source.start(Call(model, (), given | {"timestep": timestep}))
     with pytest.raises(ValueError, match="must get img_ids or img_shapes with packed latents"):
         stack.source.start(Call(model, (), {"hidden_states": x, "timestep": torch.tensor([0.5])}))
     dbcache.disable(model)
