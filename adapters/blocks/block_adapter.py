@@ -121,11 +121,9 @@ class BlockAdapter:
             )
         return rows
 
-    def _stack(
-        self, block_list: BlockList, pattern: Any, modifier: ParamsModifier | None, streams: Streams
-    ) -> StackSpec:
-        """Return a stack of `block_list`, checked against the pattern."""
-        first = block_list.blocks[0]
+    def _stack(self, where: BlockList, pattern: Any, modifier: Any, streams: Streams) -> StackSpec:
+        """Return the stack of a list of blocks, checked against the pattern."""
+        first = where.blocks[0]
         if self.auto:
             pattern, known = pattern or pattern_of(first), declared(first)
             if known is not None and known[0] is pattern and streams == STREAMS:
@@ -136,11 +134,9 @@ class BlockAdapter:
                 f"got None; give one, or auto=True"
             )
         if pattern is not None and self.check_forward_pattern is not False:
-            pattern = _true_pattern(block_list, pattern, streams)
-            check_signatures(block_list, pattern, streams)
-        return StackSpec(
-            (block_list,), pattern, streams, long_skips=self.long_skips, modifier=modifier
-        )
+            pattern = _true_pattern(where, pattern, streams)
+            check_signatures(where, pattern, streams)
+        return StackSpec((where,), pattern, streams, long_skips=self.long_skips, modifier=modifier)
 
     def transformers(self) -> list[torch.nn.Module]:
         """Return the transformers, without what `torch.compile` wrapped around them."""
@@ -212,15 +208,13 @@ def like_blocks(who: str, given: Any, counts: list[int], kind: type) -> list[lis
     return nested
 
 
-def _true_pattern(
-    block_list: BlockList, pattern: ForwardPattern, streams: Streams
-) -> ForwardPattern:
+def _true_pattern(where: BlockList, pattern: ForwardPattern, streams: Streams) -> ForwardPattern:
     """Return the pattern that the source of a block shows where it returns other streams."""
-    seen = guess_pattern(block_list.blocks[0])
+    seen = guess_pattern(where.blocks[0])
     if seen is None or streams != STREAMS or seen.returns in (pattern.returns, (HIDDEN,)):
         return pattern
     say(
-        f"BlockAdapter: {block_list.path} was given as {pattern.name}, but its blocks return "
+        f"BlockAdapter: {where.path} was given as {pattern.name}, but its blocks return "
         f"({', '.join(seen.returns)}), which is {seen.name}; goes on with that. FLUX's single "
         f"blocks returned one stream up to diffusers 0.34; give forward_pattern={seen.name}"
     )

@@ -72,10 +72,8 @@ class Call(NamedTuple):
 
     def get(self, name: str) -> Any:
         """Return an argument by name; None where it is not given."""
-        if name in self.kwargs:
-            return self.kwargs[name]
-        at = self.names.index(name) if name in self.names else len(self.args)
-        return self.args[at] if at < len(self.args) else None
+        given = dict(zip(self.names, self.args, strict=False)) | self.kwargs
+        return given.get(name)
 
 
 class ArgumentFinder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -105,9 +104,7 @@ class InstanceMethod:
     def _is_left_over(self) -> bool:
         """Whether a hook that is gone made an entry of the instance of the method of its class."""
         is_own = self._link.holder is self.module.__dict__ and self._link.name == self.name
-        original = self.original
-        is_method = isinstance(original, types.MethodType) and original.__self__ is self.module
-        return is_method and not is_own
+        return getattr(self.original, "__self__", None) is self.module and not is_own
 
 
 @functools.cache

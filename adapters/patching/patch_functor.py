@@ -94,8 +94,10 @@ class Patches:
         """Take the changes back."""
         for change in reversed(self._changes):
             change.exchange(change.new, change.old)
-            if isinstance(change.holder, dict):
-                _sort(change.holder, change.order)
+            holder, order = change.holder, change.order
+            if isinstance(holder, dict) and list(holder) != order and set(holder) == set(order):
+                for name in order:
+                    holder[name] = holder.pop(name)
 
     def redo(self) -> None:
         """Put the same changes on again."""
@@ -172,13 +174,6 @@ def _difference(old: Any, new: Any) -> tuple[Any, Any]:
         return ([], []) if is_same else (old, new.copy())
     names = [x for x in {**old, **new} if old.get(x, ABSENT) is not new.get(x, ABSENT)]
     return {x: old.get(x, ABSENT) for x in names}, {x: new.get(x, ABSENT) for x in names}
-
-
-def _sort(holder: dict[str, Any], order: list[str]) -> None:
-    """Give a dictionary an order of its entries, if these are just they."""
-    if list(holder) != order and set(holder) == set(order):
-        for name in order:
-            holder[name] = holder.pop(name)
 
 
 def _members(cls: type) -> dict[str, Any]:

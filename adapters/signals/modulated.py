@@ -15,10 +15,6 @@ from torch import Tensor
 
 def _first_norm(block: Any, hidden_states: Tensor, temb: Tensor) -> Tensor:
     """Adaptive layer norms: they return what enters the attention first."""
-    return block.norm1(hidden_states, temb)[0]
-
-
-def _flux_norm(block: Any, hidden_states: Tensor, temb: Tensor) -> Tensor:
     return block.norm1(hidden_states, emb=temb)[0]
 
 
@@ -34,9 +30,9 @@ def _time(block: Any, hidden_states: Tensor, temb: Tensor) -> Tensor:
 
 
 MODULATED: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
-    "FluxTransformerBlock": _flux_norm,
-    "HunyuanVideoTransformerBlock": _flux_norm,
-    "BriaTransformerBlock": _flux_norm,
+    "FluxTransformerBlock": _first_norm,
+    "HunyuanVideoTransformerBlock": _first_norm,
+    "BriaTransformerBlock": _first_norm,
     "MochiTransformerBlock": _first_norm,
     "QwenImageTransformerBlock": _qwen_norm,
     "CogVideoXBlock": _time,

@@ -39,9 +39,8 @@ def sea_filter(x: torch.Tensor, sigma: torch.Tensor, axes: tuple[int, ...]) -> t
     gains = []
     for axis in axes:
         frequency = torch.fft.fftfreq(x.shape[axis], device=x.device, dtype=torch.float32)
-        shape = [1] * x.ndim
-        shape[axis] = -1
-        signal = 1 / (frequency.abs().pow(power) + TINY).reshape(shape)
+        signal = 1 / (frequency.abs().pow(power) + TINY)
+        signal = signal.reshape(-1, *[1] * (x.ndim - axis - 1))
         gains.append((1 - s) * signal / ((1 - s) ** 2 * signal + s**2 + TINY))
     gain = functools.reduce(torch.mul, gains)
     gain = gain / gain.mean(axes, keepdim=True)
