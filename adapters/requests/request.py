@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from functools import partial
 from threading import current_thread
 from typing import Any
 
@@ -30,9 +31,7 @@ from dbcache.adapters.signals.lora import CHANGED, Adapters
 from dbcache.graphs.cuda_capture import UserCapture
 from dbcache.graphs.fingerprint import has_own_graphs
 from dbcache.graphs.recording import Cutter
-from dbcache.graphs.trial import Restorable
-from dbcache.lanes.lane_copy import AnyLane, LaneCopy
-from dbcache.lanes.shared_change import SharedCopy
+from dbcache.lanes.lane_copy import AnyLane, StepCopy, tensors_of
 
 _has_loop = asyncio._get_running_loop
 
@@ -377,10 +376,11 @@ class Request:
         sources = [run.source for run in self.lane_set.runs if run.source is not None]
         return tuple(source.kind_of(Call(self.module, args, kwargs)) for source in sources)
 
-    def copies(self) -> list[Restorable]:
+    def copies(self) -> list[StepCopy]:
         """Return copies of all that the step under way changes."""
-        shared = (SharedCopy(run.shared) for run in self.lane_set.runs)
-        return [*map(LaneCopy, self.lanes()), *shared]
+        lanes = [StepCopy(lane.steps, partial(tensors_of, lane)) for lane in self.lanes()]
+        changes = [run.shared for run in self.lane_set.runs]
+        return lanes + [StepCopy(change, change.tensors) for change in changes]
 
     # --- the end ----------------------------------------------------------------------------
 

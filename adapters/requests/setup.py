@@ -21,7 +21,7 @@ from dbcache.adapters.stacks.build import make_stacks
 from dbcache.adapters.stacks.proxies import Loop
 from dbcache.adapters.stacks.stack_run import StackRun
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings, merge
-from dbcache.graphs.cuda_capture import UserCapture, user_capture
+from dbcache.graphs.cuda_capture import UserCapture
 from dbcache.graphs.graph import GraphExecutor, GraphOptions
 from dbcache.lanes.sharding import Sharding
 from dbcache.notices import say
@@ -187,7 +187,7 @@ class Setup:
     def user_capture(self) -> UserCapture:
         """Return what records branches while the user captures a graph."""
         if self.capture is None:
-            self.capture = user_capture(next(self.module.parameters()).device)
+            self.capture = UserCapture(next(self.module.parameters()).device)
         return self.capture
 
     def renewed(

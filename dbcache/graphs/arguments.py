@@ -6,8 +6,7 @@ tensors, and this is done on every step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -23,26 +22,20 @@ Structure = tuple[tuple[int | str, TreeSpec | None], ...]
 def flatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Structure]:
     """Return the leaves of all arguments, in order, and how they make the arguments."""
     leaves: list[Any] = []
-    structure: list[tuple[int | str, TreeSpec | None]] = []
-    named: Iterable[tuple[int | str, Any]] = chain(enumerate(args), kwargs.items())
-    for name, value in named:
-        if type(value) in LEAVES:
-            leaves.append(value)
-            structure.append((name, None))
-        else:
-            parts, spec = tree_flatten(value)
-            leaves += parts
-            structure.append((name, spec))
+    structure: list[tuple[Any, TreeSpec | None]] = []
+    for name, value in chain(enumerate(args), kwargs.items()):
+        parts, spec = ([value], None) if type(value) in LEAVES else tree_flatten(value)
+        leaves += parts
+        structure.append((name, spec))
     return leaves, tuple(structure)
 
 
 def unflatten(leaves: list[Any], structure: Structure) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return (args, kwargs) that are made of other leaves."""
-    args, kwargs, start = [], {}, 0
+    args, kwargs, rest = [], {}, iter(leaves)
     for name, spec in structure:
-        stop = start + (1 if spec is None else spec.num_leaves)
-        value = leaves[start] if spec is None else tree_unflatten(leaves[start:stop], spec)
-        start = stop
+        parts = [*islice(rest, 1 if spec is None else spec.num_leaves)]
+        value = parts[0] if spec is None else tree_unflatten(parts, spec)
         if isinstance(name, str):
             kwargs[name] = value
         else:

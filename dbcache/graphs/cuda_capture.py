@@ -14,17 +14,19 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from dbcache.graphs.cuda_driver import CudaDriver, find_driver
+from dbcache.lanes.decision import Decision
 
 KEEPS_WORKSPACES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 """Whether PyTorch keeps the workspace of a stream for good."""
 
-_idle_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
+_idle_streams: defaultdict[torch.device, list[Any]] = defaultdict(list)
 """Streams of recorders that are closed, where workspaces are kept."""
 
 _broken_graphs: list[Any] = []
@@ -42,18 +44,13 @@ class CudaSegment:
     def __init__(self, graph: Any, driver: CudaDriver | None) -> None:
         self.graph = graph
         self.raw: int | None = int(graph.raw_cuda_graph())
-        if driver is not None and not driver.node_types(driver.cu.CUgraph(self.raw)):
+        if driver is not None and not driver.node_types(self.raw):
             self.raw = None
-        self._is_ready = False
 
     def replay(self) -> None:
-        """Launch the graph on the current stream."""
-        if self.raw is None:
-            return
-        if not self._is_ready:
-            self.graph.instantiate()
-            self._is_ready = True
-        self.graph.replay()
+        """Launch the graph on the current stream; PyTorch makes it executable the first time."""
+        if self.raw is not None:
+            self.graph.replay()
 
 
 class CudaRecorder:
@@ -72,20 +69,18 @@ class CudaRecorder:
             self.stream = self._find_stream()
         self._open: Any = None
 
-    def _find_stream(self) -> torch.cuda.Stream:
-        idle = _idle_streams.get(self.device)
-        if idle:
-            return idle.pop()
+    def _find_stream(self) -> Any:
+        if _idle_streams[self.device]:
+            return _idle_streams[self.device].pop()
         if self.driver is None:
             return torch.cuda.Stream(self.device)
-        # PyTorch hands its 32 streams out in turn: one of them may be in use elsewhere
         torch.cuda.current_stream(self.device).synchronize()
-        return torch.cuda.ExternalStream(self.driver.create_stream(), device=self.device)
+        return _new_stream(self.driver, self.device)
 
     def close(self) -> None:
         """Hand the stream on, where its workspace would stay for good; nothing records after."""
         if KEEPS_WORKSPACES:
-            _idle_streams.setdefault(self.device, []).append(self.stream)
+            _idle_streams[self.device].append(self.stream)
 
     def on_device(self) -> Any:
         """Make the GPU the current one, which the driver's calls go to."""
@@ -169,23 +164,21 @@ class UserCapture:
 
     Args:
         device: the GPU whose current stream is capturing.
-        driver: as found by `find_driver`; None where branches are impossible.
-        why: why they are impossible.
     """
 
     fixed_by_plan = True
 
-    def __init__(self, device: torch.device, driver: CudaDriver | None, why: str) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.driver = driver
-        self.why = why
+        self.driver: Any
+        self.driver, self.why = find_driver()
         self._pool: Any = None
         self._stream: Any = None
-        self._bodies: list[Any] = []
+        self._body = contextlib.ExitStack()
+        self._cached: Any = None
         self._name = ""
-        self._entered: contextlib.ExitStack | None = None
 
-    def begin_full(self, decision: Any, name: str) -> None:
+    def begin_full(self, decision: Decision, name: str) -> None:
         """Put a branch into the user's graph; what follows belongs to its full body.
 
         Raises:
@@ -199,66 +192,39 @@ class UserCapture:
                 f"Bn_compute_blocks_ids), or enable with cuda_graph='host' and capture nothing"
             )
         if self._stream is None:
-            self._stream, self._pool = self._make_stream(), self._make_pool()
+            self._stream = _new_stream(self.driver, self.device)
+            self._pool = torch.cuda.MemPool()
         self._name = name
-        outer = self._outer_stream()
-        full, cached = self.driver.branch_capture(outer, decision.flag.data_ptr())
-        self._bodies = [cached]
-        self._enter(full)
+        outer = torch.cuda.current_stream(self.device).cuda_stream
+        full, self._cached = self.driver.branch_capture(outer, decision.flag.data_ptr())
+        self._begin_body(full)
         decision.count()
 
     def begin_cached(self) -> None:
-        self._leave()
-        self._enter(self._bodies.pop())
+        self.end_branch()
+        self._begin_body(self._cached)
 
     def end_branch(self) -> None:
-        self._leave()
+        self._body.close()
 
-    def _enter(self, body: Any) -> None:
-        assert self.driver is not None
+    def _begin_body(self, body: Any) -> None:
         with contextlib.ExitStack() as entered:
-            entered.enter_context(self._on_stream())
-            entered.enter_context(self._from_pool(self._pool))
+            entered.enter_context(torch.cuda.stream(self._stream))
+            entered.enter_context(torch.cuda.use_mem_pool(self._pool))
             self.driver.begin_body(self._stream.cuda_stream, body)
-            self._entered = entered.pop_all()
-
-    def _leave(self) -> None:
-        assert self.driver is not None
-        assert self._entered is not None
-        entered, self._entered = self._entered, None
-        with entered:
-            self.driver.end_body(self._stream.cuda_stream, self._name)
+            entered.callback(self.driver.end_body, self._stream.cuda_stream, self._name)
+            self._body = entered.pop_all()
 
     def abort(self) -> None:
         """Leave off after an exception."""
-        if self._entered is not None:
-            with contextlib.suppress(RuntimeError):
-                self._leave()
+        with contextlib.suppress(RuntimeError):
+            self._body.close()
 
-    def _outer_stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream
 
-    def _make_stream(self) -> Any:
-        assert self.driver is not None
-        return torch.cuda.ExternalStream(self.driver.create_stream(), device=self.device)
-
-    def _make_pool(self) -> Any:
-        return torch.cuda.MemPool()
-
-    def _on_stream(self) -> Any:
-        return torch.cuda.stream(self._stream)
-
-    def _from_pool(self, pool: Any) -> Any:
-        return torch.cuda.use_mem_pool(pool)
+def _new_stream(driver: CudaDriver, device: torch.device) -> Any:
+    """Return a stream that nothing else has: PyTorch hands its 32 ones out in turn."""
+    return torch.cuda.ExternalStream(driver.create_stream(), device=device)
 
 
 RECORDERS: dict[str, Any] = {"cuda": CudaRecorder}
 """What records, by type of device."""
-
-USER_CAPTURES: dict[str, Any] = {"cuda": UserCapture}
-"""What adds branches to a user's capture, by type of device."""
-
-
-def user_capture(device: torch.device) -> UserCapture:
-    """Return what adds branches to the user's capture on `device`."""
-    return USER_CAPTURES[device.type](device, *find_driver())

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -114,11 +114,6 @@ class CudaDriver:
             return f"the driver must support CUDA 12.6 or later, got {self.driver_version}"
         return None
 
-    @property
-    def has_else(self) -> bool:
-        """Whether one IF node may have two bodies."""
-        return self.driver_version >= IF_ELSE
-
     # graphs
 
     def create_graph(self) -> Any:
@@ -127,9 +122,8 @@ class CudaDriver:
 
     def add_child(self, graph: Any, after: list[Any], child: int) -> Any:
         """Append a copy of the graph at address `child` (a `cudaGraph_t`); return its node."""
-        return self.call(
-            "cuGraphAddChildGraphNode", graph, after, len(after), self.cu.CUgraph(child)
-        )
+        child = self.cu.CUgraph(child)
+        return self.call("cuGraphAddChildGraphNode", graph, after, len(after), child)
 
     def add_branch(
         self, graph: Any, after: list[Any], flag: int, full: int | None, cached: int | None
@@ -143,7 +137,10 @@ class CudaDriver:
             full: address of the graph to run where the flag is 0; None for nothing.
             cached: the same for 1.
         """
-        node, bodies = self._add_nodes(graph, after, flag)
+        handles = self._handles(graph)
+        for equal, handle in handles.items():
+            after = [self._add_setter(graph, after, handle, flag, equal=equal)]
+        node, bodies = self._add_ifs(graph, after, handles)
         for body, child in zip(bodies, (full, cached), strict=True):
             if child is None:
                 self.call("cuGraphAddEmptyNode", body, [], 0)
@@ -151,27 +148,21 @@ class CudaDriver:
                 self.add_child(body, [], child)
         return node
 
-    def _add_nodes(self, graph: Any, after: list[Any], flag: int) -> tuple[Any, tuple[Any, Any]]:
-        """Append the nodes of a branch with empty bodies; return the last and (full, cached)."""
-        handles = self._handles(graph)
-        for equal, handle in handles.items():
-            after = [self._add_setter(graph, after, handle, flag, equal=equal)]
-        return self._add_ifs(graph, after, handles)
-
     def _handles(self, graph: Any) -> dict[int, Any]:
-        """Return new conditions, by the flag that sets them.
+        """Return new conditions, by the flag that sets them: one for an IF/ELSE node, else two.
 
         Both of two are set before the first body, which writes where the next decision will be.
         """
         context = self.call("cuCtxGetCurrent")
         new = ("cuGraphConditionalHandleCreate", graph, context, 0, ASSIGN_DEFAULT)
-        return {equal: self.call(*new) for equal in ((1,) if self.has_else else (0, 1))}
+        flags = (1,) if self.driver_version >= IF_ELSE else (0, 1)
+        return {equal: self.call(*new) for equal in flags}
 
     def _add_ifs(
         self, graph: Any, after: list[Any], handles: dict[int, Any]
     ) -> tuple[Any, tuple[Any, Any]]:
         """Append one IF/ELSE node or two IF nodes; return the last and (full, cached)."""
-        if self.has_else:
+        if len(handles) == 1:
             node, (cached, full) = self._add_if(graph, after, handles[1], bodies=2)
         else:
             node, (full,) = self._add_if(graph, after, handles[0], bodies=1)
@@ -231,27 +222,25 @@ class CudaDriver:
         if graph is not None:
             self.call("cuGraphDestroy", graph)
 
-    def node_types(self, graph: Any) -> set[str]:
-        """Return the types of the graph's nodes, and of its children's, as in ``{"KERNEL"}``."""
-        found = set()
-        for node in self._nodes(graph):
+    def node_types(self, address: int) -> set[str]:
+        """Return the types of a graph's nodes, and of its children's, as in ``{"KERNEL"}``."""
+        graph, found = self.cu.CUgraph(address), set()
+        _, count = self.call("cuGraphGetNodes", graph, 0)
+        nodes = self.call("cuGraphGetNodes", graph, count)[0][:count] if count else []
+        for node in nodes:
             kind = self.call("cuGraphNodeGetType", node).name.removeprefix("CU_GRAPH_NODE_TYPE_")
             found.add(kind)
             if kind == "GRAPH":
-                found |= self.node_types(self.call("cuGraphChildGraphNodeGetGraph", node))
+                found |= self.node_types(int(self.call("cuGraphChildGraphNodeGetGraph", node)))
         return found
 
-    def _nodes(self, graph: Any) -> Sequence[Any]:
-        _, count = self.call("cuGraphGetNodes", graph, 0)
-        return self.call("cuGraphGetNodes", graph, count)[0][:count] if count else []
-
-    def check_body(self, graph: int | Any, who: str) -> bool:
+    def check_body(self, address: int, who: str) -> bool:
         """Say whether a graph has any nodes at all.
 
         Raises:
             RuntimeError: it has some that may not be in a body.
         """
-        types = self.node_types(self.cu.CUgraph(graph) if isinstance(graph, int) else graph)
+        types = self.node_types(address)
         forbidden = sorted(types - ALLOWED_IN_BODY)
         if forbidden:
             raise RuntimeError(
@@ -294,10 +283,8 @@ class CudaDriver:
 
     def begin_body(self, stream: int, body: Any) -> None:
         """Capture what comes on `stream` into a body."""
-        mode = self.cu.CUstreamCaptureMode(THREAD_LOCAL)
-        self.call(
-            "cuStreamBeginCaptureToGraph", self.cu.CUstream(stream), body, None, None, 0, mode
-        )
+        stream, mode = self.cu.CUstream(stream), self.cu.CUstreamCaptureMode(THREAD_LOCAL)
+        self.call("cuStreamBeginCaptureToGraph", stream, body, None, None, 0, mode)
 
     def end_body(self, stream: int, who: str) -> None:
         """End the capture into a body.
@@ -306,7 +293,7 @@ class CudaDriver:
             RuntimeError: the body holds nodes that may not be in one.
         """
         body = self.call("cuStreamEndCapture", self.cu.CUstream(stream))
-        if not self.check_body(body, who):
+        if not self.check_body(int(body), who):
             self.call("cuGraphAddEmptyNode", body, [], 0)
 
     def create_stream(self) -> int:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -25,8 +25,8 @@ from dbcache.graphs.arguments import Structure, flatten, unflatten
 from dbcache.graphs.cuda_capture import RECORDERS
 from dbcache.graphs.cuda_driver import find_driver
 from dbcache.graphs.fingerprint import fingerprint, reason_against
-from dbcache.graphs.recording import Cutter, Replay, SegmentCutter, replay_of
-from dbcache.graphs.trial import Restorable, compare, run_trial
+from dbcache.graphs.recording import Recordable, Replay, SegmentCutter, replay_of
+from dbcache.graphs.trial import compare, run_trial
 from dbcache.graphs.turns import Turns
 from dbcache.lanes.lane_copy import AnyLane
 from dbcache.notices import say
@@ -37,31 +37,6 @@ MODES = ("device", "host")
 CAPACITY = 1024
 """Steps that a lane gets room for before it is recorded, at least half of them ahead: to grow later
 means to record anew."""
-
-
-class Recordable(Protocol):
-    """What the executor needs of a request on a transformer."""
-
-    @property
-    def branch(self) -> str | None:
-        """Guidance branch of the step under way."""
-
-    lane_set: Any
-    """All that the request keeps on the device, which no other request has meanwhile."""
-
-    def run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], cutter: Cutter | None = None
-    ) -> Any:
-        """Run one step eagerly, or while a `cutter` records it."""
-
-    def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
-        """Return what the host reads of a call's tensors; recorded work holds for that alone."""
-
-    def lanes(self) -> list[AnyLane]:
-        """Return the lanes of the step under way, in the order of the stacks."""
-
-    def copies(self) -> list[Restorable]:
-        """Return copies of all that the step under way changes."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +75,14 @@ class GraphOptions:
         return cls(str(given))
 
 
-@dataclass(frozen=True)
 class Home:
     """A lane and the tensors that a recording found in it."""
 
-    lane: AnyLane
-    state: tuple[int, ...]
-    layout: Any
-    buffers: dict[str, torch.Tensor | None]
-
-    @classmethod
-    def of(cls, lane: AnyLane) -> Home:
-        return cls(lane, lane.state.addresses(), lane.layout, lane.buffers_by_name())
+    def __init__(self, lane: AnyLane) -> None:
+        self.lane = lane
+        self.state = lane.state.addresses()
+        self.layout: Any = lane.layout
+        self.buffers = lane.buffers_by_name()
 
     def fits(self) -> bool:
         """Whether the lane's state still lies where it was, and has room for one more step."""
@@ -121,14 +92,12 @@ class Home:
     def move_in(self) -> None:
         """Give the lane back the buffers of the recording, where others came in between."""
         lane = self.lane
-        if lane.layout != self.layout:
-            lane.take_buffers(self.layout, self.buffers)
-            return
-        held = lane.buffers_by_name()
-        if any(held.get(name) is not x for name, x in self.buffers.items()):
-            # of the same layout: eager steps went on after other shapes, with tensors of their own
-            lane.forget_reference()
-            lane.take_buffers(self.layout, self.buffers)
+        if lane.layout == self.layout:
+            held = lane.buffers_by_name()
+            if all(held.get(name) is x for name, x in self.buffers.items()):
+                return
+            lane.forget_reference()  # eager steps went on after other shapes, with other tensors
+        lane.take_buffers(self.layout, self.buffers)
 
 
 @dataclass
@@ -205,22 +174,20 @@ class GraphExecutor:
 
     def describe(self) -> list[str]:
         """Return what was recorded, and why calls ran eagerly, a line each."""
-        with self._lock:
-            return self._described()
-
-    def _described(self) -> list[str]:
         lines = []
-        if self.recordings:
-            seconds = sum(recording.seconds for recording in self.recordings.values())
-            kinds = "; ".join(recording.name for recording in self.recordings.values())
-            lines.append(
-                f"cuda_graph: {self.replays} steps replayed, {len(self.recordings)} recordings "
-                f"({kinds}) in {seconds:.1f} s and {self._recorder.nbytes() / 1e9:.2f} GB"
-            )
-        if self.retired:
-            lines.append(f"cuda_graph: {self.retired} recordings were given up")
-        lines += [f"cuda_graph: {reason} ({n} times)" for reason, n in self.reasons.items()]
-        return lines
+        with self._lock:
+            recordings = self.recordings.values()
+            if recordings:
+                seconds = sum(recording.seconds for recording in recordings)
+                kinds = "; ".join(recording.name for recording in recordings)
+                lines.append(
+                    f"{self.replays} steps replayed, {len(recordings)} recordings ({kinds}) in "
+                    f"{seconds:.1f} s and {self._recorder.nbytes() / 1e9:.2f} GB"
+                )
+            if self.retired:
+                lines.append(f"{self.retired} recordings were given up")
+            lines += [f"{reason} ({n} times)" for reason, n in self.reasons.items()]
+        return [f"cuda_graph: {line}" for line in lines]
 
     def start_request(self) -> None:
         """Give recordings up that no longer hold for the weights, or whose lanes are gone."""
@@ -233,24 +200,20 @@ class GraphExecutor:
     def retire(self) -> None:
         """Give all recordings up, with their memory and their stream."""
         with self._lock:
-            self._retire()
-
-    def _retire(self) -> None:
-        for recording in self.recordings.values():
-            recording.replay.close()
-        self.retired += len(self.recordings)
-        self.recordings.clear()
-        self._seen.clear()
-        if self._recorder is not None:
-            self._recorder.close()
-            self._recorder = None
+            for recording in self.recordings.values():
+                recording.replay.close()
+            self.retired += len(self.recordings)
+            self.recordings.clear()
+            self._seen.clear()
+            if self._recorder is not None:
+                self._recorder.close()
+                self._recorder = None
 
     def step(self, request: Recordable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do one step of a request: replayed where it can be, else eagerly."""
         leaves, structure = flatten(args, kwargs)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        kind = request.kind_of(args, kwargs)
-        key = (self._key(request, leaves, structure), kind, request.lane_set.serial)
+        tensors = _tensors(leaves)
+        key = (*_key(request, leaves, structure), request.kind_of(args, kwargs))
         with self._lock, self._turns(tensors):
             try:
                 recording = self._find(key)
@@ -262,7 +225,12 @@ class GraphExecutor:
                 if recording is not None:
                     self.recordings[key] = recording
             if recording is not None:
-                return self._replay(recording, tensors)
+                recording(tensors)
+                self.replays += 1
+                outputs = recording.outputs
+                if not self.options.static_outputs:
+                    outputs = _cloned(outputs)
+                return tree_unflatten(outputs, recording.structure)
         output = request.run(args, kwargs)
         with self._lock:
             if key in self._seen:
@@ -277,27 +245,6 @@ class GraphExecutor:
             return None
         return recording
 
-    def _replay(self, recording: Recording, tensors: list[torch.Tensor]) -> Any:
-        recording(tensors)
-        self.replays += 1
-        outputs = recording.outputs
-        if not self.options.static_outputs:
-            outputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in outputs]
-        return tree_unflatten(outputs, recording.structure)
-
-    @staticmethod
-    def _key(request: Recordable, leaves: list[Any], structure: Structure) -> Any:
-        """Return what must be the same for a recording to serve."""
-        kinds = tuple(
-            (leaf.shape, leaf.dtype, leaf.device)
-            if isinstance(leaf, torch.Tensor)
-            else (type(leaf), leaf)
-            for leaf in leaves
-        )
-        autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        modes = (torch.is_inference_mode_enabled(), autocast)
-        return (request.branch, structure, kinds, modes)
-
     def _is_due(self, request: Recordable, key: Any, tensors: list[torch.Tensor]) -> bool:
         """Whether to record now: the call is recordable, and it is not the first of its kind.
 
@@ -308,7 +255,7 @@ class GraphExecutor:
         if reason is not None:
             self._give_up(reason)
             return False
-        is_due = key in self._seen and self._seen[key] == _layouts(request)
+        is_due = self._seen.get(key) == _layouts(request)
         self._seen[key] = None
         return is_due
 
@@ -317,15 +264,12 @@ class GraphExecutor:
             return self._failure
         if torch.is_grad_enabled():
             return "gradients must be off (torch.no_grad or torch.inference_mode)"
-        devices = {x.device for x in tensors} | {x.device for x in self._some_weights()}
+        # the first weight shows where the module lies
+        devices = {x.device for x in (*tensors, *islice(self.module.parameters(), 1))}
         if len(devices) != 1 or next(iter(devices)).type not in RECORDERS:
-            names = sorted(map(str, devices))
-            return f"weights and inputs must lie on one GPU, got {', '.join(names)}"
+            names = ", ".join(sorted(map(str, devices)))
+            return f"weights and inputs must lie on one GPU, got {names}"
         return None
-
-    def _some_weights(self) -> list[torch.Tensor]:
-        """Return the first weight, which shows where the module lies."""
-        return [x for _, x in zip(range(1), self.module.parameters(), strict=False)]
 
     def _give_up(self, reason: str) -> None:
         """Run this call eagerly and say why, the first time; unless a mode was asked for by name.
@@ -359,26 +303,26 @@ class GraphExecutor:
             except RuntimeError as error:
                 self._recorder = None  # of a stream that nothing goes on with
                 self.retire()
+                said = f"cuda_graph={mode!r} is impossible here"
                 if self.options.mode != "auto":
-                    raise RuntimeError(
-                        f"cuda_graph={mode!r} is impossible here: {error}"
-                    ) from error
+                    raise RuntimeError(f"{said}: {error}") from error
                 self._modes.pop(0)
                 then = f"goes on with {self._modes[0]!r}" if self._modes else "runs eagerly"
                 self._failure = f"{mode!r} failed: {error}"
                 self.reasons[self._failure] += 1
-                say(f"dbcache: cuda_graph={mode!r} is impossible here and {then}: {error}")
+                say(f"dbcache: {said} and {then}: {error}")
         return None
 
     def _make_room(self, mode: str) -> None:
         """See to a recorder with room for one more recording, and to the driver."""
-        options = self.options
-        if len(self.recordings) >= options.max_recordings:
-            self.retire()
-        if self._recorder is not None and self._recorder.nbytes() > options.max_gigabytes * 1e9:
+        options, recorder = self.options, self._recorder
+        if recorder is not None and (
+            len(self.recordings) >= options.max_recordings
+            or recorder.nbytes() > options.max_gigabytes * 1e9
+        ):
             self.retire()
         if self._recorder is None:
-            device = self._some_weights()[0].device
+            device = next(self.module.parameters()).device
             driver, why = find_driver()
             if driver is None and mode == "device":
                 raise RuntimeError(why)
@@ -388,16 +332,31 @@ class GraphExecutor:
     def _record_as(
         self, mode: str, request: Recordable, leaves: list[Any], structure: Structure
     ) -> Recording:
-        start = perf_counter()
-        lanes = request.lanes()
-        for lane in lanes:
+        """Return a recording whose steps were compared with eager ones.
+
+        Raises:
+            RuntimeError: they differ, or the step draws random numbers.
+        """
+        start, recorder = perf_counter(), self._recorder
+        for lane in request.lanes():
             # the same for all kinds that are recorded early on: growing voids what was recorded
             lane.steps.reserve(CAPACITY * (1 + 2 * lane.steps.step // CAPACITY))
+
+        def eager(values: list[Any]) -> list[Any]:
+            return tree_flatten(request.run(*unflatten(values, structure)))[0]
+
+        random = recorder.random_state()
         # first of all: it also compiles, tunes and loads what is to be recorded
-        expected = self._try_eagerly(request, leaves, structure)
+        expected = run_trial(request, leaves, eager)
+        if recorder.random_state() != random:
+            raise RuntimeError("a step must not draw random numbers, which would be repeated")
         recording = self._capture(mode, request, leaves, structure)
-        replayed = self._replayed(recording)
-        compare(run_trial(request.copies(), lanes, leaves, replayed), expected)
+
+        def replayed(values: list[Any]) -> list[Any]:
+            recording(_tensors(values))
+            return _cloned(recording.outputs)
+
+        compare(run_trial(request, leaves, replayed), expected)
         recording.seconds = perf_counter() - start
         return recording
 
@@ -407,14 +366,13 @@ class GraphExecutor:
         """Record one step."""
         recorder, lanes = self._recorder, request.lanes()
         with torch.inference_mode(False):
-            static = [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
-        args, kwargs = unflatten(static, structure)
+            static = _cloned(leaves)
         knew = [lane.steps.has_reference for lane in lanes]
         cutter = SegmentCutter(recorder)
         with recorder.capturing():
             cutter.start()
             try:
-                output = request.run(args, kwargs, cutter)
+                output = request.run(*unflatten(static, structure), cutter)
                 cutter.finish()
             except BaseException:
                 cutter.abort()
@@ -423,50 +381,41 @@ class GraphExecutor:
                 for lane, had_reference in zip(lanes, knew, strict=True):
                     lane.steps.has_reference = had_reference
         replay = replay_of(cutter.program, mode, recorder, lanes)
-        outputs, out_structure = tree_flatten(output)
-        inputs = [x for x in static if isinstance(x, torch.Tensor)]
-        homes = [Home.of(lane) for lane in lanes]
+        inputs = _tensors(static)
         name = _name(replay.mode, inputs, request.branch)
-        owner = weakref.ref(request.lane_set)
-        return Recording(name, replay, inputs, outputs, out_structure, homes, owner)
+        homes, owner = [*map(Home, lanes)], weakref.ref(request.lane_set)
+        return Recording(name, replay, inputs, *tree_flatten(output), homes, owner)
 
-    def _try_eagerly(
-        self, request: Recordable, leaves: list[Any], structure: Structure
-    ) -> list[list[Any]]:
-        """Return what the steps of a trial give when they run eagerly.
 
-        Raises:
-            RuntimeError: they draw random numbers.
-        """
+def _tensors(leaves: list[Any]) -> list[torch.Tensor]:
+    return [x for x in leaves if isinstance(x, torch.Tensor)]
 
-        def step(values: list[Any]) -> list[Any]:
-            args, kwargs = unflatten(values, structure)
-            return tree_flatten(request.run(args, kwargs))[0]
 
-        random = self._recorder.random_state()
-        results = run_trial(request.copies(), request.lanes(), leaves, step)
-        if self._recorder.random_state() != random:
-            raise RuntimeError("a step must not draw random numbers, which would be repeated")
-        return results
-
-    @staticmethod
-    def _replayed(recording: Recording) -> Callable[[list[Any]], list[Any]]:
-        def step(values: list[Any]) -> list[Any]:
-            recording([x for x in values if isinstance(x, torch.Tensor)])
-            return [x.clone() if isinstance(x, torch.Tensor) else x for x in recording.outputs]
-
-        return step
+def _cloned(leaves: list[Any]) -> list[Any]:
+    """Return copies of the tensors, and all else as it is."""
+    return [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves]
 
 
 def _layouts(request: Recordable) -> list[Any]:
     return [lane.layout for lane in request.lanes()]
 
 
+def _key(request: Recordable, leaves: list[Any], structure: Structure) -> tuple[Any, ...]:
+    """Return what must be the same for a recording to serve."""
+    kinds = tuple(
+        (leaf.shape, leaf.dtype, leaf.device)
+        if isinstance(leaf, torch.Tensor)
+        else (type(leaf), leaf)
+        for leaf in leaves
+    )
+    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    modes = (torch.is_inference_mode_enabled(), autocast)
+    return (request.lane_set.serial, request.branch, structure, kinds, modes)
+
+
 def _name(mode: str, inputs: list[torch.Tensor], branch: str | None) -> str:
     """Return the name of a recording, for people."""
     nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     largest = max(inputs, key=torch.Tensor.numel, default=nothing)
-    shape = "x".join(map(str, largest.shape))
-    return f"{mode}, {shape} {str(largest.dtype).removeprefix('torch.')}" + (
-        f", {branch}" if branch else ""
-    )
+    shape, dtype = "x".join(map(str, largest.shape)), str(largest.dtype).removeprefix("torch.")
+    return f"{mode}, {shape} {dtype}" + (f", {branch}" if branch else "")

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.lanes.decision import Decision
-from dbcache.lanes.lane_copy import AnyLane
+from dbcache.lanes.lane_copy import AnyLane, StepCopy
 
 
 class Segment(Protocol):
@@ -60,6 +60,31 @@ class Cutter(Protocol):
 
     def abort(self) -> None:
         """Leave off after an exception, whatever was begun."""
+
+
+class Recordable(Protocol):
+    """What the executor needs of a request on a transformer."""
+
+    @property
+    def branch(self) -> str | None:
+        """Guidance branch of the step under way."""
+
+    lane_set: Any
+    """All that the request keeps on the device, which no other request has meanwhile."""
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], cutter: Cutter | None = None
+    ) -> Any:
+        """Run one step eagerly, or while a `cutter` records it."""
+
+    def kind_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[object, ...]:
+        """Return what the host reads of a call's tensors; recorded work holds for that alone."""
+
+    def lanes(self) -> list[AnyLane]:
+        """Return the lanes of the step under way, in the order of the stacks."""
+
+    def copies(self) -> list[StepCopy]:
+        """Return copies of all that the step under way changes."""
 
 
 class SegmentCutter:
@@ -118,9 +143,7 @@ class HostReplay:
     def __call__(self) -> None:
         for item in self.program:
             if isinstance(item, Branch):
-                cached = item.decision.read()
-                (item.cached if cached else item.full).replay()
-                item.decision.has_run(cached)
+                (item.cached if item.decision.read() else item.full).replay()
             else:
                 item.replay()
 
@@ -143,13 +166,12 @@ class DeviceReplay:
 
     def __init__(self, program: Program, recorder: Any) -> None:
         self.program = program
+        self.recorder = recorder
         self.driver = recorder.driver
-        self.current_stream = recorder.current_stream
-        self.on_device = recorder.on_device
         self.executable: Any = None
         self.graph = self.driver.create_graph()
         try:
-            with self.on_device():
+            with recorder.on_device():
                 self._assemble()
                 self.executable = self.driver.instantiate(self.graph)
         except BaseException:
@@ -171,8 +193,8 @@ class DeviceReplay:
                 after = [self.driver.add_child(self.graph, after, item.raw)]
 
     def __call__(self) -> None:
-        with self.on_device():
-            self.driver.launch(self.executable, self.current_stream())
+        with self.recorder.on_device():
+            self.driver.launch(self.executable, self.recorder.current_stream())
         for item in self.program:
             if isinstance(item, Branch):
                 item.decision.count()

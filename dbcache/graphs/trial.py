@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from dbcache.graphs.recording import Recordable
 from dbcache.kernels.common.lane_state import PlanCode
-from dbcache.lanes.lane_copy import AnyLane
 
 TOLERANCES = {torch.float32: 1e-4}
 TOLERANCE = 1e-2
@@ -19,34 +19,23 @@ TRIED = {PlanCode.MASK: "full", PlanCode.STATIC: "cached", PlanCode.DYNAMIC: "dy
 """Steps that are tried, and their names. A dynamic step makes the kernels of the decision run."""
 
 
-class Restorable(Protocol):
-    """A copy of what there was at one moment."""
-
-    def restore(self) -> None:
-        """Put it back into the same tensors."""
-
-
 def run_trial(
-    copies: Sequence[Restorable],
-    lanes: Sequence[AnyLane],
-    leaves: list[Any],
-    step: Callable[[list[Any]], list[Any]],
+    request: Recordable, leaves: list[Any], step: Callable[[list[Any]], list[Any]]
 ) -> list[list[Any]]:
     """Do a full, a cached and a dynamic step on inputs that differ a little; undo them all.
 
     Args:
-        copies: of all that a step changes; put back at the end, also after an exception.
-        lanes: of the step.
-        leaves: its inputs.
-        step: does a step on inputs like `leaves`; returns the leaves of the output.
+        request: whose step it is; put back as it was at the end, also after an exception.
+        leaves: inputs of the step.
+        step: does it on inputs like `leaves`; returns the leaves of the output.
 
     Returns:
         what `step` returned, per step in the order of `TRIED`.
     """
-    results = []
+    copies, results = request.copies(), []
     try:
         for code, scale in zip(TRIED, (1.0, 1.0625, 1.125), strict=True):
-            for lane in lanes:
+            for lane in request.lanes():
                 lane.force(code)
             results.append(step([_scaled(leaf, scale) for leaf in leaves]))
     finally:

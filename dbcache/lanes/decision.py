@@ -16,10 +16,10 @@ class Decision:
         flag: int32, one element, on the device: 1 cached, 0 full.
         read: counts the step and returns the decision; waits for the device where it was asked.
         count: counts the step without knowing how it was decided.
-        has_run: after `read`, is told whether the cached body has run.
+
+    Both take it that the step will leave a reference, as full ones and cached ones do.
     """
 
     flag: torch.Tensor
     read: Callable[[], bool]
-    count: Callable[[], None]
-    has_run: Callable[[bool], None]
+    count: Callable[[], object]

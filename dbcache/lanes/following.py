@@ -84,7 +84,7 @@ class FollowedSteps:
         # a leader whose own layout changed in this step, or in its first one, starts anew already
         is_alone = steps.step > 1 and (missed or leader.layout == self._leader_layout)
         self._leader_layout = leader.layout
-        self.read()
+        self.follow()
         if missed or changed:
             if steps.cached:
                 reason = Reason.SHAPE_CHANGED if changed else Reason.NO_REFERENCE
@@ -102,15 +102,17 @@ class FollowedSteps:
         """Return the leader's decision on the device, int32 (1,)."""
         return self.leader.steps.flag()
 
-    def read(self) -> bool:
-        """Follow the step that the leader has counted; return its decision."""
+    def follow(self) -> None:
+        """Take over the step that the leader has counted."""
         self.step, self.cached = self.leader.steps.step, self.leader.steps.cached
+
+    def read(self) -> bool:
+        """Count a replayed step, after the leader has; return how it was decided, if known."""
+        self.follow()
+        self.has_reference = True  # full or cached, it leaves one
         return self.cached
 
-    def count(self) -> None:
-        """Count a replayed step, after the leader has; full or cached, it leaves a reference."""
-        self.read()
-        self.has_reference = True
+    count = read
 
     def replan(self, settings: StackSettings) -> None:
         """Do nothing: the plan is the leader's."""

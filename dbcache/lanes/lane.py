@@ -58,15 +58,6 @@ def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
     return limits, thresholds | dict(enumerate(polynomial, ls.POLYNOMIAL))
 
 
-def decision_of(steps: Any) -> Decision:
-    """Return the next decision, for recorded work."""
-
-    def has_run(cached: bool) -> None:
-        steps.has_reference |= not cached  # a full step has left one
-
-    return Decision(steps.flag(), steps.read, steps.count, has_run)
-
-
 class _Kept:
     """What a lane does with all that it keeps, whatever the step: forget it, or count its bytes."""
 
@@ -275,7 +266,7 @@ class Lane(_Kept):
 
     def decision(self) -> Decision:
         """Return the next decision, for recorded work."""
-        return decision_of(self.steps)
+        return Decision(self.steps.flag(), self.steps.read, self.steps.count)
 
     def tail_decisions(self) -> list[Decision]:
         """Return the decisions on the last blocks, for recorded work."""

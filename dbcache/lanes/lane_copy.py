@@ -1,8 +1,12 @@
-"""A copy of a lane, to go back to after a trial."""
+"""Copies of what a step changes, to go back to after a trial."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from copy import copy
+from typing import Any
+
+import torch
 
 from dbcache.lanes.buffers import outside_inference_mode
 from dbcache.lanes.lane import Lane
@@ -12,23 +16,31 @@ AnyLane = Lane | PrunedLane
 """A lane that caches whole steps, or leaves out single blocks."""
 
 
-class LaneCopy:
-    """A copy of all that a step changes, to be written back into the same tensors."""
+def tensors_of(lane: AnyLane) -> list[torch.Tensor | None]:
+    """Return all tensors of a lane that a step writes to; None where there is none yet."""
+    return [*lane.state.tensors(), *lane.learned(), *lane.buffers_by_name().values()]
+
+
+class StepCopy:
+    """A copy of all that a step changes in one object, to be written back into the same tensors.
+
+    Args:
+        host: has what the host knows, in the attributes that its `HOST` names.
+        tensors: returns the tensors that there are, always in the same order. What is added to them
+            after the copy stays as it is.
+    """
 
     @outside_inference_mode
-    def __init__(self, lane: AnyLane) -> None:
-        self.lane = lane
-        self.host = {name: copy(getattr(lane.steps, name)) for name in lane.steps.HOST}
-        self.buffers = {k: x.clone() for k, x in lane.buffers_by_name().items() if x is not None}
-        self.small = [(x, x.clone()) for x in (*lane.state.tensors(), *lane.learned())]
+    def __init__(self, host: Any, tensors: Callable[[], Sequence[torch.Tensor | None]]) -> None:
+        self._host, self._tensors = host, tensors
+        self._known = {name: copy(getattr(host, name)) for name in host.HOST}
+        self._contents = [None if x is None else x.clone() for x in tensors()]
 
     @outside_inference_mode
     def restore(self) -> None:
         """Put everything back."""
-        for name, value in self.host.items():
-            setattr(self.lane.steps, name, value)
-        held = self.lane.buffers_by_name()
-        pairs = ((held.get(name), content) for name, content in self.buffers.items())
-        for tensor, content in (*self.small, *pairs):
-            if tensor is not None:
+        for name, value in self._known.items():
+            setattr(self._host, name, value)
+        for tensor, content in zip(self._tensors(), self._contents, strict=False):
+            if tensor is not None and content is not None:
                 tensor.copy_(content)

@@ -129,10 +129,7 @@ class LaneTail:
                 self.read(is_cached())
             return self.skipped[index]
 
-        def nothing(*_: object) -> None:
-            """Nothing is left to count."""
-
         return [
-            Decision(self.flags[i : i + 1], partial(read, i), nothing, nothing)
+            Decision(self.flags[i : i + 1], partial(read, i), lambda: None)
             for i in range(len(self.skipped))
         ]

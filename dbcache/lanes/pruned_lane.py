@@ -144,18 +144,16 @@ class PrunedLane:
         def read(index: int) -> bool:
             if index == 0:
                 self.settle(self.known())
+                self.steps.has_reference = True  # blocks that run are stored, and the others were
             return self.skipped[index]
 
         def count(index: int) -> None:
             if index == 0:
                 self.steps.count()
 
-        def has_run(cached: bool) -> None:
-            self.steps.has_reference = True  # blocks that run are stored, and the others were
-
         flags = self.state.flags
         return [
-            Decision(flags[i : i + 1], partial(read, i), partial(count, i), has_run)
+            Decision(flags[i : i + 1], partial(read, i), partial(count, i))
             for i in range(len(flags))
         ]
 

@@ -35,13 +35,17 @@ class SharedChange:
         is_on: there is anything to share.
         by_device: every branch measures, and the device takes the change that holds: steps may be
             recorded, or need a rate.
+        latest: what was measured last: branch, step, shape and partial sums; None: nothing.
     """
+
+    HOST = ("latest",)
+    """What the host keeps of a request."""
 
     def __init__(self, config: DBCacheConfig) -> None:
         self.is_on = not config.cfg_diff_compute_separate
         self.by_rules = isinstance(config, DBPruneConfig)
         self.by_device = POLICIES[config.policy].signal == Signal.RATE
-        self._latest: tuple[str | None, int, torch.Size, torch.Tensor] | None = None
+        self.latest: tuple[str | None, int, torch.Size, torch.Tensor] | None = None
         self._stamps: torch.Tensor | None = None
         self._kept: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._kinds: dict[torch.Size, int] = {}
@@ -58,7 +62,7 @@ class SharedChange:
 
     def start_request(self) -> None:
         """Forget the last request."""
-        self._latest = None
+        self.latest = None
         if self._stamps is not None:
             self._stamps.fill_(-1)
 
@@ -86,13 +90,13 @@ class SharedChange:
             return measure()
         if self.by_device or is_recorded:
             return self._on_device(branch, state, of.shape, measure())
-        if self._latest is not None:
-            whose, *others, partials = self._latest
+        if self.latest is not None:
+            whose, *others, partials = self.latest
             if whose != branch and others == [step, of.shape]:
                 return partials
         # on the device as well: a graph that the user captures may hold the next branch
         partials = self._on_device(branch, state, of.shape, measure())
-        self._latest = (branch, step, of.shape, partials)
+        self.latest = (branch, step, of.shape, partials)
         return partials
 
     def _on_device(
@@ -117,22 +121,8 @@ class SharedChange:
         return self._kept[key][: own.numel()].view(own.shape)
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return the tensors on the device, the stamps first; later steps may add some."""
+        """Return the tensors on the device, the stamps first; later steps may add some.
+
+        By the stamps, sums that were not there at a time are not looked at when it is gone back to.
+        """
         return [] if self._stamps is None else [self._stamps, *self._kept.values()]
-
-
-class SharedCopy:
-    """A copy of what is shared, to be written back into the same tensors."""
-
-    @outside_inference_mode
-    def __init__(self, shared: SharedChange) -> None:
-        self.shared = shared
-        self.latest = shared._latest
-        self.contents = [x.clone() for x in shared.tensors()]
-
-    @outside_inference_mode
-    def restore(self) -> None:
-        """Put everything back. By the stamps, sums that were not there yet are not looked at."""
-        self.shared._latest = self.latest
-        for tensor, content in zip(self.shared.tensors(), self.contents, strict=False):
-            tensor.copy_(content)

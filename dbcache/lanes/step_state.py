@@ -168,8 +168,10 @@ class StepState(Generic[State]):
         return cached
 
     def read(self) -> bool:
-        """Count a replayed step and return how it was decided."""
-        return self.settle(self.plan[self.step])
+        """Count a replayed step and return how it was decided; it leaves a reference."""
+        cached = self.settle(self.plan[self.step])
+        self.has_reference = True
+        return cached
 
     def count(self) -> None:
         """Count a replayed step; the host does not learn how it was decided."""

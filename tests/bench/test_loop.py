@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from fake_driver import FakeDriver
-from tape import TapeCapture, TapeUserCapture, use_driver
+from tape import TapeCapture, use_driver
 from tiny import FAMILIES, noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,6 @@ import dbcache  # noqa: E402
 from bench import loop as bench_loop  # noqa: E402
 from bench.loop import OPTIONS, TINY, Loop, build, denoise  # noqa: E402
 from dbcache.adapters.requests import clock  # noqa: E402
-from dbcache.graphs import cuda_capture  # noqa: E402
 
 STEPS = 12
 
@@ -44,7 +43,6 @@ def test_one_replay_is_one_image(monkeypatch, one_thread):
     assert dbcache.summary(model).lanes[0].cached_steps
 
     use_driver(monkeypatch, fake)
-    monkeypatch.setitem(cuda_capture.USER_CAPTURES, "cpu", TapeUserCapture)
     x = noise(*flux.latent_shape, seed=3)
     monkeypatch.setattr(clock, "is_capturing", lambda: True)
     with TapeCapture(fake) as graph:
@@ -72,7 +70,6 @@ def test_on_a_gpu_the_loop_becomes_one_graph_per_image(monkeypatch, tmp_path, on
     """The program as on a GPU, with what runs inside the capture on a tape."""
     fake, here = FakeDriver(), bench_loop.build
     use_driver(monkeypatch, fake)
-    monkeypatch.setitem(cuda_capture.USER_CAPTURES, "cpu", TapeUserCapture)
 
     @contextlib.contextmanager
     def captured(graph):

@@ -4,10 +4,9 @@ from collections import defaultdict
 
 import pytest
 from fake_driver import FakeDriver
-from tape import TapeCapture, TapeUserCapture, use_driver
+from tape import TapeCapture, use_driver
 
 from dbcache.adapters.requests import clock
-from dbcache.graphs import cuda_capture
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,6 @@ def capture(monkeypatch):
 
     def run(fake, function):
         use_driver(monkeypatch, fake)
-        monkeypatch.setitem(cuda_capture.USER_CAPTURES, "cpu", TapeUserCapture)
         monkeypatch.setattr(clock, "is_capturing", lambda: True)
         try:
             with TapeCapture(fake) as graph:

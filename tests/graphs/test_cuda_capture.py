@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import warnings
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -93,9 +94,6 @@ def graph_class(fake):
             assert self.is_whole
             return fake.driver.register(Body(lambda: None))
 
-        def instantiate(self):
-            self.launches.append("instantiate")
-
         def replay(self):
             self.launches.append("replay")
 
@@ -123,7 +121,7 @@ def fake(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", fake.end_allocate, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", fake.release, raising=False)
-    monkeypatch.setattr(cuda_capture, "_idle_streams", {})
+    monkeypatch.setattr(cuda_capture, "_idle_streams", defaultdict(list))
     monkeypatch.setattr(cuda_capture, "_broken_graphs", [])
     return fake
 
@@ -178,14 +176,14 @@ def test_collecting_garbage_stays_off_where_it_was_off(fake):
         gc.enable()
 
 
-def test_a_segment_is_made_executable_once_and_an_empty_one_never(fake):
+def test_a_segment_is_launched_and_an_empty_one_never(fake):
     recorder = recorder_of(fake)
     with recorder.capturing():
         recorder.begin()
         segment = recorder.end()
     segment.replay()
     segment.replay()
-    assert segment.graph.launches == ["instantiate", "replay", "replay"]
+    assert segment.graph.launches == ["replay", "replay"]
     fake.driver.graphs[segment.raw].nodes.clear()
     empty = cuda_capture.CudaSegment(
         SimpleNamespace(raw_cuda_graph=lambda: segment.raw), recorder.driver
@@ -266,7 +264,8 @@ def test_bodies_of_a_users_capture_have_a_stream_and_a_pool_that_all_share(fake,
     cell, counted, where = ctypes.c_int32(0), [], []
     decision = SimpleNamespace(flag=flag, count=lambda: counted.append(1))
     fake.driver.on_capture = lambda body: where.append((fake.streams[-1], [*pools][-1]))
-    capture = UserCapture(DEVICE, driver, "")
+    monkeypatch.setattr(cuda_capture, "find_driver", lambda: (driver, ""))
+    capture = UserCapture(DEVICE)
     for _ in range(2):
         capture.begin_full(decision, "blocks")
         capture.begin_cached()
@@ -286,7 +285,9 @@ def test_a_body_that_is_left_off_ends_its_capture(fake, monkeypatch):
     fake.driver.captures[5] = (fake.driver.register(Graph()), [])
     cell = ctypes.c_int32(0)
     flag = SimpleNamespace(data_ptr=lambda: ctypes.addressof(cell))
-    capture = UserCapture(DEVICE, CudaDriver(fake.driver, (13, 0)), "")
+    driver = CudaDriver(fake.driver, (13, 0))
+    monkeypatch.setattr(cuda_capture, "find_driver", lambda: (driver, ""))
+    capture = UserCapture(DEVICE)
     capture.begin_full(SimpleNamespace(flag=flag, count=lambda: None), "blocks")
     assert len(fake.driver.captures) == 2
     capture.abort()

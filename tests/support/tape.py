@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import pkgutil
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from fake_driver import NODE, Body, Graph, Node
@@ -16,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbcache import kernels
 from dbcache.graphs import cuda_capture, graph
-from dbcache.graphs.cuda_capture import UserCapture
 from dbcache.graphs.cuda_driver import CudaDriver
 
 OPS = [
@@ -172,6 +172,16 @@ class TapeRecorder:
         return 0
 
 
+STREAMS = {
+    "current_stream": lambda device: SimpleNamespace(cuda_stream=0),
+    "ExternalStream": lambda address, device: SimpleNamespace(cuda_stream=address),
+    "stream": contextlib.nullcontext,
+    "MemPool": object,
+    "use_mem_pool": contextlib.nullcontext,
+}
+"""What `UserCapture` takes from `torch.cuda`, without streams and pools."""
+
+
 class TapeCapture:
     """What ``torch.cuda.graph`` is on a GPU: captures stream 0 of a fake driver."""
 
@@ -187,6 +197,7 @@ class TapeCapture:
         self.driver.on_launch, self.driver.on_capture = self._flush, self._switch
         self.open = contextlib.ExitStack()
         self.open.enter_context(self.driver.on_device())
+        self.open.enter_context(mock.patch.multiple(torch.cuda, **STREAMS))
         self.open.enter_context(seen_ops())
         self.open.enter_context(self.mode)
         return self
@@ -222,31 +233,14 @@ class TapeCapture:
         self.driver.run(self.graph)
 
 
-class TapeUserCapture(UserCapture):
-    """`UserCapture` without streams and pools."""
-
-    def _outer_stream(self):
-        return 0
-
-    def _on_stream(self):
-        return contextlib.nullcontext()
-
-    def _from_pool(self, pool):
-        return contextlib.nullcontext()
-
-    def _make_pool(self):
-        return object()
-
-    def _make_stream(self):
-        return SimpleNamespace(cuda_stream=self.driver.create_stream())
-
-
 def use_driver(monkeypatch, fake):
     """Record on the CPU with `fake`, or without a driver where it is None."""
     if fake is None:
         found = None, "the driver must support CUDA 12.6 or later, got 12040"
     else:
-        found = CudaDriver(fake, fake.bindings), ""
+        driver = CudaDriver(fake, fake.bindings)
+        why = driver.why_not()
+        found = (None, why) if why else (driver, "")
         fake.is_current = False  # as where models lie on another GPU than the current one
     monkeypatch.setitem(cuda_capture.RECORDERS, "cpu", TapeRecorder)
     monkeypatch.setattr(graph, "find_driver", lambda: found)
