@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from functools import partial
 from threading import current_thread
 from typing import Any
 
@@ -31,7 +30,7 @@ from dbcache.adapters.signals.lora import CHANGED, Adapters
 from dbcache.graphs.cuda_capture import UserCapture
 from dbcache.graphs.fingerprint import has_own_graphs
 from dbcache.graphs.recording import Cutter
-from dbcache.lanes.lane_copy import AnyLane, StepCopy, tensors_of
+from dbcache.lanes.lane_copy import AnyLane, StepCopy
 
 _has_loop = asyncio._get_running_loop
 
@@ -378,7 +377,7 @@ class Request:
 
     def copies(self) -> list[StepCopy]:
         """Return copies of all that the step under way changes."""
-        lanes = [StepCopy(lane.steps, partial(tensors_of, lane)) for lane in self.lanes()]
+        lanes = [StepCopy(lane.steps, lane.tensors) for lane in self.lanes()]
         changes = [run.shared for run in self.lane_set.runs]
         return lanes + [StepCopy(change, change.tensors) for change in changes]
 

@@ -91,7 +91,8 @@ class Latents(Source):
     def finish(self, lane: Lane, output: Any, cached: bool) -> None:
         if not cached:
             first = first_tensor(self.who, output)
-            lane.record_output(first.to(stored_dtype(first.dtype)), self.vote)
+            first = first.to(stored_dtype(first.dtype))
+            lane.history.record_output(lane.state, first, self.vote)
 
 
 class ModulatedInput(Source):

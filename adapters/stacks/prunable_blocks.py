@@ -124,7 +124,7 @@ class SingleBlocksStep:
         """Return what the blocks left out up to `index` would have made of the streams."""
         assert self._first is not None
         first, self._first = self._first, None
-        made = self.store.replace(first, index + 1 - first, hidden, encoder)
+        made = self.store.replace(first, index + 1 - first, (hidden, encoder))
         return followed(self, (hidden, encoder), made) if hidden.requires_grad else made
 
     def keep(self, index: int, before: Streams, after: Streams, who: str) -> None:
@@ -137,8 +137,7 @@ class SingleBlocksStep:
                     f"{tuple(returned.shape)} after; name it in non_prune_block_ids, or set Fn "
                     f"and Bn so that it is outside"
                 )
-        hidden, encoder = before
-        self.store.store(index, self.due, hidden, after[0], encoder, after[1])
+        self.store.store(index, self.due, before, after)
 
 
 class EncoderMaker(BlockProxy):
@@ -201,7 +200,7 @@ class PrunableBlock(BlockProxy):
         cutter.begin_full(step.decisions[index], self.who)
         output = self._run_and_keep(step, call, given)
         cutter.begin_cached()
-        written(step.store.replace(index, 1, *given), (step.last, step.encoder))
+        written(step.store.replace(index, 1, given), (step.last, step.encoder))
         cutter.end_branch()
         return output
 

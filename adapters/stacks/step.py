@@ -64,7 +64,7 @@ class StackStep:
 
     def _measure(self, lane: Any, of: torch.Tensor) -> torch.Tensor:
         """Return the partial sums of the change that this branch measures."""
-        return lane.measure(of)
+        return lane.blocks.measure(of)
 
     def _change(self, lane: Any, of: torch.Tensor) -> torch.Tensor:
         """Measure the change, or take that of another branch, as `SharedChange` says."""
@@ -88,7 +88,7 @@ class StackStep:
         """Count a step that ran without the proxies: full, with nothing kept of it."""
         self.lane = lane = self.run.lanes.get(self.branch) or self._add_lane(device)
         if self.stack.leader is not None:
-            lane.steps.read()
+            lane.steps.follow()
         else:
             lane.decide(None)
             lane.steps.advance(False)
@@ -234,7 +234,7 @@ class Step(StackStep):
             flag = self._predict_ahead(lane)
         cached = not is_recorded and lane.settle(code, flag)
         if run.source is not None:
-            lane.remember(measured)
+            lane.history.remember(measured)
         if is_recorded:
             self._begin_conditional(lane)
         return cached

@@ -79,13 +79,23 @@ class CudaDriver:
     Args:
         bindings: the module `cuda.bindings.driver`, or one that behaves like it.
         version: version of the package `cuda-bindings`, as in ``(13, 0)``.
+
+    Raises:
+        RuntimeError: branches are impossible here; the error says why.
     """
 
     def __init__(self, bindings: Any, version: tuple[int, int]) -> None:
         self.cu = bindings
         self.version = version
         self.driver_version = int(self.call("cuDriverGetVersion"))
-        self._kernels: dict[int, tuple[Any, Any]] = {}
+        self._setters: dict[int, Any] = {}
+        if version < (12, 8):
+            found = ".".join(map(str, version))
+            raise RuntimeError(f"cuda-bindings must be 12.8 or later, got {found}")
+        if self.driver_version < IF_ONLY:
+            raise RuntimeError(
+                f"the driver must support CUDA 12.6 or later, got {self.driver_version}"
+            )
 
     def call(self, name: str, *args: Any) -> Any:
         """Call a function of the driver.
@@ -105,14 +115,6 @@ class CudaDriver:
         if int(error) != 0:
             raise RuntimeError(f"{name} must succeed, got {getattr(error, 'name', error)}")
         return results[0] if len(results) == 1 else tuple(results)
-
-    def why_not(self) -> str | None:
-        """Return why branches are impossible here, None where they are possible."""
-        if self.version < (12, 8):
-            return f"cuda-bindings must be 12.8 or later, got {'.'.join(map(str, self.version))}"
-        if self.driver_version < IF_ONLY:
-            return f"the driver must support CUDA 12.6 or later, got {self.driver_version}"
-        return None
 
     # graphs
 
@@ -197,13 +199,12 @@ class CudaDriver:
     def setter(self) -> Any:
         """Return the kernel that sets a condition, compiled for the current context."""
         context = int(self.call("cuCtxGetCurrent"))
-        if context not in self._kernels:
+        if context not in self._setters:
             source = ctypes.create_string_buffer(PTX.encode())
             with self._relaxed():
                 module = self.call("cuModuleLoadData", ctypes.addressof(source))
-            kernel = self.call("cuModuleGetFunction", module, b"set_condition")
-            self._kernels[context] = (module, kernel)
-        return self._kernels[context][1]
+            self._setters[context] = self.call("cuModuleGetFunction", module, b"set_condition")
+        return self._setters[context]
 
     def instantiate(self, graph: Any) -> Any:
         """Return the graph made executable. Once per graph."""
@@ -330,8 +331,6 @@ def find_driver() -> tuple[CudaDriver | None, str]:
         return None, f"cuda-bindings must be installed (pip install cuda-bindings), got: {error}"
     major, minor, *_ = __version__.split(".")
     try:
-        found = CudaDriver(driver, (int(major), int(minor)))
+        return CudaDriver(driver, (int(major), int(minor))), ""
     except RuntimeError as error:
         return None, str(error)
-    why = found.why_not()
-    return (None, why) if why else (found, "")

@@ -72,17 +72,13 @@ def reason_against(module: torch.nn.Module) -> str | None:
 
 def mover_of(part: torch.nn.Module) -> str | None:
     """Return the class of a hook of a module that moves its weights, None without."""
-    hooks = (name for attribute in OFFLOADING for name in _hooks(part.__dict__.get(attribute)))
-    return next((name for name in hooks if name in MOVERS), None)
-
-
-def _hooks(holder: Any) -> list[str]:
-    """Return the class names of the hooks that an attribute of a module holds."""
-    if holder is None:
-        return []
-    several = getattr(holder, "hooks", ())
-    inner = list(several.values() if isinstance(several, dict) else several)
-    return [type(hook).__name__ for hook in (holder, *inner)]
+    for holder in map(part.__dict__.get, OFFLOADING):
+        several = getattr(holder, "hooks", ())
+        inner = several.values() if isinstance(several, dict) else several
+        for hook in (holder, *inner):
+            if type(hook).__name__ in MOVERS:
+                return type(hook).__name__
+    return None
 
 
 def has_own_graphs(part: torch.nn.Module) -> bool:

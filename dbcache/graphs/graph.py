@@ -14,6 +14,7 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
+from operator import is_
 from time import perf_counter
 from typing import Any
 
@@ -82,7 +83,7 @@ class Home:
         self.lane = lane
         self.state = lane.state.addresses()
         self.layout: Any = lane.layout
-        self.buffers = lane.buffers_by_name()
+        self.stored = lane.stored()
 
     def fits(self) -> bool:
         """Whether the lane's state still lies where it was, and has room for one more step."""
@@ -93,11 +94,10 @@ class Home:
         """Give the lane back the buffers of the recording, where others came in between."""
         lane = self.lane
         if lane.layout == self.layout:
-            held = lane.buffers_by_name()
-            if all(held.get(name) is x for name, x in self.buffers.items()):
+            if all(map(is_, lane.stored(), self.stored)):
                 return
             lane.forget_reference()  # eager steps went on after other shapes, with other tensors
-        lane.take_buffers(self.layout, self.buffers)
+        lane.take(self.layout, self.stored)
 
 
 @dataclass
@@ -216,10 +216,13 @@ class GraphExecutor:
         key = (*_key(request, leaves, structure), request.kind_of(args, kwargs))
         with self._lock, self._turns(tensors):
             try:
-                recording = self._find(key)
+                recording = self.recordings.get(key)
             except TypeError as error:
                 self._give_up(f"the other arguments must be hashable, got {error}")
                 return request.run(args, kwargs)
+            if recording is not None and not all(home.fits() for home in recording.homes):
+                self.retire()
+                recording = None
             if recording is None and self._is_due(request, key, tensors):
                 recording = self._record(request, leaves, structure)
                 if recording is not None:
@@ -236,14 +239,6 @@ class GraphExecutor:
             if key in self._seen:
                 self._seen[key] = _layouts(request)
         return output
-
-    def _find(self, key: Any) -> Recording | None:
-        """Return the recording of a kind of call, if the lanes still lie where they were."""
-        recording = self.recordings.get(key)
-        if recording is not None and not all(home.fits() for home in recording.homes):
-            self.retire()
-            return None
-        return recording
 
     def _is_due(self, request: Recordable, key: Any, tensors: list[torch.Tensor]) -> bool:
         """Whether to record now: the call is recordable, and it is not the first of its kind.

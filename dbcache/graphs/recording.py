@@ -34,10 +34,10 @@ class Segment(Protocol):
 class Branch:
     """Two segments, one of which runs."""
 
+    name: str
     decision: Decision
     full: Segment
     cached: Segment
-    name: str
 
 
 Program = Sequence[Segment | Branch]
@@ -100,29 +100,29 @@ class SegmentCutter:
     def __init__(self, recorder: Any) -> None:
         self.recorder = recorder
         self.program: list[Segment | Branch] = []
-        self._branch: tuple[Decision, str] | None = None
-        self._full: Segment | None = None
+        self._branch: Any = None
+        self._full: Any = None
 
     def start(self) -> None:
         """Start the first segment."""
         self.recorder.begin()
 
     def begin_full(self, decision: Decision, name: str) -> None:
-        self._branch = decision, name
-        self.program.append(self.recorder.end())
-        self.recorder.begin()
+        self.program.append(self._cut())
+        self._branch = name, decision
 
     def begin_cached(self) -> None:
-        self._full = self.recorder.end()
-        self.recorder.begin()
+        self._full = self._cut()
 
     def end_branch(self) -> None:
-        assert self._branch is not None
-        assert self._full is not None
-        decision, name = self._branch
-        self.program.append(Branch(decision, self._full, self.recorder.end(), name))
-        self._branch = self._full = None
+        name, decision = self._branch
+        self.program.append(Branch(name, decision, self._full, self._cut()))
+
+    def _cut(self) -> Segment:
+        """Finish a segment and start the next one."""
+        segment: Segment = self.recorder.end()
         self.recorder.begin()
+        return segment
 
     def finish(self) -> None:
         """Finish the last segment."""

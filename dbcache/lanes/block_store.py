@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
 
 import torch
 
 from dbcache.kernels.pruning.add_residuals import add_residuals
 from dbcache.kernels.pruning.block_changes import block_changes
-from dbcache.kernels.pruning.block_state import BlockState
+from dbcache.kernels.pruning.block_state import NUM_RULE, BlockState
 from dbcache.kernels.pruning.decide_blocks import decide_blocks
 from dbcache.kernels.pruning.store_block import store_block
-from dbcache.lanes.buffers import HostCopy, outside_inference_mode
+from dbcache.lanes.buffers import HostCopy, Streams, outside_inference_mode
 from dbcache.lanes.forms import Dtypes, returned_as, stored_dtype, widened
 from dbcache.lanes.sharding import Sharding
 
@@ -27,43 +26,32 @@ class BlockStore:
 
     Args:
         prunable: which of them may be left out.
-        rule: the numbers of `block_state` that `decide_blocks` goes by.
         device: of the blocks.
 
     Attributes:
-        rule: those numbers on the device, in one tensor for the states of all layouts.
+        rule: the numbers of `block_state` that `decide_blocks` goes by, on the device: one tensor
+            for the states of all layouts. At first no block is left out.
         state: what is stored; None until the first block is.
         returned: dtypes of the streams as each block returns them, where the stored ones differ.
     """
 
     @outside_inference_mode
-    def __init__(
-        self, prunable: Sequence[bool], rule: Sequence[float], device: torch.device
-    ) -> None:
+    def __init__(self, prunable: Sequence[bool], device: torch.device) -> None:
         self.prunable = list(prunable)
-        self.rule = torch.tensor(rule, dtype=torch.float32, device=device)
+        self.rule = torch.zeros(NUM_RULE, dtype=torch.float32, device=device)
         self.state: BlockState | None = None
         self.returned: dict[int, Dtypes] = {}
         self._host = HostCopy()
-
-    def write_rule(self, rule: Sequence[float]) -> None:
-        """Write other numbers to the device."""
-        self.rule.copy_(torch.tensor(rule, dtype=torch.float32, device="cpu"))
 
     def move(self, device: torch.device) -> None:
         """Move the rule to another device and drop what is stored."""
         self.rule = self.rule.to(device)
         self.state, self._host = None, HostCopy()
 
-    def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
-        """Return the stored tensors; empty before the first block was stored."""
-        if self.state is None:
-            return {}
-        return {field.name: getattr(self.state, field.name) for field in fields(self.state)}
-
-    def take_buffers(self, buffers: dict[str, Any]) -> None:
-        """Continue with `buffers`, tensors of another layout; empty: with nothing stored."""
-        self.state = BlockState(**buffers) if buffers else None
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Return the rule, and what is stored."""
+        state = self.state
+        return [self.rule, *(getattr(state, field.name) for field in fields(BlockState) if state)]
 
     def measure(self, h: torch.Tensor) -> torch.Tensor:
         """Return the partial sums of how much each block's input changed, given the first one's."""
@@ -91,21 +79,13 @@ class BlockStore:
 
     def read(self, flags: torch.Tensor) -> list[bool]:
         """Return on the host which blocks are left out. The only host wait of a step."""
-        return [bool(flag) for flag in self._read(flags).tolist()]
+        if flags.is_cuda:
+            flags = self._host.read(flags)
+        return [bool(flag) for flag in flags.tolist()]
 
-    def _read(self, flags: torch.Tensor) -> torch.Tensor:
-        return self._host.read(flags) if flags.is_cuda else flags
-
-    def store(
-        self,
-        index: int,
-        due: torch.Tensor,
-        h_in: torch.Tensor,
-        h_out: torch.Tensor,
-        encoder_in: torch.Tensor | None,
-        encoder_out: torch.Tensor | None,
-    ) -> None:
+    def store(self, index: int, due: torch.Tensor, before: Streams, after: Streams) -> None:
         """Store the input and the residual of block `index`, if the step's `due` says so."""
+        (h_in, encoder_in), (h_out, encoder_out) = before, after
         if encoder_in is None or encoder_out is None:
             encoder_in = encoder_out = None
         state = self.state or self.allocate(h_out, encoder_out)
@@ -130,23 +110,18 @@ class BlockStore:
         self.state = BlockState.allocate(h, encoder, self.prunable, self.rule)
         return self.state
 
-    def replace(
-        self, first: int, count: int, h: torch.Tensor, encoder: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def replace(self, first: int, count: int, streams: Streams) -> Streams:
         """Return the predicted output of blocks `first` to ``first + count - 1``."""
         assert self.state is not None
         added, residuals = self.state.encoder_residuals, self.state.residuals
-        h = h.to(residuals.dtype)
+        h, encoder = streams[0].to(residuals.dtype), streams[1]
         if encoder is None or added is None:
             h, _ = add_residuals(h, residuals, first, count)
         else:
             encoder = widened(encoder.to(added.dtype), added.shape[1:])
             h, encoder = add_residuals(h, residuals, first, count, encoder, added)
-        if self.returned:
-            hidden, encoder_dtype = self.returned.get(first + count - 1, (h.dtype, None))
-            encoder_dtype = encoder_dtype or (None if encoder is None else encoder.dtype)
-            return returned_as((hidden, encoder_dtype), h, encoder)
-        return h, encoder
+        returned = self.returned.get(first + count - 1)
+        return (h, encoder) if returned is None else returned_as(returned, h, encoder)
 
     def nbytes(self) -> int:
         """Bytes of the stored streams."""

@@ -8,6 +8,9 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+Streams = tuple[torch.Tensor, torch.Tensor | None]
+"""Hidden states, and encoder states where there are any."""
+
 Layout = tuple[object, ...]
 """Shapes, dtypes and device of a step's tensors; a change of it restarts the lane."""
 
@@ -56,10 +59,7 @@ def can_write(*pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> bool:
     return all(start + size <= after for (start, size), (after, _) in pairwise(spans))
 
 
-def written(
-    streams: tuple[torch.Tensor, torch.Tensor | None],
-    out: tuple[torch.Tensor, torch.Tensor | None],
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def written(streams: Streams, out: Streams) -> Streams:
     """Return `out`, the second where it is given, with the streams written into it."""
     hidden, encoder = out[0].copy_(streams[0]), streams[1]
     if encoder is not None and out[1] is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -23,3 +24,30 @@ class Decision:
     flag: torch.Tensor
     read: Callable[[], bool]
     count: Callable[[], object]
+
+
+def decisions_on_blocks(
+    flags: torch.Tensor, read: Callable[[], list[bool]], count: Callable[[], object]
+) -> list[Decision]:
+    """Return the decisions on single blocks, of which the first one reads, or counts, for all.
+
+    Args:
+        flags: int32 (M,), on the device: 1 for a block that is left out.
+        read: counts the step and returns which blocks are left out.
+        count: counts the step without knowing it.
+    """
+    skipped: list[bool] = []
+
+    def read_one(index: int) -> bool:
+        if index == 0:
+            skipped[:] = read()
+        return skipped[index]
+
+    def count_one(index: int) -> None:
+        if index == 0:
+            count()
+
+    return [
+        Decision(flags[i : i + 1], partial(read_one, i), partial(count_one, i))
+        for i in range(len(flags))
+    ]

@@ -144,12 +144,8 @@ class FollowedSteps:
         """Undo a step that an exception cut short; the leader does the rest."""
         self.step -= 1
 
-    def trace(self) -> Trace:
-        """Read back the leader's reasons, with those of overruled steps, and no changes."""
-        return self.snapshot()()
-
     def snapshot(self) -> Callable[[], Trace]:
-        """Return a function that reads back what `trace` gives now."""
+        """Return what reads back the leader's reasons, those of overruled steps, and no changes."""
         leaders, overruled = self.leader.steps.snapshot(), dict(self._overruled)
         was_left_out, steps = self.step != self.leader.steps.step, self.step
 

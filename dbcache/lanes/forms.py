@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from dbcache.kernels.common.select import DTYPES
-from dbcache.lanes.buffers import Layout
+from dbcache.lanes.buffers import Layout, Streams
 
 Dtypes = tuple[torch.dtype, torch.dtype | None]
 """Of the hidden states, and of the encoder states; None where blocks return none."""
@@ -28,10 +28,8 @@ def widened(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return x.expand(*shape) if fits else x
 
 
-def returned_as(
-    dtypes: Dtypes, hidden: torch.Tensor, encoder: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the streams as the blocks would."""
+def returned_as(dtypes: Dtypes, hidden: torch.Tensor, encoder: torch.Tensor | None) -> Streams:
+    """Return the streams as the blocks would; one of which no dtype is known as it is."""
     return hidden.to(dtypes[0]), None if encoder is None else encoder.to(dtypes[1])
 
 

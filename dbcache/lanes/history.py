@@ -8,7 +8,6 @@ lane whose steps are decided before the first block has no P_ref.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +18,7 @@ from dbcache.kernels.common.lane_state import CACHED, LaneState
 from dbcache.kernels.decision.probe_diff import probe_diff
 from dbcache.kernels.decision.transformation_rate import transformation_rate
 from dbcache.lanes.buffers import empty_like, outside_inference_mode
+from dbcache.lanes.sharding import Vote
 
 
 @dataclass(slots=True, eq=False)
@@ -40,14 +40,9 @@ class History:
     full_output: torch.Tensor | None = None
     """What it returned"""
 
-    @classmethod
-    def of(cls, buffers: Mapping[str, torch.Tensor | None]) -> History:
-        """Return a history of `buffers`; other names are ignored."""
-        return cls(**{field.name: buffers.get(field.name) for field in fields(cls)})
-
-    def by_name(self) -> dict[str, torch.Tensor | None]:
+    def tensors(self) -> list[torch.Tensor | None]:
         """Return the tensors."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return [getattr(self, field.name) for field in fields(self)]
 
     @outside_inference_mode
     def allocate(
@@ -82,16 +77,11 @@ class History:
 
     @outside_inference_mode
     @torch.no_grad()
-    def record_output(
-        self,
-        state: LaneState,
-        output: torch.Tensor,
-        vote: Callable[..., torch.Tensor] | None = None,
-    ) -> None:
+    def record_output(self, state: LaneState, output: torch.Tensor, vote: Vote | None) -> None:
         """Measure how the output of a full step followed its input, and keep both (EasyCache).
 
         On a cached step nothing is changed. Which of them it was is seen on the device. `vote`
-        gives the sums of all ranks, see `Sharding.vote`.
+        gives the sums of all ranks, where they vote.
         """
         assert self.p_ref is not None
         if self.full_input is None or self.full_output is None:
@@ -107,7 +97,7 @@ class History:
 
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        return sum(x.nbytes for x in self.by_name().values() if x is not None)
+        return sum(x.nbytes for x in self.tensors() if x is not None)
 
 
 def room(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from dbcache.kernels.decision.probe_and_decide import probe_and_decide
 from dbcache.kernels.decision.probe_diff import probe_diff
 from dbcache.kernels.prediction.commit import commit
 from dbcache.kernels.prediction.predict import predict
+from dbcache.kernels.pruning.block_state import BlockState
 from dbcache.lanes.buffers import Layout, can_write, outside_inference_mode, written
-from dbcache.lanes.decision import Decision
+from dbcache.lanes.decision import Decision, decisions_on_blocks
 from dbcache.lanes.following import FollowedSteps, Leader
 from dbcache.lanes.forms import Forms, returned_as, widened
 from dbcache.lanes.history import History
@@ -58,12 +58,11 @@ def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
     return limits, thresholds | dict(enumerate(polynomial, ls.POLYNOMIAL))
 
 
-class _Kept:
-    """What a lane does with all that it keeps, whatever the step: forget it, or count its bytes."""
+class LaneBase:
+    """What a lane does with all that it keeps, whatever the step: to go back, and to forget."""
 
-    steps: StepState[LaneState] | FollowedSteps
-    history: History
-    tail: LaneTail | None
+    steps: StepState[Any] | FollowedSteps
+    tail: LaneTail | None = None
 
     def force(self, code: int) -> None:
         """Fix the plan code of the next step."""
@@ -90,12 +89,8 @@ class _Kept:
         if self.tail is not None:
             self.tail.forget()
 
-    def nbytes(self) -> int:
-        """Bytes of the lane's buffers."""
-        return self.history.nbytes() + (0 if self.tail is None else self.tail.blocks.nbytes())
 
-
-class Lane(_Kept):
+class Lane(LaneBase):
     """One lane, with the verbs of the kernels in the order of a step.
 
         code   = lane.begin(layout, device)
@@ -143,7 +138,6 @@ class Lane(_Kept):
         self.history = History()
         self.forecaster = make_forecaster(settings, device, branch)
         self.guard = make_guard(settings, device, branch)
-        self.tail = None
         self.tables: dict[Any, torch.Tensor] = {}
         self.forms = Forms()
         self._load()
@@ -201,7 +195,7 @@ class Lane(_Kept):
         if changed:
             if device != self.device:
                 self._move(device)
-            self._take(layout, {})
+            self._take(layout, History(), None)
         if self.guard is not None:
             self.guard.arm(self.state)
         return code
@@ -270,8 +264,9 @@ class Lane(_Kept):
 
     def tail_decisions(self) -> list[Decision]:
         """Return the decisions on the last blocks, for recorded work."""
-        assert self.tail is not None
-        return self.tail.decisions(lambda: self.steps.cached)
+        tail = self.tail
+        assert tail is not None
+        return decisions_on_blocks(tail.flags, lambda: tail.read(self.steps.cached), lambda: None)
 
     def predict(
         self,
@@ -360,34 +355,27 @@ class Lane(_Kept):
             self.forecaster.learn(state, stored, steps.step - 1, steps.is_first)
         steps.has_reference = True
 
-    def remember(self, measured: torch.Tensor) -> None:
-        """Keep the measurement of this step for the next one (policies without a probe)."""
-        self.history.remember(measured)
+    def stored(self) -> tuple[Any, ...]:
+        """Return what holds the tensors of the layout, for `take`."""
+        return self.history, None if self.tail is None else self.tail.blocks.state
 
-    def record_output(
-        self, output: torch.Tensor, vote: Callable[..., torch.Tensor] | None = None
-    ) -> None:
-        """Measure how the output of a full step followed its input, and keep both (EasyCache)."""
-        self.history.record_output(self.state, output, vote)
-
-    def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
-        """Return the large tensors."""
-        tail = {} if self.tail is None else self.tail.buffers_by_name()
-        return self.history.by_name() | tail
-
-    def take_buffers(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
-        """Continue with the large tensors of another layout; their content is void."""
+    def take(self, layout: Layout, stored: tuple[Any, ...]) -> None:
+        """Continue with what was `stored` for another layout; its content is void."""
         self.steps.invalidate()
-        self._take(layout, buffers)
+        self._take(layout, *stored)
 
-    def _take(self, layout: Layout, buffers: dict[str, torch.Tensor | None]) -> None:
+    def _take(self, layout: Layout, history: History, blocks: BlockState | None) -> None:
         self.layout = layout
-        self.history = History.of(buffers)
+        self.history = history
         self.forms.take(layout)
         if self.tail is not None:
-            self.tail.take_buffers(buffers)
+            self.tail.take(blocks)
 
-    def learned(self) -> list[torch.Tensor]:
-        """Return the small tensors of the predictor and of the last blocks."""
-        parts = (self.forecaster, self.tail)
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Return all tensors that a step writes to; None where there is none yet."""
+        parts = (self.state, self.history, self.forecaster, self.tail)
         return [x for part in parts if part is not None for x in part.tensors()]
+
+    def nbytes(self) -> int:
+        """Bytes of the lane's buffers."""
+        return self.history.nbytes() + (0 if self.tail is None else self.tail.blocks.nbytes())

@@ -16,11 +16,6 @@ AnyLane = Lane | PrunedLane
 """A lane that caches whole steps, or leaves out single blocks."""
 
 
-def tensors_of(lane: AnyLane) -> list[torch.Tensor | None]:
-    """Return all tensors of a lane that a step writes to; None where there is none yet."""
-    return [*lane.state.tensors(), *lane.learned(), *lane.buffers_by_name().values()]
-
-
 class StepCopy:
     """A copy of all that a step changes in one object, to be written back into the same tensors.
 

@@ -7,7 +7,6 @@ where plan, limits or a missing reference say it, it knows by the same rules, an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,17 +21,18 @@ from dbcache.kernels.pruning.block_state import BlockSteps
 from dbcache.kernels.pruning.decide_step import decide_step
 from dbcache.lanes.block_store import BlockStore
 from dbcache.lanes.buffers import Layout, outside_inference_mode
-from dbcache.lanes.decision import Decision
+from dbcache.lanes.decision import Decision, decisions_on_blocks
+from dbcache.lanes.lane import LaneBase
 from dbcache.lanes.sharding import Sharding
 from dbcache.lanes.step_state import FIRST_CAPACITY, StepState
 
 
-class PrunedLane:
+class PrunedLane(LaneBase):
     """One lane whose steps leave out single blocks.
 
         code    = lane.begin(layout, device)
         known   = lane.known()
-        lane.decide(None if known is not None else lane.measure(hidden))
+        lane.decide(None if known is not None else lane.blocks.measure(hidden))
         skipped = lane.settle(known)
 
     Args:
@@ -44,17 +44,17 @@ class PrunedLane:
         steps: where the lane stands in its request.
         blocks: what is stored of each block.
         layout: what it was stored for.
-        skipped: which blocks the latest step leaves out.
     """
+
+    steps: StepState[BlockSteps]
 
     @outside_inference_mode
     def __init__(
         self, settings: StackSettings, prunable: Sequence[bool], device: torch.device
     ) -> None:
         self.layout: Layout | None = None
-        self.skipped: list[bool] = []
         self.steps = StepState(BlockSteps.allocate(FIRST_CAPACITY, prunable, device))
-        self.blocks = BlockStore(prunable, [0.0] * bs.NUM_RULE, device)
+        self.blocks = BlockStore(prunable, device)
         self.reload(settings)
 
     @property
@@ -69,7 +69,7 @@ class PrunedLane:
         assert isinstance(config, DBPruneConfig)
         self._interval = config.residual_cache_update_interval
         self.state.store[bs.EVERY] = self._interval
-        self.blocks.write_rule(config.rule)
+        self.blocks.rule.copy_(torch.tensor(config.rule, dtype=torch.float32, device="cpu"))
         limits = {
             ls.MAX_CACHED: config.max_steps,
             ls.MAX_CONSECUTIVE: config.max_continuous_cached_steps,
@@ -83,43 +83,35 @@ class PrunedLane:
     def start_request(self) -> None:
         """Forget the last request; the buffers stay allocated."""
         self.steps.start_request()
-        self.skipped = []
 
     def begin(self, layout: Layout, device: torch.device) -> int:
         """Return the next step's plan code; a changed `layout` drops all that is stored."""
-        changed = layout != self.layout
-        is_moved = device != self.steps.device
+        changed, is_moved = layout != self.layout, device != self.steps.device
         code = self.steps.begin(changed, device)
         if is_moved:
             self.blocks.move(device)
         if changed:
-            self._take(layout, {})
+            self.layout, self.blocks.state = layout, None
         return code
 
     def known(self) -> list[bool] | None:
         """Return which blocks the next step leaves out; None where their changes decide."""
-        steps, nothing = self.steps, [False] * len(self.blocks.prunable)
-        code = steps.plan[steps.step]
-        if not steps.has_reference or code in (PlanCode.WARMUP, PlanCode.MASK):
-            return nothing
-        if code == PlanCode.STATIC:
-            return self.blocks.prunable
-        counters = [0] * ls.NUM_COUNTERS
-        counters[ls.CACHED_STEPS], counters[ls.CONSECUTIVE] = steps.learn_counts()
-        counters[ls.REFERENCE] = 1
+        steps, prunable = self.steps, self.blocks.prunable
+        code, counters = steps.plan[steps.step], [0] * ls.NUM_COUNTERS
+        counters[ls.REFERENCE] = int(steps.has_reference)
+        if steps.has_reference and code == PlanCode.DYNAMIC:
+            counters[ls.CACHED_STEPS], counters[ls.CONSECUTIVE] = steps.learn_counts()
         lane = (counters, [0.0] * ls.NUM_VALUES, steps.limits, steps.thresholds)
         reason = choose(lane, code, None)
-        return None if reason is Reason.NAN else nothing
-
-    def measure(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the partial sums of how much each block's input changed, given the first one's."""
-        return self.blocks.measure(hidden)
+        if reason is Reason.NAN:
+            return None
+        return prunable if reason.cached else [False] * len(prunable)
 
     def decide(self, change: torch.Tensor | None, sharding: Sharding | None = None) -> None:
         """Decide on the device which blocks the next step leaves out.
 
         Args:
-            change: what `measure` gave; None where nothing is to be compared.
+            change: what `blocks.measure` gave; None where nothing is to be compared.
             sharding: as in `BlockStore.choose`.
         """
         decisions = None if change is None else self.blocks.choose(change, sharding)
@@ -131,68 +123,36 @@ class PrunedLane:
         Args:
             known: what `known` gave, before the step.
         """
-        self.skipped = self.blocks.read(self.state.flags) if known is None else known
-        self.steps.advance(True in self.skipped)
-        return self.skipped
+        skipped = self.blocks.read(self.state.flags) if known is None else known
+        self.steps.advance(True in skipped)
+        return skipped
 
     def decisions(self) -> list[Decision]:
-        """Return the decisions of the next step, one per block, for recorded work.
+        """Return the decisions of the next step, one per block, for recorded work."""
 
-        The first one counts the step, and reads for all.
-        """
+        def read() -> list[bool]:
+            skipped = self.settle(self.known())
+            self.steps.has_reference = True  # blocks that run are stored, and the others were
+            return skipped
 
-        def read(index: int) -> bool:
-            if index == 0:
-                self.settle(self.known())
-                self.steps.has_reference = True  # blocks that run are stored, and the others were
-            return self.skipped[index]
-
-        def count(index: int) -> None:
-            if index == 0:
-                self.steps.count()
-
-        flags = self.state.flags
-        return [
-            Decision(flags[i : i + 1], partial(read, i), partial(count, i))
-            for i in range(len(flags))
-        ]
+        return decisions_on_blocks(self.state.flags, read, self.steps.count)
 
     def stores(self) -> bool:
         """Whether the step just counted stores the blocks that run."""
         return not self.steps.has_reference or (self.steps.step - 1) % self._interval == 0
 
-    def buffers_by_name(self) -> dict[str, torch.Tensor | None]:
-        """Return the stored tensors of the blocks."""
-        return self.blocks.buffers_by_name()
+    def stored(self) -> tuple[Any, ...]:
+        """Return what holds the tensors of the layout, for `take`."""
+        return (self.blocks.state,)
 
-    def take_buffers(self, layout: Layout, buffers: dict[str, Any]) -> None:
-        """Continue with the tensors of another layout, or with none; their content is void."""
+    def take(self, layout: Layout, stored: tuple[Any, ...]) -> None:
+        """Continue with what was `stored` for another layout; its content is void."""
         self.steps.invalidate()
-        self._take(layout, buffers)
+        self.layout, (self.blocks.state,) = layout, stored
 
-    def _take(self, layout: Layout, buffers: dict[str, Any]) -> None:
-        self.layout = layout
-        self.blocks.take_buffers(buffers)
-
-    def learned(self) -> list[torch.Tensor]:
-        """Return nothing: there is no predictor."""
-        return []
-
-    def force(self, code: int) -> None:
-        """Fix the plan code of the next step."""
-        self.steps.force(code)
-
-    def forget_reference(self) -> None:
-        """Make the next step a full one: everything stored is void."""
-        self.steps.forget()
-
-    def rewind(self, step: int) -> None:
-        """Go back to `step` after an exception; later steps count as never begun."""
-        self.steps.rewind(step)
-
-    def abort(self) -> None:
-        """Undo a step after an exception: the step counts as never begun."""
-        self.steps.abort()
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Return all tensors that a step writes to."""
+        return [*self.state.tensors(), *self.blocks.tensors()]
 
     @outside_inference_mode
     def pruned_snapshot(self) -> Callable[[], list[list[bool]]]:

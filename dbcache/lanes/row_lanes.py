@@ -20,11 +20,9 @@ from dbcache.kernels.by_row.predict_rows import predict_rows
 from dbcache.kernels.by_row.table import Row, Rows
 from dbcache.kernels.common.lane_state import PlanCode
 from dbcache.kernels.common.select import is_traced
-from dbcache.lanes.buffers import Layout
+from dbcache.lanes.buffers import Layout, Streams
 from dbcache.lanes.forms import widened
 from dbcache.lanes.lane import Lane
-
-Streams = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class _Group(NamedTuple):

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
+Vote = Callable[..., torch.Tensor]
+"""As `Sharding.vote`."""
+
 
 class Sharding(Protocol):
     """One transformer that ranks share.

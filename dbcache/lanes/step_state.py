@@ -215,16 +215,13 @@ class StepState(Generic[State]):
         if self.cached:
             self.state.counters[ls.CACHED_STEPS] -= 1
 
-    def trace(self) -> Trace:
-        """Read back the reasons and the changes (-1: not measured) of this request's steps.
-
-        Under DBPrune a change is the smallest one of a block that may be left out.
-        """
-        return self.snapshot()()
-
     @outside_inference_mode
     def snapshot(self) -> Callable[[], Trace]:
-        """Return a function that reads back what `trace` gives now; enqueues copies, no waiting."""
+        """Return what reads back the reasons and the changes (-1: not measured) of all steps.
+
+        Under DBPrune a change is the smallest one of a block that may be left out. Enqueues copies,
+        without waiting.
+        """
         state, known = self.state, self._known_changes
         # a graph that the user captured takes steps that the host does not see
         counters = state.counters.clone()

@@ -13,6 +13,7 @@ from tiny import BRANCHES, FAMILIES, denoise
 
 import dbcache
 from dbcache import BlockAdapter, DBPruneConfig, ForwardPattern
+from dbcache.kernels.pruning.block_state import THRESHOLD
 from dbcache.lanes.block_store import BlockStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,8 +126,8 @@ def test_the_estimate_is_exact_up_to_the_first_block_that_runs_and_near_behind_i
 @pytest.mark.parametrize("rule", [RULES["F1B0"], RULES["2 in a row"], RULES["mask, static"]])
 def test_the_host_waits_once_per_undecided_step(rule, monkeypatch):
     reads = []
-    plain = BlockStore._read
-    monkeypatch.setattr(BlockStore, "_read", lambda self, x: reads.append(0) or plain(self, x))
+    plain = BlockStore.read
+    monkeypatch.setattr(BlockStore, "read", lambda self, x: reads.append(0) or plain(self, x))
     family = FAMILIES["flux"]
     model = dbcache.enable(family.build(), DBPruneConfig(**options(rule)))
     denoise(model, family, STEPS)
@@ -285,12 +286,12 @@ class Vote:
 
 
 def test_ranks_that_share_the_tokens_decide_as_one_that_has_them_all():
-    rule = [0.0] * 4
-    rule[0] = 0.1
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6, 8, generator=generator)
     drift = 0.08 * torch.randn(3, 2, 6, 8, generator=generator)
-    caches = [BlockStore([True, False, True], rule, x.device) for _ in range(3)]
+    caches = [BlockStore([True, False, True], x.device) for _ in range(3)]
+    for cache in caches:
+        cache.rule[THRESHOLD] = 0.1
     parts = [slice(None), slice(0, 2), slice(2, 6)]
     for step in range(2):
         due = torch.tensor([1, 1 + step, step], dtype=torch.int32)
@@ -298,7 +299,7 @@ def test_ranks_that_share_the_tokens_decide_as_one_that_has_them_all():
             h = x[:, part] + step * drift[0][:, part]
             for block in range(3):
                 out = h + (block + 1) * torch.tanh(h) + step * drift[block][:, part]
-                cache.store(block, due, h, out, None, None)
+                cache.store(block, due, (h, None), (out, None))
                 h = out
     now = [x[:, part] + 2 * drift[0][:, part] for part in parts]
     messages = [Vote(), Vote()]

@@ -185,7 +185,7 @@ def test_pairs_of_options_decide_as_the_oracle(pair):
         lane.decide(partials)
         assert lane.settle(code) != expected
         lane.steps.has_reference = True
-    assert [REASONS[code] for code in lane.steps.trace()[0]] == decider.trace.reasons
+    assert [REASONS[code] for code in lane.steps.snapshot()()[0]] == decider.trace.reasons
 
 
 def limits(high):

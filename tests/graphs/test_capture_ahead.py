@@ -35,7 +35,7 @@ def test_capture_records_ahead_of_the_first_request(model, driver):
     before = graphs(model).replays
     assert same(denoise(model, FLUX, 8), eager(8))
     assert graphs(model).replays == before + 8
-    assert inside.stacks(model)[0].lanes[None].steps.trace()[0][0] == Reason.WARMUP
+    assert inside.stacks(model)[0].lanes[None].steps.snapshot()()[0][0] == Reason.WARMUP
 
 
 def test_capture_needs_graphs(model, driver):

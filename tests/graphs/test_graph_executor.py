@@ -401,7 +401,7 @@ def test_a_failed_launch_counts_as_never_begun(model, driver, monkeypatch):
     assert not lane.steps.has_reference
     with torch.no_grad():
         model(**FLUX.arguments(x, 0.5, "cond"))
-    assert Reason(lane.steps.trace()[0][-1]) == Reason.NO_REFERENCE
+    assert Reason(lane.steps.snapshot()()[0][-1]) == Reason.NO_REFERENCE
 
 
 def test_a_cpu_machine_can_import_all_of_it(monkeypatch):

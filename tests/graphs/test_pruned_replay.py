@@ -127,8 +127,8 @@ def test_two_stacks_have_a_branch_per_block_that_may_be_left_out(driver, mode):
 
 def test_host_mode_reads_once_per_undecided_step(driver, monkeypatch):
     model, reads = FLUX.build(), []
-    read = BlockStore._read
-    monkeypatch.setattr(BlockStore, "_read", lambda cache, x: reads.append(0) or read(cache, x))
+    read = BlockStore.read
+    monkeypatch.setattr(BlockStore, "read", lambda cache, x: reads.append(0) or read(cache, x))
     dbcache.enable(model, config("static"), cuda_graph="host")
     denoise(model, FLUX, 3)
     assert len(reads) == 2  # of the dynamic step that is tried, eager and replayed
@@ -156,7 +156,7 @@ def test_device_mode_reads_nothing_and_launches_once_per_step(driver, monkeypatc
     def fail(*_):
         raise AssertionError("the host asked for a decision")
 
-    monkeypatch.setattr(BlockStore, "_read", fail)
+    monkeypatch.setattr(BlockStore, "read", fail)
     dbcache.refresh_context(model, num_inference_steps=20)
     before = driver.launches
     denoise(model, FLUX, 20)

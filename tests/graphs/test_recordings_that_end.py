@@ -131,9 +131,8 @@ def test_recording_leaves_a_lane_as_it_was(driver, monkeypatch, knows, mode):
 
     def content(lane):
         steps = lane.steps
-        tensors = {k: x.clone() for k, x in lane.buffers_by_name().items() if x is not None}
-        tensors |= {f"state {i}": x[:64].clone() for i, x in enumerate(lane.state.tensors())}
-        tensors |= dict(enumerate(x.clone() for x in lane.learned()))
+        # the plan and the traces have grown
+        tensors = {i: x[:64].clone() for i, x in enumerate(lane.tensors()) if x is not None}
         host = [getattr(steps, name) for name in steps.HOST if name != "plan"]
         return [*host, lane.layout], steps.plan[:64], tensors
 

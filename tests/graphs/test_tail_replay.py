@@ -276,8 +276,8 @@ def test_recorded_on_a_first_step_nothing_is_stored_yet(driver, mode):
 
 
 def test_the_host_reads_on_cached_steps_alone_and_in_device_mode_on_none(driver, monkeypatch):
-    reads, read = [], BlockStore._read
-    monkeypatch.setattr(BlockStore, "_read", lambda cache, x: reads.append(0) or read(cache, x))
+    reads, read = [], BlockStore.read
+    monkeypatch.setattr(BlockStore, "read", lambda cache, x: reads.append(0) or read(cache, x))
     watched = Watched(FLUX)
     for options in ({}, {"cuda_graph": "host"}, {"cuda_graph": "device"}):
         watched.enable(SETTINGS, num_inference_steps=14, **options)

@@ -212,7 +212,7 @@ def cached(model: torch.nn.Module, name: str, steps: int = STEPS, **more: Any) -
     dbcache.enable(model, **(options | more))
     outputs = loop(model, name, steps)
     lanes = [lane for stack in stacks(model) for lane in stack.lanes.values()]
-    traces = [lane.steps.trace() for lane in lanes]
+    traces = [lane.steps.snapshot()() for lane in lanes]
     dbcache.disable(model)
     return traces, outputs
 

@@ -40,7 +40,7 @@ def loop(model: torch.nn.Module, name: str, settings: dict[str, Any]) -> Any:
         outputs.append(spread.step(model, given))
         x = x - outputs[-1][tuple(slice(0, n) for n in x.shape)] / STEPS
     stacks = inside.stacks(model)
-    traces = [lane.steps.trace() for stack in stacks for lane in stack.lanes.values()]
+    traces = [lane.steps.snapshot()() for stack in stacks for lane in stack.lanes.values()]
     dbcache.disable(model)
     return traces, outputs
 

@@ -238,9 +238,10 @@ def use_driver(monkeypatch, fake):
     if fake is None:
         found = None, "the driver must support CUDA 12.6 or later, got 12040"
     else:
-        driver = CudaDriver(fake, fake.bindings)
-        why = driver.why_not()
-        found = (None, why) if why else (driver, "")
+        try:
+            found = CudaDriver(fake, fake.bindings), ""
+        except RuntimeError as error:
+            found = None, str(error)
         fake.is_current = False  # as where models lie on another GPU than the current one
     monkeypatch.setitem(cuda_capture.RECORDERS, "cpu", TapeRecorder)
     monkeypatch.setattr(graph, "find_driver", lambda: found)
