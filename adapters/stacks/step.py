@@ -68,11 +68,8 @@ class StackStep:
 
     def _change(self, lane: Any, of: torch.Tensor) -> torch.Tensor:
         """Measure the change, or take that of another branch, as `SharedChange` says."""
-        steps, is_recorded = lane.steps, self.cutter is not None
-        own = partial(self._measure, lane, of)
-        return self.run.shared(
-            self.branch, steps.state, steps.step, of, own, is_recorded=is_recorded
-        )
+        own, is_recorded = partial(self._measure, lane, of), self.cutter is not None
+        return self.run.shared(self.branch, lane.steps, of, own, is_recorded=is_recorded)
 
     def check_end(self) -> None:
         """Raise a RuntimeError if the model left out the block at which a step is predicted."""
@@ -234,7 +231,7 @@ class Step(StackStep):
             flag = self._predict_ahead(lane)
         cached = not is_recorded and lane.settle(code, flag)
         if run.source is not None:
-            lane.history.remember(measured)
+            lane.history.refer_to(measured)
         if is_recorded:
             self._begin_conditional(lane)
         return cached

@@ -259,25 +259,22 @@ class CudaDriver:
         Raises:
             RuntimeError: the stream is not capturing.
         """
-        handle_graph, _ = self._captured(stream)
-        handles = self._handles(handle_graph)
+        captured, one_thread = self.cu.CUstream(stream), (1, 1, 1, 1, 1, 1, 0)
+        handles = self._handles(self._captured(captured)[0])
         for equal, handle in handles.items():
             # a captured launch comes after all that was captured so far
-            arguments = _Arguments(handle, flag, equal)
-            self.call(
-                "cuLaunchKernel", self.setter(), 1, 1, 1, 1, 1, 1, 0, self.cu.CUstream(stream),
-                arguments.address, 0,
-            )  # fmt: skip
-        graph, after = self._captured(stream)
+            to = _Arguments(handle, flag, equal)
+            self.call("cuLaunchKernel", self.setter(), *one_thread, captured, to.address, 0)
+        graph, after = self._captured(captured)
         node, bodies = self._add_ifs(graph, after, handles)
         update = "cuStreamUpdateCaptureDependencies" + ("" if self.version >= (13, 0) else "_v2")
-        self.call(update, self.cu.CUstream(stream), [node], None, 1, SET_DEPENDENCIES)
+        self.call(update, captured, [node], None, 1, SET_DEPENDENCIES)
         return bodies
 
-    def _captured(self, stream: int) -> tuple[Any, list[Any]]:
+    def _captured(self, stream: Any) -> tuple[Any, list[Any]]:
         """Return the graph that `stream` captures and the nodes that come before the next one."""
         name = "cuStreamGetCaptureInfo" + ("" if self.version >= (13, 0) else "_v3")
-        status, _, graph, after, *_ = self.call(name, self.cu.CUstream(stream))
+        status, _, graph, after, *_ = self.call(name, stream)
         if int(status) != CAPTURE_ACTIVE:
             raise RuntimeError(f"the stream must be capturing, got capture status {status}")
         return graph, list(after)

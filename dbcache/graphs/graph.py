@@ -363,9 +363,8 @@ class GraphExecutor:
         with torch.inference_mode(False):
             static = _cloned(leaves)
         knew = [lane.steps.has_reference for lane in lanes]
-        cutter = SegmentCutter(recorder)
         with recorder.capturing():
-            cutter.start()
+            cutter = SegmentCutter(recorder)
             try:
                 output = request.run(*unflatten(static, structure), cutter)
                 cutter.finish()

@@ -88,7 +88,7 @@ class Recordable(Protocol):
 
 
 class SegmentCutter:
-    """Makes a program of what one forward does.
+    """Makes a program of what one forward does from now on.
 
     Args:
         recorder: makes the segments, as `CudaRecorder` does: what happens between its `begin` and
@@ -102,10 +102,7 @@ class SegmentCutter:
         self.program: list[Segment | Branch] = []
         self._branch: Any = None
         self._full: Any = None
-
-    def start(self) -> None:
-        """Start the first segment."""
-        self.recorder.begin()
+        recorder.begin()
 
     def begin_full(self, decision: Decision, name: str) -> None:
         self.program.append(self._cut())

@@ -50,8 +50,8 @@ class BlockStore:
 
     def tensors(self) -> list[torch.Tensor | None]:
         """Return the rule, and what is stored."""
-        state = self.state
-        return [self.rule, *(getattr(state, field.name) for field in fields(BlockState) if state)]
+        stored = () if self.state is None else fields(self.state)
+        return [self.rule, *(getattr(self.state, field.name) for field in stored)]
 
     def measure(self, h: torch.Tensor) -> torch.Tensor:
         """Return the partial sums of how much each block's input changed, given the first one's."""

@@ -97,6 +97,5 @@ class HostCopy:
     @staticmethod
     @outside_inference_mode
     def _make(x: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
-        return torch.empty(
-            x.shape, dtype=x.dtype, device="cpu", pin_memory=True
-        ), torch.cuda.Event()
+        host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+        return host, torch.cuda.Event()

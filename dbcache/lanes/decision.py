@@ -26,8 +26,12 @@ class Decision:
     count: Callable[[], object]
 
 
+def nothing() -> None:
+    """Count nothing: another decision of the step does."""
+
+
 def decisions_on_blocks(
-    flags: torch.Tensor, read: Callable[[], list[bool]], count: Callable[[], object]
+    flags: torch.Tensor, read: Callable[[], list[bool]], count: Callable[[], object] = nothing
 ) -> list[Decision]:
     """Return the decisions on single blocks, of which the first one reads, or counts, for all.
 
@@ -43,11 +47,7 @@ def decisions_on_blocks(
             skipped[:] = read()
         return skipped[index]
 
-    def count_one(index: int) -> None:
-        if index == 0:
-            count()
-
     return [
-        Decision(flags[i : i + 1], partial(read_one, i), partial(count_one, i))
+        Decision(flags[i : i + 1], partial(read_one, i), nothing if i else count)
         for i in range(len(flags))
     ]

@@ -17,7 +17,7 @@ from dbcache.config.cache import StackSettings
 from dbcache.kernels.common.lane_state import CACHED, LaneState
 from dbcache.kernels.decision.probe_diff import probe_diff
 from dbcache.kernels.decision.transformation_rate import transformation_rate
-from dbcache.lanes.buffers import empty_like, outside_inference_mode
+from dbcache.lanes.buffers import Streams, empty_like, outside_inference_mode
 from dbcache.lanes.sharding import Vote
 
 
@@ -46,34 +46,30 @@ class History:
 
     @outside_inference_mode
     def allocate(
-        self,
-        settings: StackSettings,
-        compared: torch.Tensor | None,
-        h_out: torch.Tensor,
-        encoder_out: torch.Tensor | None,
+        self, settings: StackSettings, compared: torch.Tensor | None, made: Streams, **where: Any
     ) -> torch.Tensor:
-        """Allocate P_ref, like `compared`, and the snapshots; return those of `h_out`."""
+        """Allocate P_ref and the snapshots; return those of the hidden states.
+
+        Args:
+            settings: of the stack.
+            compared: what P_ref is like; None without a probe.
+            made: what the blocks returned.
+            **where: options of `torch.empty` for the snapshots; none: on the device of `made`.
+        """
         if compared is not None:
             self.p_ref = empty_like(compared)
-        self.snapshots, self.scales = room(settings, h_out)
-        if encoder_out is not None:
-            self.encoder_snapshots, self.encoder_scales = room(settings, encoder_out)
+        self.snapshots, self.scales = room(settings, made[0], **where)
+        if made[1] is not None:
+            self.encoder_snapshots, self.encoder_scales = room(settings, made[1], **where)
         return self.snapshots
 
     @outside_inference_mode
     @torch.no_grad()
-    def refer_to(self, probe: torch.Tensor, h_in: torch.Tensor | None) -> None:
-        """Keep what the probe gave as the reference: less `h_in`, where that is given."""
-        assert self.p_ref is not None
-        self.p_ref.copy_(probe if h_in is None else probe.float() - h_in.float())
-
-    @outside_inference_mode
-    @torch.no_grad()
-    def remember(self, measured: torch.Tensor) -> None:
-        """Keep the measurement of this step for the next one (policies without a probe)."""
+    def refer_to(self, measured: torch.Tensor, h_in: torch.Tensor | None = None) -> None:
+        """Keep what was measured as the reference: less `h_in`, where that is given."""
         if self.p_ref is None:
             self.p_ref = empty_like(measured)
-        self.p_ref.copy_(measured)
+        self.p_ref.copy_(measured if h_in is None else measured.float() - h_in.float())
 
     @outside_inference_mode
     @torch.no_grad()

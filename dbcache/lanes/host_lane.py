@@ -16,9 +16,9 @@ import torch
 
 from dbcache.config.cache import StackSettings
 from dbcache.kernels.common.lane_state import PlanCode
-from dbcache.lanes.buffers import empty_like, outside_inference_mode
+from dbcache.lanes.buffers import Streams, outside_inference_mode
 from dbcache.lanes.forms import stored_dtype
-from dbcache.lanes.history import History, room
+from dbcache.lanes.history import History
 from dbcache.lanes.lane import Lane
 
 RING = ("snapshots", "scales", "encoder_snapshots", "encoder_scales")
@@ -85,8 +85,7 @@ class HostRing:
         self,
         history: History,
         compared: torch.Tensor | None,
-        h_out: torch.Tensor,
-        encoder_out: torch.Tensor | None,
+        made: Streams,
         *,
         is_first: bool,
         whole: bool,
@@ -96,26 +95,18 @@ class HostRing:
         Args:
             history: whose ring lies on the host; allocated where there is none.
             compared: what P_ref is like; None without a probe.
-            h_out: hidden states that the blocks returned.
-            encoder_out: their encoder states, if any.
+            made: what the blocks returned.
             is_first: nothing is stored that this goes with.
             whole: with the content of the other slots.
         """
         if history.snapshots is None:
-            where = {"device": "cpu", "pin_memory": h_out.is_cuda}
-            if compared is not None:
-                history.p_ref = empty_like(compared)
-            history.snapshots, history.scales = room(self._settings, h_out, **where)
-            if encoder_out is not None:
-                pair = room(self._settings, encoder_out, **where)
-                history.encoder_snapshots, history.encoder_scales = pair
+            where = {"device": "cpu", "pin_memory": made[0].is_cuda}
+            history.allocate(self._settings, compared, made, **where)
         self.slot = 0 if is_first else (self.slot + 1) % self._settings.slots
         if whole and not is_first:
-            return self.fetched(history, h_out.device)
+            return self.fetched(history, made[0].device)
         ring = History(p_ref=history.p_ref)
-        ring.snapshots, ring.scales = room(self._settings, h_out)
-        if encoder_out is not None:
-            ring.encoder_snapshots, ring.encoder_scales = room(self._settings, encoder_out)
+        ring.allocate(self._settings, None, made)
         return ring
 
     @outside_inference_mode
@@ -183,11 +174,12 @@ class HostLane(Lane):
         probe: torch.Tensor | None = None,
     ) -> None:
         own, ring, dtype = self.history, self.ring, stored_dtype(h_out.dtype)
-        made = encoder_out if encoder_fn is not None else None
-        made = None if made is None else made.to(stored_dtype(made.dtype))
+        encoder = encoder_out if encoder_fn is not None else None
+        encoder = None if encoder is None else encoder.to(stored_dtype(encoder.dtype))
+        made = h_out.to(dtype), encoder
         is_first, learns = self.steps.is_first, self.forecaster is not None
         compared = (h_fn if probe is None else probe).to(dtype) if self.compares else None
-        where = ring.room_for(own, compared, h_out.to(dtype), made, is_first=is_first, whole=learns)
+        where = ring.room_for(own, compared, made, is_first=is_first, whole=learns)
         self.history = where
         try:
             super().commit(h_in, h_fn, h_out, encoder_fn, encoder_out, probe)

@@ -64,6 +64,11 @@ class LaneBase:
     steps: StepState[Any] | FollowedSteps
     tail: LaneTail | None = None
 
+    def start_request(self) -> None:
+        """Forget the last request; the buffers stay allocated."""
+        self.steps.start_request()
+        self._forget_tail()
+
     def force(self, code: int) -> None:
         """Fix the plan code of the next step."""
         self.steps.force(code)
@@ -179,11 +184,6 @@ class Lane(LaneBase):
         if self.tail is not None:
             self.tail.reload(settings)
 
-    def start_request(self) -> None:
-        """Forget the last request; the buffers stay allocated."""
-        self.steps.start_request()
-        self._forget_tail()
-
     def begin(self, layout: Layout, device: torch.device) -> int:
         """Make room for the next step and return its plan code; restart if the `layout` changed.
 
@@ -266,7 +266,7 @@ class Lane(LaneBase):
         """Return the decisions on the last blocks, for recorded work."""
         tail = self.tail
         assert tail is not None
-        return decisions_on_blocks(tail.flags, lambda: tail.read(self.steps.cached), lambda: None)
+        return decisions_on_blocks(tail.flags, lambda: tail.read(self.steps.cached))
 
     def predict(
         self,
@@ -339,7 +339,7 @@ class Lane(LaneBase):
         snapshots = history.snapshots
         if snapshots is None:
             compared = (h_fn if probe is None else probe.to(dtype)) if self.compares else None
-            snapshots = history.allocate(self.settings, compared, h_out, encoder_out)
+            snapshots = history.allocate(self.settings, compared, (h_out, encoder_out))
         p_ref = history.p_ref if self.compares else None
         if probe is not None and p_ref is not None:
             history.refer_to(probe.to(dtype), h_in if self.by_residual else None)

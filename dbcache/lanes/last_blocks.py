@@ -50,8 +50,7 @@ class LaneTail:
 
     def force(self, code: int) -> None:
         """Leave out as many blocks as possible if the next step is fixed as cached (trials)."""
-        all_of_them = code == PlanCode.STATIC
-        self.blocks.rule[bs.THRESHOLD] = 1.0 if all_of_them else self._threshold
+        self.blocks.rule[bs.THRESHOLD] = 1.0 if code == PlanCode.STATIC else self._threshold
 
     def forget(self) -> None:
         """Make everything stored void; the buffers stay allocated."""

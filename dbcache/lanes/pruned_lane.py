@@ -80,10 +80,6 @@ class PrunedLane(LaneBase):
         """Use settings that differ in the mask."""
         self.steps.replan(settings)
 
-    def start_request(self) -> None:
-        """Forget the last request; the buffers stay allocated."""
-        self.steps.start_request()
-
     def begin(self, layout: Layout, device: torch.device) -> int:
         """Return the next step's plan code; a changed `layout` drops all that is stored."""
         changed, is_moved = layout != self.layout, device != self.steps.device
@@ -157,13 +153,8 @@ class PrunedLane(LaneBase):
     @outside_inference_mode
     def pruned_snapshot(self) -> Callable[[], list[list[bool]]]:
         """Return a function that reads back which blocks were left out on each step so far."""
-        counters, trace = self.steps.state.counters.clone(), self.state.trace.clone()
-
-        def read() -> list[list[bool]]:
-            steps = int(counters[ls.STEP])
-            return [[bool(flag) for flag in row] for row in trace[:steps].tolist()]
-
-        return read
+        counters, trace = self.steps.state.counters.clone(), self.state.trace.bool()
+        return lambda: trace[: int(counters[ls.STEP])].tolist()
 
     def nbytes(self) -> int:
         """Bytes of the lane's buffers."""

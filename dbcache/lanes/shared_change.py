@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -69,8 +70,7 @@ class SharedChange:
     def __call__(
         self,
         branch: str | None,
-        state: LaneState,
-        step: int,
+        steps: Any,
         of: torch.Tensor,
         measure: Callable[[], torch.Tensor],
         *,
@@ -80,8 +80,7 @@ class SharedChange:
 
         Args:
             branch: whose step it is.
-            state: that of its lane, before the decision.
-            step: number of the step; it is open, unless it is recorded.
+            steps: those of its lane, before the decision, which is open unless it is recorded.
             of: what is measured; the shape counts.
             measure: returns the partial sums of the branch's own change.
             is_recorded: what is enqueued now will serve other steps, too.
@@ -89,14 +88,14 @@ class SharedChange:
         if not self.is_on:
             return measure()
         if self.by_device or is_recorded:
-            return self._on_device(branch, state, of.shape, measure())
+            return self._on_device(branch, steps.state, of.shape, measure())
         if self.latest is not None:
             whose, *others, partials = self.latest
-            if whose != branch and others == [step, of.shape]:
+            if whose != branch and others == [steps.step, of.shape]:
                 return partials
         # on the device as well: a graph that the user captures may hold the next branch
-        partials = self._on_device(branch, state, of.shape, measure())
-        self.latest = (branch, step, of.shape, partials)
+        partials = self._on_device(branch, steps.state, of.shape, measure())
+        self.latest = (branch, steps.step, of.shape, partials)
         return partials
 
     def _on_device(
