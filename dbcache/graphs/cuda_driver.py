@@ -259,12 +259,13 @@ class CudaDriver:
         Raises:
             RuntimeError: the stream is not capturing.
         """
-        captured, one_thread = self.cu.CUstream(stream), (1, 1, 1, 1, 1, 1, 0)
+        captured = self.cu.CUstream(stream)
+        sizes = (1, 1, 1, 1, 1, 1, 0)  # of grid, block and shared memory
         handles = self._handles(self._captured(captured)[0])
         for equal, handle in handles.items():
             # a captured launch comes after all that was captured so far
-            to = _Arguments(handle, flag, equal)
-            self.call("cuLaunchKernel", self.setter(), *one_thread, captured, to.address, 0)
+            given = _Arguments(handle, flag, equal)
+            self.call("cuLaunchKernel", self.setter(), *sizes, captured, given.address, 0)
         graph, after = self._captured(captured)
         node, bodies = self._add_ifs(graph, after, handles)
         update = "cuStreamUpdateCaptureDependencies" + ("" if self.version >= (13, 0) else "_v2")

@@ -10,7 +10,7 @@ import torch
 from dbcache.config.cache import DBCacheConfig
 from dbcache.config.policies import POLICIES
 from dbcache.config.prune import DBPruneConfig
-from dbcache.kernels.common.lane_state import LaneState, Signal
+from dbcache.kernels.common.lane_state import Signal
 from dbcache.kernels.common.sums import MAX_PARTIALS
 from dbcache.kernels.decision.share_change import make_stamps, share_change
 from dbcache.lanes.buffers import outside_inference_mode
@@ -87,27 +87,21 @@ class SharedChange:
         """
         if not self.is_on:
             return measure()
-        if self.by_device or is_recorded:
-            return self._on_device(branch, steps.state, of.shape, measure())
-        if self.latest is not None:
+        host_knows = not (self.by_device or is_recorded)
+        if host_knows and self.latest is not None:
             whose, *others, partials = self.latest
             if whose != branch and others == [steps.step, of.shape]:
                 return partials
-        # on the device as well: a graph that the user captures may hold the next branch
-        partials = self._on_device(branch, steps.state, of.shape, measure())
-        self.latest = (branch, steps.step, of.shape, partials)
-        return partials
-
-    def _on_device(
-        self, branch: str | None, state: LaneState, shape: torch.Size, own: torch.Tensor
-    ) -> torch.Tensor:
-        """Return `own`, with another branch's sums written over it if they hold for this step."""
+        own = measure()
         self.prepare(own.device)
         assert self._stamps is not None
         number = self._branches.setdefault(branch, len(self._branches))
-        kind = self._kinds.setdefault(shape, len(self._kinds))
-        kept = self._keeper(own)
-        share_change(own, kept, self._stamps, state, number, kind, by_rules=self.by_rules)
+        kind, kept = self._kinds.setdefault(of.shape, len(self._kinds)), self._keeper(own)
+        # writes another branch's sums over `own` if they hold for this step; also where the host
+        # knows, as a graph that the user captures may hold the next branch
+        share_change(own, kept, self._stamps, steps.state, number, kind, by_rules=self.by_rules)
+        if host_knows:
+            self.latest = (branch, steps.step, of.shape, own)
         return own
 
     @outside_inference_mode
