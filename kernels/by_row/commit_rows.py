@@ -86,7 +86,7 @@ def commit_rows_reference(
     for at, row in rows.each():
         if not row.is_cached():
             streams = _at(at, h_fn, h_out, h_in, encoder_fn, encoder_out)
-            commit_reference(*(*streams, *_stored(row), replace))
+            commit_reference(*(streams, *_stored(row), replace))
 
 
 def _stored(row: Row) -> Any:
@@ -109,7 +109,7 @@ def _check(h_in, h_fn, h_out, rows, encoder_fn, encoder_out):
         if x is not None:
             rows.check("commit_rows", x)
     streams = _at(slice(0, 1), h_fn, h_out, h_in, encoder_fn, encoder_out)
-    check_commit("commit_rows", *streams, *_stored(first))
+    check_commit("commit_rows", streams, *_stored(first))
 
 
 LAUNCHES = Plans()

@@ -70,25 +70,21 @@ def commit(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    moving = (h_fn, h_out, h_in, encoder_fn, encoder_out)
+    moving = [h_fn, h_out, h_in, encoder_fn, encoder_out]
     kept = (ring, counters, p_ref, encoder_ring, scales, encoder_scales)
     found = LAUNCHES.find(impl, replace, moving, kept)
     if found is REFERENCE:
-        return commit_reference(h_fn, h_out, h_in, encoder_fn, encoder_out, *kept, replace)
+        return commit_reference(moving, *kept, replace)
     if found is not None:
         return found[0].launch(*found[1])
-    check_commit("commit", *moving, *kept)
+    check_commit("commit", moving, *kept)
     LAUNCHES.note_checked(impl, replace, moving, kept)
-    return _commit(impl, *moving, *kept, replace)
+    return _commit(impl, moving, *kept, replace)
 
 
 @without_gradient
 def commit_reference(
-    h_fn: Tensor,
-    h_out: Tensor,
-    h_in: Tensor | None,
-    encoder_fn: Tensor | None,
-    encoder_out: Tensor | None,
+    moving: list[Tensor | None],
     ring: Tensor,
     counters: Tensor,
     p_ref: Tensor | None,
@@ -97,26 +93,27 @@ def commit_reference(
     encoder_scales: Tensor | None,
     replace: bool,
 ) -> None:
-    """Plain PyTorch, the meaning of `commit`."""
+    """Plain PyTorch, the meaning of `commit`; `moving` as it has them."""
+    h_fn, h_out, h_in, encoder_fn, encoder_out = moving
     slot = counters.tolist()[SLOT]
     if p_ref is not None:
         _store_difference(h_fn, h_in, p_ref)
-    streams = [(h_fn, h_out, ring, scales)]
-    if encoder_fn is not None and encoder_out is not None and encoder_ring is not None:
-        streams.append((encoder_fn, encoder_out, encoder_ring, encoder_scales))
-    for before, after, stored, its_scales in streams:
-        base = None if replace else before
-        if its_scales is None:
-            _store_difference(after, base, stored[slot])
-        else:
-            residual = after.float() if base is None else after.float() - base.float()
-            codes, token_scales = quantize(residual)
-            stored[slot].copy_(codes)
-            its_scales[slot].copy_(token_scales)
+    for before, after, stored, its_scales in (
+        (h_fn, h_out, ring, scales),
+        (encoder_fn, encoder_out, encoder_ring, encoder_scales),
+    ):
+        if stored is not None and before is not None:
+            its = None if its_scales is None else its_scales[slot]
+            _store_difference(after, None if replace else before, stored[slot], its)
 
 
-def _store_difference(a: Tensor, b: Tensor | None, out: Tensor) -> None:
-    if b is None:
+def _store_difference(a, b, out, scales=None):
+    """Write ``a - b`` (None: `a`) to `out`, with `scales` as fp8."""
+    if scales is not None:
+        codes, token_scales = quantize(a.float() if b is None else a.float() - b.float())
+        out.copy_(codes)
+        scales.copy_(token_scales)
+    elif b is None:
         out.copy_(a)
     elif out.dtype == a.dtype:
         torch.sub(a, b, out=out)  # PyTorch subtracts in float32 and rounds once
@@ -124,10 +121,9 @@ def _store_difference(a: Tensor, b: Tensor | None, out: Tensor) -> None:
         out.copy_(a.float() - b.float())
 
 
-def check_commit(
-    op, h_fn, h_out, h_in, encoder_fn, encoder_out, ring, counters, p_ref, encoder_ring, *scales
-):
+def check_commit(op, moving, ring, counters, p_ref, encoder_ring, *scales):
     """Raise a ValueError, as from `op`, unless the tensors of `commit` fit."""
+    h_fn, h_out, h_in, encoder_fn, encoder_out = moving
     if h_in is not None and p_ref is None:
         raise invalid(op, "h_in must come with p_ref", tuple(h_in.shape), None)
     check_activations(op, p_ref, h_in=h_in, h_fn=h_fn, h_out=h_out)
@@ -154,25 +150,19 @@ def fp8_tile(width: int, itemsize: int) -> tuple[int, int, int]:
 LAUNCHES = Plans()
 
 
-@op(
-    commit_reference,
-    like="h_fn",
-    mutates=("p_ref", "ring", "encoder_ring", "scales", "encoder_scales"),
-)
-def _commit(
-    h_fn, h_out, h_in, encoder_fn, encoder_out, ring, counters, p_ref, encoder_ring, scales,
-    encoder_scales, replace,
-):  # fmt: skip
-    moving = (h_fn, h_out, h_in, encoder_fn, encoder_out)
+WRITTEN = ("p_ref", "ring", "encoder_ring", "scales", "encoder_scales")
+
+
+@op(commit_reference, like="moving", mutates=WRITTEN)
+def _commit(moving, ring, counters, p_ref, encoder_ring, scales, encoder_scales, replace):
     kept = (ring, counters, p_ref, encoder_ring, scales, encoder_scales)
-    h_in, h_fn, h_out = contiguous(h_in, h_fn, h_out)
-    encoder_fn, encoder_out = contiguous(encoder_fn, encoder_out)
+    args = contiguous(*moving)
+    h_fn, _, _, encoder_fn, _ = args
     if scales is None:
         kernel, (parts, tail, warps) = _commit_kernel, elementwise("commit", h_fn, encoder_fn)
     else:
         kernel, (parts, tail, warps) = _commit_fp8_kernel, tiles(h_fn, encoder_fn, fp8_tile)
     if parts:
-        args = (h_fn, h_out, h_in, encoder_fn, encoder_out)
         tail |= {"REPLACE": replace}
         LAUNCHES.launch(
             replace, moving, kept, kernel, (parts,), args, kept, tail, num_warps=warps,

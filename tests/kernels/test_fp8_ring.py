@@ -320,7 +320,7 @@ def test_the_ops_are_registered_as_they_behave(random, device, encoder, impl):
     hidden, weights = streams[0], random(8)
     second, second_ring = (streams[1], rings[1]) if encoder else ((None, None), None)
     kept = (rings[0], counters_at(1, device), random(2, 3, 5), second_ring)
-    args = (*hidden, random(2, 3, 5), *second, *kept, *scales, False, impl)
+    args = ([*hidden, random(2, 3, 5), *second], *kept, *scales, False, impl)
     torch.library.opcheck(torch.ops.dbcache.commit.default, args)
     outputs = (torch.empty_like(hidden[0]), torch.empty_like(streams[1][0]) if encoder else None)
     kept = [rings[0], weights, second_ring, weights if encoder else None, *scales]
