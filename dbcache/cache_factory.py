@@ -35,50 +35,6 @@ _TAYLOR_ORDER = 2
 """Where `taylorseer_kwargs` does not say."""
 
 
-class CacheType(str, Enum):
-    """The methods: of whole steps (FBCache: with one probe block), of single blocks, and none."""
-
-    NONE = "NONE"
-    DBCache = "DBCache"
-    DBPrune = "DBPrune"
-    FBCache = "FBCache"
-
-    def __str__(self) -> str:
-        return self.value
-
-    @staticmethod
-    def default_options(kind: CacheType) -> dict[str, Any]:
-        """Return the options that cache-dit 0.2 had for a method when none were given.
-
-        Raises:
-            ValueError: an unknown method.
-        """
-        kind = cache_type(kind)
-        if kind is CacheType.NONE:
-            return {"cache_type": kind}
-        is_first_block = kind is CacheType.FBCache
-        return {
-            "cache_type": kind,
-            "warmup_steps": 8,
-            "max_cached_steps": 8 if is_first_block else -1,
-            "Fn_compute_blocks": 1 if is_first_block else 8,
-            "Bn_compute_blocks": 0 if is_first_block else 8,
-            "residual_diff_threshold": 0.12 if kind is CacheType.DBCache else 0.08,
-        }
-
-    @staticmethod
-    def type(name: CacheType | str | None) -> CacheType:
-        """Return `cache_type` of the same."""
-        return cache_type(name)
-
-    @staticmethod
-    def range(start: int, end: int, step: int = 1) -> list[int]:
-        """Return `block_range` of the same."""
-        return block_range(start, end, step)
-
-
-NONE, DBCache, DBPrune = CacheType.NONE, CacheType.DBCache, CacheType.DBPrune
-
 _SHORT = {"DB": "DBCACHE", "DBP": "DBPRUNE", "FB": "FBCACHE", "NC": "NONE", "NOCACHE": "NONE"}
 _SHORT |= {"DUALBLOCKCACHE": "DBCACHE", "DYNAMICBLOCKPRUNE": "DBPRUNE"}
 """Other names of the methods, in capitals and without underscores."""
@@ -116,6 +72,44 @@ def block_range(start: int, end: int, step: int = 1) -> list[int]:
     return sorted({0, *range(start, end, step), end - 1})
 
 
+class CacheType(str, Enum):
+    """The methods: of whole steps (FBCache: with one probe block), of single blocks, and none."""
+
+    NONE = "NONE"
+    DBCache = "DBCache"
+    DBPrune = "DBPrune"
+    FBCache = "FBCache"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @staticmethod
+    def default_options(kind: CacheType) -> dict[str, Any]:
+        """Return the options that cache-dit 0.2 had for a method when none were given.
+
+        Raises:
+            ValueError: an unknown method.
+        """
+        kind = cache_type(kind)
+        if kind is CacheType.NONE:
+            return {"cache_type": kind}
+        is_first_block = kind is CacheType.FBCache
+        return {
+            "cache_type": kind,
+            "warmup_steps": 8,
+            "max_cached_steps": 8 if is_first_block else -1,
+            "Fn_compute_blocks": 1 if is_first_block else 8,
+            "Bn_compute_blocks": 0 if is_first_block else 8,
+            "residual_diff_threshold": 0.12 if kind is CacheType.DBCache else 0.08,
+        }
+
+    type = staticmethod(cache_type)
+    range = staticmethod(block_range)
+
+
+NONE, DBCache, DBPrune = CacheType.NONE, CacheType.DBCache, CacheType.DBPrune
+
+
 def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
     """Do what `dbcache.enable` does, with options as cache-dit 0.2 named them.
 
@@ -132,12 +126,12 @@ def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
     Raises:
         TypeError, ValueError: as `enable`.
     """
-    options = {_NEW_NAMES.get(name, name): value for name, value in options.items()}
-    is_named = "cache_type" in options
-    kind = cache_type(options.pop("cache_type", CacheType.DBCache))
+    defaults = _OF_NAMED if "cache_type" in options else CacheType.default_options(DBCache)
+    options = {_NEW_NAMES.get(name, name): value for name, value in (defaults | options).items()}
+    kind = cache_type(options.pop("cache_type"))
     if kind is CacheType.NONE:
         return pipe
-    if options.get("max_warmup_steps") == -1:
+    if options["max_warmup_steps"] == -1:
         options["max_warmup_steps"] = 0
     taylorseer = options.pop("taylorseer_kwargs", None)
     check_type("apply_cache_on_pipe: taylorseer_kwargs", taylorseer, Mapping)
@@ -145,8 +139,5 @@ def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
     if options.get("enable_taylorseer") or options.get("enable_encoder_taylorseer"):
         order = (taylorseer or {}).get("n_derivatives", _TAYLOR_ORDER)
         options.setdefault("taylorseer_order", order)
-    is_prune = kind is CacheType.DBPrune
-    defaults = _OF_NAMED if is_named else CacheType.default_options(kind)
-    defaults = {_NEW_NAMES.get(name, name): value for name, value in defaults.items()}
-    method = {"cache_type": "DBPrune" if is_prune else "DBCache"}
-    return enable(pipe, **defaults | options | method)
+    options["cache_type"] = "DBPrune" if kind is CacheType.DBPrune else "DBCache"
+    return enable(pipe, **options)
