@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from dbcache.adapters.blocks.block_adapter import BlockAdapter
 from dbcache.adapters.models.lookup import check_target, find_specs
 from dbcache.adapters.patching.attention import ModelAttention, find_backend
 from dbcache.adapters.patching.other_caches import refuse_other_caches
@@ -26,13 +25,7 @@ from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.signals.recorders import RECORDERS, calibration_of, record
 from dbcache.config.cache import DBCacheConfig, ParamsModifier, StackSettings
 from dbcache.config.calibration import OPEN
-from dbcache.config.options import (
-    check_choice,
-    check_flag,
-    check_int,
-    check_type,
-    reject_unknown,
-)
+from dbcache.config.options import check_choice, check_flag, check_int, check_type, reject_unknown
 from dbcache.config.parallelism import ParallelismConfig
 from dbcache.config.predictors import CalibratorConfig
 from dbcache.config.quantize import QuantizeConfig
@@ -134,36 +127,24 @@ def _agreed_setups(
     how: tuple[GraphOptions | None, Any],
     agree: Callable[[dict[str, str]], None],
 ) -> tuple[Any, list[Setup]]:
-    """Return the pipeline and the setups that all ranks agree on."""
+    """Return the pipeline, and the setup of each transformer, which all ranks agree on.
+
+    Nothing is changed, but what was spread over ranks is disabled.
+    """
     pipe, adapter = resolve(model)
     if has_to_go_first(model, ranks[0]):
         agree({})  # with tp_size, a rank cannot do this alone
         disable(pipe if pipe is not None else model)
-    setups = _setups((model, pipe, adapter), *what, ranks, *how)
-    check_scheduled("enable", schedule, setups, pipe)
-    agree(facts_of(setups, ranks[0]))
-    return pipe, setups
-
-
-def _setups(
-    parts_of: tuple[object, Any, BlockAdapter | None],
-    settings: StackSettings,
-    params_modifiers: ParamsModifier | Sequence[ParamsModifier] | None,
-    ranks: tuple[ParallelismConfig | None, Sequence[Any]],
-    graph_options: GraphOptions | None,
-    attention: Any,
-) -> list[Setup]:
-    """Return the setup of each transformer of (target, pipeline, adapter); nothing is changed."""
-    target, pipe, adapter = parts_of
+    (settings, params_modifiers), (graph_options, attention) = what, how
     functor = adapter.patch_functor if adapter is not None else None
     modules = adapter.transformers() if adapter is not None else []
     with on_trial(functor, modules, [h for m in modules if (h := handle_of(m))]) as patches:
-        specs = adapter.specs() if adapter is not None else find_specs(target)
+        specs = adapter.specs() if adapter is not None else find_specs(model)
         specs, modifiers = modified(specs, params_modifiers, settings)
         refuse_other_caches([pipe, *(spec.transformer for spec in specs)])
         shardings = shardings_of(specs, pipe, *ranks)
         patched = patches or [None] * len(specs)
-        return [
+        setups = [
             Setup(
                 spec,
                 settings,
@@ -175,6 +156,9 @@ def _setups(
             )
             for spec, own, sharding, patch in zip(specs, modifiers, shardings, patched, strict=True)
         ]
+    check_scheduled("enable", schedule, setups, pipe)
+    agree(facts_of(setups, ranks[0]))
+    return pipe, setups
 
 
 @also_called("pipe_or_adapter")
@@ -279,8 +263,7 @@ def calibrate(
         raise FileNotFoundError(f"calibrate: the folder of path must exist, got {path}; make it")
     if any(handle_of(part) is not None for part in parts(target)):
         raise RuntimeError("calibrate: the cache must be off, got an enabled one; disable it first")
-    all_full = {"max_warmup_steps": 10**9, "calibration": OPEN}
-    enable(target, **{**options, **all_full, "policy": policy})
+    enable(target, **options, policy=policy, calibration=OPEN, max_warmup_steps=10**9)
     content: dict[str, Any] = {}
     try:
         stacks = [handle.setup.stacks for handle in enabled(target, "calibrate")]
@@ -318,21 +301,17 @@ def capture(target: Any, **inputs: Any) -> list[Recording]:
         raise RuntimeError(
             "capture: CUDA graphs must be enabled first, as in dbcache.enable(..., cuda_graph=True)"
         )
-    before = [set(executor.recordings) for executor in executors]
+    known = [set(executor.recordings) for executor in executors]
     for i in range(MOST_RUNS):
         with torch.no_grad():
             target(**inputs)
         if i and all(executor.is_settled for executor in executors):
             break
-    recorded = [
-        recording
-        for executor, known in zip(executors, before, strict=True)
-        for key, recording in executor.recordings.items()
-        if key not in known
-    ]
     if not any(executor.recordings for executor in executors):
         reasons = "; ".join(line for executor in executors for line in executor.describe())
         raise RuntimeError(f"capture: the forward must be recordable, but is not: {reasons}")
+    pairs = zip(executors, known, strict=True)
+    new = [one for now, old in pairs for key, one in now.recordings.items() if key not in old]
     for handle in handles:
         handle.begin_anew(None)
-    return recorded
+    return new
