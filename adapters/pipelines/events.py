@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from dbcache.adapters.blocks.signature import unwrap
+from dbcache.adapters.blocks.signature import ArgumentFinder, unwrap
 from dbcache.adapters.patching.derived_class import (
     ClassCache,
     derived_class,
@@ -30,54 +29,38 @@ OBSERVERS = "_dbcache_observers"
 SCALE = "conditioning_scale"
 """Parameter of diffusers' ControlNets: a number, or one per ControlNet."""
 
-NOTHING: Mapping[str, Any] = {}
-
 _LOCK = threading.RLock()
 """Held while a scheduler's class is exchanged: calls in other threads may share the scheduler."""
 
 
-class Observer(Protocol):
-    """What is told of a call under way."""
-
-    def is_current(self) -> bool:
-        """Whether the code that runs now belongs to the call."""
-
-    def end_step(self) -> None:
-        """The scheduler made a step."""
-
-    def start_loop(self, steps: int | None) -> None:
-        """The scheduler was given its timesteps, so many: a denoising loop begins."""
-
-    def change_control(self) -> None:
-        """A ControlNet is called with another scale than before."""
-
-
-class Observers(list[Observer]):
-    """The observers of a scheduler, which are also those of its copies."""
+class Observers(list[Any]):
+    """The calls that observe a scheduler, which are also those of its copies."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Observers:
         return self
 
-    def of_this_call(self) -> list[Observer]:
-        """Return the observers whose call the code that runs now belongs to."""
-        return [observer for observer in self.copy() if observer.is_current()]
 
-
-NOBODY = Observers()
-"""Those of a scheduler that another thread's call has just stopped to watch."""
+def _observers(scheduler: Any) -> list[Any]:
+    """Return the calls that observe a scheduler, and that the code that runs now belongs to."""
+    known = vars(scheduler).get(OBSERVERS, ())  # none: the call of another thread has just ended
+    return [call for call in [*known] if call.is_current()]
 
 
 @contextmanager
-def watched(pipe: Any, observer: Observer) -> Iterator[bool]:
-    """Tell `observer` of what happens during a call of `pipe`; yield whether it has a scheduler."""
+def watched(pipe: Any, call: Any) -> Iterator[bool]:
+    """Tell a `PipelineCall` of what happens during it; yield whether the pipeline has a scheduler.
+
+    It is told of the end of a step (`end_step`), of the beginning of a loop of so many steps
+    (`start_loop`), and of another scale of a ControlNet (`change_control`).
+    """
     parts = list(vars(pipe).values())
     schedulers = [part for part in parts if _is_scheduler(part)]
     with ExitStack() as stack:
         for scheduler in schedulers:
-            stack.enter_context(_watched_scheduler(scheduler, observer))
+            stack.enter_context(_watched_scheduler(scheduler, call))
         for part in parts:
-            if isinstance(part, torch.nn.Module) and _takes_scale(part):
-                stack.enter_context(_watched_control(part, observer))
+            if isinstance(part, torch.nn.Module) and ArgumentFinder(unwrap(part), (SCALE,)).name:
+                stack.enter_context(_watched_control(part, call))
         yield bool(schedulers)
 
 
@@ -102,23 +85,18 @@ def _is_scheduler(part: Any) -> bool:
     return all(callable(getattr(type(part), name, None)) for name in ("step", "set_timesteps"))
 
 
-def _takes_scale(module: torch.nn.Module) -> bool:
-    return SCALE in inspect.signature(type(unwrap(module)).forward).parameters
-
-
 @contextmanager
-def _watched_scheduler(scheduler: Any, observer: Observer) -> Iterator[None]:
+def _watched_scheduler(scheduler: Any, call: Any) -> Iterator[None]:
     try:
         with _LOCK:
-            observers = vars(scheduler).setdefault(OBSERVERS, Observers())
-            observers.append(observer)
+            vars(scheduler).setdefault(OBSERVERS, Observers()).append(call)
             scheduler.__class__ = watched_class(plain_class(scheduler))
         yield
     finally:
         with _LOCK:
             observers = vars(scheduler).get(OBSERVERS, Observers())
-            if observer in observers:
-                observers.remove(observer)
+            if call in observers:
+                observers.remove(call)
             if not observers:
                 vars(scheduler).pop(OBSERVERS, None)
                 scheduler.__class__ = plain_class(scheduler)
@@ -131,8 +109,8 @@ def watched_class(cls: Any) -> Any:
     @functools.wraps(cls.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = cls.step(self, *args, **kwargs)
-        for observer in vars(self).get(OBSERVERS, NOBODY).of_this_call():
-            observer.end_step()
+        for call in _observers(self):
+            call.end_step()
         return output
 
     @functools.wraps(cls.set_timesteps)
@@ -140,8 +118,8 @@ def watched_class(cls: Any) -> Any:
         output = cls.set_timesteps(self, *args, **kwargs)
         timesteps = getattr(self, "timesteps", None)
         steps = len(timesteps) if isinstance(timesteps, torch.Tensor) else None
-        for observer in vars(self).get(OBSERVERS, NOBODY).of_this_call():
-            observer.start_loop(steps)
+        for call in _observers(self):
+            call.start_loop(steps)
         return output
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
@@ -159,20 +137,18 @@ def watched_class(cls: Any) -> Any:
 
 
 @contextmanager
-def _watched_control(module: torch.nn.Module, observer: Observer) -> Iterator[None]:
+def _watched_control(module: torch.nn.Module, call: Any) -> Iterator[None]:
     last: list[float] = []
 
     # without `kwargs`: a call in another thread, that found the hook just before it was removed
-    def compare(_: Any, __: tuple[Any, ...], kwargs: Mapping[str, Any] = NOTHING) -> None:
-        given = kwargs.get(SCALE)
+    def compare(_: Any, __: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> None:
+        given = (kwargs or {}).get(SCALE)
         scale: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
-        if not all(isinstance(value, int | float) for value in scale):
-            return  # comparing tensors would wait for the device
-        if not observer.is_current():
-            return  # a call in another thread shares the ControlNet
-        if last and last != scale:
-            observer.change_control()
-        last[:] = scale
+        # to compare tensors would wait for the device; another thread's call may share the module
+        if all(isinstance(value, int | float) for value in scale) and call.is_current():
+            if last and last != scale:
+                call.change_control()
+            last[:] = scale
 
     hook = module.register_forward_pre_hook(compare, with_kwargs=True)
     try:
