@@ -62,8 +62,9 @@ def start_request(
             tell([setup], [latest])
             setup.bind(handle.views, handle.original, handle.reruns)
             request = Request(setup, steps=setup.config.num_inference_steps, follows=True)
-            request.clock.follow(tells_steps=False, by_time=True)
-            pairs.append((handle, handle.open(request, waits=False)))
+            request.clock.by_time = True
+            handle.open(request, waits=False)
+            pairs.append((handle, request))
             if request.is_closed:
                 raise RuntimeError(OFF.format(who=f"start_request: {type(handle.module).__name__}"))
     except BaseException:

@@ -95,7 +95,6 @@ class PipelineCall:
     def __init__(self, pipeline: CachedPipeline) -> None:
         self.pipeline = pipeline
         self.requests: dict[int, Request] = {}
-        self._handles: list[CachedTransformer] = []
         self._began = time.perf_counter()
         self._handled = sys.exc_info()[1]
         self._steps_of_scheduler: int | None = None
@@ -110,10 +109,9 @@ class PipelineCall:
             if len(transformers) > 1:
                 request.part, request.clock.shares_steps = name or "", True
                 request.clock.planned_steps = functools.partial(self._part_of_steps, name)
-            self._handles.append(handle)
             self.requests[id(handle.module)] = request
         # in one order for all pipelines: else two could wait for each other
-        for handle in sorted(self._handles, key=id):
+        for handle in sorted((handle for handle, _ in transformers), key=id):
             handle.open(self.requests[id(handle.module)], waits=True)
         self.pipeline._open.append(self)
         self.pipeline.exchanged.say(self.requests.values())
@@ -133,7 +131,7 @@ class PipelineCall:
         doubts = self.pipeline.doubts_scheduler
         for request in self.requests.values():
             request.clock.branches.is_doubted = doubts
-            request.clock.follow(tells_steps=has_scheduler and not doubts)
+            request.clock.branches.tells_steps = has_scheduler and not doubts
 
     def is_current(self) -> bool:
         """Whether the code that runs now belongs to this call."""
@@ -160,7 +158,8 @@ class PipelineCall:
     def close(self) -> None:
         """Close the requests."""
         pipeline, is_cut_short = self.pipeline, sys.exc_info()[1] is not self._handled
-        for handle, request in zip(self._handles, self.requests.values(), strict=False):
+        pairs = zip(pipeline.transformers, self.requests.values(), strict=False)
+        for (handle, _), request in pairs:
             request.notices.is_over |= is_cut_short
             handle.close(request)
             pipeline.doubts_scheduler = request.clock.branches.is_doubted

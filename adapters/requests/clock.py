@@ -42,6 +42,7 @@ class Clock:
     Attributes:
         branch: of the call under way; `inputs` are the names of the arguments that it is given.
         name: what the caller named the call, None without.
+        by_time: of calls that are followed the time says where steps end, not a scheduler.
         shares_steps: another transformer runs some of the steps that a pipeline tells of.
         calls: since the request began.
         planned_steps: returns the steps that a pipeline plans, those of its scheduler that fall to
@@ -61,7 +62,7 @@ class Clock:
         self._image_scales = ImageScales(setup.module)
         self._looks_at_times = False
         self._step_index: int | None = None
-        self._by_time = False
+        self.by_time = False
 
     def restart(self, setup: Setup) -> None:
         """Forget all steps and branches, and go by another setup."""
@@ -86,16 +87,6 @@ class Clock:
         first, second = known[:2] if len(known) == MOST_CONDITIONS else (None, None)
         turns = zip(known, (first, second) * 2, strict=False)
         return first is not second and all(one is other for one, other in turns)
-
-    def follow(self, *, tells_steps: bool, by_time: bool = False) -> None:
-        """Find the guidance branches from the calls.
-
-        Args:
-            tells_steps: a scheduler says where steps end.
-            by_time: the time says it that each call is given.
-        """
-        self._by_time = by_time
-        self.branches.follow(tells_steps=tells_steps)
 
     @contextmanager
     def named(
@@ -127,7 +118,7 @@ class Clock:
             args: of the call, as `kwargs`.
             time: of the call, where it was read already.
         """
-        if self._by_time:
+        if self.by_time:
             move = self._move(args, kwargs, time)
             if move is not Move.UNKNOWN:
                 self.branches.know_steps()
@@ -141,7 +132,7 @@ class Clock:
             return self._move(args, kwargs) is Move.BACK
         name = self._name(kwargs) if LEAVES_OUT in kwargs else self.name
         if name is None and self.setup.separate_cfg:
-            name = self._by_parity()
+            name = self.branches.two_names[self.calls % 2]
         return self.branch_calls[name] >= steps
 
     def _name(self, kwargs: dict[str, Any]) -> str | None:
@@ -149,11 +140,6 @@ class Clock:
         if not kwargs.get(LEAVES_OUT):
             return self.name
         return LEAVES_OUT if self.name is None else f"{self.name}, {LEAVES_OUT}"
-
-    def _by_parity(self) -> str:
-        """Return the name of a call that has none, by the parity of the calls."""
-        is_second = self.calls % 2 == 1
-        return "uncond" if is_second != self.config.cfg_compute_first else "cond"
 
     def _move(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], time: float | None = None
@@ -170,7 +156,7 @@ class Clock:
         branch = self._name(kwargs) if LEAVES_OUT in kwargs else self.name
         reasons: list[str] = []
         is_asked = branch is None and self.config.enable_separate_cfg is not None
-        if self.branches.is_active and not is_asked:
+        if self.follows and not is_asked:
             condition = self.setup.condition_of(args, kwargs)
             if not isinstance(condition, torch.Tensor):
                 condition = None
@@ -182,7 +168,7 @@ class Clock:
             if is_late:
                 reasons.append("their branch of guidance had not run just before")
         elif branch is None and self.setup.separate_cfg:
-            branch = self._by_parity()
+            branch = self.branches.two_names[self.calls % 2]
         elif branch is None and not is_asked and self.calls < MOST_CONDITIONS:
             self._conditions.append(self.setup.condition_of(args, kwargs))
         # what must stay the same from step to step: what is given, and the scale of adapters

@@ -12,7 +12,6 @@ ends. Only identities of objects are compared: nothing is read from the device.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +35,6 @@ class Branch:
     Attributes:
         key: its name; None for the first one that has none.
         condition: the tensor that its last call was conditioned on, as long as that lives.
-        batch: the first dimension of that tensor.
         step: the step of its last call.
         call: which of all calls that was.
         distance: steps from one of its calls to the next; 0 if that is open.
@@ -50,7 +48,6 @@ class Branch:
     key: str | None
     step: int
     condition: weakref.ref[Any] | None = None
-    batch: int = 0
     call: int = 0
     distance: int = 1
     repeats: int = 0
@@ -70,9 +67,8 @@ class Branch:
 
         So it is if that is gone and cannot come again, or if guidance was switched in the batch.
         """
-        if condition is None or self.condition is None or self.condition() is None:
-            return True
-        return batch_of(condition) != self.batch
+        last = None if self.condition is None else self.condition()
+        return condition is None or last is None or condition.shape[:1] != last.shape[:1]
 
     def changes_often(self) -> bool:
         """Say whether its next call may well have another tensor, the last one being there still.
@@ -89,20 +85,13 @@ class Branch:
         if not is_same:
             self.before = self.condition
         self.condition = None if condition is None else weakref.ref(condition)
-        self.batch, self.call = batch_of(condition), call
-
-
-def batch_of(condition: torch.Tensor | None) -> int:
-    """Return the first dimension, 0 where there is none."""
-    return condition.shape[0] if condition is not None and condition.ndim else 0
+        self.call = call
 
 
 class Branches:
     """Finds the branch of each call, within one denoising loop after another.
 
     Attributes:
-        is_active: the calls are those of a request that is followed: of a pipeline's call, or
-            one that the user started. Only then branches can be found.
         tells_steps: a scheduler, or the time of the calls, says where steps end. Without that a
             branch that comes again begins a step.
         is_doubted: a scheduler was there, and has said nothing.
@@ -114,30 +103,21 @@ class Branches:
 
     def __init__(self, *, alternates: bool) -> None:
         self.alternates = alternates
-        self.is_active = False
         self.tells_steps = False
         self.uncond_first = False
         self.is_doubted = False
-        self.start_loop()
-
-    def follow(self, *, tells_steps: bool) -> None:
-        """Begin to follow the calls of a request."""
-        self.is_active = True
-        self.tells_steps = tells_steps
-        self.start_loop()
 
     def start_loop(self) -> None:
         """Forget all branches: a denoising loop begins."""
         self._named: dict[str, Branch] = {}
         self._found: list[Branch] = []
         self._step = 0
-        self._place = 0
         self._calls = 0
         self._has_ended = False
         self._has_told = False
-        self._in_step: Counter[str] = Counter()
+        self._in_step: dict[str, int] = {}
         self.is_first_step = False
-        self._before: tuple[Any, int, Branch, int, int] | None = None
+        self._before: tuple[Any, int, Branch, tuple[int, int]] | None = None
         self._ran: tuple[Branch, ...] = ()
         self._ran_before: tuple[Branch, ...] = ()
 
@@ -155,7 +135,7 @@ class Branches:
         if self._has_told or not self.tells_steps:
             return False
         if name is not None:
-            return self._in_step[name] > 0
+            return name in self._in_step
         return len(self._found) >= FEW or any(x.is_known_by(condition) for x in self._found)
 
     def tell_first_step(self, is_at_its_time: bool | None) -> None:
@@ -176,11 +156,9 @@ class Branches:
 
         It is out of date if the branch does not come in its usual rhythm, or was another's.
         """
-        ran = self._ran_before, self._ran
-        clock = self._step, self._place, self._has_ended, self._in_step.copy(), *ran
+        clock = self._step, self._has_ended, self._in_step.copy(), self._ran_before, self._ran
         if self._has_ended:
             self._step += 1
-            self._place = 0
             self._has_ended = False
             self._in_step.clear()
             self._ran_before, self._ran = self._ran, ()
@@ -195,30 +173,25 @@ class Branches:
                 or self._travelled(condition)
                 or self._new(condition)
             )
-        self._before = clock, found, branch, branch.step, branch.distance
-        if name is not None:
-            return branch.key, self._is_late(branch)
-        self._place += 1
-        self._calls += 1
-        self._ran = (*self._ran, branch)
-        branch.take(condition, self._calls)
+            self._calls += 1
+            self._ran = (*self._ran, branch)
+            branch.take(condition, self._calls)
+        self._before = clock, found, branch, (branch.step, branch.distance)
         return branch.key, self._is_late(branch) or was_another
 
     def undo_call(self) -> None:
         """Forget the latest call, which an exception cut short: the call may come again."""
         if self._before is not None:
-            clock, found, branch, step, distance = self._before
+            clock, found, branch, rhythm = self._before
+            self._step, self._has_ended, self._in_step, self._ran_before, self._ran = clock
             del self._found[found:]
-            self._step, self._place, self._has_ended, self._in_step = clock[:4]
-            self._ran_before, self._ran = clock[4:]
-            branch.step, branch.distance, self._before = step, distance, None
+            (branch.step, branch.distance), self._before = rhythm, None
 
     def _key_of(self, name: str) -> str:
         """Return the key of a call with a name; one that comes again in a step has its own."""
         if not self.tells_steps:
             return name
-        self._in_step[name] += 1
-        place = self._in_step[name]
+        place = self._in_step[name] = self._in_step.get(name, 0) + 1
         if place > FEW and not self._has_told and not self.is_first_step:
             self.tells_steps, self.is_doubted = False, True
             return name
@@ -246,7 +219,7 @@ class Branches:
 
     def _by_place(self, condition: torch.Tensor | None) -> tuple[Branch, bool] | None:
         """Return the branch at the call's place in the step, unless it is known by a condition."""
-        place = self._place
+        place = len(self._ran)
         if not self.tells_steps:
             place = self._calls % 2 if self.alternates else 0
         if place < len(self._found):
@@ -257,8 +230,8 @@ class Branches:
 
     def _at_place(self) -> Branch | None:
         """Return the branch that was at the call's place in the step before."""
-        before, is_told = self._ran_before, self.tells_steps and self._has_told
-        return before[self._place] if is_told and self._place < len(before) else None
+        place, before = len(self._ran), self._ran_before
+        return before[place] if self._has_told and place < len(before) else None
 
     def _travelled(self, condition: torch.Tensor | None) -> tuple[Branch, bool] | None:
         """Return the branch at the call's place if its condition is another at every step.
@@ -290,7 +263,7 @@ class Branches:
     def _next_key(self) -> str | None:
         if not self._found:
             return None
-        if len(self._found) == 1 and self._place:
+        if len(self._found) == 1 and self._ran:
             return self.two_names[1]
         return f"branch {len(self._found) + 1}"
 

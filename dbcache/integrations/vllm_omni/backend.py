@@ -174,8 +174,7 @@ class Backend:
             options = self._masked(own)
             dbcache.refresh_context(module, num_inference_steps=own, **options)
             clock = handle_of(module).current().clock  # its branches are found from the calls
-            clock.follows = True
-            clock.follow(tells_steps=False, by_time=True)
+            clock.follows, clock.by_time, clock.branches.tells_steps = True, True, False
         if verbose:
             LOGGER.debug("dbcache: the next request has %s steps", steps)
 
