@@ -10,7 +10,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,9 +23,10 @@ from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.patching.patch_functor import Patches
 from dbcache.adapters.patching.whole_compile import COMPILED, WholeCompile, uncompiled
 from dbcache.adapters.requests import counts
-from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
+from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, around, current_place
 from dbcache.adapters.requests.enabled import Enabled
 from dbcache.adapters.requests.hot_swap import watched_loading
+from dbcache.adapters.requests.lane_pool import LaneSet
 from dbcache.adapters.requests.notices import OUTSIDE, Tally
 from dbcache.adapters.requests.open_requests import OpenRequests, living
 from dbcache.adapters.requests.record import RequestRecord, Totals
@@ -93,7 +94,7 @@ class CachedTransformer:
         counts.watch(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _no_handle, ()  # a copy of the transformer has its cache off
+        return type(None), ()  # a copy of the transformer has its cache off
 
     @property
     def is_on(self) -> bool:
@@ -127,23 +128,13 @@ class CachedTransformer:
     def _fit(self) -> None:
         """Install or remove the methods, and drop setups that nothing needs."""
         wanted = None
-        while wanted is not self._is_wanted():  # the collector may end a request in between
-            wanted = self._is_wanted()
+        while wanted is not (now := self.is_on or len(self._open) > 0):
+            wanted = now  # the collector may end a request in between
             self._fit_to(wanted=wanted)
-
-    def _is_wanted(self) -> bool:
-        return self.is_on or len(self._open) > 0
 
     def _fit_to(self, *, wanted: bool) -> None:
         own = self.module.__dict__
-        functor = self.setup.patches if self.is_on else self._functor if wanted else None
-        if functor is not self._functor:
-            self._remove_patches()
-            old, self._functor = self._functor, functor
-            if old is not None:
-                old.undo()
-            if functor is not None:
-                functor.redo()
+        self._apply(self.setup.patches if self.is_on else self._functor if wanted else None)
         if self.is_on or not wanted:  # else requests under way go on with it
             self._attention.fit(self.setup.attention if self.is_on else None)
         if wanted:
@@ -167,6 +158,16 @@ class CachedTransformer:
                 own.pop("__getstate__", None)
                 del own[HANDLE]
 
+    def _apply(self, functor: Patches | None) -> None:
+        """Put what a functor changed in the place of what another one did."""
+        if functor is not self._functor:
+            self._remove_patches()
+            old, self._functor = self._functor, functor
+            if old is not None:
+                old.undo()
+            if functor is not None:
+                functor.redo()
+
     @property
     def is_lost(self) -> bool:
         """Whether calls do not come here, since someone has replaced `forward` since."""
@@ -175,8 +176,7 @@ class CachedTransformer:
     def _come_back(self) -> None:
         """Take the place of `forward` again where someone has replaced it since."""
         if self.is_lost:
-            with self._open.locked():
-                self._fit()
+            self.resume()
 
     def _keep_setups(self) -> None:
         """Tell setups that are needed where they work, and end those that are not."""
@@ -186,8 +186,7 @@ class CachedTransformer:
         for setup in current:
             setup.bind(self.views, self.original, self.reruns)
         for setup in self.setups:
-            if not any(setup is one for one in current):
-                setup.retire(current)
+            setup.retire(current)
         self.setups = current
 
     def _remove_patches(self) -> None:
@@ -199,9 +198,7 @@ class CachedTransformer:
         """Leave the module as it is without the cache, until `resume`."""
         with self._open.locked():
             self._remove_patches()
-            functor, self._functor = self._functor, None
-            if functor is not None:
-                functor.undo()
+            self._apply(None)
 
     def resume(self) -> None:
         """Go on after `suspend`."""
@@ -220,8 +217,7 @@ class CachedTransformer:
         return self._functor if len(self._open) else None
 
     def _make_patches(self) -> list[InstanceMethod]:
-        calls = self.current, self._run_plain, self.compiled.follow_caller, self.reruns
-        patches: list[InstanceMethod] = [CachedForward(self.module, self.implicit, *calls)]
+        patches: list[InstanceMethod] = [CachedForward(self)]
         if hasattr(self.module, "cache_context"):
             patches.append(InstanceMethod(self.module, "cache_context", self.cache_context))
         patches += watched_loading(self.module, self.implicit)
@@ -233,24 +229,20 @@ class CachedTransformer:
         patches = self._patches  # none where another thread has switched the cache off meanwhile
         return uncompiled(patches[0].original) if patches else self.module.forward
 
-    def open(self, request: Request, *, waits: bool) -> Request:
-        """Count a request in.
+    def open(self, request: Request, *, waits: bool) -> None:
+        """Count a request in; it is closed where another thread has switched the cache off.
 
         Args:
             request: that of a pipeline's call, or one that the user started.
             waits: where as many are open as there may be, wait for one to close; see `add`.
-
-        Returns:
-            `request`, closed where another thread has switched the cache off meanwhile.
         """
         with self._open.locked():
-            if self.module.__dict__.get(HANDLE) is not self:  # switched off meanwhile
+            if self.module.__dict__.get(HANDLE) is self:
+                self._open.add(request, self.enabled.max_requests, waits=waits)
+                request.notices.tally = self.tally
+                self._come_back()
+            else:
                 request.is_closed = True
-                return request
-            self._open.add(request, self.enabled.max_requests, waits=waits)
-            request.notices.tally = self.tally
-            self._come_back()
-        return request
 
     def has_room(self) -> bool:
         """Whether the call of a pipeline need not wait for another request to close."""
@@ -288,12 +280,11 @@ class CachedTransformer:
 
     def refresh(self, setup: Setup) -> None:
         """Begin a new request here, with the settings of `setup`, for calls without a pipeline."""
-        active = ACTIVE.get().get(id(self.module))
-        request = active.request if isinstance(active, Suspended) else active
+        request = around(self.module)
         if request is not None and not request.is_closed:
             request.move_to(setup)
-            return
-        self.begin_anew(setup)
+        else:
+            self.begin_anew(setup)
 
     def begin_anew(self, setup: Setup | None) -> None:
         """End the request of this thread or task that nobody started, and begin another one.
@@ -304,16 +295,14 @@ class CachedTransformer:
         """
         with self._open.locked():
             old = self.implicit.pop(current_place(), None)
-            lanes = None if old is None else old.lane_set
+            lanes = LaneSet([]) if old is None else old.lane_set
             if old is not None:
                 self._finish(old)
-            new = setup or self.enabled.alone
-            is_captured = lanes is not None and lanes.is_captured
-            if new is not None and (setup is not None or is_captured):
+            new = setup or (self.enabled.alone if lanes.is_captured else None)
+            if new is not None:
                 request = self._begin_here(new)
-                # reset now: the next step may be captured, or replayed
-                if lanes is not None and lanes.runs:
-                    request.use(new.take_lanes(lanes.shape))
+                if lanes.runs:  # reset now: the next step may be captured, or replayed
+                    request.lane_set = new.take_lanes(lanes.shape)
             self._fit()
 
     def _alone(self) -> Setup | None:
@@ -327,7 +316,7 @@ class CachedTransformer:
             self.totals.add(request.record)
             counts.add(self, request.record)
 
-    def _run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's own forward outside of all requests."""
         self.uncached_calls += 1
         if self.uncached_calls == 1 and self.is_on:
@@ -346,12 +335,9 @@ class CachedTransformer:
         original: Any = patches[1].original if patches else self.module.cache_context
         if not _takes_options(getattr(original, "__func__", original)):  # a method holds the model
             kwargs = {name: value for name, value in kwargs.items() if name not in told}
-        with original(name, *args, **kwargs):
-            if request is None:
-                yield
-            else:
-                with request.clock.named(name, **told):
-                    yield
+        named = nullcontext() if request is None else request.clock.named(name, **told)
+        with original(name, *args, **kwargs), named:
+            yield
 
 
 def _copied_state(handle: CachedTransformer) -> dict[str, Any]:
@@ -377,10 +363,6 @@ def _takes_options(cache_context: Callable[..., Any]) -> bool:
 
 def _refuse_replicas() -> None:
     raise RuntimeError(REPLICATED)
-
-
-def _no_handle() -> None:
-    return None
 
 
 def handle_of(target: object) -> Any:

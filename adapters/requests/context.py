@@ -27,6 +27,12 @@ class Suspended:
         self.request = request
 
 
+def around(module: Any) -> Any:
+    """Return the request of a transformer that the running code is part of, or is called from."""
+    found = ACTIVE.get().get(id(module))
+    return found.request if isinstance(found, Suspended) else found
+
+
 class Place:
     """One thread, or one task of a thread: what has an implicit request of its own.
 

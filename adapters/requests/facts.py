@@ -62,7 +62,7 @@ def meet_ranks(setup: Setup, steps: Steps, latents: torch.Tensor | None) -> None
         return
     device = torch.device("cpu") if latents is None else latents.device
     setup.sharding.meet(lambda: _facts_of_request(setup, steps, latents), device)
-    setup.take_up_ranks()
+    setup.let_vote(setup.stacks)
 
 
 def _facts_of_request(setup: Setup, steps: Steps, latents: torch.Tensor | None) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dbcache.adapters.patching.instance_method import InstanceMethod
-from dbcache.adapters.requests.context import ACTIVE, Place, Suspended, current_place
+from dbcache.adapters.requests.context import Place, around, current_place
 from dbcache.adapters.requests.request import Request
 from dbcache.adapters.signals.lora import CHANGED
 
@@ -35,9 +35,7 @@ def watched_loading(
         try:
             return method.original(*args, **kwargs)
         finally:
-            active = ACTIVE.get().get(id(module))
-            request = active.request if isinstance(active, Suspended) else active
-            request = request or implicit.get(current_place())
+            request = around(module) or implicit.get(current_place())
             if isinstance(request, Request) and not request.is_closed:
                 request.force_full(CHANGED)
 

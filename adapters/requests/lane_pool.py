@@ -54,7 +54,7 @@ class LanePool:
         self._out: weakref.WeakSet[LaneSet] = weakref.WeakSet()
 
     def take(self, stacks: Sequence[Any], shape: object, make: Callable[[], LaneSet]) -> LaneSet:
-        """Return a set that no other request has.
+        """Return a set that no other request has, and that has forgotten the last one.
 
         Args:
             stacks: with their settings; a set fits whose buffers and kernels are the same.
@@ -71,6 +71,7 @@ class LanePool:
         for run, stack in zip(lanes.runs, stacks, strict=True):
             run.serve(stack)
         lanes.shape = shape
+        lanes.start_request()
         with self._lock:
             self._out.add(lanes)
         return lanes

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dbcache.adapters.requests.context import ACTIVE, Suspended
+from dbcache.adapters.requests.context import around
 from dbcache.adapters.requests.request import Request
 
 TOO_MANY = (
@@ -115,6 +115,5 @@ class OpenRequests:
 
     def _holds_one(self) -> bool:
         """Whether the code that runs now is part of one of them: to wait would be for ever."""
-        own = ACTIVE.get().get(id(self.module))
-        own = own.request if isinstance(own, Suspended) else own
+        own = around(self.module)
         return own is not None and own in self._open

@@ -23,7 +23,7 @@ def shown(handle: CachedTransformer) -> RequestRecord | None:
 def nbytes(handle: CachedTransformer) -> int:
     """Bytes of all buffers: of open requests, and those kept for the next ones."""
     pools = {id(setup.lanes): setup.lanes for setup in handle.setups}
-    held = [request.nbytes() for request in handle.under_way()]
+    held = [request.lane_set.nbytes() for request in handle.under_way()]
     return sum(held) + sum(pool.nbytes() for pool in pools.values())
 
 

@@ -5,26 +5,24 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from threading import current_thread
 from typing import Any
 
 import torch
 from torch.compiler import cudagraph_mark_step_begin
 
-from dbcache.adapters.blocks.block_list import BlockList, Entry
-from dbcache.adapters.blocks.block_list import Place as ListPlace
+from dbcache.adapters.blocks.block_list import BlockList, Entry, Place
 from dbcache.adapters.blocks.signature import Call
 from dbcache.adapters.blocks.views import FORWARD, Shown
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.requests import clock as clocks
 from dbcache.adapters.requests.clock import Clock
-from dbcache.adapters.requests.context import ACTIVE, PLACE, Place
+from dbcache.adapters.requests.context import ACTIVE, PLACE
 from dbcache.adapters.requests.facts import meet_ranks
 from dbcache.adapters.requests.lane_pool import LaneSet
 from dbcache.adapters.requests.notices import Notices
 from dbcache.adapters.requests.record import RequestRecord
-from dbcache.adapters.requests.reruns import Reruns
 from dbcache.adapters.requests.setup import Setup
 from dbcache.adapters.signals.lora import CHANGED, Adapters
 from dbcache.graphs.cuda_capture import UserCapture
@@ -95,7 +93,7 @@ class Forward:
 
     def __init__(
         self,
-        rows: Mapping[ListPlace, list[Entry]],
+        rows: Mapping[Place, list[Entry]],
         cutter: Cutter | None,
         lanes: LaneSet,
         clock: Clock,
@@ -215,7 +213,8 @@ class Request:
         if not self.lane_set.runs:
             self._take_lanes(args, kwargs)
         if clock.calls == 0:
-            self._plan(_latents(args, kwargs))
+            meet_ranks(self.setup, clock.num_steps(), _latents(args, kwargs))
+            self._plan()
             self.notices.begin_image(self, args, kwargs)
         has_adapters = "peft_config" in self.module.__dict__ or self.adapters.are_known
         if has_adapters and self.adapters.have_changed(self.module, self.setup.lists, clock.calls):
@@ -223,12 +222,10 @@ class Request:
         for reason in clock.find_branch(args, kwargs):
             self.force_full(reason, clock.branch)
 
-    def _plan(self, latents: torch.Tensor | None) -> None:
+    def _plan(self) -> None:
         """Fit the plans of all lanes to the number of steps."""
-        steps = self.clock.num_steps()
-        meet_ranks(self.setup, steps, latents)
         for run in self.lane_set.runs:
-            run.plan(*steps)
+            run.plan(*self.clock.num_steps())
 
     # --- forwards ---------------------------------------------------------------------------
 
@@ -349,19 +346,12 @@ class Request:
     def take_lanes_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
         """Return lanes for stacks that have become known since the request began."""
         self._take_lanes(args, kwargs)
-        for run in self.lane_set.runs:
-            run.plan(*self.clock.num_steps())
+        self._plan()
         return self.lane_set
 
     def _take_lanes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take lanes from those of closed requests, or new ones."""
-        latents = _latents(args, kwargs)
-        self.use(self.setup.take_lanes(None if latents is None else latents.shape))
-
-    def use(self, lanes: LaneSet) -> None:
-        """Go on with `lanes`, which no other request has."""
-        self.lane_set = lanes
-        lanes.start_request()
+        self.lane_set = self.setup.take_lanes(getattr(_latents(args, kwargs), "shape", None))
 
     # --- what the graph executor needs of a request ------------------------------------------
 
@@ -408,10 +398,6 @@ class Request:
         record = RequestRecord.of(self)
         return self.record or record
 
-    def nbytes(self) -> int:
-        """Bytes of its buffers."""
-        return self.lane_set.nbytes()
-
 
 def _latents(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Return the first tensor of a call."""
@@ -437,7 +423,9 @@ def _user_capture(request: Request) -> UserCapture:
             f"made the buffers, got none of branch {request.branch!r}; run one first"
         )
     request.lane_set.is_captured = True
-    capture = request.setup.user_capture()
+    setup = request.setup
+    capture = setup.capture or UserCapture(next(setup.module.parameters()).device)
+    setup.capture = capture
     capture.fixed_by_plan = request.began_in_capture
     return capture
 
@@ -446,51 +434,34 @@ class CachedForward(InstanceMethod):
     """The forward of a transformer, with the cache where the call belongs to a request.
 
     Args:
-        module: the transformer.
-        implicit: requests that nobody started, by thread or task.
-        find: returns the request that a call here belongs to, None without.
-        run_plain: runs a call that belongs to none.
-        on_compiled: is told of calls that come from compiled code.
-        reruns: forwards that autograd may run again.
+        handle: the `CachedTransformer`.
     """
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        implicit: MutableMapping[Place, Request],
-        find: Callable[[], Request | None],
-        run_plain: Callable[[tuple[Any, ...], dict[str, Any]], Any],
-        on_compiled: Callable[[], None],
-        reruns: Reruns,
-    ) -> None:
-        super().__init__(module, "forward", self._find_and_run)
-        self._on_compiled = on_compiled
-        self._reruns = reruns
-        self._key = id(module)
-        self._implicit = implicit
-        self._find = find
-        self._run_plain = run_plain
+    def __init__(self, handle: Any) -> None:
+        super().__init__(handle.module, "forward", self._find_and_run)
+        self._handle = handle
+        self._key = id(handle.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.call is None or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
         if torch._C._current_graph_task_id() >= 0:  # autograd runs it again
-            return self._reruns.run(type(self.module).__name__, args, kwargs)
+            return self._handle.reruns.run(type(self.module).__name__, args, kwargs)
         request = ACTIVE.get().get(self._key)
         if type(request) is not Request or request.is_closed:
             place, request = PLACE.get(), None
             is_here = place is not None and place.task is None and not _has_loop()
             if place is not None and is_here and place.thread() is current_thread():
-                request = self._implicit.get(place)
+                request = self._handle.implicit.get(place)
             if request is None:
                 return self._find_and_run(*args, **kwargs)
         return request.forward(args, kwargs)
 
     def run_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
-        self._on_compiled()
+        self._handle.compiled.follow_caller()
         return super().run_uncompiled(*args, **kwargs)
 
     def _find_and_run(self, *args: Any, **kwargs: Any) -> Any:
-        request = self._find()
-        run = self._run_plain if request is None else request.forward
+        request = self._handle.current()
+        run = self._handle.run_plain if request is None else request.forward
         return run(args, kwargs)

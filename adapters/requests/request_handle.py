@@ -105,7 +105,7 @@ class RequestHandle:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers of this request; 0 after `close`."""
-        return sum(request.nbytes() for _, request in self._pairs)
+        return sum(request.lane_set.nbytes() for _, request in self._pairs)
 
     def summary(self, details: bool = False) -> Any:
         """Return what the request did so far; reads it from the device.

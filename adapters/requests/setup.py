@@ -51,6 +51,7 @@ class Setup:
         original: the transformer's own forward; set when the cache is switched on.
         reruns: its forwards that autograd may run again; set when the cache is switched on.
         lanes: those of closed requests.
+        capture: records branches while the user captures a graph; made when that is first done.
         partial: guidance branches whose calls leave blocks out.
         shown: what forwards see in place of the blocks, made of the stacks' `entries`.
     """
@@ -70,7 +71,7 @@ class Setup:
         self.separate_cfg = self.spec.separate_cfg if separate_cfg is None else separate_cfg
         self.condition_of = ArgumentFinder(self.module, CONDITIONS)
         self.graphs = None if options is None else GraphExecutor(self.module, options)
-        if self.sharding is not None and (self.sharding.spreads or self.sharding.votes):
+        if self.sharding is not None and self.sharding.spreads:
             self._run_eagerly()
         self.capture: UserCapture | None = None
         self.views: Any = None
@@ -85,7 +86,7 @@ class Setup:
 
     def _make_stacks(self) -> None:
         stacks, sharding = make_stacks(self.spec.stacks, self.base, self.modifiers), self.sharding
-        self._let_vote(stacks)
+        self.let_vote(stacks)
         for stack in stacks:
             separate = stack.settings.cache.cfg_diff_compute_separate
             if sharding is not None and sharding.splits_guidance and not separate:
@@ -109,15 +110,11 @@ class Setup:
             self.graphs.retire()
             self.graphs = self.graph_options = None
 
-    def take_up_ranks(self) -> None:
-        """Let the ranks vote that share the transformer since."""
-        if self.sharding is not None and self.sharding.votes:
-            self._run_eagerly()
-            self._let_vote(self.stacks)
-
-    def _let_vote(self, stacks: Sequence[BlockStack]) -> None:
+    def let_vote(self, stacks: Sequence[BlockStack]) -> None:
+        """Let the ranks vote that share the transformer, if there are any by now."""
         if self.sharding is None or not self.sharding.votes:
             return
+        self._run_eagerly()
         for stack in stacks:
             if stack.settings.cache.batch_reduce == "each":
                 raise ValueError(
@@ -183,12 +180,6 @@ class Setup:
         """Give recorded graphs up that none of the setups in force goes on with."""
         if self.graphs is not None and not any(self.graphs is one.graphs for one in current):
             self.graphs.retire()
-
-    def user_capture(self) -> UserCapture:
-        """Return what records branches while the user captures a graph."""
-        if self.capture is None:
-            self.capture = UserCapture(next(self.module.parameters()).device)
-        return self.capture
 
     def renewed(
         self, changes: ParamsModifier, *, for_request: bool = False, overrides: bool = False
