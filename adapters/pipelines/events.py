@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from dbcache.adapters.blocks.signature import ArgumentFinder, unwrap
 from dbcache.adapters.patching.derived_class import (
@@ -136,8 +137,7 @@ def watched_class(cls: Any) -> Any:
     return derived_class(cls, methods, OBSERVERS)
 
 
-@contextmanager
-def _watched_control(module: torch.nn.Module, call: Any) -> Iterator[None]:
+def _watched_control(module: torch.nn.Module, call: Any) -> RemovableHandle:
     last: list[float] = []
 
     # without `kwargs`: a call in another thread, that found the hook just before it was removed
@@ -150,8 +150,4 @@ def _watched_control(module: torch.nn.Module, call: Any) -> Iterator[None]:
                 call.change_control()
             last[:] = scale
 
-    hook = module.register_forward_pre_hook(compare, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return module.register_forward_pre_hook(compare, with_kwargs=True)

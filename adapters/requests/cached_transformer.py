@@ -180,9 +180,7 @@ class CachedTransformer:
 
     def _keep_setups(self) -> None:
         """Tell setups that are needed where they work, and end those that are not."""
-        owned = [*(setup for _, setup in self.enabled.owners), self.enabled.alone]
-        current = [setup for setup in owned if setup is not None]
-        current += [request.setup for request in self.under_way()]
+        current = self.enabled.setups + [request.setup for request in self.under_way()]
         for setup in current:
             setup.bind(self.views, self.original, self.reruns)
         for setup in self.setups:

@@ -26,6 +26,12 @@ class Enabled(NamedTuple):
     latest: Setup | None = None
     max_requests: int = MAX_REQUESTS
 
+    @property
+    def setups(self) -> list[Setup]:
+        """Those of the owners, and that for calls outside of theirs."""
+        own = [setup for _, setup in self.owners]
+        return own if self.alone is None else [*own, self.alone]
+
     def with_owner(self, pipeline: Any, setup: Setup, max_requests: int) -> Enabled:
         """Return this with a pipeline, in place of what the pipeline was before."""
         others = self.without_owner(pipeline.pipe).owners
@@ -39,6 +45,6 @@ class Enabled(NamedTuple):
             for owner, setup in self.owners
             if (own := owner()) is not None and own.pipe is not pipe
         )
-        setups = [setup for _, setup in kept] + ([self.alone] if self.alone is not None else [])
-        latest = self.latest if any(self.latest is setup for setup in setups) else None
-        return self._replace(owners=kept, latest=latest or (setups[-1] if setups else None))
+        rest = self._replace(owners=kept)
+        latest = self.latest if any(self.latest is setup for setup in rest.setups) else None
+        return rest._replace(latest=latest or next(reversed(rest.setups), None))
