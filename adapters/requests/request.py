@@ -278,9 +278,11 @@ class Request:
             holder: Any = block_list.owner._modules[block_list.name]
             if [*holder._modules.values()] != block_list.seen:
                 shown = setup.take_up_blocks()
-        for run, entries in zip(lanes.runs, setup.entries, strict=True):
-            if run.stack.entries is not entries:
+        for stack, entries in zip(setup.stacks, setup.entries, strict=True):
+            if stack.entries is not entries:
                 shown = setup.take_up_blocks()
+                break
+        for run in lanes.runs:
             if run.generation != run.stack.generation:
                 run.take_up_blocks()
         outer, is_shown = FORWARD.get(), False

@@ -32,7 +32,7 @@ def _without_steps(config: DBCacheConfig) -> dict[str, Any]:
     return {**config.as_dict(), "num_inference_steps": None, "max_warmup_steps": config.warmup}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Setup:
     """The stacks of one transformer under one set of settings. Nothing of a request is kept here.
 
@@ -73,6 +73,7 @@ class Setup:
         self.graphs = None if options is None else GraphExecutor(self.module, options)
         if self.sharding is not None and self.sharding.spreads:
             self._run_eagerly()
+        self._records = self.graphs is not None
         self.capture: UserCapture | None = None
         self.views: Any = None
         self.original: Any = None
@@ -94,7 +95,7 @@ class Setup:
                     f"{stack.name}: cfg_diff_compute_separate must be True with cfg_size=2, "
                     f"got False; the branches are measured on different ranks"
                 )
-            if self.graphs is not None:
+            if self._records:
                 stack.prepare_recording()
         self.lists = [block_list for stack in stacks for block_list in stack.lists]
         self._show(stacks)
@@ -133,7 +134,7 @@ class Setup:
     def _make_lanes(self, stacks: Sequence[BlockStack]) -> LaneSet:
         lanes = LaneSet([StackRun(stack) for stack in stacks])
         for run in lanes.runs:
-            run.shared.by_device |= self.graphs is not None
+            run.shared.by_device |= self._records
         return lanes
 
     def take_up_blocks(self) -> Shown:

@@ -254,11 +254,8 @@ def _passing(proxy: MiddleBlock) -> Callable[..., Any]:
     return skip_two
 
 
-_Fast = tuple[list[Entry], list[Entry], list[Entry], frozenset[str] | None]
-"""What a loop calls on full steps, on cached ones, and on cached ones if it only calls blocks.
-
-The latter holds without some inputs of the model; None: never.
-"""
+_Fast = tuple[list[Entry], list[Entry], list[Entry]]
+"""What a loop calls on full steps, on cached ones, and on cached ones if it only calls blocks."""
 
 
 class Loop(list[Entry]):
@@ -303,20 +300,21 @@ class Loop(list[Entry]):
         """Return what stands for the blocks from the first middle one on, in the forward's step."""
         step = forward.steps[self._index]
         known = step.stack.loops[forward.inputs]
-        fast = self._fast or self._learn_fast(forward)
+        fast = self._fast or self._learn_fast()
         if fast is None or not (step.awaits_end and known.is_seen):
             return self._rest
-        blocks, passing, called, needs = fast
+        blocks, passing, called = fast
         if not step.cached:
             return blocks
         if known.reads_blocks:
             return self._rest
+        needs = forward.loops.get(self.path)
         if needs is None or torch.is_grad_enabled():
             return passing
         only_calls = not needs or (not forward.given[0] and needs.isdisjoint(forward.inputs))
         return called if only_calls else passing
 
-    def _learn_fast(self, forward: Any) -> _Fast | None:
+    def _learn_fast(self) -> _Fast | None:
         """Find what costs less to call; None before the blocks have run once."""
         if any(proxy.form is None for proxy in self._middle):
             return None
@@ -325,5 +323,5 @@ class Loop(list[Entry]):
         passing = [*map(_passing, self._middle), *after]
         # one turn at least, which leaves its results to what follows the loop
         called = after if after or self._before else passing[-1:]
-        self._fast = [*blocks, *after], passing, called, forward.loops.get(self.path)
+        self._fast = [*blocks, *after], passing, called
         return self._fast

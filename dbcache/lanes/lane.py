@@ -295,6 +295,7 @@ class Lane(LaneBase):
         elif encoder_fn is not None:
             if encoder_fn.dtype is not forms.encoder:
                 encoder_fn = encoder_fn.to(forms.encoder)
+            # its stride is the size of a snapshot, and takes less time than a comparison of shapes
             if encoder_fn.numel() != history.encoder_snapshots.stride(0):
                 encoder_fn = widened(encoder_fn, history.encoder_snapshots.shape[1:])
         encoder_weights = None if encoder_fn is None else state.encoder_weights

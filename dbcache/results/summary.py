@@ -108,7 +108,8 @@ class Summary:
             lanes,
             [warning for warning in data["warnings"] if warning not in of_lanes],
             nbytes=data["bytes"],
-            **{name: data[name] for name in KEPT},
+            totals=dict(data["totals"]),
+            **{name: data[name] for name in KEPT[1:]},
         )
 
     def strify(self) -> str:

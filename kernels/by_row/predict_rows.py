@@ -98,11 +98,13 @@ def _check(
     first = rows.check(who, h)
     if first.ring is None or (encoder is None) != (encoder_out is None):
         raise ValueError(f"{who}: rings, and an output per stream, must be given, got None")
-    second = None if encoder is None else encoder[:1]
+    second = None
+    if encoder is not None:
+        rows.check(who, encoder)
+        second = encoder[:1]
     check_predict(who, [h[:1], second], _stored(first))
     for name, x, made in (("h", h, out), ("encoder", encoder, encoder_out)):
         if x is not None and made is not None:
-            rows.check(who, x)
             form = (x.dtype, x.shape, x.device)
             check_tensor(who, f"the output for {name}", made, *form, contiguous=True)
 

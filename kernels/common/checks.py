@@ -23,8 +23,11 @@ def check_shared(
     first, *others = given.values()
     if any(x != first for x in others) or (what == "dtype" and first not in DTYPES):
         *names, last = given
+        must = f"{', '.join(names)} and {last} must {_SHARED[what]}"
+        if not names:
+            must = f"{last} must have a dtype of {DTYPES}"
         got = map(tuple, given.values()) if what == "shape" else given.values()
-        raise invalid(op, f"{', '.join(names)} and {last} must {_SHARED[what]}", *got)
+        raise invalid(op, must, *got)
 
 
 def check_activations(op: str, p_ref: Tensor | None = None, **activations: Tensor | None) -> None:

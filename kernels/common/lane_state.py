@@ -5,6 +5,8 @@ about it is in four tensors (`counters`, `values`, `limits`, `thresholds`), the 
 that are read back once per request. The constants below name their entries.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
@@ -168,6 +170,11 @@ Numbers = Sequence[Any]
 Own = TypeVar("Own", bound="LaneState")
 
 
+@functools.cache
+def _tensors_of(kind: Any) -> Any:
+    return operator.attrgetter(*(x.name for x in fields(kind) if x.init))
+
+
 @dataclass(slots=True, eq=False)
 class LaneState:
     """The tensors of one lane, all on one device, contiguous. Make one with `allocate`."""
@@ -248,7 +255,9 @@ class LaneState:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors that the state is made of, in the order of the fields."""
-        return tuple(getattr(self, x.name) for x in fields(self) if x.init)
+        kind: Any = type(self)
+        tensors: tuple[Tensor, ...] = _tensors_of(kind)(self)
+        return tensors
 
     def arguments(self) -> tuple[int, ...]:
         """Return the addresses of the tensors and the capacity, as kernels take them."""

@@ -150,7 +150,7 @@ class Plans(dict[Hashable, Plan | Checked]):
                 address = x.data_ptr()
                 bits |= address if x.is_contiguous() else 1
                 addresses.append(address)
-            elif x is None is form:
+            elif x is None and form is None:
                 addresses.append(None)
             else:
                 return None

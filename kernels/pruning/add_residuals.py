@@ -73,7 +73,7 @@ def add_residuals(
 def add_residuals_reference(
     streams: Sequence[Tensor], residuals: Sequence[Tensor], first: int, count: int
 ) -> list[Tensor]:
-    """Plain PyTorch, the meaning of `add_residuals`: an output per"""
+    """Plain PyTorch, the meaning of `add_residuals`: an output per stream."""
     outputs = []
     for x, stored in zip(streams, residuals, strict=True):
         total = x.float()

@@ -105,6 +105,20 @@ def test_small_lists_are_left_alone():
     assert [stack.lists[0].path for stack in spec.stacks] == ["trunk"]
 
 
+class HasFunctions(Unclear):
+    def forward(self, hidden_states, encoder_hidden_states):
+        try:
+            return encoder_hidden_states, hidden_states
+        finally:
+
+            def after(hidden_states):
+                return hidden_states
+
+
+def test_what_functions_inside_of_a_block_return_does_not_count():
+    assert guess_pattern(HasFunctions(4)) is ForwardPattern.Pattern_1
+
+
 def test_pattern_that_is_named_counts_where_the_source_leaves_it_open():
     model = Model(Unclear)
     assert guess_pattern(model.trunk[0]) is None

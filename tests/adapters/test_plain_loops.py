@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import types
 
 import pytest
 import tiny
@@ -78,6 +79,15 @@ class Chooses(Model):
         return hidden_states
 
 
+class Doubles(Model):
+    def forward(self, hidden_states, control=None):
+        for index, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states)
+            if index == 6:
+                hidden_states = hidden_states * 2
+        return hidden_states
+
+
 class MakesInput(Model):
     def forward(self, hidden_states, control=None):
         control = torch.ones(()) if control is None else control
@@ -104,7 +114,7 @@ class Takes(Model):
         return hidden_states
 
 
-NOT_PLAIN = [Keeps, Counts, Chooses, MakesInput, Looks, Takes]
+NOT_PLAIN = [Keeps, Counts, Chooses, Doubles, MakesInput, Looks, Takes]
 
 
 def turns_of(model, **inputs):
@@ -184,6 +194,26 @@ def test_a_loop_that_uses_an_input_runs_to_its_end_where_that_is_given(never_pla
     assert set(turns) == {7}
     never_plain()
     assert all(map(torch.equal, outputs, run(Plain, control)[0]))
+
+
+@torch.no_grad()
+def test_a_forward_that_is_replaced_goes_by_its_own_loop():
+    outputs = []
+    for is_replaced_before in (True, False):
+        model = Plain()
+        adapter = BlockAdapter(
+            transformer=model, blocks=model.blocks, forward_pattern=ForwardPattern.Pattern_3
+        )
+        options = {"Fn_compute_blocks": 1, "max_warmup_steps": 1, "residual_diff_threshold": 1.0}
+        if is_replaced_before:
+            model.forward = types.MethodType(Doubles.forward, model)
+        dbcache.enable(adapter, **options, num_inference_steps=4)
+        for _ in range(4):
+            model(hidden_states=tiny.noise(1, 7, 8, seed=3))
+        model.forward = types.MethodType(Doubles.forward, model)
+        with dbcache.start_request(model):
+            outputs.append([model(hidden_states=tiny.noise(1, 7, 8, seed=3)) for _ in range(4)])
+    assert all(map(torch.equal, *outputs))
 
 
 def test_a_forward_without_a_source_has_no_plain_loops():

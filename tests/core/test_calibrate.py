@@ -12,7 +12,7 @@ from policy_engines import BASE, CALIBRATED, STEPS, calibration, entry, run_both
 from tiny import BRANCHES, FAMILIES, denoise, generate, pipeline
 
 import dbcache
-from dbcache.config.calibration import PUBLISHED, checkpoint_of
+from dbcache.config.calibration import _MODELS, PUBLISHED, checkpoint_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,7 +199,7 @@ def test_calibrations_of_something_else_are_refused(tmp_path):
     assert "forward" not in vars(model)
 
 
-def test_published_polynomials_are_chosen_by_class_and_config():
+def test_published_polynomials_are_chosen_by_class_and_config(monkeypatch):
     model = dbcache.enable(FAMILIES["flux"].build(), policy="teacache")
     (stack,) = inside.stacks(model)
     assert stack.settings.calibration.coefficients == PUBLISHED["FLUX.1-dev"]
@@ -209,3 +209,5 @@ def test_published_polynomials_are_chosen_by_class_and_config():
         config = {"num_attention_heads": heads, "num_layers": layers, "in_channels": 16}
         big = type("WanTransformer3DModel", (), {"config": config})()
         assert checkpoint_of(big) == name
+        monkeypatch.setitem(_MODELS, name, "another class")
+        assert checkpoint_of(big) is None  # no other one fits

@@ -205,6 +205,8 @@ def test_notebooks_and_files(tmp_path):
     assert data == json.loads(summary.to_json(indent=None))
     assert json.loads(Summary.from_dict(data).to_json()) == data
     assert pages.page(Summary.from_dict(data)) == pages.page(summary)
+    with pytest.raises(TypeError, match="int"):
+        Summary.from_dict(data | {"totals": 5})
     assert summary.seconds > 0
     cached = sum(len(lane.cached_steps) for lane in summary)
     assert repr(summary) == f"<Summary of WanPipeline: 2 lanes, {cached} of 40 steps cached>"

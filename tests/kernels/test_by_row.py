@@ -284,6 +284,7 @@ def test_rejects_what_does_not_fit(integers, device):
         ("encoder must come with its ring",
          lambda i: predict_rows(h, rows, out, h, out, impl=i)),
         ("an output per stream", lambda i: predict_rows(h, rows, out, h, impl=i)),
+        (r"2 rows, .* got \(\)", lambda i: predict_rows(h, rows, out, h[0, 0, 0], out, impl=i)),
         ("2 rows", lambda i: commit_rows(h[:1], h, h, rows, impl=i)),
         ("share a dtype", lambda i: commit_rows(h.half(), h, h, rows, impl=i)),
         ("encoder_fn must come with", lambda i: commit_rows(h, h, h, rows, h, h, impl=i)),

@@ -311,8 +311,11 @@ def test_one_launch_packs_and_one_unpacks(random, monkeypatch, quantize):
 
     class Counted:
         def __getitem__(self, grid):
-            launches.append(grid)
-            return kernel[grid]
+            def launch(*args, PACK, **kwargs):
+                launches.append((grid, PACK))
+                kernel[grid](*args, PACK=PACK, **kwargs)
+
+            return launch
 
     monkeypatch.setattr(module, "_fp8_pack_kernel", Counted())
     x = random(2, 100, 4, 40)
@@ -320,7 +323,7 @@ def test_one_launch_packs_and_one_unpacks(random, monkeypatch, quantize):
     assert len(launches) == 1
     fp8_unpack(buffer, (2, 200, 2, 40), gather="sequence", impl="triton")
     grid = (math.ceil(100 * 2 / (module.BLOCK // 64)), 2, 2)
-    assert launches == [grid, grid]
+    assert launches == [(grid, True), (grid, False)]
 
 
 def test_inputs_may_require_grad_and_the_results_do_not(random):

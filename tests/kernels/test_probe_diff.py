@@ -215,6 +215,8 @@ def test_rejects_what_does_not_fit():
         probe_diff(x, x.half(), x)
     with pytest.raises(ValueError, match=r"dtype.* got .*float64"):
         probe_diff(x, x, x.double())
+    with pytest.raises(ValueError, match=r"probe_diff: h_fn must have a dtype .* got .*float64"):
+        probe_diff(None, x.double(), x.double())
     with pytest.raises(ValueError, match="one device, got cpu and cpu and meta"):
         probe_diff(x, x, x.to("meta"))
 
