@@ -69,11 +69,10 @@ def decide(state: LaneState, partials: Tensor | None, *, impl: Impl = "auto") ->
     counters = state.counters
     found = LAUNCHES.find(impl, partials is None, (partials,), (counters, state.plan))
     if found is not None:
-        found[0].launch(*found[1])
-        return
+        return found[0].launch(*found[1])
     if partials is not None:
         check_partials("decide", partials, counters.device, widths=(2, 4))
-    _decide(impl, state, partials)
+    return _decide(impl, state, partials)
 
 
 LAUNCHES = Plans()

@@ -70,15 +70,13 @@ def probe_and_decide(
     moving, kept = (h_fn, h_in), (p_ref, state.counters, state.plan, state.partials)
     found = LAUNCHES.find(impl, by_token, moving, kept)
     if found is REFERENCE:
-        probe_and_decide_reference(h_in, h_fn, p_ref, state, by_token)
-        return
+        return probe_and_decide_reference(h_in, h_fn, p_ref, state, by_token)
     if found is not None:
-        found[0].launch(*found[1])
-        return
+        return found[0].launch(*found[1])
     check_probe("probe_and_decide", h_in, h_fn, p_ref, by_token)
     check_shared("probe_and_decide", "device", h_fn=h_fn, state=state.counters)
     LAUNCHES.note_checked(impl, by_token, moving, kept)
-    _probe_and_decide(impl, h_in, h_fn, p_ref, state, by_token)
+    return _probe_and_decide(impl, h_in, h_fn, p_ref, state, by_token)
 
 
 def probe_and_decide_reference(

@@ -74,8 +74,7 @@ def share_change(
     for name, x in (("own", own), ("kept", kept)):
         check_tensor("share_change", name, x, torch.float32, own.shape, contiguous=True)
     check_tensor("share_change", "stamps", stamps, torch.int32, (PROGRAMS, 3))
-    tensors = {"own": own, "kept": kept, "stamps": stamps, "state": state.counters}
-    check_shared("share_change", "device", **tensors)
+    check_shared("share_change", "device", own=own, kept=kept, stamps=stamps, state=state.counters)
     _share_change(impl, own, kept, stamps, state, branch, kind, by_rules)
 
 
