@@ -110,6 +110,10 @@ class CacheType(str, Enum):
 NONE, DBCache, DBPrune = CacheType.NONE, CacheType.DBCache, CacheType.DBPrune
 
 
+def _renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {_NEW_NAMES.get(name, name): value for name, value in options.items()}
+
+
 def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
     """Do what `dbcache.enable` does, with options as cache-dit 0.2 named them.
 
@@ -127,7 +131,7 @@ def apply_cache_on_pipe(pipe: Pipeline, **options: Any) -> Pipeline:
         TypeError, ValueError: as `enable`.
     """
     defaults = _OF_NAMED if "cache_type" in options else CacheType.default_options(DBCache)
-    options = {_NEW_NAMES.get(name, name): value for name, value in (defaults | options).items()}
+    options = _renamed(defaults) | _renamed(options)
     kind = cache_type(options.pop("cache_type"))
     if kind is CacheType.NONE:
         return pipe

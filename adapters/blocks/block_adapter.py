@@ -111,15 +111,15 @@ class BlockAdapter:
             pattern = self.forward_pattern
             check_type("BlockAdapter(auto=True).forward_pattern", pattern, ForwardPattern)
             return [find_blocks(transformer, pattern) for transformer in transformers]
-        rows = [] if given is None else _per_transformer("BlockAdapter.blocks", given, count)
-        lists = [blocks for row in rows for blocks in row]
-        if not lists or not all(isinstance(blocks, BLOCKS) for blocks in lists):
+        lists = [blocks for row in _rows(_entries(given)) for blocks in row]
+        wrong = [blocks for blocks in lists if not isinstance(blocks, BLOCKS)]
+        if wrong or not lists:
+            got = type(wrong[0] if wrong else given).__name__
             raise TypeError(
                 f"BlockAdapter.blocks must be a ModuleList of the transformer or a list of them, "
-                f"got {type(given).__name__}; pass the attribute itself, as in "
-                f"transformer.transformer_blocks"
+                f"got {got}; pass the attribute itself, as in transformer.transformer_blocks"
             )
-        return rows
+        return _per_transformer("BlockAdapter.blocks", given, count)
 
     def _stack(self, where: BlockList, pattern: Any, modifier: Any, streams: Streams) -> StackSpec:
         """Return the stack of a list of blocks, checked against the pattern."""
@@ -170,12 +170,18 @@ def _named(transformer: torch.nn.Module, name: Any) -> torch.nn.Module:
 
 def _per_transformer(who: str, given: Any, count: int) -> list[list[Any]]:
     """Bring entries (one, several, or rows of them) into a row per transformer."""
-    entries = given if isinstance(given, list | tuple) else [given]
+    entries = _entries(given)
     is_row = count == 1 and not any(map(_is_row, entries))
     rows = [list(entries)] if is_row else _rows(entries)
     if len(rows) != count:
         raise ValueError(f"{who} must have one entry per transformer, got {len(rows)} for {count}")
+    if not all(rows):
+        raise ValueError(f"{who} must have at least one list per transformer, got {given!r}")
     return rows
+
+
+def _entries(given: Any) -> Any:
+    return given if isinstance(given, list | tuple) else [given]
 
 
 def _is_row(value: Any) -> bool:

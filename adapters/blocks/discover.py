@@ -99,15 +99,18 @@ def _are_blocks(modules: torch.nn.ModuleList) -> bool:
 def _returned_names(block: torch.nn.Module) -> list[str | None] | None:
     """Return the names of what the forward returns last, None for what has none or is unknown."""
     function = source_of(forward_of(block))
-    nodes: list[ast.AST] = [] if function is None else [*ast.iter_child_nodes(function)]
-    for node in nodes:
-        if not isinstance(
-            node, ast.FunctionDef | ast.AsyncFunctionDef
-        ):  # these return on their own
-            nodes += ast.iter_child_nodes(node)
-    returns = [node for node in nodes if isinstance(node, ast.Return)]
+    returns = [] if function is None else [*_returns_in(function)]
     if not returns:
         return None
     value = max(returns, key=lambda node: node.lineno).value
     elements = value.elts if isinstance(value, ast.Tuple) else [value]
     return [element.id if isinstance(element, ast.Name) else None for element in elements]
+
+
+def _returns_in(node: ast.AST) -> Iterator[ast.Return]:
+    """Go through the returns of a function, not those of functions inside."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Return):
+            yield child
+        elif not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _returns_in(child)

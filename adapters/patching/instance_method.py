@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +105,9 @@ class InstanceMethod:
     def _is_left_over(self) -> bool:
         """Whether a hook that is gone made an entry of the instance of the method of its class."""
         is_own = self._link.holder is self.module.__dict__ and self._link.name == self.name
-        return getattr(self.original, "__self__", None) is self.module and not is_own
+        original = self.original
+        is_method = isinstance(original, types.MethodType) and original.__self__ is self.module
+        return is_method and not is_own
 
 
 @functools.cache

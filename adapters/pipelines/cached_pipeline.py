@@ -127,7 +127,7 @@ class PipelineCall:
         return None, self._parts[name], self._steps_of_scheduler
 
     def follow(self, *, has_scheduler: bool) -> None:
-        """Find the guidance branches from the calls."""
+        """Tell the branches of guidance whether a scheduler says where steps end."""
         doubts = self.pipeline.doubts_scheduler
         for request in self.requests.values():
             request.clock.branches.is_doubted = doubts

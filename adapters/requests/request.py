@@ -17,7 +17,7 @@ from dbcache.adapters.blocks.signature import Call
 from dbcache.adapters.blocks.views import FORWARD, Shown
 from dbcache.adapters.patching.instance_method import InstanceMethod
 from dbcache.adapters.requests import clock as clocks
-from dbcache.adapters.requests.clock import Clock
+from dbcache.adapters.requests.clock import Clock, Steps
 from dbcache.adapters.requests.context import ACTIVE, PLACE
 from dbcache.adapters.requests.facts import meet_ranks
 from dbcache.adapters.requests.lane_pool import LaneSet
@@ -213,8 +213,9 @@ class Request:
         if not self.lane_set.runs:
             self._take_lanes(args, kwargs)
         if clock.calls == 0:
-            meet_ranks(self.setup, clock.num_steps(), _latents(args, kwargs))
-            self._plan()
+            steps = clock.num_steps()
+            meet_ranks(self.setup, steps, _latents(args, kwargs))
+            self._plan(steps)
             self.notices.begin_image(self, args, kwargs)
         has_adapters = "peft_config" in self.module.__dict__ or self.adapters.are_known
         if has_adapters and self.adapters.have_changed(self.module, self.setup.lists, clock.calls):
@@ -222,10 +223,10 @@ class Request:
         for reason in clock.find_branch(args, kwargs):
             self.force_full(reason, clock.branch)
 
-    def _plan(self) -> None:
-        """Fit the plans of all lanes to the number of steps."""
+    def _plan(self, steps: Steps) -> None:
+        """Fit the plans of all lanes to the number of steps, as `Clock.num_steps` tells."""
         for run in self.lane_set.runs:
-            run.plan(*self.clock.num_steps())
+            run.plan(*steps)
 
     # --- forwards ---------------------------------------------------------------------------
 
@@ -348,7 +349,7 @@ class Request:
     def take_lanes_anew(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LaneSet:
         """Return lanes for stacks that have become known since the request began."""
         self._take_lanes(args, kwargs)
-        self._plan()
+        self._plan(self.clock.num_steps())
         return self.lane_set
 
     def _take_lanes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

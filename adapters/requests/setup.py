@@ -71,7 +71,7 @@ class Setup:
         self.separate_cfg = self.spec.separate_cfg if separate_cfg is None else separate_cfg
         self.condition_of = ArgumentFinder(self.module, CONDITIONS)
         self.graphs = None if options is None else GraphExecutor(self.module, options)
-        if self.sharding is not None and self.sharding.spreads:
+        if self.sharding is not None and (self.sharding.spreads or self.sharding.votes):
             self._run_eagerly()
         self._records = self.graphs is not None
         self.capture: UserCapture | None = None

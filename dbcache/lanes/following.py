@@ -138,7 +138,7 @@ class FollowedSteps:
 
     def rewind(self, step: int) -> None:
         """Go back to `step`; the leader does the rest."""
-        self.step = step
+        self.step, self.has_reference = step, False
 
     def abort(self) -> None:
         """Undo a step that an exception cut short; the leader does the rest."""

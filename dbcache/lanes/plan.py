@@ -26,7 +26,7 @@ def resolve_mask(config: DBCacheConfig, steps: int | None, who: str) -> list[int
     mask = config.steps_computation_mask
     if not isinstance(mask, str):
         static = config.steps_computation_policy == "static"
-        return check_mask("DBCacheConfig.steps_computation_mask", mask, steps, static)
+        return check_mask(f"{type(config).__name__}.steps_computation_mask", mask, steps, static)
     if steps is None:
         raise ValueError(
             f"{who}: the number of steps must be known for steps_computation_mask={mask!r}, got "

@@ -80,7 +80,7 @@ class SharedChange:
 
         Args:
             branch: whose step it is.
-            steps: those of its lane, before the decision, which is open unless it is recorded.
+            steps: those of its lane, before the decision.
             of: what is measured; the shape counts.
             measure: returns the partial sums of the branch's own change.
             is_recorded: what is enqueued now will serve other steps, too.

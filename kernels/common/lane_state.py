@@ -171,7 +171,7 @@ Own = TypeVar("Own", bound="LaneState")
 
 
 @functools.cache
-def _tensors_of(kind: Any) -> Any:
+def _getter_of(kind: Any) -> Any:
     return operator.attrgetter(*(x.name for x in fields(kind) if x.init))
 
 
@@ -256,7 +256,7 @@ class LaneState:
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors that the state is made of, in the order of the fields."""
         kind: Any = type(self)
-        tensors: tuple[Tensor, ...] = _tensors_of(kind)(self)
+        tensors: tuple[Tensor, ...] = _getter_of(kind)(self)
         return tensors
 
     def arguments(self) -> tuple[int, ...]:

@@ -111,6 +111,8 @@ def test_subclass_of_a_supported_class_is_supported():
     ("fields", "error", "text"),
     [
         ({"blocks": None}, TypeError, "blocks must be a ModuleList"),
+        ({"blocks": [5]}, TypeError, "blocks must be a ModuleList .* got int"),
+        ({"blocks": None, "blocks_name": [[]]}, ValueError, "at least one list per transformer"),
         ({"transformer": "model"}, TypeError, "transformer must be an nn.Module"),
         ({"forward_pattern": None}, TypeError, "forward_pattern must be one of"),
         ({"forward_pattern": "Pattern_1"}, TypeError, "forward_pattern must be a ForwardPattern"),

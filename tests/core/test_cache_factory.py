@@ -100,6 +100,8 @@ def test_what_version_0_2_did_when_nothing_was_said():
     )
     assert "_W0I1M0MC0_R0.12_CFG1" in dbcache.strify(pipe)
     for kind in (CacheType.DBCache, CacheType.FBCache, CacheType.DBPrune):
+        options = CacheType.default_options(kind) | {"max_warmup_steps": 2}  # its new name
+        assert "_W2I1" in dbcache.strify(apply_cache_on_pipe(tiny.pipeline("flux"), **options))
         pipe = apply_cache_on_pipe(tiny.pipeline("flux"), cache_type=kind)
         assert "_F1B0_W0I1M0MC0_R0.05" in dbcache.strify(pipe)
 

@@ -318,6 +318,10 @@ def check_what_does_not_go_with_a_vote_is_told_whenever_ranks_are_found() -> Non
             lanes, _ = loop(model, FLUX, **{when: context_parallel}, cuda_graph="host", **ASKED)
         assert any("CUDA graphs are not recorded" in str(warning.message) for warning in said)
         assert everyone(lanes)[0] == everyone(lanes)[1]
+    # without graphs the residuals may lie on the host
+    config = dbcache.DBCacheConfig(cache_device="cpu", **ASKED)
+    model = dbcache.enable(tiny.flux(), config, cuda_graph="host", decide_together=dist.group.WORLD)
+    dbcache.disable(model)
 
 
 def check_what_is_spread_in_an_unknown_way_is_said() -> None:

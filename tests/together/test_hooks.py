@@ -285,6 +285,26 @@ def test_the_cache_comes_back_where_someone_replaced_the_forward():
     assert any("replaced its forward" in note for note in dbcache.summary(model).notes)
 
 
+def test_a_wrapper_of_the_forward_comes_back_after_a_hook_has_gone():
+    class Wrapper:  # which passes attributes on, `__self__` too
+        def __init__(self, wrapped):
+            self.wrapped = wrapped
+
+        def __getattr__(self, name):
+            return getattr(self.wrapped, name)
+
+        def __call__(self, *args, **kwargs):
+            return self.wrapped(*args, **kwargs)
+
+    model = tiny.flux()
+    wrapper = model.forward = Wrapper(model.forward)
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+    dbcache.enable(model)
+    accelerate.hooks.remove_hook_from_module(model)
+    dbcache.disable(model)
+    assert model.forward is wrapper
+
+
 @pytest.fixture
 def weights_in_use(monkeypatch):
     """Make weights that are put back unusable until they are loaded; count the loads."""
