@@ -43,8 +43,8 @@ from diffusers import FluxTransformer2DModel
 import dbcache
 from bench.stubbed_triton import Launches, stubbed_triton
 
-PREDICT = "_predict_kernel"
-"""What a cached step launches, and no other."""
+COMMIT = "_commit_kernel"
+"""What a full step launches, and no other."""
 WARMUP = "full step (warm-up)"
 MISS = "full step (threshold miss)"
 CACHED = "cached step"
@@ -117,7 +117,7 @@ class Variant:
     new_request: Callable[[], None] = lambda: None
     cached_steps: Callable[[], int | None] = lambda: None
     launches: Launches | None = None
-    predicted: int = 0
+    cached: int = 0
     times: list[float] = field(default_factory=list)
 
     def step(self, index: int, arguments: dict, device: str) -> float:
@@ -126,7 +126,7 @@ class Variant:
             self.model.transformer_blocks[0].shift = 1.0 + index % 2
         if self.launches is not None:
             self.launches.cached = self.kind == CACHED
-            self.predicted -= self.launches.counts[PREDICT]
+            commits = self.launches.counts[COMMIT]
         # on a CPU the thread's own time, in which other processes of a busy machine do not count
         clock = time.thread_time if device == "cpu" else time.perf_counter
         start = clock()
@@ -135,12 +135,12 @@ class Variant:
         if device != "cpu":
             torch.accelerator.synchronize()
         if self.launches is not None:
-            self.predicted += self.launches.counts[PREDICT]
+            self.cached += self.launches.counts[COMMIT] == commits
         return elapsed * 1e3
 
     def begin_request(self) -> None:
         """Start anew."""
-        self.predicted = 0
+        self.cached = 0
         self.new_request()
 
 
@@ -160,7 +160,7 @@ def with_dbcache(kind: str, order: int, device: str, launches: Launches | None =
         launches,
     )
     if launches is not None:  # the device, which is not there, has left no trace
-        variant.cached_steps = lambda: variant.predicted
+        variant.cached_steps = lambda: variant.cached
     return variant
 
 

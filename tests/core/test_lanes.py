@@ -6,8 +6,14 @@ import pytest
 import torch
 
 import dbcache
-from dbcache import CustomCalibratorConfig, DBCacheConfig, TaylorSeerCalibratorConfig
+from dbcache import (
+    CalibratorConfig,
+    CustomCalibratorConfig,
+    DBCacheConfig,
+    TaylorSeerCalibratorConfig,
+)
 from dbcache.config.cache import StackSettings
+from dbcache.kernels.prediction.predict import predict
 from dbcache.lanes import lane as lanes
 from dbcache.lanes.buffers import layout_of
 from dbcache.lanes.lane import Lane
@@ -64,6 +70,42 @@ def strided(h, encoder):
 
 def of_another_dtype(h, encoder):
     return h.double(), encoder.double()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("form", ["contiguous", "transposed", "with gradients", "no encoder"])
+def test_reused_residuals_are_added_as_the_kernel_adds_them(dtype, form, monkeypatch):
+    lane = Lane(StackSettings(DBCacheConfig(**CONFIG), CalibratorConfig()), CPU)
+    full_step(lane, 1, dtype)
+    lane.state.weights[0] = lane.state.encoder_weights[0] = 1.0  # as `decide` leaves them
+    h, encoder = noise(2, 6, 8, seed=3, dtype=dtype), noise(2, 3, 8, seed=4, dtype=dtype)
+    if form == "transposed":
+        h = h.mT.contiguous().mT
+    elif form == "with gradients":
+        h.requires_grad_()
+    elif form == "no encoder":
+        encoder = None
+    launched = []
+    monkeypatch.setattr(lanes, "predict", lambda *a, **k: launched.append(1) or predict(*a, **k))
+    with torch.set_grad_enabled(form == "with gradients"):
+        made = lane.predict(h, encoder)
+    assert bool(launched) == (form in ("transposed", "with gradients"))
+    lane.reuses = False
+    with torch.no_grad():
+        expected = lane.predict(h, encoder)
+    for x, y, given in zip(made, expected, (h, encoder), strict=True):
+        assert (x is None) == (y is None) == (given is None)
+        if x is not None:
+            assert x.is_contiguous()
+            assert not x.requires_grad
+            assert x.dtype is dtype
+            assert torch.equal(x, y)
+    full_step(lane, 2, dtype, tokens=5)  # another shape: other residuals
+    h = noise(2, 5, 8, seed=5, dtype=dtype)
+    again = lane.predict(h, None)[0]
+    lane.reuses = True
+    with torch.no_grad():
+        assert torch.equal(lane.predict(h, None)[0], again)
 
 
 @pytest.mark.covering
