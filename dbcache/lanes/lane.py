@@ -10,6 +10,7 @@ from dbcache.config.cache import StackSettings
 from dbcache.config.policies import POLICIES
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import BatchReduce, LaneState
+from dbcache.kernels.common.select import without_gradient
 from dbcache.kernels.decision.decide import decide
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
 from dbcache.kernels.decision.probe_diff import probe_diff
@@ -60,6 +61,21 @@ def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
     }
     polynomial = coefficients(cache, settings.calibration)
     return limits, thresholds | dict(enumerate(polynomial, ls.POLYNOMIAL))
+
+
+@without_gradient
+def added(
+    streams: Made, residuals: tuple[torch.Tensor, ...], into: tuple[torch.Tensor | None, ...]
+) -> Made:
+    """Do what `predict` does where the only weight is 1: add the residuals to the streams.
+
+    PyTorch's addition gives the same bits, and takes less time on the host.
+    """
+    h_fn, encoder_fn = streams
+    hidden = torch.add(h_fn.contiguous(), residuals[0], out=into[0])
+    if encoder_fn is None:
+        return hidden, None
+    return hidden, torch.add(encoder_fn.contiguous(), residuals[1], out=into[1])
 
 
 class LaneBase:
@@ -305,40 +321,29 @@ class Lane(LaneBase):
             # its stride is the size of a snapshot, and takes less time than a comparison of shapes
             if encoder_fn.numel() != history.encoder_snapshots.stride(0):
                 encoder_fn = widened(encoder_fn, history.encoder_snapshots.shape[1:])
-        made = self._reused(h_fn, encoder_fn) if self.reuses and out is None else None
-        if made is not None:
-            return returned_as(forms.returned, *made) if forms.returned else made
-        encoder_weights = None if encoder_fn is None else state.encoder_weights
         direct = out is not None and can_write((h_fn, out), (encoder_fn, encoder_out))
-        hidden, encoder = predict(
-            h_fn, history.snapshots, state.weights,
-            encoder_fn, history.encoder_snapshots, encoder_weights,
-            history.scales, history.encoder_scales,
-            out=out if direct else None, encoder_out=encoder_out if direct else None,
-            replace=self.replaces,
-        )  # fmt: skip
+        into = (out, encoder_out) if direct else (None, None)
+        if self.reuses:
+            hidden, encoder = added((h_fn, encoder_fn), self._residuals(), into)
+        else:
+            hidden, encoder = predict(
+                h_fn, history.snapshots, state.weights,
+                encoder_fn, history.encoder_snapshots,
+                None if encoder_fn is None else state.encoder_weights,
+                history.scales, history.encoder_scales,
+                out=into[0], encoder_out=into[1], replace=self.replaces,
+            )  # fmt: skip
         if out is not None and not direct:
             return written((hidden, encoder), (out, encoder_out))
         return returned_as(forms.returned, hidden, encoder) if forms.returned else (hidden, encoder)
 
-    def _reused(self, h_fn: torch.Tensor, encoder_fn: torch.Tensor | None) -> Made | None:
-        """Return what `predict` does where the only weight is 1: streams plus their residuals.
-
-        An addition by PyTorch gives the same bits, and takes less time on the host. None where it
-        does not: for strides that it would keep, and with gradients.
-        """
+    def _residuals(self) -> tuple[torch.Tensor, ...]:
+        """Return views of the only snapshots, of hidden and encoder states; made once."""
         history = self.history
         if not (self._latest and self._latest[0] is history.snapshots):
             rings = [x for x in (history.snapshots, history.encoder_snapshots) if x is not None]
             self._latest = (rings[0], *(ring[0] for ring in rings))
-        if torch.is_grad_enabled() or not h_fn.is_contiguous():
-            return None
-        if encoder_fn is None:
-            return h_fn + self._latest[1], None
-        if not encoder_fn.is_contiguous():
-            return None
-        _, residual, encoder_residual = self._latest
-        return h_fn + residual, encoder_fn + encoder_residual
+        return self._latest[1:]
 
     def commit(
         self,

@@ -14,6 +14,7 @@ import dbcache.kernels
 from dbcache.kernels.common import select as _select
 from dbcache.kernels.common.lane_state import LaneState
 from dbcache.lanes.buffers import HostCopy
+from dbcache.lanes.lane import Lane
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,11 +70,32 @@ def launches_of(reason: str) -> list[str]:
     ]
 
 
+@pytest.fixture
+def by_kernel(monkeypatch):
+    """Let lanes predict by the kernel where PyTorch would add a residual that is reused."""
+    own = Lane._load
+
+    def load(lane):
+        own(lane)
+        lane.reuses = False
+
+    monkeypatch.setattr(Lane, "_load", load)
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_a_step_launches_two_kernels(launches, rule):
+def test_a_step_launches_two_kernels(launches, by_kernel, rule):
     family, batch = FAMILIES["flux"], 2 if rule.batch_reduce == "max" else 1
     (lane,) = run_dbcache(family.build(double=2, single=2), family, rule, STEPS, batch=batch).lanes
     assert launches == [name for reason in lane.reasons for name in launches_of(reason)]
+    assert 0 < len(lane.cached_steps) < STEPS
+
+
+def test_a_step_that_reuses_launches_one_kernel(launches):
+    (lane,) = run_dbcache(
+        FAMILIES["flux"].build(double=2, single=2), FAMILIES["flux"], RULES["reuse"], STEPS
+    ).lanes
+    expected = [name for reason in lane.reasons for name in launches_of(reason)]
+    assert launches == [name for name in expected if name != "predict"]
     assert 0 < len(lane.cached_steps) < STEPS
 
 
@@ -83,7 +105,7 @@ def test_a_cached_and_a_full_dynamic_step_both_occur(launches):
     assert {"above threshold", "below threshold"} <= set(lane.reasons)
 
 
-def test_the_branch_that_takes_the_others_diff_measures_nothing(launches):
+def test_the_branch_that_takes_the_others_diff_measures_nothing(launches, by_kernel):
     family = FAMILIES["flux"]
     rule = replace(RULES["reuse"], enable_separate_cfg=True, cfg_diff_compute_separate=False)
     run_dbcache(family.build(double=2, single=2), family, rule, STEPS)
@@ -146,7 +168,9 @@ def in_order(reason: str, is_ahead: bool) -> list[str]:
 
 
 @pytest.mark.parametrize(("is_ahead", "options"), AHEAD.values(), ids=AHEAD)
-def test_a_prediction_is_launched_before_the_host_waits(request, launches, is_ahead, options):
+def test_a_prediction_is_launched_before_the_host_waits(
+    request, launches, by_kernel, is_ahead, options
+):
     family, runs = FAMILIES["flux"], []
     for fixture in ("launches", "far_away"):
         request.getfixturevalue(fixture)

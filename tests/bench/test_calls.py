@@ -50,7 +50,7 @@ def test_calls_of_a_step_stay_within_bounds(measured, target, kind):
 @pytest.mark.parametrize("target", calls.TARGETS)
 def test_kinds_of_steps_are_told_apart(measured, target):
     _, counts = measured
-    assert counts[target]["cached"]["kernels/prediction/predict.py"]
+    assert counts[target]["cached"]["kernels/decision/probe_and_decide.py"]
     assert counts[target]["full"]["kernels/prediction/commit.py"]
     assert "kernels/prediction/commit.py" not in counts[target]["cached"]
 

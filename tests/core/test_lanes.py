@@ -13,7 +13,6 @@ from dbcache import (
     TaylorSeerCalibratorConfig,
 )
 from dbcache.config.cache import StackSettings
-from dbcache.kernels.prediction.predict import predict
 from dbcache.lanes import lane as lanes
 from dbcache.lanes.buffers import layout_of
 from dbcache.lanes.lane import Lane
@@ -74,7 +73,7 @@ def of_another_dtype(h, encoder):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("form", ["contiguous", "transposed", "with gradients", "no encoder"])
-def test_reused_residuals_are_added_as_the_kernel_adds_them(dtype, form, monkeypatch):
+def test_reused_residuals_are_added_as_the_kernel_adds_them(dtype, form):
     lane = Lane(StackSettings(DBCacheConfig(**CONFIG), CalibratorConfig()), CPU)
     full_step(lane, 1, dtype)
     lane.state.weights[0] = lane.state.encoder_weights[0] = 1.0  # as `decide` leaves them
@@ -85,11 +84,8 @@ def test_reused_residuals_are_added_as_the_kernel_adds_them(dtype, form, monkeyp
         h.requires_grad_()
     elif form == "no encoder":
         encoder = None
-    launched = []
-    monkeypatch.setattr(lanes, "predict", lambda *a, **k: launched.append(1) or predict(*a, **k))
     with torch.set_grad_enabled(form == "with gradients"):
         made = lane.predict(h, encoder)
-    assert bool(launched) == (form in ("transposed", "with gradients"))
     lane.reuses = False
     with torch.no_grad():
         expected = lane.predict(h, encoder)
