@@ -10,7 +10,6 @@ from dbcache.config.cache import StackSettings
 from dbcache.config.policies import POLICIES
 from dbcache.kernels.common import lane_state as ls
 from dbcache.kernels.common.lane_state import BatchReduce, LaneState
-from dbcache.kernels.common.select import without_gradient
 from dbcache.kernels.decision.decide import decide
 from dbcache.kernels.decision.probe_and_decide import probe_and_decide
 from dbcache.kernels.decision.probe_diff import probe_diff
@@ -63,19 +62,21 @@ def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
     return limits, thresholds | dict(enumerate(polynomial, ls.POLYNOMIAL))
 
 
-@without_gradient
 def added(
-    streams: Made, residuals: tuple[torch.Tensor, ...], into: tuple[torch.Tensor | None, ...]
+    streams: Made, rings: tuple[torch.Tensor, ...], into: tuple[torch.Tensor | None, ...]
 ) -> Made:
     """Do what `predict` does where the only weight is 1: add the residuals to the streams.
 
     PyTorch's addition gives the same bits, and takes less time on the host.
     """
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return added(streams, rings, into)
     h_fn, encoder_fn = streams
-    hidden = torch.add(h_fn.contiguous(), residuals[0], out=into[0])
+    hidden = torch.add(h_fn.contiguous(), rings[1], out=into[0])
     if encoder_fn is None:
         return hidden, None
-    return hidden, torch.add(encoder_fn.contiguous(), residuals[1], out=into[1])
+    return hidden, torch.add(encoder_fn.contiguous(), rings[2], out=into[1])
 
 
 class LaneBase:
@@ -338,12 +339,12 @@ class Lane(LaneBase):
         return returned_as(forms.returned, hidden, encoder) if forms.returned else (hidden, encoder)
 
     def _residuals(self) -> tuple[torch.Tensor, ...]:
-        """Return views of the only snapshots, of hidden and encoder states; made once."""
+        """Return the ring, and views of the only snapshots of both streams; made once."""
         history = self.history
         if not (self._latest and self._latest[0] is history.snapshots):
             rings = [x for x in (history.snapshots, history.encoder_snapshots) if x is not None]
             self._latest = (rings[0], *(ring[0] for ring in rings))
-        return self._latest[1:]
+        return self._latest
 
     def commit(
         self,
