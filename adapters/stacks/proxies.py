@@ -300,8 +300,10 @@ class Loop(list[Entry]):
         """Return what stands for the blocks from the first middle one on, in the forward's step."""
         step = forward.steps[self._index]
         known = step.stack.loops[forward.inputs]
+        if not (step.awaits_end and known.is_seen):
+            return self._rest
         fast = self._fast or self._learn_fast()
-        if fast is None or not (step.awaits_end and known.is_seen):
+        if fast is None:
             return self._rest
         blocks, passing, called = fast
         if not step.cached:

@@ -8,7 +8,7 @@ lane whose steps are decided before the first block has no P_ref.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -39,10 +39,18 @@ class History:
     """What the transformer got at the last full step (EasyCache)"""
     full_output: torch.Tensor | None = None
     """What it returned"""
+    latest: tuple[torch.Tensor, ...] = field(default=(), init=False)
+    """What `view_latest` returned; empty before"""
 
     def tensors(self) -> list[torch.Tensor | None]:
         """Return the tensors."""
-        return [getattr(self, field.name) for field in fields(self)]
+        return [getattr(self, each.name) for each in fields(self) if each.init]
+
+    def view_latest(self) -> tuple[torch.Tensor, ...]:
+        """Return views of the only snapshots of hidden and encoder states, and keep them."""
+        rings = (self.snapshots, self.encoder_snapshots)
+        self.latest = tuple(ring[0] for ring in rings if ring is not None)
+        return self.latest
 
     @outside_inference_mode
     def allocate(

@@ -63,7 +63,7 @@ def rule_of(settings: StackSettings) -> tuple[dict[int, int], dict[int, float]]:
 
 
 def added(
-    streams: Made, rings: tuple[torch.Tensor, ...], into: tuple[torch.Tensor | None, ...]
+    streams: Made, residuals: tuple[torch.Tensor, ...], into: tuple[torch.Tensor | None, ...]
 ) -> Made:
     """Do what `predict` does where the only weight is 1: add the residuals to the streams.
 
@@ -71,12 +71,12 @@ def added(
     """
     if torch.is_grad_enabled():
         with torch.no_grad():
-            return added(streams, rings, into)
+            return added(streams, residuals, into)
     h_fn, encoder_fn = streams
-    hidden = torch.add(h_fn.contiguous(), rings[1], out=into[0])
+    hidden = torch.add(h_fn.contiguous(), residuals[0], out=into[0])
     if encoder_fn is None:
         return hidden, None
-    return hidden, torch.add(encoder_fn.contiguous(), rings[2], out=into[1])
+    return hidden, torch.add(encoder_fn.contiguous(), residuals[1], out=into[1])
 
 
 class LaneBase:
@@ -136,6 +136,7 @@ class Lane(LaneBase):
         steps: where the lane stands in its request.
         history: its large tensors.
         layout, forms: what they were made for, and in which dtypes.
+        reuses: a prediction is the last residual as it is, so that `added` makes it.
         tail: what is kept of the stack's last blocks, if some may be left out.
         tables: of the rows that it was first of in a batch; see `kernels/by_row`.
     """
@@ -161,7 +162,6 @@ class Lane(LaneBase):
         self.by_residual = self.compares and not cache.compares_hidden_states
         self.by_token = cache.important_condition_threshold > 0
         self.replaces = settings.replace
-        self._latest: tuple[torch.Tensor, ...] = ()
         self.history = History()
         self.forecaster = make_forecaster(settings, device, branch)
         self.guard = make_guard(settings, device, branch)
@@ -325,7 +325,8 @@ class Lane(LaneBase):
         direct = out is not None and can_write((h_fn, out), (encoder_fn, encoder_out))
         into = (out, encoder_out) if direct else (None, None)
         if self.reuses:
-            hidden, encoder = added((h_fn, encoder_fn), self._residuals(), into)
+            residuals = history.latest or history.view_latest()
+            hidden, encoder = added((h_fn, encoder_fn), residuals, into)
         else:
             hidden, encoder = predict(
                 h_fn, history.snapshots, state.weights,
@@ -337,14 +338,6 @@ class Lane(LaneBase):
         if out is not None and not direct:
             return written((hidden, encoder), (out, encoder_out))
         return returned_as(forms.returned, hidden, encoder) if forms.returned else (hidden, encoder)
-
-    def _residuals(self) -> tuple[torch.Tensor, ...]:
-        """Return the ring, and views of the only snapshots of both streams; made once."""
-        history = self.history
-        if not (self._latest and self._latest[0] is history.snapshots):
-            rings = [x for x in (history.snapshots, history.encoder_snapshots) if x is not None]
-            self._latest = (rings[0], *(ring[0] for ring in rings))
-        return self._latest
 
     def commit(
         self,

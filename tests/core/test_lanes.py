@@ -1,5 +1,6 @@
 """Lanes by themselves: the verbs of a step, where predictions are written, what lanes share."""
 
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -96,7 +97,9 @@ def test_reused_residuals_are_added_as_the_kernel_adds_them(dtype, form):
             assert not x.requires_grad
             assert x.dtype is dtype
             assert torch.equal(x, y)
+    ring = weakref.ref(lane.history.snapshots)
     full_step(lane, 2, dtype, tokens=5)  # another shape: other residuals
+    assert ring() is None, "nothing holds the former ones"
     h = noise(2, 5, 8, seed=5, dtype=dtype)
     again = lane.predict(h, None)[0]
     lane.reuses = True
