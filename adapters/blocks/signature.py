@@ -72,8 +72,9 @@ class Call(NamedTuple):
 
     def get(self, name: str) -> Any:
         """Return an argument by name; None where it is not given."""
-        given = dict(zip(self.names, self.args, strict=False)) | self.kwargs
-        return given.get(name)
+        if name in self.kwargs:
+            return self.kwargs[name]
+        return dict(zip(self.names, self.args, strict=False)).get(name)
 
 
 class ArgumentFinder:

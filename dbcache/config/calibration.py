@@ -77,20 +77,23 @@ PUBLISHED = {
 }
 """TeaCache's polynomials by the checkpoint that they were fitted on, the highest power first."""
 
-_MODELS = {
-    "FLUX.1-dev": "FluxTransformer2DModel",
-    "HunyuanVideo": "HunyuanVideoTransformer3DModel",
-    "Mochi 1": "MochiTransformer3DModel",
-    "CogVideoX-2b": "CogVideoXTransformer3DModel",
-    "CogVideoX-5b": "CogVideoXTransformer3DModel",
-    "Wan2.1-T2V-1.3B": "WanTransformer3DModel",
-    "Wan2.1-T2V-14B": "WanTransformer3DModel",
-}
-_CONFIGS: dict[str, dict[str, Any]] = {
-    "CogVideoX-2b": {"use_rotary_positional_embeddings": False},
-    "CogVideoX-5b": {"use_rotary_positional_embeddings": True, "patch_size_t": None},
-    "Wan2.1-T2V-1.3B": {"num_attention_heads": 12, "num_layers": 30, "in_channels": 16},
-    "Wan2.1-T2V-14B": {"num_attention_heads": 40, "num_layers": 40, "in_channels": 16},
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "FLUX.1-dev": ("FluxTransformer2DModel", {}),
+    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {}),
+    "Mochi 1": ("MochiTransformer3DModel", {}),
+    "CogVideoX-2b": ("CogVideoXTransformer3DModel", {"use_rotary_positional_embeddings": False}),
+    "CogVideoX-5b": (
+        "CogVideoXTransformer3DModel",
+        {"use_rotary_positional_embeddings": True, "patch_size_t": None},
+    ),
+    "Wan2.1-T2V-1.3B": (
+        "WanTransformer3DModel",
+        {"num_attention_heads": 12, "num_layers": 30, "in_channels": 16},
+    ),
+    "Wan2.1-T2V-14B": (
+        "WanTransformer3DModel",
+        {"num_attention_heads": 40, "num_layers": 40, "in_channels": 16},
+    ),
 }
 """Class of each checkpoint, and entries of the config by which one of several is known."""
 
@@ -99,8 +102,7 @@ def checkpoint_of(model: object) -> str | None:
     """Return the checkpoint of `PUBLISHED` that `model` is of by class and config, or None."""
     classes = {cls.__name__ for cls in type(model).__mro__}
     config = getattr(model, "config", {})
-    for checkpoint, name in _MODELS.items():
-        entries = _CONFIGS.get(checkpoint, {})
+    for checkpoint, (name, entries) in _MODELS.items():
         if name in classes and all(config.get(key) == entries[key] for key in entries):
             return checkpoint
     return None

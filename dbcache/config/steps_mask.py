@@ -88,9 +88,10 @@ def check_mask(who: str, mask: Any, steps: int | None = None, static: bool = Fal
         return check_choice(f"{who}: a policy's name", mask, MASKS)
     if not isinstance(mask, Iterable):
         raise TypeError(f"{who} must be a list or a name, got {shown(mask)}")
-    values = [int(entry) for entry in mask if entry in (0, 1)]
-    if not values or len(values) < len(list(mask)):
-        raise ValueError(f"{who} must hold only 0 and 1, got {shown(mask)}")
+    entries = list(mask)
+    if not entries or any(entry not in (0, 1) for entry in entries):
+        raise ValueError(f"{who} must hold only 0 and 1, got {shown(entries)}")
+    values = [int(entry) for entry in entries]
     if steps is not None and len(values) != steps:
         raise ValueError(
             f"{who} must have one entry per step, got {len(values)} for {steps} steps; make it as "

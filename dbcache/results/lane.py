@@ -20,6 +20,7 @@ REASONS = {reason: reason.name.lower().replace("_", " ") for reason in Reason} |
     Reason.THRESHOLD_ALWAYS: "threshold is 1 or more",
 }
 CACHED = frozenset(text for reason, text in REASONS.items() if reason.cached)
+LIMITS = (Reason.COUNT_LIMIT, Reason.CONSECUTIVE_LIMIT, Reason.ACCUMULATED_LIMIT)
 PERCENTILES = {"min": 0, "P25": 25, "P50": 50, "P75": 75, "P95": 95, "max": 100}
 
 
@@ -161,7 +162,7 @@ class LaneSummary(CacheStats):
             found.append(
                 f"{who}: {nan} diffs are NaN, those steps were computed; {cause}: {remedy}"
             )
-        limited = sum(count for reason, count in counts.items() if reason.endswith(" limit"))
+        limited = sum(counts.get(REASONS[reason], 0) for reason in LIMITS)
         if limited and self.cached_steps and not counts.get(REASONS[Reason.ABOVE_THRESHOLD], 0):
             found.append(
                 f"{who}: the threshold {self.threshold:g} never decided, the limits did "

@@ -88,7 +88,7 @@ def share_change_reference(
     by_rules: bool,
 ) -> None:
     """Plain PyTorch and Python, the meaning of `share_change`."""
-    lane = [x.tolist() for x in state.tensors()]
+    lane = state.host or [x.tolist() for x in state.tensors()]
     counters, values, limits, _, plan, *_ = lane
     step = counters[ls.STEP]
     whose, *of = stamps[0].tolist()

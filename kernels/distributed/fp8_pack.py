@@ -194,7 +194,7 @@ def _launch(x: Tensor, buffer: Tensor, split: str, pack: bool) -> None:
     strides = chunks.stride()[:4]
     block_d = power_of_2(width)
     block_rows = max(1, BLOCK // block_d)
-    _fp8_pack_kernel[(cdiv(tokens * heads, block_rows), batch, world)](
+    _fp8_kernel[(cdiv(tokens * heads, block_rows), batch, world)](
         x, buffer, scales, tokens * heads, heads, *strides, buffer.stride(0),
         buffer.stride(0) // 4, D=width, ALIGN=math.gcd(16, *strides), PACK=pack,
         NATIVE=is_native(x.device), BLOCK_ROWS=block_rows, BLOCK_D=block_d,
@@ -225,7 +225,7 @@ def _fp8_unpack(buffer, shape, gather, dtype):
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "scales_size"])
-def _fp8_pack_kernel(
+def _fp8_kernel(
     x_ptr, buffer_ptr, scales_ptr, rows, heads, stride_w, stride_b, stride_s, stride_h,
     chunk_size, scales_size,
     D: tl.constexpr, ALIGN: tl.constexpr, PACK: tl.constexpr, NATIVE: tl.constexpr,

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dbcache.kernels.common.checks import check_shared, check_tensor
-from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous
+from dbcache.kernels.common.launches import BLOCK, cdiv
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import Impl, invalid, without_gradient
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 
 
 def add_residuals(
@@ -54,19 +54,23 @@ def add_residuals(
     if not (first >= 0 and count >= 1 and first + count <= blocks):
         must = f"the run must have at least 1 of the {blocks} blocks"
         raise invalid("add_residuals", must, f"first = {first}", f"count = {count}")
-    streams = [("h", h, residuals)]
-    if encoder is not None:
-        if encoder_residuals is None:
-            raise ValueError("add_residuals: encoder must come with its residuals, got None")
-        streams.append(("encoder", encoder, encoder_residuals))
-    for name, x, stored in streams:
-        its = f"the residuals of {name}"
+    _check("h", h, residuals, blocks)
+    if encoder is None:
+        return _add_residuals(impl, [h], [residuals], first, count)[0], None
+    if encoder_residuals is None:
+        raise ValueError("add_residuals: encoder must come with its residuals, got None")
+    _check("encoder", encoder, encoder_residuals, blocks)
+    streams, added = [h, encoder], [residuals, encoder_residuals]
+    out, encoder_out = _add_residuals(impl, streams, added, first, count)
+    return out, encoder_out
+
+
+def _check(name: str, x: Tensor, stored: Tensor, blocks: int) -> None:
+    its = f"the residuals of {name}"
+    if x.dtype != stored.dtype or x.dtype not in DTYPES:
         check_shared("add_residuals", "dtype", **{name: x, its: stored})
-        form = (x.dtype, (blocks, *x.shape), x.device)
-        check_tensor("add_residuals", its, stored, *form, contiguous=True)
-    _, inputs, added = map(list, zip(*streams, strict=True))
-    out, *encoder_out = _add_residuals(impl, inputs, added, first, count)
-    return out, encoder_out[0] if encoder_out else None
+    form = (x.dtype, (blocks, *x.shape), x.device)
+    check_tensor("add_residuals", its, stored, *form, contiguous=True)
 
 
 @without_gradient
@@ -90,8 +94,10 @@ def _outputs(streams, *_):
 @op(add_residuals_reference, like="streams", fake=_outputs)
 def _add_residuals(streams, residuals, first, count):
     outputs = _outputs(streams)
-    (h, added, out), *rest = zip(contiguous(*streams), residuals, outputs, strict=True)
-    encoder, encoder_added, encoder_out = rest[0] if rest else (None, None, None)
+    h, added, out = streams[0].contiguous(), residuals[0], outputs[0]
+    encoder = encoder_added = encoder_out = None
+    if len(streams) > 1:
+        encoder, encoder_added, encoder_out = streams[1].contiguous(), residuals[1], outputs[1]
     size, encoder_size = h.numel(), 0 if encoder is None else encoder.numel()
     parts, encoder_parts = cdiv(size, BLOCK), cdiv(encoder_size, BLOCK)
     if parts + encoder_parts:

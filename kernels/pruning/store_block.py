@@ -22,7 +22,7 @@ from torch import Tensor
 from dbcache.kernels.common.checks import check_shared, check_tensor
 from dbcache.kernels.common.launches import BLOCK, cdiv, contiguous
 from dbcache.kernels.common.op import op
-from dbcache.kernels.common.select import Impl, invalid, without_gradient
+from dbcache.kernels.common.select import DTYPES, Impl, invalid, without_gradient
 from dbcache.kernels.common.sums import lanes_of, log2, partition_of, tree_sums_of_two
 from dbcache.kernels.pruning import block_state as bs
 from dbcache.kernels.pruning.block_state import BLOCKS, BlockState
@@ -77,11 +77,12 @@ def store_block(
             raise invalid(who, must, "one without")
         streams.append(("encoder", encoder_in, encoder_out, state.encoder_residuals))
     for name, x, y, kept in streams:
-        check_shared(who, "dtype", **{f"{name}_in": x, f"{name}_out": y})
+        if x.dtype != y.dtype or x.dtype not in DTYPES:
+            check_shared(who, "dtype", **{f"{name}_in": x, f"{name}_out": y})
         form = (kept.dtype, kept.shape[1:], kept.device)
         check_tensor(who, f"{name}_in", x, *form)
         check_tensor(who, f"{name}_out", y, *form)
-    _, before, after, _ = map(list, zip(*streams, strict=True))
+    before, after = [x for _, x, *_ in streams], [y for *_, y, _ in streams]
     _store_block(impl, state, store, index, before, after)
 
 

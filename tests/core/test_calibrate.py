@@ -201,6 +201,7 @@ def test_calibrations_of_something_else_are_refused(tmp_path):
 
 def test_published_polynomials_are_chosen_by_class_and_config(monkeypatch):
     model = dbcache.enable(FAMILIES["flux"].build(), policy="teacache")
+    assert PUBLISHED.keys() == _MODELS.keys()
     (stack,) = inside.stacks(model)
     assert stack.settings.calibration.coefficients == PUBLISHED["FLUX.1-dev"]
     with pytest.raises(ValueError, match="WanTransformer3DModel must have a calibration, got None"):
@@ -209,5 +210,5 @@ def test_published_polynomials_are_chosen_by_class_and_config(monkeypatch):
         config = {"num_attention_heads": heads, "num_layers": layers, "in_channels": 16}
         big = type("WanTransformer3DModel", (), {"config": config})()
         assert checkpoint_of(big) == name
-        monkeypatch.setitem(_MODELS, name, "another class")
+        monkeypatch.setitem(_MODELS, name, ("another class", {}))
         assert checkpoint_of(big) is None  # no other one fits

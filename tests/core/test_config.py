@@ -241,6 +241,8 @@ def test_the_annotation_names_all_policies():
 
 
 def test_rejects_masks_that_cannot_be_run():
+    with pytest.raises(ValueError, match=r"must hold only 0 and 1, got \[1, 5, 0\]"):
+        DBCacheConfig(steps_computation_mask=iter([1, 5, 0]))
     with pytest.raises(ValueError, match="4 for 5 steps"):
         DBCacheConfig(steps_computation_mask=[1, 0, 0, 1], num_inference_steps=5)
     with pytest.raises(ValueError, match="must begin with 1"):

@@ -39,7 +39,7 @@ def merge_variant(a, b, width):
 
 
 def pack_variant(packs, dtype, width, quantize):
-    kernel = fp8_pack._fp8_pack_kernel
+    kernel = fp8_pack._fp8_kernel
     pointers = {"x_ptr": f"*{dtype}", "buffer_ptr": "*u8" if quantize else f"*{dtype}"}
     if quantize:
         pointers["scales_ptr"] = "*fp32"

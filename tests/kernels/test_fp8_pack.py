@@ -307,7 +307,7 @@ def test_bytes_and_round_trip_for_any_shape(shape, world, split, dtype, seed):
 def test_one_launch_packs_and_one_unpacks(random, monkeypatch, quantize):
     launches = []
 
-    kernel = module._fp8_pack_kernel
+    kernel = module._fp8_kernel
 
     class Counted:
         def __getitem__(self, grid):
@@ -317,7 +317,7 @@ def test_one_launch_packs_and_one_unpacks(random, monkeypatch, quantize):
 
             return launch
 
-    monkeypatch.setattr(module, "_fp8_pack_kernel", Counted())
+    monkeypatch.setattr(module, "_fp8_kernel", Counted())
     x = random(2, 100, 4, 40)
     buffer = fp8_pack(x, world=2, scatter="heads", quantize=quantize, impl="triton")
     assert len(launches) == 1

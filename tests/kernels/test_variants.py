@@ -15,7 +15,7 @@ EXPECTED = {
     "_decide_kernel": 3,  # nothing was measured, up to 128 partial sums, more
     "_transformation_rate_kernel": 2,  # up to 128 partial sums, more
     "_decide_blocks_kernel": 2,
-    "_fp8_pack_kernel": 4,  # packs, unpacks; each with and without fp8
+    "_fp8_kernel": 4,  # packs, unpacks; each with and without fp8
 }
 """Variants of the kernels that have more than one."""
 
